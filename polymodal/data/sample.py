@@ -1,0 +1,187 @@
+"""The shapes that cross a room's wall: Record, Measure, Sample, Batch, and the MediaProcessor they come from.
+
+Ground floor: imports torch only. `data` makes these, `models` and `objectives` read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a token without loss."""
+
+Axis = Literal["batch", "sequence", "patch", "frame", "codebook", "none"]
+
+
+@dataclass(frozen=True)
+class Media:
+    """One picture, video or sound as a row names it: a path, bytes, or a list of frame paths."""
+
+    kind: Literal["image", "video", "audio"]
+    source: str | bytes | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `content` holds the text with each medium as its position in `Record.media`, in reading order."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: tuple[str | Media, ...]
+    weight: float | None = None  # None: by data.train_on; 0: never; else the weight of its tokens
+    tool_calls: tuple[dict, ...] = ()
+    reasoning: str | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row of a data file, in the one form that every format is read into."""
+
+    messages: tuple[Message, ...]
+    where: str  # "file.jsonl, line 12": for errors and reports
+    tools: tuple[dict, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)  # id, answer, category...: not trained on
+
+    @property
+    def media(self) -> tuple[Media, ...]:
+        return tuple(part for m in self.messages for part in m.content if isinstance(part, Media))
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What planning needs of a sample, measured without decoding pixels."""
+
+    tokens: int  # text stream, media tokens included
+    trained: int  # tokens with a label
+    patches: tuple[int, ...] = ()  # vision patches (before merging) of each medium
+
+
+@dataclass
+class Sample:
+    """One example, ready to be batched. The text stream's tensors are [T]; media are concatenated in reading order.
+
+    input_ids [T] int64; labels [T] int64: the NEXT token at each place, or IGNORE; weights [T] float32: weight of
+    that label before normalisation, 0 where there is none; position_ids [R, T] int64: row 0 counts the sample's own
+    tokens from 0, further rows (three for mRoPE) are the model's; pixel_values [P, D] float32; grid_thw [M, 3] int64.
+    """
+
+    id: int
+    tensors: dict[str, Tensor]
+    measure: Measure
+    where: str = ""
+    broken: str | None = None  # why this is a zero-weight hole
+
+
+@dataclass
+class Batch:
+    """A micro-batch.
+
+    tensors:  name -> tensor; text streams are packed [1, T] (position_ids [R, 1, T]), media [P, D].
+    axes:     name -> the meaning of each dimension.
+    samples:  ids of the samples inside, in order.
+    segments: stream -> cumulative lengths [S + 1] int32 ("text"; families add "vision" if they wish).
+    groups:   ties between samples: pairs (DPO), rollouts (GRPO).
+    """
+
+    tensors: dict[str, Tensor]
+    axes: dict[str, tuple[Axis, ...]]
+    samples: tuple[int, ...] = ()
+    segments: dict[str, Tensor] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        def move(d: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {k: v.to(device, non_blocking=non_blocking) for k, v in d.items()}
+
+        return replace(self, tensors=move(self.tensors), segments=move(self.segments))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def get(self, name: str) -> Tensor | None:
+        return self.tensors.get(name)
+
+
+AXES: dict[str, tuple[Axis, ...]] = {
+    "input_ids": ("batch", "sequence"),
+    "labels": ("batch", "sequence"),
+    "weights": ("batch", "sequence"),
+    "position_ids": ("none", "batch", "sequence"),
+    "pixel_values": ("patch", "none"),
+    "grid_thw": ("none", "none"),
+}
+
+
+def pack(samples: Sequence[Sample]) -> Batch:
+    """Concatenate samples into one packed micro-batch [1, T]; attention is bounded by segments["text"].
+
+    Media are concatenated in reading order; the batch has no pixel_values when no sample has media.
+    """
+    if not samples:
+        raise ValueError("a micro-batch needs at least one sample")
+    lengths = [s.tensors["input_ids"].shape[0] for s in samples]
+    tensors = {
+        name: torch.cat([s.tensors[name] for s in samples]).unsqueeze(0) for name in ("input_ids", "labels", "weights")
+    }
+    tensors["position_ids"] = torch.cat([s.tensors["position_ids"] for s in samples], dim=1).unsqueeze(1)
+    for name in ("pixel_values", "grid_thw"):
+        parts = [s.tensors[name] for s in samples if name in s.tensors]
+        if parts:
+            tensors[name] = torch.cat(parts)
+    cu = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    cu[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
+    return Batch(tensors, {k: AXES[k] for k in tensors}, tuple(s.id for s in samples), {"text": cu})
+
+
+def hole(tokens: int = 2, rows: int = 1, id: int = -1, where: str = "", broken: str | None = None, token: int = 0) -> Sample:
+    """A sample without weight: stands for a broken row, or fills a global batch to a multiple of the ranks."""
+    return Sample(
+        id,
+        {
+            "input_ids": torch.full((tokens,), token),
+            "labels": torch.full((tokens,), IGNORE),
+            "weights": torch.zeros(tokens),
+            "position_ids": torch.arange(tokens).expand(rows, tokens).clone(),
+        },
+        Measure(tokens, 0),
+        where,
+        broken,
+    )
+
+
+@dataclass(frozen=True)
+class Span:
+    """What one medium becomes in the token stream."""
+
+    ids: tuple[int, ...] | list[int]  # token ids put in place of the placeholder
+    patches: int  # vision patches before merging
+    grid: tuple[int, int, int]  # (t, h, w) in patches
+
+
+class MediaProcessor(Protocol):
+    """A family's knowledge of tokens and pixels, handed to `data` so that it never imports `models`.
+
+    Must be picklable (it travels to data workers). Shapes as in `Sample`.
+    """
+
+    tokenizer: Any  # a transformers fast tokenizer
+    rows: int  # rows of position_ids (4 with mRoPE, else 1)
+
+    def placeholder(self, kind: str) -> str:
+        """Text that the chat is rendered with where a medium stands, e.g. "<|vision_start|><|image_pad|><|vision_end|>"."""
+
+    def template_content(self, part: str | Media) -> dict:
+        """One part of a message in the form the chat template wants."""
+
+    def span(self, kind: str, height: int, width: int, frames: int = 1, seconds: Sequence[float] = ()) -> Span:
+        """Tokens and patches of a medium from its size alone (pixels; `seconds`: time of each sampled frame)."""
+
+    def pixels(self, kind: str, frames: Any) -> tuple[Tensor, Tensor]:
+        """Decoded medium (PIL image, or uint8 [F, H, W, 3] for video) -> pixel_values [P, D], grid [1, 3]."""
+
+    def position_ids(self, input_ids: Tensor, kinds: Sequence[str], grids: Sequence[tuple[int, int, int]], seconds_per_grid: Sequence[float]) -> Tensor:
+        """Positions [rows, T] of one sample."""

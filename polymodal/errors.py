@@ -1,0 +1,24 @@
+"""The one exception that a user is meant to read. Ground floor: everyone may import it, it imports nothing."""
+
+from __future__ import annotations
+
+
+class PolymodalError(Exception):
+    """A fault of the input or of the machine, said in one sentence.
+
+    message: what is wrong, with the file, line or key, and the cause.
+    hint:    the mend, as an instruction ("set data.max_length to at least 4096").
+
+    The command line prints both without a traceback and exits with code 2.
+    """
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+    def __reduce__(self):  # crosses process borders (data workers, launcher)
+        return type(self), (self.message, self.hint)

@@ -1,0 +1,108 @@
+"""What a model is to the rest of the house: ModelCard (facts), Family (the few calls that differ), Output.
+
+Sees the ground floor only. A model's own file holds one ModelCard and, where a fact is not enough, a Family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from polymodal.data.sample import Batch, Measure, MediaProcessor
+
+Style = str | Callable[..., Any]
+"""A tensor-parallel style: a name known to parallel/tensor.py, or a callable giving a torch ParallelStyle."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A published size. `layout` is the recommended one, as recipe keys of `parallel`, by task."""
+
+    hub: str  # "Qwen/Qwen2.5-VL-7B-Instruct"
+    parameters: float  # in billions
+    layers: int  # language layers
+    vision_layers: int = 0
+    active: float | None = None  # billions of parameters a token meets (experts)
+    devices: int = 8  # accelerators of 64-80 GB recommended for full fine-tuning
+    layout: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """Facts. Patterns are module or parameter names with `*` for one dotted part."""
+
+    name: str  # "qwen2.5-vl"
+    family: type[Family]
+    architectures: tuple[str, ...]  # names in config.json that choose this card
+    tasks: tuple[str, ...]  # "image-text-to-text", "video-text-to-text", ...
+    blocks: tuple[str, ...]  # FSDP unit = recompute unit = compile unit = pipeline unit
+    towers: Mapping[str, tuple[str, ...]]  # {"vision": ("model.visual",), ...}: freeze, lr, LoRA, balance
+    sequence_entry: str = ""  # module where the sequence is cut for CP
+    sequence_exit: str = ""  # module whose output is gathered
+    tensor_plan: Mapping[str, Style] = field(default_factory=dict)
+    expert_plan: Mapping[str, Style] = field(default_factory=dict)
+    head: str = "lm_head"  # module name of the output projection
+    embedding: str = ""  # module name of the input embedding
+    sizes: Mapping[str, Size] = field(default_factory=dict)
+    limits: Mapping[str, str] = field(default_factory=dict)  # {"pp": "why not"}
+    aliases: tuple[str, ...] = ()
+    keywords: tuple[str, ...] = ()  # what people type when they mean it
+    kind: Literal["understanding", "generation", "omni", "audio"] = "understanding"
+    verified: str = ""  # how it is checked here: "logits, gradients, keys on tiny models of the class"
+    seeds: tuple[str, ...] = ()  # sizes named by the documents this follows
+
+
+@dataclass
+class Output:
+    """What a model's forward hands to an objective.
+
+    hidden_states: [1, T, D] after the last norm (language models), or the prediction (diffusion).
+    head:          the output projection's module; the objective multiplies by it in chunks, logits are never whole.
+    extra:         router_logits (list of [T, E]) and the like.
+    """
+
+    hidden_states: Tensor
+    head: nn.Module | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Components:
+    """The parts of a model: `trained` is what the optimizer sees; `frozen` are VAE, text encoders and the like."""
+
+    trained: nn.Module
+    frozen: dict[str, nn.Module] = field(default_factory=dict)
+
+
+class Family:
+    """The calls that differ between families. One instance a run; holds the config and the card, no weights."""
+
+    layout: Literal["packed", "padded", "uniform"] = "packed"
+
+    def __init__(self, card: ModelCard, config: Any, source: str):
+        self.card = card
+        self.config = config
+        self.source = source
+
+    def build(self) -> Components:
+        """The model on the meta device, parameters float32, attention set to the house's own."""
+        raise NotImplementedError
+
+    def media_processor(self, data: Any) -> MediaProcessor:
+        """Knowledge of tokens and pixels; `data` is the recipe's data section."""
+        raise NotImplementedError
+
+    def cost(self, measure: Measure) -> float:
+        """Forward FLOPs of one sample on the whole model (x 3 for training); balance, MFU and plan share it."""
+        raise NotImplementedError
+
+    def stage(self, model: nn.Module, carry: Any, batch: Batch) -> Any:
+        """One pipeline stage: carry (None on the first) -> carry, or Output on the last. Without a pipeline, all."""
+        raise NotImplementedError
+
+    def generate(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Sampling, by the library's own model."""
+        raise NotImplementedError
