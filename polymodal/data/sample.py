@@ -74,6 +74,7 @@ class Sample:
     measure: Measure
     where: str = ""
     broken: str | None = None  # why this is a zero-weight hole
+    modality: Literal["text", "image", "video", "audio", "mixed"] = "text"  # for the loss by modality
 
 
 @dataclass
@@ -134,7 +135,8 @@ def pack(samples: Sequence[Sample]) -> Batch:
             tensors[name] = torch.cat(parts)
     cu = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     cu[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-    return Batch(tensors, {k: AXES[k] for k in tensors}, tuple(s.id for s in samples), {"text": cu})
+    groups = {"modality": tuple(s.modality for s in samples)}
+    return Batch(tensors, {k: AXES[k] for k in tensors}, tuple(s.id for s in samples), {"text": cu}, groups)
 
 
 def hole(tokens: int = 2, rows: int = 1, id: int = -1, where: str = "", broken: str | None = None, token: int = 0) -> Sample:

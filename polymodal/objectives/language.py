@@ -1,0 +1,214 @@
+"""Next-token loss for everything that speaks: three weightings, chunked over the vocabulary, exact under layouts.
+
+Sees the ground floor and models/card.py. The logits of a batch are never whole: the head is multiplied in chunks
+of rows and the gradients are made in the forward pass, chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from polymodal.data.sample import IGNORE, Batch
+from polymodal.models.card import Output
+
+Weighting = Literal["per_token", "per_sample", "per_micro_batch"]
+CHUNK_ELEMENTS = 1 << 25
+"""Logits held at a time (128 MiB in float32)."""
+
+
+def token_weights(batch: Batch, weighting: Weighting) -> Tensor:
+    """Weight of every token's loss before the global normalisation.
+
+    batch: packed, weights [1, T] float32. Returns [1, T] float32: w for per_token; w / sum of w in its sample for
+    per_sample; w / sum of w in the micro-batch for per_micro_batch.
+    """
+    weights = batch["weights"]
+    if weighting == "per_token":
+        return weights
+    if weighting == "per_micro_batch":
+        return weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+    lengths = batch.segments["text"].diff()
+    sample = torch.repeat_interleave(torch.arange(len(lengths), device=weights.device), lengths.to(torch.int64))
+    sums = torch.zeros(len(lengths), dtype=weights.dtype, device=weights.device).index_add_(0, sample, weights[0])
+    return weights / sums.clamp_min(torch.finfo(weights.dtype).tiny)[sample]
+
+
+class _HeadLoss(torch.autograd.Function):
+    """sum_i w_i * (logsumexp(h_i W^T) - h_i W^T[y_i]), vocabulary optionally cut over a process group.
+
+    The gradient of softmax cross entropy, (p - onehot) w, is formed while a chunk's logits exist; backward only
+    scales it. hidden [N, D]; weight [V_local, D]; bias [V_local] or None; labels [N] (global ids); w [N] float32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, w, offset, group, rows):
+        count, vocabulary = hidden.shape[0], weight.shape[0]
+        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        need_bias = bias is not None and ctx.needs_input_grad[2]
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=accumulate, device=weight.device) if need_weight else None
+        grad_bias = torch.zeros(vocabulary, dtype=accumulate, device=weight.device) if need_bias else None
+        losses = torch.zeros(count, dtype=accumulate, device=hidden.device)
+        for start in range(0, count, rows):
+            part = slice(start, min(start + rows, count))
+            h, y = hidden[part], labels[part] - offset
+            logits = (h @ weight.t()).to(accumulate)
+            if bias is not None:
+                logits += bias
+            here = (y >= 0) & (y < vocabulary)
+            safe = y.clamp(0, vocabulary - 1)
+            target = torch.where(here, logits.gather(1, safe[:, None])[:, 0], 0)
+            peak = logits.max(dim=1).values
+            if group is not None:
+                dist.all_reduce(peak, dist.ReduceOp.MAX, group)
+            logits.sub_(peak[:, None]).exp_()
+            total = logits.sum(dim=1)
+            if group is not None:
+                both = torch.stack([total, target])
+                dist.all_reduce(both, dist.ReduceOp.SUM, group)
+                total, target = both[0], both[1]
+            losses[part] = total.log() + peak - target
+            if need_hidden or need_weight or need_bias:
+                scale = w[part].to(accumulate)
+                logits.mul_((scale / total)[:, None])
+                logits.scatter_add_(1, safe[:, None], torch.where(here, -scale, 0)[:, None])
+                slope = logits.to(hidden.dtype)
+                if need_hidden:
+                    grad_hidden[part] = slope @ weight
+                if need_weight:
+                    if accumulate == hidden.dtype:
+                        grad_weight.addmm_(slope.t(), h)
+                    else:
+                        grad_weight += slope.t() @ h
+                if need_bias:
+                    grad_bias += logits.sum(dim=0)
+        if group is not None and need_hidden:
+            dist.all_reduce(grad_hidden, dist.ReduceOp.SUM, group)
+        ctx.save_for_backward(
+            grad_hidden,
+            grad_weight.to(weight.dtype) if need_weight else None,
+            grad_bias.to(bias.dtype) if need_bias else None,
+        )
+        ctx.mark_non_differentiable(losses)
+        return (losses * w.to(accumulate)).sum(), losses
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        def scaled(tensor):
+            return None if tensor is None else tensor.mul_(grad.to(tensor.dtype))
+
+        grads = [scaled(t) for t in ctx.saved_tensors]
+        return grads[0], grads[1], grads[2], None, None, None, None, None
+
+
+def head_loss(hidden: Tensor, head: torch.nn.Module, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted negative log-likelihood of labels under softmax(head(hidden)), in chunks of rows.
+
+    hidden [T, D] (same on every rank of the head's tensor-parallel group); labels [T] int64 or IGNORE; weights [T].
+    Rows of weight 0 are not multiplied at all. Returns (sum of weighted losses, losses of kept rows [N] float32 or
+    float64, indices of kept rows [N]).
+    """
+    keep = ((labels != IGNORE) & (weights != 0)).nonzero()[:, 0]
+    weight, bias = head.weight, getattr(head, "bias", None)
+    group, offset = None, 0
+    if isinstance(weight, DTensor):
+        placements = weight.placements
+        if any(p.is_shard() for p in placements):
+            mesh = weight.device_mesh
+            group = mesh.get_group()
+            offset = _offset(weight.shape[0], mesh.size(), mesh.get_local_rank())
+        weight = weight.to_local()
+        bias = bias.to_local() if isinstance(bias, DTensor) else bias
+    hidden = hidden.to(weight.dtype)
+    rows = max(16, CHUNK_ELEMENTS // max(1, weight.shape[0]))
+    if len(keep) == 0:
+        # every rank and every parameter still takes part in backward
+        return (hidden[:1].sum() * 0) + weight[:1].sum() * 0, hidden.new_zeros(0), keep
+    loss, losses = _HeadLoss.apply(hidden[keep], weight, bias, labels[keep], weights[keep], offset, group, rows)
+    return loss, losses, keep
+
+
+def _offset(size: int, parts: int, rank: int) -> int:
+    """First row of a rank's chunk, as torch.chunk cuts."""
+    chunk = -(-size // parts)
+    return min(size, chunk * rank)
+
+
+def balance_loss(router_logits: list[Tensor], experts_per_token: int) -> Tensor:
+    """Load-balance loss of mixture-of-experts routers over one micro-batch.
+
+    router_logits: one [T, E] a layer. E * sum_e (share of choices that fall on e) * (mean probability of e), over all
+    layers' tokens together (Fedus et al. 2021, Switch Transformer, eq. 4-6, summed over the k choices).
+    """
+    logits = torch.cat([layer.reshape(-1, layer.shape[-1]) for layer in router_logits]).float()
+    probability = logits.softmax(dim=-1)
+    chosen = probability.topk(experts_per_token, dim=-1).indices
+    share = torch.zeros_like(probability).scatter_(1, chosen, 1.0).mean(dim=0)
+    return logits.shape[-1] * (share * probability.mean(dim=0)).sum()
+
+
+class LanguageObjective:
+    """Weighted next-token loss plus, for experts, the router's balance loss.
+
+    The loss of a step is sum(w * nll) / sum(w) over the whole global batch, whatever the layout: `weights` gives this
+    micro-batch's denominators, the caller sums them over the global batch, `loss` multiplies by the inverses.
+    The balance loss is declared per micro-batch: a pack's loss depends on that pack alone, a step takes their mean.
+    """
+
+    def __init__(self, weighting: Weighting = "per_token", aux_weight: float = 0.0, experts_per_token: int = 0):
+        self.weighting = weighting
+        self.aux_weight = aux_weight
+        self.experts_per_token = experts_per_token
+
+    def weights(self, batch: Batch) -> dict[str, float]:
+        """Denominators of this micro-batch's terms; no model is needed."""
+        total = float(token_weights(batch, self.weighting).sum(dtype=torch.float64))
+        terms = {"text": total}
+        if self.aux_weight:
+            terms["balance"] = 1.0 if total > 0 else 0.0
+        return terms
+
+    def prepare(self, actors: Any, batches: list[Batch]) -> list[Batch]:
+        """Nothing to draw or to precompute for supervised text."""
+        return batches
+
+    def loss(self, output: Output, batch: Batch, inverse: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scaled loss (a scalar; gradients are summed over ranks and micro-batches) and logs, sums over tokens.
+
+        Logs: "loss" the scaled text term; "nll/<modality>" and "tokens/<modality>": sums of unweighted losses and
+        counts, to be added over ranks; "balance": the scaled router term.
+        """
+        assert output.head is not None
+        weights = token_weights(batch, self.weighting)[0]
+        hidden = output.hidden_states.reshape(-1, output.hidden_states.shape[-1])
+        text, losses, kept = head_loss(hidden, output.head, batch["labels"][0], weights)
+        loss = text * inverse["text"]
+        logs = {"loss": loss.detach()}
+        logs.update(_by_modality(batch, losses, kept))
+        if self.aux_weight:
+            routers = output.extra["router_logits"]
+            value = balance_loss(routers, self.experts_per_token)
+            term = value * (inverse["balance"] if float(weights.sum()) > 0 else 0.0)
+            loss = loss + self.aux_weight * term.to(loss.dtype)
+            logs["balance"] = term.detach()
+        return loss, logs
+
+
+def _by_modality(batch: Batch, losses: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    names = batch.groups.get("modality")
+    if not names:
+        return {"nll/text": losses.sum(), "tokens/text": losses.new_tensor(len(losses))}
+    ends = batch.segments["text"][1:].to(torch.int64)
+    sample = torch.bucketize(kept, ends, right=True)
+    logs = {}
+    for name in sorted(set(names)):
+        members = torch.tensor([n == name for n in names], device=losses.device)[sample]
+        logs[f"nll/{name}"] = losses[members].sum()
+        logs[f"tokens/{name}"] = members.sum().to(losses.dtype)
+    return logs

@@ -1,0 +1,230 @@
+"""Optimizers, learning rates by tower or pattern, schedules, loss scaling and the moving average of the weights.
+
+Sees the recipe and the card's tower names. State is kept by parameter name, so that a checkpoint fits any layout.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from polymodal.errors import PolymodalError
+from polymodal.recipe import Optim, Schedule
+
+Towers = Mapping[str, tuple[str, ...]]
+
+
+def in_tower(name: str, modules: Iterable[str]) -> bool:
+    """Does a parameter belong to one of these module paths (`*` = one dotted part)?"""
+    parts = name.split(".")
+    for module in modules:
+        pattern = module.split(".")
+        head = parts[: len(pattern)]
+        if len(head) == len(pattern) and all(fnmatch.fnmatchcase(a, b) for a, b in zip(head, pattern, strict=True)):
+            return True
+    return False
+
+
+def tower_of(name: str, towers: Towers) -> str | None:
+    """Tower of a parameter; the longest module path wins, so that a projector inside a tower is its own."""
+    best, length = None, -1
+    for tower, modules in towers.items():
+        for module in modules:
+            if in_tower(name, (module,)) and len(module.split(".")) > length:
+                best, length = tower, len(module.split("."))
+    return best
+
+
+def matches(name: str, match: str, towers: Towers) -> bool:
+    """Does `match` (a tower's name or a pattern with shell wildcards) mean this parameter?"""
+    if match in towers:
+        return tower_of(name, towers) == match
+    return fnmatch.fnmatchcase(name, match) or in_tower(name, (match,))
+
+
+def freeze(model: nn.Module, patterns: list[str], towers: Towers) -> list[str]:
+    """Set requires_grad false on what the patterns mean; returns the names. A pattern without a match is an error."""
+    frozen = []
+    for pattern in patterns:
+        hit = [n for n, _ in model.named_parameters() if matches(n, pattern, towers)]
+        if not hit:
+            raise PolymodalError(
+                f"train.freeze: `{pattern}` is neither a tower of this model ({', '.join(towers)}) nor the pattern of a parameter."
+            )
+        frozen += hit
+    frozen_set = set(frozen)
+    for name, parameter in model.named_parameters():
+        if name in frozen_set:
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise PolymodalError(f"train.freeze = {patterns} leaves nothing to train.", "Freeze less, or add model.lora.")
+    return frozen
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Peak learning rate and weight decay of a parameter."""
+
+    lr: float
+    weight_decay: float
+
+
+def rate(name: str, parameter: Tensor, optim: Optim, towers: Towers) -> Rate:
+    """The first matching group counts; biases, norms and other 1-D parameters do not decay unless a group says so."""
+    lr, decay = optim.lr, optim.weight_decay if parameter.ndim >= 2 else 0.0
+    for group in optim.groups:
+        if matches(name, group.match, towers):
+            if group.lr is not None:
+                lr = group.lr
+            elif group.lr_scale is not None:
+                lr = optim.lr * group.lr_scale
+            if group.weight_decay is not None:
+                decay = group.weight_decay
+            break
+    return Rate(lr, decay)
+
+
+def learning_rate(schedule: Schedule, step: int, steps: int) -> float:
+    """Factor of the peak learning rate at optimizer step `step` (from 0) of `steps`: a pure function."""
+    warmup = schedule.warmup if schedule.warmup >= 1 else schedule.warmup * steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    low = schedule.min_ratio
+    progress = min(1.0, (step - warmup) / max(1.0, steps - warmup))
+    if schedule.name == "constant":
+        return 1.0
+    if schedule.name == "linear":
+        return low + (1 - low) * (1 - progress)
+    if schedule.name == "cosine":
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+    start = steps * (1 - schedule.decay)
+    if step < start:
+        return 1.0
+    return low + (1 - low) * max(0.0, (steps - step) / max(1.0, steps - start))
+
+
+def _mesh_key(parameter: Tensor) -> object:
+    return parameter.device_mesh if isinstance(parameter, DTensor) else None
+
+
+class Optimizer:
+    """AdamW, or Muon for the blocks' matrices with AdamW for the rest; one object for the trainer.
+
+    named: trainable parameters by name. Parameters on different meshes (FSDP, FSDP x TP) are kept in separate groups,
+    as torch's multi-tensor kernels want.
+    """
+
+    def __init__(self, named: dict[str, nn.Parameter], optim: Optim, towers: Towers, muon_names: set[str] | None = None):
+        self.optim = optim
+        self.named = named
+        muon_names = muon_names if muon_names is not None else set()
+        groups: dict[tuple, list[str]] = {}
+        for name, parameter in named.items():
+            use_muon = optim.name == "muon" and name in muon_names and parameter.ndim == 2
+            key = (use_muon, rate(name, parameter, optim, towers), _mesh_key(parameter), parameter.dtype)
+            groups.setdefault(key, []).append(name)
+        adam, muon = [], []
+        for (use_muon, peak, _, _), names in groups.items():
+            group = {"params": [named[n] for n in names], "lr": peak.lr, "weight_decay": peak.weight_decay}
+            (muon if use_muon else adam).append(group)
+        self.parts: list[torch.optim.Optimizer] = []
+        if adam:
+            device = next(iter(named.values())).device.type
+            self.parts.append(
+                torch.optim.AdamW(adam, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=device != "meta")
+            )
+        if muon:
+            self.parts.append(
+                torch.optim.Muon(
+                    muon,
+                    lr=optim.lr,
+                    momentum=optim.muon_momentum,
+                    ns_steps=optim.muon_steps,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+        self.peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
+
+    def set_rate(self, factor: float) -> None:
+        """Learning rate = peak * factor, group by group."""
+        for part, peaks in zip(self.parts, self.peaks, strict=True):
+            for group, peak in zip(part.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state(self, create: bool = False) -> dict[str, Tensor]:
+        """{"<kind>.<parameter name>": tensor}; `create` makes the zero state that a fresh optimizer would have."""
+        names = {id(p): n for n, p in self.named.items()}
+        out: dict[str, Tensor] = {}
+        for part in self.parts:
+            kinds = ("momentum_buffer",) if isinstance(part, torch.optim.Muon) else ("exp_avg", "exp_avg_sq")
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    state = part.state[parameter]
+                    if not state and create:
+                        for kind in kinds:
+                            state[kind] = torch.zeros_like(parameter)
+                        if "exp_avg" in kinds:
+                            state["step"] = torch.zeros((), dtype=torch.float32, device=_local(parameter).device)
+                    for kind, value in state.items():
+                        if isinstance(value, Tensor):
+                            out[f"{kind}.{names[id(parameter)]}"] = value
+        return out
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class MovingAverage:
+    """Exponential moving average of the trainable parameters, float32, placed like them."""
+
+    def __init__(self, named: dict[str, nn.Parameter], decay: float):
+        self.decay = decay
+        self.named = named
+        self.shadow = {name: p.detach().clone().to(torch.float32) for name, p in named.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for name, parameter in self.named.items():
+            _local(self.shadow[name]).lerp_(_local(parameter.detach()).to(torch.float32), 1 - self.decay)
+
+
+class LossScaler:
+    """Dynamic loss scaling for fp16: halve on overflow, double after `growth` good steps (Micikevicius et al. 2018)."""
+
+    def __init__(self, enabled: bool, scale: float = 2.0**16, growth: int = 2000):
+        self.enabled = enabled
+        self.scale = scale if enabled else 1.0
+        self.growth = growth
+        self.good = 0
+
+    def update(self, finite: bool) -> None:
+        if not self.enabled:
+            return
+        if not finite:
+            self.scale, self.good = max(1.0, self.scale / 2), 0
+            return
+        self.good += 1
+        if self.good >= self.growth:
+            self.scale, self.good = self.scale * 2, 0
+
+    def state(self) -> dict[str, float]:
+        return {"scale": self.scale, "good": self.good}
+
+    def load(self, state: dict[str, float]) -> None:
+        if self.enabled and state:
+            self.scale, self.good = float(state["scale"]), int(state["good"])
