@@ -1,0 +1,243 @@
+"""What a run tells: metrics.jsonl, trackers, the progress bar, traces, memory snapshots, and the guards.
+
+Only rank 0 writes metrics; traces and snapshots are written by the ranks that the recipe names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from polymodal.device import DeviceInfo
+from polymodal.errors import PolymodalError
+from polymodal.recipe import LossGuard, Monitor, Profile
+
+
+class Metrics:
+    """One line a logged step into metrics.jsonl, and the same numbers to the trackers."""
+
+    def __init__(self, run: Path, monitor: Monitor, name: str, config: dict[str, Any]):
+        run.mkdir(parents=True, exist_ok=True)
+        self.path = run / "metrics.jsonl"
+        self._file = self.path.open("a", buffering=1)
+        self._trackers: list[Any] = []
+        for tracker in monitor.trackers:
+            self._trackers.append(_TRACKERS[tracker](run, monitor.project, name, config))
+
+    def forget_after(self, step: int) -> None:
+        """Drop lines after a resumed step, so that the file is one curve."""
+        self._file.close()
+        kept = [line for line in self.path.read_text().splitlines() if line and json.loads(line).get("step", 0) <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(self.path)
+        self._file = self.path.open("a", buffering=1)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+        for tracker in self._trackers:
+            tracker.log(step, numbers)
+
+    def close(self) -> None:
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+class _TensorBoard:
+    def __init__(self, run: Path, project: str, name: str, config: dict):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run / "tensorboard"))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def _needs(module: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise PolymodalError(f"monitor.trackers names {module}, which is not installed.", f"Run `pip install polymodal[{module}]`, or remove it.") from None
+
+
+class _Wandb:
+    def __init__(self, run: Path, project: str, name: str, config: dict):
+        self.run = _needs("wandb").init(project=project, name=name, dir=str(run), config=config, resume="allow", id=f"{project}-{name}")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class _Mlflow:
+    def __init__(self, run: Path, project: str, name: str, config: dict):
+        self.mlflow = _needs("mlflow")
+        self.mlflow.set_experiment(project)
+        self.mlflow.start_run(run_name=name)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.mlflow.log_metrics({k.replace("@", "_"): v for k, v in values.items()}, step=step)
+
+    def close(self) -> None:
+        self.mlflow.end_run()
+
+
+_TRACKERS = {"tensorboard": _TensorBoard, "wandb": _Wandb, "mlflow": _Mlflow}
+
+
+class Progress:
+    """A live bar on a terminal; plain lines elsewhere (log files, CI)."""
+
+    def __init__(self, name: str, steps: int, done: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self.console = Console(soft_wrap=True)
+        self.live = self.console.is_terminal
+        self.steps = steps
+        if self.live:
+            self.bar = Bar(
+                TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"),
+                console=self.console,
+            )  # fmt: skip
+            self.bar.start()
+            self.task = self.bar.add_task(name, total=steps, completed=done, numbers="")
+
+    def update(self, step: int, line: str, short: str) -> None:
+        if self.live:
+            self.bar.update(self.task, completed=step, numbers=short)
+        else:
+            print(line, flush=True)
+
+    def say(self, text: str) -> None:
+        if self.live:
+            self.bar.console.print(text, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.live:
+            self.bar.stop()
+
+
+class Guard:
+    """Decides what a step with a strange loss or gradient does. Every rank sees the same numbers, so all agree."""
+
+    def __init__(self, guard: LossGuard, scaled: bool, mean: float | None = None):
+        self.guard, self.scaled, self.mean = guard, scaled, mean
+        self.skipped = 0
+        self.recent: deque[float] = deque(maxlen=5)
+
+    def accept(self, step: int, loss: float, norm: float) -> tuple[bool, str]:
+        """-> (apply this step, why not). Raises PolymodalError when the run should stop."""
+        self.recent.append(loss)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            reason = f"loss {loss}, gradient norm {norm}"
+            if self.guard.nan == "stop" and not self.scaled:
+                raise PolymodalError(
+                    f"Step {step}: {reason}; the last losses were {', '.join(f'{x:.4g}' for x in self.recent)}.",
+                    "Lower optim.lr, check the data at this step (the checkpoint before it is whole), or set train.guard.nan: skip.",
+                )
+            return self._skip(step, reason)
+        if self.guard.spike and self.mean and norm > self.guard.spike * self.mean:
+            return self._skip(step, f"gradient norm {norm:.3g} is over {self.guard.spike} x its mean {self.mean:.3g}")
+        self.skipped = 0
+        self.mean = norm if self.mean is None else 0.98 * self.mean + 0.02 * norm
+        return True, ""
+
+    def _skip(self, step: int, reason: str) -> tuple[bool, str]:
+        self.skipped += 1
+        if self.skipped >= self.guard.max_skips:
+            raise PolymodalError(f"Step {step}: {self.skipped} steps in a row were skipped (last: {reason}).", "See train.guard; resume from an earlier checkpoint with a lower optim.lr.")
+        return False, reason
+
+
+class Profiler:
+    """Torch traces over a range of steps: from the recipe, or asked for in a live run by `polymodal profile RUN`."""
+
+    REQUEST = "profile.request"
+
+    def __init__(self, run: Path, profile: Profile | None, rank: int, device: DeviceInfo):
+        self.run, self.profile, self.rank, self.device = run, profile, rank, device
+        self._active: Any = None
+        self._until = 0
+        self._memory = False
+        self._asked = 0.0
+
+    def before(self, step: int) -> None:
+        """Call at the start of optimizer step `step` (from 1)."""
+        if self._active is not None:
+            return
+        if self.profile is not None and step == self.profile.start:
+            self._start(step, self.profile)
+        elif time.monotonic() - self._asked > 2:
+            self._asked = time.monotonic()
+            request = self.run / self.REQUEST
+            if request.is_file():
+                with contextlib.suppress(OSError, ValueError):
+                    asked = json.loads(request.read_text() or "{}")
+                    self._start(step, Profile(start=step, steps=asked.get("steps", 2), ranks=asked.get("ranks", [0]), stacks=asked.get("stacks", False), memory=asked.get("memory", False)))
+                if self.rank == 0:
+                    request.unlink(missing_ok=True)
+
+    def _start(self, step: int, profile: Profile) -> None:
+        if self.rank not in profile.ranks:
+            return
+        import torch
+        from torch.profiler import ProfilerActivity, supported_activities
+
+        activities = [ProfilerActivity.CPU, *(a for a in supported_activities() if a != ProfilerActivity.CPU and self.device.kind != "cpu")]
+        self._until = step + profile.steps - 1
+        self._memory = profile.memory
+        if self._memory and self.device.kind != "cpu":
+            getattr(torch, self.device.kind).memory._record_memory_history()
+        self._active = torch.profiler.profile(activities=activities, record_shapes=profile.stacks, with_stack=profile.stacks, profile_memory=profile.memory)
+        self._active.__enter__()
+        self._first = step
+
+    def after(self, step: int) -> Path | None:
+        """Call at the end of a step; returns the trace's path when one was written."""
+        if self._active is None or step < self._until:
+            return None
+        import torch
+
+        self._active.__exit__(None, None, None)
+        folder = self.run / "traces"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"steps-{self._first}-{step}-rank-{self.rank}.json"
+        self._active.export_chrome_trace(str(path))
+        if self._memory and self.device.kind != "cpu":
+            memory = getattr(torch, self.device.kind).memory
+            memory._dump_snapshot(str(path.with_suffix(".pickle")))
+            memory._record_memory_history(enabled=None)
+        self._active = None
+        return path
+
+
+def line(step: int, steps: int, values: dict[str, Any]) -> tuple[str, str]:
+    """The log line and its short form for the bar."""
+    parts = [f"step {step}/{steps}", f"loss {values['loss']:.4f}", f"grad norm {values['grad_norm']:.3g}", f"lr {values['lr']:.3g}"]
+    parts += [f"{values['seconds']:.2f} s/it", f"{values['samples_per_second']:.1f} samples/s", f"{values['tokens_per_second_device']:.0f} tokens/s/device"]
+    if values.get("frames_per_second"):
+        parts.append(f"{values['frames_per_second']:.1f} frames/s")
+    if values.get("mfu"):
+        parts.append(f"MFU {values['mfu']:.1%}")
+    parts.append(f"{values['memory_gib']:.2f} GiB")
+    short = f"loss {values['loss']:.3f} {values['tokens_per_second']:.0f} tok/s {values['memory_gib']:.1f} GiB"
+    return " | ".join(parts), short
