@@ -1,0 +1,83 @@
+"""One global batch: denominators first, then forward and backward of every micro-batch, then norm and update.
+
+The loss is divided by the global denominators before backward, so every reduction over ranks and micro-batches is a
+plain sum and the result does not depend on how the batch was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from polymodal.data.sample import Batch
+from polymodal.models.card import Family
+
+MODALITIES = ("text", "image", "video", "audio", "mixed")
+
+
+def bind(model: nn.Module, family: Family, objective: Any) -> None:
+    """Make `model(batch, inverse)` run the family's stage and the objective inside one forward.
+
+    Must be called before the model is sharded: the head's weight is then whole while the loss uses it, and the root
+    unit's hooks see one scalar output. Parameter names stay as they are.
+    """
+
+    def forward(batch: Batch, inverse: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+        return objective.loss(family.stage(model, None, batch), batch, inverse)
+
+    model.forward = forward  # type: ignore[method-assign]
+
+
+def inverse_weights(objective: Any, batches: Sequence[Batch], group: dist.ProcessGroup | None) -> dict[str, float]:
+    """1 / (sum over the global batch) of every term's weights; 0 for a term that has none anywhere."""
+    sums: dict[str, float] = {}
+    for batch in batches:
+        for term, value in objective.weights(batch).items():
+            sums[term] = sums.get(term, 0.0) + value
+    names = sorted(sums)
+    totals = torch.tensor([sums[n] for n in names], dtype=torch.float64)
+    if group is not None:
+        dist.all_reduce(totals, group=group)
+    return {n: (1.0 / t if t > 0 else 0.0) for n, t in zip(names, totals.tolist(), strict=True)}
+
+
+class Tally:
+    """Logs of a step, added over micro-batches and, as one vector on the CPU, over ranks."""
+
+    KEYS = ("loss", "balance", *(f"{k}/{m}" for m in MODALITIES for k in ("nll", "tokens")))
+
+    def __init__(self, extra: Sequence[str] = ()):
+        self.keys = (*self.KEYS, *extra)
+        self.values: dict[str, float | Tensor] = {}
+
+    def add(self, logs: dict[str, Any]) -> None:
+        for key, value in logs.items():
+            self.values[key] = self.values[key] + value if key in self.values else value
+
+    def total(self, group: dist.ProcessGroup | None) -> dict[str, float]:
+        vector = torch.tensor([float(self.values.get(k, 0.0)) for k in self.keys], dtype=torch.float64)
+        if group is not None:
+            dist.all_reduce(vector, group=group)
+        return dict(zip(self.keys, vector.tolist(), strict=True))
+
+
+def forward_backward(
+    model: nn.Module, batches: Sequence[Batch], inverse: dict[str, float], device: torch.device, tally: Tally, scale: float = 1.0
+) -> None:
+    """Gradients of the whole step, accumulated into .grad; logs into the tally (the loss unscaled)."""
+    for batch in batches:
+        loss, logs = model(batch.to(device), inverse)
+        (loss * scale if scale != 1.0 else loss).backward()
+        tally.add(logs)
+
+
+@torch.no_grad()
+def forward_only(model: nn.Module, batches: Sequence[Batch], inverse: dict[str, float], device: torch.device, tally: Tally) -> None:
+    """Validation: the same forward without gradients."""
+    for batch in batches:
+        _, logs = model(batch.to(device), inverse)
+        tally.add(logs)

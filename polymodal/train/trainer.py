@@ -1,0 +1,368 @@
+"""The loop, readable from top to bottom: build, shard, load, resume, then step after step until done or told to stop.
+
+Sees every room; owns the run directory. Nothing here knows a model, a format or a device by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from polymodal import device as devices
+from polymodal import recipe as recipes
+from polymodal.data.chat import ChatProcessor
+from polymodal.data.index import build_index
+from polymodal.data.loader import Loader
+from polymodal.data.schedule import Position, Schedule
+from polymodal.data.source import open_corpus
+from polymodal.errors import PolymodalError
+from polymodal.launch import Runtime, runtime
+from polymodal.models import catalog, lora, weights
+from polymodal.objectives.language import LanguageObjective
+from polymodal.parallel.apply import apply
+from polymodal.parallel.mesh import Mesh, ParallelSizes
+from polymodal.parallel.ops import clip_, grad_norm
+from polymodal.recipe import Recipe
+from polymodal.train import checkpoint, monitor, optim
+from polymodal.train.step import MODALITIES, Tally, bind, forward_backward, forward_only, inverse_weights
+
+
+def run(recipe: Recipe) -> int:
+    """Train as the recipe says; join or be the world that the launcher made. Returns the exit code.
+
+    0 also when SIGTERM came and a checkpoint was written: the same command goes on from there.
+    """
+    with runtime(recipe) as rt:
+        trainer = Trainer(recipe, rt)
+        try:
+            return trainer.train()
+        finally:
+            trainer.close()
+
+
+class Trainer:
+    def __init__(self, recipe: Recipe, rt: Runtime):
+        self.recipe, self.rt = recipe, rt
+        self.main = rt.rank == 0
+        self.run_dir = recipe.run_dir
+        self.device = rt.device.torch
+        self.mesh = Mesh(ParallelSizes.of(recipe.parallel, rt.world), rt.device.kind, rt.rank)
+        # A group of its own: a checkpoint written in the background must not mix its collectives with training's.
+        self.save_group = dist.new_group(backend="gloo") if rt.world > 1 else None
+        self.loss_group = self.mesh.loss_group if rt.world > 1 else None
+        self._stop = False
+        _determinism(recipe)
+
+        self._build_model()
+        self._build_data()
+        self._build_optimizer()
+        self._resume()
+        self._build_monitor()
+
+    # ---------------------------------------------------------------- building
+
+    def _build_model(self) -> None:
+        recipe = self.recipe
+        self.family = catalog.family(recipe.model)
+        self.card = self.family.card
+        self.model = self.family.build().trained
+        if recipe.model.lora is not None:
+            lora.attach(self.model, recipe.model.lora, self.card)
+        optim.freeze(self.model, recipe.train.freeze, self.card.towers)
+        self.objective = LanguageObjective(recipe.train.loss, **self.family.balance(recipe.train.router_aux_loss))
+        bind(self.model, self.family, self.objective)
+        apply(self.model, self.card, self.mesh, recipe)
+        if recipe.model.init == "random":
+            weights.initialise(self.model, self.family, recipe.train.seed, self.device)
+        else:
+            weights.load(self.model, self.family, device=self.device)
+        if recipe.model.lora is not None:
+            lora.initialise(self.model, recipe.model.lora, recipe.train.seed)
+        self.model.train()
+        self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def _schedule(self, datasets: list[recipes.Dataset], shuffle: bool) -> tuple[Any, Schedule]:
+        data = self.recipe.data if shuffle else self.recipe.data.model_copy(update={"shuffle": False})
+        corpus = open_corpus(datasets, data.attr)
+        index = build_index(
+            corpus, self.chat, data, rank=self.rt.local_rank, world=self.rt.local_world, barrier=self.rt.barrier, progress=self.main
+        )
+        schedule = Schedule(index, corpus.parts, data, self.recipe.train, self.family.cost)
+        return corpus, schedule
+
+    def _build_data(self) -> None:
+        recipe = self.recipe
+        if not recipe.data.datasets:
+            raise PolymodalError("The recipe has no data.datasets.", "Add at least one, e.g. data.datasets: [{path: train.json}].")
+        self.chat = ChatProcessor(self.family.media_processor(recipe.data), recipe.data)
+        self.corpus, self.schedule = self._schedule(recipe.data.datasets, recipe.data.shuffle)
+        self.validation = self._schedule(recipe.data.validation, False) if recipe.data.validation else None
+        self.steps = recipe.train.steps or _steps(self.schedule, recipe.train.epochs)
+
+    def _build_optimizer(self) -> None:
+        recipe = self.recipe
+        blocks = {n for n, _ in self.model.named_parameters() if any(optim.in_tower(n, (b,)) for b in self.card.blocks)}
+        self.optimizer = optim.Optimizer(self.trainable, recipe.optim, self.card.towers, blocks)
+        self.average = optim.MovingAverage(self.trainable, recipe.train.ema) if recipe.train.ema else None
+        self.scaler = optim.LossScaler(recipe.train.precision == "fp16")
+        self.guard = monitor.Guard(recipe.train.guard, self.scaler.enabled)
+        self.state = checkpoint.RunState()
+
+    def _tensors(self, create: bool) -> dict[str, torch.Tensor]:
+        """Every tensor of a checkpoint by key; `create` makes a fresh optimizer's zeros to be filled."""
+        tensors = {f"model.{n}": p for n, p in self.trainable.items()}
+        if self.recipe.checkpoint.save == "full":
+            tensors.update({f"optim.{k}": v for k, v in self.optimizer.state(create).items()})
+            if self.average is not None:
+                tensors.update({f"ema.{n}": t for n, t in self.average.shadow.items()})
+        return tensors
+
+    def _resume(self) -> None:
+        recipe = self.recipe
+        self.resumed_at: int | None = None
+        chosen = recipe.checkpoint.resume
+        found = None if chosen == "never" else checkpoint.newest(self.run_dir) if chosen == "auto" else checkpoint.locate(chosen)
+        if found is None:
+            if recipe.checkpoint.init_from:
+                self._init_from(recipe.checkpoint.init_from)
+            if self.average is not None:
+                self.average = optim.MovingAverage(self.trainable, recipe.train.ema)
+            return
+        state = checkpoint.read_state(found)
+        if state.recipe.get("checkpoint", {}).get("save") == "weights":
+            raise PolymodalError(f"{found} holds weights only (checkpoint.save: weights), it cannot be resumed.", "Use checkpoint.init_from with it, or checkpoint.resume: never.")
+        tensors = self._tensors(create=True)
+        checkpoint.load(found, tensors, self.save_group)
+        self.state = state
+        self.scaler.load(state.scaler)
+        self.guard.mean = state.norm_mean
+        self.resumed_at = state.step
+
+    def _init_from(self, source: str) -> None:
+        path = Path(source)
+        if (path / "config.json").is_file():
+            weights.load(self.model, self.family, device=self.device, source=str(path))
+            return
+        found = checkpoint.locate(path)
+        checkpoint.load(found, {f"model.{n}": p for n, p in self.trainable.items()}, self.save_group)
+
+    def _build_monitor(self) -> None:
+        recipe = self.recipe
+        self.writer = checkpoint.Writer(self.run_dir, recipe.checkpoint.keep, recipe.checkpoint.asynchronous, self.rt.rank, self.save_group)
+        self.metrics = self.progress = None
+        if self.main:
+            (self.run_dir / "recipe.yaml").write_text(recipes.dump(recipe))
+            self.metrics = monitor.Metrics(self.run_dir, recipe.monitor, recipe.name, recipe.model_dump(mode="json"))
+            self.metrics.forget_after(self.state.step)
+            self.progress = monitor.Progress(recipe.name, self.steps, self.state.step)
+            count = sum(p.numel() for p in self.model.parameters())
+            train = sum(p.numel() for p in self.trainable.values())
+            self.progress.say(f"{self.card.name}: {count / 1e6:.1f} M parameters, {train / 1e6:.1f} M trained, {self.rt.world} x {self.rt.device.kind}, {self.steps} steps")
+            if self.resumed_at is not None:
+                self.progress.say(f"resumed at step {self.resumed_at}")
+        self.profiler = monitor.Profiler(self.run_dir, recipe.monitor.profile, self.rt.rank, self.rt.device)
+        self.peak = devices.peak_flops(self.rt.device)
+
+    # ---------------------------------------------------------------- the loop
+
+    def train(self) -> int:
+        signal.signal(signal.SIGTERM, self._asked_to_stop)
+        recipe, state = self.recipe, self.state
+        loader = Loader(
+            self.schedule, self.corpus, self.chat, recipe.data,
+            dp_rank=self.mesh.dp_rank, dp_size=self.mesh.sizes.dp, start=Position(**state.position),
+            stop_after=self.steps - state.step, rows=self.chat.media.rows,
+        )  # fmt: skip
+        saved = state.step
+        began = time.perf_counter()
+        try:
+            for batch in loader:
+                if state.step >= self.steps:
+                    break
+                step = state.step + 1
+                self.profiler.before(step)
+                stopping = self._step(step, batch, began)
+                began = time.perf_counter()
+                trace = self.profiler.after(step)
+                if trace is not None:
+                    print(f"trace written: {trace}", flush=True)
+                self.writer.poll()
+                if recipe.checkpoint.every and step % recipe.checkpoint.every == 0 and step < self.steps:
+                    self._save()
+                    saved = step
+                if recipe.evaluate.every and step % recipe.evaluate.every == 0 and step < self.steps:
+                    self._validate(step)
+                    began = time.perf_counter()
+                if stopping:
+                    break
+        finally:
+            loader.close()
+        if state.step != saved:
+            self._save()
+        self.writer.finish()
+        if state.step < self.steps:
+            self._say(f"stopped at step {state.step} as asked; the same command goes on from there")
+            return 0
+        self._validate(state.step)
+        self._finish()
+        return 0
+
+    def _step(self, step: int, batch: Any, began: float) -> bool:
+        """One optimizer step. Returns whether some rank was asked to stop."""
+        recipe, state = self.recipe, self.state
+        # Dropout is the only randomness left in a step; it depends on (seed, step, data rank), so resume needs no RNG.
+        torch.manual_seed((recipe.train.seed * 1_000_003 + step) * 1_009 + self.mesh.dp_rank)
+        batches = self.objective.prepare(None, batch.micro_batches)
+        inverse = inverse_weights(self.objective, batches, self.loss_group)
+        tally = Tally(("samples", "seqtokens", "media", "flops", "stop", "wait"))
+        forward_backward(self.model, batches, inverse, self.device, tally, self.scaler.scale)
+        stats = batch.stats
+        tally.add({
+            "samples": stats["samples"], "seqtokens": stats["tokens"], "media": stats["media"], "flops": stats.get("cost", 0.0),
+            "stop": float(self._stop), "wait": stats["wait"],
+        })  # fmt: skip
+        total = tally.total(self.loss_group)
+        parameters = list(self.trainable.values())
+        if self.scaler.scale != 1.0:
+            for p in parameters:
+                if p.grad is not None:
+                    p.grad.mul_(1.0 / self.scaler.scale)
+        norm = grad_norm(parameters, self.mesh)
+        accepted, why = self.guard.accept(step, total["loss"], float(norm))
+        self.scaler.update(math.isfinite(float(norm)))
+        factor = optim.learning_rate(recipe.optim.schedule, step - 1, self.steps)
+        if accepted:
+            if recipe.optim.clip_norm:
+                clip_(parameters, norm, recipe.optim.clip_norm)
+            self.optimizer.set_rate(factor)
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
+        else:
+            self._say(f"step {step} skipped: {why}")
+        self.optimizer.zero_grad()
+        state.step = step
+        state.position = asdict(batch.next)
+        state.samples += int(total["samples"])
+        state.tokens += int(total["seqtokens"])
+        state.norm_mean = self.guard.mean
+        if self.main and step % recipe.monitor.every == 0:
+            self._log(step, total, float(norm), factor * recipe.optim.lr, time.perf_counter() - began, accepted)
+        return total["stop"] > 0
+
+    def _log(self, step: int, total: dict[str, float], norm: float, lr: float, seconds: float, accepted: bool) -> None:
+        # sums over the loss group count every tensor- and context-parallel copy of a rank's data once per cp rank
+        copies = self.mesh.sizes.cp
+        tokens = total["seqtokens"] / copies
+        values: dict[str, Any] = {
+            "loss": total["loss"], "grad_norm": norm, "lr": lr, "seconds": seconds,
+            "samples_per_second": total["samples"] / copies / seconds,
+            "tokens_per_second": tokens / seconds, "tokens_per_second_device": tokens / seconds / self.rt.world,
+            "frames_per_second": total["media"] / copies / seconds,
+            "wait_seconds": total["wait"] / self.mesh.fsdp_size,
+            "memory_gib": devices.memory(self.rt.device)["peak"] / 2**30,
+            "samples": self.state.samples, "tokens": self.state.tokens, "skipped": not accepted,
+        }  # fmt: skip
+        for name in MODALITIES:
+            if total[f"tokens/{name}"]:
+                values[f"loss/{name}"] = total[f"nll/{name}"] / total[f"tokens/{name}"]
+        if self.objective.aux_weight:
+            values["balance"] = total["balance"]
+        if self.peak:
+            values["mfu"] = 3 * total["flops"] / copies / seconds / self.rt.world / self.peak
+        if self.scaler.enabled:
+            values["loss_scale"] = self.scaler.scale
+        self.metrics.log(step, values)
+        self.progress.update(step, *monitor.line(step, self.steps, values))
+
+    def _validate(self, step: int) -> None:
+        """Loss over the validation data with the same forward; equal work a rank by construction."""
+        if self.validation is None:
+            return
+        corpus, schedule = self.validation
+        count = schedule.steps_in_epoch(0)
+        if self.recipe.evaluate.batches:
+            count = min(count, self.recipe.evaluate.batches)
+        loader = Loader(
+            schedule, corpus, self.chat, self.recipe.data,
+            dp_rank=self.mesh.dp_rank, dp_size=self.mesh.sizes.dp, start=Position(0, 0, 0), stop_after=count, rows=self.chat.media.rows,
+        )  # fmt: skip
+        self.model.eval()
+        tally, weight = Tally(), 0.0
+        loss = 0.0
+        try:
+            for batch in loader:
+                inverse = inverse_weights(self.objective, batch.micro_batches, self.loss_group)
+                part = Tally()
+                forward_only(self.model, batch.micro_batches, inverse, self.device, part)
+                terms = part.total(self.loss_group)
+                share = 1.0 / inverse["text"] if inverse["text"] else 0.0
+                loss += terms["loss"] * share
+                weight += share
+                tally.add({k: v for k, v in terms.items() if "/" in k})
+        finally:
+            loader.close()
+            self.model.train()
+        values = {"validation/loss": loss / weight if weight else float("nan")}
+        for name in MODALITIES:
+            tokens = float(tally.values.get(f"tokens/{name}", 0))
+            if tokens:
+                values[f"validation/loss/{name}"] = float(tally.values[f"nll/{name}"]) / tokens
+        if self.main:
+            self.metrics.log(step, values)
+            self.progress.say(f"validation at step {step}: " + ", ".join(f"{k.partition('/')[2]} {v:.4f}" for k, v in values.items()))
+
+    # ---------------------------------------------------------------- saving and ending
+
+    def _save(self) -> None:
+        state = self.state
+        state.scaler = self.scaler.state()
+        state.recipe = self.recipe.model_dump(mode="json")
+        state.source = {"path": str(self.family.source), "card": self.card.name}
+        state.versions = checkpoint.versions()
+        self.writer.save(self._tensors(create=False), state)
+
+    def _finish(self) -> None:
+        if self.main:
+            summary = {"step": self.state.step, "samples": self.state.samples, "tokens": self.state.tokens, "resumed_at": self.resumed_at}
+            (self.run_dir / "summary.json").write_text(json.dumps(summary))
+        if self.recipe.checkpoint.export and self.main:
+            from polymodal.train.export import export
+
+            export(str(self.run_dir), str(self.run_dir / "export"), force=True)
+        if self.rt.world > 1:
+            dist.barrier(self.save_group)
+
+    def _say(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.say(text)
+
+    def _asked_to_stop(self, *_: Any) -> None:
+        self._stop = True
+
+    def close(self) -> None:
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.progress is not None:
+            self.progress.close()
+
+
+def _determinism(recipe: Recipe) -> None:
+    torch.manual_seed(recipe.train.seed)
+    if recipe.train.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+
+
+def _steps(schedule: Schedule, epochs: float) -> int:
+    whole, part = int(epochs), epochs - int(epochs)
+    steps = sum(schedule.steps_in_epoch(e) for e in range(whole))
+    return max(1, steps + math.ceil(part * schedule.steps_in_epoch(whole)) if part else steps)
