@@ -5,6 +5,7 @@ Ground floor: imports torch (late, inside functions) and the recipe's Device sec
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -48,8 +49,6 @@ def find(kind: str = "auto", local_rank: int = 0) -> DeviceInfo:
     """The device this process should use. Raises PolymodalError when the asked kind is not there."""
     import torch
 
-    from polymodal.errors import PolymodalError
-
     _import_npu()
     have = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     found = have.type if have is not None else "cpu"
@@ -64,6 +63,16 @@ def find(kind: str = "auto", local_rank: int = 0) -> DeviceInfo:
         raise PolymodalError(f"Process {local_rank} of this node has no device: torch sees {count} of kind {kind}.", f"Start at most {count} processes here (--nproc {count}).")
     torch.accelerator.set_device_index(local_rank)
     return DeviceInfo(kind, local_rank, BACKENDS.get(kind, "gloo"))
+
+
+def count(kind: str = "auto") -> int:
+    """Accelerators of this node; 1 for the CPU."""
+    import torch
+
+    _import_npu()
+    if kind == "cpu" or not torch.accelerator.is_available():
+        return 1
+    return max(1, torch.accelerator.device_count())
 
 
 def peak_flops(info: DeviceInfo) -> float | None:
@@ -131,3 +140,208 @@ def set_rng_state(state: dict[str, Any]) -> None:
             torch.set_rng_state(value)
         elif torch.accelerator.is_available() and torch.accelerator.current_accelerator().type == kind:
             getattr(torch, kind).set_rng_state(value)
+
+
+def packed_attention(kind: str, dtype: torch.dtype, head_dim: int) -> Any | None:
+    """The device's own kernel for packed attention, or None (then dense attention is called by segment length).
+
+    The kernel is called as (query [T, H, D], key [T, K, D], value [T, K, D], cu_seqlens [S + 1] int32 on the device,
+    lengths on the host, longest, causal, scale) and gives [T, H, D]. float16 and bfloat16 only, head_dim <= 256.
+    """
+    import torch
+
+    if kind == "cpu" or dtype not in (torch.float16, torch.bfloat16) or head_dim > 256:
+        return None
+    return _packed_kernel(kind)
+
+
+@functools.cache
+def _packed_kernel(kind: str) -> Any | None:
+    import torch
+
+    if kind == "npu":
+        return _npu_packed if _import_npu() else None
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_flash_attention_forward", torch._C._dispatch_key_for_device(kind)):
+        return None
+    from torch.nn.attention.varlen import varlen_attn
+
+    def packed(query, key, value, cu_seqlens, lengths, longest, causal, scale):
+        return varlen_attn(
+            query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale,
+            window_size=(-1, 0) if causal else (-1, -1), enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+
+    return packed
+
+
+def _npu_packed(query, key, value, cu_seqlens, lengths, longest, causal, scale):
+    """Ascend's fused attention in its TND layout; it wants the ends of the segments on the host.
+
+    Arguments as in the Ascend manual of npu_fusion_attention (sparse mode 3: causal, aligned at the lower right, with
+    the compressed 2048 x 2048 mask). Not run here: no such device.
+    """
+    import itertools
+
+    from torch_npu import npu_fusion_attention
+
+    ends = list(itertools.accumulate(lengths))
+    return npu_fusion_attention(
+        query, key, value, query.shape[1], input_layout="TND", atten_mask=_npu_mask(query.device) if causal else None, scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        keep_prob=1.0, actual_seq_qlen=ends, actual_seq_kvlen=ends, sparse_mode=3 if causal else 0,
+    )[0]  # fmt: skip
+
+
+@functools.cache
+def _npu_mask(on: torch.device) -> torch.Tensor:
+    import torch
+
+    return torch.ones(2048, 2048, dtype=torch.bool, device=on).triu(1)
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable of the documented table."""
+
+    name: str
+    what: str
+    values: tuple[str, ...] = ()  # the only values there are
+    low: int | None = None  # or a whole number from low to high
+    high: int | None = None
+    default: str = ""  # what counts when it is not set
+    boolean: bool = False  # true/false, in the spelling the reader wants
+    prefix: tuple[str, ...] = ()  # or comma-separated options `name:value` with these names
+    by: str = "recipe"  # "start": read when processes are started, so the shell sets it
+
+    @property
+    def range(self) -> str:
+        if self.values:
+            return " | ".join(self.values)
+        if self.boolean:
+            return "true | false"
+        if self.low is not None:
+            return f"{self.low:,} to {self.high:,}" if self.high is not None else f"from {self.low}"
+        return ", ".join(f"{name}:..." for name in self.prefix[:2]) if self.prefix else "text"
+
+
+_SWITCH = ("0", "1")
+ENVIRONMENT: tuple[Variable, ...] = (
+    Variable("ASCEND_SLOG_PRINT_TO_STDOUT", "print the device log on the terminal", _SWITCH, default="0"),
+    Variable("ASCEND_GLOBAL_LOG_LEVEL", "device log: 0 debug, 1 info, 2 warning, 3 error, 4 none", ("0", "1", "2", "3", "4"), default="3"),
+    Variable("TASK_QUEUE_ENABLE", "operator dispatch queue: 0 off, 1 and 2 levels of overlap", ("0", "1", "2"), default="1"),
+    Variable("COMBINED_ENABLE", "join pairs of non-contiguous operators", _SWITCH, default="0"),
+    Variable("CPU_AFFINITY_CONF", "bind threads to cores: 0 off, 1 coarse, 2 fine (options may follow a comma)", default="0"),
+    Variable("HCCL_CONNECT_TIMEOUT", "seconds to wait for the other devices' sockets", low=120, high=7200, default="120"),
+    Variable("HCCL_EXEC_TIMEOUT", "seconds one collective may wait for the others", low=68, high=17340, default="1800"),
+    Variable("HCCL_SOCKET_IFNAME", "network interface of HCCL, e.g. eth0"),
+    Variable("HCCL_BUFFSIZE", "MiB of buffer a communicator", low=1, default="200"),
+    Variable("HCCL_WHITELIST_DISABLE", "do not check the list of allowed peers", _SWITCH, default="1"),
+    Variable("PYTORCH_NPU_ALLOC_CONF", "allocator, e.g. expandable_segments:True", prefix=("expandable_segments", "max_split_size_mb", "garbage_collection_threshold", "base_addr_aligned_kb", "page_size")),
+    Variable("ACLNN_CACHE_LIMIT", "operators kept in the host's cache", low=1, high=10_000_000, default="10000"),
+    Variable("TOKENIZERS_PARALLELISM", "threads inside tokenizers", boolean=True, default="true"),
+    Variable("MULTI_STREAM_MEMORY_REUSE", "reuse memory across streams", ("0", "1", "2"), default="1"),
+    Variable("NPU_ASD_ENABLE", "watch for silent data errors: 0 off, 1 log, 2 alarm, 3 alarm and record", ("0", "1", "2", "3"), default="0"),
+    Variable("ASCEND_LAUNCH_BLOCKING", "run every operator synchronously (debugging)", _SWITCH, default="0"),
+    Variable("ASCEND_RT_VISIBLE_DEVICES", "devices this run may use, e.g. 0,1"),
+    Variable("CUDA_DEVICE_MAX_CONNECTIONS", "hardware queues: 1 orders Megatron's overlap, FSDP2 wants more than 1", low=1, high=32, default="8"),
+    Variable("CUDA_VISIBLE_DEVICES", "devices this run may use, e.g. 0,1"),
+    Variable("PYTORCH_CUDA_ALLOC_CONF", "allocator, e.g. expandable_segments:True", prefix=("expandable_segments", "max_split_size_mb", "garbage_collection_threshold", "backend", "roundup_power2_divisions", "pinned_use_background_threads")),
+    Variable("NCCL_DEBUG", "NCCL's log", ("VERSION", "WARN", "INFO", "TRACE")),
+    Variable("NCCL_SOCKET_IFNAME", "network interface of NCCL, e.g. eth0"),
+    Variable("NCCL_IB_DISABLE", "do not use InfiniBand", _SWITCH, default="0"),
+    Variable("NCCL_P2P_DISABLE", "do not copy between devices directly", _SWITCH, default="0"),
+    Variable("GLOO_SOCKET_IFNAME", "network interface of gloo, e.g. eth0"),
+    Variable("OMP_NUM_THREADS", "CPU threads of numeric libraries (device.threads sets torch's)", low=1, high=4096),
+    Variable("HF_HOME", "directory of downloaded checkpoints"),
+    Variable("HF_ENDPOINT", "mirror of the hub, an https address"),
+    Variable("HF_HUB_OFFLINE", "never ask the hub", _SWITCH, default="0"),
+    Variable("MASTER_ADDR", "address of the first node", by="start"),
+    Variable("MASTER_PORT", "port of the first node", low=1, high=65535, default="free, or 29500", by="start"),
+    Variable("NNODES", "nodes of the run", low=1, default="1", by="start"),
+    Variable("NODE_RANK", "number of this node, from 0", low=0, default="0", by="start"),
+    Variable("NPUS_PER_NODE", "processes to start on this node (as --nproc)", low=1, by="start"),
+)  # fmt: skip
+"""The documented environment variables with their ranges; `polymodal doctor --env` prints them."""
+
+
+def checked_variable(name: str, value: str | int | bool) -> str:
+    """The value as it goes into the environment. Raises PolymodalError for an unknown name or a value out of range."""
+    variable = next((v for v in ENVIRONMENT if v.name == name), None)
+    if variable is None:
+        near = difflib.get_close_matches(name.upper(), [v.name for v in ENVIRONMENT], 1, 0.6)
+        raise PolymodalError(
+            f"device.env: {name} is not a known environment variable.",
+            f"Did you mean {near[0]}?" if near else "`polymodal doctor --env` lists the known ones; set others in the shell.",
+        )
+    if variable.by == "start":
+        raise PolymodalError(f"device.env: {name} is needed before the recipe is read.", f"Set it in the shell: export {name}={value}")
+    if variable.boolean:
+        if str(value).lower() not in ("true", "false", "0", "1"):
+            raise PolymodalError(f"device.env: {name} = {value!r} is neither true nor false.", f"Set it to true or false: {variable.what}.")
+        return "true" if str(value).lower() in ("true", "1") else "false"
+    text = str(int(value)) if isinstance(value, bool) else str(value)
+    if variable.values and text not in variable.values:
+        raise PolymodalError(f"device.env: {name} = {text} is not one of {', '.join(variable.values)}.", f"It means: {variable.what}.")
+    if variable.low is not None:
+        number = int(text) if text.lstrip("-").isdigit() else None
+        if number is None or number < variable.low or (variable.high is not None and number > variable.high):
+            raise PolymodalError(f"device.env: {name} = {text} is outside its range, {variable.range}.", f"It means: {variable.what}.")
+    if variable.prefix:
+        for option in text.split(","):
+            key = option.partition(":")[0].strip()
+            if key not in variable.prefix or ":" not in option:
+                near = difflib.get_close_matches(key, variable.prefix, 1, 0.5)
+                raise PolymodalError(f"device.env: {name}: the option `{option}` is not of the form name:value with a known name.", f"Did you mean {near[0]}:...?" if near else f"Known: {', '.join(variable.prefix)}.")
+    return text
+
+
+def apply_environment(section: recipe.Device, environ: Any = None) -> dict[str, str]:
+    """Check device.env and set it in `environ` (default os.environ), before torch starts. Returns what was set.
+
+    Raises PolymodalError naming the key; nothing is set then.
+    """
+    values = {name: checked_variable(name, value) for name, value in section.env.items()}
+    (os.environ if environ is None else environ).update(values)
+    return values
+
+
+CANN_ROOTS = ("/usr/local/Ascend", "/usr/local/npu", "~/Ascend")
+CANN_PARTS = ("cann", "ascend-toolkit", "ascend-toolkit/latest", "nnae", "nnae/latest", "latest")
+
+
+@dataclass(frozen=True)
+class Cann:
+    """What is found of Ascend's software: the scripts to source, and whether this shell already did."""
+
+    toolkit: Path | None
+    atb: Path | None
+    version: str | None
+    sourced: bool
+
+    @property
+    def line(self) -> str:
+        """The command that prepares a shell; "" when nothing is installed."""
+        return " && ".join(f"source {script}" for script in (self.toolkit, self.atb) if script)
+
+
+def find_cann(roots: tuple[str, ...] = CANN_ROOTS, environ: Mapping[str, str] | None = None) -> Cann:
+    """Looks for set_env.sh under ASCEND_HOME_PATH (when set) and the usual roots."""
+    environ = os.environ if environ is None else environ
+    home = environ.get("ASCEND_HOME_PATH", "")
+    bases = [Path(root).expanduser() for root in roots]
+    places = [Path(home), Path(home).parent] * bool(home) + [base / part for base in bases for part in CANN_PARTS]
+    toolkit = next((p / "set_env.sh" for p in places if (p / "set_env.sh").is_file()), None)
+    beside = [toolkit.resolve().parent.parent, toolkit.resolve().parent.parent.parent] if toolkit else []
+    atb = next((p / "nnal/atb/set_env.sh" for p in [*bases, *beside] if (p / "nnal/atb/set_env.sh").is_file()), None)
+    version = None
+    for name in ("version.cfg", "version.info", "ascend_toolkit_install.info", "compiler/version.info", "runtime/version.info"):
+        file = toolkit.parent / name if toolkit else None
+        if file is not None and file.is_file():
+            for row in file.read_text(errors="replace").splitlines():
+                key, _, value = row.partition("=")
+                if key.strip().lower() in ("version", "runtime_running_version", "toolkit_running_version"):
+                    version = value.strip().strip("[]").rpartition(":")[2] or None
+                    break
+        if version:
+            break
+    libraries = environ.get("LD_LIBRARY_PATH", "")
+    return Cann(toolkit, atb, version, bool(home) and bool(libraries) and home.rstrip("/") in libraries)
