@@ -40,6 +40,10 @@ class ModelCard:
     tasks: tuple[str, ...]  # "image-text-to-text", "video-text-to-text", ...
     blocks: tuple[str, ...]  # FSDP unit = recompute unit = compile unit = pipeline unit
     towers: Mapping[str, tuple[str, ...]]  # {"vision": ("model.visual",), ...}: freeze, lr, LoRA, balance
+    first: tuple[str, ...] = ()  # modules of the first pipeline stage: vision tower, embedding
+    last: tuple[str, ...] = ()  # modules of the last pipeline stage: final norm, head
+    sequence_plan: Mapping[str, Mapping[str | int, int]] = field(default_factory=dict)
+    """Where a sequence is cut for CP: module -> {argument name, or output index: dimension}."""
     sequence_entry: str = ""  # module where the sequence is cut for CP
     sequence_exit: str = ""  # module whose output is gathered
     tensor_plan: Mapping[str, Style] = field(default_factory=dict)
@@ -77,6 +81,13 @@ class Components:
     frozen: dict[str, nn.Module] = field(default_factory=dict)
 
 
+class Dropped(nn.Module):
+    """Stands where a module of another pipeline stage was; hands its first argument through, has no parameters."""
+
+    def forward(self, first: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return first
+
+
 class Family:
     """The calls that differ between families. One instance a run; holds the config and the card, no weights."""
 
@@ -102,6 +113,19 @@ class Family:
     def stage(self, model: nn.Module, carry: Any, batch: Batch) -> Any:
         """One pipeline stage: carry (None on the first) -> carry, or Output on the last. Without a pipeline, all."""
         raise NotImplementedError
+
+    def carry_spec(self, batch: Batch) -> dict[str, Tensor]:
+        """What travels between pipeline stages for such a batch: meta tensors in wire order, requires_grad set."""
+        raise NotImplementedError
+
+    def balance(self, weight: float | None) -> dict[str, Any]:
+        """Arguments of the objective's router term: {} without experts; weight None = the checkpoint's own."""
+        text = getattr(self.config, "text_config", self.config)
+        chosen = getattr(text, "num_experts_per_tok", 0) if getattr(text, "num_experts", 0) else 0
+        if not chosen:
+            return {}
+        own = getattr(text, "router_aux_loss_coef", 0.0)
+        return {"aux_weight": own if weight is None else weight, "experts_per_token": chosen}
 
     def generate(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Sampling, by the library's own model."""

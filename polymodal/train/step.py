@@ -6,7 +6,7 @@ plain sum and the result does not depend on how the batch was cut.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,20 +14,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from polymodal.data.sample import Batch
-from polymodal.models.card import Family
+from polymodal.models.card import Family, Output
 
 MODALITIES = ("text", "image", "video", "audio", "mixed")
 
 
-def bind(model: nn.Module, family: Family, objective: Any) -> None:
-    """Make `model(batch, inverse)` run the family's stage and the objective inside one forward.
+Finish = Callable[[Output, Batch], Any]
 
-    Must be called before the model is sharded: the head's weight is then whole while the loss uses it, and the root
-    unit's hooks see one scalar output. Parameter names stay as they are.
+
+def bind(model: nn.Module, family: Family) -> None:
+    """Make `model(batch, finish)` run the family's stage and then `finish(output, batch)` inside one forward.
+
+    Must be called before the model is sharded: the head's weight is then whole while the loss uses it. `finish` is
+    chosen per call: the loss, a validation loss, log-probabilities of a reference. It returns tensors in plain
+    containers (FSDP2 finds them there to hook the backward pass). Parameter names stay as they are.
     """
 
-    def forward(batch: Batch, inverse: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-        return objective.loss(family.stage(model, None, batch), batch, inverse)
+    def forward(batch: Batch, finish: Finish) -> Any:
+        return finish(family.stage(model, None, batch), batch)
 
     model.forward = forward  # type: ignore[method-assign]
 
@@ -66,18 +70,26 @@ class Tally:
 
 
 def forward_backward(
-    model: nn.Module, batches: Sequence[Batch], inverse: dict[str, float], device: torch.device, tally: Tally, scale: float = 1.0
+    model: nn.Module,
+    objective: Any,
+    batches: Sequence[Batch],
+    inverse: dict[str, float],
+    device: torch.device,
+    tally: Tally,
+    scale: float = 1.0,
 ) -> None:
     """Gradients of the whole step, accumulated into .grad; logs into the tally (the loss unscaled)."""
     for batch in batches:
-        loss, logs = model(batch.to(device), inverse)
+        loss, logs = model(batch.to(device), lambda output, batch: objective.loss(output, batch, inverse))
         (loss * scale if scale != 1.0 else loss).backward()
         tally.add(logs)
 
 
 @torch.no_grad()
-def forward_only(model: nn.Module, batches: Sequence[Batch], inverse: dict[str, float], device: torch.device, tally: Tally) -> None:
+def forward_only(
+    model: nn.Module, objective: Any, batches: Sequence[Batch], inverse: dict[str, float], device: torch.device, tally: Tally
+) -> None:
     """Validation: the same forward without gradients."""
     for batch in batches:
-        _, logs = model(batch.to(device), inverse)
+        _, logs = model(batch.to(device), lambda output, batch: objective.loss(output, batch, inverse))
         tally.add(logs)

@@ -78,7 +78,7 @@ class Trainer:
             lora.attach(self.model, recipe.model.lora, self.card)
         optim.freeze(self.model, recipe.train.freeze, self.card.towers)
         self.objective = LanguageObjective(recipe.train.loss, **self.family.balance(recipe.train.router_aux_loss))
-        bind(self.model, self.family, self.objective)
+        bind(self.model, self.family)
         apply(self.model, self.card, self.mesh, recipe)
         if recipe.model.init == "random":
             weights.initialise(self.model, self.family, recipe.train.seed, self.device)
@@ -223,7 +223,7 @@ class Trainer:
         batches = self.objective.prepare(None, batch.micro_batches)
         inverse = inverse_weights(self.objective, batches, self.loss_group)
         tally = Tally(("samples", "seqtokens", "media", "flops", "stop", "wait"))
-        forward_backward(self.model, batches, inverse, self.device, tally, self.scaler.scale)
+        forward_backward(self.model, self.objective, batches, inverse, self.device, tally, self.scaler.scale)
         stats = batch.stats
         tally.add({
             "samples": stats["samples"], "seqtokens": stats["tokens"], "media": stats["media"], "flops": stats.get("cost", 0.0),
@@ -302,7 +302,7 @@ class Trainer:
             for batch in loader:
                 inverse = inverse_weights(self.objective, batch.micro_batches, self.loss_group)
                 part = Tally()
-                forward_only(self.model, batch.micro_batches, inverse, self.device, part)
+                forward_only(self.model, self.objective, batch.micro_batches, inverse, self.device, part)
                 terms = part.total(self.loss_group)
                 share = 1.0 / inverse["text"] if inverse["text"] else 0.0
                 loss += terms["loss"] * share
