@@ -1,0 +1,152 @@
+"""A whole model on a whole mesh: tensor parallelism, recompute, compilation and FSDP2, in that order.
+
+This room is the one place where a recipe's `parallel` and `train.precision` meet a model. It sees the ground floor
+and models/card.py. It works on meta or real parameters and never changes a parameter's name.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from polymodal.errors import PolymodalError
+from polymodal.models.card import ModelCard
+from polymodal.parallel import memory
+from polymodal.parallel.mesh import Mesh, ParallelSizes
+from polymodal.recipe import Recipe
+
+COMPUTE_DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "pure_bf16": torch.bfloat16}
+"""Arithmetic of the forward and backward passes by train.precision; None: that of the parameters."""
+
+
+def matching(model: nn.Module, patterns: tuple[str, ...] | list[str], what: str) -> dict[str, nn.Module]:
+    """Modules whose name fits a pattern (`*` is one dotted part), in the patterns' and then the model's order.
+
+    Raises PolymodalError naming `what` when a pattern fits nothing: a recipe's typing error, or a card's.
+    """
+    found: dict[str, nn.Module] = {}
+    modules = dict(model.named_modules())
+    for pattern in patterns:
+        expression = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
+        hits = {name: module for name, module in modules.items() if expression.fullmatch(name)}
+        if not hits:
+            raise PolymodalError(
+                f"{what}: no module of this model fits `{pattern}`.",
+                f"Its blocks are {', '.join(_block_patterns(modules))}.",
+            )
+        found |= hits
+    return found
+
+
+def _block_patterns(modules: dict[str, nn.Module]) -> list[str]:
+    lists = [
+        name for name, module in modules.items() if isinstance(module, nn.ModuleList) and len(module) > 1
+    ]
+    return [f"{name}.*" for name in lists] or ["not in lists"]
+
+
+def refuse(sizes: ParallelSizes) -> None:
+    """Raise PolymodalError for kinds of parallelism that no room here builds yet."""
+    for axis, name in (("pp", "pipeline"), ("cp", "context"), ("ep", "expert")):
+        size = getattr(sizes, axis)
+        if size > 1:
+            raise PolymodalError(
+                f"parallel.{axis} = {size}: {name} parallelism is not built yet.",
+                f"Set parallel.{axis} to 1 and use dp_replicate, dp_shard and tp.",
+            )
+
+
+def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.Module:
+    """Lay `model` out over `mesh` as `recipe.parallel` and `recipe.train.precision` say; returns the same object.
+
+    The caller has attached adapters, frozen what is not trained, and bound a forward that ends in the loss. Afterwards
+    parameters are DTensors (plain tensors when one process computes in the parameters' own precision), and gradients
+    are SUMS over all ranks that see data: the loss is to be divided by the global weight before.
+    Raises PolymodalError for a layout that this model or this version cannot have.
+    """
+    parallel, precision = recipe.parallel, recipe.train.precision
+    refuse(mesh.sizes)
+    blocks = matching(model, card.blocks, f"the card {card.name}")
+    _set_dtypes(model, precision)
+    if parallel.recompute != "none":
+        chosen = blocks
+        if parallel.recompute_blocks is not None:
+            chosen = matching(model, parallel.recompute_blocks, "parallel.recompute_blocks")
+        memory.recompute(chosen.values(), parallel.recompute)
+    if parallel.compile:
+        for block in blocks.values():
+            block.forward = torch.compile(block.forward)  # the instance's: hooks and names stay as they are
+    if mesh.fsdp_size == 1 and mesh.sizes.tp == 1 and precision in ("fp32", "pure_bf16"):
+        return model  # nothing to cut and nothing to cast
+    _shard(model, list(blocks.values()), mesh, precision, parallel.reshard_after_forward)
+    return model
+
+
+def _set_dtypes(model: nn.Module, precision: str) -> None:
+    """Frozen parameters need no float32 master: they are kept in the dtype they are computed in.
+
+    Buffers keep theirs: rotary frequencies are float32 under every precision.
+    """
+    dtype = COMPUTE_DTYPE[precision]
+    if dtype is None:
+        return
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and (precision == "pure_bf16" or not parameter.requires_grad):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _shard(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, precision: str, reshard: bool) -> None:
+    compute = COMPUTE_DTYPE[precision]
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if precision in ("fp32", "pure_bf16") else compute,
+        reduce_dtype=None if precision == "fp32" else torch.float32,
+        # FSDP2 would cast every floating input, rotary tables and timesteps too: blocks cast only their activations.
+        cast_forward_inputs=False,
+    )
+    options: dict[str, Any] = {"mesh": mesh.fsdp, "mp_policy": policy, "reshard_after_forward": reshard}
+    for block in blocks:
+        if compute is not None:
+            block.register_forward_pre_hook(_cast_activations(compute), with_kwargs=True)
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # A plain sum: the loss is divided by the global weight already, and gloo has no scaled reduction.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+            if hasattr(module, "set_reduce_scatter_unused_params"):
+                # A parameter that one rank's batch does not touch (an expert, a merger) still meets its peers.
+                module.set_reduce_scatter_unused_params(True)
+    if mesh.device_type != "cpu":
+        for this, after in zip(blocks, blocks[1:], strict=False):
+            this.set_modules_to_forward_prefetch([after])  # type: ignore[operator]
+
+
+def _cast_activations(dtype: torch.dtype) -> Any:
+    """Pre-forward hook: the stream of activations (first argument, or `hidden_states`) in the compute dtype."""
+
+    def cast(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        def to(value: Any) -> Any:
+            floating = isinstance(value, Tensor) and value.is_floating_point()
+            return value.to(dtype) if floating else value
+
+        if args:
+            args = (to(args[0]), *args[1:])
+        elif "hidden_states" in kwargs:
+            kwargs = {**kwargs, "hidden_states": to(kwargs["hidden_states"])}
+        return args, kwargs
+
+    return cast
+
+
+def last_micro_batch(model: nn.Module, last: bool) -> None:
+    """Tell a laid-out model whether the coming backward ends the global batch.
+
+    With replicas of the sharded model (HSDP) the sum over replicas then happens once a step; elsewhere no effect.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
