@@ -45,6 +45,7 @@ class Record:
     where: str  # "file.jsonl, line 12": for errors and reports
     tools: tuple[dict, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)  # id, answer, category...: not trained on
+    plain: bool = False  # pretraining text: no chat template, every token trained, end-of-text appended
 
     @property
     def media(self) -> tuple[Media, ...]:
@@ -159,7 +160,7 @@ def hole(tokens: int = 2, rows: int = 1, id: int = -1, where: str = "", broken: 
 class Span:
     """What one medium becomes in the token stream."""
 
-    ids: tuple[int, ...] | list[int]  # token ids put in place of the placeholder
+    ids: tuple[int, ...] | list[int]  # put in place of ALL tokens of `MediaProcessor.placeholder` (start and end marks too)
     patches: int  # vision patches before merging
     grid: tuple[int, int, int]  # (t, h, w) in patches
 
@@ -172,6 +173,7 @@ class MediaProcessor(Protocol):
 
     tokenizer: Any  # a transformers fast tokenizer
     rows: int  # rows of position_ids (4 with mRoPE, else 1)
+    frame_multiple: int = 2  # sampled video frames are a multiple of this (frames a temporal patch joins)
 
     def placeholder(self, kind: str) -> str:
         """Text that the chat is rendered with where a medium stands, e.g. "<|vision_start|><|image_pad|><|vision_end|>"."""
@@ -186,4 +188,4 @@ class MediaProcessor(Protocol):
         """Decoded medium (PIL image, or uint8 [F, H, W, 3] for video) -> pixel_values [P, D], grid [1, 3]."""
 
     def position_ids(self, input_ids: Tensor, kinds: Sequence[str], grids: Sequence[tuple[int, int, int]], seconds_per_grid: Sequence[float]) -> Tensor:
-        """Positions [rows, T] of one sample."""
+        """Positions [rows, T] of one sample; seconds_per_grid: seconds between temporal patches of a video, 0 for an image."""
