@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from polymodal.data.sample import Batch, Measure, MediaProcessor
@@ -114,8 +115,11 @@ class Family:
         """One pipeline stage: carry (None on the first) -> carry, or Output on the last. Without a pipeline, all."""
         raise NotImplementedError
 
-    def carry_spec(self, batch: Batch) -> dict[str, Tensor]:
-        """What travels between pipeline stages for such a batch: meta tensors in wire order, requires_grad set."""
+    def carry_spec(self, batch: Batch, layer: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What travels into block `layer` for such a batch: meta tensors in wire order, requires_grad set.
+
+        dtype: of the activations. What the batch holds or can tell need not travel: every stage has the batch.
+        """
         raise NotImplementedError
 
     def balance(self, weight: float | None) -> dict[str, Any]:

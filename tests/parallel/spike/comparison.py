@@ -1,0 +1,93 @@
+"""One process against many: the same state by name into any layout, gradients by name out of it.
+
+Toy pieces of the spike; they may touch every room but are used by tests only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from polymodal.data.sample import Batch
+from polymodal.models.card import Dropped, Family, ModelCard, Output
+from polymodal.parallel.apply import _shard
+from polymodal.parallel.mesh import Mesh, ParallelSizes
+from polymodal.train.step import bind, inverse_weights
+
+
+def mesh_of(rank: int, **sizes: int) -> Mesh:
+    full = {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, **sizes}
+    return Mesh(ParallelSizes(**full), "cpu", rank)
+
+
+def shard(model: nn.Module, card: ModelCard, mesh: Mesh, precision: str = "fp32") -> None:
+    """FSDP2 as parallel.apply does it; what lies on another pipeline stage has nothing to cut."""
+    blocks = []
+    for pattern in card.blocks:
+        expression = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
+        hits = (module for name, module in model.named_modules() if expression.fullmatch(name))
+        blocks += [module for module in hits if not isinstance(module, Dropped)]
+    _shard(model, blocks, mesh, precision, True)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Every parameter from one full state dict by its name; each rank keeps its own shard."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            whole = distribute_tensor(state[name], parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(whole.to_local())
+        else:
+            parameter.copy_(state[name])
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Whole gradients by name, of all trainable parameters that are on this rank's stage."""
+    out = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            out[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+    return out
+
+
+def worst(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, str]:
+    """Largest relative L2 error of a parameter's gradient, with its name.
+
+    Gradients that are zero in theory (the bias of a key projection) are noise: no norm below 1e-4 of the largest is
+    divided by.
+    """
+    floor = 1e-4 * max(float(grad.norm()) for grad in expected.values())
+    errors = {name: float((grad - expected[name]).norm()) / max(float(expected[name].norm()), floor) for name, grad in found.items()}
+    name = max(errors, key=errors.__getitem__)
+    return errors[name], name
+
+
+def one_process(
+    model: nn.Module, family: Family, objective: Any, batches: Sequence[Batch]
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of the global batch without any parallelism. The model is left as it was."""
+    bind(model, family)
+    inverse = inverse_weights(objective, batches, None)
+    total = 0.0
+    for batch in batches:
+        loss, _ = model(batch, lambda output, batch: objective.loss(output, batch, inverse))
+        loss.backward()
+        total += float(loss.detach())
+    found = gradients(model)
+    model.zero_grad(set_to_none=True)
+    del model.forward
+    return total, found
+
+
+def finisher(objective: Any, inverse: dict[str, float]) -> Callable[[Output, Batch], tuple[Tensor, dict]]:
+    return lambda output, batch: objective.loss(output, batch, inverse)
