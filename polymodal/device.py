@@ -210,12 +210,13 @@ class Variable:
     default: str = ""  # what counts when it is not set
     boolean: bool = False  # true/false, in the spelling the reader wants
     prefix: tuple[str, ...] = ()  # or comma-separated options `name:value` with these names
+    lead: tuple[str, ...] = ()  # or one of these, then further options after a comma
     by: str = "recipe"  # "start": read when processes are started, so the shell sets it
 
     @property
     def range(self) -> str:
-        if self.values:
-            return " | ".join(self.values)
+        if self.values or self.lead:
+            return " | ".join(self.values or self.lead)
         if self.boolean:
             return "true | false"
         if self.low is not None:
@@ -229,7 +230,7 @@ ENVIRONMENT: tuple[Variable, ...] = (
     Variable("ASCEND_GLOBAL_LOG_LEVEL", "device log: 0 debug, 1 info, 2 warning, 3 error, 4 none", ("0", "1", "2", "3", "4"), default="3"),
     Variable("TASK_QUEUE_ENABLE", "operator dispatch queue: 0 off, 1 and 2 levels of overlap", ("0", "1", "2"), default="1"),
     Variable("COMBINED_ENABLE", "join pairs of non-contiguous operators", _SWITCH, default="0"),
-    Variable("CPU_AFFINITY_CONF", "bind threads to cores: 0 off, 1 coarse, 2 fine (options may follow a comma)", default="0"),
+    Variable("CPU_AFFINITY_CONF", "bind threads to cores: 0 off, 1 coarse, 2 fine (options may follow a comma)", lead=("0", "1", "2"), default="0"),
     Variable("HCCL_CONNECT_TIMEOUT", "seconds to wait for the other devices' sockets", low=120, high=7200, default="120"),
     Variable("HCCL_EXEC_TIMEOUT", "seconds one collective may wait for the others", low=68, high=17340, default="1800"),
     Variable("HCCL_SOCKET_IFNAME", "network interface of HCCL, e.g. eth0"),
@@ -279,8 +280,8 @@ def checked_variable(name: str, value: str | int | bool) -> str:
             raise PolymodalError(f"device.env: {name} = {value!r} is neither true nor false.", f"Set it to true or false: {variable.what}.")
         return "true" if str(value).lower() in ("true", "1") else "false"
     text = str(int(value)) if isinstance(value, bool) else str(value)
-    if variable.values and text not in variable.values:
-        raise PolymodalError(f"device.env: {name} = {text} is not one of {', '.join(variable.values)}.", f"It means: {variable.what}.")
+    if (variable.values and text not in variable.values) or (variable.lead and text.partition(",")[0].strip() not in variable.lead):
+        raise PolymodalError(f"device.env: {name} = {text} is not one of {', '.join(variable.values or variable.lead)}.", f"It means: {variable.what}.")
     if variable.low is not None:
         number = int(text) if text.lstrip("-").isdigit() else None
         if number is None or number < variable.low or (variable.high is not None and number > variable.high):

@@ -9,8 +9,10 @@ class PolymodalError(Exception):
     message: what is wrong, with the file, line or key, and the cause.
     hint:    the mend, as an instruction ("set data.max_length to at least 4096").
 
-    The command line prints both without a traceback and exits with code 2.
+    The command line prints both without a traceback and exits with `code`.
     """
+
+    code = 2
 
     def __init__(self, message: str, hint: str = ""):
         super().__init__(message)

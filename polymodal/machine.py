@@ -1,0 +1,164 @@
+"""Facts about this machine that a run stands or falls with: ports, shared memory, disks, limits, clock.
+
+Ground floor: standard library only, so that `launch` (before a start) and `doctor` (on request) share it.
+Every function answers with data or raises PolymodalError with the mend; nothing here prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from polymodal.errors import PolymodalError
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def command_of(pid: int) -> str:
+    """The first words of a process's command line, "" when it cannot be seen."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return ""
+    text = " ".join(word.decode(errors="replace") for word in words if word)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _listening_inodes(port: int) -> set[str]:
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            rows = Path(table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for row in rows:
+            cells = row.split()
+            if cells[3] == "0A" and int(cells[1].rpartition(":")[2], 16) == port:  # 0A = LISTEN
+                found.add(cells[9])
+    return found
+
+
+def port_owner(port: int) -> str | None:
+    """Who listens on a TCP port of this machine: "process 4242 (python train.py)"; None when nobody is seen."""
+    inodes = _listening_inodes(port)
+    if not inodes:
+        return None
+    targets = {f"socket:[{inode}]" for inode in inodes}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            for descriptor in (entry / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if os.readlink(descriptor) in targets:
+                        command = command_of(int(entry.name))
+                        return f"process {entry.name}" + (f" ({command})" if command else "")
+    return "a process of another user or container"
+
+
+def port_free(port: int) -> bool:
+    """Whether this machine can listen on the port now."""
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+            probe.listen(1)
+        except OSError:
+            return False
+    return True
+
+
+def require_port(port: int, named: str) -> None:
+    """Raises PolymodalError when the port is taken. `named`: where its number came from, "MASTER_PORT"."""
+    if port_free(port):
+        return
+    owner = port_owner(port)
+    raise PolymodalError(
+        f"Port {port} ({named}) is in use" + (f" by {owner}." if owner else "."),
+        f"End that process, or set {named} to another port; on one machine leave it unset: a free port is chosen.",
+    )
+
+
+@dataclass(frozen=True)
+class Space:
+    """Bytes of a file system."""
+
+    path: str
+    total: int
+    free: int
+
+
+def space(path: str | os.PathLike) -> Space:
+    """Free space where `path` is, or would be made."""
+    place = Path(path).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    usage = shutil.disk_usage(place)
+    return Space(str(place), usage.total, usage.free)
+
+
+def shared_memory() -> Space | None:
+    """/dev/shm, or None on systems without it."""
+    return space("/dev/shm") if os.path.isdir("/dev/shm") else None
+
+
+def require_writable(
+    directory: str | os.PathLike, least_free: int = 256 * MIB, key: str = "checkpoint.dir"
+) -> None:
+    """Make `directory`, write a file in it and remove it again.
+
+    Raises PolymodalError when it cannot be written or has less than `least_free` bytes left.
+    """
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".write-test-") as file:
+            file.write(b"x" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise PolymodalError(
+            f"The output directory {directory} cannot be written: {error.strerror or error}.",
+            f"Set {key} to a directory that this user may write, on a disk with room.",
+        ) from None
+    left = space(directory)
+    if left.free < least_free:
+        raise PolymodalError(
+            f"The disk of {directory} has only {size(left.free)} free; at least {size(least_free)} are needed to start.",
+            f"Free some space, or set {key} to another disk.",
+        )
+
+
+def open_files() -> tuple[int, int] | None:
+    """(soft, hard) limit of open files of this process."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+def oom_kills() -> int | None:
+    """Processes that the kernel killed for memory in this control group so far; None when it does not say."""
+    for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            for line in Path(path).read_text().splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    return None

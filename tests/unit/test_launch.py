@@ -1,0 +1,452 @@
+"""Processes: what the environment says, starting them for real, and one sentence for each way to fail."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from polymodal import launch, machine, recipe, spawn
+from polymodal.errors import PolymodalError
+from polymodal.launch import Place, Start, first_host, place
+
+PREAMBLE = """
+import os, signal, sys, time
+from polymodal import launch, recipe, spawn
+from polymodal.errors import PolymodalError
+
+spawn.enter_child()
+rank = int(os.environ["RANK"])
+
+def say(*words):  # one write, so that lines of two processes never mix
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+
+def joined():
+    return launch.runtime(recipe.validate({"model": {"source": "x"}}))
+
+try:
+    BODY
+except PolymodalError as error:
+    if spawn.record(error):
+        print("error:", error, file=sys.stderr)
+    sys.exit(error.code)
+except Exception as error:
+    if not spawn.record(error):
+        sys.exit(1)
+    raise
+"""
+
+PARENT = """
+import sys
+from polymodal import launch, spawn
+sys.exit(spawn.run([sys.argv[1]], launch.place(int(sys.argv[2]))))
+"""
+
+NAMES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "NNODES",
+    "NODE_RANK",
+    "NPUS_PER_NODE",
+)
+
+
+@pytest.fixture
+def processes(tmp_path, monkeypatch, capfd):
+    """Runs a child's body in real processes from this one: (exit code, stdout, what the command line would print)."""
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def run(body: str, nproc: int = 2, seconds: float | None = None, **environ: str) -> tuple[int, str, str]:
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        try:
+            start = launch.place(nproc)
+            spawn.before_start(None, start)
+            code, said = spawn.run([child(tmp_path, body)], start, rendezvous=seconds), ""
+        except PolymodalError as error:
+            code, said = error.code, f"error: {error}\n"
+        except spawn.Stopped as stopped:
+            code, said = stopped.code, ""
+        out, err = capfd.readouterr()
+        return code, out, err + said
+
+    return run
+
+
+def child(directory, body: str) -> str:
+    path = directory / "child.py"
+    path.write_text(PREAMBLE.replace("BODY", textwrap.indent(textwrap.dedent(body), " " * 4).strip()))
+    return str(path)
+
+
+def another_launcher(directory, body: str, nproc: int, **environ: str) -> subprocess.Popen:
+    (directory / "parent.py").write_text(PARENT)
+    command = [sys.executable, str(directory / "parent.py"), child(directory, body), str(nproc)]
+    kept = {k: v for k, v in os.environ.items() if k not in NAMES}
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**kept, "OMP_NUM_THREADS": "1", **environ},
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def later(seconds: float, action) -> threading.Timer:
+    timer = threading.Timer(seconds, action)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+# ---- what the environment says ------------------------------------------------------------------------------------
+
+
+def test_alone():
+    assert place(environ={}) == Place(0, 1, 0, 1, 0, 1)
+
+
+def test_torchrun():
+    environ = {
+        "RANK": "9",
+        "WORLD_SIZE": "16",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "8",
+        "GROUP_RANK": "1",
+        "GROUP_WORLD_SIZE": "2",
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "123",
+    }
+    assert place(environ=environ) == Place(9, 16, 1, 8, 1, 2, "h", 123, "torchrun")
+    with pytest.raises(PolymodalError, match="--nproc has no meaning"):
+        place(2, environ)
+
+
+@pytest.mark.parametrize(
+    "nodelist, host",
+    [
+        ("gpu[03-05,09],login1", "gpu03"),
+        ("a,b", "a"),
+        ("node7", "node7"),
+        ("r[1,3]n[02-04]", "r1n02"),
+        ("c[001-100]-ib", "c001-ib"),
+    ],
+)
+def test_first_host(nodelist, host):
+    assert first_host(nodelist) == host
+
+
+def test_slurm():
+    environ = {
+        "SLURM_PROCID": "5",
+        "SLURM_NTASKS": "7",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "gpu[3-4]",
+        "SLURM_TASKS_PER_NODE": "4,3",
+        "SLURM_JOB_ID": "40001",
+    }
+    assert place(environ=environ) == Place(5, 7, 1, 3, 1, 2, "gpu3", 20001, "slurm")
+    # the four variables alone are enough
+    short = {k: environ[k] for k in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_NODELIST")}
+    assert place(environ=short).address == "gpu3" and place(environ=short).world == 7
+    with pytest.raises(PolymodalError, match="3 tasks on this node"):
+        place(4, environ)
+
+
+def test_slurm_one_task_a_node_starts_the_rest():
+    environ = {
+        "SLURM_PROCID": "1",
+        "SLURM_NTASKS": "2",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "1",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "gpu[3-4]",
+        "SLURM_TASKS_PER_NODE": "1(x2)",
+        "MASTER_PORT": "29511",
+    }
+    assert place(8, environ) == Start(8, 1, 2, "gpu3", 29511, "MASTER_PORT")
+
+
+def test_kubernetes_one_process_a_pod():
+    environ = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+    assert place(environ=environ) == Place(1, 4, 0, 1, 1, 4, "job-master-0", 23456, "kubernetes")
+
+
+def test_kubernetes_pod_with_several_devices():
+    environ = {
+        "RANK": "1",
+        "WORLD_SIZE": "16",
+        "PET_NPROC_PER_NODE": "8",
+        "PET_NNODES": "2",
+        "PET_NODE_RANK": "1",
+        "MASTER_ADDR": "job-master-0",
+        "MASTER_PORT": "23456",
+    }
+    assert place(environ=environ) == Start(8, 1, 2, "job-master-0", 23456, "MASTER_PORT")
+    without = {k: v for k, v in environ.items() if k not in ("PET_NNODES", "PET_NODE_RANK")}
+    assert place(environ=without) == Start(8, 1, 2, "job-master-0", 23456, "MASTER_PORT")
+
+
+def test_the_documents_scripts():
+    environ = {
+        "NPUS_PER_NODE": "8",
+        "MASTER_ADDR": "192.168.1.100",
+        "MASTER_PORT": "29501",
+        "NNODES": "2",
+        "NODE_RANK": "1",
+        "WORLD_SIZE": "16",
+    }
+    assert place(environ=environ) == Start(8, 1, 2, "192.168.1.100", 29501, "MASTER_PORT")
+    assert place(environ={**environ, "NNODES": "1", "NODE_RANK": "0"}) == Start(
+        8, 0, 1, "127.0.0.1", 29501, "MASTER_PORT"
+    )
+
+
+@pytest.mark.parametrize(
+    "environ, message",
+    [
+        ({"NNODES": "2", "NPUS_PER_NODE": "8", "MASTER_ADDR": "h"}, "NODE_RANK is not set"),
+        ({"NNODES": "2", "NPUS_PER_NODE": "8", "NODE_RANK": "0"}, "MASTER_ADDR is not set"),
+        (
+            {"NNODES": "2", "NPUS_PER_NODE": "8", "NODE_RANK": "2", "MASTER_ADDR": "h"},
+            r"NODE_RANK = 2 is outside 0\.\.1",
+        ),
+        ({"NNODES": "2"}, "nothing says how many processes"),
+        ({"NNODES": "two"}, "NNODES = 'two' is not a whole number"),
+        ({"RANK": "4", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "rank 4 of 4"),
+    ],
+)
+def test_contradictions(environ, message):
+    with pytest.raises(PolymodalError, match=message):
+        place(environ=environ)
+
+
+def test_nproc_words():
+    assert launch.default_nproc(None) is None and launch.default_nproc("3") == 3
+    assert launch.default_nproc("auto", "cpu") == 1
+    with pytest.raises(PolymodalError, match="not a number of processes"):
+        launch.default_nproc("many")
+
+
+# ---- real processes -----------------------------------------------------------------------------------------------
+
+
+def test_two_processes_meet(processes):
+    body = """
+    with joined() as rt:
+        import torch, torch.distributed as dist
+        total = torch.tensor(rt.rank + 1.0)
+        dist.all_reduce(total)
+        rt.barrier()
+        say(rt.rank, rt.world, rt.local_rank, rt.is_main, rt.device.kind, total.item())
+    assert not dist.is_initialized()
+    """
+    code, out, err = processes(body)
+    assert (code, err) == (0, "")
+    assert sorted(out.splitlines()) == ["0 2 0 True cpu 3.0", "1 2 1 False cpu 3.0"]
+
+
+def test_two_nodes_meet(processes, tmp_path):
+    common = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    body = """
+    with joined() as rt:
+        import torch, torch.distributed as dist
+        total = torch.tensor(rt.rank + 1.0)
+        dist.all_reduce(total)
+        say(rt.rank, rt.world, rt.place.node, rt.place.nodes, total.item())
+    """
+    (tmp_path / "other").mkdir()
+    other = another_launcher(tmp_path / "other", body, 1, **common, NODE_RANK="1")
+    assert processes(body, 1, **common, NODE_RANK="0") == (0, "0 2 0 2 3.0\n", "")
+    out, err = other.communicate(timeout=60)
+    assert (other.returncode, out, err) == (0, "1 2 1 2 3.0\n", "")
+
+
+def test_an_error_of_all_ranks_is_said_once(processes):
+    code, out, err = processes(
+        "raise PolymodalError('data.jsonl, line 3: no image.', 'Mend the row.')", nproc=3
+    )
+    assert (code, err) == (2, "error: data.jsonl, line 3: no image. Mend the row.\n")
+
+
+def test_the_rank_that_failed_first_speaks(processes):
+    """Rank 0 only notices that rank 1 is gone, and would else be the one that is heard."""
+    body = """
+    with joined() as rt:
+        import torch, torch.distributed as dist
+        if rank == 1:
+            raise PolymodalError('Rank one cannot go on.', 'Do this.')
+        dist.all_reduce(torch.ones(1))
+    """
+    assert processes(body) == (2, "", "error: Rank one cannot go on. Do this.\n")
+
+
+def test_exit_code_is_kept(processes):
+    assert processes("sys.exit(7 if rank else 0)") == (7, "", "")
+
+
+def test_a_killed_process_is_named(processes):
+    body = """
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+    """
+    code, out, err = processes(body)
+    assert code == 128 + 9
+    assert re.fullmatch(r"error: Rank 1 of 2 \(process \d+\) was ended by SIGKILL\. .*memory.*\n", err), err
+
+
+def test_too_little_shared_memory_is_guessed_from_the_signal(processes):
+    code, out, err = processes("if rank == 0: os.kill(os.getpid(), signal.SIGBUS)\ntime.sleep(60)")
+    assert code == 128 + 7 and "Shared memory ran out: start the container with --ipc=host" in err
+
+
+def test_a_bug_keeps_its_traceback_and_is_named(processes):
+    code, out, err = processes("if rank == 1:\n    raise ZeroDivisionError('a bug')\ntime.sleep(60)")
+    assert code == 1
+    assert err.count("Traceback (most recent call last)") == 1
+    assert re.search(
+        r"error: Rank 1 of 2 \(process \d+\) stopped: ZeroDivisionError: a bug\. Its traceback is above\.\n$",
+        err,
+    ), err
+
+
+def test_a_bug_of_all_ranks_shows_one_traceback(processes):
+    code, out, err = processes("raise ZeroDivisionError('a bug')", nproc=3)
+    assert code == 1 and err.count("Traceback (most recent call last)") == 1
+
+
+@pytest.mark.parametrize("number, after", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signals_reach_the_processes_and_their_code_comes_back(processes, tmp_path, number, after):
+    body = f"""
+    rt = launch.Runtime(launch.place(), None, 1)
+    rt.catch_signals()
+    open({str(tmp_path)!r} + f'/ready{{rank}}', 'w').close()
+    while rt.signal is None:
+        time.sleep(0.05)
+    say('saved', rt.signal.name)
+    sys.exit({after})
+    """
+
+    def send():
+        while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    later(0.1, send)
+    assert processes(body) == (after, f"saved {number.name}\n" * 2, "")
+
+
+def test_processes_that_do_not_catch_a_signal_end_by_it(processes, tmp_path):
+    def send():
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    later(0.1, send)
+    assert processes(f"open({str(tmp_path)!r} + '/ready', 'w').close()\ntime.sleep(60)", 1) == (143, "", "")
+
+
+def test_processes_end_with_their_launcher(tmp_path):
+    launcher = another_launcher(tmp_path, "say(os.getpid())\ntime.sleep(60)", 2)
+    pids = [int(launcher.stdout.readline()) for _ in range(2)]
+    launcher.kill()
+    launcher.wait()
+
+    def running(pid: int) -> bool:
+        try:
+            return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    deadline = time.time() + 10
+    while any(map(running, pids)) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not any(map(running, pids))
+
+
+def test_port_in_use_names_the_owner(processes):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        port = listener.getsockname()[1]
+        code, out, err = processes("pass", MASTER_PORT=str(port))
+    assert code == 2 and out == ""
+    assert err.startswith(f"error: Port {port} (MASTER_PORT) is in use by process {os.getpid()} (")
+
+
+def test_a_missing_node_is_said_in_one_sentence(processes):
+    port = free_port()
+    code, out, err = processes(
+        "pass", 1, 2, NNODES="2", NODE_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    assert code == 2
+    said = err.splitlines()[-1]
+    assert (
+        said.startswith(f"error: Node 1 of 2 could not meet the others at 127.0.0.1:{port} within 2 s (")
+        and "NODE_RANK" in said
+    )
+
+
+def test_unresolvable_master(processes):
+    code, out, err = processes("pass", 1, NNODES="2", NODE_RANK="1", MASTER_ADDR="no-such-host.invalid")
+    assert code == 2 and err.startswith("error: MASTER_ADDR = no-such-host.invalid cannot be resolved")
+
+
+def test_a_task_whose_others_never_come(monkeypatch):
+    here = launch.Place(1, 2, 0, 1, 1, 2, "127.0.0.1", free_port(), "slurm")
+    for name in (*NAMES, "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "0")  # put back afterwards
+    with pytest.raises(
+        PolymodalError, match="Rank 1 of 2 could not join the others at 127.0.0.1.*srun polymodal train"
+    ):
+        launch.start(recipe.validate({"model": {"source": "x"}}), rendezvous=1, here=here)
+
+
+def test_little_shared_memory_is_a_warning(monkeypatch):
+    monkeypatch.setattr(
+        machine, "shared_memory", lambda: machine.Space("/dev/shm", 64 * machine.MIB, 64 * machine.MIB)
+    )
+    (warning,) = spawn.before_start(None, Start(8))
+    assert warning.startswith("/dev/shm has 64.0 MiB free for 8 processes") and "--ipc=host" in warning
+
+
+# ---- disks --------------------------------------------------------------------------------------------------------
+
+
+def test_unwritable_output(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PolymodalError, match="cannot be written.*checkpoint.dir"):
+        machine.require_writable(tmp_path / "file" / "run")
+
+
+def test_full_output_disk(tmp_path):
+    with pytest.raises(PolymodalError, match="has only .* free; at least"):
+        machine.require_writable(tmp_path, least_free=1 << 60)
+
+
+def test_writable_leaves_nothing(tmp_path):
+    machine.require_writable(tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
