@@ -5,13 +5,20 @@ Ground floor: imports torch (late, inside functions) and the recipe's Device sec
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from polymodal.errors import PolymodalError
 
 if TYPE_CHECKING:
     import torch
+
+    from polymodal import recipe
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,178 @@
+"""The device's edge: the environment table with its ranges, Ascend's software found, devices that are not there."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from polymodal import device, recipe
+from polymodal.errors import PolymodalError
+
+
+@pytest.mark.parametrize(
+    "name, value, written",
+    [
+        ("HCCL_CONNECT_TIMEOUT", 120, "120"),
+        ("HCCL_CONNECT_TIMEOUT", "7200", "7200"),
+        ("HCCL_EXEC_TIMEOUT", 68, "68"),
+        ("HCCL_EXEC_TIMEOUT", 17340, "17340"),
+        ("ACLNN_CACHE_LIMIT", 10_000_000, "10000000"),
+        ("TASK_QUEUE_ENABLE", 2, "2"),
+        ("NPU_ASD_ENABLE", 3, "3"),
+        ("ASCEND_GLOBAL_LOG_LEVEL", 4, "4"),
+        ("ASCEND_LAUNCH_BLOCKING", True, "1"),
+        ("TOKENIZERS_PARALLELISM", False, "false"),
+        ("TOKENIZERS_PARALLELISM", "True", "true"),
+        ("CPU_AFFINITY_CONF", "1,npu_affine:1", "1,npu_affine:1"),
+        ("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True,max_split_size_mb:128", "expandable_segments:True,max_split_size_mb:128"),
+        ("CUDA_DEVICE_MAX_CONNECTIONS", 2, "2"),
+    ],
+)  # fmt: skip
+def test_documented_values_are_set(name, value, written):
+    environ: dict[str, str] = {}
+    assert device.apply_environment(recipe.Device(env={name: value}), environ) == {name: written}
+    assert environ == {name: written}
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("HCCL_CONNECT_TIMEOUT", 119, "HCCL_CONNECT_TIMEOUT = 119 is outside its range, 120 to 7,200"),
+        ("HCCL_CONNECT_TIMEOUT", 7201, "outside its range"),
+        ("HCCL_CONNECT_TIMEOUT", "soon", "HCCL_CONNECT_TIMEOUT = soon is outside its range"),
+        ("HCCL_EXEC_TIMEOUT", 67, "68 to 17,340"),
+        ("HCCL_EXEC_TIMEOUT", 17341, "68 to 17,340"),
+        ("ACLNN_CACHE_LIMIT", 0, "1 to 10,000,000"),
+        ("ACLNN_CACHE_LIMIT", 10_000_001, "1 to 10,000,000"),
+        ("TASK_QUEUE_ENABLE", 3, "TASK_QUEUE_ENABLE = 3 is not one of 0, 1, 2"),
+        ("NPU_ASD_ENABLE", 4, "not one of 0, 1, 2, 3"),
+        ("CPU_AFFINITY_CONF", "3", "not one of 0, 1, 2"),
+        ("TOKENIZERS_PARALLELISM", "yes please", "neither true nor false"),
+        ("PYTORCH_NPU_ALLOC_CONF", "expandable_segment:True", "Did you mean expandable_segments:"),
+        ("PYTORCH_NPU_ALLOC_CONF", "expandable_segments", "not of the form name:value"),
+        ("TASK_QUEUE_ENABLED", 1, "TASK_QUEUE_ENABLED is not a known environment variable. Did you mean TASK_QUEUE_ENABLE?"),
+        ("SOMETHING", 1, "polymodal doctor --env"),
+        ("MASTER_PORT", 29501, "export MASTER_PORT=29501"),
+    ],
+)  # fmt: skip
+def test_bad_values_are_refused_and_nothing_is_set(name, value, message):
+    environ: dict[str, str] = {}
+    with pytest.raises(PolymodalError) as caught:
+        device.apply_environment(recipe.Device(env={"TOKENIZERS_PARALLELISM": True, name: value}), environ)
+    assert message in str(caught.value)
+    assert environ == {}
+
+
+def test_every_documented_variable_is_in_the_table():
+    documented = [
+        "ASCEND_SLOG_PRINT_TO_STDOUT",
+        "ASCEND_GLOBAL_LOG_LEVEL",
+        "TASK_QUEUE_ENABLE",
+        "COMBINED_ENABLE",
+        "CPU_AFFINITY_CONF",
+        "HCCL_CONNECT_TIMEOUT",
+        "PYTORCH_NPU_ALLOC_CONF",
+        "HCCL_EXEC_TIMEOUT",
+        "ACLNN_CACHE_LIMIT",
+        "TOKENIZERS_PARALLELISM",
+        "MULTI_STREAM_MEMORY_REUSE",
+        "NPU_ASD_ENABLE",
+        "ASCEND_LAUNCH_BLOCKING",
+        "NPUS_PER_NODE",
+        "CUDA_DEVICE_MAX_CONNECTIONS",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "NNODES",
+        "NODE_RANK",
+    ]
+    names = [variable.name for variable in device.ENVIRONMENT]
+    assert set(documented) <= set(names) and len(set(names)) == len(names)
+    assert all(variable.what and variable.range for variable in device.ENVIRONMENT)
+
+
+def test_defaults_of_the_table_are_in_their_own_range():
+    for variable in device.ENVIRONMENT:
+        if variable.default and variable.by == "recipe":
+            assert device.checked_variable(variable.name, variable.default) == variable.default
+
+
+def install(root, part: str, version: str = "8.2.RC1"):
+    directory = root / part
+    directory.mkdir(parents=True)
+    (directory / "set_env.sh").write_text("export ASCEND_HOME_PATH=...\n")
+    (directory / "version.cfg").write_text(f"# header\nruntime_running_version=[1.2:{version}]\n")
+    return directory / "set_env.sh"
+
+
+@pytest.mark.parametrize("part", ["cann", "ascend-toolkit", "ascend-toolkit/latest", "nnae"])
+def test_cann_is_found_under_its_roots(tmp_path, part):
+    script = install(tmp_path, part)
+    atb = tmp_path / "nnal/atb"
+    atb.mkdir(parents=True)
+    (atb / "set_env.sh").write_text("")
+    cann = device.find_cann((str(tmp_path),), {})
+    assert (cann.toolkit, cann.atb, cann.version, cann.sourced) == (
+        script,
+        atb / "set_env.sh",
+        "8.2.RC1",
+        False,
+    )
+    assert cann.line == f"source {script} && source {atb / 'set_env.sh'}"
+
+
+def test_cann_is_found_by_its_own_variable_and_known_to_be_sourced(tmp_path):
+    script = install(tmp_path / "elsewhere", "ascend-toolkit/latest")
+    home = str(script.parent)
+    assert device.find_cann(("/nonexistent",), {"ASCEND_HOME_PATH": home}).toolkit == script
+    assert not device.find_cann(("/nonexistent",), {"ASCEND_HOME_PATH": home}).sourced
+    assert device.find_cann(
+        ("/nonexistent",), {"ASCEND_HOME_PATH": home, "LD_LIBRARY_PATH": f"{home}/lib64:/usr/lib"}
+    ).sourced
+
+
+def test_no_cann():
+    cann = device.find_cann(("/nonexistent",), {})
+    assert cann.toolkit is None and cann.line == ""
+
+
+def test_a_device_that_is_not_there():
+    if device.find().kind != "cpu":
+        pytest.skip("has an accelerator")
+    with pytest.raises(PolymodalError, match="torch sees cpu here.*polymodal doctor"):
+        device.find("cuda")
+    assert device.find("cpu").torch.type == "cpu" and device.count() == 1
+
+
+def test_memory_and_threads():
+    import torch
+
+    now = device.memory(device.find("cpu"))
+    assert 0 < now["now"] <= now["peak"]
+    before = torch.get_num_threads()
+    try:
+        assert device.set_threads(None, 10**6) == 1 and torch.get_num_threads() == 1
+        assert device.set_threads(2, 1) == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_random_state_comes_back():
+    import torch
+
+    state = device.rng_state()
+    first = torch.rand(4)
+    device.set_rng_state(state)
+    assert torch.equal(first, torch.rand(4))
+
+
+def test_environment_reaches_a_started_run(monkeypatch):
+    from polymodal import launch
+
+    monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "5")
+    rt = launch.start(
+        recipe.validate({"model": {"source": "x"}, "device": {"env": {"HCCL_CONNECT_TIMEOUT": 300}}}),
+        here=launch.Place(0, 1, 0, 1, 0, 1),
+    )
+    launch.stop(rt)
+    assert os.environ["HCCL_CONNECT_TIMEOUT"] == "300"
