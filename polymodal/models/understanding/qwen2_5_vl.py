@@ -1,0 +1,83 @@
+"""Qwen2.5-VL: facts, and its window attention. See qwen_vl.py for what it shares with its line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polymodal.models.card import ModelCard, Size
+from polymodal.models.understanding.qwen_vl import BLOCKS, FIRST, LAST, TEXT_PLAN, QwenVL, towers
+from polymodal.parallel import attention as house
+
+
+class Qwen25VL(QwenVL):
+    rope = "Qwen2_5_VLModel"
+
+    def geometry(self, grid: Tensor, device: torch.device) -> dict[str, Any]:
+        from transformers.vision_utils import get_vision_window_index
+
+        vision = self.config.vision_config
+        order, ends = get_vision_window_index(
+            grid, vision.spatial_merge_size, vision.window_size, vision.patch_size
+        )
+        windows = ends.diff().tolist()
+        return {
+            **super().geometry(grid, device),
+            "window_index": order.to(device, non_blocking=True),
+            "cu_window_seqlens": house.cumulative(windows, device),
+            "max_window_seqlen": max(windows),
+        }
+
+    def vision_weights(self, vision: Any) -> tuple[float, float]:
+        merged = vision.hidden_size * vision.spatial_merge_size**2
+        return 3 * vision.hidden_size * vision.intermediate_size, merged * (merged + vision.out_hidden_size)
+
+    def vision_attention(self, vision: Any) -> tuple[int, int]:
+        return len(vision.fullatt_block_indexes), (vision.window_size // vision.patch_size) ** 2
+
+
+CARD = ModelCard(
+    name="qwen2.5-vl",
+    family=Qwen25VL,
+    architectures=("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"),
+    tasks=("image-text-to-text", "video-text-to-text"),
+    blocks=BLOCKS,
+    towers=towers(),
+    first=FIRST,
+    last=LAST,
+    sequence_entry="model.language_model",
+    sequence_exit="model.language_model",
+    tensor_plan={
+        **TEXT_PLAN,
+        "model.visual.blocks.*.mlp.gate_proj": "colwise",
+        "model.visual.blocks.*.mlp.up_proj": "colwise",
+        "model.visual.blocks.*.mlp.down_proj": "rowwise",
+    },
+    embedding="model.language_model.embed_tokens",
+    sizes={
+        "3b": Size("Qwen/Qwen2.5-VL-3B-Instruct", 3.75, 36, 32, devices=8, layout={"dp_shard": -1}),
+        "7b": Size("Qwen/Qwen2.5-VL-7B-Instruct", 8.29, 28, 32, devices=8, layout={"dp_shard": -1}),
+        "32b": Size(
+            "Qwen/Qwen2.5-VL-32B-Instruct", 33.45, 64, 32, devices=16, layout={"dp_shard": -1, "tp": 4}
+        ),
+        "72b": Size(
+            "Qwen/Qwen2.5-VL-72B-Instruct", 73.41, 80, 32, devices=32, layout={"dp_shard": -1, "tp": 8}
+        ),
+    },
+    keywords=(
+        "vision-language",
+        "image understanding",
+        "video understanding",
+        "ocr",
+        "document",
+        "chart",
+        "grounding",
+        "caption",
+        "vqa",
+    ),
+    aliases=("qwen2.5vl", "qwen2_5_vl", "qwen25vl", "qwen2.5-vl"),
+    verified="tiny models of the class: logits and every gradient equal the library's, packed equals separate, file keys kept",
+    seeds=("3b", "7b", "32b", "72b"),
+)

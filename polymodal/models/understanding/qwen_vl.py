@@ -1,0 +1,275 @@
+"""The family of the Qwen VL line: what its models share in building, running and costing.
+
+Sees the ground floor and the card's types. Each model's own file holds its facts and overrides what differs.
+The architecture is transformers'; nothing of it is copied: a stage calls its tower and its language model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polymodal.data.sample import Batch, Measure, Sample
+from polymodal.models.card import Components, Dropped, Family, Output
+from polymodal.models.understanding.qwen_vl_media import QwenVLMedia
+from polymodal.parallel import attention as house
+from polymodal.recipe import Data
+
+BLOCKS = ("model.visual.blocks.*", "model.language_model.layers.*")
+FIRST = ("model.visual", "model.language_model.embed_tokens")
+LAST = ("model.language_model.norm", "lm_head")
+TEXT_PLAN = {
+    "model.language_model.layers.*.self_attn.q_proj": "colwise",
+    "model.language_model.layers.*.self_attn.k_proj": "colwise",
+    "model.language_model.layers.*.self_attn.v_proj": "colwise",
+    "model.language_model.layers.*.self_attn.o_proj": "rowwise",
+    "model.language_model.layers.*.mlp.gate_proj": "colwise",
+    "model.language_model.layers.*.mlp.up_proj": "colwise",
+    "model.language_model.layers.*.mlp.down_proj": "rowwise",
+}
+
+
+def towers(*vision: str, projector: Sequence[str] = ("merger",)) -> dict[str, tuple[str, ...]]:
+    """The three parts users freeze apart, as the described system names them: encoder, projector, language model.
+
+    The projector (the merger, with Qwen3-VL's deepstack mergers) lies inside `model.visual`, but is not `vision`.
+    """
+    return {
+        "vision": tuple(f"model.visual.{name}" for name in ("patch_embed", "blocks", *vision)),
+        "projector": tuple(f"model.visual.{name}" for name in projector),
+        "language": ("model.language_model", "lm_head"),
+    }
+
+
+class QwenVL(Family):
+    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL dense and MoE. `attention` and `experts` are the recipe's model.* choices."""
+
+    layout = "packed"
+    media: type[QwenVLMedia] = QwenVLMedia
+    rope = ""  # transformers' class that holds get_rope_index
+    attention = "auto"
+    experts = "auto"
+
+    def build(self) -> Components:
+        """The library's model on meta in float32, without cache, with the house's attention in text and vision."""
+        from transformers import AutoModelForImageTextToText
+
+        chosen = {} if self.experts == "auto" else {"experts_implementation": self.experts}
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(
+                copy.deepcopy(self.config), dtype=torch.float32, attn_implementation="sdpa", **chosen
+            )
+        house.use(model, self.attention)
+        model.config.text_config.use_cache = False
+        return Components(model.train())
+
+    def media_processor(self, data: Data) -> QwenVLMedia:
+        return self.media(self.source, self.config, self.rope, data)
+
+    def stage(
+        self, model: nn.Module, carry: Mapping[str, Tensor] | None, batch: Batch
+    ) -> dict[str, Tensor] | Output:
+        """The whole model, or a part of it whose other modules are Dropped.
+
+        carry: {"hidden_states": [1, T, D]} from the stage before, None on the first. Returns the same, or Output.
+        The vision tower runs once on all media of the batch in reading order; on a dummy picture, times zero, when
+        there are none: every rank of a sharded model must run the same modules.
+        """
+        inner = model.model
+        merged = self.merge(inner, batch) if carry is None else dict(carry)
+        packed = inner.config._attn_implementation == house.NAME
+        out = inner.language_model(
+            inputs_embeds=merged.pop("hidden_states"),
+            # the library finds packed samples in a fourth row of positions; the house's attention is told
+            position_ids=batch["position_ids"][1:] if packed else batch["position_ids"],
+            attention_mask=None,
+            use_cache=False,
+            **({"cu_seq_lens_q": batch.segments["text"]} if packed else {}),
+            **merged,
+            **self.text_arguments,
+        )
+        if isinstance(model.lm_head, Dropped):
+            return {"hidden_states": out.last_hidden_state}
+        return Output(out.last_hidden_state, model.lm_head, self.extra(out))
+
+    text_arguments: Mapping[str, Any] = {}
+
+    def extra(self, out: Any) -> dict[str, Any]:
+        """Output.extra from the language model's output."""
+        return {}
+
+    def merge(self, inner: nn.Module, batch: Batch) -> dict[str, Any]:
+        """Token embeddings with media features in their places: {"hidden_states": [1, T, D]} and more for Qwen3."""
+        ids = batch["input_ids"]
+        hidden = inner.language_model.embed_tokens(ids)
+        features, layers = self.see(inner.visual, batch)
+        features, layers = features.to(hidden.dtype), [layer.to(hidden.dtype) for layer in layers]
+        if batch.get("pixel_values") is None:
+            nothing = sum((layer.sum() for layer in layers), features.sum()) * 0.0
+            return {"hidden_states": hidden + nothing}
+        places = (ids == inner.config.image_token_id) | (ids == inner.config.video_token_id)
+        torch._assert_async(
+            (places.sum() == features.shape[0]), "media tokens and media features differ in number"
+        )
+        return {
+            "hidden_states": hidden.masked_scatter(places[..., None], features),
+            **self.deep(places, layers),
+        }
+
+    def deep(self, places: Tensor, layers: list[Tensor]) -> dict[str, Any]:
+        """Further arguments of the language model for features that enter its early layers."""
+        return {}
+
+    def see(self, visual: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """One call of the tower: features [media tokens, D], and those for the early layers (Qwen3-VL)."""
+        grid, pixels = batch.get("grid_thw"), batch.get("pixel_values")
+        device = batch["input_ids"].device
+        vision = self.config.vision_config
+        if pixels is None:
+            side = vision.spatial_merge_size
+            grid = torch.tensor([[1, side, side]])
+            width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+            pixels = torch.zeros(side * side, width, device=device)
+        grid = grid.cpu()
+        out = visual(pixels, grid_thw=grid, **self.geometry(grid, device))
+        return out.pooler_output, list(getattr(out, "deepstack_features", None) or ())
+
+    def geometry(self, grid: Tensor, device: torch.device) -> dict[str, Any]:
+        """What the tower derives from the grids [M, 3], computed on the host so that no layer waits for the device."""
+        from transformers.vision_utils import get_vision_position_ids
+
+        merge = self.config.vision_config.spatial_merge_size
+        frames = [h * w for t, h, w in grid.tolist() for _ in range(t)]
+        return {
+            "position_ids": get_vision_position_ids(grid, merge).to(device, non_blocking=True),
+            "cu_seqlens": house.cumulative(frames, device),
+            "max_seqlen": max(frames),
+        }
+
+    def cost(self, measure: Measure) -> float:
+        """Forward FLOPs: two a weight and token, plus attention. Each entry of `patches` attends to itself."""
+        text, vision = self.config.text_config, self.config.vision_config
+        width = text.hidden_size
+        head_dim = getattr(text, "head_dim", None) or width // text.num_attention_heads
+        queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+        projections = width * (2 * queries + 2 * keys)
+        layers = text.num_hidden_layers
+        flops = 2.0 * measure.tokens * (layers * projections + self.mlp_weights(text))
+        flops += 2.0 * layers * queries * float(measure.tokens) ** 2  # causal: half of 4 T^2
+        flops += 2.0 * measure.trained * width * text.vocab_size
+        block, merger = self.vision_weights(vision)
+        side = getattr(vision, "embed_dim", None) or vision.hidden_size
+        embed = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * side
+        full, window = self.vision_attention(vision)
+        for patches in measure.patches:
+            flops += 2.0 * patches * (embed + vision.depth * (4 * side * side + block))
+            flops += 2.0 * patches / vision.spatial_merge_size**2 * merger
+            flops += 4.0 * side * patches * (full * patches + (vision.depth - full) * min(window, patches))
+        return flops
+
+    def mlp_weights(self, text: Any) -> float:
+        """Weights a token meets in the feed-forward parts of all layers."""
+        return 3 * text.hidden_size * text.intermediate_size * text.num_hidden_layers
+
+    def vision_weights(self, vision: Any) -> tuple[float, float]:
+        """Weights a patch meets in one block's feed-forward part, and those a merged token meets in the mergers."""
+        raise NotImplementedError
+
+    def vision_attention(self, vision: Any) -> tuple[int, int]:
+        """Layers that attend to a whole picture, and the patches of a window in the others."""
+        return vision.depth, 0
+
+    @torch.no_grad()
+    def generate(self, model: nn.Module, prompts: Sequence[Sample], **options: Any) -> list[list[int]]:
+        """New tokens of each prompt by the library's own `generate` (its options are taken), prompts filled up left.
+
+        A prompt's tensors are a Sample's: input_ids [T], position_ids [4, T], pixel_values, grid_thw. The end token
+        is the last one returned when the answer ended by itself.
+        """
+        inputs = self.generation_inputs(prompts, next(model.parameters()).device)
+        chosen = self.generation_config()
+        chosen.update(use_cache=True, **options)
+        bound, training = (
+            model.__dict__.pop("forward", None),
+            model.training,
+        )  # training binds its own forward
+        model.eval()
+        try:
+            out = model.generate(**inputs, generation_config=chosen)
+        finally:
+            model.train(training)
+            if bound is not None:
+                model.forward = bound
+        ends = set(_listed(chosen.eos_token_id))
+        return [_until(row[inputs["input_ids"].shape[1] :].tolist(), ends) for row in out]
+
+    def generation_config(self) -> Any:
+        """The checkpoint's generation_config.json, or the config's end tokens."""
+        from pathlib import Path
+
+        from transformers import GenerationConfig
+
+        if (Path(self.source) / "generation_config.json").is_file():
+            chosen = GenerationConfig.from_pretrained(self.source)
+        else:
+            chosen = GenerationConfig.from_model_config(self.config)
+        if chosen.pad_token_id is None:
+            chosen.pad_token_id = next(iter(_listed(chosen.eos_token_id)), 0)
+        return chosen
+
+    def generation_inputs(self, prompts: Sequence[Sample], device: torch.device) -> dict[str, Tensor]:
+        """Padded arguments of the library's generate; media parted again into images and videos."""
+        longest = max(prompt.tensors["input_ids"].shape[0] for prompt in prompts)
+        pad = self.generation_config().pad_token_id
+
+        def left(tensor: Tensor, value: int) -> Tensor:
+            return nn.functional.pad(tensor, (longest - tensor.shape[-1], 0), value=value)
+
+        ids = [prompt.tensors["input_ids"] for prompt in prompts]
+        inputs = {
+            "input_ids": torch.stack([left(row, pad) for row in ids]),
+            "attention_mask": torch.stack([left(torch.ones_like(row), 0) for row in ids]),
+            "position_ids": torch.stack(
+                [left(prompt.tensors["position_ids"], 0) for prompt in prompts], dim=1
+            ),
+        }
+        media: dict[str, list[tuple[Tensor, Tensor]]] = {"image": [], "video": []}
+        for prompt in prompts:
+            for kind, pixels, grid in self.media_of(prompt):
+                media[kind].append((pixels, grid))
+        names = {
+            "image": ("pixel_values", "image_grid_thw"),
+            "video": ("pixel_values_videos", "video_grid_thw"),
+        }
+        for kind, found in media.items():
+            if found:
+                inputs[names[kind][0]] = torch.cat([pixels for pixels, _ in found])
+                inputs[names[kind][1]] = torch.stack([grid for _, grid in found])
+        return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+    def media_of(self, sample: Sample) -> list[tuple[str, Tensor, Tensor]]:
+        """(kind, pixel_values [P, D], grid [3]) of each medium in reading order; the kind is read off its tokens."""
+        if "grid_thw" not in sample.tensors:
+            return []
+        ids, merge = sample.tensors["input_ids"], self.config.vision_config.spatial_merge_size**2
+        ids = ids[(ids == self.config.image_token_id) | (ids == self.config.video_token_id)]
+        found, token, patch = [], 0, 0
+        for grid in sample.tensors["grid_thw"]:
+            patches = int(grid.prod())
+            kind = "image" if int(ids[token]) == self.config.image_token_id else "video"
+            found.append((kind, sample.tensors["pixel_values"][patch : patch + patches], grid))
+            token, patch = token + patches // merge, patch + patches
+        return found
+
+
+def _listed(value: int | Sequence[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
+
+
+def _until(ids: list[int], ends: set[int]) -> list[int]:
+    """ids up to and with the first end token."""
+    return next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids)

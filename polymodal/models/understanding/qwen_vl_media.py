@@ -1,0 +1,273 @@
+"""What the Qwen VL line makes of pictures and videos: token spans, patches and positions.
+
+Data workers hold it (it is picklable and needs no model), the family makes it. Sizes, pixels and positions are the
+library's own functions; what is here is the order in which they are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polymodal.data.sample import Media, Span
+from polymodal.errors import PolymodalError
+from polymodal.recipe import Data
+
+START, END = "<|vision_start|>", "<|vision_end|>"
+PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+
+
+class QwenVLMedia:
+    """MediaProcessor of Qwen2-VL and Qwen2.5-VL.
+
+    directory: a checkpoint with its tokenizer and processor files; config: its transformers config; rope: name of
+    the transformers class whose `get_rope_index` gives positions. data.image and data.video override the
+    checkpoint's pixel limits. Raises PolymodalError when files are missing or the limits contradict each other.
+    """
+
+    rows = 4
+
+    def __init__(self, directory: str, config: Any, rope: str, data: Data):
+        self.config = config
+        self.rope = rope
+        self.tokenizer, self.image_processor, self.video_processor = _processors(directory)
+        self.ids = {text: _id(self.tokenizer, text, directory) for text in (START, END, *PADS.values())}
+        self.image_limits = self._limits("image", self.image_processor, data.image)
+        self.video_limits = self._limits("video", self.video_processor, data.video)
+        self.fps = data.video.fps
+
+    def _limits(self, kind: str, processor: Any, asked: Any) -> tuple[int | None, int | None]:
+        """(min, max) pixels as the recipe gives them; checked against the checkpoint's where only one is given."""
+        limits = (asked.min_pixels, asked.max_pixels)
+        low, high = self._pixels_of(processor, limits)
+        if limits != (None, None) and low > high:
+            names = [
+                f"data.{kind}.{name}" if value else "the checkpoint's"
+                for name, value in zip(("min_pixels", "max_pixels"), limits, strict=True)
+            ]
+            raise PolymodalError(
+                f"{names[0]} smallest size of {low} pixels is more than {names[1]} largest of {high}.",
+                f"Set data.{kind}.min_pixels and data.{kind}.max_pixels together.",
+            )
+        return limits
+
+    @staticmethod
+    def _pixels_of(processor: Any, limits: tuple[int | None, int | None], volume: int = 1) -> tuple[int, int]:
+        low, high = limits
+        size = processor.size
+        return (
+            size["shortest_edge"] if low is None else low * volume,
+            size["longest_edge"] if high is None else high * volume,
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides spans and pixels, for cache keys. JSON-able."""
+        return {
+            "class": type(self).__name__,
+            "image": {**self.image_processor.to_dict(), "limits": self.image_limits},
+            "video": {**self.video_processor.to_dict(), "limits": self.video_limits, "fps": self.fps},
+            "ids": self.ids,
+        }
+
+    def placeholder(self, kind: str) -> str:
+        """Text of a medium before it is expanded. Raises PolymodalError for sound."""
+        if kind not in PADS:
+            raise PolymodalError(
+                f"This model reads images and videos, not {kind}.",
+                "Remove the medium or choose an omni model.",
+            )
+        return START + PADS[kind] + END
+
+    def template_content(self, part: str | Media) -> dict:
+        """One part of a message as the chat templates of the line read it."""
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
+        self.placeholder(part.kind)
+        return {"type": part.kind}
+
+    def resized(self, kind: str, height: int, width: int, frames: int = 1) -> tuple[int, int]:
+        """(height, width) in pixels after the library's resizing. Raises PolymodalError for impossible shapes."""
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+        processor = self._processor(kind)
+        low, high = self._call_limits(kind, frames)
+        try:
+            return smart_resize(height, width, processor.patch_size * processor.merge_size, low, high)
+        except (ValueError, ZeroDivisionError) as error:
+            raise PolymodalError(
+                f"The {kind} of {width} x {height} pixels cannot be used: {error}."
+            ) from None
+
+    def _processor(self, kind: str) -> Any:
+        return self.image_processor if kind == "image" else self.video_processor
+
+    def _call_limits(self, kind: str, frames: int) -> tuple[int, int]:
+        """(min, max) pixels handed to the library for one medium of so many frames."""
+        return self._pixels_of(
+            self._processor(kind), self.image_limits if kind == "image" else self.video_limits
+        )
+
+    def grid(self, kind: str, height: int, width: int, frames: int = 1) -> tuple[int, int, int]:
+        """(t, h, w) in patches; a video's frames are filled up to whole temporal patches with its last frame."""
+        processor = self._processor(kind)
+        temporal = processor.temporal_patch_size
+        frames = max(frames, temporal) if kind == "video" else 1
+        height, width = self.resized(kind, height, width, frames)
+        t = -(-frames // temporal) if kind == "video" else 1
+        return t, height // processor.patch_size, width // processor.patch_size
+
+    def span(
+        self, kind: str, height: int, width: int, frames: int = 1, seconds: Sequence[float] = ()
+    ) -> Span:
+        """Tokens and patches of a medium from its size alone."""
+        grid = self.grid(kind, height, width, frames)
+        tokens = grid[0] * grid[1] * grid[2] // self._processor(kind).merge_size ** 2
+        ids = [self.ids[START], *[self.ids[PADS[kind]]] * tokens, self.ids[END]]
+        return Span(ids, grid[0] * grid[1] * grid[2], grid)
+
+    def pixels(self, kind: str, frames: Any) -> tuple[Tensor, Tensor]:
+        """PIL image, or video frames uint8 [F, H, W, 3] -> patches [P, D] float32, grid [1, 3] int64."""
+        processor = self._processor(kind)
+        if kind == "image":
+            low, high = self._call_limits(kind, 1)
+            out = processor(
+                images=[frames], size={"shortest_edge": low, "longest_edge": high}, return_tensors="pt"
+            )
+            return out["pixel_values"], out["image_grid_thw"]
+        video = torch.as_tensor(frames)
+        missing = processor.temporal_patch_size - video.shape[0]
+        if missing > 0:
+            video = torch.cat([video, video[-1:].expand(missing, -1, -1, -1)])
+        low, high = self._call_limits(kind, video.shape[0])
+        out = processor(
+            videos=[video.permute(0, 3, 1, 2)],
+            size={"shortest_edge": low, "longest_edge": high},
+            do_sample_frames=False,
+            cap_pixels_per_frame=False,
+            return_tensors="pt",
+        )
+        return out["pixel_values_videos"], out["video_grid_thw"]
+
+    def position_ids(
+        self,
+        input_ids: Tensor,
+        kinds: Sequence[str],
+        grids: Sequence[tuple[int, int, int]],
+        seconds_per_grid: Sequence[float],
+    ) -> Tensor:
+        """Positions [4, T] int64 of one sample: its own tokens from 0, then the library's time, height, width.
+
+        kinds, grids, seconds_per_grid: one entry a medium in reading order; seconds_per_grid is the time between two
+        temporal patches of a video (any number for an image).
+        """
+        own = torch.arange(input_ids.shape[0])
+        if not kinds:
+            return own.expand(4, -1).clone()
+        import transformers
+
+        library = getattr(transformers, self.rope)
+        holder = SimpleNamespace(config=self.config)
+        holder.get_vision_position_ids = partial(library.get_vision_position_ids, holder)
+        types = (input_ids == self.ids[PADS["image"]]).int() + 2 * (
+            input_ids == self.ids[PADS["video"]]
+        ).int()
+        of = {kind: [index for index, value in enumerate(kinds) if value == kind] for kind in PADS}
+        rows = {
+            kind: torch.tensor([grids[i] for i in index]) if index else None for kind, index in of.items()
+        }
+        positions, _ = library.get_rope_index(
+            holder,
+            input_ids[None],
+            mm_token_type_ids=types[None],
+            image_grid_thw=rows["image"],
+            video_grid_thw=rows["video"],
+            second_per_grid_ts=torch.tensor([float(seconds_per_grid[i]) for i in of["video"]])
+            if of["video"]
+            else None,
+        )
+        return torch.cat([own[None], positions[:, 0]])
+
+
+class Qwen3VLMedia(QwenVLMedia):
+    """Qwen3-VL: a video is its frames, each after its time in text; pixel limits count the whole video's volume."""
+
+    def resized(self, kind: str, height: int, width: int, frames: int = 1) -> tuple[int, int]:
+        if kind == "image":
+            return super().resized(kind, height, width)
+        from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+
+        processor = self.video_processor
+        low, high = self._call_limits(kind, frames)
+        factor = processor.patch_size * processor.merge_size
+        try:
+            return smart_resize(frames, height, width, processor.temporal_patch_size, factor, low, high)
+        except (ValueError, ZeroDivisionError) as error:
+            raise PolymodalError(f"The video of {width} x {height} pixels cannot be used: {error}.") from None
+
+    def _call_limits(self, kind: str, frames: int) -> tuple[int, int]:
+        if kind == "image":
+            return super()._call_limits(kind, frames)
+        return self._pixels_of(self.video_processor, self.video_limits, volume=frames)
+
+    def span(
+        self, kind: str, height: int, width: int, frames: int = 1, seconds: Sequence[float] = ()
+    ) -> Span:
+        """As the library writes a video: each temporal patch after the mean time of its first and last frame.
+
+        The template's own start and end stay around the whole, as transformers 5 leaves them.
+        """
+        if kind == "image":
+            return super().span(kind, height, width)
+        grid = self.grid(kind, height, width, frames)
+        pads = [self.ids[PADS[kind]]] * (grid[1] * grid[2] // self.video_processor.merge_size**2)
+        ids = [self.ids[START]]
+        for time in self.times(frames, seconds):
+            ids += self.tokenizer.encode(f"<{time:.1f} seconds>", add_special_tokens=False)
+            ids += [self.ids[START], *pads, self.ids[END]]
+        return Span([*ids, self.ids[END]], grid[0] * grid[1] * grid[2], grid)
+
+    def times(self, frames: int, seconds: Sequence[float] = ()) -> list[float]:
+        """Time of each temporal patch in seconds; without `seconds` the frames are data.video.fps apart."""
+        known = list(seconds) or [index / self.fps for index in range(frames)]
+        if len(known) != frames:
+            raise ValueError(f"{frames} frames have {len(known)} times")
+        temporal = self.video_processor.temporal_patch_size
+        known += [known[-1]] * (-len(known) % temporal)
+        return [(known[i] + known[i + temporal - 1]) / 2 for i in range(0, len(known), temporal)]
+
+
+def _processors(directory: str) -> tuple[Any, Any, Any]:
+    """(tokenizer, image processor, video processor) of a checkpoint."""
+    from transformers import AutoImageProcessor, AutoTokenizer, AutoVideoProcessor
+
+    parts = []
+    for what, auto in (
+        ("tokenizer", AutoTokenizer),
+        ("image processor", AutoImageProcessor),
+        ("video processor", AutoVideoProcessor),
+    ):
+        try:
+            parts.append(auto.from_pretrained(directory, local_files_only=True))
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise PolymodalError(
+                f"The {what} of {directory} cannot be read: {reason}",
+                "Copy the checkpoint's tokenizer and preprocessor files beside its weights, or fetch it again with `polymodal download`.",
+            ) from None
+    return tuple(parts)
+
+
+def _id(tokenizer: Any, text: str, directory: str) -> int:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        raise PolymodalError(
+            f"The tokenizer of {directory} does not know the token {text}.",
+            "Take the tokenizer files of this very model.",
+        )
+    return ids[0]
