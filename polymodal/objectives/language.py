@@ -24,8 +24,9 @@ CHUNK_ELEMENTS = 1 << 25
 def token_weights(batch: Batch, weighting: Weighting) -> Tensor:
     """Weight of every token's loss before the global normalisation.
 
-    batch: packed, weights [1, T] float32. Returns [1, T] float32: w for per_token; w / sum of w in its sample for
-    per_sample; w / sum of w in the micro-batch for per_micro_batch.
+    batch: packed, weights [1, T] float32; or padded, weights [B, T], segments["text"] the rows of the flattened
+    batch. Returns the same shape: w for per_token; w / sum of w in its sample for per_sample; w / sum of w in the
+    micro-batch for per_micro_batch.
     """
     weights = batch["weights"]
     if weighting == "per_token":
@@ -34,8 +35,9 @@ def token_weights(batch: Batch, weighting: Weighting) -> Tensor:
         return weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
     lengths = batch.segments["text"].diff()
     sample = torch.repeat_interleave(torch.arange(len(lengths), device=weights.device), lengths.to(torch.int64))
-    sums = torch.zeros(len(lengths), dtype=weights.dtype, device=weights.device).index_add_(0, sample, weights[0])
-    return weights / sums.clamp_min(torch.finfo(weights.dtype).tiny)[sample]
+    sums = torch.zeros(len(lengths), dtype=weights.dtype, device=weights.device)
+    sums.index_add_(0, sample, weights.reshape(-1))
+    return weights / sums.clamp_min(torch.finfo(weights.dtype).tiny)[sample].view_as(weights)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -185,9 +187,9 @@ class LanguageObjective:
         counts, to be added over ranks; "balance": the scaled router term.
         """
         assert output.head is not None
-        weights = token_weights(batch, self.weighting)[0]
+        weights = token_weights(batch, self.weighting).reshape(-1)
         hidden = output.hidden_states.reshape(-1, output.hidden_states.shape[-1])
-        text, losses, kept = head_loss(hidden, output.head, batch["labels"][0], weights)
+        text, losses, kept = head_loss(hidden, output.head, batch["labels"].reshape(-1), weights)
         loss = text * inverse["text"]
         logs = {"loss": loss.detach()}
         logs.update(_by_modality(batch, losses, kept))
