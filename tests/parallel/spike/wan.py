@@ -1,0 +1,199 @@
+"""A tiny Wan of the real class, flow matching, and its cut along the sequence (FSDP2 x Ulysses).
+
+Toy pieces of the spike; used by tests only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from polymodal.data.sample import Batch
+from polymodal.models.card import Family, ModelCard, Output
+from polymodal.parallel.mesh import Mesh
+from polymodal.train.step import bind, inverse_weights
+from tests.parallel.spike.comparison import fill, finisher, gradients, mesh_of, one_process, shard, state_of, worst
+
+
+class WanFamily(Family):
+    layout = "uniform"
+
+    def stage(self, model: nn.Module, carry: Any, batch: Batch) -> Output:
+        # the root unit casts nothing, so that timesteps stay float32: activations take the parameters' dtype here
+        dtype = model.patch_embedding.weight.dtype
+        latents, text = batch["noisy"].to(dtype), batch["text"].to(dtype)
+        # the class's own forward: the instance's ends in the loss
+        (prediction,) = type(model).forward(model, latents, batch["timestep"], text, return_dict=False)
+        return Output(prediction)
+
+
+CARD = ModelCard(
+    name="wan",
+    family=WanFamily,
+    architectures=("WanTransformer3DModel",),
+    tasks=("text-to-video",),
+    blocks=("blocks.*",),
+    towers={"transformer": ("",)},
+    first=("patch_embedding", "condition_embedder"),
+    last=("norm_out", "proj_out", "scale_shift_table"),
+    sequence_plan={"rope": {0: 1, 1: 1}, "blocks.0": {"hidden_states": 1}},
+    sequence_exit="proj_out",
+)
+
+
+def wan() -> tuple[nn.Module, WanFamily]:
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32, ffn_dim=32,
+        num_layers=2, cross_attn_norm=True, rope_max_seq_len=16,
+    )  # fmt: skip
+    return model, WanFamily(CARD, model.config, "wan")
+
+
+class FlowMatching:
+    """x_s = (1 - s) x + s n, target n - x, one s a sample; mean over a sample's elements, mean over samples."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def weights(self, batch: Batch) -> dict[str, float]:
+        return {"flow": float(len(batch.samples))}
+
+    def prepare(self, actors: Any, batches: Sequence[Batch]) -> list[Batch]:
+        """Noise of the full sample from (seed, sample id) alone: the same under every layout, cut only afterwards."""
+        out = []
+        for batch in batches:
+            latents = batch["latents"]
+            noise, sigma = torch.empty_like(latents), torch.empty(len(latents))
+            for row, sample in enumerate(batch.samples):
+                draw = torch.Generator().manual_seed(self.seed * 1_000_003 + sample)
+                noise[row] = torch.randn(latents[row].shape, generator=draw)
+                sigma[row] = torch.rand((), generator=draw)
+            mix = sigma.view(-1, 1, 1, 1, 1)
+            made = {"noisy": (1 - mix) * latents + mix * noise, "target": noise - latents, "timestep": sigma * 1000}
+            out.append(replace(batch, tensors={**batch.tensors, **made}))
+        return out
+
+    def loss(self, output: Output, batch: Batch, inverse: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+        error = (output.hidden_states.float() - batch["target"]).square().flatten(1).mean(dim=1)
+        loss = error.sum() * inverse["flow"]
+        return loss, {"loss": loss.detach()}
+
+
+class _Gather(torch.autograd.Function):
+    """Whole sequence on every rank; the gradient is the sum over ranks, as each of them has a share of the loss."""
+
+    @staticmethod
+    def forward(ctx, part: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.dim, ctx.group, ctx.size = dim, group, part.shape[dim]
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, part.contiguous(), group=group)
+        return torch.cat(parts, dim)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.narrow(ctx.dim, dist.get_rank(ctx.group) * ctx.size, ctx.size), None, None
+
+
+def cut_sequence(model: nn.Module, card: ModelCard, mesh: Mesh) -> None:
+    """Hooks for Ulysses: cut where the card's sequence_plan says, gather after its exit, exchange heads in attention."""
+    from diffusers import ContextParallelConfig
+    from diffusers.models._modeling_parallel import ParallelConfig
+
+    view = mesh.view("cp")
+    group, size = view.get_group(), view.size()
+    at = view.get_local_rank()
+
+    def cut(tensor: Tensor, dim: int) -> Tensor:
+        return tensor.chunk(size, dim)[at]
+
+    for name, places in card.sequence_plan.items():
+        outputs = {place: dim for place, dim in places.items() if isinstance(place, int)}
+        arguments = {place: dim for place, dim in places.items() if isinstance(place, str)}
+        module = model.get_submodule(name)
+        if outputs:
+            module.register_forward_hook(
+                lambda _, __, out, outputs=outputs: tuple(cut(t, outputs[i]) if i in outputs else t for i, t in enumerate(out))
+            )
+        if arguments:
+            (dim,) = arguments.values()  # the stream comes first, by position
+            module.register_forward_pre_hook(lambda _, args, dim=dim: (cut(args[0], dim), *args[1:]))
+    model.get_submodule(card.sequence_exit).register_forward_hook(lambda _, __, out: _Gather.apply(out, 1, group))
+    context = ContextParallelConfig(ulysses_degree=size)
+    context._ulysses_mesh, context._ulysses_local_rank = view, at
+    for block in model.blocks:
+        block.attn1.processor._parallel_config = ParallelConfig(context_parallel_config=context)
+
+
+def _batches() -> list[Batch]:
+    draw = torch.Generator().manual_seed(5)
+    axes = {"latents": ("batch", "none", "frame", "none", "none"), "text": ("batch", "sequence", "none")}
+    shapes = [(1, 4, 3, 4, 8), (2, 4, 1, 4, 4), (1, 4, 2, 4, 4), (1, 4, 3, 8, 4)]
+    made, count = [], 0
+    for shape in shapes:
+        tensors = {"latents": torch.randn(shape, generator=draw), "text": torch.randn(shape[0], 6, 16, generator=draw)}
+        made.append(Batch(tensors, axes, tuple(range(count, count + shape[0]))))
+        count += shape[0]
+    return made
+
+
+def _step(model: nn.Module, mesh: Mesh, batches: list[Batch]) -> float:
+    """Forward and backward of this rank's share, denominators over the loss group; the global loss."""
+    objective = FlowMatching(7)
+    mine = objective.prepare(None, batches[mesh.dp_rank :: mesh.sizes.dp])
+    inverse = inverse_weights(objective, mine, mesh.loss_group)
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in mine:
+        loss, _ = model(batch=batch, finish=finisher(objective, inverse))
+        loss.backward()
+        total += loss.detach()
+    dist.all_reduce(total, group=mesh.loss_group)
+    return float(total)
+
+
+def _clock_error(grads: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    clock = {name: grad for name, grad in grads.items() if "time_embedder" in name}
+    return worst(clock, {name: expected[name] for name in clock})[0]
+
+
+def wan_fsdp_ulysses(rank: int) -> dict[str, Any]:
+    """dp_shard 2 x cp 2: float32 against one process; then bf16, with timesteps kept and with timesteps rounded."""
+    torch.manual_seed(2)
+    model, family = wan()
+    state = state_of(model)
+    objective = FlowMatching(7)
+    loss, grads = one_process(model, family, objective, objective.prepare(None, _batches()))
+
+    mesh = mesh_of(rank, dp_shard=2, cp=2)
+    bind(model, family)
+    cut_sequence(model, CARD, mesh)
+    shard(model, CARD, mesh)
+    fill(model, state)
+    found = _step(model, mesh, _batches())
+    out = {"loss": abs(found - loss) / loss, "grad": worst(gradients(model), grads)}
+
+    seen: list[Tensor] = []
+    for key, rounded in (("kept", False), ("rounded", True)):
+        half, _ = wan()
+        bind(half, family)
+        cut_sequence(half, CARD, mesh)
+        clock = half.condition_embedder.timesteps_proj
+        if rounded:
+            clock.register_forward_pre_hook(lambda _, args: (args[0].to(torch.bfloat16).float(),))
+        else:
+            clock.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        shard(half, CARD, mesh, "bf16")
+        fill(half, state)
+        out[f"loss_{key}"] = abs(_step(half, mesh, _batches()) - loss) / loss
+        out[f"clock_{key}"] = _clock_error(gradients(half), grads)
+    drawn = [batch["timestep"] for batch in objective.prepare(None, _batches()[mesh.dp_rank :: 2])]
+    out["timesteps"] = all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(seen, drawn, strict=True))
+    return out
