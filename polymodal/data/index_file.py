@@ -1,0 +1,212 @@
+"""The file that an index of lengths is kept in: where it lies, how it is read, written and guarded.
+
+Sees the recipe and the file system. One Arrow file, named by the hash of all that the lengths depend on, written
+under a temporary name and renamed; readers map it, so the ranks of a node share one copy in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from polymodal.errors import PolymodalError
+from polymodal.recipe import Data
+
+log = logging.getLogger("polymodal.data")
+Progress = Callable[[int, int], None]
+_REMOTE = (
+    "nfs",
+    "lustre",
+    "gpfs",
+    "cifs",
+    "smb",
+    "beegfs",
+    "ceph",
+    "gluster",
+    "9p",
+    "afs",
+    "panfs",
+    "wekafs",
+    "pvfs",
+    "orangefs",
+    "fuse",
+)
+
+
+class Problem(NamedTuple):
+    """A record that cannot be read or measured."""
+
+    row: int
+    where: str  # "file.jsonl, line 12"; empty when the reason says it
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}" if self.where else self.reason
+
+
+def cache_places(data: Data) -> list[Path]:
+    """Where an index may lie: data.cache_dir alone, or beside the data, the user's cache, the temporary directory."""
+    if data.cache_dir:
+        return [Path(data.cache_dir)]
+    places = []
+    for dataset in [*data.datasets, *data.validation][:1]:
+        place = Path(dataset.path).absolute()
+        while not place.is_dir():  # a file or a pattern: the directory that is there
+            place = place.parent
+        places.append(place / ".polymodal")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return [
+        *places,
+        Path(base) / "polymodal" / "index",
+        Path(tempfile.gettempdir()) / f"polymodal-{os.getuid()}",
+    ]
+
+
+def cache_directory(data: Data, mounts: str = "/proc/mounts") -> Path:
+    """Where a new index goes: the first place that can be written and is not on a network mount; it is created."""
+    cause = ""
+    for place in cache_places(data):
+        if not data.cache_dir and is_remote(place, mounts):
+            continue
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(
+                dir=place
+            ):  # os.access is silent about read-only mounts and full quotas
+                return place
+        except OSError as error:
+            cause = error.strerror or str(error)
+    if data.cache_dir:
+        raise PolymodalError(
+            f"data.cache_dir = {data.cache_dir} cannot be written: {cause}.",
+            "Name a directory that this user may write, or remove the key.",
+        )
+    raise PolymodalError(
+        "No directory for the index of lengths: the data's own, the user's cache and the temporary directory are all read-only, remote or full.",
+        "Set data.cache_dir to a directory that can be written.",
+    )
+
+
+def is_remote(path: Path, mounts: str = "/proc/mounts") -> bool:
+    """Whether the path lies on a network file system, by the type of the deepest mount above it."""
+    try:
+        lines = Path(mounts).read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    real = os.path.realpath(path)
+    best, kind = "", ""
+    for fields in (line.split() for line in lines):
+        if len(fields) < 3:
+            continue
+        point = fields[1].encode().decode("unicode_escape")  # spaces are written \040
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, fields[2]
+    return kind.lower() != "fuseblk" and kind.lower().startswith(
+        _REMOTE
+    )  # fuseblk: a local disk (ntfs, exfat)
+
+
+def checksum(columns: dict[str, np.ndarray]) -> int:
+    value = 0
+    for name in sorted(columns):
+        value = zlib.crc32(memoryview(np.ascontiguousarray(columns[name])).cast("B"), value)
+    return value
+
+
+def write(path: Path, key: str, columns: dict[str, np.ndarray], problems: list[Problem]) -> None:
+    """One Arrow file, each column a list of one value: columns of any length, all mapped without a copy."""
+    import pyarrow as pa
+
+    arrays = [
+        pa.LargeListArray.from_arrays(pa.array([0, len(c)], pa.int64()), pa.array(c))
+        for c in columns.values()
+    ]
+    about = {"key": key, "checksum": str(checksum(columns)), "problems": json.dumps(problems)}
+    batch = pa.record_batch(arrays, names=list(columns)).replace_schema_metadata(about)
+    handle, name = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+            writer.write_batch(batch)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:  # a full disk must not stop a run that holds the figures
+        log.warning(
+            "The index of lengths could not be kept at %s (%s); it will be measured again.",
+            path,
+            error.strerror,
+        )
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def read(path: Path, key: str) -> tuple[dict[str, np.ndarray], list[Problem]] | None:
+    """The cached figures, mapped; None when there are none or they are not whole."""
+    import pyarrow as pa
+
+    if not path.exists():
+        return None
+    try:
+        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        about = {k.decode(): v.decode() for k, v in (batch.schema.metadata or {}).items()}
+        columns = {
+            name: batch.column(name).values.to_numpy(zero_copy_only=True) for name in batch.schema.names
+        }
+        if about["key"] == key and int(about["checksum"]) == checksum(columns):
+            return columns, [Problem(*p) for p in json.loads(about["problems"])]
+    except (pa.ArrowException, OSError, KeyError, ValueError, IndexError, TypeError):
+        pass
+    log.warning("The cached index %s is not whole: lengths are measured again.", path)
+    return None
+
+
+@contextlib.contextmanager
+def lock(path: Path, report: Progress) -> Iterator[Progress]:
+    """One measuring process a directory; the others wait and show its progress, which it writes into the lock file."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with contextlib.suppress(ValueError, KeyError):
+                state = json.loads(os.pread(handle, 1000, 0))
+                report(state["done"], state["total"])
+            os.close(handle)
+            time.sleep(0.2)
+            continue
+        except (
+            OSError
+        ):  # a file system without locks: measuring twice is harmless, the file is replaced whole
+            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(handle).st_ino == os.stat(path).st_ino:
+                break
+        os.close(handle)  # its last holder removed it while we waited
+    told = [0.0]
+
+    def publish(done: int, total: int) -> None:
+        report(done, total)
+        if time.monotonic() - told[0] > 0.5:
+            told[0] = time.monotonic()
+            state = {"done": done, "total": total, "pid": os.getpid(), "host": socket.gethostname()}
+            os.pwrite(handle, json.dumps(state).ljust(200).encode(), 0)
+
+    try:
+        yield publish
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        os.close(handle)
