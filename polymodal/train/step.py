@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from polymodal.data.sample import Batch
 from polymodal.models.card import Family, Output
+from polymodal.parallel.apply import last_micro_batch
 
 MODALITIES = ("text", "image", "video", "audio", "mixed")
 
@@ -79,7 +80,8 @@ def forward_backward(
     scale: float = 1.0,
 ) -> None:
     """Gradients of the whole step, accumulated into .grad; logs into the tally (the loss unscaled)."""
-    for batch in batches:
+    for i, batch in enumerate(batches):
+        last_micro_batch(model, i == len(batches) - 1)
         loss, logs = model(batch.to(device), lambda output, batch: objective.loss(output, batch, inverse))
         (loss * scale if scale != 1.0 else loss).backward()
         tally.add(logs)

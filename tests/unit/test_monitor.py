@@ -1,0 +1,87 @@
+"""Guards stop or skip, metrics are one curve after a resume, traces are written when asked in a live run."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from polymodal import device
+from polymodal.errors import PolymodalError
+from polymodal.recipe import LossGuard, Monitor
+from polymodal.train.monitor import Guard, Metrics, Profiler
+
+
+def test_nan_stops_with_the_last_losses():
+    guard = Guard(LossGuard(), scaled=False)
+    assert guard.accept(1, 2.5, 1.0) == (True, "")
+    with pytest.raises(PolymodalError, match="Step 2: loss nan, gradient norm 1.0; the last losses were 2.5, nan") as error:
+        guard.accept(2, math.nan, 1.0)
+    assert "train.guard.nan" in error.value.hint
+
+
+def test_nan_is_skipped_by_choice_but_not_for_ever():
+    guard = Guard(LossGuard(nan="skip", max_skips=3), scaled=False)
+    assert guard.accept(1, math.nan, 1.0)[0] is False
+    assert guard.accept(2, 1.0, 1.0)[0] is True
+    guard.accept(3, 1.0, math.inf)
+    guard.accept(4, 1.0, math.inf)
+    with pytest.raises(PolymodalError, match="3 steps in a row were skipped"):
+        guard.accept(5, 1.0, math.inf)
+
+
+def test_fp16_overflow_is_skipped_not_fatal():
+    assert Guard(LossGuard(), scaled=True).accept(1, 1.0, math.inf)[0] is False
+
+
+def test_spike_is_measured_against_the_running_mean():
+    guard = Guard(LossGuard(spike=5.0), scaled=False)
+    for i in range(5):
+        assert guard.accept(i, 1.0, 1.0)[0]
+    applied, why = guard.accept(6, 1.0, 20.0)
+    assert not applied and "over 5.0 x its mean 1" in why
+    assert guard.mean == pytest.approx(1.0)
+
+
+def test_metrics_forget_what_a_resume_does_again(tmp_path):
+    metrics = Metrics(tmp_path, Monitor(trackers=[]), "run", {})
+    for step in range(1, 6):
+        metrics.log(step, {"loss": 1.0 / step})
+    metrics.forget_after(3)
+    metrics.log(4, {"loss": 9.0})
+    metrics.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == [1, 2, 3, 4] and lines[-1]["loss"] == 9.0
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = Metrics(tmp_path, Monitor(trackers=["tensorboard"]), "run", {})
+    metrics.log(1, {"loss": 0.5, "bad": math.nan, "text": "no"})
+    metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] == ["loss"] and events.Scalars("loss")[0].value == 0.5
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
+def test_a_tracker_that_is_not_installed_is_said(tmp_path, tracker):
+    import importlib.util
+
+    if importlib.util.find_spec(tracker):
+        pytest.skip(f"{tracker} is installed here")
+    with pytest.raises(PolymodalError, match=f"names {tracker}, which is not installed"):
+        Metrics(tmp_path, Monitor(trackers=[tracker]), "run", {})
+
+
+def test_a_live_run_is_traced_on_request(tmp_path):
+    profiler = Profiler(tmp_path, None, 0, device.find("cpu"))
+    (tmp_path / Profiler.REQUEST).write_text(json.dumps({"steps": 2, "ranks": [0]}))
+    written = None
+    for step in range(1, 5):
+        profiler.before(step)
+        torch.randn(8, 8) @ torch.randn(8, 8)
+        written = profiler.after(step) or written
+    assert written is not None and written.name == "steps-1-2-rank-0.json"
+    assert json.loads(written.read_text())["traceEvents"]
+    assert not (tmp_path / Profiler.REQUEST).exists()
