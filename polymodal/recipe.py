@@ -1,24 +1,24 @@
 """The recipe: one typed, documented, closed schema for everything a run does.
 
-Ground floor: imports pydantic and yaml only (never torch), so that `polymodal --help` stays fast.
-`load` reads YAML with `base:`, applies `a.b=c` overrides, and turns every mistake into one sentence with
-the file, the line and the nearest known name.
+Ground floor: imports pydantic and yaml only (never torch), so that `polymodal --help` stays fast. Reading the YAML
+with its lines, and saying what is wrong with it, is `recipe_file`'s work.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from polymodal.errors import PolymodalError
+from polymodal import recipe_file
 
 
 class Section(BaseModel):
+    """A section of the recipe: closed (no unknown keys), checked on assignment, every key documented."""
+
     model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
 
 
@@ -154,7 +154,9 @@ class Data(Section):
     on_error: Literal["skip", "fail"] = "fail"
     """A broken row or file: report it and go on, or stop. It is never replaced by another."""
     image: Image = Image()
+    """Sizes of pictures."""
     video: Video = Video()
+    """Frames and sizes of videos."""
     chat_template: str | None = None
     """File with a Jinja chat template (default: the checkpoint's)."""
     template_kwargs: dict[str, Any] = {}
@@ -231,6 +233,7 @@ class Train(Section):
     deterministic: bool = False
     """Deterministic kernels; slower."""
     guard: LossGuard = LossGuard()
+    """What to do with a loss that is not a number, and with spikes."""
 
 
 class Schedule(Section):
@@ -260,23 +263,27 @@ class Optim(Section):
     """Optimizer; muon takes the blocks' 2-D weights and leaves the rest to adamw."""
     lr: Annotated[float, Field(ge=0)] = 1e-5
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """AdamW: decay of the running means of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW: added to the denominator."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay; biases and norms never decay."""
     muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Muon: decay of the running mean of the gradient."""
     muon_steps: Annotated[int, Field(ge=1)] = 5
     """Newton-Schulz iterations."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest gradient norm; null = no clipping."""
     schedule: Schedule = Schedule()
+    """How the learning rate goes over the run."""
     groups: list[Group] = []
     """Own learning rate and weight decay by tower or pattern; the first match counts."""
 
 
 class Checkpoint(Section):
     dir: str = "runs/{name}"
-    """Directory of the run: checkpoints, metrics, resolved recipe."""
+    """Directory of the run: checkpoints, metrics, resolved recipe. {name} stands for the run's name."""
     every: Annotated[int, Field(ge=0)] = 500
     """Steps between checkpoints; 0 = only at the end."""
     keep: Annotated[int, Field(ge=1)] = 2
@@ -291,6 +298,15 @@ class Checkpoint(Section):
     """Start from the weights of another run, checkpoint or export, with a fresh optimizer."""
     export: bool = False
     """Export to the hub format at the end, into <dir>/export."""
+
+    @field_validator("dir")
+    @classmethod
+    def _only_name(cls, value: str) -> str:
+        try:
+            value.format(name="x")
+        except (KeyError, IndexError, ValueError):
+            raise ValueError("the only placeholder is {name}; write other braces twice") from None
+        return value
 
 
 class Profile(Section):
@@ -339,192 +355,27 @@ class Recipe(Section):
     name: str = "run"
     """Name of the run."""
     model: Model
+    """What is trained."""
     data: Data = Data()
+    """What it learns from."""
     parallel: Parallel = Parallel()
+    """How the work is spread over processes."""
     train: Train = Train()
+    """Length, batch, precision, loss."""
     optim: Optim = Optim()
+    """Optimizer, learning rates, clipping."""
     checkpoint: Checkpoint = Checkpoint()
+    """What is kept, and where from a run starts."""
     monitor: Monitor = Monitor()
+    """What a run tells."""
     evaluate: Evaluate = Evaluate()
+    """Validation loss during training."""
     device: Device = Device()
+    """Accelerator, threads, environment variables."""
 
     @property
     def run_dir(self) -> Path:
         return Path(self.checkpoint.dir.format(name=self.name))
-
-
-class _Positions(dict):
-    """A mapping of dotted key -> (file, line) filled while YAML is read."""
-
-
-def _compose(path: Path) -> tuple[dict, dict[str, tuple[str, int]]]:
-    """YAML file -> (plain data, {dotted key: (file, line)})."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise PolymodalError(f"The recipe {path} does not exist.", "Check the path, or write one with `polymodal init MODEL`.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolymodalError(f"The recipe {path} cannot be read: {error}.") from None
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark else str(path)
-        raise PolymodalError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}.") from None
-    places: dict[str, tuple[str, int]] = {}
-
-    def walk(node, prefix):
-        if isinstance(node, yaml.MappingNode):
-            seen = set()
-            for key, value in node.value:
-                name = f"{prefix}{key.value}"
-                if name in seen:
-                    raise PolymodalError(f"{path}, line {key.start_mark.line + 1}: `{name}` is given twice.", "Remove one of them.")
-                seen.add(name)
-                places[name] = (str(path), key.start_mark.line + 1)
-                walk(value, name + ".")
-        elif isinstance(node, yaml.SequenceNode):
-            for i, value in enumerate(node.value):
-                places[f"{prefix}{i}"] = (str(path), value.start_mark.line + 1)
-                walk(value, f"{prefix}{i}.")
-
-    if node is not None:
-        walk(node, "")
-    if data is None:
-        data = {}
-    if not isinstance(data, dict):
-        raise PolymodalError(f"{path}: a recipe is a mapping of sections, this file holds a {type(data).__name__}.")
-    return data, places
-
-
-def _merge(base: dict, over: dict, path: tuple = ()) -> dict:
-    out = dict(base)
-    for key, value in over.items():
-        free = path in {("model", "config"), ("device", "env"), ("data", "template_kwargs")}
-        if isinstance(value, dict) and isinstance(out.get(key), dict) and not free:
-            out[key] = _merge(out[key], value, (*path, key))
-        else:
-            out[key] = value
-    return out
-
-
-def _read(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict, dict]:
-    path = path.resolve() if not chain else path
-    if path in chain:
-        raise PolymodalError(f"{path}: `base:` goes in a circle ({' -> '.join(p.name for p in (*chain, path))}).")
-    data, places = _compose(path)
-    base = data.pop("base", None)
-    if base is None:
-        return data, places
-    merged: dict = {}
-    merged_places: dict = {}
-    for name in [base] if isinstance(base, str) else base:
-        child, child_places = _read((path.parent / name).resolve(), (*chain, path))
-        merged = _merge(merged, child)
-        merged_places.update(child_places)
-    merged_places.update(places)
-    return _merge(merged, data), merged_places
-
-
-def _override(data: dict, places: dict, text: str) -> None:
-    key, sep, value = text.partition("=")
-    key = key.strip().lstrip("-")
-    if not sep or not key:
-        raise PolymodalError(f"The override `{text}` is not of the form a.b=c.")
-    try:
-        parsed = yaml.safe_load(value) if value else None
-    except yaml.YAMLError:
-        parsed = value
-    if isinstance(parsed, str):  # YAML 1.1 reads 1e-5 as text
-        try:
-            parsed = float(parsed)
-        except ValueError:
-            parsed = value
-    target: Any = data
-    parts = key.split(".")
-    for i, part in enumerate(parts[:-1]):
-        if parts[:i] in (["model", "config"], ["device", "env"], ["data", "template_kwargs"]):
-            parts = [*parts[:i], ".".join(parts[i:])]  # free mappings keep dotted keys
-            break
-        if isinstance(target, list):
-            if not part.isdigit() or int(part) >= len(target):
-                raise PolymodalError(f"The override `{text}`: `{'.'.join(parts[:i])}` is a list of {len(target)}, `{part}` is not one of its numbers.")
-            target = target[int(part)]
-        else:
-            if not isinstance(target.get(part), (dict, list)):
-                target[part] = {}
-            target = target[part]
-    if isinstance(target, list):
-        if not parts[-1].isdigit() or int(parts[-1]) >= len(target):
-            raise PolymodalError(f"The override `{text}`: there is no number `{parts[-1]}` in that list.")
-        target[int(parts[-1])] = parsed
-    else:
-        target[parts[-1]] = parsed
-    places[key] = (f"override `{text}`", 0)
-
-
-def _sections(annotation: Any) -> list[type[Section]]:
-    found = [annotation] if isinstance(annotation, type) and issubclass(annotation, Section) else []
-    for arg in getattr(annotation, "__args__", ()) or ():
-        found += _sections(arg)
-    return found
-
-
-def _known(location: tuple) -> list[str]:
-    """Names allowed at a dotted location (its parent section's fields)."""
-    section: type[Section] | None = Recipe
-    for part in location:
-        if isinstance(part, int) or section is None:
-            continue
-        info = section.model_fields.get(part)
-        if info is None:
-            continue
-        children = _sections(info.annotation)
-        section = children[0] if children else None
-    return list(section.model_fields) if section else []
-
-
-def all_keys(section: type[Section] = Recipe, prefix: str = "") -> list[str]:
-    """Every dotted key of the schema."""
-    keys = []
-    for name, info in section.model_fields.items():
-        keys.append(prefix + name)
-        for child in _sections(info.annotation):
-            keys += all_keys(child, f"{prefix}{name}.")
-    return keys
-
-
-def _explain(error: ValidationError, places: dict, path: Path | None) -> PolymodalError:
-    sentences = []
-    for item in error.errors():
-        location = tuple(p for p in item["loc"] if not (isinstance(p, str) and (p.startswith("list[") or "literal" in p or p in ("str", "int", "float", "bool"))))
-        dotted = ".".join(str(p) for p in location)
-        probe, where = dotted, None
-        while probe and where is None:
-            where = places.get(probe)
-            probe = probe.rpartition(".")[0]
-        place = f"{where[0]}, line {where[1]}" if where and where[1] else (where[0] if where else str(path or "recipe"))
-        if item["type"] == "extra_forbidden":
-            name = str(location[-1])
-            near = difflib.get_close_matches(name, _known(location[:-1]), 1, 0.5)
-            elsewhere = [k for k in all_keys() if k.rpartition(".")[2] == name]
-            if near:
-                mend = f"Did you mean `{'.'.join([*map(str, location[:-1]), near[0]])}`?"
-            elif elsewhere:
-                mend = f"Did you mean `{elsewhere[0]}`?"
-            else:
-                mend = f"Known keys here: {', '.join(_known(location[:-1])) or 'none'}."
-            sentences.append((f"{place}: unknown key `{dotted}`.", mend))
-        elif item["type"] == "missing":
-            sentences.append((f"{place}: the key `{dotted}` is missing.", "Add it."))
-        else:
-            value = item.get("input")
-            sentences.append((f"{place}: `{dotted}` = {value!r}: {item['msg'][0].lower() + item['msg'][1:]}.", ""))
-    seen = list(dict.fromkeys(sentences))
-    if len(seen) == 1:
-        return PolymodalError(*seen[0])
-    return PolymodalError("\n".join(f"{m} {h}".strip() for m, h in seen))
 
 
 def load(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -534,9 +385,9 @@ def load(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -
     Raises PolymodalError with file, line and the nearest known name.
     """
     path = Path(path)
-    data, places = _read(path)
+    data, places = recipe_file.read(path)
     for text in overrides:
-        _override(data, places, text)
+        recipe_file.override(data, places, text)
     return validate(data, places, path)
 
 
@@ -545,7 +396,7 @@ def validate(data: dict, places: dict | None = None, path: Path | None = None) -
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise _explain(error, places or {}, path) from None
+        raise recipe_file.explain(error, Recipe, places or {}, path) from None
 
 
 def dump(recipe: Recipe) -> str:
@@ -553,8 +404,17 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def all_keys() -> list[str]:
+    """Every dotted key of the schema."""
+    return recipe_file.keys(Recipe)
+
+
 def schema() -> dict:
     """JSON schema of a recipe, with every key's documentation."""
     out = Recipe.model_json_schema()
-    out["properties"] = {"base": {"description": "Recipe(s) that this one starts from, relative to this file.", "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}, **out["properties"]}
+    base = {
+        "description": "Recipe(s) that this one starts from, relative to this file.",
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+    }
+    out["properties"] = {"base": base, **out["properties"]}
     return out

@@ -49,7 +49,9 @@ def read_metrics(run: Path) -> list[dict]:
     try:
         return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except FileNotFoundError:
-        raise PolymodalError(f"{run} has no metrics.jsonl.", "Give the directory of a run (checkpoint.dir of its recipe).") from None
+        raise PolymodalError(
+            f"{run} has no metrics.jsonl.", "Give the directory of a run (checkpoint.dir of its recipe)."
+        ) from None
     except ValueError as error:
         raise PolymodalError(f"{path} is damaged: {error}.") from None
 
@@ -58,7 +60,11 @@ def curves(metrics: list[dict], resumed_at: int | None = None) -> list[Curve]:
     """Loss, throughput and memory (and validation loss, when there is one) of a run."""
 
     def points(key: str) -> list[tuple[float, float]]:
-        return [(m["step"], m[key]) for m in metrics if isinstance(m.get(key), (int, float)) and math.isfinite(m[key])]
+        return [
+            (m["step"], m[key])
+            for m in metrics
+            if isinstance(m.get(key), (int, float)) and math.isfinite(m[key])
+        ]
 
     marked = {"mark": resumed_at, "mark_text": "stopped and resumed"} if resumed_at else {}
     charts = [
@@ -100,26 +106,36 @@ def chart(curve: Curve) -> str:
         )
 
     def path(points: Sequence[tuple[float, float]]) -> str:
-        return " ".join(f"{'M' if i == 0 else 'L'}{a:.1f} {b:.1f}" for i, (a, b) in enumerate(at(*p) for p in points))
+        return " ".join(
+            f"{'M' if i == 0 else 'L'}{a:.1f} {b:.1f}" for i, (a, b) in enumerate(at(*p) for p in points)
+        )
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(curve.title)}">']
     for y in _ticks(y0, y1):
         a, b = at(x0, y)
         parts.append(f'<line class="grid" x1="{a:.1f}" x2="{WIDTH - RIGHT}" y1="{b:.1f}" y2="{b:.1f}"/>')
-        parts.append(f'<text class="tick" x="{a - 6:.1f}" y="{b + 4:.1f}" text-anchor="end">{_number(y)}</text>')
+        parts.append(
+            f'<text class="tick" x="{a - 6:.1f}" y="{b + 4:.1f}" text-anchor="end">{_number(y)}</text>'
+        )
     for x in _ticks(x0, x1, 6):
         a, b = at(x, y0)
-        parts.append(f'<text class="tick" x="{a:.1f}" y="{b + 16:.1f}" text-anchor="middle">{_number(x)}</text>')
+        parts.append(
+            f'<text class="tick" x="{a:.1f}" y="{b + 16:.1f}" text-anchor="middle">{_number(x)}</text>'
+        )
     parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">step</text>')
     if curve.mark is not None:
         a, _ = at(curve.mark, y0)
         parts.append(f'<line class="mark" x1="{a:.1f}" x2="{a:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         anchor = "end" if a > WIDTH * 0.6 else "start"
-        parts.append(f'<text class="note" x="{a + (-5 if anchor == "end" else 5):.1f}" y="{TOP + 10}" text-anchor="{anchor}">{html.escape(curve.mark_text)}</text>')
+        parts.append(
+            f'<text class="note" x="{a + (-5 if anchor == "end" else 5):.1f}" y="{TOP + 10}" text-anchor="{anchor}">{html.escape(curve.mark_text)}</text>'
+        )
     smooth = curve.smooth and len(ys) > 3 * curve.smooth
     parts.append(f'<path class="{"raw" if smooth else "line"}" d="{path(curve.points)}"/>')
     if smooth:
-        mean = [(x, sum(w) / len(w)) for i, x in enumerate(xs) for w in [ys[max(0, i - curve.smooth) : i + 1]]]
+        mean = [
+            (x, sum(w) / len(w)) for i, x in enumerate(xs) for w in [ys[max(0, i - curve.smooth) : i + 1]]
+        ]
         parts.append(f'<path class="line" d="{path(mean)}"/>')
     return "".join(parts) + "</svg>"
 
@@ -156,7 +172,14 @@ pre{background:var(--tint);border-radius:8px;padding:14px 16px;overflow-x:auto;f
 """
 
 
-def page(title: str, lead: str, numbers: dict[str, str], charts: Sequence[Curve], shown: Sequence[Shown] = (), steps: Sequence[tuple[str, str]] = ()) -> str:
+def page(
+    title: str,
+    lead: str,
+    numbers: dict[str, str],
+    charts: Sequence[Curve],
+    shown: Sequence[Shown] = (),
+    steps: Sequence[tuple[str, str]] = (),
+) -> str:
     """The whole page. steps: (what to try next, the command)."""
     out = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -165,7 +188,10 @@ def page(title: str, lead: str, numbers: dict[str, str], charts: Sequence[Curve]
     ]
     out += [f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in numbers.items()]
     out.append('</dl><h2>Training</h2><div class="charts">')
-    out += [f"<section><h3>{html.escape(c.title)} <small>{html.escape(c.unit)}</small></h3>{chart(c)}</section>" for c in charts]
+    out += [
+        f"<section><h3>{html.escape(c.title)} <small>{html.escape(c.unit)}</small></h3>{chart(c)}</section>"
+        for c in charts
+    ]
     out.append("</div>")
     if shown:
         out.append('<h2>Held-out pictures</h2><div class="pictures">' + "".join(map(_card, shown)) + "</div>")

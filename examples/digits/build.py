@@ -52,7 +52,9 @@ def picture_rows(image: str, digit: int) -> list[dict]:
 
 
 def _row(question: str, answer: str, image: str | None = None) -> dict:
-    row: dict = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    row: dict = {
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    }
     if image:
         row["images"] = [image]
     return row
@@ -73,10 +75,14 @@ def data(directory: Path, held_out: int = 297, seed: int = 0) -> tuple[Path, Pat
     for place, i in enumerate(order):
         name = f"images/{i:04d}.png"
         pixels = (255 - digits.images[i] * 255 / 16).astype("uint8")
-        Image.fromarray(pixels).resize((56, 56), Image.Resampling.BICUBIC).convert("RGB").save(directory / name)
+        Image.fromarray(pixels).resize((56, 56), Image.Resampling.BICUBIC).convert("RGB").save(
+            directory / name
+        )
         digit = int(digits.target[i])
         if place < held_out:
-            test.append({**_row(f"<image>{QUESTION}", str(digit), name), "options": [str(d) for d in range(10)]})
+            test.append(
+                {**_row(f"<image>{QUESTION}", str(digit), name), "options": [str(d) for d in range(10)]}
+            )
         else:
             train += picture_rows(name, digit)
     train += text_rows() * 4
@@ -95,12 +101,17 @@ def tokenizer(texts: list[str]):
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(split), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     turns = [f"system\nYou are a helpful assistant.\nuser\n{text}\nassistant\n" for text in texts]
-    bpe.train_from_iterator(turns, trainers.BpeTrainer(vocab_size=640, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        turns, trainers.BpeTrainer(vocab_size=640, initial_alphabet=alphabet, show_progress=False)
+    )
     bpe.add_special_tokens(SPECIALS)
     fast = Qwen2TokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=SPECIALS[1:], model_max_length=32768
@@ -141,12 +152,17 @@ def model(directory: Path, texts: list[str], seed: int = 0) -> Path:
     torch.manual_seed(seed)
     net = Qwen2_5_VLForConditionalGeneration(config)
     net.generation_config = GenerationConfig(
-        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], pad_token_id=ids["<|endoftext|>"], do_sample=False
+        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
+        pad_token_id=ids["<|endoftext|>"],
+        do_sample=False,
     )
     net.save_pretrained(directory)
     size = {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
     processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=size), tokenizer=fast, video_processor=Qwen2VLVideoProcessor(size=size), chat_template=TEMPLATE
+        image_processor=Qwen2VLImageProcessor(size=size),
+        tokenizer=fast,
+        video_processor=Qwen2VLVideoProcessor(size=size),
+        chat_template=TEMPLATE,
     )
     processor.save_pretrained(directory)
     return directory

@@ -66,13 +66,19 @@ def ask_with_transformers(export: Path, image: Path, question: str) -> str:
     model = AutoModelForImageTextToText.from_pretrained(export)
     content = [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": question}]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
     )
     new = model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
     return processor.decode(new, skip_special_tokens=True).strip()
 
 
-def report(root: Path, run: Path, result: dict, rows: list[dict], before: dict[str, str], after: dict[str, str]) -> Path:
+def report(
+    root: Path, run: Path, result: dict, rows: list[dict], before: dict[str, str], after: dict[str, str]
+) -> Path:
     from polymodal import report as pages
 
     chosen = random.Random(1).sample(range(len(rows)), min(24, len(rows)))
@@ -106,7 +112,14 @@ def report(root: Path, run: Path, result: dict, rows: list[dict], before: dict[s
         ("Train again with adapters only.", "polymodal train examples/digits/recipe.yaml --nproc 2 model.source=runs/demo/run/export model.lora.rank=8 checkpoint.dir=runs/demo/lora name=lora"),
         ("Write a recipe for a real checkpoint.", "polymodal init qwen2.5-vl --size 7b --task sft --devices 8"),
     ]  # fmt: skip
-    text = pages.page("Handwritten digits, before and after", lead, numbers, pages.curves(pages.read_metrics(run), result["resumed_at"]), shown, steps)
+    text = pages.page(
+        "Handwritten digits, before and after",
+        lead,
+        numbers,
+        pages.curves(pages.read_metrics(run), result["resumed_at"]),
+        shown,
+        steps,
+    )
     return pages.write(root / "report.html", text)
 
 
@@ -135,7 +148,9 @@ def main() -> None:
         "train", str(HERE / "recipe.yaml"), "--nproc", str(args.nproc), f"model.source={model}", f"data.datasets.0.path={train}",
         f"checkpoint.dir={run}", *args.override,
     )  # fmt: skip
-    checked = subprocess.run([*polymodal("check"), *[w for w in words[4:] if w not in ("--nproc", str(args.nproc))]], check=False)
+    checked = subprocess.run(
+        [*polymodal("check"), *[w for w in words[4:] if w not in ("--nproc", str(args.nproc))]], check=False
+    )
     if checked.returncode:
         raise SystemExit(checked.returncode)
     say(f"training on {args.nproc} processes; it will be stopped once on the way")
@@ -146,7 +161,9 @@ def main() -> None:
     say("after training")
     after = evaluate(run / "export", held_out, root / "after", args.nproc)
     said = ask_with_transformers(run / "export", root / "data" / tests[0]["images"][0], build.QUESTION)
-    print(f"plain transformers, asked about {tests[0]['images'][0]}: {said!r} (expected {tests[0]['messages'][1]['content']!r})")
+    print(
+        f"plain transformers, asked about {tests[0]['images'][0]}: {said!r} (expected {tests[0]['messages'][1]['content']!r})"
+    )
 
     summary = json.loads((run / "summary.json").read_text())
     import transformers
@@ -162,13 +179,19 @@ def main() -> None:
         "train_rows": len(rows),
         "held_out": len(tests),
         "parameters_millions": sum(p.numel() for p in config.parameters()) / 1e6,
-        "asked": {"image": tests[0]["images"][0], "answer": said, "expected": tests[0]["messages"][1]["content"]},
+        "asked": {
+            "image": tests[0]["images"][0],
+            "answer": said,
+            "expected": tests[0]["messages"][1]["content"],
+        },
     }
     page = report(root, run, result, tests, answers(root / "before"), answers(root / "after"))
     temporary = root / ".result.json.tmp"
     temporary.write_text(json.dumps(result, indent=1))
     os.replace(temporary, root / "result.json")
-    say(f"right before {result['before']:.0%}, after {result['after']:.0%}; {result['seconds'] / 60:.1f} minutes; open {page}")
+    say(
+        f"right before {result['before']:.0%}, after {result['after']:.0%}; {result['seconds'] / 60:.1f} minutes; open {page}"
+    )
 
 
 if __name__ == "__main__":

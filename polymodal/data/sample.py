@@ -127,7 +127,8 @@ def pack(samples: Sequence[Sample]) -> Batch:
         raise ValueError("a micro-batch needs at least one sample")
     lengths = [s.tensors["input_ids"].shape[0] for s in samples]
     tensors = {
-        name: torch.cat([s.tensors[name] for s in samples]).unsqueeze(0) for name in ("input_ids", "labels", "weights")
+        name: torch.cat([s.tensors[name] for s in samples]).unsqueeze(0)
+        for name in ("input_ids", "labels", "weights")
     }
     tensors["position_ids"] = torch.cat([s.tensors["position_ids"] for s in samples], dim=1).unsqueeze(1)
     for name in ("pixel_values", "grid_thw"):
@@ -140,7 +141,9 @@ def pack(samples: Sequence[Sample]) -> Batch:
     return Batch(tensors, {k: AXES[k] for k in tensors}, tuple(s.id for s in samples), {"text": cu}, groups)
 
 
-def hole(tokens: int = 2, rows: int = 1, id: int = -1, where: str = "", broken: str | None = None, token: int = 0) -> Sample:
+def hole(
+    tokens: int = 2, rows: int = 1, id: int = -1, where: str = "", broken: str | None = None, token: int = 0
+) -> Sample:
     """A sample without weight: stands for a broken row, or fills a global batch to a multiple of the ranks."""
     return Sample(
         id,
@@ -160,7 +163,9 @@ def hole(tokens: int = 2, rows: int = 1, id: int = -1, where: str = "", broken: 
 class Span:
     """What one medium becomes in the token stream."""
 
-    ids: tuple[int, ...] | list[int]  # put in place of ALL tokens of `MediaProcessor.placeholder` (start and end marks too)
+    ids: (
+        tuple[int, ...] | list[int]
+    )  # put in place of ALL tokens of `MediaProcessor.placeholder` (start and end marks too)
     patches: int  # vision patches before merging
     grid: tuple[int, int, int]  # (t, h, w) in patches
 
@@ -181,11 +186,19 @@ class MediaProcessor(Protocol):
     def template_content(self, part: str | Media) -> dict:
         """One part of a message in the form the chat template wants."""
 
-    def span(self, kind: str, height: int, width: int, frames: int = 1, seconds: Sequence[float] = ()) -> Span:
+    def span(
+        self, kind: str, height: int, width: int, frames: int = 1, seconds: Sequence[float] = ()
+    ) -> Span:
         """Tokens and patches of a medium from its size alone (pixels; `seconds`: time of each sampled frame)."""
 
     def pixels(self, kind: str, frames: Any) -> tuple[Tensor, Tensor]:
         """Decoded medium (PIL image, or uint8 [F, H, W, 3] for video) -> pixel_values [P, D], grid [1, 3]."""
 
-    def position_ids(self, input_ids: Tensor, kinds: Sequence[str], grids: Sequence[tuple[int, int, int]], seconds_per_grid: Sequence[float]) -> Tensor:
+    def position_ids(
+        self,
+        input_ids: Tensor,
+        kinds: Sequence[str],
+        grids: Sequence[tuple[int, int, int]],
+        seconds_per_grid: Sequence[float],
+    ) -> Tensor:
         """Positions [rows, T] of one sample; seconds_per_grid: seconds between temporal patches of a video, 0 for an image."""

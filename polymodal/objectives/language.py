@@ -34,7 +34,9 @@ def token_weights(batch: Batch, weighting: Weighting) -> Tensor:
     if weighting == "per_micro_batch":
         return weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
     lengths = batch.segments["text"].diff()
-    sample = torch.repeat_interleave(torch.arange(len(lengths), device=weights.device), lengths.to(torch.int64))
+    sample = torch.repeat_interleave(
+        torch.arange(len(lengths), device=weights.device), lengths.to(torch.int64)
+    )
     sums = torch.zeros(len(lengths), dtype=weights.dtype, device=weights.device)
     sums.index_add_(0, sample, weights.reshape(-1))
     return weights / sums.clamp_min(torch.finfo(weights.dtype).tiny)[sample].view_as(weights)
@@ -54,7 +56,9 @@ class _HeadLoss(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         need_bias = bias is not None and ctx.needs_input_grad[2]
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=accumulate, device=weight.device) if need_weight else None
+        grad_weight = (
+            torch.zeros(weight.shape, dtype=accumulate, device=weight.device) if need_weight else None
+        )
         grad_bias = torch.zeros(vocabulary, dtype=accumulate, device=weight.device) if need_bias else None
         losses = torch.zeros(count, dtype=accumulate, device=hidden.device)
         for start in range(0, count, rows):
@@ -109,7 +113,9 @@ class _HeadLoss(torch.autograd.Function):
         return grads[0], grads[1], grads[2], None, None, None, None, None
 
 
-def head_loss(hidden: Tensor, head: torch.nn.Module, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def head_loss(
+    hidden: Tensor, head: torch.nn.Module, labels: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted negative log-likelihood of labels under softmax(head(hidden)), in chunks of rows.
 
     hidden [T, D] (same on every rank of the head's tensor-parallel group); labels [T] int64 or IGNORE; weights [T].
@@ -132,7 +138,9 @@ def head_loss(hidden: Tensor, head: torch.nn.Module, labels: Tensor, weights: Te
     if len(keep) == 0:
         # every rank and every parameter still takes part in backward
         return (hidden[:1].sum() * 0) + weight[:1].sum() * 0, hidden.new_zeros(0), keep
-    loss, losses = _HeadLoss.apply(hidden[keep], weight, bias, labels[keep], weights[keep], offset, group, rows)
+    loss, losses = _HeadLoss.apply(
+        hidden[keep], weight, bias, labels[keep], weights[keep], offset, group, rows
+    )
     return loss, losses, keep
 
 
@@ -163,7 +171,9 @@ class LanguageObjective:
     The balance loss is declared per micro-batch: a pack's loss depends on that pack alone, a step takes their mean.
     """
 
-    def __init__(self, weighting: Weighting = "per_token", aux_weight: float = 0.0, experts_per_token: int = 0):
+    def __init__(
+        self, weighting: Weighting = "per_token", aux_weight: float = 0.0, experts_per_token: int = 0
+    ):
         self.weighting = weighting
         self.aux_weight = aux_weight
         self.experts_per_token = experts_per_token
@@ -180,7 +190,9 @@ class LanguageObjective:
         """Nothing to draw or to precompute for supervised text."""
         return batches
 
-    def loss(self, output: Output, batch: Batch, inverse: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, output: Output, batch: Batch, inverse: dict[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Scaled loss (a scalar; gradients are summed over ranks and micro-batches) and logs, sums over tokens.
 
         Logs: "loss" the scaled text term; "nll/<modality>" and "tokens/<modality>": sums of unweighted losses and

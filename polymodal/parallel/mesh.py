@@ -34,7 +34,9 @@ class ParallelSizes:
         fixed = parallel.pp * parallel.dp_replicate * parallel.cp * parallel.tp
         shard = parallel.dp_shard
         if shard == 0:
-            raise PolymodalError("parallel.dp_shard = 0 has no meaning.", "Use -1 for all remaining ranks, or a number from 1.")
+            raise PolymodalError(
+                "parallel.dp_shard = 0 has no meaning.", "Use -1 for all remaining ranks, or a number from 1."
+            )
         if shard == -1:
             if world % fixed:
                 raise PolymodalError(
@@ -48,7 +50,10 @@ class ParallelSizes:
                 "Set parallel.dp_shard to -1, or start that many processes.",
             )
         if (shard * parallel.cp * parallel.tp) % parallel.ep:
-            raise PolymodalError(f"parallel.ep = {parallel.ep} does not divide dp_shard x cp x tp = {shard * parallel.cp * parallel.tp}.", "Choose a divisor.")
+            raise PolymodalError(
+                f"parallel.ep = {parallel.ep} does not divide dp_shard x cp x tp = {shard * parallel.cp * parallel.tp}.",
+                "Choose a divisor.",
+            )
         return cls(parallel.pp, parallel.dp_replicate, shard, parallel.cp, parallel.tp, parallel.ep)
 
     @property

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,9 @@ from polymodal import __version__
 from polymodal.errors import PolymodalError
 
 STATE = "state.json"
+
+# one process is a layout like any other here
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 @dataclass
@@ -72,7 +76,10 @@ def locate(path: str | os.PathLike) -> Path:
         return path
     have = newest(path)
     if have is None:
-        raise PolymodalError(f"{path} is neither a checkpoint nor a run that has one.", "Give a run directory, or <run>/checkpoints/step-...")
+        raise PolymodalError(
+            f"{path} is neither a checkpoint nor a run that has one.",
+            "Give a run directory, or <run>/checkpoints/step-...",
+        )
     return have
 
 
@@ -101,7 +108,12 @@ def _staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         elif isinstance(value, DTensor):
             copy = value.to_local().clone()
             out[name] = DTensor.from_local(
-                copy, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+                copy,
+                value.device_mesh,
+                value.placements,
+                run_check=False,
+                shape=value.shape,
+                stride=value.stride(),
             )
         else:
             out[name] = value.clone()
@@ -133,10 +145,20 @@ class Writer:
             dist.barrier(self.group)
         try:
             if self.asynchronous:
-                future = dcp.async_save(_staged(tensors), checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None)
+                future = dcp.async_save(
+                    _staged(tensors),
+                    checkpoint_id=temporary,
+                    process_group=self.group,
+                    no_dist=self.group is None,
+                )
                 self._pending = (future, temporary, final)
             else:
-                dcp.save({k: _plain(v.detach()) for k, v in tensors.items()}, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None)
+                dcp.save(
+                    {k: _plain(v.detach()) for k, v in tensors.items()},
+                    checkpoint_id=temporary,
+                    process_group=self.group,
+                    no_dist=self.group is None,
+                )
                 self._complete(temporary, final)
         except Exception as error:
             raise self._said(error, temporary) from error
@@ -179,11 +201,20 @@ def _keys(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
     try:
         metadata = dcp.FileSystemReader(checkpoint).read_metadata()
     except Exception as error:
-        raise PolymodalError(f"The checkpoint {checkpoint} cannot be read ({type(error).__name__}: {error}).", "Use an earlier one, or checkpoint.resume: never.") from None
+        raise PolymodalError(
+            f"The checkpoint {checkpoint} cannot be read ({type(error).__name__}: {error}).",
+            "Use an earlier one, or checkpoint.resume: never.",
+        ) from None
     return {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
 
 
-def load(checkpoint: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None, *, required: Callable[[str], bool] = lambda key: True) -> None:
+def load(
+    checkpoint: Path,
+    tensors: dict[str, Tensor],
+    group: dist.ProcessGroup | None,
+    *,
+    required: Callable[[str], bool] = lambda key: True,
+) -> None:
     """Fill `tensors` in place from a checkpoint of any layout. Raises PolymodalError when keys or shapes differ."""
     have = _keys(checkpoint)
     missing = [k for k in tensors if k not in have and required(k)]
@@ -195,9 +226,16 @@ def load(checkpoint: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup 
     wrong = [k for k in tensors if k in have and tuple(have[k].size) != tuple(tensors[k].shape)]
     if wrong:
         k = wrong[0]
-        raise PolymodalError(f"The checkpoint {checkpoint} has {k} of shape {tuple(have[k].size)}, the model {tuple(tensors[k].shape)}.", "Give the model.source and model.config that the checkpoint was made with.")
+        raise PolymodalError(
+            f"The checkpoint {checkpoint} has {k} of shape {tuple(have[k].size)}, the model {tuple(tensors[k].shape)}.",
+            "Give the model.source and model.config that the checkpoint was made with.",
+        )
     wanted = {k: v for k, v in tensors.items() if k in have}
-    strided = {k: v for k, v in wanted.items() if isinstance(v, DTensor) and any(type(p).__name__ == "_StridedShard" for p in v.placements)}
+    strided = {
+        k: v
+        for k, v in wanted.items()
+        if isinstance(v, DTensor) and any(type(p).__name__ == "_StridedShard" for p in v.placements)
+    }
     targets = {k: _plain(v.detach()) if k in strided else v.detach() for k, v in wanted.items()}
     dcp.load(targets, checkpoint_id=checkpoint, process_group=group, no_dist=group is None)
     with torch.no_grad():
@@ -213,7 +251,10 @@ def read_model(checkpoint: Path, prefix: str = "model.") -> Iterator[tuple[str, 
     have = _keys(checkpoint)
     names = sorted(k for k in have if k.startswith(prefix))
     if not names:
-        raise PolymodalError(f"The checkpoint {checkpoint} holds no `{prefix[:-1]}` tensors.", "Averages exist only in runs with train.ema." if prefix == "ema." else "")
+        raise PolymodalError(
+            f"The checkpoint {checkpoint} holds no `{prefix[:-1]}` tensors.",
+            "Averages exist only in runs with train.ema." if prefix == "ema." else "",
+        )
     for key in names:
         info = have[key]
         target = {key: torch.empty(info.size, dtype=info.properties.dtype)}

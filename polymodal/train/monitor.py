@@ -32,7 +32,11 @@ class Metrics:
     def forget_after(self, step: int) -> None:
         """Drop lines after a resumed step, so that the file is one curve."""
         self._file.close()
-        kept = [line for line in self.path.read_text().splitlines() if line and json.loads(line).get("step", 0) <= step]
+        kept = [
+            line
+            for line in self.path.read_text().splitlines()
+            if line and json.loads(line).get("step", 0) <= step
+        ]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept))
         temporary.replace(self.path)
@@ -70,12 +74,17 @@ def _needs(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise PolymodalError(f"monitor.trackers names {module}, which is not installed.", f"Run `pip install polymodal[{module}]`, or remove it.") from None
+        raise PolymodalError(
+            f"monitor.trackers names {module}, which is not installed.",
+            f"Run `pip install polymodal[{module}]`, or remove it.",
+        ) from None
 
 
 class _Wandb:
     def __init__(self, run: Path, project: str, name: str, config: dict):
-        self.run = _needs("wandb").init(project=project, name=name, dir=str(run), config=config, resume="allow", id=f"{project}-{name}")
+        self.run = _needs("wandb").init(
+            project=project, name=name, dir=str(run), config=config, resume="allow", id=f"{project}-{name}"
+        )
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
@@ -156,7 +165,9 @@ class Guard:
                 )
             return self._skip(step, reason)
         if self.guard.spike and self.mean and norm > self.guard.spike * self.mean:
-            return self._skip(step, f"gradient norm {norm:.3g} is over {self.guard.spike} x its mean {self.mean:.3g}")
+            return self._skip(
+                step, f"gradient norm {norm:.3g} is over {self.guard.spike} x its mean {self.mean:.3g}"
+            )
         self.skipped = 0
         self.mean = norm if self.mean is None else 0.98 * self.mean + 0.02 * norm
         return True, ""
@@ -164,7 +175,10 @@ class Guard:
     def _skip(self, step: int, reason: str) -> tuple[bool, str]:
         self.skipped += 1
         if self.skipped >= self.guard.max_skips:
-            raise PolymodalError(f"Step {step}: {self.skipped} steps in a row were skipped (last: {reason}).", "See train.guard; resume from an earlier checkpoint with a lower optim.lr.")
+            raise PolymodalError(
+                f"Step {step}: {self.skipped} steps in a row were skipped (last: {reason}).",
+                "See train.guard; resume from an earlier checkpoint with a lower optim.lr.",
+            )
         return False, reason
 
 
@@ -192,7 +206,16 @@ class Profiler:
             if request.is_file():
                 with contextlib.suppress(OSError, ValueError):
                     asked = json.loads(request.read_text() or "{}")
-                    self._start(step, Profile(start=step, steps=asked.get("steps", 2), ranks=asked.get("ranks", [0]), stacks=asked.get("stacks", False), memory=asked.get("memory", False)))
+                    self._start(
+                        step,
+                        Profile(
+                            start=step,
+                            steps=asked.get("steps", 2),
+                            ranks=asked.get("ranks", [0]),
+                            stacks=asked.get("stacks", False),
+                            memory=asked.get("memory", False),
+                        ),
+                    )
                 if self.rank == 0:
                     request.unlink(missing_ok=True)
 
@@ -202,12 +225,20 @@ class Profiler:
         import torch
         from torch.profiler import ProfilerActivity, supported_activities
 
-        activities = [ProfilerActivity.CPU, *(a for a in supported_activities() if a != ProfilerActivity.CPU and self.device.kind != "cpu")]
+        activities = [
+            ProfilerActivity.CPU,
+            *(a for a in supported_activities() if a != ProfilerActivity.CPU and self.device.kind != "cpu"),
+        ]
         self._until = step + profile.steps - 1
         self._memory = profile.memory
         if self._memory and self.device.kind != "cpu":
             getattr(torch, self.device.kind).memory._record_memory_history()
-        self._active = torch.profiler.profile(activities=activities, record_shapes=profile.stacks, with_stack=profile.stacks, profile_memory=profile.memory)
+        self._active = torch.profiler.profile(
+            activities=activities,
+            record_shapes=profile.stacks,
+            with_stack=profile.stacks,
+            profile_memory=profile.memory,
+        )
         self._active.__enter__()
         self._first = step
 
@@ -232,12 +263,23 @@ class Profiler:
 
 def line(step: int, steps: int, values: dict[str, Any]) -> tuple[str, str]:
     """The log line and its short form for the bar."""
-    parts = [f"step {step}/{steps}", f"loss {values['loss']:.4f}", f"grad norm {values['grad_norm']:.3g}", f"lr {values['lr']:.3g}"]
-    parts += [f"{values['seconds']:.2f} s/it", f"{values['samples_per_second']:.1f} samples/s", f"{values['tokens_per_second_device']:.0f} tokens/s/device"]
+    parts = [
+        f"step {step}/{steps}",
+        f"loss {values['loss']:.4f}",
+        f"grad norm {values['grad_norm']:.3g}",
+        f"lr {values['lr']:.3g}",
+    ]
+    parts += [
+        f"{values['seconds']:.2f} s/it",
+        f"{values['samples_per_second']:.1f} samples/s",
+        f"{values['tokens_per_second_device']:.0f} tokens/s/device",
+    ]
     if values.get("frames_per_second"):
         parts.append(f"{values['frames_per_second']:.1f} frames/s")
     if values.get("mfu"):
         parts.append(f"MFU {values['mfu']:.1%}")
     parts.append(f"{values['memory_gib']:.2f} GiB")
-    short = f"loss {values['loss']:.3f} {values['tokens_per_second']:.0f} tok/s {values['memory_gib']:.1f} GiB"
+    short = (
+        f"loss {values['loss']:.3f} {values['tokens_per_second']:.0f} tok/s {values['memory_gib']:.1f} GiB"
+    )
     return " | ".join(parts), short

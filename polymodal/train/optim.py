@@ -26,7 +26,9 @@ def in_tower(name: str, modules: Iterable[str]) -> bool:
     for module in modules:
         pattern = module.split(".")
         head = parts[: len(pattern)]
-        if len(head) == len(pattern) and all(fnmatch.fnmatchcase(a, b) for a, b in zip(head, pattern, strict=True)):
+        if len(head) == len(pattern) and all(
+            fnmatch.fnmatchcase(a, b) for a, b in zip(head, pattern, strict=True)
+        ):
             return True
     return False
 
@@ -63,7 +65,9 @@ def freeze(model: nn.Module, patterns: list[str], towers: Towers) -> list[str]:
         if name in frozen_set:
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
-        raise PolymodalError(f"train.freeze = {patterns} leaves nothing to train.", "Freeze less, or add model.lora.")
+        raise PolymodalError(
+            f"train.freeze = {patterns} leaves nothing to train.", "Freeze less, or add model.lora."
+        )
     return frozen
 
 
@@ -120,7 +124,9 @@ class Optimizer:
     as torch's multi-tensor kernels want.
     """
 
-    def __init__(self, named: dict[str, nn.Parameter], optim: Optim, towers: Towers, muon_names: set[str] | None = None):
+    def __init__(
+        self, named: dict[str, nn.Parameter], optim: Optim, towers: Towers, muon_names: set[str] | None = None
+    ):
         self.optim = optim
         self.named = named
         muon_names = muon_names if muon_names is not None else set()
@@ -178,7 +184,9 @@ class Optimizer:
                         for kind in kinds:
                             state[kind] = torch.zeros_like(parameter)
                         if "exp_avg" in kinds:
-                            state["step"] = torch.zeros((), dtype=torch.float32, device=_local(parameter).device)
+                            state["step"] = torch.zeros(
+                                (), dtype=torch.float32, device=_local(parameter).device
+                            )
                     for kind, value in state.items():
                         if isinstance(value, Tensor):
                             out[f"{kind}.{names[id(parameter)]}"] = value

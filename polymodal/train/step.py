@@ -37,7 +37,9 @@ def bind(model: nn.Module, family: Family) -> None:
     model.forward = forward  # type: ignore[method-assign]
 
 
-def inverse_weights(objective: Any, batches: Sequence[Batch], group: dist.ProcessGroup | None) -> dict[str, float]:
+def inverse_weights(
+    objective: Any, batches: Sequence[Batch], group: dist.ProcessGroup | None
+) -> dict[str, float]:
     """1 / (sum over the global batch) of every term's weights; 0 for a term that has none anywhere."""
     sums: dict[str, float] = {}
     for batch in batches:
@@ -89,7 +91,12 @@ def forward_backward(
 
 @torch.no_grad()
 def forward_only(
-    model: nn.Module, objective: Any, batches: Sequence[Batch], inverse: dict[str, float], device: torch.device, tally: Tally
+    model: nn.Module,
+    objective: Any,
+    batches: Sequence[Batch],
+    inverse: dict[str, float],
+    device: torch.device,
+    tally: Tally,
 ) -> None:
     """Validation: the same forward without gradients."""
     for batch in batches:

@@ -77,7 +77,9 @@ class Trainer:
         if recipe.model.lora is not None:
             lora.attach(self.model, recipe.model.lora, self.card)
         optim.freeze(self.model, recipe.train.freeze, self.card.towers)
-        self.objective = LanguageObjective(recipe.train.loss, **self.family.balance(recipe.train.router_aux_loss))
+        self.objective = LanguageObjective(
+            recipe.train.loss, **self.family.balance(recipe.train.router_aux_loss)
+        )
         bind(self.model, self.family)
         apply(self.model, self.card, self.mesh, recipe)
         if recipe.model.init == "random":
@@ -93,7 +95,13 @@ class Trainer:
         data = self.recipe.data if shuffle else self.recipe.data.model_copy(update={"shuffle": False})
         corpus = open_corpus(datasets, data.attr)
         index = build_index(
-            corpus, self.chat, data, rank=self.rt.local_rank, world=self.rt.local_world, barrier=self.rt.barrier, progress=self.main
+            corpus,
+            self.chat,
+            data,
+            rank=self.rt.local_rank,
+            world=self.rt.local_world,
+            barrier=self.rt.barrier,
+            progress=self.main,
         )
         schedule = Schedule(index, corpus.parts, data, self.recipe.train, self.family.cost)
         return corpus, schedule
@@ -101,7 +109,10 @@ class Trainer:
     def _build_data(self) -> None:
         recipe = self.recipe
         if not recipe.data.datasets:
-            raise PolymodalError("The recipe has no data.datasets.", "Add at least one, e.g. data.datasets: [{path: train.json}].")
+            raise PolymodalError(
+                "The recipe has no data.datasets.",
+                "Add at least one, e.g. data.datasets: [{path: train.json}].",
+            )
         self.chat = ChatProcessor(self.family.media_processor(recipe.data), recipe.data)
         self.corpus, self.schedule = self._schedule(recipe.data.datasets, recipe.data.shuffle)
         self.validation = self._schedule(recipe.data.validation, False) if recipe.data.validation else None
@@ -109,7 +120,11 @@ class Trainer:
 
     def _build_optimizer(self) -> None:
         recipe = self.recipe
-        blocks = {n for n, _ in self.model.named_parameters() if any(optim.in_tower(n, (b,)) for b in self.card.blocks)}
+        blocks = {
+            n
+            for n, _ in self.model.named_parameters()
+            if any(optim.in_tower(n, (b,)) for b in self.card.blocks)
+        }
         self.optimizer = optim.Optimizer(self.trainable, recipe.optim, self.card.towers, blocks)
         self.average = optim.MovingAverage(self.trainable, recipe.train.ema) if recipe.train.ema else None
         self.scaler = optim.LossScaler(recipe.train.precision == "fp16")
@@ -129,7 +144,13 @@ class Trainer:
         recipe = self.recipe
         self.resumed_at: int | None = None
         chosen = recipe.checkpoint.resume
-        found = None if chosen == "never" else checkpoint.newest(self.run_dir) if chosen == "auto" else checkpoint.locate(chosen)
+        found = (
+            None
+            if chosen == "never"
+            else checkpoint.newest(self.run_dir)
+            if chosen == "auto"
+            else checkpoint.locate(chosen)
+        )
         if found is None:
             if recipe.checkpoint.init_from:
                 self._init_from(recipe.checkpoint.init_from)
@@ -138,7 +159,10 @@ class Trainer:
             return
         state = checkpoint.read_state(found)
         if state.recipe.get("checkpoint", {}).get("save") == "weights":
-            raise PolymodalError(f"{found} holds weights only (checkpoint.save: weights), it cannot be resumed.", "Use checkpoint.init_from with it, or checkpoint.resume: never.")
+            raise PolymodalError(
+                f"{found} holds weights only (checkpoint.save: weights), it cannot be resumed.",
+                "Use checkpoint.init_from with it, or checkpoint.resume: never.",
+            )
         tensors = self._tensors(create=True)
         checkpoint.load(found, tensors, self.save_group)
         self.state = state
@@ -156,16 +180,26 @@ class Trainer:
 
     def _build_monitor(self) -> None:
         recipe = self.recipe
-        self.writer = checkpoint.Writer(self.run_dir, recipe.checkpoint.keep, recipe.checkpoint.asynchronous, self.rt.rank, self.save_group)
+        self.writer = checkpoint.Writer(
+            self.run_dir,
+            recipe.checkpoint.keep,
+            recipe.checkpoint.asynchronous,
+            self.rt.rank,
+            self.save_group,
+        )
         self.metrics = self.progress = None
         if self.main:
             (self.run_dir / "recipe.yaml").write_text(recipes.dump(recipe))
-            self.metrics = monitor.Metrics(self.run_dir, recipe.monitor, recipe.name, recipe.model_dump(mode="json"))
+            self.metrics = monitor.Metrics(
+                self.run_dir, recipe.monitor, recipe.name, recipe.model_dump(mode="json")
+            )
             self.metrics.forget_after(self.state.step)
             self.progress = monitor.Progress(recipe.name, self.steps, self.state.step)
             count = sum(p.numel() for p in self.model.parameters())
             train = sum(p.numel() for p in self.trainable.values())
-            self.progress.say(f"{self.card.name}: {count / 1e6:.1f} M parameters, {train / 1e6:.1f} M trained, {self.rt.world} x {self.rt.device.kind}, {self.steps} steps")
+            self.progress.say(
+                f"{self.card.name}: {count / 1e6:.1f} M parameters, {train / 1e6:.1f} M trained, {self.rt.world} x {self.rt.device.kind}, {self.steps} steps"
+            )
             if self.resumed_at is not None:
                 self.progress.say(f"resumed at step {self.resumed_at}")
         self.profiler = monitor.Profiler(self.run_dir, recipe.monitor.profile, self.rt.rank, self.rt.device)
@@ -255,10 +289,14 @@ class Trainer:
         state.tokens += int(total["seqtokens"])
         state.norm_mean = self.guard.mean
         if self.main and step % recipe.monitor.every == 0:
-            self._log(step, total, float(norm), factor * recipe.optim.lr, time.perf_counter() - began, accepted)
+            self._log(
+                step, total, float(norm), factor * recipe.optim.lr, time.perf_counter() - began, accepted
+            )
         return total["stop"] > 0
 
-    def _log(self, step: int, total: dict[str, float], norm: float, lr: float, seconds: float, accepted: bool) -> None:
+    def _log(
+        self, step: int, total: dict[str, float], norm: float, lr: float, seconds: float, accepted: bool
+    ) -> None:
         # sums over the loss group count every tensor- and context-parallel copy of a rank's data once per cp rank
         copies = self.mesh.sizes.cp
         tokens = total["seqtokens"] / copies
@@ -318,7 +356,10 @@ class Trainer:
                 values[f"validation/loss/{name}"] = float(tally.values[f"nll/{name}"]) / tokens
         if self.main:
             self.metrics.log(step, values)
-            self.progress.say(f"validation at step {step}: " + ", ".join(f"{k.partition('/')[2]} {v:.4f}" for k, v in values.items()))
+            self.progress.say(
+                f"validation at step {step}: "
+                + ", ".join(f"{k.partition('/')[2]} {v:.4f}" for k, v in values.items())
+            )
 
     # ---------------------------------------------------------------- saving and ending
 
@@ -332,7 +373,12 @@ class Trainer:
 
     def _finish(self) -> None:
         if self.main:
-            summary = {"step": self.state.step, "samples": self.state.samples, "tokens": self.state.tokens, "resumed_at": self.resumed_at}
+            summary = {
+                "step": self.state.step,
+                "samples": self.state.samples,
+                "tokens": self.state.tokens,
+                "resumed_at": self.resumed_at,
+            }
             (self.run_dir / "summary.json").write_text(json.dumps(summary))
         if self.recipe.checkpoint.export and self.main:
             from polymodal.train.export import export

@@ -15,7 +15,9 @@ from polymodal.train.monitor import Guard, Metrics, Profiler
 def test_nan_stops_with_the_last_losses():
     guard = Guard(LossGuard(), scaled=False)
     assert guard.accept(1, 2.5, 1.0) == (True, "")
-    with pytest.raises(PolymodalError, match="Step 2: loss nan, gradient norm 1.0; the last losses were 2.5, nan") as error:
+    with pytest.raises(
+        PolymodalError, match="Step 2: loss nan, gradient norm 1.0; the last losses were 2.5, nan"
+    ) as error:
         guard.accept(2, math.nan, 1.0)
     assert "train.guard.nan" in error.value.hint
 

@@ -9,7 +9,11 @@ from polymodal.recipe import Group, Optim, Schedule
 from polymodal.train import optim
 from polymodal.train.optim import LossScaler, MovingAverage, Optimizer, Rate, learning_rate, rate
 
-TOWERS = {"vision": ("model.visual",), "projector": ("model.visual.merger",), "language": ("model.language", "head")}
+TOWERS = {
+    "vision": ("model.visual",),
+    "projector": ("model.visual.merger",),
+    "language": ("model.language", "head"),
+}
 
 
 class Toy(nn.Module):
@@ -37,14 +41,20 @@ def test_freeze_takes_patterns_and_refuses_what_means_nothing():
     toy = Toy()
     optim.freeze(toy, ["*.bias"], TOWERS)
     assert [n for n, p in toy.named_parameters() if not p.requires_grad and not n.endswith("bias")] == []
-    with pytest.raises(PolymodalError, match="`visoin` is neither a tower of this model .vision, projector, language."):
+    with pytest.raises(
+        PolymodalError, match="`visoin` is neither a tower of this model .vision, projector, language."
+    ):
         optim.freeze(toy, ["visoin"], TOWERS)
     with pytest.raises(PolymodalError, match="leaves nothing to train"):
         optim.freeze(Toy(), ["*"], TOWERS)
 
 
 def test_rates_first_match_counts_and_vectors_do_not_decay():
-    recipe = Optim(lr=1.0, weight_decay=0.1, groups=[Group(match="projector", lr=5.0), Group(match="vision", lr_scale=0.1, weight_decay=0.0)])
+    recipe = Optim(
+        lr=1.0,
+        weight_decay=0.1,
+        groups=[Group(match="projector", lr=5.0), Group(match="vision", lr_scale=0.1, weight_decay=0.0)],
+    )
     matrix, vector = torch.zeros(2, 2), torch.zeros(2)
     assert rate("model.visual.merger.weight", matrix, recipe, TOWERS) == Rate(5.0, 0.1)
     assert rate("model.visual.blocks.0.weight", matrix, recipe, TOWERS) == Rate(0.1, 0.0)
@@ -68,14 +78,20 @@ def test_schedules():
 def test_groups_reach_the_optimizer_and_follow_the_schedule():
     toy = Toy()
     named = dict(toy.named_parameters())
-    optimizer = Optimizer(named, Optim(lr=1e-2, weight_decay=0.1, groups=[Group(match="vision", lr=0.0)]), TOWERS)
+    optimizer = Optimizer(
+        named, Optim(lr=1e-2, weight_decay=0.1, groups=[Group(match="vision", lr=0.0)]), TOWERS
+    )
     optimizer.set_rate(0.5)
     before = {n: p.detach().clone() for n, p in named.items()}
     for p in named.values():
         p.grad = torch.ones_like(p)
     optimizer.step()
     moved = {n: not torch.equal(before[n], p) for n, p in named.items()}
-    assert not moved["model.visual.blocks.0.weight"] and moved["model.visual.merger.weight"] and moved["head.weight"]
+    assert (
+        not moved["model.visual.blocks.0.weight"]
+        and moved["model.visual.merger.weight"]
+        and moved["head.weight"]
+    )
     assert {g["lr"] for part in optimizer.parts for g in part.param_groups} == {0.0, 5e-3}
 
 
@@ -121,7 +137,9 @@ def test_moving_average_follows_its_formula():
         toy.head.weight.add_(1.0)
     average.update()
     assert average.shadow["head.weight"].dtype == torch.float32
-    torch.testing.assert_close(average.shadow["head.weight"], 0.9 * old + 0.1 * toy.head.weight.detach().float())
+    torch.testing.assert_close(
+        average.shadow["head.weight"], 0.9 * old + 0.1 * toy.head.weight.detach().float()
+    )
 
 
 def test_loss_scale_halves_on_overflow_and_grows_again():
