@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 
 from polymodal.models.card import ModelCard, Size
-from polymodal.models.understanding.qwen_vl import BLOCKS, FIRST, LAST, TEXT_PLAN, QwenVL, towers
+from polymodal.models.understanding.qwen_vl import (
+    BLOCKS,
+    DENSE_PLAN,
+    FIRST,
+    KEYWORDS,
+    LAST,
+    TASKS,
+    TEXT_PLAN,
+    QwenVL,
+    towers,
+    vision_plan,
+)
 from polymodal.parallel import attention as house
 
 
@@ -42,7 +53,7 @@ CARD = ModelCard(
     name="qwen2.5-vl",
     family=Qwen25VL,
     architectures=("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"),
-    tasks=("image-text-to-text", "video-text-to-text"),
+    tasks=TASKS,
     blocks=BLOCKS,
     towers=towers(),
     first=FIRST,
@@ -51,9 +62,8 @@ CARD = ModelCard(
     sequence_exit="model.language_model",
     tensor_plan={
         **TEXT_PLAN,
-        "model.visual.blocks.*.mlp.gate_proj": "colwise",
-        "model.visual.blocks.*.mlp.up_proj": "colwise",
-        "model.visual.blocks.*.mlp.down_proj": "rowwise",
+        **DENSE_PLAN,
+        **vision_plan(("gate_proj", "up_proj"), "down_proj", ("mlp.0", "mlp.2")),
     },
     embedding="model.language_model.embed_tokens",
     sizes={
@@ -66,18 +76,8 @@ CARD = ModelCard(
             "Qwen/Qwen2.5-VL-72B-Instruct", 73.41, 80, 32, devices=32, layout={"dp_shard": -1, "tp": 8}
         ),
     },
-    keywords=(
-        "vision-language",
-        "image understanding",
-        "video understanding",
-        "ocr",
-        "document",
-        "chart",
-        "grounding",
-        "caption",
-        "vqa",
-    ),
-    aliases=("qwen2.5vl", "qwen2_5_vl", "qwen25vl", "qwen2.5-vl"),
-    verified="tiny models of the class: logits and every gradient equal the library's, packed equals separate, file keys kept",
+    keywords=KEYWORDS,
+    aliases=("qwen2.5vl", "qwen2_5_vl", "qwen25vl"),
+    verified="tiny models of the class: hidden states, logits and every gradient equal the library's; packed equals separate",
     seeds=("3b", "7b", "32b", "72b"),
 )

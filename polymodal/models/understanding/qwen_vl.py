@@ -14,23 +14,61 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.data.sample import Batch, Measure, Sample
+from polymodal.errors import PolymodalError
 from polymodal.models.card import Components, Dropped, Family, Output
 from polymodal.models.understanding.qwen_vl_media import QwenVLMedia
 from polymodal.parallel import attention as house
 from polymodal.recipe import Data
 
 BLOCKS = ("model.visual.blocks.*", "model.language_model.layers.*")
+TASKS = ("image-text-to-text", "video-text-to-text")
+KEYWORDS = (
+    "vision-language", "image understanding", "video understanding", "visual question answering", "vqa", "ocr", "document",
+    "chart", "caption", "grounding", "multimodal chat", "image", "picture", "photo", "video question",
+)  # fmt: skip
 FIRST = ("model.visual", "model.language_model.embed_tokens")
 LAST = ("model.language_model.norm", "lm_head")
-TEXT_PLAN = {
+TEXT_PLAN = {  # styles of parallel/tensor.py
+    "model.language_model": "stream",
+    "model.language_model.embed_tokens": "embedding",
+    "model.language_model.layers.*.self_attn": "attention",
     "model.language_model.layers.*.self_attn.q_proj": "colwise",
     "model.language_model.layers.*.self_attn.k_proj": "colwise",
     "model.language_model.layers.*.self_attn.v_proj": "colwise",
     "model.language_model.layers.*.self_attn.o_proj": "rowwise",
+    "model.language_model.layers.*.mlp": "mlp",
+    "model.language_model.norm": "exit",
+    "lm_head": "head",
+}
+DENSE_PLAN = {
     "model.language_model.layers.*.mlp.gate_proj": "colwise",
     "model.language_model.layers.*.mlp.up_proj": "colwise",
     "model.language_model.layers.*.mlp.down_proj": "rowwise",
 }
+EXPERTS_PLAN = {
+    "model.language_model.layers.*.mlp.gate": "router",
+    "model.language_model.layers.*.mlp.experts": "experts",
+}
+
+
+def vision_plan(up: Sequence[str], down: str, merger: tuple[str, str], *mergers: str) -> dict[str, str]:
+    """Tensor plan of a vision tower: its MLP's layers, a merger's two layers, and what mergers there are."""
+    plan = {
+        "model.visual": "stream",
+        "model.visual.blocks.*.attn": "attention",
+        "model.visual.blocks.*.attn.qkv": "fused_colwise",
+        "model.visual.blocks.*.attn.proj": "rowwise",
+        "model.visual.blocks.*.mlp": "mlp",
+        **{f"model.visual.blocks.*.mlp.{name}": "colwise" for name in up},
+        f"model.visual.blocks.*.mlp.{down}": "rowwise",
+    }
+    for name in mergers or ("merger",):
+        plan |= {
+            f"model.visual.{name}": "merger",
+            f"model.visual.{name}.{merger[0]}": "colwise",
+            f"model.visual.{name}.{merger[1]}": "rowwise",
+        }
+    return plan
 
 
 def towers(*vision: str, projector: Sequence[str] = ("merger",)) -> dict[str, tuple[str, ...]]:
@@ -73,28 +111,44 @@ class QwenVL(Family):
     def stage(
         self, model: nn.Module, carry: Mapping[str, Tensor] | None, batch: Batch
     ) -> dict[str, Tensor] | Output:
-        """The whole model, or a part of it whose other modules are Dropped.
+        """The whole model, or one pipeline stage of it whose other modules are Dropped.
 
-        carry: {"hidden_states": [1, T, D]} from the stage before, None on the first. Returns the same, or Output.
-        The vision tower runs once on all media of the batch in reading order; on a dummy picture, times zero, when
-        there are none: every rank of a sharded model must run the same modules.
+        carry: None on the first stage, else {"hidden_states": [1, T, D]} and, while blocks ahead still want features
+        (Qwen3-VL), {"deepstack": [levels, media tokens, D]}. Returns the same for the next stage, or Output.
         """
-        inner = model.model
-        merged = self.merge(inner, batch) if carry is None else dict(carry)
-        packed = inner.config._attn_implementation == house.NAME
-        out = inner.language_model(
-            inputs_embeds=merged.pop("hidden_states"),
+        text = model.model.language_model
+        held = [number for number, block in enumerate(text.layers) if not isinstance(block, Dropped)]
+        places = self.places(batch)
+        hidden, levels = (
+            self.enter(model.model, batch, places)
+            if carry is None
+            else (carry["hidden_states"], carry.get("deepstack"))
+        )
+        start, done = (0 if carry is None else held[0]), held[-1] + 1
+        packed = text.config._attn_implementation == house.NAME
+        arguments: dict[str, Any] = {"cu_seq_lens_q": batch.segments["text"]} if packed else {}
+        if levels is not None and "pixel_values" in batch.tensors:
+            # the library adds a level after the block of its number: none for blocks of earlier stages
+            absent = [hidden.new_zeros(levels.shape[1], hidden.shape[-1])] * start
+            arguments |= {
+                "visual_pos_masks": places,
+                "deepstack_visual_embeds": [*absent, *levels[: max(0, done - start)]],
+            }
+        out = text(
+            inputs_embeds=hidden,
             # the library finds packed samples in a fourth row of positions; the house's attention is told
             position_ids=batch["position_ids"][1:] if packed else batch["position_ids"],
             attention_mask=None,
             use_cache=False,
-            **({"cu_seq_lens_q": batch.segments["text"]} if packed else {}),
-            **merged,
+            **arguments,
             **self.text_arguments,
         )
-        if isinstance(model.lm_head, Dropped):
-            return {"hidden_states": out.last_hidden_state}
-        return Output(out.last_hidden_state, model.lm_head, self.extra(out))
+        if not isinstance(model.lm_head, Dropped):
+            return Output(out.last_hidden_state, model.lm_head, self.extra(out))
+        ahead = (
+            {} if levels is None or levels.shape[0] <= done - start else {"deepstack": levels[done - start :]}
+        )
+        return {"hidden_states": out.last_hidden_state, **ahead}
 
     text_arguments: Mapping[str, Any] = {}
 
@@ -102,30 +156,42 @@ class QwenVL(Family):
         """Output.extra from the language model's output."""
         return {}
 
-    def merge(self, inner: nn.Module, batch: Batch) -> dict[str, Any]:
-        """Token embeddings with media features in their places: {"hidden_states": [1, T, D]} and more for Qwen3."""
-        ids = batch["input_ids"]
-        hidden = inner.language_model.embed_tokens(ids)
-        features, layers = self.see(inner.visual, batch)
-        features, layers = features.to(hidden.dtype), [layer.to(hidden.dtype) for layer in layers]
-        if batch.get("pixel_values") is None:
-            nothing = sum((layer.sum() for layer in layers), features.sum()) * 0.0
-            return {"hidden_states": hidden + nothing}
-        places = (ids == inner.config.image_token_id) | (ids == inner.config.video_token_id)
-        torch._assert_async(
-            (places.sum() == features.shape[0]), "media tokens and media features differ in number"
-        )
+    def carry_spec(self, batch: Batch, layer: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        width, tokens = self.config.text_config.hidden_size, batch["input_ids"].shape[1]
+        shapes: dict[str, tuple[int, ...]] = {"hidden_states": (1, tokens, width)}
+        levels = len(getattr(self.config.vision_config, "deepstack_visual_indexes", ())) - layer
+        if levels > 0:
+            pixels, merge = batch.get("pixel_values"), self.config.vision_config.spatial_merge_size**2
+            shapes["deepstack"] = (levels, 1 if pixels is None else pixels.shape[0] // merge, width)
         return {
-            "hidden_states": hidden.masked_scatter(places[..., None], features),
-            **self.deep(places, layers),
+            name: torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+            for name, shape in shapes.items()
         }
 
-    def deep(self, places: Tensor, layers: list[Tensor]) -> dict[str, Any]:
-        """Further arguments of the language model for features that enter its early layers."""
-        return {}
+    def places(self, batch: Batch) -> Tensor:
+        """Where media features stand among the tokens: bool [1, T]."""
+        ids = batch["input_ids"]
+        return (ids == self.config.image_token_id) | (ids == self.config.video_token_id)
 
-    def see(self, visual: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """One call of the tower: features [media tokens, D], and those for the early layers (Qwen3-VL)."""
+    def enter(self, inner: nn.Module, batch: Batch, places: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Token embeddings with media features in their places, and the features for the early layers (Qwen3-VL).
+
+        The vision tower runs once on all media of the batch in reading order; on a dummy picture, times zero, when
+        there are none: every rank of a sharded model must run the same modules.
+        """
+        hidden = inner.language_model.embed_tokens(batch["input_ids"])
+        features, levels = self.see(inner.visual, batch)
+        features, levels = features.to(hidden.dtype), levels if levels is None else levels.to(hidden.dtype)
+        if batch.get("pixel_values") is None:
+            nothing = features.sum() if levels is None else features.sum() + levels.sum()
+            return hidden + nothing * 0.0, levels
+        torch._assert_async(
+            places.sum() == features.shape[0], "media tokens and media features differ in number"
+        )
+        return hidden.masked_scatter(places[..., None], features), levels
+
+    def see(self, visual: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """One call of the tower: features [media tokens, D], and those for early layers [levels, media tokens, D]."""
         grid, pixels = batch.get("grid_thw"), batch.get("pixel_values")
         device = batch["input_ids"].device
         vision = self.config.vision_config
@@ -136,7 +202,33 @@ class QwenVL(Family):
             pixels = torch.zeros(side * side, width, device=device)
         grid = grid.cpu()
         out = visual(pixels, grid_thw=grid, **self.geometry(grid, device))
-        return out.pooler_output, list(getattr(out, "deepstack_features", None) or ())
+        levels = getattr(out, "deepstack_features", None)
+        return out.pooler_output, torch.stack(levels) if levels else None
+
+    def check(self) -> None:
+        """Raise PolymodalError for a config that cannot be run. Called once the recipe's overrides are in it."""
+        text, vision = self.config.text_config, self.config.vision_config
+        merged = getattr(vision, "out_hidden_size", None) or vision.hidden_size
+        if merged != text.hidden_size:
+            raise PolymodalError(
+                f"model.config: the vision tower gives features of {merged}, the language model takes {text.hidden_size}.",
+                "Set text_config.hidden_size and the vision tower's output size alike.",
+            )
+        for name, count in (
+            ("fullatt_block_indexes", vision.depth),
+            ("deepstack_visual_indexes", vision.depth),
+        ):
+            beyond = [index for index in getattr(vision, name, None) or () if index >= count]
+            if beyond:
+                raise PolymodalError(
+                    f"model.config: vision_config.{name} names layer {beyond[0]}, but the vision tower has {count}.",
+                    f"Set vision_config.{name} to layers below {count} as well.",
+                )
+        if len(getattr(vision, "deepstack_visual_indexes", None) or ()) > text.num_hidden_layers:
+            raise PolymodalError(
+                f"model.config: {len(vision.deepstack_visual_indexes)} deepstack features enter only {text.num_hidden_layers} language layers.",
+                "Shorten vision_config.deepstack_visual_indexes.",
+            )
 
     def geometry(self, grid: Tensor, device: torch.device) -> dict[str, Any]:
         """What the tower derives from the grids [M, 3], computed on the host so that no layer waits for the device."""
