@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from polymodal.errors import PolymodalError
-from polymodal.models.card import ModelCard
-from polymodal.parallel import memory
+from polymodal.models.card import Dropped, ModelCard
+from polymodal.parallel import memory, tensor
 from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Recipe
 
@@ -26,19 +26,19 @@ COMPUTE_DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "p
 def matching(model: nn.Module, patterns: tuple[str, ...] | list[str], what: str) -> dict[str, nn.Module]:
     """Modules whose name fits a pattern (`*` is one dotted part), in the patterns' and then the model's order.
 
-    Raises PolymodalError naming `what` when a pattern fits nothing: a recipe's typing error, or a card's.
+    What another pipeline stage holds is left out. Raises PolymodalError naming `what` when a pattern fits nothing: a recipe's typing error, or a card's.
     """
     found: dict[str, nn.Module] = {}
     modules = dict(model.named_modules())
     for pattern in patterns:
         expression = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
         hits = {name: module for name, module in modules.items() if expression.fullmatch(name)}
-        if not hits:
+        if not hits and not any(isinstance(module, Dropped) for module in modules.values()):
             raise PolymodalError(
                 f"{what}: no module of this model fits `{pattern}`.",
                 f"Its blocks are {', '.join(_block_patterns(modules))}.",
             )
-        found |= hits
+        found |= {name: module for name, module in hits.items() if not isinstance(module, Dropped)}
     return found
 
 
@@ -72,6 +72,10 @@ def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.M
     refuse(mesh.sizes)
     blocks = matching(model, card.blocks, f"the card {card.name}")
     _set_dtypes(model, precision)
+    tp = mesh.view("tp")
+    if tp is not None:
+        sequence = parallel.sp if parallel.sp is not None else True
+        tensor.apply(model, card, list(blocks), tp, sequence)
     if parallel.recompute != "none":
         chosen = blocks
         if parallel.recompute_blocks is not None:
