@@ -1,0 +1,263 @@
+"""What only transformers knows: how a checkpoint's keys map to a model's parameters, and how a module is initialised.
+
+The only file that uses private names of transformers; tests/models/test_library.py is the canary that says which one
+changed. Sees errors, card.py and slices.py. Works on models that are on meta, sharded, wrapped or cut into stages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from polymodal.errors import PolymodalError
+from polymodal.models.card import Dropped
+from polymodal.models.slices import NotASlice, Stored
+
+ADAPTER = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
+
+
+def plain(name: str) -> str:
+    """A parameter's name as it is without adapters: `q_proj.base_layer.weight` -> `q_proj.weight`."""
+    return name.replace(".base_layer.", ".")
+
+
+def class_of(module: nn.Module) -> type:
+    """A module's class as its author wrote it: FSDP2 puts a subclass of its own in the place of each class it wraps."""
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+
+
+def targets(model: nn.Module) -> dict[str, Tensor]:
+    """All of a model that lives in checkpoints, by plain name: parameters (tied ones under each of their names) and
+    persistent buffers; no adapters."""
+    found = {plain(n): p for n, p in model.named_parameters(remove_duplicate=False) if not ADAPTER.search(n)}
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[plain(f"{path}.{name}" if path else name)] = buffer
+    return found
+
+
+def tied(model: nn.Module) -> dict[str, str]:
+    """Parameters that the model's config ties: name -> name of the one that checkpoints hold."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def aliases(model: nn.Module) -> list[tuple[Tensor, list[str]]]:
+    """Each tensor of `targets` once, with all its plain names; last comes the name of a twin in another stage."""
+    names: dict[int, tuple[Tensor, list[str]]] = {}
+    for name, tensor in targets(model).items():
+        names.setdefault(id(tensor), (tensor, []))[1].append(name)
+    ties = tied(model)
+    for _, held in names.values():
+        held += [ties[n] for n in list(held) if n in ties and ties[n] not in held]
+    return list(names.values())
+
+
+@dataclass
+class Computed:
+    """Parameters that the library computes from file tensors in a way that does not commute with slicing."""
+
+    converter: Any
+    sources: dict[str, list[str]]  # pattern -> file keys
+    name: str
+    shapes: dict[str, torch.Size]  # the parameters that come out
+
+    def make(self, model: nn.Module, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """The parameters, whole, from whole file tensors."""
+        return _convert(self.converter, self.sources, self.name, targets(model), model.config, read)
+
+
+@dataclass
+class Layout:
+    """How the keys of a set of files map to a model.
+
+    entries: plain parameter name -> its boxes in the files; computed: the parameters that are not made of boxes;
+    unexpected: file key without a place -> the name it would have.
+    """
+
+    entries: dict[str, Stored] = field(default_factory=dict)
+    computed: list[Computed] = field(default_factory=list)
+    unexpected: dict[str, str] = field(default_factory=dict)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        if name in self.entries:
+            return tuple(self.entries[name].shape)
+        return next((tuple(one.shapes[name]) for one in self.computed if name in one.shapes), None)
+
+
+class _Parameters:
+    """What the library's conversion operations ask a model for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._tensors = tensors
+
+    def get_parameter(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+@contextmanager
+def _own_classes(model: nn.Module) -> Iterator[None]:
+    """The library's registries go by class name and defining module: show them the classes without FSDP2's."""
+    wrapped = [(module, type(module)) for module in model.modules() if isinstance(module, FSDPModule)]
+    try:
+        for module, _ in wrapped:
+            module.__class__ = class_of(module)
+        yield
+    finally:
+        for module, cls in wrapped:
+            module.__class__ = cls
+
+
+def layout(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Layout:
+    """Map file keys (with their whole shapes) to a model's parameters by the library's registry of conversions.
+
+    Raises PolymodalError when the tensors of one parameter do not fit together.
+    """
+    from transformers import PreTrainedModel
+
+    wanted = targets(model)
+    out = Layout()
+    if not isinstance(model, PreTrainedModel):
+        out.entries = {key: Stored.whole(key, shape) for key, shape in shapes.items() if key in wanted}
+        out.unexpected = {key: key for key in shapes if key not in wanted}
+        return out
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    with _own_classes(model):
+        conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    prefix = model.base_model_prefix
+    chosen: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+    for key in sorted(shapes, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
+        if name not in wanted and key in wanted:
+            name, pattern = rename_source_key(key, [], [], prefix, wanted)
+        if name not in wanted:
+            out.unexpected[key] = name
+        elif pattern is None:
+            out.entries[name] = Stored.whole(key, shapes[key])
+        else:
+            _, sources = chosen.setdefault(name, (by_pattern[pattern], {}))
+            sources.setdefault(pattern, []).append(key)
+    for name, (converter, sources) in chosen.items():
+        given = (converter, sources, name, wanted, model.config)
+        try:
+            out.entries.update(_convert(*given, lambda key: Stored.whole(key, shapes[key])))
+        except NotASlice:
+            made = _convert(*given, lambda key: torch.empty(tuple(shapes[key]), device="meta"))
+            out.computed.append(Computed(converter, sources, name, {n: t.shape for n, t in made.items()}))
+    return out
+
+
+def _convert(
+    converter: Any,
+    sources: Mapping[str, list[str]],
+    name: str,
+    wanted: Mapping[str, Tensor],
+    config: Any,
+    read: Callable,
+) -> dict:
+    """Run one of the library's converters on whatever `read(key)` gives, tensors or stand-ins for them."""
+    converter = deepcopy(converter)
+    for pattern, keys in sources.items():
+        for key in keys:
+            converter.add_tensor(name, key, pattern, read(key))
+    try:
+        made = converter.convert(name, model=_Parameters(wanted), config=config)
+    except (ValueError, RuntimeError, KeyError, IndexError) as error:
+        count = sum(map(len, sources.values()))
+        raise PolymodalError(
+            f"{name} cannot be put together from {count} tensors of the checkpoint (first: {next(iter(sources.values()))[0]}): {error}.",
+            "Some of them are missing, or the checkpoint is of another size than the config.",
+        ) from None
+    return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
+
+
+def reverted(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """File key -> tensor for some parameters of a model, as the library itself would save them. Meta tensors will do."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return dict(state)
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with _own_classes(model):
+        return revert_weight_conversion(model, dict(state))
+
+
+def rules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[[nn.Module], Any] | None]]:
+    """(path, module, what initialises it): the rule of the innermost library model around it, else torch's own."""
+    from transformers import PreTrainedModel
+
+    owners: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        around = owners.get(path.rpartition(".")[0]) if path else None
+        owners[path] = owner = module if isinstance(module, PreTrainedModel) else around
+        if owner is not None:
+            yield path, module, owner._init_weights
+        else:
+            yield path, module, getattr(type(module), "reset_parameters", None)
+
+
+def optional(model: nn.Module, name: str) -> bool:
+    """Whether the library lets a checkpoint lack this parameter."""
+    return any(re.search(p, name) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+
+
+def ignorable(model: nn.Module, key: str, name: str) -> bool:
+    """Whether a file key without a place may be passed over: the library says so, it is a buffer that is computed,
+    or it belongs to another pipeline stage."""
+    if any(re.search(p, key) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()):
+        return True
+    *path, leaf = name.split(".")
+    at: nn.Module = model
+    for part in path:
+        if part not in at._modules:
+            return isinstance(at, Dropped)
+        at = at._modules[part]  # type: ignore[assignment]
+    missing_parameter = leaf in at._parameters and at._parameters[leaf] is None
+    return isinstance(at, Dropped) or leaf in at._non_persistent_buffers_set or missing_parameter
+
+
+def beyond(model: nn.Module, name: str) -> bool:
+    """Whether a name is of a block that this model, made shallower than its checkpoint, does not have."""
+    at: nn.Module = model
+    for part in name.split("."):
+        if part not in at._modules:
+            return isinstance(at, nn.ModuleList) and part.isdigit() and int(part) >= len(at)
+        at = at._modules[part]  # type: ignore[assignment]
+    return False
+
+
+def overridden(model: nn.Module, directory: Path) -> bool:
+    """Whether the model's config differs from the one beside the checkpoint."""
+    config: Any = getattr(model, "config", None)
+    if config is None or not (directory / "config.json").is_file():
+        return False
+    volatile = ("dtype", "torch_dtype", "transformers_version", "architectures", "_name_or_path", "use_cache")
+
+    def kept(values: Any) -> Any:
+        return (
+            {k: kept(v) for k, v in values.items() if k not in volatile}
+            if isinstance(values, dict)
+            else values
+        )
+
+    return kept(type(config).from_pretrained(str(directory)).to_dict()) != kept(config.to_dict())

@@ -1,0 +1,291 @@
+"""Checkpoint directories on disk: safetensors files read slice by slice, and written shard by shard.
+
+Knows the format and everything that can be wrong with a download; knows no model. Sees errors and torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polymodal.errors import PolymodalError
+
+STEMS = ("model", "diffusion_pytorch_model")
+"""Names under which transformers and diffusers look for weights."""
+
+WINDOW = 32 << 20
+"""Bytes of a file that may be mapped into memory at a time: mapped pages count as resident until they are unmapped."""
+
+
+class Files:
+    """The tensors of a checkpoint directory: shapes and dtypes from the headers, values slice by slice.
+
+    shapes: key -> shape; dtypes: key -> safetensors' name of the dtype ("BF16"); order: key -> place in the files.
+    Raises PolymodalError for everything that is not a whole set of safetensors files.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self.order: dict[str, int] = {}
+        self.bytes_read = 0
+        self._home: dict[str, Path] = {}
+        self._open: tuple[Path, Any] | None = None
+        self._mapped = 0
+        for path in _shards(directory):
+            handle = _open(path)
+            for key in handle.offset_keys():
+                if key in self._home:
+                    raise PolymodalError(
+                        f"{directory}: the tensor {key} is in both {self._home[key].name} and {path.name}.",
+                        "Remove the files of the other save.",
+                    )
+                part = handle.get_slice(key)
+                self.shapes[key] = tuple(part.get_shape())
+                self.dtypes[key] = part.get_dtype()
+                self.order[key] = len(self.order)
+                self._home[key] = path
+
+    def where(self, key: str) -> Path:
+        return self._home[key]
+
+    def read(self, key: str, box: tuple[slice, ...], into: Tensor) -> None:
+        """Copy a box of a stored tensor into `into` (same shape; cast to its dtype), WINDOW bytes at a time."""
+        if into.numel() == 0:
+            return
+        path = self._home[key]
+        for part, view in _windows(box, into):
+            if (
+                self._open is None
+                or self._open[0] != path
+                or self._mapped + view.numel() * view.element_size() > WINDOW
+            ):
+                self.close()
+                self._open = (path, _open(path))
+            source = self._open[1].get_slice(key)
+            values = source[part] if part else source[...]
+            count = values.numel() * values.element_size()
+            self._mapped += count
+            self.bytes_read += count
+            view.copy_(values)
+
+    def whole(self, key: str) -> Tensor:
+        """A stored tensor in full, in its own dtype."""
+        return _open(self._home[key]).get_tensor(key).clone()
+
+    def close(self) -> None:
+        self._open, self._mapped = None, 0
+
+
+def _windows(box: tuple[slice, ...], into: Tensor) -> list[tuple[tuple[slice, ...], Tensor]]:
+    """Cut a copy along its first real dimension so that one part has at most WINDOW / 2 bytes of target."""
+    dim = next((d for d, size in enumerate(into.shape) if size > 1), None)
+    if dim is None:
+        return [(box, into)]
+    row = into.numel() // into.shape[dim] * into.element_size()
+    step = max(1, WINDOW // 2 // max(1, row))
+    if step >= into.shape[dim]:
+        return [(box, into)]
+    parts = []
+    for begin in range(0, into.shape[dim], step):
+        size = min(step, into.shape[dim] - begin)
+        start = box[dim].start + begin
+        parts.append(
+            ((*box[:dim], slice(start, start + size), *box[dim + 1 :]), into.narrow(dim, begin, size))
+        )
+    return parts
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise PolymodalError(*_cause(path, error)) from None
+
+
+def _cause(path: Path, error: Exception) -> tuple[str, str]:
+    again = "Fetch it again (`polymodal download` resumes), and compare its size with the hub's."
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except FileNotFoundError:
+        return f"{path} does not exist.", again
+    except OSError as problem:
+        return f"{path} cannot be read: {problem.strerror}.", "Check its permissions and the disk."
+    if head.startswith(b"version https://git-lfs"):
+        return (
+            f"{path} is a git-lfs pointer of {size} bytes, not the weights.",
+            f"Run `git lfs pull` in {path.parent}, or use `polymodal download`.",
+        )
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return f"{path} is a web page, not weights: the download was answered with an error page.", again
+    if size == 0:
+        return f"{path} is empty.", again
+    return f"{path} is cut short or corrupt ({size} bytes; {str(error).strip().splitlines()[0]}).", again
+
+
+def _shards(directory: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, all of them present."""
+    if not directory.is_dir():
+        raise PolymodalError(
+            f"{directory} is not a directory.", "Give the directory of a hub checkpoint, or a hub id."
+        )
+    for stem in STEMS:
+        index = directory / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            return _indexed(index)
+        if (directory / f"{stem}.safetensors").is_file():
+            return [directory / f"{stem}.safetensors"]
+        numbered = sorted(directory.glob(f"{stem}-*-of-*.safetensors"))
+        if numbered:
+            return _numbered(numbered)
+    names = sorted(p.name for p in directory.iterdir() if p.is_file())
+    other = [n for n in names if n.endswith(".safetensors")]
+    if other:
+        raise PolymodalError(
+            f"{directory} has {', '.join(other[:3])}, but none of the files that the library reads ({', '.join(f'{s}.safetensors' for s in STEMS)}, or shards of them).",
+            "Give the directory with the library's own layout, or convert the checkpoint first.",
+        )
+    pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickles:
+        raise PolymodalError(
+            f"{directory} holds its weights as pickles only ({', '.join(pickles[:3])}), which cannot be read slice by slice and can run code.",
+            "Use a revision with safetensors, or save it again with transformers' save_pretrained.",
+        )
+    raise PolymodalError(
+        f"{directory} has no weights (no .safetensors file).",
+        "Finish the download, or set model.init: random.",
+    )
+
+
+def _indexed(index: Path) -> list[Path]:
+    again = "Fetch the missing files (`polymodal download` resumes)."
+    try:
+        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in table.values()})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise PolymodalError(*_index_cause(index, error)) from None
+    paths = [index.parent / name for name in names]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise PolymodalError(
+            f"{index.parent} lacks {len(missing)} of the {len(paths)} files that {index.name} lists (first: {missing[0]}).",
+            again,
+        )
+    for path in paths:
+        have = set(_open(path).keys())
+        lost = [key for key, name in table.items() if name == path.name and key not in have]
+        if lost:
+            raise PolymodalError(
+                f"{path} lacks {len(lost)} of the tensors that {index.name} lists for it (first: {lost[0]}).",
+                "Index and files are of different saves: fetch them again.",
+            )
+    return paths
+
+
+def _index_cause(index: Path, error: Exception) -> tuple[str, str]:
+    try:
+        pointer = index.read_bytes().startswith(b"version https://git-lfs")
+    except OSError:
+        pointer = False
+    if pointer:
+        return f"{index} is a git-lfs pointer, not the index.", f"Run `git lfs pull` in {index.parent}."
+    return f"{index} is not a readable index of shards ({type(error).__name__}: {error}).", "Fetch it again."
+
+
+def _numbered(paths: list[Path]) -> list[Path]:
+    total = (
+        int(re.findall(r"-of-(\d+)\.safetensors$", paths[0].name)[0])
+        if re.search(r"-of-\d+\.safetensors$", paths[0].name)
+        else -1
+    )
+    if total != len(paths):
+        raise PolymodalError(
+            f"{paths[0].parent} has {len(paths)} shards but their names say {total}, and there is no index.",
+            "Fetch the missing files.",
+        )
+    return paths
+
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """torch's dtype for safetensors' name of it."""
+    if name not in DTYPES:
+        raise PolymodalError(
+            f"Tensors of the safetensors type {name} cannot be read.",
+            "Use a checkpoint in bf16, fp16 or fp32.",
+        )
+    return DTYPES[name]
+
+
+class ShardWriter:
+    """Writes tensors as they come into files of at most `limit` bytes; holds one file's worth at a time."""
+
+    def __init__(self, directory: Path, limit: int, stem: str = "model"):
+        self.directory, self.limit, self.stem = directory, limit, stem
+        self.total = 0
+        self._held: dict[str, Tensor] = {}
+        self._bytes = 0
+        self._files: list[list[str]] = []
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        """tensor: contiguous, on the CPU, not written to afterwards."""
+        count = tensor.numel() * tensor.element_size()
+        if self._held and self._bytes + count > self.limit:
+            self._flush()
+        self._held[key] = tensor
+        self._bytes += count
+        self.total += count
+
+    def _name(self, number: int, total: int | None = None) -> str:
+        return (
+            f"{self.stem}-{number:05d}-of-{total:05d}.safetensors"
+            if total
+            else f"{self.stem}-{number:05d}.part"
+        )
+
+    def _flush(self) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        path = self.directory / self._name(len(self._files) + 1)
+        try:
+            save_file(self._held, str(path), metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise PolymodalError(
+                f"{path} could not be written: {error}.", "Free space there, or choose another directory."
+            ) from None
+        self._files.append(list(self._held))
+        self._held, self._bytes = {}, 0
+
+    def finish(self) -> None:
+        """Write what is left, give the files their names, and write the index if there are several."""
+        if self._held or not self._files:
+            self._flush()
+        count = len(self._files)
+        if count == 1:
+            (self.directory / self._name(1)).rename(self.directory / f"{self.stem}.safetensors")
+            return
+        table = {}
+        for number, keys in enumerate(self._files, 1):
+            name = self._name(number, count)
+            (self.directory / self._name(number)).rename(self.directory / name)
+            table.update(dict.fromkeys(keys, name))
+        index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(table.items()))}
+        (self.directory / f"{self.stem}.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n"
+        )

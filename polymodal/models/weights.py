@@ -1,0 +1,367 @@
+"""Weights into a model: each rank reads, or draws, only the slices that it holds. `save` and `gather` are the way out.
+
+Sees the ground floor and models/. Works on plain tensors and DTensors alike; what transformers knows of keys and
+initial values comes from library.py, what lies on disk from storage.py, the arithmetic of shards from slices.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from polymodal.errors import PolymodalError
+from polymodal.models import library
+from polymodal.models.card import Family
+from polymodal.models.initial import Unknown, notes, play, stand_ins
+from polymodal.models.library import Layout, plain
+from polymodal.models.saving import gather, save
+from polymodal.models.slices import Stored, copies, local_spans
+from polymodal.models.storage import Files, dtype_of
+
+__all__ = ["LoadReport", "gather", "initialise", "load", "materialise", "read", "rebuild_buffers", "save"]
+
+
+@dataclass
+class LoadReport:
+    """What `load` did on this rank. `unexpected`: file keys that nothing wanted (strict=False); `drawn`: random ones."""
+
+    parameters: int = 0
+    bytes_read: int = 0
+    bytes_held: int = 0
+    seconds: float = 0.0
+    drawn: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+
+def load(
+    model: nn.Module,
+    family: Family | None = None,
+    source: Any = None,
+    *,
+    device: torch.device | str | None = None,
+    strict: bool = True,
+    new: Sequence[str] = (),
+    seed: int = 0,
+) -> LoadReport:
+    """Fill a model, laid out or not, from a checkpoint; each rank reads only the slices that it holds.
+
+    model:  on meta or real; parameters plain or DTensors. They keep their dtype, whatever the file's.
+    source: directory, hub id, or the recipe's model section; None: the family's own.
+    device: where to; None: where the parameters are, or their mesh's kind.
+    strict: file keys without a place are an error; otherwise they are reported.
+    new:    patterns (shell wildcards) of parameters that the file need not have; they are drawn from `seed`.
+    Adapters are given memory and left empty (lora.initialise fills them); non-persistent buffers are rebuilt.
+    Collective when the model is spread: a failure of one rank is raised on all. Raises PolymodalError for anything
+    missing, unexpected, of another shape, not a number, or not readable.
+    """
+    began = time.perf_counter()
+    directory = _directory(source, family)
+    report = LoadReport()
+
+    def work() -> None:
+        quantised = getattr(getattr(model, "config", None), "quantization_config", None)
+        if quantised is not None:
+            raise PolymodalError(
+                f"{directory} holds quantised weights (quantization_config in config.json).",
+                "Train from the checkpoint that is not quantised.",
+            )
+        files = Files(directory)
+        plan = library.layout(model, files.shapes)
+        report.drawn = _check(model, plan, files, strict, new, report)
+        materialise(model, device)
+        _read(model, plan, files, report)
+        _draw(model, set(report.drawn), seed)
+        rebuild_buffers(model)
+
+    _agreed(model, work)
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+def _directory(source: Any, family: Family | None) -> Path:
+    if source is None:
+        source = getattr(family, "source", None)
+    if source is None:
+        raise ValueError("a family or a source is needed")
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        return Path(source)
+    from polymodal.models import catalog
+
+    return Path(catalog.resolve(getattr(source, "source", source), getattr(source, "revision", None)))
+
+
+def _agreed(model: nn.Module, work: Callable[[], None]) -> None:
+    """Run `work`; on a spread model a failure of one rank is raised on all, so that none waits for the other."""
+    spread = (
+        dist.is_initialized()
+        and dist.get_world_size() > 1
+        and any(isinstance(p, DTensor) for p in model.parameters())
+    )
+    failure: Exception | None = None
+    try:
+        work()
+    except Exception as error:
+        if not spread:
+            raise
+        failure = error
+    if spread:
+        said: list[Any] = [None] * dist.get_world_size()
+        known = failure is None or isinstance(failure, PolymodalError)
+        dist.all_gather_object(
+            said,
+            failure
+            if known
+            else PolymodalError(f"rank {dist.get_rank()}: {type(failure).__name__}: {failure}"),
+        )
+        if failure is not None:
+            raise failure
+        for other in said:
+            if other is not None:
+                raise other
+
+
+def _check(
+    model: nn.Module, plan: Layout, files: Files, strict: bool, new: Sequence[str], report: LoadReport
+) -> list[str]:
+    """Compare names and shapes; give tied weights their file key. Returns the parameters to be drawn."""
+    elsewhere = {name: key for key, name in plan.unexpected.items()}
+    missing, drawn, wrong = [], [], []
+    tensors = library.aliases(model)
+    for tensor, names in tensors:
+        found = next((n for n in names if plan.shape(n) is not None), None)
+        if found is None and names[-1] in elsewhere:  # tied to a parameter that another stage holds
+            key = elsewhere[names[-1]]
+            found = names[0]
+            plan.entries[found] = Stored.whole(key, files.shapes[key])
+            del plan.unexpected[key]
+        if found is None:
+            allowed = any(fnmatchcase(names[0], pattern) for pattern in new) or library.optional(
+                model, names[0]
+            )
+            (drawn if allowed else missing).append(names[0])
+        elif plan.shape(found) != tuple(tensor.shape):
+            wrong.append((found, plan.shape(found), tuple(tensor.shape)))
+    unexpected = [key for key, name in plan.unexpected.items() if not library.ignorable(model, key, name)]
+    deeper = [key for key in unexpected if library.beyond(model, plan.unexpected[key])]
+    if deeper and library.overridden(model, files.directory):
+        unexpected = [key for key in unexpected if key not in set(deeper)]
+    what = f"{files.directory} for {library.class_of(model).__name__}"
+    if missing:
+        raise PolymodalError(
+            f"{what}: {len(missing)} of {len(tensors)} parameters are not in the checkpoint: {_some(missing)}.",
+            _nearest(missing[0], [*unexpected, *plan.entries]),
+        )
+    if wrong:
+        name, has, needs = wrong[0]
+        raise PolymodalError(
+            f"{what}: {len(wrong)} tensors have another shape: {name} is {list(has or ())} in the file, {list(needs)} in the model.",
+            "Drop the model.config overrides that change sizes, or set model.init: random.",
+        )
+    if unexpected and strict:
+        raise PolymodalError(
+            f"{what}: {len(unexpected)} tensors of the checkpoint have no place in the model: {_some(unexpected)}.",
+            _nearest(plan.unexpected[unexpected[0]], [n for _, names in tensors for n in names]),
+        )
+    report.unexpected = unexpected
+    return drawn
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _nearest(name: str, have: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, have, 2, 0.6)
+    return (
+        f"Nearest to {name}: {', '.join(near)}."
+        if near
+        else "Is it a checkpoint of this architecture, and whole?"
+    )
+
+
+@torch.no_grad()
+def materialise(model: nn.Module, device: torch.device | str | None = None) -> None:
+    """Give memory, uninitialised, to every parameter and buffer that is on meta; tied parameters stay one."""
+    place = torch.device(device) if device is not None else _place(model)
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                owners.setdefault(id(parameter), []).append((module, name))
+    made: dict[int, Tensor] = {}
+
+    def real(tensor: Tensor) -> Tensor:
+        if tensor.is_meta and id(tensor) not in made:
+            made[id(tensor)] = torch.empty_like(tensor, device=place)
+        return made.get(id(tensor), tensor)
+
+    model._apply(
+        real
+    )  # not to_empty: that would wipe what is real already; FSDP2 renews its references in here
+    for (module, name), *others in owners.values():
+        for other, label in others:
+            other._parameters[label] = module._parameters[name]
+
+
+def _place(model: nn.Module) -> torch.device:
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            return parameter.device
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor) and parameter.device_mesh.device_type != "cpu":
+            return torch.device(parameter.device_mesh.device_type, torch.accelerator.current_device_index())
+    return torch.device("cpu")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+@torch.no_grad()
+def _read(model: nn.Module, plan: Layout, files: Files, report: LoadReport) -> None:
+    held: dict[
+        str, Tensor
+    ] = {}  # by the name that the files have; of two keys for a tied weight the first counts
+    for tensor, names in library.aliases(model):
+        found = [name for name in names if plan.shape(name) is not None]
+        held.update(dict.fromkeys(found[:1], tensor))
+
+    def filled(name: str, keys: Sequence[str]) -> None:
+        local = _local(held[name])
+        report.parameters += 1
+        report.bytes_held += local.numel() * local.element_size()
+        if local.numel() and local.is_floating_point() and bool(torch.aminmax(local).min.isnan()):
+            raise PolymodalError(
+                f"{files.where(keys[0])}: {name} holds values that are not numbers (NaN).",
+                "The file is damaged, or the run that wrote it had diverged: fetch it again, or take an earlier checkpoint.",
+            )
+
+    for name in sorted(held.keys() & plan.entries.keys(), key=lambda n: files.order[plan.entries[n].keys[0]]):
+        stored = plan.entries[name]
+        for key, box, view in copies(stored, local_spans(held[name]), _local(held[name])):
+            files.read(key, box, view)
+        filled(name, stored.keys)
+    for one in plan.computed:  # from whole sources, one group at a time
+        for name, value in one.make(model, files.whole).items():
+            if name in held:
+                stored = Stored.whole(name, value.shape)
+                for _, box, view in copies(stored, local_spans(held[name]), _local(held[name])):
+                    view.copy_(value[box])
+                filled(name, next(iter(one.sources.values())))
+    files.close()
+    report.bytes_read = files.bytes_read
+
+
+def read(model: nn.Module, source: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """(plain name, whole tensor in the file's dtype, on the CPU) of each parameter of a checkpoint, one at a time.
+
+    model tells names and shapes and may be on meta. For merging and re-writing without holding a model.
+    """
+    files = Files(Path(source))
+    plan = library.layout(model, files.shapes)
+    _check(model, plan, files, True, (), LoadReport())
+    for name in sorted(plan.entries, key=lambda n: files.order[plan.entries[n].keys[0]]):
+        stored = plan.entries[name]
+        tensor = torch.empty(stored.shape, dtype=dtype_of(files.dtypes[stored.keys[0]]))
+        for key, box, view in copies(stored, [[(0, size)] for size in stored.shape], tensor):
+            files.read(key, box, view)
+        yield name, tensor
+    for one in plan.computed:
+        yield from one.make(model, files.whole).items()
+    files.close()
+
+
+# ---------------------------------------------------------------------------------------------- random values, buffers
+
+
+def initialise(
+    model: nn.Module, family: Family | None = None, seed: int = 0, device: torch.device | str | None = None
+) -> None:
+    """Draw every parameter as the library would, from (seed, its name): the same values under every layout.
+
+    Adapters are given memory and left empty; buffers get the library's values. Raises PolymodalError for a parameter
+    that the library has no rule for.
+    """
+    materialise(model, device)
+    _draw(model, {names[0] for _, names in library.aliases(model)}, seed)
+    rebuild_buffers(model, persistent=True)
+
+
+def _draw(model: nn.Module, names: set[str], seed: int) -> None:
+    left = {plain(name) for name, _ in model.named_parameters()} & names  # buffers: see rebuild_buffers
+    ties = library.tied(model)
+    for path, module, rule in library.rules(model) if left else ():
+        full = {
+            n: plain(f"{path}.{n}" if path else n) for n, p in module._parameters.items() if p is not None
+        }
+        mine = {n: name for n, name in full.items() if name in left}
+        if not mine or rule is None:
+            continue
+        try:
+            score = notes(module, rule)
+        except Unknown as error:
+            raise PolymodalError(
+                f"{path} ({library.class_of(module).__name__}) cannot be drawn slice by slice: {error}.",
+                "Start from a checkpoint.",
+            ) from None
+        for n, name in mine.items():
+            parameter = module._parameters[n]
+            if score[n] and parameter is not None:
+                play(parameter, score[n], ties.get(name, name), seed)
+                left.discard(name)
+    if left:
+        raise PolymodalError(
+            f"There is no rule to draw {_some(sorted(left))}.", "Start from a checkpoint that has them."
+        )
+
+
+@torch.no_grad()
+def rebuild_buffers(model: nn.Module, persistent: bool = False) -> None:
+    """Compute again each buffer that no checkpoint holds (rotary tables and the like); with `persistent`, all buffers.
+
+    The library's initialiser is run on each module that has some, its parameters shielded; a buffer that this leaves
+    alone is taken from a fresh module of the same class and config. Raises PolymodalError for one that nobody sets.
+    """
+    for path, module, rule in library.rules(model):
+        names = {
+            n
+            for n, b in module._buffers.items()
+            if b is not None and (persistent or n in module._non_persistent_buffers_set)
+        }
+        if not names:
+            continue
+        before = {n: (module._buffers[n], module._buffers[n]._version) for n in names}  # type: ignore[union-attr]
+        if rule is not None:
+            with stand_ins(module, names):
+                rule(module)
+        for name in sorted(names):
+            buffer = module._buffers[name]
+            if buffer is before[name][0] and buffer._version == before[name][1]:
+                buffer.copy_(_fresh(module, name, path))
+            if buffer.is_meta or (buffer.is_floating_point() and bool(_local(buffer).isnan().any())):
+                raise PolymodalError(
+                    f"The buffer {path}.{name} of {library.class_of(module).__name__} has no values.",
+                    "This is a defect: please report it.",
+                )
+
+
+def _fresh(module: nn.Module, name: str, path: str) -> Tensor:
+    cls = library.class_of(module)
+    try:
+        with torch.device("cpu"):
+            return cls(module.config).get_buffer(name)
+    except (AttributeError, TypeError, ValueError):
+        raise PolymodalError(
+            f"The buffer {path}.{name} of {cls.__name__} is in no checkpoint and cannot be computed.",
+            "This is a defect: please report it.",
+        ) from None
