@@ -1,4 +1,4 @@
-"""How an answer is judged: exact, contains, anls, relaxed, choice, open, and the reading of a choice from free text.
+"""How an answer is judged: exact, contains, anls, relaxed, choice, open, likelihood; reading a choice from free text.
 
 Pure Python on strings: imports nothing of the house and no torch. Every metric is a function of (answer, expected
 answers, options) in METRICS and gives a `Score` in 0..1; a benchmark only names one.
@@ -296,6 +296,16 @@ def choice_or_open(answer: str, expected: Sequence[str], options: Mapping[str, s
     return (choice if options else open_answer)(answer, expected, options)
 
 
+def likelihood(answer: str, expected: Sequence[str], options: Mapping[str, str]) -> Score:
+    """1 when the option that the model found likeliest (`answer`: its letter or its text) is the expected one."""
+
+    def letters(text: str) -> set[str]:
+        same = {k.upper() for k, value in options.items() if normalise(str(value)) == normalise(text)}
+        return same or {text.strip().upper()} & {k.upper() for k in options}
+
+    return Score(float(any(letters(answer) & letters(e) for e in expected)), answer)
+
+
 METRICS: Mapping[str, Metric] = {
     "exact": exact,
     "contains": contains,
@@ -304,6 +314,7 @@ METRICS: Mapping[str, Metric] = {
     "choice": choice,
     "open": open_answer,
     "choice_or_open": choice_or_open,
+    "likelihood": likelihood,
 }
 
 

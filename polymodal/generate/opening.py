@@ -1,0 +1,364 @@
+"""Opens whatever holds a model for inference: hub checkpoints and exports, runs, single checkpoints, LoRA adapters.
+
+Hub formats are opened by the library itself, training's checkpoints by the house's own path (`assemble`), which
+export shares. Sees models, train/checkpoint.py, recipe and errors; the engine it hands out knows none of this.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from polymodal import recipe as recipes
+from polymodal.errors import PolymodalError
+from polymodal.generate.engine import Engine
+from polymodal.models import catalog, weights
+from polymodal.models.card import Family
+from polymodal.train import checkpoint as checkpoints
+
+Kind = Literal["hub", "adapter", "run"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def kind_of(source: str | os.PathLike) -> Kind:
+    """What lies there: "run" (a run directory or one of its checkpoints), "adapter" (peft), "hub" (all else).
+
+    Raises PolymodalError for a path that is not there or a directory that holds none of them.
+    """
+    text = os.fspath(source)
+    path = Path(text).expanduser()
+    if not path.exists():
+        if text.startswith((".", "/", "~")) or text.count("/") > 1:
+            raise PolymodalError(
+                f"The checkpoint {text} does not exist.",
+                "Give a directory, or a hub id such as Qwen/Qwen2.5-VL-3B-Instruct.",
+            )
+        return "hub"
+    if not path.is_dir():
+        raise PolymodalError(
+            f"The checkpoint {text} is a file.", "Give the directory that holds config.json, or a run."
+        )
+    if (path / checkpoints.STATE).is_file() or checkpoints.newest(path) is not None:
+        return "run"
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        return "adapter"
+    if (path / "recipe.yaml").is_file() and not (path / "config.json").is_file():
+        raise PolymodalError(
+            f"The run {text} has no checkpoint yet.",
+            "Train it to its first checkpoint (checkpoint.every), or give model.source itself.",
+        )
+    return "hub"
+
+
+def fingerprint(directory: Path) -> str:
+    """Changes when a file of a checkpoint does: names, sizes and times of its files, not their content."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(directory.iterdir()):
+        if (
+            file.is_file()
+            and file.suffix in (".safetensors", ".bin", ".distcp", ".json", ".jinja", ".metadata")
+            or file.name == ".metadata"
+        ):
+            info = file.stat()
+            digest.update(f"{file.name} {info.st_size} {info.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+# --- training's checkpoints ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Assembled:
+    """A model put together from a run: float32 on the CPU, the house's attention, adapters still apart."""
+
+    model: nn.Module
+    family: Family
+    recipe: recipes.Recipe
+    checkpoint: Path
+
+
+def assemble(source: str | os.PathLike, *, ema: bool = False, base: str | None = None) -> Assembled:
+    """The model of a run or of one checkpoint: its base (where the checkpoint needs one) with the trained tensors on top.
+
+    ema: the average instead of the last weights. base: where model.source lies now, when it was moved.
+    Raises PolymodalError: no checkpoint, no average, a base that is gone, tensors that do not fit.
+    """
+    found = checkpoints.locate(source)
+    state = checkpoints.read_state(found)
+    if not state.recipe:
+        raise PolymodalError(
+            f"{found / checkpoints.STATE} holds no recipe.",
+            "The checkpoint was not written by `polymodal train`.",
+        )
+    recipe = recipes.validate(state.recipe)
+    if base is not None:
+        recipe.model.source = base
+    lora_recipe = recipe.model.lora
+    shapes = recipe.model if lora_recipe is not None else recipe.model.model_copy(update={"init": "random"})
+    family = catalog.family(shapes)  # weights of the base are asked for only when they are needed
+    model = family.build().trained
+    if lora_recipe is not None:
+        from polymodal.models import lora
+
+        lora.attach(model, lora_recipe, family.card)
+    tensors = dict(checkpoints.read_model(found, "ema." if ema else "model."))
+    names = dict(model.named_parameters())
+    strange = sorted(set(tensors) - set(names))
+    if strange:
+        raise PolymodalError(
+            f"{found} has {len(strange)} tensors that the model of its recipe has not (first: {strange[0]}).",
+            "Give the model.source and model.config that it was trained with.",
+        )
+    if set(names) - set(tensors):
+        _base(model, family, recipe)
+    else:
+        weights.materialise(model, "cpu")
+        weights.rebuild_buffers(model, persistent=True)
+    _overlay(model, tensors, found)
+    return Assembled(model.eval(), family, recipe, found)
+
+
+def _base(model: nn.Module, family: Family, recipe: recipes.Recipe) -> None:
+    """What the run started from: frozen parameters, and the base under adapters."""
+    if recipe.model.init == "random":
+        weights.initialise(model, family, recipe.train.seed, "cpu")
+    else:
+        weights.load(model, family, catalog.resolve(recipe.model.source, recipe.model.revision), device="cpu")
+    if recipe.model.lora is not None:
+        from polymodal.models import lora
+
+        lora.initialise(model, recipe.model.lora, recipe.train.seed)
+    start = recipe.checkpoint.init_from
+    if start and (Path(start) / "config.json").is_file():
+        weights.load(model, family, Path(start), device="cpu")
+    elif start:
+        known = dict(model.named_parameters())
+        found = checkpoints.locate(start)
+        _overlay(model, {n: t for n, t in checkpoints.read_model(found) if n in known}, found)
+
+
+@torch.no_grad()
+def _overlay(model: nn.Module, tensors: dict[str, torch.Tensor], found: Path) -> None:
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        if parameters[name].shape != value.shape:
+            raise PolymodalError(
+                f"{found} has {name} of shape {list(value.shape)}, the model {list(parameters[name].shape)}.",
+                "Give the model.config that it was trained with.",
+            )
+        parameters[name].copy_(value)
+
+
+def processor_of(
+    directory: str | os.PathLike,
+    data: recipes.Data | None = None,
+    revision: str | None = None,
+    trust: bool = False,
+) -> Any:
+    """The library's processor of a checkpoint, with what a recipe changes about it: pixel limits and chat template.
+
+    Raises PolymodalError when its files are missing.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(directory, revision=revision, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise PolymodalError(
+            f"The processor of {directory} cannot be read: {reason}",
+            "Copy the checkpoint's tokenizer and preprocessor files beside its weights.",
+        ) from None
+    if data is None:
+        return processor
+    image = getattr(processor, "image_processor", None)
+    video = getattr(processor, "video_processor", None)
+    for part, limits in ((image, data.image), (video, data.video)):
+        if part is None or (limits.min_pixels is None and limits.max_pixels is None):
+            continue
+        size = dict(part.size)
+        size["shortest_edge"] = limits.min_pixels or size["shortest_edge"]
+        size["longest_edge"] = limits.max_pixels or size["longest_edge"]
+        part.size = type(part.size)(**size) if not isinstance(part.size, dict) else size
+    if data.chat_template:
+        try:
+            template = Path(data.chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise PolymodalError(
+                f"data.chat_template = {data.chat_template} of the run cannot be read: {error.strerror}.",
+                "Put the file back, or export where it is.",
+            ) from None
+        processor.chat_template = template
+        if hasattr(processor, "tokenizer"):
+            processor.tokenizer.chat_template = template
+    return processor
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+def load_hub(directory: Path, dtype: str | torch.dtype = "auto", trust: bool = False) -> nn.Module:
+    """A hub checkpoint by the library's from_pretrained, on the CPU. Raises PolymodalError when keys are missing."""
+    import transformers
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
+        names = [n for n in (config.architectures or ()) if hasattr(transformers, n)]
+        auto = getattr(transformers, names[0]) if names else transformers.AutoModelForImageTextToText
+        model, info = auto.from_pretrained(directory, config=config, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).strip().split("\n")[:1])[:300]
+        raise PolymodalError(
+            f"{directory} cannot be opened: {reason}",
+            "Is it a whole checkpoint in the hub's format? Fetch or export it again.",
+        ) from None
+    missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+    if missing:
+        raise PolymodalError(
+            f"{directory} lacks {len(missing)} tensors of {type(model).__name__} (first: {missing[0]}).",
+            "Fetch or export it again.",
+        )
+    return model
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters to a dtype; rotary tables and other buffers stay float32, as the library keeps them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def open_engine(
+    checkpoint: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: str = "auto",
+    ema: bool = False,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+) -> Engine:
+    """Any checkpoint as an Engine: hub directory or id, export, run, one of its checkpoints, peft adapter.
+
+    device: None = the accelerator that is there. dtype: auto (the checkpoint's; for runs float32 on the CPU, else the
+    precision trained in), fp32, bf16, fp16. ema: a run's average. base: where an adapter's or a run's base lies now.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise PolymodalError(f"dtype = {dtype} is not known.", f"Use auto, {', '.join(DTYPES)}.")
+    if device is None:
+        from polymodal import device as devices
+
+        device = devices.find("auto", int(os.environ.get("LOCAL_RANK", "0"))).torch
+    device = torch.device(device)
+    kind = kind_of(checkpoint)
+    if ema and kind != "run":
+        raise PolymodalError(
+            f"{checkpoint} is no run, only runs keep an average (train.ema).", "Leave out --ema."
+        )
+    text = os.fspath(checkpoint).rstrip("/")
+    if kind == "run":
+        made = assemble(checkpoint, ema=ema, base=base)
+        model, recipe = made.model, made.recipe
+        chosen = DTYPES.get(dtype) or (
+            torch.float32
+            if device.type == "cpu"
+            else DTYPES.get(recipe.train.precision.removeprefix("pure_"), torch.float32)
+        )
+        cast(model, chosen)
+        as_library(model)
+        processor = processor_of(made.family.source, recipe.data, trust=recipe.model.trust_remote_code)
+        model.generation_config = _generation(made.family.source, model)
+        identity = fingerprint(made.checkpoint) + (" ema" if ema else "")
+        name = (
+            f"{Path(text).name}"
+            if made.checkpoint.name in text
+            else f"{Path(text).name} ({made.checkpoint.name})"
+        )
+        return Engine(
+            model.to(device),
+            processor,
+            video=recipe.data.video,
+            template_kwargs=recipe.data.template_kwargs,
+            name=name,
+            identity=identity,
+        )
+    wanted = DTYPES.get(dtype, "auto")
+    if kind == "adapter":
+        model, directory = load_adapter(Path(text).expanduser(), wanted, base, trust_remote_code)
+        own = Path(text).expanduser()
+        processor = processor_of(
+            own if (own / "tokenizer_config.json").is_file() else directory, trust=trust_remote_code
+        )
+        return Engine(
+            model.to(device),
+            processor,
+            name=Path(text).name,
+            identity=f"{fingerprint(own)} on {fingerprint(directory)}",
+        )
+    directory = catalog.resolve(checkpoint, revision)
+    model = load_hub(directory, wanted, trust_remote_code)
+    processor = processor_of(directory, trust=trust_remote_code)
+    return Engine(
+        model.to(device).eval(),
+        processor,
+        name=text if "/" in text and not Path(text).is_dir() else Path(text).name,
+        identity=fingerprint(directory),
+    )
+
+
+def load_adapter(
+    directory: Path, dtype: str | torch.dtype = "auto", base: str | None = None, trust: bool = False
+) -> tuple[nn.Module, Path]:
+    """A peft adapter on its base, opened by peft: (the base model with adapters in place, the base's directory)."""
+    from peft import PeftModel
+
+    try:
+        config = json.loads((directory / "adapter_config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise PolymodalError(f"{directory / 'adapter_config.json'} cannot be read: {error}.") from None
+    named = base or config.get("base_model_name_or_path")
+    if not named:
+        raise PolymodalError(
+            f"{directory / 'adapter_config.json'} does not say which base the adapter belongs to.",
+            "Give it with --base.",
+        )
+    try:
+        place = catalog.resolve(named, config.get("revision"))
+    except PolymodalError as error:
+        raise PolymodalError(
+            f"The base {named} of the adapter {directory} cannot be had: {error.message}",
+            "Give its directory with --base.",
+        ) from None
+    model = load_hub(place, dtype, trust)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(directory))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise PolymodalError(
+            f"The adapter {directory} does not fit its base {named}: {str(error).strip().splitlines()[0]}",
+            "Give the base it was trained on with --base.",
+        ) from None
+    return adapted.get_base_model().eval(), place
+
+
+def as_library(model: nn.Module) -> None:
+    """A model built for training -> one to generate with: the library's attention, its cache switched on."""
+    model.set_attn_implementation("sdpa")
+    for config in (model.config, getattr(model.config, "text_config", None)):
+        if config is not None and hasattr(config, "use_cache"):
+            config.use_cache = True
+
+
+def _generation(directory: str, model: nn.Module) -> Any:
+    from transformers import GenerationConfig
+
+    if (Path(directory) / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(directory)
+    return GenerationConfig.from_model_config(copy.deepcopy(model.config))
