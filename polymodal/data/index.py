@@ -30,7 +30,6 @@ VERSION = 1  # of the file's form: part of its key
 UNTRAINED = "no token of it is trained on (data.train_on)"
 _CHUNK = 256  # records a task
 _ALONE_SECONDS = 8.0  # less work than this is done sooner here than processes start
-_WHERE_READ = 1000  # dropped rows of one reason whose line is looked up in the data
 
 
 class Index:
@@ -90,25 +89,18 @@ class Index:
         broken = np.zeros(len(self), dtype=bool)
         for problem in self.problems:
             broken[problem.row] = True
-            out.setdefault(problem.reason, []).append(problem.where or problem.reason)
+            out.setdefault(problem.reason, []).append(problem.where)
         longer = (self.tokens > self.max_length) & ~broken
         for reason, rows in ((self.too_long, longer), (UNTRAINED, (self.trained <= 0) & ~broken & ~longer)):
             numbers = np.flatnonzero(rows).tolist()
             if numbers:
-                out[reason] = [self.where(i, read=n < _WHERE_READ) for n, i in enumerate(numbers)]
+                out[reason] = [self.where(i) for i in numbers]
         return out
 
-    def where(self, i: int, read: bool = True) -> str:
-        """File and line of row i; without `read`, its dataset and number, which costs no look into the file."""
+    def where(self, i: int) -> str:
+        """File and line of row i, and its piece if it was split."""
         record, piece = self.locate(i)
-        place = f"record {record + 1}"
-        if self.corpus is not None:
-            if read:
-                with contextlib.suppress(PolymodalError):
-                    place = self.corpus[record].where
-            else:
-                part = next((p for p in self.corpus.parts if p.start <= record < p.stop), None)
-                place = f"{part.name}, record {record - part.start + 1}" if part else place
+        place = self.corpus.where(record) if self.corpus is not None else f"record {record + 1}"
         return place if piece < 0 else f"{place}, piece {piece + 1}"
 
 
@@ -163,7 +155,7 @@ def _refuse(index: Index, corpus: Any, data: Data) -> None:
         count = len(index.problems)
         rest = f" It is the first of {count} broken records among {len(corpus)}." if count > 1 else ""
         raise PolymodalError(
-            f"{str(index.problems[0]).rstrip('.')}.{rest}",
+            f"{index.problems[0]}.{rest}",
             "Mend or remove what is broken (`polymodal data check` lists it all), or set data.on_error to skip.",
         )
     if data.overlong == "error":
@@ -202,7 +194,7 @@ def _measure_chunk(corpus: Any, chat: Any, data: Data, start: int, stop: int) ->
         try:
             records.append(corpus[i])
         except PolymodalError as error:
-            records.append(str(error))
+            records.append(error.message)
     good = [r for r in records if not isinstance(r, str)]
     measures = iter(chat.measure(good))
     rows: list[tuple[int, int, int, int, tuple[int, ...]]] = []
@@ -210,20 +202,21 @@ def _measure_chunk(corpus: Any, chat: Any, data: Data, start: int, stop: int) ->
 
     def add(record: int, piece: int, where: str, measure: Measure | str) -> None:
         if isinstance(measure, str):
-            problems.append(Problem(len(rows), where, measure))
+            reason = measure.removeprefix(f"{where}: ").rstrip(".")
+            problems.append(Problem(len(rows), where, reason))
             measure = Measure(0, 0)
         rows.append((record, piece, measure.tokens, measure.trained, measure.patches))
 
     for i, record in enumerate(records, start):
         if isinstance(record, str):
-            add(i, -1, "", record)
+            add(i, -1, corpus.where(i), record)
             continue
         measure = next(measures)
         if data.overlong == "split" and not isinstance(measure, str) and measure.tokens > data.max_length:
             try:
                 pieces = chat.pieces(record)
             except PolymodalError as error:
-                add(i, -1, "", str(error))
+                add(i, -1, record.where, error.message)
                 continue
             for number, piece in enumerate(chat.measure(pieces)):
                 add(i, number, record.where, piece)

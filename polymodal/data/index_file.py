@@ -49,11 +49,11 @@ class Problem(NamedTuple):
     """A record that cannot be read or measured."""
 
     row: int
-    where: str  # "file.jsonl, line 12"; empty when the reason says it
+    where: str  # "file.jsonl, line 12"
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.reason}" if self.where else self.reason
+        return f"{self.where}: {self.reason}"
 
 
 def cache_places(data: Data) -> list[Path]:
