@@ -101,16 +101,22 @@ class _HeadLoss(torch.autograd.Function):
             grad_weight.to(weight.dtype) if need_weight else None,
             grad_bias.to(bias.dtype) if need_bias else None,
         )
+        ctx.scale = None
         ctx.mark_non_differentiable(losses)
         return (losses * w.to(accumulate)).sum(), losses
 
     @staticmethod
     def backward(ctx, grad, _):
-        def scaled(tensor):
-            return None if tensor is None else tensor.mul_(grad.to(tensor.dtype))
-
-        grads = [scaled(t) for t in ctx.saved_tensors]
-        return grads[0], grads[1], grads[2], None, None, None, None, None
+        # In place: a copy of the head's gradient costs as much as the head. Once: zero-bubble schedules come here a
+        # second time, with the same scale, for the weights.
+        if ctx.scale is None:
+            for tensor in ctx.saved_tensors:
+                if tensor is not None:
+                    tensor.data.mul_(grad.to(tensor.dtype))
+            ctx.scale = grad
+        elif ctx.scale is not grad and not torch.equal(ctx.scale, grad):
+            raise RuntimeError("The chunked loss can be differentiated again only with the same scale.")
+        return *ctx.saved_tensors, None, None, None, None, None
 
 
 def head_loss(
