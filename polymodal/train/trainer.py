@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -58,7 +57,6 @@ class Trainer:
         # A group of its own: a checkpoint written in the background must not mix its collectives with training's.
         self.save_group = dist.new_group(backend="gloo") if rt.world > 1 else None
         self.loss_group = self.mesh.loss_group if rt.world > 1 else None
-        self._stop = False
         _determinism(recipe)
 
         self._build_model()
@@ -208,7 +206,7 @@ class Trainer:
     # ---------------------------------------------------------------- the loop
 
     def train(self) -> int:
-        signal.signal(signal.SIGTERM, self._asked_to_stop)
+        self.rt.catch_signals()
         recipe, state = self.recipe, self.state
         loader = Loader(
             self.schedule, self.corpus, self.chat, recipe.data,
@@ -261,7 +259,7 @@ class Trainer:
         stats = batch.stats
         tally.add({
             "samples": stats["samples"], "seqtokens": stats["tokens"], "media": stats["media"], "flops": stats.get("cost", 0.0),
-            "stop": float(self._stop), "wait": stats["wait"],
+            "stop": float(self.rt.signal is not None), "wait": stats["wait"],
         })  # fmt: skip
         total = tally.total(self.loss_group)
         parameters = list(self.trainable.values())
@@ -390,9 +388,6 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.progress is not None:
             self.progress.say(text)
-
-    def _asked_to_stop(self, *_: Any) -> None:
-        self._stop = True
 
     def close(self) -> None:
         if self.metrics is not None:
