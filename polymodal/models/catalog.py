@@ -95,7 +95,7 @@ def find(source: str | os.PathLike, revision: str | None = None) -> ModelCard:
         if set(wanted) & set(card.architectures):
             return card
     near = difflib.get_close_matches(
-        wanted[0] if wanted else "", [a for c in cards().values() for a in c.architectures], 1, 0.7
+        wanted[0] if wanted else "", [a for c in cards().values() for a in c.architectures], 1, 0.6
     )
     closest = next((card.name for card in cards().values() if near and near[0] in card.architectures), None)
     raise PolymodalError(
@@ -364,16 +364,13 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def _mean(key: str, known: Mapping[str, Any]) -> str:
     leaf = key.rpartition(".")[2]
-    same = [name for name in known if name.rpartition(".")[2] == leaf]
-    near = same or difflib.get_close_matches(key, list(known), 1, 0.6)
+    near = [name for name in known if name.rpartition(".")[2] == leaf]
     if not near:
-        leaves = {name.rpartition(".")[2]: name for name in known}
-        near = [leaves[name] for name in difflib.get_close_matches(leaf, list(leaves), 1, 0.6)]
-    return (
-        f"Did you mean {' or '.join(f'`{name}`' for name in near[:2])}?"
-        if near
-        else "See the checkpoint's config.json for its keys."
-    )
+        leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
+        near = [leaves[name] for name in difflib.get_close_matches(leaf, list(leaves), 1, 0.7)]
+    if not near:
+        return "See the checkpoint's config.json for its keys."
+    return f"Did you mean {' or '.join(f'`{name}`' for name in near[:2])}?"
 
 
 def _typed(key: str, old: Any, new: Any) -> Any:

@@ -1,0 +1,216 @@
+"""The catalogue: names lead to cards, sources to directories, overrides into configs; every wrong one to a sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from polymodal.errors import PolymodalError
+from polymodal.models import catalog
+from polymodal.recipe import Model
+from tests.models import tiny
+
+
+@pytest.mark.parametrize(
+    "text,card,size",
+    [
+        ("qwen2.5-vl-7b", "qwen2.5-vl", "7b"),
+        ("Qwen2.5-VL-7B", "qwen2.5-vl", "7b"),
+        ("Qwen2.5-VL-7B-Instruct", "qwen2.5-vl", "7b"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2.5-vl", "7b"),
+        ("qwen2.5vl:3b", "qwen2.5-vl", "3b"),
+        ("qwen2_vl", "qwen2-vl", None),
+        ("qwen3vl 8b", "qwen3-vl", "8b"),
+        ("Qwen/Qwen3-VL-30B-A3B-Instruct", "qwen3-vl-moe", "30b-a3b"),
+        ("qwen3-vl-moe-235b-a22b", "qwen3-vl-moe", "235b-a22b"),
+    ],
+)
+def test_names_that_people_write_lead_to_the_card(text, card, size):
+    found = catalog.named(text)
+    assert found is not None and (found[0].name, found[1]) == (card, size)
+    assert catalog.find(text).name == card
+
+
+def test_names_are_not_shared_by_two_cards():
+    hubs = [size.hub for card in catalog.cards().values() for size in card.sizes.values()]
+    names = [name for card in catalog.cards().values() for name in (card.name, *card.aliases)]
+    architectures = [name for card in catalog.cards().values() for name in card.architectures]
+    for listed in (hubs, names, architectures):
+        assert len(listed) == len(set(listed)), listed
+    for card in catalog.cards().values():
+        assert set(card.seeds) <= set(card.sizes) and card.verified and card.keywords and card.tasks
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_a_directory_is_told_by_its_architectures(name, checkpoint):
+    directory = checkpoint(name)
+    assert catalog.find(directory).name == name
+    assert catalog.resolve(str(directory)) == directory
+    family = catalog.family(Model(source=str(directory), attention="sdpa"))
+    assert family.card.name == name and family.source == str(directory) and family.attention == "sdpa"
+    assert family.build().trained.model.visual.config._attn_implementation == "sdpa"
+
+
+def test_a_config_without_architectures_is_told_by_its_type(checkpoint, tmp_path):
+    data = json.loads((checkpoint("qwen2-vl") / "config.json").read_text())
+    del data["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    assert catalog.find(tmp_path).name == "qwen2-vl"
+    assert catalog.family(Model(source=str(tmp_path), init="random")).card.name == "qwen2-vl"
+
+
+def copied(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint("qwen2.5-vl"), tmp_path / "copy")
+
+
+def refusal(source, match, **options):
+    with pytest.raises(PolymodalError, match=match) as caught:
+        catalog.resolve(source, **options)
+    assert caught.value.hint, "every refusal says how it is mended"
+    return caught.value.hint
+
+
+def test_wrong_sources_are_refused_with_the_mend(checkpoint, tmp_path):
+    assert "qwen2.5-vl-7b" in refusal("qwen25-vl-7b", "neither a directory nor a hub id")
+    assert "Check the path" in refusal("/nowhere/at/all", "neither a directory")
+    assert "qwen2.5-vl-3b, qwen2.5-vl-7b" in refusal("qwen2.5-vl", "several sizes")
+    assert "holds config.json" in refusal(tmp_path, "no config.json")
+    shutil.copytree(checkpoint("qwen2-vl"), tmp_path / "run" / "export")
+    assert "run/export" in refusal(tmp_path / "run", "no config.json")
+
+
+def test_an_adapter_is_not_taken_for_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "Qwen/Qwen2-VL-2B-Instruct"})
+    )
+    hint = refusal(tmp_path, "LoRA adapter of Qwen/Qwen2-VL-2B-Instruct")
+    assert "checkpoint.init_from" in hint and "--merge-lora" in hint
+
+
+def test_incomplete_weights_are_named(checkpoint, tmp_path):
+    directory = copied(checkpoint, tmp_path)
+    (directory / "model.safetensors").unlink()
+    assert "model.init to random" in refusal(directory, "lacks model.safetensors")
+    assert catalog.resolve(directory, weights=False) == directory
+    assert catalog.family(Model(source=str(directory), init="random")).card.name == "qwen2.5-vl"
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "model-00001-of-00002.safetensors").write_bytes(b"x" * 2000)
+    refusal(directory, "lacks model-00002-of-00002.safetensors")
+    (directory / "model.safetensors.index.json").unlink()
+    (directory / "model-00001-of-00002.safetensors").unlink()
+    (directory / "pytorch_model.bin").write_bytes(b"x")
+    assert "save_pretrained" in refusal(directory, "pickle format only")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_git_lfs_pointers_are_not_taken_for_files(file, checkpoint, tmp_path):
+    directory = copied(checkpoint, tmp_path)
+    (directory / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n")
+    assert "git lfs pull" in refusal(directory, f"{file} is a git-lfs pointer")
+
+
+def test_broken_and_unknown_configs(checkpoint, tmp_path):
+    directory = copied(checkpoint, tmp_path)
+    (directory / "config.json").write_text("{")
+    with pytest.raises(PolymodalError, match=r"config\.json cannot be read"):
+        catalog.find(directory)
+    (directory / "config.json").write_text(
+        json.dumps({"architectures": ["Qwen2_5_VLForTokenGeneration"], "model_type": "x"})
+    )
+    with pytest.raises(PolymodalError, match="Qwen2_5_VLForTokenGeneration / x has no card") as caught:
+        catalog.find(directory)
+    assert "Nearest: qwen2.5-vl" in caught.value.hint and "qwen3-vl-moe" in caught.value.hint
+
+
+# the hub
+
+
+def cached(checkpoint, root, name="Qwen/Qwen2.5-VL-3B-Instruct", without=()):
+    """A tiny checkpoint laid out as huggingface_hub's cache lays out a repository."""
+    base = root / f"models--{name.replace('/', '--')}"
+    snapshot = base / "snapshots" / ("0" * 40)
+    shutil.copytree(checkpoint("qwen2.5-vl"), snapshot)
+    for file in without:
+        (snapshot / file).unlink()
+    (base / "refs").mkdir()
+    (base / "refs" / "main").write_text("0" * 40)
+    return snapshot
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def test_a_cached_repository_needs_no_network(checkpoint, hub):
+    snapshot = cached(checkpoint, hub)
+    for source in ("Qwen/Qwen2.5-VL-3B-Instruct", "qwen2.5-vl-3b"):
+        assert catalog.resolve(source) == snapshot
+        assert catalog.family(Model(source=source)).source == str(snapshot)
+
+
+def test_offline_says_what_is_missing_and_the_command(checkpoint, hub):
+    hint = refusal(
+        "qwen2.5-vl-7b", "Qwen/Qwen2.5-VL-7B-Instruct is not complete .*missing: config.json.* offline"
+    )
+    assert "`polymodal download Qwen/Qwen2.5-VL-7B-Instruct`" in hint
+    cached(checkpoint, hub, without=["model.safetensors"])
+    hint = refusal("qwen2.5-vl-3b", r"missing: model\.safetensors")
+    cached(checkpoint, hub, name="someone/their-model")
+    assert catalog.find("someone/their-model").name == "qwen2.5-vl"
+    assert "--revision abc" in refusal("someone/their-model", "missing", revision="abc")
+
+
+def test_a_hub_out_of_reach_is_said_in_one_sentence(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    hint = refusal("someone/their-model", "the hub cannot be reached")
+    assert "polymodal download someone/their-model" in hint
+
+
+# overrides
+
+
+def test_overrides_reach_the_config_and_the_model(checkpoint):
+    changes = {
+        "text_config.num_hidden_layers": 2,
+        "vision_config": {"depth": 3, "fullatt_block_indexes": [0]},
+        "text_config.rms_norm_eps": 1,
+    }
+    family = catalog.family(Model(source=str(checkpoint("qwen2.5-vl")), config=changes))
+    model = family.build().trained
+    assert len(model.model.language_model.layers) == 2 and len(model.model.visual.blocks) == 3
+    assert family.config.text_config.layer_types == ["full_attention"] * 2
+    assert (
+        family.config.text_config.rms_norm_eps == 1.0
+        and family.config.vision_config.fullatt_block_indexes == [0]
+    )
+
+
+@pytest.mark.parametrize(
+    "changes,message,hint",
+    [
+        ({"num_hidden_layers": 2}, "`num_hidden_layers` is not a key", "`text_config.num_hidden_layers`"),
+        ({"text_config.num_hiden_layers": 2}, "not a key", "`text_config.num_hidden_layers`"),
+        ({"text.num_hidden_layers": 2}, "not a key", "`text_config.num_hidden_layers`"),
+        ({"text_config.zzz": 2}, "not a key", "config.json"),
+        ({"text_config.num_hidden_layers": "two"}, "is a str, the config has a int", "that type"),
+        ({"text_config.num_hidden_layers": True}, "is a bool", "that type"),
+        ({"vision_config.fullatt_block_indexes": 3}, "is a int, the config has a list", "that type"),
+        ({"vision_config.depth": 2}, "fullatt_block_indexes names layer 3", "fullatt_block_indexes"),
+        ({"text_config.hidden_size": 128}, "gives features of 64.* takes 128", "alike"),
+    ],
+)
+def test_overrides_that_do_not_fit_are_refused(changes, message, hint, checkpoint):
+    with pytest.raises(PolymodalError, match=message) as caught:
+        catalog.family(Model(source=str(checkpoint("qwen2.5-vl")), config=changes))
+    assert hint in caught.value.hint
