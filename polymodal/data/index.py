@@ -23,6 +23,7 @@ import numpy as np
 
 from polymodal.data.index_file import Problem, Progress, cache_directory, cache_places, lock, read, write
 from polymodal.data.sample import Measure
+from polymodal.data.workers import quiet_threads
 from polymodal.errors import PolymodalError
 from polymodal.recipe import Data
 
@@ -298,27 +299,6 @@ def _measure_parallel(
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def quiet_threads() -> Iterator[None]:
-    """Environment of processes that are one of many: one thread each. Restored when they are started."""
-    names = {
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _columns(rows: list[tuple[int, int, int, int, tuple[int, ...]]]) -> dict[str, np.ndarray]:

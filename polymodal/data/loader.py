@@ -1,0 +1,319 @@
+"""What a rank trains on, step after step: the plan's samples, decoded ahead of the need and handed over whole.
+
+Sees the ground floor and the data room. A thread plans and collects while training computes; worker processes read,
+decode and pack, one micro-batch a task. A whole step is handed over, because the objective sums its denominators over
+the global batch before the first forward pass.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from multiprocessing import Pipe
+from typing import Any, NamedTuple
+
+from polymodal.data.permute import key_of
+from polymodal.data.sample import Batch, Sample, hole, pack
+from polymodal.data.schedule import GlobalBatch, Position, Schedule
+from polymodal.data.workers import Inline, Pool
+from polymodal.errors import PolymodalError
+from polymodal.recipe import Data
+
+log = logging.getLogger("polymodal.data")
+_PATCH_BYTES = 6144  # of a patch, until the first was seen: 16 x 16 x 2 frames x 3 colours in float32
+
+
+@dataclass
+class StepStats:
+    """Of one rank's step. Fillers and holes count nowhere but in `broken`."""
+
+    tokens: int = 0
+    trained: int = 0  # tokens with a weight
+    samples: int = 0
+    media: int = 0
+    bytes: int = 0
+    wait_seconds: float = 0.0  # training stood still for data
+    make_seconds: float = 0.0  # sum over workers: reading, decoding, packing
+    broken: list[str] = field(default_factory=list)  # why samples became holes, each time
+
+
+@dataclass
+class RankStep:
+    """One global batch, this rank's part. Save `next` with a checkpoint: it is where a resumed run begins."""
+
+    position: Position
+    next: Position
+    micro_batches: list[Batch]
+    stats: StepStats
+
+
+class Task(NamedTuple):
+    """A micro-batch to make: for each sample its id, record, piece (-1 = whole) and planned tokens."""
+
+    epoch: int
+    samples: tuple[tuple[int, int, int, int], ...]
+
+
+class Notes(NamedTuple):
+    """What a worker tells of a micro-batch."""
+
+    tokens: int
+    trained: int
+    samples: int
+    media: int
+    seconds: float
+    broken: list[tuple[int, str]]
+
+
+class Maker:
+    """Task -> packed Batch. Picklable; it is all that a worker process knows.
+
+    Whoever draws at random for a sample takes `record.extra["seed"]`, which comes from (seed, epoch, sample id) alone
+    and so does not depend on the worker, the rank or the world.
+    """
+
+    def __init__(self, corpus: Any, chat: Any, data: Data, seed: int, rows: int):
+        self.corpus = corpus
+        self.chat = chat
+        self.on_error = data.on_error
+        self.seed = seed
+        self.rows = rows
+
+    def __call__(self, task: Task) -> tuple[Batch, Notes]:
+        began = time.perf_counter()
+        samples: list[Sample] = []
+        broken: list[tuple[int, str]] = []
+        for id, record, piece, planned in task.samples:
+            try:
+                samples.append(self._sample(task.epoch, id, record, piece, planned))
+            except PolymodalError as error:
+                if self.on_error == "fail":
+                    raise
+                broken.append((id, error.message))
+                samples.append(hole(max(1, min(2, planned)), self.rows, id, broken=error.message))
+        batch = pack(samples)
+        grid = batch.get("grid_thw")
+        notes = Notes(
+            sum(s.measure.tokens for s in samples if not s.broken),
+            int((batch["weights"] != 0).sum()),
+            len(samples) - len(broken),
+            0 if grid is None else len(grid),
+            time.perf_counter() - began,
+            broken,
+        )
+        return batch, notes
+
+    def _sample(self, epoch: int, id: int, record: int, piece: int, planned: int) -> Sample:
+        row = self.corpus[record]
+        if piece >= 0:
+            pieces = self.chat.pieces(row)
+            row = pieces[min(piece, len(pieces) - 1)]
+        row = replace(row, extra={**row.extra, "seed": key_of(self.seed, 5, epoch, id)})
+        try:
+            sample = self.chat.sample(row, id)
+        except MemoryError:
+            raise PolymodalError(
+                f"{row.where}: too little memory to decode it.",
+                "Lower data.workers, or the size of images and videos.",
+            ) from None
+        if sample.measure.tokens > planned:  # it might no longer fit its pack
+            raise PolymodalError(
+                f"{row.where}: the sample has {sample.measure.tokens} tokens, its index says {planned}: a file changed after it was measured.",
+                "Remove the index (`.polymodal` beside the data, or data.cache_dir), so that lengths are measured again.",
+            )
+        return sample
+
+
+class _Step:
+    """A step being made."""
+
+    def __init__(self, plan: GlobalBatch, packs: list[tuple[int, ...]]):
+        self.plan = plan
+        self.batches: list[Batch | None] = [None] * len(packs)
+        self.missing = len(packs)
+        self.stats = StepStats()
+
+
+class Loader:
+    """Iterates over RankStep for one data-parallel rank, in the plan's order, prepared ahead. Also a context manager.
+
+    start: the first step; stop_after: steps to give (None: for ever); rows: rows of position_ids (for holes).
+    Ahead of the step that is due, at most data.prefetch steps and data.memory_budget MiB are prepared or in work.
+    Raises PolymodalError from __next__: a broken sample (data.on_error: fail), a dead worker.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        corpus: Any,
+        chat: Any,
+        data: Data,
+        *,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        start: Position = Position(),
+        stop_after: int | None = None,
+        rows: int = 1,
+    ):
+        self.schedule = schedule
+        self.corpus = corpus
+        self.rank = dp_rank, dp_size
+        self.rows = rows
+        self.prefetch = data.prefetch
+        self.budget = data.memory_budget << 20
+        self._plans = schedule.batches(start)
+        self._left = stop_after
+        self._told: set[int] = set()
+        self._patch_bytes = _PATCH_BYTES
+        self._ready: queue.SimpleQueue[RankStep | BaseException | None] = queue.SimpleQueue()
+        self._stop = False
+        self._ended = False
+        self._planned = self._taken = 0  # steps; each is written by one thread only
+        self._made_bytes = self._taken_bytes = 0
+        self._wake_read, self._wake_write = Pipe(duplex=False)
+        make = Maker(corpus, chat, data, schedule.seed, rows)
+        self._pool = Pool(make, data.workers, self._about) if data.workers else Inline(make)
+        self._thread = threading.Thread(target=self._run, name="polymodal-loader", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def __iter__(self) -> Iterator[RankStep]:
+        return self
+
+    def __next__(self) -> RankStep:
+        if self._ended:
+            raise StopIteration
+        began = time.perf_counter()
+        found = self._ready.get()
+        if isinstance(found, RankStep):
+            found.stats.wait_seconds = time.perf_counter() - began
+            self._taken += 1
+            self._taken_bytes += found.stats.bytes
+            self._wake_write.send_bytes(b"t")
+            return found
+        self.close()
+        if found is None:
+            raise StopIteration
+        raise found
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the thread and all worker processes. May be called twice, and in the middle of an epoch."""
+        if self._stop:
+            return
+        self._stop = self._ended = True
+        atexit.unregister(self.close)
+        self._wake_write.send_bytes(b"s")
+        self._thread.join()
+        self._pool.close()
+        self._wake_write.close()
+        self._wake_read.close()
+
+    # The thread ------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._produce()
+            self._ready.put(None)
+        except BaseException as error:
+            self._ready.put(error)
+
+    def _produce(self) -> None:
+        steps: deque[_Step] = deque()  # planned and not handed over
+        tasks: deque[tuple[_Step, int, Task, int]] = (
+            deque()
+        )  # not yet given to a worker: step, place, task, bytes
+        working: dict[int, tuple[_Step, int, Task, int]] = {}
+        number = 0
+        while not self._stop:
+            while self._planned - self._taken < self.prefetch and (
+                self._left is None or self._planned < self._left
+            ):
+                step, found = self._plan()
+                steps.append(step)
+                tasks.extend(found)
+            while steps and not steps[0].missing:
+                self._hand_over(steps.popleft())
+            while tasks and self._pool.idle:
+                step, _, task, size = tasks[0]
+                due = self._planned - len(steps) == self._taken and step is steps[0]  # training waits for it
+                held = self._made_bytes - self._taken_bytes + sum(w[3] for w in working.values())
+                if not due and held + size > self.budget:
+                    break
+                working[number] = tasks.popleft()
+                self._pool.submit(number, task)
+                number += 1
+            if not steps and self._left is not None and self._planned >= self._left:
+                return
+            for done, batch, notes in self._pool.wait(self._wake_read):
+                step, place, task, _ = working.pop(done)
+                self._keep(step, place, batch, notes)
+                self._learn(batch)
+
+    def _plan(self) -> tuple[_Step, list[tuple[_Step, int, Task, int]]]:
+        plan = next(self._plans)
+        packs = plan.for_rank(*self.rank)
+        step, tasks = _Step(plan, packs), []
+        index = self.schedule.index
+        for place, ids in enumerate(packs):
+            if not ids:
+                self._keep(step, place, pack([hole(rows=self.rows)]), None)
+                continue
+            task = Task(plan.position.epoch, tuple((i, *index.locate(i), int(index.tokens[i])) for i in ids))
+            tokens, patches = sum(s[3] for s in task.samples), int(index.patches[list(ids)].sum())
+            tasks.append((step, place, task, tokens * (20 + 8 * self.rows) + patches * self._patch_bytes))
+        self._planned += 1
+        return step, tasks
+
+    def _keep(self, step: _Step, place: int, batch: Batch, notes: Notes | None) -> None:
+        step.batches[place] = batch
+        step.missing -= 1
+        size = sum(t.numel() * t.element_size() for t in (*batch.tensors.values(), *batch.segments.values()))
+        step.stats.bytes += size
+        self._made_bytes += size
+        if notes is None:
+            return
+        stats = step.stats
+        stats.tokens += notes.tokens
+        stats.trained += notes.trained
+        stats.samples += notes.samples
+        stats.media += notes.media
+        stats.make_seconds += notes.seconds
+        for id, reason in notes.broken:
+            stats.broken.append(reason)
+            if id not in self._told:
+                self._told.add(id)
+                log.warning("Left out, its place in the batch has no weight: %s", reason)
+
+    def _learn(self, batch: Batch) -> None:
+        """Bytes of a patch, as the family makes them: what the next estimates are built on."""
+        pixels = batch.get("pixel_values")
+        if pixels is not None and len(pixels):
+            self._patch_bytes = pixels[0].numel() * pixels.element_size()
+
+    def _hand_over(self, step: _Step) -> None:
+        if step.stats.bytes > self.budget and -1 not in self._told:
+            self._told.add(-1)
+            log.warning(
+                "One step of this rank takes %d MiB, more than data.memory_budget = %d; nothing is prepared beyond it.",
+                step.stats.bytes >> 20,
+                self.budget >> 20,
+            )
+        batches = [b for b in step.batches if b is not None]
+        self._ready.put(RankStep(step.plan.position, step.plan.next, batches, step.stats))
+
+    def _about(self, task: Task) -> str:
+        places = [self.corpus.where(record) for _, record, _, _ in task.samples]
+        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        return "; ".join(places[:3]) + more
