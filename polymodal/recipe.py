@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from polymodal import recipe_file
@@ -19,7 +18,7 @@ from polymodal import recipe_file
 class Section(BaseModel):
     """A section of the recipe: closed (no unknown keys), checked on assignment, every key documented."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True, ser_json_inf_nan="constants")
 
 
 class Lora(Section):
@@ -401,7 +400,7 @@ def validate(data: dict, places: dict | None = None, path: Path | None = None) -
 
 def dump(recipe: Recipe) -> str:
     """The whole recipe as YAML; `load` of it gives the same recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return recipe_file.write(recipe.model_dump(mode="json"))
 
 
 def all_keys() -> list[str]:

@@ -46,8 +46,26 @@ _Yaml.add_implicit_resolver(
 )
 
 
+class _Dump(yaml.SafeDumper):
+    """Quotes text that YAML 1.1 or 1.2 would read as something else."""
+
+
+_Dump.yaml_implicit_resolvers = {
+    letter: [*_Yaml.yaml_implicit_resolvers.get(letter, []), *yaml.SafeDumper.yaml_implicit_resolvers.get(letter, [])]
+    for letter in {*_Yaml.yaml_implicit_resolvers, *yaml.SafeDumper.yaml_implicit_resolvers}
+}
+
+
 def _parse(text: str) -> Any:
     return yaml.load(text, Loader=_Yaml)
+
+
+def write(data: dict) -> str:
+    """Plain data as YAML that `read` reads back unchanged."""
+    text = yaml.dump(data, Dumper=_Dump, sort_keys=False, allow_unicode=True)
+    if any(mark in text for mark in "\x85\u2028\u2029"):  # line breaks to YAML, which the dumper does not escape
+        text = yaml.dump(data, Dumper=_Dump, sort_keys=False, allow_unicode=False)
+    return text
 
 
 def _compose(path: Path) -> tuple[dict, Places]:

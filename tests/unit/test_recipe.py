@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from polymodal import recipe, recipe_file, recipe_reference
@@ -170,7 +170,7 @@ def test_no_such_file(tmp_path):
 # ---- writing ------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(
     lr=st.floats(1e-12, 1e3),
     steps=st.none() | st.integers(1, 10**9),
@@ -181,6 +181,7 @@ def test_no_such_file(tmp_path):
         st.integers() | st.floats(allow_nan=False) | st.text() | st.booleans() | st.none(),
     ),
 )
+@example(1.0, None, "1e5", ["1_0", "yes", "0x1f", "1:30", "~"], {"a": "1e-5", "b": float("inf"), "c": "no", "d": "2020-01-01"})
 def test_the_resolved_recipe_gives_the_same_recipe(tmp_path_factory, lr, steps, name, freeze, config):
     r = recipe.validate(
         {
