@@ -1,0 +1,480 @@
+"""Data files as lists of rows: json, jsonl, csv, tsv, parquet, webdataset tar; any row by its number.
+
+Part of the data room: sees errors only. Opening scans a file once for the place of every row and for the content
+hash; afterwards a row is read by its offset, so that memory does not grow with the file. File handles are opened
+by the process that uses them, so that a `Rows` travels to workers by pickle.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+
+from polymodal.errors import PolymodalError
+
+CHUNK = 4 << 20  # bytes read at a time while scanning
+ROW_GROUPS = 256 << 20  # bytes of decompressed parquet row groups a process keeps
+
+IMAGE = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "ppm"})
+VIDEO = frozenset({"mp4", "webm", "mkv", "mov", "avi", "m4v"})
+AUDIO = frozenset({"wav", "flac", "mp3", "ogg", "m4a", "opus"})
+
+
+class Rows:
+    """Rows of one file. `path` is as the user gave it; `fingerprint` is a hash of content, whatever the path."""
+
+    unit = "row"
+
+    def __init__(self, path: str):
+        self.path = path
+        self.fingerprint = ""
+        self._handle: Any = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Row i as a mapping. Raises PolymodalError with the file and the line when it cannot be read."""
+        raise NotImplementedError
+
+    def where(self, i: int) -> str:
+        """ "file.jsonl, line 12": the place of row i, counted from 1."""
+        return f"{self.path}, {self.unit} {i + 1}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": None}
+
+    def _bytes(self, start: int, stop: int) -> bytes:
+        """Bytes of the file, without moving a shared file position: safe in threads and after fork."""
+        if self._handle is None:
+            try:
+                self._handle = open(self.path, "rb")  # noqa: SIM115 (kept open for the life of the process)
+            except OSError as error:
+                raise PolymodalError(f"{self.path} cannot be opened any more: {error.strerror}.") from None
+        return os.pread(self._handle.fileno(), stop - start, start)
+
+    def _object(self, i: int, data: bytes) -> dict[str, Any]:
+        try:
+            row = json.loads(data)
+        except UnicodeDecodeError as error:
+            raise PolymodalError(
+                f"{self.where(i)}: not UTF-8 text ({error.reason}).", "Save the file as UTF-8."
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise PolymodalError(
+                f"{self.where(i)}: not valid JSON: {error}.", "Mend the row, or set data.on_error to skip."
+            ) from None
+        if not isinstance(row, dict):
+            raise PolymodalError(
+                f"{self.where(i)}: a row is an object with keys, this one is a {_kind(row)}.",
+                'Write rows as {"messages": [...]}.',
+            )
+        return row
+
+
+def _kind(value: Any) -> str:
+    return {
+        list: "list",
+        str: "string",
+        int: "number",
+        float: "number",
+        bool: "boolean",
+        type(None): "null",
+    }.get(type(value), type(value).__name__)
+
+
+class JsonLines(Rows):
+    """One JSON object a line; blank lines are passed over."""
+
+    unit = "line"
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        digest = hashlib.blake2b(digest_size=16)
+        breaks = []
+        size = 0
+        with open(path, "rb") as file:
+            skip = 3 if file.read(3) == b"\xef\xbb\xbf" else 0
+            file.seek(0)
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+                breaks.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + size)
+                size += len(chunk)
+        ends = np.concatenate([*breaks, [size]]) if breaks else np.zeros(0, np.int64)
+        starts = np.concatenate([[skip], ends[:-1] + 1]) if len(ends) else ends
+        keep = ends > starts
+        for i in np.flatnonzero(keep & (ends - starts < 64)):  # a short line may be blank
+            keep[i] = bool(self._bytes(int(starts[i]), int(ends[i])).strip())
+        self._starts, self._ends = starts[keep].astype(np.int64), ends[keep].astype(np.int64)
+        lines = np.flatnonzero(keep)
+        self._lines = None if len(lines) == 0 or lines[-1] == len(lines) - 1 else lines
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def where(self, i: int) -> str:
+        return f"{self.path}, line {(i if self._lines is None else int(self._lines[i])) + 1}"
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self._object(i, self._bytes(int(self._starts[i]), int(self._ends[i])))
+
+
+class JsonArray(Rows):
+    """A JSON list of objects, scanned once in pieces and then read row by row."""
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        digest = hashlib.blake2b(digest_size=16)
+        starts: list[int] = []
+        ends: list[int] = []
+        decode = json.JSONDecoder().raw_decode
+        with open(path, "rb") as file:
+            utf8 = codecs.getincrementaldecoder("utf-8")()
+            text, at, offset, grow, opened, closed, separated = "", 0, 0, CHUNK, False, False, True
+            # text[at:] is not read yet; `offset` is the place of text[at] in the file, in bytes
+
+            def more() -> bool:
+                nonlocal text, at
+                chunk = file.read(grow)
+                digest.update(chunk)
+                try:
+                    text = text[at:] + utf8.decode(chunk, final=not chunk)
+                except UnicodeDecodeError as error:
+                    raise PolymodalError(
+                        f"{path}: not UTF-8 text ({error.reason}).", "Save the file as UTF-8."
+                    ) from None
+                at = 0
+                return bool(chunk)
+
+            def fail(place: int, cause: str) -> PolymodalError:
+                before = offset + len(text[at:place].encode())
+                with open(path, "rb") as again:
+                    line = again.read(before).count(b"\n") + 1
+                return PolymodalError(
+                    f"{path}, line {line}: not valid JSON: {cause} (after row {len(starts)}).",
+                    "Mend the file; `python -m json.tool FILE` points to the same place.",
+                )
+
+            more()
+            if text.startswith("\ufeff"):
+                at, offset = 1, 3
+            while True:
+                while at < len(text) and text[at] in " \t\r\n":
+                    at, offset = at + 1, offset + 1
+                if at == len(text):
+                    if more():
+                        continue
+                    if not closed:
+                        raise fail(at, "the list is not closed" if opened else "the file is empty")
+                    break
+                mark = text[at]
+                if closed:
+                    raise fail(at, "something follows the list")
+                if not opened:
+                    if mark != "[":
+                        raise PolymodalError(
+                            f"{path}: a .json file holds a list of rows, this one begins with {mark!r}.",
+                            "Write [{...}, {...}], or one object a line in a .jsonl file.",
+                        )
+                    opened, at, offset = True, at + 1, offset + 1
+                elif mark == "]" and not (separated and starts):
+                    closed, at, offset = True, at + 1, offset + 1
+                elif mark == "," and not separated:
+                    separated, at, offset = True, at + 1, offset + 1
+                elif not separated:
+                    raise fail(at, "a comma is missing")
+                else:
+                    try:
+                        _, stop = decode(text, at)
+                        if stop == len(text) and mark not in '{["':  # a number may go on in the next piece
+                            raise json.JSONDecodeError("", text, stop)
+                    except json.JSONDecodeError as error:
+                        whole = error.pos < len(text) - 16 and not error.msg.startswith("Unterminated")
+                        grow = min(grow * 2, 1 << 30)
+                        if whole or not more():
+                            raise fail(error.pos, error.msg) from None
+                        continue
+                    except RecursionError:
+                        raise fail(at, "nested too deep") from None
+                    row = text[at:stop]
+                    starts.append(offset)
+                    offset += len(row) if row.isascii() else len(row.encode())
+                    ends.append(offset)
+                    at, separated, grow = stop, False, CHUNK
+        self._starts, self._ends = np.array(starts, np.int64), np.array(ends, np.int64)
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self._object(i, self._bytes(int(self._starts[i]), int(self._ends[i])))
+
+
+class Delimited(Rows):
+    """csv or tsv with a header line; quoted fields may hold line breaks. Every value is text, an empty one is None."""
+
+    unit = "line"
+
+    def __init__(self, path: str, delimiter: str):
+        super().__init__(path)
+        csv.field_size_limit(2**31 - 1)  # benchmarks keep whole pictures in a field
+        digest = hashlib.blake2b(digest_size=16)
+        self._delimiter = delimiter
+        offset = line = 0
+
+        def lines(file):
+            nonlocal offset, line
+            for raw in file:
+                digest.update(raw)
+                offset += len(raw)
+                line += 1
+                yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
+
+        places = []
+        with open(path, "rb") as file:
+            reader = csv.reader(lines(file), delimiter=delimiter)
+            try:
+                self.columns = next(reader, [])
+                start, first = offset, line
+                for row in reader:
+                    if row:
+                        places.append((start, offset, first + 1))
+                    start, first = offset, line
+            except csv.Error as error:
+                raise PolymodalError(
+                    f"{path}, line {line}: not valid {'tsv' if delimiter != ',' else 'csv'}: {error}."
+                ) from None
+            except UnicodeDecodeError as error:
+                raise PolymodalError(
+                    f"{path}, line {line}: not UTF-8 text ({error.reason}).", "Save the file as UTF-8."
+                ) from None
+        twice = sorted({c for c in self.columns if self.columns.count(c) > 1})
+        if twice:
+            raise PolymodalError(
+                f"{path}, line 1: the column {twice[0]!r} is there twice.", "Rename one of them."
+            )
+        self._places = np.array(places, np.int64).reshape(-1, 3)
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def where(self, i: int) -> str:
+        return f"{self.path}, line {self._places[i, 2]}"
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        csv.field_size_limit(2**31 - 1)
+        text = self._bytes(int(self._places[i, 0]), int(self._places[i, 1])).decode("utf-8")
+        values = next(csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter))
+        if len(values) != len(self.columns):
+            raise PolymodalError(
+                f"{self.where(i)}: {len(values)} fields, but the header has {len(self.columns)}.",
+                "Put fields that hold the separator or line breaks in double quotes.",
+            )
+        return {c: v or None for c, v in zip(self.columns, values, strict=True)}
+
+
+class Parquet(Rows):
+    """Parquet, by row groups: a process keeps the groups it used last, up to 256 MiB.
+
+    Shuffled reading is fast when a row group fits there; write files with a few hundred rows a group.
+    """
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        self.fingerprint = hash_file(path)
+        meta = self._file().metadata
+        self._ends = np.cumsum(
+            [meta.row_group(g).num_rows for g in range(meta.num_row_groups)], dtype=np.int64
+        )
+        self._groups: OrderedDict[int, Any] = OrderedDict()
+        self._handle = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_groups": OrderedDict()}
+
+    def _file(self) -> Any:
+        if self._handle is None:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            try:
+                self._handle = pq.ParquetFile(self.path, memory_map=True)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise PolymodalError(
+                    f"{self.path}: not a readable parquet file: {str(error).splitlines()[0]}",
+                    "Copy it again; the file may be cut short.",
+                ) from None
+        return self._handle
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        group = int(np.searchsorted(self._ends, i, "right"))
+        table = self._groups.pop(group, None)
+        if table is None:
+            import pyarrow as pa
+
+            try:
+                table = self._file().read_row_group(group)
+            except (pa.ArrowException, OSError) as error:
+                raise PolymodalError(
+                    f"{self.where(i)}: this part of the parquet file cannot be read: {str(error).splitlines()[0]}",
+                    "Copy the file again.",
+                ) from None
+            while self._groups and sum(t.nbytes for t in self._groups.values()) + table.nbytes > ROW_GROUPS:
+                self._groups.popitem(last=False)
+        self._groups[group] = table
+        start = 0 if group == 0 else int(self._ends[group - 1])
+        return table.slice(i - start, 1).to_pylist()[0]
+
+
+class Tar(Rows):
+    """A webdataset shard: members with the same stem (up to the first dot of the name) make one row.
+
+    json gives the row's columns, txt the column `text`, cls the column `cls`; pictures, videos and sounds come as
+    bytes under `__media__`, each with its member name; `__key__` is the stem. The fingerprint covers all headers, all
+    text members and the first 4 KiB of every medium (its own header): a shard is not read whole to be opened.
+    """
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        digest = hashlib.blake2b(digest_size=16)
+        rows: dict[str, list[tuple[int, int, int]]] = {}
+        self._kinds: list[str] = []
+        numbers: dict[str, int] = {}
+        size = os.path.getsize(path)
+        try:
+            with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
+                for member in tar:
+                    folder, _, name = member.name.rpartition("/")
+                    stem, _, kind = name.partition(".")
+                    if not member.isfile() or not stem or name.startswith(".") or "__MACOSX" in folder:
+                        continue
+                    if member.offset_data + member.size > size:
+                        raise tarfile.ReadError(f"the member {member.name} goes beyond the end of the file")
+                    file.seek(member.offset_data)
+                    text = kind.rpartition(".")[2].lower() in ("json", "txt", "cls")
+                    digest.update(f"{member.name}\0{member.size}\0{member.mtime}\0".encode())
+                    digest.update(file.read(member.size if text else min(member.size, 4096)))
+                    number = numbers.setdefault(kind, len(numbers))
+                    rows.setdefault(f"{folder}/{stem}" if folder else stem, []).append(
+                        (number, member.offset_data, member.size)
+                    )
+        except (tarfile.TarError, EOFError) as error:
+            raise PolymodalError(
+                f"{path}: not a readable tar file: {error}.",
+                "Copy it again; compressed tars (.tar.gz) must be unpacked to .tar, they have no random access.",
+            ) from None
+        self._kinds = list(numbers)
+        self._members = np.array([m for members in rows.values() for m in members], np.int64).reshape(-1, 3)
+        self._ends = np.cumsum([len(m) for m in rows.values()], dtype=np.int64)
+        self._keys = "".join(rows)  # one string: a million small ones cost ten times the memory
+        self._key_ends = np.cumsum([len(k) for k in rows], dtype=np.int64)
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def _key(self, i: int) -> str:
+        return self._keys[int(self._key_ends[i - 1]) if i else 0 : int(self._key_ends[i])]
+
+    def where(self, i: int) -> str:
+        return f"{self.path}, row {i + 1} ({self._key(i)})"
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        row: dict[str, Any] = {}
+        media: dict[str, list[tuple[str, bytes]]] = {}
+        key = self._key(i)
+        for number, offset, size in self._members[
+            int(self._ends[i - 1]) if i else 0 : int(self._ends[i])
+        ].tolist():
+            kind = self._kinds[number]
+            last = kind.rpartition(".")[2].lower()
+            group = (
+                "images"
+                if last in IMAGE
+                else "videos"
+                if last in VIDEO
+                else "audios"
+                if last in AUDIO
+                else None
+            )
+            if group:
+                media.setdefault(group, []).append((f"{key}.{kind}", self._bytes(offset, offset + size)))
+            elif last == "json":
+                row.update(self._object(i, self._bytes(offset, offset + size)))
+            elif last in ("txt", "cls"):
+                try:
+                    text = self._bytes(offset, offset + size).decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise PolymodalError(
+                        f"{self.where(i)}: the member {key}.{kind} is not UTF-8 text ({error.reason})."
+                    ) from None
+                row["text" if last == "txt" else "cls"] = text
+        row["__key__"] = key
+        if media:
+            row["__media__"] = media
+        return row
+
+
+def hash_file(path: str) -> str:
+    """Hash of a file's bytes, about a second a gigabyte."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _json(path: str) -> Rows:
+    with open(path, "rb") as file:
+        head = file.read(CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if head.startswith(b"{"):  # many .json files hold one object a line
+        line = head.split(b"\n", 1)[0]
+        try:
+            json.loads(line)
+        except ValueError:
+            pass
+        else:
+            return JsonLines(path)
+    return JsonArray(path)
+
+
+OPENERS = {
+    ".json": _json,
+    ".jsonl": JsonLines,
+    ".ndjson": JsonLines,
+    ".csv": lambda path: Delimited(path, ","),
+    ".tsv": lambda path: Delimited(path, "\t"),
+    ".parquet": Parquet,
+    ".tar": Tar,
+}
+
+
+def open_rows(path: str) -> Rows:
+    """The rows of one file, by its ending. Raises PolymodalError when it is of no known kind or cannot be read."""
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in OPENERS:
+        hint = (
+            "Unpack it first."
+            if ending in (".gz", ".zst", ".xz", ".bz2", ".zip", ".tgz")
+            else f"Known endings: {', '.join(OPENERS)}."
+        )
+        raise PolymodalError(f"{path}: files ending in {ending or 'nothing'} cannot be read as data.", hint)
+    try:
+        return OPENERS[ending](path)
+    except OSError as error:
+        raise PolymodalError(f"{path} cannot be read: {error.strerror or error}.") from None

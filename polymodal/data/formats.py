@@ -1,0 +1,529 @@
+"""How a row becomes a Record: MLLM JSON, ShareGPT, LLaVA, Alpaca, OpenAI messages, plain text.
+
+Part of the data room: sees errors, recipe and data/sample.py; opens no file. All chat formats are one reader, for
+they differ in names only: `<image>`, `<video>`, `<audio>` in a text stand for the next entry of the row's list of
+that kind, and their number must equal the list's length; when a row has media and not one placeholder of that
+kind, the media go to the start of the first user turn. Typed parts ({"type": "image", ...}) carry their own medium.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import unquote
+
+from polymodal.data.sample import Media, Message, Record
+from polymodal.errors import PolymodalError
+from polymodal.recipe import Attr
+
+KINDS = ("image", "video", "audio")
+ROLES = {
+    "system": ("system", "developer"),
+    "user": ("user", "human"),
+    "assistant": ("assistant", "gpt"),
+    "tool": ("tool", "observation", "tool_response"),
+    "call": ("function_call", "tool_call"),
+}
+COLUMNS = {"image": ("images", "image"), "video": ("videos", "video"), "audio": ("audios", "audio")}
+BASE64 = ("/9j/", "iVBO", "R0lG", "UklG", "Qk0")  # first letters of JPEG, PNG, GIF, WebP, BMP in base64
+
+
+class RowReader:
+    """Rows of one file -> Records. Picklable.
+
+    attr: the field names of this dataset. Relative media paths start from media_dir; without one, from the file's
+    directory, or from the working directory where that has the medium's directory and the former has not.
+    """
+
+    def __init__(self, format: str, attr: Attr, path: str, media_dir: str | None):
+        self.format = format
+        self.attr = attr
+        self.base = os.path.expanduser(media_dir) if media_dir is not None else os.path.dirname(path)
+        self.fixed = media_dir is not None
+        self.parquet = path.endswith(".parquet")  # structs there have every key, with null for absent
+        self._folders: dict[str, str] = {}
+        own = {
+            "user": attr.user,
+            "assistant": attr.assistant,
+            "tool": attr.observation,
+            "call": attr.function,
+        }
+        self.roles = {name: role for role, names in ROLES.items() for name in names}
+        for role, name in own.items():
+            if name is not None:
+                self.roles = {k: v for k, v in self.roles.items() if v != role}
+                self.roles[name] = role
+
+    # -- the row ------------------------------------------------------------------------------------------------
+
+    def record(self, row: Mapping[str, Any], where: str) -> Record:
+        """Raises PolymodalError with `where`, the key, the cause and the mend."""
+        kind = self._shape(row, where)
+        if kind == "chat":
+            turns, literal = self._chat(row, where)
+        elif kind == "alpaca":
+            turns, literal = self._alpaca(row, where), False
+        else:
+            text, key = self._first(row, self.attr.prompt, ("text", "content"))
+            if not isinstance(text, str):
+                raise PolymodalError(
+                    f"{where}: the column `{key}` of plain text is missing or no string.",
+                    "Name the column in data.attr.prompt.",
+                )
+            turns, literal = [{"role": "assistant", "parts": [text]}], False
+        self._resolve(turns, row, where, literal, plain=kind == "text")
+        messages = tuple(
+            Message(
+                t["role"], tuple(t["parts"]), t.get("weight"), t.get("tool_calls", ()), t.get("reasoning")
+            )
+            for t in turns
+        )
+        extra = {
+            k: v
+            for k, v in row.items()
+            if isinstance(v, (str, int, float))
+            and k not in ("text",)
+            and (not isinstance(v, str) or len(v) <= 256)
+        }
+        return Record(
+            messages, where, self._tools(row, where) if kind == "chat" else (), extra, plain=kind == "text"
+        )
+
+    def _first(self, row: Mapping[str, Any], own: str | None, names: tuple[str, ...]) -> tuple[Any, str]:
+        """The first column with a value, and its name; (None, the expected name) when there is none."""
+        if own is not None:
+            return row.get(own), own
+        for name in names:
+            if row.get(name) is not None:
+                return row[name], name
+        return None, names[0]
+
+    def _shape(self, row: Mapping[str, Any], where: str) -> str:
+        a = self.attr
+        if self.format in ("mllm", "sharegpt", "llava", "openai"):
+            return "chat"
+        if self.format in ("alpaca", "text"):
+            return self.format
+        if self._first(row, a.messages, ("messages", "conversations"))[0] is not None:
+            return "chat"
+        if (
+            self._first(row, a.prompt, ("instruction", "prompt"))[0] is not None
+            and self._first(row, a.response, ("output", "response"))[0] is not None
+        ):
+            return "alpaca"
+        if isinstance(row.get("text"), str):
+            return "text"
+        columns = ", ".join(k for k in row if not k.startswith("__")) or "none"
+        raise PolymodalError(
+            f"{where}: no known format has these columns: {columns}.",
+            "Expected messages or conversations, instruction and output, or text; else name yours in data.attr (for example data.attr.messages=dialog).",
+        )
+
+    # -- conversations ------------------------------------------------------------------------------------------
+
+    def _chat(self, row: Mapping[str, Any], where: str) -> tuple[list[dict], bool]:
+        value, key = self._first(row, self.attr.messages, ("messages", "conversations"))
+        value = _listed(value)
+        if value is None:
+            raise PolymodalError(
+                f"{where}: the column `{key}` is missing.",
+                "Name the column of the conversation in data.attr.messages.",
+            )
+        if not isinstance(value, list) or not value:
+            raise PolymodalError(
+                f"{where}: `{key}` is a list of turns, here it is {'empty' if value == [] else 'a ' + type(value).__name__}.",
+                'Write [{"role": "user", "content": ...}, ...].',
+            )
+        turns = []
+        for n, message in enumerate(value):
+            turns.append(self._turn(message, where, f"{key}[{n}]"))
+        self._system(turns, row, where)
+        return turns, self.format == "openai"
+
+    def _system(self, turns: list[dict], row: Mapping[str, Any], where: str) -> None:
+        """The row's system column, unless the conversation brings its own."""
+        system, key = self._first(row, self.attr.system, ("system",))
+        if system and not any(t["role"] == "system" for t in turns):
+            if not isinstance(system, str):
+                raise PolymodalError(
+                    f"{where}: `{key}` is the system prompt as a string, here it is a {type(system).__name__}.",
+                    "Write text, or leave it out.",
+                )
+            turns.insert(0, {"role": "system", "parts": [system]})
+
+    def _turn(self, message: Any, where: str, at: str) -> dict:
+        if not isinstance(message, Mapping):
+            raise PolymodalError(
+                f"{where}: `{at}` is an object with a role and a content, here it is a {type(message).__name__}.",
+                'Write {"role": "user", "content": ...}.',
+            )
+        role_key = self.attr.role or ("role" if message.get("role") is not None else "from")
+        content_key = self.attr.content or (
+            "content" if message.get("content") is not None else "value" if "value" in message else "content"
+        )
+        name = message.get(role_key)
+        role = self.roles.get(name) if isinstance(name, str) else None
+        if role is None:
+            if name is None:
+                raise PolymodalError(
+                    f"{where}: `{at}` has no `{role_key}`.", "Name the speaker's key in data.attr.role."
+                )
+            raise PolymodalError(
+                f"{where}: `{at}.{role_key}` = {name!r} is no known role ({', '.join(self.roles)}).",
+                "Name yours in data.attr.user, .assistant, .observation or .function.",
+            )
+        content = message.get(content_key)
+        turn: dict[str, Any] = {"role": "assistant" if role == "call" else role}
+        if role == "call":
+            turn.update(parts=[], tool_calls=_calls(content, where, f"{at}.{content_key}"))
+        else:
+            reasoning = next(
+                (
+                    message[k]
+                    for k in ("reasoning_content", "reasoning", "thinking")
+                    if isinstance(message.get(k), str) and message[k]
+                ),
+                None,
+            )
+            calls = _listed(message.get("tool_calls"))
+            if calls:
+                turn["tool_calls"] = _calls(
+                    _without_null(calls) if self.parquet else calls, where, f"{at}.tool_calls"
+                )
+            if reasoning is not None:
+                turn["reasoning"] = reasoning
+            if content is None and not calls and reasoning is None:
+                raise PolymodalError(
+                    f"{where}: `{at}` has no `{content_key}`.",
+                    "Name the key of the text in data.attr.content.",
+                )
+            turn["parts"] = self._parts(content, where, f"{at}.{content_key}")
+        weight = message.get("weight")
+        if weight is not None:
+            if (
+                isinstance(weight, str)
+                or not isinstance(weight, (int, float))
+                or not math.isfinite(weight)
+                or weight < 0
+            ):
+                raise PolymodalError(
+                    f"{where}: `{at}.weight` = {weight!r} is no number from 0.",
+                    "0 leaves the turn out of the loss, 1 is a turn's usual weight.",
+                )
+            turn["weight"] = float(weight)
+        return turn
+
+    def _parts(self, content: Any, where: str, at: str) -> list[Any]:
+        """Text, Media, or the name of a kind in a tuple: the next entry of the row's list of that kind."""
+        if content is None:
+            return []
+        if isinstance(content, str):
+            return [content]
+        if not isinstance(content, list):
+            raise PolymodalError(
+                f"{where}: `{at}` is text or a list of typed parts, here it is a {type(content).__name__}.",
+                'Write a string, or [{"type": "text", "text": ...}, ...].',
+            )
+        parts: list[Any] = []
+        for n, part in enumerate(content):
+            here = f"{at}[{n}]"
+            if isinstance(part, str):
+                parts.append(_Literal(part))
+                continue
+            name = part.get("type") if isinstance(part, Mapping) else None
+            if name in ("text", "input_text", "output_text", "refusal") or (
+                name is None and isinstance(part, Mapping) and isinstance(part.get("text"), str)
+            ):
+                text = part.get("refusal" if name == "refusal" else "text")
+                if not isinstance(text, str):
+                    raise PolymodalError(
+                        f"{where}: `{here}` has no `text`.", 'Write {"type": "text", "text": ...}.'
+                    )
+                parts.append(_Literal(text))
+                continue
+            kind = next(
+                (
+                    k
+                    for k in KINDS
+                    if isinstance(name, str) and name.removeprefix("input_") in (k, f"{k}_url")
+                ),
+                None,
+            )
+            if kind is None:
+                raise PolymodalError(
+                    f"{where}: `{here}.type` = {name!r} is no known part.",
+                    "Known: text, image, image_url, video, video_url.",
+                )
+            source = next(
+                (
+                    part[k]
+                    for k in (name, kind, f"{kind}_url", "url", "path", "bytes", "data")
+                    if part.get(k) is not None
+                ),
+                None,
+            )
+            parts.append((kind,) if source is None else self._medium(kind, source, where, here))
+        return parts
+
+    def _tools(self, row: Mapping[str, Any], where: str) -> tuple[dict, ...]:
+        value, key = self._first(row, self.attr.tools, ("tools",))
+        tools = _listed(value)
+        if not tools:
+            return ()
+        if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
+            raise PolymodalError(
+                f"{where}: `{key}` is a list of tools (or that list as JSON text), here it is {str(value)[:40]!r}.",
+                'Write [{"type": "function", "function": {"name": ...}}].',
+            )
+        tools = _without_null(tools) if self.parquet else tools
+        return tuple(
+            t if "function" in t or "name" not in t else {"type": "function", "function": t} for t in tools
+        )
+
+    def _alpaca(self, row: Mapping[str, Any], where: str) -> list[dict]:
+        a = self.attr
+        prompt, prompt_key = self._first(row, a.prompt, ("instruction", "prompt"))
+        query, query_key = self._first(row, a.query, ("input", "query"))
+        answer, answer_key = self._first(row, a.response, ("output", "response"))
+        history, history_key = self._first(row, a.history, ("history",))
+        for value, key, attr in ((prompt, prompt_key, "prompt"), (answer, answer_key, "response")):
+            if not isinstance(value, str):
+                raise PolymodalError(
+                    f"{where}: the column `{key}` is {'missing' if value is None else 'no text'}.",
+                    f"Name the column in data.attr.{attr}.",
+                )
+        if query is not None and not isinstance(query, str):
+            raise PolymodalError(
+                f"{where}: the column `{query_key}` is no text.",
+                "Name the column in data.attr.query, or leave it out.",
+            )
+        turns = []
+        for n, pair in enumerate(_listed(history) or []):
+            if (
+                not isinstance(pair, (list, tuple))
+                or len(pair) != 2
+                or not all(isinstance(t, str) for t in pair)
+            ):
+                raise PolymodalError(
+                    f"{where}: `{history_key}[{n}]` is a pair [question, answer].",
+                    'Write [["question", "answer"], ...], oldest first.',
+                )
+            turns += [{"role": "user", "parts": [pair[0]]}, {"role": "assistant", "parts": [pair[1]]}]
+        turns += [
+            {"role": "user", "parts": [f"{prompt}\n{query}" if query else prompt]},
+            {"role": "assistant", "parts": [answer]},
+        ]
+        self._system(turns, row, where)
+        return turns
+
+    # -- media --------------------------------------------------------------------------------------------------
+
+    def _resolve(
+        self, turns: list[dict], row: Mapping[str, Any], where: str, literal: bool, plain: bool = False
+    ) -> None:
+        """Puts the row's media where the placeholders are; in place."""
+        for kind in KINDS:
+            media, key = self._media(row, kind, where)
+            mark, slots, inline = f"<{kind}>", 0, 0
+            for turn in turns:
+                for part in turn["parts"]:
+                    if type(part) is str:
+                        slots += part.count(mark)
+                    elif isinstance(part, tuple):
+                        slots += part[0] == kind
+                    elif isinstance(part, Media):
+                        inline += part.kind == kind
+            if (
+                literal
+                and not media
+                and not any(isinstance(p, tuple) and p[0] == kind for t in turns for p in t["parts"])
+            ):
+                for turn in turns:  # OpenAI messages name media by typed parts: the mark is ordinary text
+                    turn["parts"] = [
+                        _Literal(p) if type(p) is str and mark in p else p for p in turn["parts"]
+                    ]
+                continue
+            if slots != len(media):
+                if slots or inline:
+                    have = f"`{key}` holds {len(media)}" if media else f"there is no `{key}`"
+                    what = (
+                        f"{slots} {mark} in the text"
+                        if not inline
+                        else f"the messages name {inline} of their own and {slots} {mark}"
+                    )
+                    raise PolymodalError(
+                        f"{where}: {what}, but {have}.",
+                        f"Write one {mark} for each entry, in order of reading, or none at all.",
+                    )
+                first = next((t for t in turns if plain or t["role"] == "user"), None)
+                if first is None:
+                    raise PolymodalError(
+                        f"{where}: `{key}` holds {len(media)}, but there is no user turn to put it in.",
+                        f"Write {mark} where it belongs.",
+                    )
+                at = 0
+                while at < len(first["parts"]) and isinstance(first["parts"][at], Media):
+                    at += 1
+                first["parts"][at:at] = media
+                continue
+            if not slots:
+                continue
+            supply = iter(media)
+            for turn in turns:
+                parts: list[Any] = []
+                for part in turn["parts"]:
+                    if type(part) is str and mark in part:
+                        pieces = part.split(mark)
+                        for n, piece in enumerate(pieces):
+                            if n:
+                                parts.append(next(supply))
+                            if piece:
+                                parts.append(piece)
+                    elif isinstance(part, tuple) and part[0] == kind:
+                        parts.append(next(supply))
+                    else:
+                        parts.append(part)
+                turn["parts"] = parts
+        for turn in turns:
+            turn["parts"] = [str(p) if isinstance(p, str) else p for p in turn["parts"]]
+
+    def _media(self, row: Mapping[str, Any], kind: str, where: str) -> tuple[list[Media], str]:
+        own = getattr(self.attr, f"{kind}s")
+        value, key = self._first(row, own, COLUMNS[kind])
+        members = dict(row.get("__media__", {}).get(f"{kind}s", ()))  # of a tar: member name -> bytes
+        if value is None or (isinstance(value, (str, list)) and not value):
+            return [Media(kind, data) for data in members.values()], key
+        value = _listed(value)
+        entries = value if isinstance(value, list) else [value]
+        out = []
+        for n, entry in enumerate(entries):
+            if members and isinstance(entry, str):
+                found = [
+                    m
+                    for m in members
+                    if m == entry or m.endswith("/" + entry) or os.path.basename(m) == os.path.basename(entry)
+                ]
+                if len(found) == 1:
+                    out.append(Media(kind, members[found[0]]))
+                    continue
+            out.append(self._medium(kind, entry, where, f"{key}[{n}]"))
+        return out, key
+
+    def _medium(self, kind: str, source: Any, where: str, at: str) -> Media:
+        if isinstance(source, Mapping):
+            source = next(
+                (source[k] for k in ("bytes", "url", "path", kind, "data") if source.get(k) is not None), None
+            )
+        if isinstance(source, (bytes, bytearray)):
+            return Media(kind, bytes(source))
+        if isinstance(source, str) and source:
+            if source.startswith("data:"):
+                head, _, data = source.partition(",")
+                try:
+                    if not head.endswith(";base64"):
+                        raise ValueError("not base64")
+                    return Media(kind, base64.b64decode(data, validate=True))
+                except (ValueError, binascii.Error) as error:
+                    raise PolymodalError(
+                        f"{where}: `{at}` is a data: URL that cannot be decoded ({error}).",
+                        "Write data:image/png;base64,...",
+                    ) from None
+            if len(source) > 256 and source.startswith(BASE64):
+                try:
+                    return Media(kind, base64.b64decode(source, validate=True))
+                except (ValueError, binascii.Error) as error:
+                    raise PolymodalError(
+                        f"{where}: `{at}` looks like base64 but cannot be decoded ({error}).",
+                        "Give a path, or whole base64 text.",
+                    ) from None
+            return Media(kind, self._path(source, where, at))
+        if (
+            kind == "video"
+            and isinstance(source, (list, tuple))
+            and source
+            and all(isinstance(s, str) and s for s in source)
+        ):
+            return Media(kind, tuple(self._path(s, where, at) for s in source))
+        raise PolymodalError(
+            f"{where}: `{at}` names no {kind}: {str(source)[:40]!r}.",
+            "Give a path, bytes"
+            + (", or a list of frame images." if kind == "video" else " or a data: URL."),
+        )
+
+    def _path(self, source: str, where: str, at: str) -> str:
+        if "://" in source[:12]:
+            if not source.startswith("file://"):
+                raise PolymodalError(
+                    f"{where}: `{at}` = {source[:60]} is on the network.",
+                    "Training reads local files: download it and give the path.",
+                )
+            source = unquote(source[7:])
+        if os.path.isabs(source):
+            return source
+        if self.fixed:
+            return os.path.join(self.base, source)
+        folder = os.path.dirname(source)
+        base = self._folders.get(folder)
+        if base is None:  # asked once a directory, not once a medium
+            inside = os.path.isdir(os.path.join(self.base, folder) or ".") or not os.path.isdir(folder)
+            base = self._folders[folder] = self.base if inside else ""
+        return os.path.join(base, source)
+
+
+class _Literal(str):
+    """Text in which <image> is ordinary text."""
+
+
+def _listed(value: Any) -> Any:
+    """JSON text of a list -> the list (csv and parquet keep lists so); anything else as it is."""
+    if isinstance(value, str) and value[:1] == "[" and value.rstrip()[-1:] == "]":
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_null(v) for k, v in value.items() if v is not None}
+    return [_without_null(v) for v in value] if isinstance(value, list) else value
+
+
+def _calls(value: Any, where: str, at: str) -> tuple[dict, ...]:
+    """Tool calls as {"type": "function", "function": {"name", "arguments": object}}."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise PolymodalError(
+                f"{where}: `{at}` is a tool call as JSON, here it is not: {error}.",
+                'Write {"name": ..., "arguments": {...}}.',
+            ) from None
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise PolymodalError(
+                f"{where}: `{at}` holds a tool call without a name.",
+                'Write {"name": ..., "arguments": {...}}.',
+            )
+        arguments = function.get("arguments", function.get("parameters", {}))
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                pass  # a template may print text as it is
+        calls.append(
+            {
+                "type": "function",
+                **({"id": call["id"]} if call.get("id") else {}),
+                "function": {"name": function["name"], "arguments": arguments},
+            }
+        )
+    return tuple(calls)

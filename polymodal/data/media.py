@@ -1,0 +1,357 @@
+"""Pictures and videos: their size from the header alone, and their pixels.
+
+Part of the data room: sees errors, recipe and data/sample.py. Every call opens, reads and closes, so that a worker
+holds no decoder between samples. Faults are PolymodalErrors that name the file; who calls adds the row. Pictures
+are turned upright by EXIF, videos by their display matrix, transparency becomes white.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from polymodal.data.sample import Media
+from polymodal.errors import PolymodalError
+from polymodal.recipe import Video
+
+Source = str | bytes
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}  # fmt: skip
+_SEEK = 2.0  # seconds to the next frame from which a jump to a key frame may pay
+
+
+def label(source: Any) -> str:
+    """How an error names a medium: its path, or its size when it came as bytes."""
+    if isinstance(source, str):
+        return source
+    return (
+        f"{len(source)} bytes inside the row"
+        if isinstance(source, bytes)
+        else f"{source[0]} and {len(source) - 1} more frames"
+    )
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+
+
+def _fault(source: Any, kind: str, error: BaseException) -> PolymodalError:
+    name = label(source)
+    if isinstance(error, FileNotFoundError):
+        return PolymodalError(
+            f"the {kind} {name} does not exist.",
+            "Check the path; relative ones start from dataset.media_dir, or from the data file's directory.",
+        )
+    if isinstance(error, IsADirectoryError):
+        return PolymodalError(f"the {kind} {name} is a directory.", "Name a file.")
+    if isinstance(error, PermissionError):
+        return PolymodalError(f"the {kind} {name} may not be read.", "Change its permissions.")
+    if isinstance(error, Image.DecompressionBombError):
+        return PolymodalError(
+            f"the {kind} {name} is larger than can be decoded safely: {error}.", "Reduce it before training."
+        )
+    if isinstance(error, UnidentifiedImageError):
+        return PolymodalError(
+            f"the {kind} {name} is of no known format or its header is broken.",
+            "Fetch it again, or convert it to JPEG or PNG.",
+        )
+    reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    return PolymodalError(
+        f"the {kind} {name} cannot be read: {reason}.", "Fetch it again; it may be cut short."
+    )
+
+
+_PICTURE_FAULTS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+    MemoryError,
+)
+
+
+def _open(source: Source) -> Image.Image:
+    if isinstance(source, str) and os.path.isdir(source):
+        raise IsADirectoryError
+    return Image.open(source if isinstance(source, str) else io.BytesIO(source))
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF orientation 1 to 8 from the header. TIFF and AVIF are turned by their decoders already."""
+    if picture.format not in ("JPEG", "MPO", "PNG", "WEBP") or "exif" not in picture.info:
+        return 1
+    try:
+        return int(picture.getexif().get(0x0112, 1))
+    except (ValueError, TypeError, SyntaxError, struct.error):
+        return 1
+
+
+def image_size(source: Source) -> tuple[int, int]:
+    """(height, width) in pixels, upright, from the header. Raises PolymodalError."""
+    try:
+        with _open(source) as picture:
+            width, height = picture.size
+            return (width, height) if _orientation(picture) >= 5 else (height, width)
+    except _PICTURE_FAULTS as error:
+        raise _fault(source, "image", error) from None
+
+
+def image(source: Source) -> Image.Image:
+    """The upright RGB picture. Raises PolymodalError, also when the file is cut short."""
+    try:
+        with _open(source) as picture:
+            turn = _TURNS.get(_orientation(picture))
+            lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+            try:
+                picture.load()
+            finally:
+                ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+            out = _rgb(picture)
+        return out.transpose(turn) if turn is not None else out
+    except _PICTURE_FAULTS as error:
+        raise _fault(source, "image", error) from None
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture.copy()
+    if picture.mode[0] in "IF" and picture.mode != "1":  # 16 and 32 bits a pixel: brought to 8
+        values = np.asarray(picture)
+        top = 65535 if values.dtype.kind in "iu" and values.size and values.max() > 255 else 255
+        return Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        clear = picture.convert("RGBA")
+        out = Image.new("RGB", clear.size, (255, 255, 255))
+        out.paste(clear, mask=clear.getchannel("A"))
+        return out
+    return picture.convert("RGB")
+
+
+# Videos --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VideoHeader:
+    """Upright size in pixels, number of frames, frames per second, seconds."""
+
+    height: int
+    width: int
+    frames: int
+    fps: float
+    listed: bool = False  # a list of frame images: these were sampled already
+
+    @property
+    def duration(self) -> float:
+        return self.frames / self.fps
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The frames that training takes from a video: their numbers, their times, and the rate they come to."""
+
+    indices: tuple[int, ...]
+    seconds: tuple[float, ...]
+    fps: float
+
+
+def clip(header: VideoHeader, video: Video, multiple: int = 2) -> Clip:
+    """Frames at video.fps between min_frames and max_frames, evenly spread, their number a multiple of `multiple`.
+
+    The rule of qwen-vl-utils (smart_nframes): n = total / fps * target, at least min, at most max and total, rounded
+    down; first and last frame included. A list of frame images counts as sampled at video.fps and is thinned only
+    above max_frames.
+    """
+    most = max(multiple, video.max_frames // multiple * multiple)
+    if header.listed:
+        count = min(header.frames, most)
+    else:
+        least = -(-video.min_frames // multiple) * multiple
+        wanted = min(max(header.frames / header.fps * video.fps, least), most, header.frames)
+        count = max(int(wanted // multiple) * multiple, min(multiple, header.frames))
+    indices = tuple(int(i) for i in np.linspace(0, header.frames - 1, count).round())
+    return Clip(indices, tuple(i / header.fps for i in indices), count / header.frames * header.fps)
+
+
+def video_header(source: Source | tuple[str, ...], fps: float = 2.0) -> VideoHeader:
+    """Size, frames and rate without decoding pixels; `fps` is the rate of a list of frame images.
+
+    A container that does not say its number of frames has its packets counted. Raises PolymodalError.
+    """
+    if isinstance(source, tuple):
+        height, width = image_size(source[0])
+        return VideoHeader(height, width, len(source), fps, listed=True)
+    import av
+
+    try:
+        with _container(source) as container:
+            stream = _stream(container, source)
+            width, height = stream.codec_context.width, stream.codec_context.height
+            rate = float(stream.average_rate or stream.guessed_rate or 0)
+            frames = int(stream.frames)
+            if not frames and rate and stream.duration and stream.time_base:
+                frames = round(float(stream.duration * stream.time_base) * rate)
+            if not frames and rate and container.duration and container.format.name != "gif":
+                frames = round(container.duration / av.time_base * rate)
+            if not frames or not rate:
+                times = [float(p.pts * p.time_base) for p in container.demux(stream) if p.pts is not None]
+                frames = len(times)
+                span = max(times) - min(times) if times else 0.0
+                rate = rate or ((frames - 1) / span if span > 0 else 0.0)
+            if not frames or not width or not height:
+                raise PolymodalError(
+                    f"the video {label(source)} holds no frames.", "Fetch it again, or remove the row."
+                )
+    except (av.FFmpegError, OSError, ValueError, OverflowError) as error:
+        raise _fault(source, "video", error) from None
+    if _sideways(source):
+        height, width = width, height
+    return VideoHeader(height, width, frames, rate or 25.0)
+
+
+def video(source: Source | tuple[str, ...], header: VideoHeader, indices: Sequence[int]) -> np.ndarray:
+    """Frames with these numbers (ascending), upright, uint8 [F, H, W, 3].
+
+    Jumps to key frames over long gaps. Raises PolymodalError when the video is damaged, or ends more than a twentieth
+    before its header says.
+    """
+    if isinstance(source, tuple):
+        pictures = [np.asarray(image(source[i])) for i in indices]
+        odd = next((i for i, p in zip(indices, pictures, strict=True) if p.shape != pictures[0].shape), None)
+        if odd is not None:
+            raise PolymodalError(
+                f"the frames of a video differ in size: {source[indices[0]]} and {source[odd]}.",
+                "Bring all frames of a video to one size.",
+            )
+        return np.stack(pictures)
+    import av
+
+    frames: list[np.ndarray] = []
+    try:
+        with _container(source) as container:
+            stream = _stream(container, source)
+            stream.thread_type = "NONE"  # a worker is one thread among many
+            begin = float((stream.start_time or 0) * stream.time_base)
+            half = 0.5 / header.fps
+            decoded = container.decode(stream)
+            at, current, jump = -1.0, None, _SEEK
+            for index in indices:
+                target = index / header.fps
+                if at >= 0 and target - at > jump:
+                    try:
+                        container.seek(int((target + begin) / stream.time_base), stream=stream)
+                    except av.FFmpegError:
+                        jump = float("inf")
+                    else:
+                        decoded = container.decode(stream)
+                        before, ahead = at, True
+                        current = None
+                else:
+                    before, ahead = at, False
+                while current is None or at < target - half:
+                    frame = next(decoded, None)
+                    if frame is None:
+                        if current is None and not frames:
+                            raise PolymodalError(
+                                f"the video {label(source)} holds no frame that can be decoded.",
+                                "Fetch it again, or remove the row.",
+                            )
+                        if target - at > max(2 / header.fps, 0.05 * header.duration):
+                            raise PolymodalError(
+                                f"the video {label(source)} ends at {max(at, 0):.1f} s, its header says {header.duration:.1f} s.",
+                                "Fetch it again; it is cut short.",
+                            )
+                        break
+                    current = frame
+                    at = (
+                        float(frame.pts * frame.time_base) - begin if frame.pts is not None else at + 2 * half
+                    )
+                    if ahead and at <= before:
+                        jump = max(
+                            jump, 2 * (target - before)
+                        )  # the jump led back: key frames are farther apart
+                    ahead = False
+                frames.append(_pixels(current) if current is not None else frames[-1])
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise _fault(source, "video", error) from None
+    return np.stack(frames)
+
+
+def _container(source: Source) -> Any:
+    import av
+
+    av.logging.set_level(av.logging.PANIC)
+    if isinstance(source, str) and not os.path.isfile(source):
+        raise IsADirectoryError if os.path.isdir(source) else FileNotFoundError
+    return av.open(source if isinstance(source, str) else io.BytesIO(source))
+
+
+def _stream(container: Any, source: Source) -> Any:
+    if not container.streams.video:
+        raise PolymodalError(
+            f"the video {label(source)} holds no video stream.", "Remove the row, or name a video file."
+        )
+    return container.streams.video[0]
+
+
+def _pixels(frame: Any) -> np.ndarray:
+    if any(c.is_alpha for c in frame.format.components):
+        rgba = frame.to_ndarray(format="rgba").astype(np.uint16)
+        alpha = rgba[..., 3:]
+        pixels = ((rgba[..., :3] * alpha + 255 * (255 - alpha)) // 255).astype(np.uint8)
+    else:
+        pixels = frame.to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90) % 4))
+
+
+def _sideways(source: Source) -> bool:
+    """Whether an mp4 or mov is shown turned by a quarter: the matrix of its video track's header (ISO 14496-12)."""
+    with open(source, "rb") if isinstance(source, str) else io.BytesIO(source) as file:
+        if file.read(12)[4:8] != b"ftyp":
+            return False
+        end = file.seek(0, 2)
+
+        def boxes(start: int, stop: int):
+            while start + 8 <= stop:
+                file.seek(start)
+                head = file.read(16)
+                size, kind, skip = int.from_bytes(head[:4], "big"), head[4:8], 8
+                if size == 1:
+                    size, skip = int.from_bytes(head[8:16], "big"), 16
+                size = size or stop - start
+                if size < skip:
+                    return
+                yield kind, start + skip, min(start + size, stop)
+                start += size
+
+        for kind, a, b in boxes(0, end):
+            if kind != b"moov":
+                continue
+            for track, c, d in boxes(a, b):
+                if track != b"trak":
+                    continue
+                for part, e, f in boxes(c, d):
+                    if part == b"tkhd":
+                        file.seek(e)
+                        data = file.read(f - e)
+                        at = 52 if data[:1] == b"\x01" else 40
+                        if len(data) >= at + 44:
+                            m = struct.unpack(">9i2I", data[at : at + 44])
+                            if m[9] and m[10]:  # the audio track has no size
+                                return m[0] == 0 and m[4] == 0 and m[1] != 0
+        return False
+
+
+def refuse_audio(media: Media) -> None:
+    """Raises PolymodalError for sound: no model here hears yet."""
+    if media.kind == "audio":
+        raise PolymodalError(
+            "the row holds audio, which the data room does not read.",
+            "Remove the audio, or leave such rows to data.on_error=skip.",
+        )

@@ -1,0 +1,180 @@
+"""The corpus: all datasets of a recipe's section joined into one numbered list of records.
+
+Part of the data room: sees errors, recipe, data/files.py and data/formats.py. It reads rows and hands them on as
+`Record`s; it decodes no media and knows no tokens.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from polymodal.data.files import OPENERS, Rows, open_rows
+from polymodal.data.formats import RowReader
+from polymodal.data.sample import Record
+from polymodal.errors import PolymodalError
+from polymodal.recipe import Attr, Dataset
+
+
+@dataclass(frozen=True)
+class Part:
+    """One dataset inside a corpus: records start..stop, and how the schedule is to use them.
+
+    fingerprint: hash of the files' content, of the format, field names and media_dir; the files' own paths do not
+    enter, so that moved data keeps its index. Media beside the files are not hashed.
+    """
+
+    name: str
+    start: int
+    stop: int
+    weight: float | None = None
+    repeat: float = 1.0
+    fingerprint: str = ""
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class Corpus(Sequence):
+    """All datasets of a section, by number. Picklable; opens files again where it is used.
+
+    `corpus[i]` raises PolymodalError with the file and the line of a row that cannot be understood.
+    """
+
+    def __init__(self, parts: list[Part], files: list[tuple[int, Rows, RowReader]]):
+        self.parts = parts
+        self._files = [(rows, reader) for _, rows, reader in files]
+        self._starts = [start for start, _, _ in files]
+        self._length = parts[-1].stop if parts else 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def _place(self, i: int) -> tuple[Rows, RowReader, int]:
+        if i < 0:
+            i += self._length
+        if not 0 <= i < self._length:
+            raise IndexError(i)
+        k = bisect_right(self._starts, i) - 1
+        rows, reader = self._files[k]
+        return rows, reader, i - self._starts[k]
+
+    def __getitem__(self, i: int) -> Record:  # type: ignore[override]
+        rows, reader, local = self._place(int(i))
+        return reader.record(rows[local], rows.where(local))
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[i] for i in range(self._length))
+
+    def where(self, i: int) -> str:
+        """ "file.jsonl, line 12": the place of record i, also when the record itself is broken."""
+        rows, _, local = self._place(int(i))
+        return rows.where(local)
+
+    def row(self, i: int) -> dict:
+        """The row as the file holds it, before any format is applied."""
+        rows, _, local = self._place(int(i))
+        return rows[local]
+
+
+def expand(path: str, key: str = "data.datasets.path") -> list[str]:
+    """A file, a directory (the data files directly in it) or a glob (`**` allowed) -> sorted files.
+
+    Raises PolymodalError when there is nothing, with the nearest name that is there.
+    """
+    text = os.path.expanduser(path)
+    if "://" in text:
+        raise PolymodalError(
+            f"{key} = {path}: data is read from local files.",
+            "Download it first, for example with `huggingface-cli download --repo-type dataset`.",
+        )
+    if os.path.isdir(text):
+        found = sorted(
+            os.path.join(text, f)
+            for f in os.listdir(text)
+            if os.path.splitext(f)[1].lower() in OPENERS and not f.startswith(".")
+        )
+        if not found:
+            raise PolymodalError(
+                f"{key} = {path}: the directory holds no data file ({', '.join(OPENERS)}).",
+                f"Name a file, or a glob such as {os.path.join(path, '**', '*.jsonl')}.",
+            )
+        return found
+    if os.path.exists(text):
+        return [text]
+    if glob.has_magic(text):
+        found = sorted(f for f in glob.glob(text, recursive=True) if os.path.isfile(f))
+        if not found:
+            raise PolymodalError(
+                f"{key} = {path}: no file matches.", "Check the pattern; ** goes through sub-directories."
+            )
+        return found
+    folder = os.path.dirname(text) or "."
+    if not os.path.isdir(folder):
+        raise PolymodalError(
+            f"{key} = {path}: the directory {folder} does not exist.",
+            f"Paths start from the working directory, {os.getcwd()}.",
+        )
+    near = difflib.get_close_matches(os.path.basename(text), os.listdir(folder), 1, 0.6)
+    raise PolymodalError(
+        f"{key} = {path}: the file does not exist.",
+        f"Did you mean {os.path.join(folder, near[0])}?" if near else "Check the path.",
+    )
+
+
+def _merged(own: Attr | None, common: Attr) -> Attr:
+    if own is None:
+        return common
+    return Attr(**{**common.model_dump(exclude_none=True), **own.model_dump(exclude_none=True)})
+
+
+def open_corpus(datasets: Sequence[Dataset], attr: Attr | None = None, key: str = "data.datasets") -> Corpus:
+    """Open every dataset of a section; `attr` holds the field names for those that have no own.
+
+    Scans the files (their row offsets and content hash) but reads no media. `key` names the section in errors.
+    Raises PolymodalError for a missing or unreadable file and for one without rows.
+    """
+    parts: list[Part] = []
+    files: list[tuple[int, Rows, RowReader]] = []
+    start = 0
+    for number, dataset in enumerate(datasets):
+        at = f"{key}.{number}"
+        if dataset.media_dir is not None and not os.path.isdir(os.path.expanduser(dataset.media_dir)):
+            raise PolymodalError(
+                f"{at}.media_dir = {dataset.media_dir}: the directory does not exist.",
+                "Check the path, or leave it out when media lie beside the data file.",
+            )
+        names = _merged(dataset.attr, attr or Attr())
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(
+            json.dumps([dataset.format, names.model_dump(), dataset.media_dir], sort_keys=True).encode()
+        )
+        stop, limit = start, dataset.max_samples or 1 << 62
+        for path in expand(dataset.path, f"{at}.path"):
+            rows = open_rows(path)
+            take = min(len(rows), start + limit - stop)
+            if take > 0:
+                files.append((stop, rows, RowReader(dataset.format, names, path, dataset.media_dir)))
+                digest.update(f"{rows.fingerprint}:{take}".encode())
+                stop += take
+            if stop - start >= limit:
+                break
+        if stop == start:
+            raise PolymodalError(
+                f"{at}.path = {dataset.path}: there is not a single row.",
+                "Check the file, or remove the dataset.",
+            )
+        name = dataset.name or os.path.basename(dataset.path.rstrip("/")) or dataset.path
+        taken = {p.name for p in parts}
+        unique = next(
+            n for n in [name, *(f"{name} ({k})" for k in range(2, len(parts) + 3))] if n not in taken
+        )
+        parts.append(Part(unique, start, stop, dataset.weight, dataset.repeat, digest.hexdigest()))
+        start = stop
+    return Corpus(parts, files)
