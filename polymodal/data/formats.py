@@ -8,15 +8,13 @@ kind, the media go to the start of the first user turn. Typed parts ({"type": "i
 
 from __future__ import annotations
 
-import base64
-import binascii
+import contextlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import unquote
 
+from polymodal.data.references import References, first, listed
 from polymodal.data.sample import Media, Message, Record
 from polymodal.errors import PolymodalError
 from polymodal.recipe import Attr
@@ -29,8 +27,6 @@ ROLES = {
     "tool": ("tool", "observation", "tool_response"),
     "call": ("function_call", "tool_call"),
 }
-COLUMNS = {"image": ("images", "image"), "video": ("videos", "video"), "audio": ("audios", "audio")}
-BASE64 = ("/9j/", "iVBO", "R0lG", "UklG", "Qk0")  # first letters of JPEG, PNG, GIF, WebP, BMP in base64
 
 
 class RowReader:
@@ -43,10 +39,8 @@ class RowReader:
     def __init__(self, format: str, attr: Attr, path: str, media_dir: str | None):
         self.format = format
         self.attr = attr
-        self.base = os.path.expanduser(media_dir) if media_dir is not None else os.path.dirname(path)
-        self.fixed = media_dir is not None
+        self.references = References(attr, path, media_dir)
         self.parquet = path.endswith(".parquet")  # structs there have every key, with null for absent
-        self._folders: dict[str, str] = {}
         own = {
             "user": attr.user,
             "assistant": attr.assistant,
@@ -69,7 +63,7 @@ class RowReader:
         elif kind == "alpaca":
             turns, literal = self._alpaca(row, where), False
         else:
-            text, key = self._first(row, self.attr.prompt, ("text", "content"))
+            text, key = first(row, self.attr.prompt, ("text", "content"))
             if not isinstance(text, str):
                 raise PolymodalError(
                     f"{where}: the column `{key}` of plain text is missing or no string.",
@@ -94,26 +88,17 @@ class RowReader:
             messages, where, self._tools(row, where) if kind == "chat" else (), extra, plain=kind == "text"
         )
 
-    def _first(self, row: Mapping[str, Any], own: str | None, names: tuple[str, ...]) -> tuple[Any, str]:
-        """The first column with a value, and its name; (None, the expected name) when there is none."""
-        if own is not None:
-            return row.get(own), own
-        for name in names:
-            if row.get(name) is not None:
-                return row[name], name
-        return None, names[0]
-
     def _shape(self, row: Mapping[str, Any], where: str) -> str:
         a = self.attr
         if self.format in ("mllm", "sharegpt", "llava", "openai"):
             return "chat"
         if self.format in ("alpaca", "text"):
             return self.format
-        if self._first(row, a.messages, ("messages", "conversations"))[0] is not None:
+        if first(row, a.messages, ("messages", "conversations"))[0] is not None:
             return "chat"
         if (
-            self._first(row, a.prompt, ("instruction", "prompt"))[0] is not None
-            and self._first(row, a.response, ("output", "response"))[0] is not None
+            first(row, a.prompt, ("instruction", "prompt"))[0] is not None
+            and first(row, a.response, ("output", "response"))[0] is not None
         ):
             return "alpaca"
         if isinstance(row.get("text"), str):
@@ -127,8 +112,8 @@ class RowReader:
     # -- conversations ------------------------------------------------------------------------------------------
 
     def _chat(self, row: Mapping[str, Any], where: str) -> tuple[list[dict], bool]:
-        value, key = self._first(row, self.attr.messages, ("messages", "conversations"))
-        value = _listed(value)
+        value, key = first(row, self.attr.messages, ("messages", "conversations"))
+        value = listed(value)
         if value is None:
             raise PolymodalError(
                 f"{where}: the column `{key}` is missing.",
@@ -147,7 +132,7 @@ class RowReader:
 
     def _system(self, turns: list[dict], row: Mapping[str, Any], where: str) -> None:
         """The row's system column, unless the conversation brings its own."""
-        system, key = self._first(row, self.attr.system, ("system",))
+        system, key = first(row, self.attr.system, ("system",))
         if system and not any(t["role"] == "system" for t in turns):
             if not isinstance(system, str):
                 raise PolymodalError(
@@ -190,7 +175,7 @@ class RowReader:
                 ),
                 None,
             )
-            calls = _listed(message.get("tool_calls"))
+            calls = listed(message.get("tool_calls"))
             if calls:
                 turn["tool_calls"] = _calls(
                     _without_null(calls) if self.parquet else calls, where, f"{at}.tool_calls"
@@ -267,12 +252,12 @@ class RowReader:
                 ),
                 None,
             )
-            parts.append((kind,) if source is None else self._medium(kind, source, where, here))
+            parts.append((kind,) if source is None else self.references.medium(kind, source, where, here))
         return parts
 
     def _tools(self, row: Mapping[str, Any], where: str) -> tuple[dict, ...]:
-        value, key = self._first(row, self.attr.tools, ("tools",))
-        tools = _listed(value)
+        value, key = first(row, self.attr.tools, ("tools",))
+        tools = listed(value)
         if not tools:
             return ()
         if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
@@ -287,10 +272,10 @@ class RowReader:
 
     def _alpaca(self, row: Mapping[str, Any], where: str) -> list[dict]:
         a = self.attr
-        prompt, prompt_key = self._first(row, a.prompt, ("instruction", "prompt"))
-        query, query_key = self._first(row, a.query, ("input", "query"))
-        answer, answer_key = self._first(row, a.response, ("output", "response"))
-        history, history_key = self._first(row, a.history, ("history",))
+        prompt, prompt_key = first(row, a.prompt, ("instruction", "prompt"))
+        query, query_key = first(row, a.query, ("input", "query"))
+        answer, answer_key = first(row, a.response, ("output", "response"))
+        history, history_key = first(row, a.history, ("history",))
         for value, key, attr in ((prompt, prompt_key, "prompt"), (answer, answer_key, "response")):
             if not isinstance(value, str):
                 raise PolymodalError(
@@ -303,7 +288,7 @@ class RowReader:
                 "Name the column in data.attr.query, or leave it out.",
             )
         turns = []
-        for n, pair in enumerate(_listed(history) or []):
+        for n, pair in enumerate(listed(history) or []):
             if (
                 not isinstance(pair, (list, tuple))
                 or len(pair) != 2
@@ -328,7 +313,7 @@ class RowReader:
     ) -> None:
         """Puts the row's media where the placeholders are; in place."""
         for kind in KINDS:
-            media, key = self._media(row, kind, where)
+            media, key = self.references.of_row(row, kind, where)
             mark, slots, inline = f"<{kind}>", 0, 0
             for turn in turns:
                 for part in turn["parts"]:
@@ -360,16 +345,16 @@ class RowReader:
                         f"{where}: {what}, but {have}.",
                         f"Write one {mark} for each entry, in order of reading, or none at all.",
                     )
-                first = next((t for t in turns if plain or t["role"] == "user"), None)
-                if first is None:
+                opener = next((t for t in turns if plain or t["role"] == "user"), None)
+                if opener is None:
                     raise PolymodalError(
                         f"{where}: `{key}` holds {len(media)}, but there is no user turn to put it in.",
                         f"Write {mark} where it belongs.",
                     )
                 at = 0
-                while at < len(first["parts"]) and isinstance(first["parts"][at], Media):
+                while at < len(opener["parts"]) and isinstance(opener["parts"][at], Media):
                     at += 1
-                first["parts"][at:at] = media
+                opener["parts"][at:at] = media
                 continue
             if not slots:
                 continue
@@ -392,101 +377,9 @@ class RowReader:
         for turn in turns:
             turn["parts"] = [str(p) if isinstance(p, str) else p for p in turn["parts"]]
 
-    def _media(self, row: Mapping[str, Any], kind: str, where: str) -> tuple[list[Media], str]:
-        own = getattr(self.attr, f"{kind}s")
-        value, key = self._first(row, own, COLUMNS[kind])
-        members = dict(row.get("__media__", {}).get(f"{kind}s", ()))  # of a tar: member name -> bytes
-        if value is None or (isinstance(value, (str, list)) and not value):
-            return [Media(kind, data) for data in members.values()], key
-        value = _listed(value)
-        entries = value if isinstance(value, list) else [value]
-        out = []
-        for n, entry in enumerate(entries):
-            if members and isinstance(entry, str):
-                found = [
-                    m
-                    for m in members
-                    if m == entry or m.endswith("/" + entry) or os.path.basename(m) == os.path.basename(entry)
-                ]
-                if len(found) == 1:
-                    out.append(Media(kind, members[found[0]]))
-                    continue
-            out.append(self._medium(kind, entry, where, f"{key}[{n}]"))
-        return out, key
-
-    def _medium(self, kind: str, source: Any, where: str, at: str) -> Media:
-        if isinstance(source, Mapping):
-            source = next(
-                (source[k] for k in ("bytes", "url", "path", kind, "data") if source.get(k) is not None), None
-            )
-        if isinstance(source, (bytes, bytearray)):
-            return Media(kind, bytes(source))
-        if isinstance(source, str) and source:
-            if source.startswith("data:"):
-                head, _, data = source.partition(",")
-                try:
-                    if not head.endswith(";base64"):
-                        raise ValueError("not base64")
-                    return Media(kind, base64.b64decode(data, validate=True))
-                except (ValueError, binascii.Error) as error:
-                    raise PolymodalError(
-                        f"{where}: `{at}` is a data: URL that cannot be decoded ({error}).",
-                        "Write data:image/png;base64,...",
-                    ) from None
-            if len(source) > 256 and source.startswith(BASE64):
-                try:
-                    return Media(kind, base64.b64decode(source, validate=True))
-                except (ValueError, binascii.Error) as error:
-                    raise PolymodalError(
-                        f"{where}: `{at}` looks like base64 but cannot be decoded ({error}).",
-                        "Give a path, or whole base64 text.",
-                    ) from None
-            return Media(kind, self._path(source, where, at))
-        if (
-            kind == "video"
-            and isinstance(source, (list, tuple))
-            and source
-            and all(isinstance(s, str) and s for s in source)
-        ):
-            return Media(kind, tuple(self._path(s, where, at) for s in source))
-        raise PolymodalError(
-            f"{where}: `{at}` names no {kind}: {str(source)[:40]!r}.",
-            "Give a path, bytes"
-            + (", or a list of frame images." if kind == "video" else " or a data: URL."),
-        )
-
-    def _path(self, source: str, where: str, at: str) -> str:
-        if "://" in source[:12]:
-            if not source.startswith("file://"):
-                raise PolymodalError(
-                    f"{where}: `{at}` = {source[:60]} is on the network.",
-                    "Training reads local files: download it and give the path.",
-                )
-            source = unquote(source[7:])
-        if os.path.isabs(source):
-            return source
-        if self.fixed:
-            return os.path.join(self.base, source)
-        folder = os.path.dirname(source)
-        base = self._folders.get(folder)
-        if base is None:  # asked once a directory, not once a medium
-            inside = os.path.isdir(os.path.join(self.base, folder) or ".") or not os.path.isdir(folder)
-            base = self._folders[folder] = self.base if inside else ""
-        return os.path.join(base, source)
-
 
 class _Literal(str):
     """Text in which <image> is ordinary text."""
-
-
-def _listed(value: Any) -> Any:
-    """JSON text of a list -> the list (csv and parquet keep lists so); anything else as it is."""
-    if isinstance(value, str) and value[:1] == "[" and value.rstrip()[-1:] == "]":
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _without_null(value: Any) -> Any:
@@ -515,10 +408,8 @@ def _calls(value: Any, where: str, at: str) -> tuple[dict, ...]:
             )
         arguments = function.get("arguments", function.get("parameters", {}))
         if isinstance(arguments, str):
-            try:
+            with contextlib.suppress(ValueError):  # else a template may print the text as it is
                 arguments = json.loads(arguments)
-            except ValueError:
-                pass  # a template may print text as it is
         calls.append(
             {
                 "type": "function",

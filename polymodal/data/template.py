@@ -230,10 +230,8 @@ class Template:
         spans: list[tuple[int, int] | None] = [None] * len(messages)
         for i, (start, stop) in zip(answers, blocks[0], strict=True):
             body = text[start:stop].rstrip()
-            last = None
-            for last in self._end_of_turn.finditer(body):
-                pass
-            if last is not None and last.end() == len(body):
+            ends = [m.end() for m in self._end_of_turn.finditer(body)]
+            if ends and ends[-1] == len(body):
                 stop = start + len(
                     body
                 )  # the block holds the end of turn, and perhaps the line break after it

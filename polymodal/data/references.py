@@ -1,0 +1,137 @@
+"""The media that a row names: paths, bytes, data: URLs, members of a tar, lists of frame images.
+
+Part of the data room: sees errors, recipe and data/sample.py. It decides where relative paths start; it opens nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import unquote
+
+from polymodal.data.sample import Media
+from polymodal.errors import PolymodalError
+from polymodal.recipe import Attr
+
+COLUMNS = {"image": ("images", "image"), "video": ("videos", "video"), "audio": ("audios", "audio")}
+BASE64 = ("/9j/", "iVBO", "R0lG", "UklG", "Qk0")  # first letters of JPEG, PNG, GIF, WebP, BMP in base64
+
+
+class References:
+    """Media of the rows of one file. Picklable.
+
+    Relative paths start from media_dir; without one, from the file's directory, or from the working directory where
+    that has the medium's directory and the former has not.
+    """
+
+    def __init__(self, attr: Attr, path: str, media_dir: str | None):
+        self.attr = attr
+        self.base = os.path.expanduser(media_dir) if media_dir is not None else os.path.dirname(path)
+        self.fixed = media_dir is not None
+        self._folders: dict[str, str] = {}
+
+    def of_row(self, row: Mapping[str, Any], kind: str, where: str) -> tuple[list[Media], str]:
+        own = getattr(self.attr, f"{kind}s")
+        value, key = first(row, own, COLUMNS[kind])
+        members = dict(row.get("__media__", {}).get(f"{kind}s", ()))  # of a tar: member name -> bytes
+        if value is None or (isinstance(value, (str, list)) and not value):
+            return [Media(kind, data) for data in members.values()], key
+        value = listed(value)
+        entries = value if isinstance(value, list) else [value]
+        out = []
+        for n, entry in enumerate(entries):
+            if members and isinstance(entry, str):
+                found = [
+                    m
+                    for m in members
+                    if m == entry or m.endswith("/" + entry) or os.path.basename(m) == os.path.basename(entry)
+                ]
+                if len(found) == 1:
+                    out.append(Media(kind, members[found[0]]))
+                    continue
+            out.append(self.medium(kind, entry, where, f"{key}[{n}]"))
+        return out, key
+
+    def medium(self, kind: str, source: Any, where: str, at: str) -> Media:
+        if isinstance(source, Mapping):
+            source = next(
+                (source[k] for k in ("bytes", "url", "path", kind, "data") if source.get(k) is not None), None
+            )
+        if isinstance(source, (bytes, bytearray)):
+            return Media(kind, bytes(source))
+        if isinstance(source, str) and source:
+            if source.startswith("data:"):
+                head, _, data = source.partition(",")
+                try:
+                    if not head.endswith(";base64"):
+                        raise ValueError("not base64")
+                    return Media(kind, base64.b64decode(data, validate=True))
+                except (ValueError, binascii.Error) as error:
+                    raise PolymodalError(
+                        f"{where}: `{at}` is a data: URL that cannot be decoded ({error}).",
+                        "Write data:image/png;base64,...",
+                    ) from None
+            if len(source) > 256 and source.startswith(BASE64):
+                try:
+                    return Media(kind, base64.b64decode(source, validate=True))
+                except (ValueError, binascii.Error) as error:
+                    raise PolymodalError(
+                        f"{where}: `{at}` looks like base64 but cannot be decoded ({error}).",
+                        "Give a path, or whole base64 text.",
+                    ) from None
+            return Media(kind, self._path(source, where, at))
+        if (
+            kind == "video"
+            and isinstance(source, (list, tuple))
+            and source
+            and all(isinstance(s, str) and s for s in source)
+        ):
+            return Media(kind, tuple(self._path(s, where, at) for s in source))
+        raise PolymodalError(
+            f"{where}: `{at}` names no {kind}: {str(source)[:40]!r}.",
+            "Give a path, bytes"
+            + (", or a list of frame images." if kind == "video" else " or a data: URL."),
+        )
+
+    def _path(self, source: str, where: str, at: str) -> str:
+        if "://" in source[:12]:
+            if not source.startswith("file://"):
+                raise PolymodalError(
+                    f"{where}: `{at}` = {source[:60]} is on the network.",
+                    "Training reads local files: download it and give the path.",
+                )
+            source = unquote(source[7:])
+        if os.path.isabs(source):
+            return source
+        if self.fixed:
+            return os.path.join(self.base, source)
+        folder = os.path.dirname(source)
+        base = self._folders.get(folder)
+        if base is None:  # asked once a directory, not once a medium
+            inside = os.path.isdir(os.path.join(self.base, folder) or ".") or not os.path.isdir(folder)
+            base = self._folders[folder] = self.base if inside else ""
+        return os.path.join(base, source)
+
+
+def first(row: Mapping[str, Any], own: str | None, names: tuple[str, ...]) -> tuple[Any, str]:
+    """The first column with a value, and its name; (None, the expected name) when there is none."""
+    if own is not None:
+        return row.get(own), own
+    for name in names:
+        if row.get(name) is not None:
+            return row[name], name
+    return None, names[0]
+
+
+def listed(value: Any) -> Any:
+    """JSON text of a list -> the list (csv and parquet keep lists so); anything else as it is."""
+    if isinstance(value, str) and value[:1] == "[" and value.rstrip()[-1:] == "]":
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
