@@ -23,18 +23,22 @@ from polymodal.errors import PolymodalError
 from polymodal.models.card import Dropped, Family, ModelCard, Output
 from polymodal.parallel.mesh import Mesh
 
+Finish = Callable[[Output, Batch], Any]
+
 
 @dataclass(frozen=True)
 class Stage:
     """One stage of a cut model.
 
     layers: the blocks that it holds, by their number in the whole model.
+    cuts:   the block that each stage after the first begins with.
     tied:   one entry for each weight that several stages hold a copy of: ((parameter name, stage), ...), owner first.
     """
 
     index: int
     stages: int
     layers: range
+    cuts: tuple[int, ...] = ()
     tied: tuple[tuple[tuple[str, int], ...], ...] = ()
 
     @property
@@ -48,7 +52,9 @@ class Stage:
     @property
     def copies(self) -> frozenset[str]:
         """Parameters here that another stage owns: left out of gradient norms and of what is saved."""
-        return frozenset(name for tie in self.tied for name, at in tie[1:] if at == self.index and at != tie[0][1])
+        return frozenset(
+            name for tie in self.tied for name, at in tie[1:] if at == self.index and at != tie[0][1]
+        )
 
 
 def split(layers: int, stages: int, layers_per_stage: Sequence[int] | None = None) -> tuple[range, ...]:
@@ -94,15 +100,19 @@ def prune(
     when the card cannot be cut, or not so.
     """
     if stages > 1 and "pp" in card.limits:
-        raise PolymodalError(f"{card.name} cannot be cut into pipeline stages: {card.limits['pp']}", "Set parallel.pp to 1.")
+        raise PolymodalError(
+            f"{card.name} cannot be cut into pipeline stages: {card.limits['pp']}", "Set parallel.pp to 1."
+        )
     blocks = pipeline_blocks(model, card)
     cut = split(len(blocks), stages, layers_per_stage)
     home = {name: at for at, held in enumerate(cut) for name in (blocks[layer] for layer in held)}
-    home.update({name: 0 for name in card.first})
-    home.update({name: stages - 1 for name in card.last})
+    home.update(dict.fromkeys(card.first, 0))
+    home.update(dict.fromkeys(card.last, stages - 1))
 
     def place(parameter: str) -> int | None:
-        return next((at for name, at in home.items() if parameter == name or parameter.startswith(f"{name}.")), None)
+        return next(
+            (at for name, at in home.items() if parameter == name or parameter.startswith(f"{name}.")), None
+        )
 
     shared: dict[int, list[tuple[str, int]]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -110,7 +120,9 @@ def prune(
         if at is not None:
             shared.setdefault(id(parameter), []).append((name, at))
     tied = tuple(
-        tuple(sorted(names, key=lambda entry: entry[1])) for names in shared.values() if len({at for _, at in names}) > 1
+        tuple(sorted(names, key=lambda entry: entry[1]))
+        for names in shared.values()
+        if len({at for _, at in names}) > 1
     )
     for name, at in home.items():
         if at != stage:
@@ -120,26 +132,64 @@ def prune(
                 owner.register_parameter(leaf, None)
             else:
                 owner._modules[leaf] = Dropped()
-    return Stage(stage, stages, cut[stage], tied)
+    return Stage(stage, stages, cut[stage], tuple(held.start for held in cut[1:]), tied)
 
 
-def bind(model: nn.Module, family: Family, entering: Sequence[str]) -> None:
-    """Make `model(*carry, batch=, finish=)` run one stage; the last one ends with `finish(output, batch)`.
+Carry = Mapping[str, Tensor]
+"""Meta tensors of what travels between two stages, in wire order, requires_grad set."""
 
-    entering: names of the carry's tensors in wire order, () on the first stage. Like train.step.bind, which this is
-    for a stage: before sharding, `finish` chosen per call. Returns a tuple of tensors, or finish's value.
+
+def widest(family: Family, batches: Sequence[Batch], layer: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What travels into block `layer` in a step: for each tensor the largest size over the step's micro-batches.
+
+    Every stage holds the same micro-batches, so both ends of a wire know it without asking.
+    """
+    specs = [family.carry_spec(batch, layer, dtype) for batch in batches]
+    out = {}
+    for name, first in specs[0].items():
+        shape = [max(sizes) for sizes in zip(*(spec[name].shape for spec in specs), strict=True)]
+        out[name] = torch.empty(shape, dtype=first.dtype, device="meta", requires_grad=first.requires_grad)
+    return out
+
+
+def bind(model: nn.Module, family: Family, stage: Stage, dtype: torch.dtype) -> None:
+    """Make `model(*carry, batch=, finish=, wire=)` run one stage; the last one ends with `finish(output, batch)`.
+
+    Like train.step.bind, for a stage: before sharding, `finish` chosen per call. torch's schedules send one shape a
+    step, micro-batches differ in length: `wire(layer)` is that shape, what leaves is filled up to it with zeros and
+    what enters is cut to the batch's own size. dtype: of the activations.
     """
 
-    def forward(*carry: Tensor, batch: Batch, finish: Callable[[Output, Batch], Any]) -> Any:
-        out = family.stage(model, dict(zip(entering, carry, strict=True)) if entering else None, batch)
-        return finish(out, batch) if isinstance(out, Output) else tuple(out.values())
+    def forward(*carry: Tensor, batch: Batch, finish: Finish, wire: Callable[[int], Carry]) -> Any:
+        entering = None
+        if not stage.first:
+            own = family.carry_spec(batch, stage.layers.start, dtype)
+            entering = {name: _cut(tensor, own[name].shape) for name, tensor in zip(own, carry, strict=True)}
+        out = family.stage(model, entering, batch)
+        if isinstance(out, Output):
+            return finish(out, batch)
+        return tuple(_fill(out[name], spec.shape) for name, spec in wire(stage.layers.stop).items())
 
     model.forward = forward  # type: ignore[method-assign]
 
 
+def _cut(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    for dim, size in enumerate(shape):
+        tensor = tensor.narrow(dim, 0, size)
+    return tensor
+
+
+def _fill(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    missing = [(0, size - have) for size, have in zip(shape, tensor.shape, strict=True)]
+    if any(after for _, after in missing):
+        return nn.functional.pad(tensor, [size for pair in reversed(missing) for size in pair])
+    # a view may be strided, which cannot be sent, and would lose FSDP2's hook when written to
+    return tensor.clone(memory_format=torch.contiguous_format) if tensor._is_view() else tensor
+
+
 def build_schedule(
     parts: Sequence[tuple[nn.Module, Stage]],
-    carry: Callable[[int], Mapping[str, Tensor]],
+    wire: Callable[[int], Carry],
     micro_batches: int,
     group: dist.ProcessGroup,
     device: torch.device,
@@ -147,19 +197,24 @@ def build_schedule(
 ) -> Any:
     """One of torch's schedules over this rank's stages (one, or several for virtual stages).
 
-    carry(layer) gives the tensors that travel into block `layer`, on meta, in wire order, requires_grad set: shapes
-    are then known to torch beforehand, it neither runs a forward pass to find them nor keeps those of an earlier
-    step. A schedule is cheap to build: make one per step when the length of the packs changes.
-    Gradients are summed over micro-batches (the loss comes already scaled).
+    wire(layer) gives what travels into block `layer`: shapes are then known to torch beforehand, it neither runs a
+    forward pass to find them nor keeps those of an earlier step. Gradients are summed over micro-batches (the loss
+    comes already scaled).
     """
     made = []
     for model, stage in parts:
         # torch wants example tensors; the loss of the last stage goes nowhere, any scalar stands for it
-        entering = () if stage.first else tuple(carry(stage.layers.start).values())
-        leaving = (torch.empty((), device="meta"),) if stage.last else tuple(carry(stage.layers.stop).values())
+        entering = () if stage.first else tuple(wire(stage.layers.start).values())
+        leaving = (torch.empty((), device="meta"),) if stage.last else tuple(wire(stage.layers.stop).values())
         made.append(
             PipelineStage(
-                model, stage.index, stage.stages, device, input_args=entering, output_args=leaving, group=group
+                model,
+                stage.index,
+                stage.stages,
+                device,
+                input_args=entering,
+                output_args=leaving,
+                group=group,
             )
         )
     schedule = get_schedule_class(name)
@@ -171,27 +226,60 @@ def _already_the_loss(output: Tensor, _: None) -> Tensor:
     return output
 
 
-def run(
-    schedule: Any, batches: Sequence[Batch], finish: Callable[[Output, Batch], tuple[Tensor, dict[str, Any]]]
-) -> list[dict[str, Any]]:
-    """Forward and backward of a rank's whole step; gradients end in .grad. Returns the logs, on the last stage only.
+class Pipeline:
+    """Runs steps over this rank's stages. Packs may have any length: the schedule is renewed when the longest of a
+    step changes, which costs two small messages a stage."""
 
-    Every stage gets the same batches: only what a stage computes travels.
-    """
-    logs: list[dict[str, Any]] = []
+    def __init__(
+        self,
+        parts: Sequence[tuple[nn.Module, Stage]],
+        family: Family,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        dtype: torch.dtype,
+        name: str = "1F1B",
+    ):
+        self.parts, self.family, self.group, self.device = parts, family, group, device
+        self.dtype, self.name = dtype, name
+        self._made: tuple[Any, Any] = (None, None)
 
-    def keep(output: Output, batch: Batch) -> Tensor:
-        loss, entry = finish(output, batch)
-        logs.append(entry)
-        return loss
+    def step(
+        self, batches: Sequence[Batch], finish: Callable[[Output, Batch], tuple[Tensor, dict[str, Any]]]
+    ) -> list[dict[str, Any]]:
+        """Forward and backward of a rank's whole step; gradients end in .grad. `finish` gives the scaled loss and
+        logs; returns the logs, on the last stage only. Every stage gets the same batches: only what a stage
+        computes travels."""
+        wires: dict[int, Carry] = {}
 
-    schedule.step(
-        arg_mbs=[()] * len(batches),
-        kwarg_mbs=[{"batch": batch, "finish": keep} for batch in batches],
-        target_mbs=[None] * len(batches),
-        return_outputs=False,
-    )
-    return logs
+        def wire(layer: int) -> Carry:
+            if layer not in wires:
+                wires[layer] = widest(self.family, batches, layer, self.dtype)
+            return wires[layer]
+
+        logs: list[dict[str, Any]] = []
+
+        def keep(output: Output, batch: Batch) -> Tensor:
+            loss, entry = finish(output, batch)
+            logs.append(entry)
+            return loss
+
+        self._schedule(batches, wire).step(
+            arg_mbs=[()] * len(batches),
+            kwarg_mbs=[{"batch": batch, "finish": keep, "wire": wire} for batch in batches],
+            target_mbs=[None] * len(batches),
+            return_outputs=False,
+        )
+        return logs
+
+    def _schedule(self, batches: Sequence[Batch], wire: Callable[[int], Carry]) -> Any:
+        # all cuts of the line, not only this rank's: every stage must renew in the same step
+        cuts = self.parts[0][1].cuts
+        shapes = [[tuple(tensor.shape) for tensor in wire(layer).values()] for layer in cuts]
+        key = (len(batches), shapes)
+        if key != self._made[0]:
+            made = build_schedule(self.parts, wire, len(batches), self.group, self.device, self.name)
+            self._made = (key, made)
+        return self._made[1]
 
 
 class TiedGradients:
@@ -199,26 +287,43 @@ class TiedGradients:
 
     Made once by every rank, in the same order (it creates process groups). The copies are sharded alike on every
     stage, so each rank sums its own shard with those of the ranks at the same place of the other stages.
+    parts: this rank's stages, as for build_schedule; home: pipeline rank of a stage, in turn unless given.
     """
 
-    def __init__(self, model: nn.Module, stage: Stage, mesh: Mesh):
-        parameters = dict(model.named_parameters())
-        lines = mesh.world.mesh.reshape(mesh.sizes.pp, -1)
-        self.sums: list[tuple[nn.Parameter, dist.ProcessGroup]] = []
-        for tie in stage.tied:
-            holders = sorted({at for _, at in tie})
-            mine = next((parameters[name] for name, at in tie if at == stage.index), None)
-            for line in lines.T.tolist():
-                ranks = [line[at] for at in holders]
-                group = dist.new_group(ranks)
-                if mesh.rank in ranks and mine is not None:
-                    self.sums.append((mine, group))
+    def __init__(
+        self, parts: Sequence[tuple[nn.Module, Stage]], mesh: Mesh, home: Callable[[int], int] | None = None
+    ):
+        if home is None:
+            home = lambda stage: stage % mesh.sizes.pp  # noqa: E731
+        parameters = {stage.index: dict(model.named_parameters()) for model, stage in parts}
+        lines = mesh.world.mesh.reshape(mesh.sizes.pp, -1).T.tolist()
+        self.sums: list[tuple[list[nn.Parameter], dist.ProcessGroup | None]] = []
+        for tie in parts[0][1].tied:
+            mine = [parameters[at][name] for name, at in tie if at in parameters]
+            holders = sorted({home(at) for _, at in tie})
+            group = None
+            for line in lines if len(holders) > 1 else ():
+                ranks = [line[holder] for holder in holders]
+                made = dist.new_group(ranks)
+                group = made if mesh.rank in ranks else group
+            if mine:
+                self.sums.append((mine, group))
 
     def reduce(self) -> None:
         """Call after the backward pass of the whole step and before the gradient norm."""
-        for parameter, group in self.sums:
-            if parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                grad = parameter.grad
-                dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=group)
+        for copies, group in self.sums:
+            if not copies[0].requires_grad:
+                continue
+            for copy in copies:
+                if copy.grad is None:
+                    copy.grad = torch.zeros_like(copy)
+            locals = [
+                copy.grad.to_local() if isinstance(copy.grad, DTensor) else copy.grad for copy in copies
+            ]
+            total = locals[0]
+            for other in locals[1:]:
+                total += other
+            if group is not None:
+                dist.all_reduce(total, group=group)
+            for other in locals[1:]:
+                other.copy_(total)

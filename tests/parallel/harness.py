@@ -33,6 +33,9 @@ PRELOAD = [
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
     "transformers.models.qwen3_vl.modeling_qwen3_vl",
     "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe",
+    "transformers.models.whisper.modeling_whisper",
+    "diffusers.models.transformers.transformer_wan",
+    "peft",
     "polymodal.recipe",
 ]
 

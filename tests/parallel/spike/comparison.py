@@ -1,21 +1,21 @@
-"""One process against many: the same state by name into any layout, gradients by name out of it.
+"""One process against many: the same values by name into any layout, gradients by name out of it.
 
 Toy pieces of the spike; they may touch every room but are used by tests only.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from polymodal.data.sample import Batch
-from polymodal.models.card import Dropped, Family, ModelCard, Output
-from polymodal.parallel.apply import _shard
+from polymodal.models.card import Family, ModelCard, Output
+from polymodal.parallel.apply import _shard, matching
 from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.train.step import bind, inverse_weights
 
@@ -26,21 +26,20 @@ def mesh_of(rank: int, **sizes: int) -> Mesh:
 
 
 def shard(model: nn.Module, card: ModelCard, mesh: Mesh, precision: str = "fp32") -> None:
-    """FSDP2 as parallel.apply does it; what lies on another pipeline stage has nothing to cut."""
-    blocks = []
-    for pattern in card.blocks:
-        expression = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
-        hits = (module for name, module in model.named_modules() if expression.fullmatch(name))
-        blocks += [module for module in hits if not isinstance(module, Dropped)]
-    _shard(model, blocks, mesh, precision, True)
+    """FSDP2 as parallel.apply does it, which as a whole still refuses pipelines and context parallelism."""
+    _shard(model, list(matching(model, card.blocks, card.name).values()), mesh, precision, True)
 
 
 @torch.no_grad()
 def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Every parameter from one full state dict by its name; each rank keeps its own shard."""
+    """Parameters that `state` has, from the full tensor of their name; each rank keeps its own shard."""
     for name, parameter in model.named_parameters():
+        if name not in state:
+            continue
         if isinstance(parameter, DTensor):
-            whole = distribute_tensor(state[name], parameter.device_mesh, parameter.placements, src_data_rank=None)
+            whole = distribute_tensor(
+                state[name], parameter.device_mesh, parameter.placements, src_data_rank=None
+            )
             parameter.to_local().copy_(whole.to_local())
         else:
             parameter.copy_(state[name])
@@ -67,9 +66,31 @@ def worst(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[
     divided by.
     """
     floor = 1e-4 * max(float(grad.norm()) for grad in expected.values())
-    errors = {name: float((grad - expected[name]).norm()) / max(float(expected[name].norm()), floor) for name, grad in found.items()}
-    name = max(errors, key=errors.__getitem__)
-    return errors[name], name
+
+    def error(name: str) -> float:
+        return float((found[name] - expected[name]).norm()) / max(float(expected[name].norm()), floor)
+
+    name = max(found, key=error)
+    return error(name), name
+
+
+def finisher(objective: Any, inverse: dict[str, float]) -> Callable[[Output, Batch], tuple[Tensor, dict]]:
+    return lambda output, batch: objective.loss(output, batch, inverse)
+
+
+def forward_backward(
+    model: nn.Module, objective: Any, batches: Sequence[Batch], group: dist.ProcessGroup | None
+) -> float:
+    """The step of one rank: denominators over the group first; returns the sum of the group's losses."""
+    inverse = inverse_weights(objective, batches, group)
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in batches:
+        loss, _ = model(batch=batch, finish=finisher(objective, inverse))
+        loss.backward()
+        total += loss.detach()
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return float(total)
 
 
 def one_process(
@@ -77,17 +98,8 @@ def one_process(
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the global batch without any parallelism. The model is left as it was."""
     bind(model, family)
-    inverse = inverse_weights(objective, batches, None)
-    total = 0.0
-    for batch in batches:
-        loss, _ = model(batch, lambda output, batch: objective.loss(output, batch, inverse))
-        loss.backward()
-        total += float(loss.detach())
+    total = forward_backward(model, objective, batches, None)
     found = gradients(model)
     model.zero_grad(set_to_none=True)
     del model.forward
     return total, found
-
-
-def finisher(objective: Any, inverse: dict[str, float]) -> Callable[[Output, Batch], tuple[Tensor, dict]]:
-    return lambda output, batch: objective.loss(output, batch, inverse)

@@ -2,116 +2,161 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
+from torch import Tensor, nn
 
-from polymodal.data.sample import Batch
+from polymodal.data.sample import Batch, pack
+from polymodal.models import weights
 from polymodal.objectives.language import LanguageObjective
 from polymodal.parallel.mesh import Mesh
-from polymodal.parallel.pipeline import Stage, TiedGradients, bind, build_schedule, prune, run
+from polymodal.parallel.pipeline import Pipeline, TiedGradients, bind, prune
 from polymodal.train.step import inverse_weights
 from tests.parallel.spike import qwen
-from tests.parallel.spike.comparison import fill, finisher, gradients, mesh_of, one_process, shard, state_of, worst
+from tests.parallel.spike.comparison import (
+    fill,
+    finisher,
+    gradients,
+    mesh_of,
+    one_process,
+    shard,
+    state_of,
+    worst,
+)
+from tests.parallel.spike.qwen import example
+
+LANGUAGE = r"model\.language_model\.layers\..*\.(q_proj|v_proj|down_proj)"
+BOTH = LANGUAGE + r"|model\.visual\.blocks\..*\.(qkv|linear_fc1)"
+EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
 
-def adapt(model: nn.Module) -> None:
-    """LoRA on the language blocks; the base frozen; B not zero, so that every adapter has a gradient."""
-    inject_adapter_in_model(
-        LoraConfig(r=2, lora_alpha=4, target_modules=r".*language_model\.layers.*\.(q_proj|v_proj|down_proj)"), model
-    )
-    draw = torch.Generator().manual_seed(3)
-    for name, parameter in sorted(model.named_parameters()):
+def adapt(model: nn.Module, targets: str = LANGUAGE) -> None:
+    """LoRA on the layers here that fit; the base frozen."""
+    held = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=held)
+    inject_adapter_in_model(config, model, low_cpu_mem_usage=next(model.parameters()).is_meta)
+    for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-        if "lora_B" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
 
 
-def _run_pipeline(
-    model: nn.Module, family: Any, mesh: Mesh, stage: Stage, batches: list[Batch], dtype: torch.dtype, schedule: str = "1F1B"
-) -> float:
+def draw_adapters(model: nn.Module) -> dict[str, Tensor]:
+    """Values for both halves (with B = 0 half of the gradients would be zero)."""
+    draw = torch.Generator().manual_seed(3)
+    adapters = sorted((name, parameter) for name, parameter in model.named_parameters() if "lora_" in name)
+    return {name: (torch.randn(p.shape, generator=draw) * 0.1).to(p.dtype) for name, p in adapters}
+
+
+def _step(pipeline: Pipeline, mesh: Mesh, batches: list[Batch]) -> float:
     """Forward and backward of this rank's step; returns the global loss (on every rank)."""
     objective = LanguageObjective()
     inverse = inverse_weights(objective, batches, mesh.loss_group)
-
-    def carry(layer: int):
-        return family.carry_spec(batches[0], layer, dtype)
-
-    pipeline = build_schedule(
-        [(model, stage)], carry, len(batches), mesh.world["pp"].get_group(), torch.device("cpu"), schedule
-    )
-    logs = run(pipeline, batches, finisher(objective, inverse))
+    logs = pipeline.step(batches, finisher(objective, inverse))
     total = torch.tensor(float(sum(entry["loss"] for entry in logs)), dtype=torch.float64)
     dist.all_reduce(total)
     return float(total)
 
 
-def qwen3_lora_pp_fsdp(rank: int) -> dict[str, Any]:
-    """PP 2 x dp_shard 2, unevenly cut, one text-only pack; two lengths of pack one after the other."""
-    torch.manual_seed(0)
-    model, family = qwen.qwen3_vl()
-    adapt(model)
-    state = state_of(model)
-    steps = []
-    for tokens, answer in ((32, 5), (48, 9)):
-        samples = [
-            [qwen.example(0, 10, answer, (4, 4)), qwen.example(1, 11, 4)],
-            [qwen.example(2, 12, answer - 2, (2, 4)), qwen.example(3, 13, 6, (2, 2))],
-            [qwen.example(4, 14, 7)],
-            [qwen.example(5, 15, answer, (4, 6))],
-        ]
-        steps.append([qwen.padded(pack, tokens, 24) for pack in samples])
+def _line(mesh: Mesh) -> dist.ProcessGroup:
+    return mesh.world["pp"].get_group()
+
+
+def qwen3_lora_pp_fsdp(rank: int, targets: str) -> dict[str, Any]:
+    """PP 2 x dp_shard 2, cut 1 + 3, packs of all lengths, with and without pictures; built and initialised on meta."""
+    family = qwen.tiny_qwen3_vl()
+    model = family.build().trained
+    adapt(model, targets)
+    weights.initialise(model, family, seed=0)
+    adapters = draw_adapters(model)
+    fill(model, adapters)
+    short = [
+        pack([example(0, 5, (4, 4)), example(1, 4)]),
+        pack([example(2, 3, (2, 4)), example(3, 6, (2, 2))]),
+        pack([example(4, 7)]),
+        pack([example(5, 5, (4, 6)), example(6, 2)]),
+    ]
+    long = [pack([example(10 + row, 9 + row, (2, 2 + 2 * row)), example(20 + row, 4)]) for row in range(4)]
+    steps = (short, long, short)
     expected = [one_process(model, family, LanguageObjective(), batches) for batches in steps]
+    names = sorted(name for name, _ in model.named_parameters())
 
     mesh = mesh_of(rank, pp=2, dp_shard=2)
-    cut, _ = qwen.qwen3_vl()
+    cut = family.build().trained
     stage = prune(cut, family.card, mesh.at["pp"], 2, [1, 3])
-    adapt(cut)
-    bind(cut, family, () if stage.first else tuple(family.carry_spec(steps[0][0], stage.layers.start, torch.float32)))
+    adapt(cut, targets)
+    bind(cut, family, stage, torch.float32)
     shard(cut, family.card, mesh)
-    fill(cut, state)
-    out: dict[str, Any] = {"names": sorted(name for name, _ in cut.named_parameters()), "all": sorted(state)}
+    weights.initialise(cut, family, seed=0)
+    fill(cut, adapters)
+    pipeline = Pipeline([(cut, stage)], family, _line(mesh), torch.device("cpu"), torch.float32)
+    out: dict[str, Any] = {"names": sorted(name for name, _ in cut.named_parameters()), "all": names}
+    out.update(loss=[], grad=[], trained=sorted(gradients(cut)))
     for batches, (loss, grads) in zip(steps, expected, strict=True):
-        mine = batches[mesh.dp_rank :: 2]
-        found = _run_pipeline(cut, family, mesh, stage, mine, torch.float32)
-        out.setdefault("loss", []).append(abs(found - loss) / loss)
-        out.setdefault("grad", []).append(worst(gradients(cut), grads))
+        found = _step(pipeline, mesh, batches[mesh.dp_rank :: 2])
+        out["loss"].append(abs(found - loss) / loss)
+        out["grad"].append(worst(gradients(cut), grads))
         cut.zero_grad(set_to_none=True)
-    travelling = family.carry_spec(steps[0][0], 1, torch.float32)
+    travelling = family.carry_spec(short[0], 1, torch.float32)
     out["carry"] = {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in travelling.items()}
-    out["trained"] = len(gradients(cut))
+    out["lengths"] = [batch["input_ids"].shape[1] for batch in short]
+    out["unmoved"] = [name for name, grad in expected[0][1].items() if not float(grad.norm())]
     return out
 
 
-def qwen2_tied_pp(rank: int, schedule: str = "1F1B") -> dict[str, Any]:
-    """PP 2 with the head on the last stage tied to the embedding on the first; float64; one optimizer step."""
-    torch.manual_seed(1)
-    model, family = qwen.qwen2_vl()
-    model.double()
-    state = state_of(model)
+def qwen2_tied_pp(
+    rank: int, schedule: str = "1F1B", places: tuple[tuple[int, ...], ...] = ((0,), (1,))
+) -> dict[str, Any]:
+    """PP 2 with the head on the last stage tied to the embedding on the first; float64; one optimizer step.
+
+    places: the stages of each rank.
+    """
+    stages = sum(len(held) for held in places)
+    family = qwen.tiny_qwen2_vl(stages + 1)
+
+    def build() -> nn.Module:
+        return family.build().trained.double()
+
+    whole = build()
+    weights.initialise(whole, family, seed=1)
+    state = state_of(whole)
     batches = [
-        qwen.padded([qwen.example(0, 20, 5, (2, 4)), qwen.example(1, 21, 3)], 24, 8),
-        qwen.padded([qwen.example(2, 22, 8)], 24, 8),
-        qwen.padded([qwen.example(3, 23, 4, (2, 2)), qwen.example(4, 24, 6)], 24, 8),
+        pack([example(0, 5, (2, 4)), example(1, 3)]),
+        pack([example(2, 8)]),
+        pack([example(3, 4, (2, 2)), example(4, 6)]),
+        pack([example(5, 3, (4, 2))]),
     ]
-    loss, grads = one_process(model, family, LanguageObjective(), batches)
+    loss, grads = one_process(whole, family, LanguageObjective(), batches)
+    expected = {**grads, HEAD: grads[EMBEDDING]}
+
     mesh = mesh_of(rank, pp=2)
-    stage = prune(model, family.card, rank, 2)
-    bind(model, family, () if stage.first else tuple(family.carry_spec(batches[0], stage.layers.start, torch.float64)))
-    ties = TiedGradients(model, stage, mesh)
-    found = _run_pipeline(model, family, mesh, stage, batches, torch.float64, schedule)
-    head, embedding = "lm_head.weight", "model.language_model.embed_tokens.weight"
-    expected = {**grads, head: grads[embedding]}
-    alone = worst(gradients(model), expected)
+    parts = []
+    for index in places[rank]:
+        model = build()
+        stage = prune(model, family.card, index, stages)
+        bind(model, family, stage, torch.float64)
+        weights.materialise(model)
+        weights.rebuild_buffers(model)
+        fill(model, {**state, HEAD: state[EMBEDDING]})
+        parts.append((model, stage))
+    ties = TiedGradients(
+        parts, mesh, lambda stage: next(at for at, held in enumerate(places) if stage in held)
+    )
+    pipeline = Pipeline(parts, family, _line(mesh), torch.device("cpu"), torch.float64, schedule)
+    found = _step(pipeline, mesh, batches)
+
+    def error() -> float:
+        return max(worst(gradients(model), expected)[0] for model, _ in parts)
+
+    out: dict[str, Any] = {"loss": abs(found - loss) / loss, "before": error()}
     ties.reduce()
-    out = {"loss": abs(found - loss) / loss, "before": alone, "grad": worst(gradients(model), expected)}
-    torch.optim.AdamW(model.parameters(), lr=0.1).step()
-    weight = model.get_parameter(embedding if stage.first else head).detach()
-    both = [torch.empty_like(weight) for _ in range(2)]
-    dist.all_gather(both, weight)
-    out.update(apart=float((both[0] - both[1]).abs().max()), moved=float((weight - state[embedding]).abs().max()))
-    out.update(copies=sorted(stage.copies), tied=stage.tied, layers=list(stage.layers))
+    out.update(grad=error(), copies=[], start=state[EMBEDDING])
+    for model, stage in parts:
+        torch.optim.AdamW(model.parameters(), lr=0.1).step()
+        if stage.first or stage.last:
+            out["copies"].append(model.get_parameter(EMBEDDING if stage.first else HEAD).detach())
+    out["unowned"] = sorted(name for _, stage in parts for name in stage.copies)
+    out["layers"] = [layer for _, stage in parts for layer in stage.layers]
     return out

@@ -10,14 +10,23 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from polymodal.data.sample import Batch
 from polymodal.models.card import Family, ModelCard, Output
+from polymodal.parallel import ops
 from polymodal.parallel.mesh import Mesh
-from polymodal.train.step import bind, inverse_weights
-from tests.parallel.spike.comparison import fill, finisher, gradients, mesh_of, one_process, shard, state_of, worst
+from polymodal.train.step import bind
+from tests.parallel.spike.comparison import (
+    fill,
+    forward_backward,
+    gradients,
+    mesh_of,
+    one_process,
+    shard,
+    state_of,
+    worst,
+)
 
 
 class WanFamily(Family):
@@ -76,31 +85,20 @@ class FlowMatching:
                 noise[row] = torch.randn(latents[row].shape, generator=draw)
                 sigma[row] = torch.rand((), generator=draw)
             mix = sigma.view(-1, 1, 1, 1, 1)
-            made = {"noisy": (1 - mix) * latents + mix * noise, "target": noise - latents, "timestep": sigma * 1000}
+            made = {
+                "noisy": (1 - mix) * latents + mix * noise,
+                "target": noise - latents,
+                "timestep": sigma * 1000,
+            }
             out.append(replace(batch, tensors={**batch.tensors, **made}))
         return out
 
-    def loss(self, output: Output, batch: Batch, inverse: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, output: Output, batch: Batch, inverse: dict[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         error = (output.hidden_states.float() - batch["target"]).square().flatten(1).mean(dim=1)
         loss = error.sum() * inverse["flow"]
         return loss, {"loss": loss.detach()}
-
-
-class _Gather(torch.autograd.Function):
-    """Whole sequence on every rank; the gradient is the sum over ranks, as each of them has a share of the loss."""
-
-    @staticmethod
-    def forward(ctx, part: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.dim, ctx.group, ctx.size = dim, group, part.shape[dim]
-        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, part.contiguous(), group=group)
-        return torch.cat(parts, dim)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad.narrow(ctx.dim, dist.get_rank(ctx.group) * ctx.size, ctx.size), None, None
 
 
 def cut_sequence(model: nn.Module, card: ModelCard, mesh: Mesh) -> None:
@@ -113,7 +111,12 @@ def cut_sequence(model: nn.Module, card: ModelCard, mesh: Mesh) -> None:
     at = view.get_local_rank()
 
     def cut(tensor: Tensor, dim: int) -> Tensor:
+        # a plain slice: FSDP2 sums over the ranks, a gradient gathered here would be counted by each of them
         return tensor.chunk(size, dim)[at]
+
+    def gather(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        # every rank has the whole prediction and, by its denominator, its share of the loss
+        return ops.gather_sequence(out, out.shape[1] * size, group, partial=True)
 
     for name, places in card.sequence_plan.items():
         outputs = {place: dim for place, dim in places.items() if isinstance(place, int)}
@@ -121,12 +124,14 @@ def cut_sequence(model: nn.Module, card: ModelCard, mesh: Mesh) -> None:
         module = model.get_submodule(name)
         if outputs:
             module.register_forward_hook(
-                lambda _, __, out, outputs=outputs: tuple(cut(t, outputs[i]) if i in outputs else t for i, t in enumerate(out))
+                lambda _, __, out, outputs=outputs: tuple(
+                    cut(t, outputs[i]) if i in outputs else t for i, t in enumerate(out)
+                )
             )
         if arguments:
             (dim,) = arguments.values()  # the stream comes first, by position
             module.register_forward_pre_hook(lambda _, args, dim=dim: (cut(args[0], dim), *args[1:]))
-    model.get_submodule(card.sequence_exit).register_forward_hook(lambda _, __, out: _Gather.apply(out, 1, group))
+    model.get_submodule(card.sequence_exit).register_forward_hook(gather)
     context = ContextParallelConfig(ulysses_degree=size)
     context._ulysses_mesh, context._ulysses_local_rank = view, at
     for block in model.blocks:
@@ -139,24 +144,20 @@ def _batches() -> list[Batch]:
     shapes = [(1, 4, 3, 4, 8), (2, 4, 1, 4, 4), (1, 4, 2, 4, 4), (1, 4, 3, 8, 4)]
     made, count = [], 0
     for shape in shapes:
-        tensors = {"latents": torch.randn(shape, generator=draw), "text": torch.randn(shape[0], 6, 16, generator=draw)}
+        tensors = {
+            "latents": torch.randn(shape, generator=draw),
+            "text": torch.randn(shape[0], 6, 16, generator=draw),
+        }
         made.append(Batch(tensors, axes, tuple(range(count, count + shape[0]))))
         count += shape[0]
     return made
 
 
-def _step(model: nn.Module, mesh: Mesh, batches: list[Batch]) -> float:
+def _step(model: nn.Module, mesh: Mesh) -> float:
     """Forward and backward of this rank's share, denominators over the loss group; the global loss."""
     objective = FlowMatching(7)
-    mine = objective.prepare(None, batches[mesh.dp_rank :: mesh.sizes.dp])
-    inverse = inverse_weights(objective, mine, mesh.loss_group)
-    total = torch.zeros((), dtype=torch.float64)
-    for batch in mine:
-        loss, _ = model(batch=batch, finish=finisher(objective, inverse))
-        loss.backward()
-        total += loss.detach()
-    dist.all_reduce(total, group=mesh.loss_group)
-    return float(total)
+    mine = objective.prepare(None, _batches()[mesh.dp_rank :: mesh.sizes.dp])
+    return forward_backward(model, objective, mine, mesh.loss_group)
 
 
 def _clock_error(grads: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -177,7 +178,7 @@ def wan_fsdp_ulysses(rank: int) -> dict[str, Any]:
     cut_sequence(model, CARD, mesh)
     shard(model, CARD, mesh)
     fill(model, state)
-    found = _step(model, mesh, _batches())
+    found = _step(model, mesh)
     out = {"loss": abs(found - loss) / loss, "grad": worst(gradients(model), grads)}
 
     seen: list[Tensor] = []
@@ -192,8 +193,10 @@ def wan_fsdp_ulysses(rank: int) -> dict[str, Any]:
             clock.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         shard(half, CARD, mesh, "bf16")
         fill(half, state)
-        out[f"loss_{key}"] = abs(_step(half, mesh, _batches()) - loss) / loss
+        out[f"loss_{key}"] = abs(_step(half, mesh) - loss) / loss
         out[f"clock_{key}"] = _clock_error(gradients(half), grads)
     drawn = [batch["timestep"] for batch in objective.prepare(None, _batches()[mesh.dp_rank :: 2])]
-    out["timesteps"] = all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(seen, drawn, strict=True))
+    out["timesteps"] = all(
+        a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(seen, drawn, strict=True)
+    )
     return out

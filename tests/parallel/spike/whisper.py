@@ -8,14 +8,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from polymodal.data.sample import IGNORE, Batch
 from polymodal.models.card import Family, ModelCard, Output
 from polymodal.objectives.language import LanguageObjective
-from polymodal.train.step import bind, inverse_weights
-from tests.parallel.spike.comparison import fill, finisher, gradients, mesh_of, one_process, shard, state_of, worst
+from polymodal.train.step import bind
+from tests.parallel.spike.comparison import (
+    fill,
+    forward_backward,
+    gradients,
+    mesh_of,
+    one_process,
+    shard,
+    state_of,
+    worst,
+)
 
 MELS, FRAMES, PAD = 8, 24, 2
 
@@ -58,7 +66,12 @@ def _speech(id: int, length: int) -> dict[str, Tensor]:
     labels = torch.cat([ids[1:], torch.tensor([1])])
     labels[0] = IGNORE  # a prompt token
     weights = torch.rand(length, generator=draw) * (labels != IGNORE)
-    return {"input_ids": ids, "labels": labels, "weights": weights, "input_features": torch.randn(MELS, FRAMES, generator=draw).double()}
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "weights": weights,
+        "input_features": torch.randn(MELS, FRAMES, generator=draw).double(),
+    }
 
 
 def padded(ids: tuple[int, ...], lengths: tuple[int, ...]) -> Batch:
@@ -66,11 +79,13 @@ def padded(ids: tuple[int, ...], lengths: tuple[int, ...]) -> Batch:
     rows, longest = [_speech(id, length) for id, length in zip(ids, lengths, strict=True)], max(lengths)
     filler = {"input_ids": PAD, "labels": IGNORE, "weights": 0.0}
     tensors = {
-        name: torch.stack([nn.functional.pad(row[name], (0, longest - len(row[name])), value=value) for row in rows])
+        name: torch.stack(
+            [nn.functional.pad(row[name], (0, longest - len(row[name])), value=value) for row in rows]
+        )
         for name, value in filler.items()
     }
     tensors["input_features"] = torch.stack([row["input_features"] for row in rows])
-    axes = {name: ("batch", "sequence") for name in filler} | {"input_features": ("batch", "none", "frame")}
+    axes = dict.fromkeys(filler, ("batch", "sequence")) | {"input_features": ("batch", "none", "frame")}
     cu = torch.arange(len(rows) + 1, dtype=torch.int32) * longest
     return Batch(tensors, axes, ids, {"text": cu})
 
@@ -83,7 +98,9 @@ def whisper_fsdp(rank: int, weighting: str) -> dict[str, Any]:
     state = state_of(model)
     objective = LanguageObjective(weighting)
     lengths = (5, 11, 3, 16, 7, 4, 9)
-    loss, grads = one_process(model, family, objective, [padded((id,), (length,)) for id, length in enumerate(lengths)])
+    loss, grads = one_process(
+        model, family, objective, [padded((id,), (length,)) for id, length in enumerate(lengths)]
+    )
 
     cut = {0: [(0, 1), (2,)], 1: [(3, 4, 5), (6,)]}
     mesh = mesh_of(rank, dp_shard=2)
@@ -91,16 +108,10 @@ def whisper_fsdp(rank: int, weighting: str) -> dict[str, Any]:
     shard(model, CARD, mesh)
     fill(model, state)
     batches = [padded(ids, tuple(lengths[id] for id in ids)) for ids in cut[rank]]
-    inverse = inverse_weights(objective, batches, mesh.loss_group)
-    total = torch.zeros((), dtype=torch.float64)
-    for batch in batches:
-        part, _ = model(batch=batch, finish=finisher(objective, inverse))
-        part.backward()
-        total += part.detach()
-    dist.all_reduce(total)
+    total = forward_backward(model, objective, batches, mesh.loss_group)
     held = sum(parameter.to_local().numel() for parameter in model.parameters())
     return {
-        "loss": abs(float(total) - loss) / loss,
+        "loss": abs(total - loss) / loss,
         "grad": worst(gradients(model), grads),
         "share": held / sum(parameter.numel() for parameter in model.parameters()),
     }

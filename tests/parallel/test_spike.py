@@ -1,0 +1,125 @@
+"""The contracts together, on toy sizes of the real classes, each case equal to one process in loss and gradients.
+
+Qwen3-VL with LoRA on PP 2 x FSDP 2, a tied Qwen2-VL on PP 2, Wan on FSDP 2 x Ulysses 2, Whisper padded on FSDP 2, and
+a DPO step with two kinds of reference. Errors are relative: of the loss, and the L2 norm of the worst parameter's
+gradient. 1e-9 in float64, 1e-5 in float32.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.parallel.harness import run
+from tests.parallel.spike import pipelines, worlds
+
+EXACT, SINGLE = 1e-9, 1e-5
+
+
+@pytest.fixture(scope="module")
+def four() -> list[dict[str, Any]]:
+    return run(4, worlds.four)
+
+
+@pytest.fixture(scope="module")
+def two() -> list[dict[str, Any]]:
+    return run(2, worlds.two)
+
+
+@pytest.mark.parametrize("adapters", ["language", "both"])
+def test_qwen3_vl_with_lora_on_pipeline_and_fsdp(four, adapters):
+    ranks = [results[f"qwen3_{adapters}"] for results in four]
+    for result in ranks:
+        assert max(result["loss"]) < SINGLE, result["loss"]
+        for error, name in result["grad"]:
+            assert error < SINGLE, f"{name}: {error}"
+    assert ranks[0]["carry"] == {
+        "hidden_states": ((1, 19, 32), "torch.float32"),
+        "deepstack": ((2, 4, 32), "torch.float32"),
+        "position_ids": ((4, 1, 19), "torch.int64"),
+    }
+    assert len(set(ranks[0]["lengths"])) == 3, "packs of a step differ in length"
+    trained = {name for result in ranks for name in result["trained"]}
+    assert trained and all("lora_" in name for name in trained), "the base is frozen"
+    assert any("visual" in name for name in trained) == (adapters == "both")
+    assert not ranks[0]["unmoved"], "every adapter has a gradient, so that each is compared"
+
+
+def test_a_stage_keeps_the_names_of_the_whole_model(four):
+    ranks = [results["qwen3_language"] for results in four]
+    assert all(set(result["names"]) < set(result["all"]) for result in ranks)
+    assert set().union(*(result["names"] for result in ranks)) == set(ranks[0]["all"])
+    first, last = set(ranks[0]["names"]), set(ranks[-1]["names"])
+    assert not first & last
+    assert "lm_head.weight" in last and any(name.startswith("model.visual.") for name in first)
+
+
+def _check_tied(ranks: list[dict[str, Any]]) -> None:
+    for result in ranks:
+        assert result["loss"] < EXACT
+        assert result["grad"] < EXACT
+    assert max(result["before"] for result in ranks) > 0.1, "each copy alone has a part of the gradient"
+    copies = [copy for result in ranks for copy in result["copies"]]
+    assert len(copies) == 2
+    assert torch.equal(*copies), "the copies stay equal after a step"
+    assert float((copies[0] - ranks[0]["start"]).abs().max()) > 0.05, "and the step moved them"
+    assert [name for result in ranks for name in result["unowned"]] == ["lm_head.weight"]
+
+
+def test_tied_qwen2_vl_on_a_pipeline(two):
+    ranks = [results["qwen2"] for results in two]
+    _check_tied(ranks)
+    assert [result["layers"] for result in ranks] == [[0, 1], [2]]
+
+
+def test_wan_on_fsdp_and_ulysses(four):
+    for results in four:
+        error, name = results["wan"]["grad"]
+        assert results["wan"]["loss"] < SINGLE
+        assert error < SINGLE, f"{name}: {error}"
+
+
+def test_wan_keeps_its_timesteps_in_bfloat16(four):
+    for results in four:
+        result = results["wan"]
+        assert result["timesteps"], "what reaches the time embedding is float32 and what was drawn"
+        assert result["loss_kept"] < 1e-3
+        assert result["clock_kept"] < 0.03
+        assert result["clock_rounded"] > 4 * result["clock_kept"], "rounding them would be seen here"
+
+
+@pytest.mark.parametrize("weighting", ["per_token", "per_sample"])
+def test_whisper_padded_unevenly_on_fsdp(two, weighting):
+    for results in two:
+        result = results[f"whisper_{weighting}"]
+        error, name = result["grad"]
+        assert result["loss"] < EXACT
+        assert error < EXACT, f"{name}: {error}"
+        assert 0.4 < result["share"] < 0.6, "a rank holds half of the parameters"
+
+
+@pytest.mark.parametrize("reference", ["adapters_off", "frozen"])
+def test_dpo_with_a_reference_on_fsdp(two, reference):
+    ranks = [results["dpo"] for results in two]
+    for result in ranks:
+        error, name = result[reference]["grad"]
+        assert result[reference]["loss"] < EXACT
+        assert error < EXACT, f"{name}: {error}"
+    assert [pair for result in ranks for pairs in result["pairs"] for pair in pairs] == [(0, 1)] * 3
+    assert ranks[0]["neutral"] == pytest.approx(0.6931471805599453)
+    assert abs(ranks[0]["value"] - ranks[0]["neutral"]) > 1e-3, "the policy differs from its reference"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "schedule, places",
+    [
+        ("GPipe", ((0,), (1,))),
+        ("Interleaved1F1B", ((0, 2), (1, 3))),
+        ("InterleavedZeroBubble", ((0, 2), (1, 3))),
+        ("ZBVZeroBubble", ((0, 3), (1, 2))),
+        ("DualPipeV", ((0, 3), (1, 2))),
+    ],
+)
+def test_tied_qwen2_vl_under_every_schedule(schedule, places):
+    _check_tied(run(2, pipelines.qwen2_tied_pp, schedule, places))
