@@ -37,6 +37,7 @@ class StepStats:
     trained: int = 0  # tokens with a weight
     samples: int = 0
     media: int = 0
+    flops: float = 0.0  # forward, as planned: the sum of the packs' cost
     bytes: int = 0
     wait_seconds: float = 0.0  # training stood still for data
     make_seconds: float = 0.0  # sum over workers: reading, decoding, packing
@@ -265,6 +266,8 @@ class Loader:
         plan = next(self._plans)
         packs = plan.for_rank(*self.rank)
         step, tasks = _Step(plan, packs), []
+        costs = dict(zip(plan.packs, plan.cost, strict=True))
+        step.stats.flops = sum(costs.get(ids, 0.0) for ids in packs)
         index = self.schedule.index
         for place, ids in enumerate(packs):
             if not ids:

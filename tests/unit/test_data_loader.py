@@ -84,7 +84,9 @@ def test_steps_are_the_plan(rows):
             assert b["position_ids"].shape == (4, 1, lengths.sum())
         ids = [i for b in step.micro_batches for i in b.samples]
         assert step.stats.samples == len(ids) and step.stats.media == sum(i % 3 for i in ids)
-        assert step.stats.tokens == sum(8 + i % 30 for i in ids)
+        assert (
+            step.stats.tokens == step.stats.flops == sum(8 + i % 30 for i in ids)
+        )  # the tests' cost is a token
         assert step.stats.trained == sum((b["labels"] != IGNORE).sum() for b in step.micro_batches)
     loader.close()
 
@@ -124,7 +126,7 @@ def test_ranks_share_a_batch_and_wait_with_fillers(rows):
         assert len(fillers) == 2 and all(
             b["weights"].sum() == 0 and b["position_ids"].shape[0] == 4 for b in fillers
         )
-        assert sum(p.stats.tokens for p in parts) == whole.stats.tokens
+        assert sum(p.stats.tokens for p in parts) == sum(p.stats.flops for p in parts) == whole.stats.tokens
 
 
 def test_resume_is_the_identical_continuation(rows):
