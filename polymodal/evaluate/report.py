@@ -59,7 +59,6 @@ def thumbnail(source: Any, side: int = 240) -> str:
     from PIL import Image
 
     from polymodal.data import media as decoders
-    from polymodal.recipe import Video
 
     try:
         if isinstance(source, Image.Image):
@@ -71,10 +70,10 @@ def thumbnail(source: Any, side: int = 240) -> str:
                 else Media("image", source if isinstance(source, bytes) else str(source))
             )
             if item.kind == "video":
-                frames, _ = decoders.video(item, Video(min_frames=1, max_frames=1))
-                picture = Image.fromarray(frames[0].permute(1, 2, 0).numpy())
+                header = decoders.video_header(item.source)
+                picture = Image.fromarray(decoders.video(item.source, header, [0])[0])
             else:
-                picture = decoders.image(item)
+                picture = decoders.image(item.source)  # type: ignore[arg-type]
     except PolymodalError as error:
         return f'<span class="none">{escape(error.message)}</span>'
     picture = picture.convert("RGB")

@@ -10,6 +10,8 @@ import copy
 import hashlib
 import json
 import os
+import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -109,7 +111,7 @@ def assemble(source: str | os.PathLike, *, ema: bool = False, base: str | None =
         from polymodal.models import lora
 
         lora.attach(model, lora_recipe, family.card)
-    tensors = dict(checkpoints.read_model(found, "ema." if ema else "model."))
+    tensors = _stored(found, "ema." if ema else "model.")
     names = dict(model.named_parameters())
     strange = sorted(set(tensors) - set(names))
     if strange:
@@ -142,7 +144,15 @@ def _base(model: nn.Module, family: Family, recipe: recipes.Recipe) -> None:
     elif start:
         known = dict(model.named_parameters())
         found = checkpoints.locate(start)
-        _overlay(model, {n: t for n, t in checkpoints.read_model(found) if n in known}, found)
+        _overlay(model, {n: t for n, t in _stored(found).items() if n in known}, found)
+
+
+def _stored(found: Path, prefix: str = "model.") -> dict[str, torch.Tensor]:
+    with (
+        warnings.catch_warnings()
+    ):  # torch says each time that one process reads alone; that is what is wanted
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+        return dict(checkpoints.read_model(found, prefix))
 
 
 @torch.no_grad()
@@ -210,6 +220,10 @@ def load_hub(directory: Path, dtype: str | torch.dtype = "auto", trust: bool = F
     import transformers
     from transformers import AutoConfig
 
+    bars = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    if not bars:
+        transformers.utils.logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
         names = [n for n in (config.architectures or ()) if hasattr(transformers, n)]
@@ -221,6 +235,9 @@ def load_hub(directory: Path, dtype: str | torch.dtype = "auto", trust: bool = F
             f"{directory} cannot be opened: {reason}",
             "Is it a whole checkpoint in the hub's format? Fetch or export it again.",
         ) from None
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
     missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if missing:
         raise PolymodalError(
