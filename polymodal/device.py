@@ -82,6 +82,55 @@ def count(kind: str = "auto") -> int:
     return max(1, torch.accelerator.device_count())
 
 
+def backends() -> list[tuple[str, int]]:
+    """(process-group backend, processes it can be tried with on this node), gloo first."""
+    import torch
+    import torch.distributed as dist
+
+    found = [("gloo", 2)]
+    _import_npu()
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        name = BACKENDS.get(kind, "").rpartition(":")[2]
+        if name and dist.is_backend_available(name):
+            found.append((name, min(2, torch.accelerator.device_count())))
+    return found
+
+
+def survey() -> list[tuple[str, str, str, str]]:
+    """(what, ok | warn | fail, found, mend): the accelerators torch sees, and Ascend's software."""
+    import importlib.util
+
+    import torch
+
+    rows = []
+    adapter, cann = importlib.util.find_spec("torch_npu") is not None, find_cann()
+    imported = _import_npu() if adapter else False
+    if adapter and not imported:
+        mend = f"Run: {cann.line}" if cann.line and not cann.sourced else "Install CANN, or a torch_npu made for this torch (torch_npu's version starts with torch's)."
+        rows.append(("torch_npu", "fail", "installed, but cannot be imported", mend))
+    if cann.toolkit is not None:
+        version = f"CANN {cann.version or ''}".strip()
+        if cann.sourced:
+            rows.append(("CANN", "ok", f"{version}, prepared in this shell", ""))
+        else:
+            rows.append(("CANN", "warn", f"{version} found, not prepared in this shell", f"Run: {cann.line}"))
+        if not adapter:
+            rows.append(("torch_npu", "warn", "not installed", "Run `pip install torch_npu` in the version of this torch."))
+    elif imported:
+        rows.append(("CANN", "warn", "not under its usual directories", "Set ASCEND_HOME_PATH, or source its set_env.sh."))
+    if not torch.accelerator.is_available():
+        rows.append(("accelerator", "ok" if cann.toolkit is None else "warn", "none: training runs on the CPU", ""))
+        return rows
+    kind = torch.accelerator.current_accelerator().type
+    module = getattr(torch, kind)
+    for index in range(torch.accelerator.device_count()):
+        free, total = torch.accelerator.get_memory_info(index) if hasattr(torch.accelerator, "get_memory_info") else module.mem_get_info(index)
+        busy = free < 0.9 * total
+        rows.append((f"{kind}:{index}", "warn" if busy else "ok", f"{module.get_device_name(index)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free", "Another process uses it." if busy else ""))
+    return rows
+
+
 def peak_flops(info: DeviceInfo) -> float | None:
     """Dense bf16 peak of the device in FLOP/s, None when unknown (then no MFU is printed)."""
     import torch
@@ -119,8 +168,12 @@ def memory(info: DeviceInfo) -> dict[str, int]:
 
 
 def set_threads(threads: int | None, local_world: int) -> int:
-    """CPU threads of this process: asked, or the cores this process may use shared by the local processes."""
+    """CPU threads of this process: asked, or OMP_NUM_THREADS, or the usable cores shared by the local processes."""
     import torch
+
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    if threads is None and said.isdigit() and int(said) > 0:
+        threads = int(said)
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     count = threads or max(1, cores // max(1, local_world))

@@ -39,6 +39,7 @@ class RunState:
 
     step: int = 0
     position: dict[str, int] = field(default_factory=lambda: {"epoch": 0, "window": 0, "step": 0})
+    data: str = ""  # fingerprint of the schedule that `position` belongs to
     samples: int = 0
     tokens: int = 0
     scaler: dict[str, float] = field(default_factory=dict)

@@ -92,15 +92,7 @@ class Trainer:
     def _schedule(self, datasets: list[recipes.Dataset], shuffle: bool) -> tuple[Any, Schedule]:
         data = self.recipe.data if shuffle else self.recipe.data.model_copy(update={"shuffle": False})
         corpus = open_corpus(datasets, data.attr)
-        index = build_index(
-            corpus,
-            self.chat,
-            data,
-            rank=self.rt.local_rank,
-            world=self.rt.local_world,
-            barrier=self.rt.barrier,
-            progress=self.main,
-        )
+        index = build_index(corpus, self.chat, data, rank=self.rt.rank)
         schedule = Schedule(index, corpus.parts, data, self.recipe.train, self.family.cost)
         return corpus, schedule
 
@@ -163,6 +155,11 @@ class Trainer:
             )
         tensors = self._tensors(create=True)
         checkpoint.load(found, tensors, self.save_group)
+        if state.data and state.data != self.schedule.fingerprint:
+            raise PolymodalError(
+                f"{found} was made with other data or other data keys (global_batch_size, packing, lengths) than this recipe's.",
+                "Resume with the recipe the run began with (recipe.yaml beside it), or start anew from its weights with checkpoint.init_from.",
+            )
         self.state = state
         self.scaler.load(state.scaler)
         self.guard.mean = state.norm_mean
@@ -258,8 +255,8 @@ class Trainer:
         forward_backward(self.model, self.objective, batches, inverse, self.device, tally, self.scaler.scale)
         stats = batch.stats
         tally.add({
-            "samples": stats["samples"], "seqtokens": stats["tokens"], "media": stats["media"], "flops": stats.get("cost", 0.0),
-            "stop": float(self.rt.signal is not None), "wait": stats["wait"],
+            "samples": stats.samples, "seqtokens": stats.tokens, "media": stats.media, "flops": self._flops(batch),
+            "stop": float(self.rt.signal is not None), "wait": stats.wait_seconds,
         })  # fmt: skip
         total = tally.total(self.loss_group)
         parameters = list(self.trainable.values())
@@ -291,6 +288,13 @@ class Trainer:
                 step, total, float(norm), factor * recipe.optim.lr, time.perf_counter() - began, accepted
             )
         return total["stop"] > 0
+
+    def _flops(self, batch: Any) -> float:
+        """Forward FLOPs of this rank's part of the step; 0 where no MFU can be told."""
+        if not self.peak:
+            return 0.0
+        measure = self.schedule.index.measure
+        return sum(self.family.cost(measure(i)) for b in batch.micro_batches for i in b.samples if i >= 0)
 
     def _log(
         self, step: int, total: dict[str, float], norm: float, lr: float, seconds: float, accepted: bool
@@ -365,6 +369,7 @@ class Trainer:
         state = self.state
         state.scaler = self.scaler.state()
         state.recipe = self.recipe.model_dump(mode="json")
+        state.data = self.schedule.fingerprint
         state.source = {"path": str(self.family.source), "card": self.card.name}
         state.versions = checkpoint.versions()
         self.writer.save(self._tensors(create=False), state)
