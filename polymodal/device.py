@@ -62,12 +62,18 @@ def find(kind: str = "auto", local_rank: int = 0) -> DeviceInfo:
     if kind == "auto":
         kind = found
     if kind != "cpu" and kind != found:
-        raise PolymodalError(f"device.kind = {kind}, but torch sees {found} here.", "Run `polymodal doctor` for what is missing, or set device.kind to auto.")
+        raise PolymodalError(
+            f"device.kind = {kind}, but torch sees {found} here.",
+            "Run `polymodal doctor` for what is missing, or set device.kind to auto.",
+        )
     if kind == "cpu":
         return DeviceInfo("cpu", 0, BACKENDS["cpu"])
     count = torch.accelerator.device_count()
     if local_rank >= count:
-        raise PolymodalError(f"Process {local_rank} of this node has no device: torch sees {count} of kind {kind}.", f"Start at most {count} processes here (--nproc {count}).")
+        raise PolymodalError(
+            f"Process {local_rank} of this node has no device: torch sees {count} of kind {kind}.",
+            f"Start at most {count} processes here (--nproc {count}).",
+        )
     torch.accelerator.set_device_index(local_rank)
     return DeviceInfo(kind, local_rank, BACKENDS.get(kind, "gloo"))
 
@@ -107,7 +113,11 @@ def survey() -> list[tuple[str, str, str, str]]:
     adapter, cann = importlib.util.find_spec("torch_npu") is not None, find_cann()
     imported = _import_npu() if adapter else False
     if adapter and not imported:
-        mend = f"Run: {cann.line}" if cann.line and not cann.sourced else "Install CANN, or a torch_npu made for this torch (torch_npu's version starts with torch's)."
+        mend = (
+            f"Run: {cann.line}"
+            if cann.line and not cann.sourced
+            else "Install CANN, or a torch_npu made for this torch (torch_npu's version starts with torch's)."
+        )
         rows.append(("torch_npu", "fail", "installed, but cannot be imported", mend))
     if cann.toolkit is not None:
         version = f"CANN {cann.version or ''}".strip()
@@ -116,18 +126,45 @@ def survey() -> list[tuple[str, str, str, str]]:
         else:
             rows.append(("CANN", "warn", f"{version} found, not prepared in this shell", f"Run: {cann.line}"))
         if not adapter:
-            rows.append(("torch_npu", "warn", "not installed", "Run `pip install torch_npu` in the version of this torch."))
+            rows.append(
+                (
+                    "torch_npu",
+                    "warn",
+                    "not installed",
+                    "Run `pip install torch_npu` in the version of this torch.",
+                )
+            )
     elif imported:
-        rows.append(("CANN", "warn", "not under its usual directories", "Set ASCEND_HOME_PATH, or source its set_env.sh."))
+        rows.append(
+            (
+                "CANN",
+                "warn",
+                "not under its usual directories",
+                "Set ASCEND_HOME_PATH, or source its set_env.sh.",
+            )
+        )
     if not torch.accelerator.is_available():
-        rows.append(("accelerator", "ok" if cann.toolkit is None else "warn", "none: training runs on the CPU", ""))
+        rows.append(
+            ("accelerator", "ok" if cann.toolkit is None else "warn", "none: training runs on the CPU", "")
+        )
         return rows
     kind = torch.accelerator.current_accelerator().type
     module = getattr(torch, kind)
     for index in range(torch.accelerator.device_count()):
-        free, total = torch.accelerator.get_memory_info(index) if hasattr(torch.accelerator, "get_memory_info") else module.mem_get_info(index)
+        free, total = (
+            torch.accelerator.get_memory_info(index)
+            if hasattr(torch.accelerator, "get_memory_info")
+            else module.mem_get_info(index)
+        )
         busy = free < 0.9 * total
-        rows.append((f"{kind}:{index}", "warn" if busy else "ok", f"{module.get_device_name(index)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free", "Another process uses it." if busy else ""))
+        rows.append(
+            (
+                f"{kind}:{index}",
+                "warn" if busy else "ok",
+                f"{module.get_device_name(index)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free",
+                "Another process uses it." if busy else "",
+            )
+        )
     return rows
 
 
@@ -221,7 +258,9 @@ def _packed_kernel(kind: str) -> Any | None:
 
     if kind == "npu":
         return _npu_packed if _import_npu() else None
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_flash_attention_forward", torch._C._dispatch_key_for_device(kind)):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(
+        "aten::_flash_attention_forward", torch._C._dispatch_key_for_device(kind)
+    ):
         return None
     from torch.nn.attention.varlen import varlen_attn
 
@@ -331,27 +370,46 @@ def checked_variable(name: str, value: str | int | bool) -> str:
         near = difflib.get_close_matches(name.upper(), [v.name for v in ENVIRONMENT], 1, 0.6)
         raise PolymodalError(
             f"device.env: {name} is not a known environment variable.",
-            f"Did you mean {near[0]}?" if near else "`polymodal doctor --env` lists the known ones; set others in the shell.",
+            f"Did you mean {near[0]}?"
+            if near
+            else "`polymodal doctor --env` lists the known ones; set others in the shell.",
         )
     if variable.by == "start":
-        raise PolymodalError(f"device.env: {name} is needed before the recipe is read.", f"Set it in the shell: export {name}={value}")
+        raise PolymodalError(
+            f"device.env: {name} is needed before the recipe is read.",
+            f"Set it in the shell: export {name}={value}",
+        )
     if variable.boolean:
         if str(value).lower() not in ("true", "false", "0", "1"):
-            raise PolymodalError(f"device.env: {name} = {value!r} is neither true nor false.", f"Set it to true or false: {variable.what}.")
+            raise PolymodalError(
+                f"device.env: {name} = {value!r} is neither true nor false.",
+                f"Set it to true or false: {variable.what}.",
+            )
         return "true" if str(value).lower() in ("true", "1") else "false"
     text = str(int(value)) if isinstance(value, bool) else str(value)
-    if (variable.values and text not in variable.values) or (variable.lead and text.partition(",")[0].strip() not in variable.lead):
-        raise PolymodalError(f"device.env: {name} = {text} is not one of {', '.join(variable.values or variable.lead)}.", f"It means: {variable.what}.")
+    if (variable.values and text not in variable.values) or (
+        variable.lead and text.partition(",")[0].strip() not in variable.lead
+    ):
+        raise PolymodalError(
+            f"device.env: {name} = {text} is not one of {', '.join(variable.values or variable.lead)}.",
+            f"It means: {variable.what}.",
+        )
     if variable.low is not None:
         number = int(text) if text.lstrip("-").isdigit() else None
         if number is None or number < variable.low or (variable.high is not None and number > variable.high):
-            raise PolymodalError(f"device.env: {name} = {text} is outside its range, {variable.range}.", f"It means: {variable.what}.")
+            raise PolymodalError(
+                f"device.env: {name} = {text} is outside its range, {variable.range}.",
+                f"It means: {variable.what}.",
+            )
     if variable.prefix:
         for option in text.split(","):
             key = option.partition(":")[0].strip()
             if key not in variable.prefix or ":" not in option:
                 near = difflib.get_close_matches(key, variable.prefix, 1, 0.5)
-                raise PolymodalError(f"device.env: {name}: the option `{option}` is not of the form name:value with a known name.", f"Did you mean {near[0]}:...?" if near else f"Known: {', '.join(variable.prefix)}.")
+                raise PolymodalError(
+                    f"device.env: {name}: the option `{option}` is not of the form name:value with a known name.",
+                    f"Did you mean {near[0]}:...?" if near else f"Known: {', '.join(variable.prefix)}.",
+                )
     return text
 
 
@@ -389,12 +447,22 @@ def find_cann(roots: tuple[str, ...] = CANN_ROOTS, environ: Mapping[str, str] | 
     environ = os.environ if environ is None else environ
     home = environ.get("ASCEND_HOME_PATH", "")
     bases = [Path(root).expanduser() for root in roots]
-    places = [Path(home), Path(home).parent] * bool(home) + [base / part for base in bases for part in CANN_PARTS]
+    places = [Path(home), Path(home).parent] * bool(home) + [
+        base / part for base in bases for part in CANN_PARTS
+    ]
     toolkit = next((p / "set_env.sh" for p in places if (p / "set_env.sh").is_file()), None)
     beside = [toolkit.resolve().parent.parent, toolkit.resolve().parent.parent.parent] if toolkit else []
-    atb = next((p / "nnal/atb/set_env.sh" for p in [*bases, *beside] if (p / "nnal/atb/set_env.sh").is_file()), None)
+    atb = next(
+        (p / "nnal/atb/set_env.sh" for p in [*bases, *beside] if (p / "nnal/atb/set_env.sh").is_file()), None
+    )
     version = None
-    for name in ("version.cfg", "version.info", "ascend_toolkit_install.info", "compiler/version.info", "runtime/version.info"):
+    for name in (
+        "version.cfg",
+        "version.info",
+        "ascend_toolkit_install.info",
+        "compiler/version.info",
+        "runtime/version.info",
+    ):
         file = toolkit.parent / name if toolkit else None
         if file is not None and file.is_file():
             for row in file.read_text(errors="replace").splitlines():

@@ -145,6 +145,50 @@ def require_writable(
         )
 
 
+def memory() -> Space | None:
+    """Main memory of this process: the machine's, or its control group's when that is less. None when unknown."""
+    values = {}
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            values[name] = int(rest.split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        return None
+    total, free = values.get("MemTotal", 0), values.get("MemAvailable", 0)
+    with contextlib.suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())  # "max": ValueError
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        if limit < total:
+            total, free = limit, min(free, limit - used)
+    return Space("memory", total, free)
+
+
+def process_limit() -> int | None:
+    """How many processes may run here: the user's limit or the control group's, whichever is less; None = no limit."""
+    found = []
+    with contextlib.suppress(ImportError, OSError):
+        import resource
+
+        soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+        found += [soft] if soft != resource.RLIM_INFINITY else []
+    with contextlib.suppress(OSError, ValueError):
+        found.append(int(Path("/sys/fs/cgroup/pids.max").read_text()))
+    return min(found) if found else None
+
+
+def clock_synchronised() -> bool | None:
+    """Whether the kernel says that something keeps its clock right; None when it cannot be asked."""
+    import ctypes
+
+    try:
+        # struct timex of <sys/timex.h>: only the return value of a read-only call is used; 5 = TIME_ERROR
+        buffer = ctypes.create_string_buffer(512)
+        answer = ctypes.CDLL(None, use_errno=True).adjtimex(buffer)
+    except (OSError, AttributeError):
+        return None
+    return None if answer < 0 else answer != 5
+
+
 def open_files() -> tuple[int, int] | None:
     """(soft, hard) limit of open files of this process."""
     try:
