@@ -7,15 +7,17 @@ and models/card.py. It works on meta or real parameters and never changes a para
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from polymodal.errors import PolymodalError
 from polymodal.models.card import Dropped, ModelCard
-from polymodal.parallel import memory, tensor
+from polymodal.parallel import memory, ops, tensor
 from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Recipe
 
@@ -122,12 +124,31 @@ def _shard(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, precision: str
             # A plain sum: the loss is divided by the global weight already, and gloo has no scaled reduction.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            if mesh.device_type == "cpu":
+                module.set_custom_reduce_scatter(_ReduceScatter())
             if hasattr(module, "set_reduce_scatter_unused_params"):
                 # A parameter that one rank's batch does not touch (an expert, a merger) still meets its peers.
                 module.set_reduce_scatter_unused_params(True)
     if mesh.device_type != "cpu":
         for this, after in zip(blocks, blocks[1:], strict=False):
             this.set_modules_to_forward_prefetch([after])  # type: ignore[operator]
+
+
+class _ReduceScatter:
+    """FSDP2's reduction by ops.reduce_scatter, which on gloo takes half the time of gloo's own."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        output_tensor.copy_(ops.reduce_scatter(input_tensor, group))
 
 
 def _cast_activations(dtype: torch.dtype) -> Any:
