@@ -9,6 +9,7 @@ work.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import jinja2
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -205,7 +207,8 @@ class Engine:
                     parts.append({"type": "video", "video": clip})
                 else:
                     raise PolymodalError(f"{self.name} does not hear {part.kind}.")
-            content: Any = parts if self.multimodal else "".join(p["text"] for p in parts)
+            words_only = all(p["type"] == "text" for p in parts) and self._takes_strings  # the form training gives it
+            content: Any = "".join(p["text"] for p in parts) if words_only else parts
             entry: dict[str, Any] = {"role": message.role, "content": content}
             if message.tool_calls:
                 entry["tool_calls"] = list(message.tool_calls)
@@ -216,6 +219,15 @@ class Engine:
         return _Prepared(
             index, key, messages, videos, length + 8 * len(messages) + self._media_tokens(sizes, frames)
         )
+
+    @functools.cached_property
+    def _takes_strings(self) -> bool:
+        """Whether the template prints a content that is a string; some want a list of parts always."""
+        mark = "\ue0f0mark\ue0f1"
+        try:
+            return mark in self.processor.apply_chat_template([{"role": "user", "content": mark}], tokenize=False, **self.template_kwargs)
+        except (TypeError, ValueError, KeyError, AttributeError, jinja2.TemplateError):
+            return not self.multimodal
 
     def _clip(self, part: Media) -> tuple[Tensor, Any]:
         """Frames [F, 3, H, W] uint8 of a video, the same that training takes, and what the processor must know of them."""

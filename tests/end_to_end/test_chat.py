@@ -1,19 +1,23 @@
 """Chat and the engine under it: batches equal single questions, seeds equal answers, whatever holds the model opens."""
 
+import functools
 import io
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
 from polymodal import recipe as recipes
+from polymodal.data.chat import ChatProcessor
 from polymodal.data.sample import Media, Message
 from polymodal.errors import PolymodalError
 from polymodal.generate import chat
 from polymodal.generate.engine import Answer, Engine, Sampling
-from polymodal.generate.opening import kind_of, open_engine, processor_of
+from polymodal.generate.opening import kind_of, load_hub, open_engine, processor_of
+from polymodal.models import catalog
 from polymodal.train import checkpoint as checkpoints
 from tests.models import tiny
 
@@ -21,8 +25,19 @@ SHORT = Sampling(max_new_tokens=6)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.checkpoint("qwen2.5-vl", tmp_path_factory.mktemp("model") / "tiny")
+def checkpoint_of(tmp_path_factory):
+    base = tmp_path_factory.mktemp("model")
+
+    @functools.cache
+    def write(name):
+        return tiny.checkpoint(name, base / name)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint_of):
+    return checkpoint_of("qwen2.5-vl")
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +62,36 @@ def questions(directory, count=6):
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
-def test_a_batch_answers_as_single_questions_do(name, tmp_path):
-    engine = open_engine(tiny.checkpoint(name, tmp_path / name), device="cpu")
+def test_a_batch_answers_as_single_questions_do(name, tmp_path, checkpoint_of):
+    engine = open_engine(checkpoint_of(name), device="cpu")
     asked = questions(tmp_path)
     batched = dict(engine.answers(asked, SHORT, batch_size=4))
     assert sorted(batched) == list(range(6))
     for i, (key, conversation) in enumerate(asked):
         assert batched[i] == engine.answer(conversation, SHORT, key=key)
     assert len({a.text for a in batched.values()}) > 1
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_the_model_is_fed_what_training_feeds_it(name, tmp_path, checkpoint_of):
+    """Tokens and pixels of a question equal the data room's, media of both kinds and turns without any included."""
+    source = checkpoint_of(name)
+    data = recipes.Data(image=recipes.Image(max_pixels=512), video=recipes.Video(min_frames=2, fps=1.0))
+    room = ChatProcessor(catalog.family(recipes.Model(source=str(source))).media_processor(data), data)
+    engine = Engine(load_hub(source), processor_of(source, data), video=data.video)
+    for images, videos in ((0, 0), (2, 0), (0, 2), (1, 1)):
+        record = tiny.record(tmp_path, images, videos, seed=images + 3 * videos)
+        before = (Message("system", ("Be short.",)), Message("user", ("Hello",)), Message("assistant", ("Hi",)))
+        record = replace(record, messages=(*before, *record.messages))
+        expected = room.prompt(record).tensors
+        got = engine._encode([engine._prepare(0, "0", record.messages[:-1])])
+        assert torch.equal(got["input_ids"][0], expected["input_ids"])
+        kinds = [k for k in ("pixel_values", "pixel_values_videos") if k in got]
+        assert len(kinds) == (images > 0) + (videos > 0)
+        if kinds:
+            assert torch.equal(torch.cat([got[k] for k in kinds]), expected["pixel_values"])  # the record names images first
+            grids = torch.cat([got[k] for k in ("image_grid_thw", "video_grid_thw") if k in got])
+            assert torch.equal(grids, expected["grid_thw"])
 
 
 def test_greedy_is_the_librarys_own_answer(engine, model, picture):
