@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from polymodal import cann as cann_room
 from polymodal import device, recipe
 from polymodal.errors import PolymodalError
 
@@ -111,7 +112,7 @@ def test_cann_is_found_under_its_roots(tmp_path, part):
     atb = tmp_path / "nnal/atb"
     atb.mkdir(parents=True)
     (atb / "set_env.sh").write_text("")
-    cann = device.find_cann((str(tmp_path),), {})
+    cann = cann_room.find_cann((str(tmp_path),), {})
     assert (cann.toolkit, cann.atb, cann.version, cann.sourced) == (
         script,
         atb / "set_env.sh",
@@ -124,15 +125,15 @@ def test_cann_is_found_under_its_roots(tmp_path, part):
 def test_cann_is_found_by_its_own_variable_and_known_to_be_sourced(tmp_path):
     script = install(tmp_path / "elsewhere", "ascend-toolkit/latest")
     home = str(script.parent)
-    assert device.find_cann(("/nonexistent",), {"ASCEND_HOME_PATH": home}).toolkit == script
-    assert not device.find_cann(("/nonexistent",), {"ASCEND_HOME_PATH": home}).sourced
-    assert device.find_cann(
+    assert cann_room.find_cann(("/nonexistent",), {"ASCEND_HOME_PATH": home}).toolkit == script
+    assert not cann_room.find_cann(("/nonexistent",), {"ASCEND_HOME_PATH": home}).sourced
+    assert cann_room.find_cann(
         ("/nonexistent",), {"ASCEND_HOME_PATH": home, "LD_LIBRARY_PATH": f"{home}/lib64:/usr/lib"}
     ).sourced
 
 
 def test_no_cann():
-    cann = device.find_cann(("/nonexistent",), {})
+    cann = cann_room.find_cann(("/nonexistent",), {})
     assert cann.toolkit is None and cann.line == ""
 
 
