@@ -52,11 +52,12 @@ SAME = frozenset(
 
 @dataclass(frozen=True)
 class Note:
-    """One in-place call on rows begin..end of a parameter (end None: on all of it)."""
+    """One in-place call on rows begin..end of a parameter (end None: on all of it); `random`: takes a generator."""
 
-    function: Any
+    function: Callable[..., Any]
     args: tuple
     kwargs: dict[str, Any]
+    random: bool
     begin: int = 0
     end: int | None = None
 
@@ -88,8 +89,27 @@ class _Recorder(TorchDispatchMode):
         elif call.endswith("_") and not call.startswith("_"):
             if call not in ELEMENTWISE or any(isinstance(a, Tensor) and a.is_meta for a in args[1:]):
                 raise Unknown(f"{name}: {call}")
-            self.notes[name].append(Note(func, args[1:], kwargs, begin, end))
+            random = "generator" in {argument.name for argument in func._schema.arguments}
+            self.notes[name].append(Note(func, args[1:], kwargs, random, begin, end))
         return out
+
+    @contextmanager
+    def truncated_normal(self) -> Iterator[None]:
+        """torch.nn.init.trunc_normal_ draws again and again until all values fit, and leaves meta tensors alone."""
+        draw = torch.nn.init._no_grad_trunc_normal_
+
+        def noted(tensor: Tensor, *args: Any, generator: Any = None) -> Tensor:
+            known = self._known.get(id(tensor))
+            if known is None:
+                return draw(tensor, *args, generator=generator)
+            self.notes[known[1]].append(Note(draw, args, {}, True, *known[2:]))
+            return tensor
+
+        torch.nn.init._no_grad_trunc_normal_ = noted
+        try:
+            yield
+        finally:
+            torch.nn.init._no_grad_trunc_normal_ = draw
 
 
 def _rows(call: str, tensor: Tensor, args: tuple, kwargs: dict) -> tuple[int, int]:
@@ -133,7 +153,7 @@ def notes(module: nn.Module, initialise: Callable[[nn.Module], Any]) -> dict[str
 
     Raises Unknown when that depends on more than one element at a time (an orthogonal matrix).
     """
-    with torch.no_grad(), stand_ins(module) as fake, _Recorder(fake) as recorder:
+    with torch.no_grad(), stand_ins(module) as fake, _Recorder(fake) as recorder, recorder.truncated_normal():
         initialise(module)
     return recorder.notes
 
@@ -174,7 +194,7 @@ def _block(score: list[Note], name: str, seed: int, first: int, last: int, shape
             continue
         target = block[low - first : high - first]
         args, kwargs = note.args, dict(note.kwargs)
-        if "generator" in {argument.name for argument in note.function._schema.arguments}:
+        if note.random:
             digest = blake2b(f"{seed}/{name}/{number}/{first}".encode(), digest_size=7).digest()
             kwargs["generator"] = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
         if args and isinstance(args[0], Tensor) and args[0].ndim:

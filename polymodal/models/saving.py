@@ -212,8 +212,8 @@ def _write(
                 raise PolymodalError(
                     f"{alias} is {list(tensor.shape)} in the state, {list(plan.shape(alias) or ())} in the model."
                 )
-            if alias in plan.entries:
-                split(plan.entries[alias], tensor)
+            if alias in plan.entries:  # a tied weight that the files hold twice: no memory may be shared
+                split(plan.entries[alias], tensor if alias == name else tensor.clone())
             elif alias in waiting:
                 collected[alias] = tensor
                 group = waiting[alias].shapes

@@ -167,11 +167,15 @@ class Stored:
     def chunk(self, chunks: int, dim: int = 0) -> tuple[Stored, ...]:
         return self.split(-(-self.shape[dim] // chunks), dim)
 
+    def __getitem__(self, index: Any) -> Any:
+        raise NotASlice("[]")
+
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name) if name.startswith("__") else NotASlice(name)
 
+    @classmethod
     def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         known = {
             torch.cat: _cat,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,22 @@ STEMS = ("model", "diffusion_pytorch_model")
 
 WINDOW = 32 << 20
 """Bytes of a file that may be mapped into memory at a time: mapped pages count as resident until they are unmapped."""
+
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """torch's dtype for safetensors' name of it."""
+    if name not in DTYPES:
+        raise PolymodalError(
+            f"Tensors of the safetensors type {name} cannot be read.",
+            "Use a checkpoint in bf16, fp16 or fp32.",
+        )
+    return DTYPES[name]
 
 
 class Files:
@@ -56,50 +74,57 @@ class Files:
         return self._home[key]
 
     def read(self, key: str, box: tuple[slice, ...], into: Tensor) -> None:
-        """Copy a box of a stored tensor into `into` (same shape; cast to its dtype), WINDOW bytes at a time."""
-        if into.numel() == 0:
-            return
-        path = self._home[key]
-        for part, view in _windows(box, into):
-            if (
-                self._open is None
-                or self._open[0] != path
-                or self._mapped + view.numel() * view.element_size() > WINDOW
-            ):
+        """Copy a box of a stored tensor into `into` (same shape; cast to its dtype)."""
+        for values, view in self._parts(key, box, into):
+            view.copy_(values)
+
+    def equals(self, key: str, box: tuple[slice, ...], other: Tensor) -> bool:
+        """Whether a box of a stored tensor, cast to other's dtype, is `other`."""
+        return all(torch.equal(values.to(view), view) for values, view in self._parts(key, box, other))
+
+    def _parts(self, key: str, box: tuple[slice, ...], target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(stored values, view of the target) of one part of the box after the other, so that little is mapped."""
+        path, size = self._home[key], dtype_of(self.dtypes[key]).itemsize
+        for part, view, spanned in _windows(box, self.shapes[key], target, WINDOW // 2 // size):
+            if self._open is None or self._open[0] != path or self._mapped + spanned * size > WINDOW:
                 self.close()
                 self._open = (path, _open(path))
             source = self._open[1].get_slice(key)
             values = source[part] if part else source[...]
-            count = values.numel() * values.element_size()
-            self._mapped += count
-            self.bytes_read += count
-            view.copy_(values)
+            self._mapped += spanned * size
+            self.bytes_read += values.numel() * size
+            yield values, view
 
     def whole(self, key: str) -> Tensor:
         """A stored tensor in full, in its own dtype."""
-        return _open(self._home[key]).get_tensor(key).clone()
+        tensor = _open(self._home[key]).get_tensor(key).clone()
+        self.bytes_read += tensor.numel() * tensor.element_size()
+        return tensor
 
     def close(self) -> None:
         self._open, self._mapped = None, 0
 
 
-def _windows(box: tuple[slice, ...], into: Tensor) -> list[tuple[tuple[slice, ...], Tensor]]:
-    """Cut a copy along its first real dimension so that one part has at most WINDOW / 2 bytes of target."""
-    dim = next((d for d, size in enumerate(into.shape) if size > 1), None)
+def _windows(
+    box: tuple[slice, ...], shape: tuple[int, ...], target: Tensor, limit: int
+) -> Iterator[tuple[tuple[slice, ...], Tensor, int]]:
+    """Cut a box along its first real dimension into parts that span at most `limit` elements of the file each.
+
+    Yields (slices, view of the target, elements spanned): a narrow column of a matrix spans whole rows.
+    """
+    if target.numel() == 0:
+        return
+    dim = next((d for d, size in enumerate(target.shape) if size > 1), None)
     if dim is None:
-        return [(box, into)]
-    row = into.numel() // into.shape[dim] * into.element_size()
-    step = max(1, WINDOW // 2 // max(1, row))
-    if step >= into.shape[dim]:
-        return [(box, into)]
-    parts = []
-    for begin in range(0, into.shape[dim], step):
-        size = min(step, into.shape[dim] - begin)
+        yield box, target, 1
+        return
+    row = prod(shape[dim + 1 :])
+    step = max(1, limit // row)
+    for begin in range(0, target.shape[dim], step):
+        size = min(step, target.shape[dim] - begin)
         start = box[dim].start + begin
-        parts.append(
-            ((*box[:dim], slice(start, start + size), *box[dim + 1 :]), into.narrow(dim, begin, size))
-        )
-    return parts
+        part = (*box[:dim], slice(start, start + size), *box[dim + 1 :])
+        yield part, target.narrow(dim, begin, size), size * row
 
 
 def _open(path: Path) -> Any:
@@ -214,22 +239,6 @@ def _numbered(paths: list[Path]) -> list[Path]:
             "Fetch the missing files.",
         )
     return paths
-
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """torch's dtype for safetensors' name of it."""
-    if name not in DTYPES:
-        raise PolymodalError(
-            f"Tensors of the safetensors type {name} cannot be read.",
-            "Use a checkpoint in bf16, fp16 or fp32.",
-        )
-    return DTYPES[name]
 
 
 class ShardWriter:

@@ -156,10 +156,16 @@ def _check(
     if deeper and library.overridden(model, files.directory):
         unexpected = [key for key in unexpected if key not in set(deeper)]
     what = f"{files.directory} for {library.class_of(model).__name__}"
+    whole = library.targets(model)
+    for name, other in library.tied(model).items():
+        if name in whole and other in whole and whole[name] is not whole[other]:
+            raise RuntimeError(
+                f"{name} and {other} are tied by the config, but are two parameters of this model"
+            )
     if missing:
         raise PolymodalError(
             f"{what}: {len(missing)} of {len(tensors)} parameters are not in the checkpoint: {_some(missing)}.",
-            _nearest(missing[0], [*unexpected, *plan.entries]),
+            _nearest(missing[0], unexpected or list(plan.entries)),
         )
     if wrong:
         name, has, needs = wrong[0]
@@ -229,12 +235,13 @@ def _local(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _read(model: nn.Module, plan: Layout, files: Files, report: LoadReport) -> None:
-    held: dict[
-        str, Tensor
-    ] = {}  # by the name that the files have; of two keys for a tied weight the first counts
+    held: dict[str, Tensor] = {}  # by the name that the files have
+    twins: list[tuple[str, str]] = []  # tied weights that the files hold twice
     for tensor, names in library.aliases(model):
-        found = [name for name in names if plan.shape(name) is not None]
-        held.update(dict.fromkeys(found[:1], tensor))
+        first, *more = [name for name in names if plan.shape(name) is not None] or [""]
+        if first:
+            held[first] = tensor
+            twins += [(first, other) for other in more]
 
     def filled(name: str, keys: Sequence[str]) -> None:
         local = _local(held[name])
@@ -258,6 +265,14 @@ def _read(model: nn.Module, plan: Layout, files: Files, report: LoadReport) -> N
                 for _, box, view in copies(stored, local_spans(held[name]), _local(held[name])):
                     view.copy_(value[box])
                 filled(name, next(iter(one.sources.values())))
+    for name, other in twins:
+        if other in plan.entries:
+            parts = copies(plan.entries[other], local_spans(held[name]), _local(held[name]))
+            if not all(files.equals(key, box, view) for key, box, view in parts):
+                raise PolymodalError(
+                    f"{files.directory}: config.json ties {other} to {name}, but the files hold two different tensors.",
+                    "Set tie_word_embeddings to false in config.json (or model.config.tie_word_embeddings=false).",
+                )
     files.close()
     report.bytes_read = files.bytes_read
 

@@ -1,0 +1,588 @@
+"""Loading, random weights and saving on one process: bit-exact, the file's own keys, and one sentence for each fault."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from polymodal.errors import PolymodalError
+from polymodal.models import library, weights
+from polymodal.models.card import Dropped
+from polymodal.models.slices import NotASlice, Stored
+from polymodal.models.storage import Files
+from tests.models import tiny
+
+MOE = {"text_config__moe_intermediate_size": 24}
+
+
+def to_hub_layout(source: Path, directory: Path) -> Path:
+    """Experts as Qwen3-VL-MoE's published files have them: [experts, in, out]."""
+    shutil.copytree(source, directory)
+    state = load_file(directory / "model.safetensors")
+    state = {k: (v.transpose(1, 2).contiguous() if ".experts." in k else v) for k, v in state.items()}
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("checkpoints")
+    made = {
+        "qwen2-vl tied": tiny.checkpoint("qwen2-vl", base / "a", tied=True),
+        "qwen2.5-vl": tiny.checkpoint("qwen2.5-vl", base / "b", dtype=torch.bfloat16),
+        "qwen3-vl": tiny.checkpoint("qwen3-vl", base / "c"),
+        "qwen3-vl-moe": tiny.checkpoint("qwen3-vl-moe", base / "d", **MOE),
+    }
+    made["qwen3-vl-moe hub"] = to_hub_layout(made["qwen3-vl-moe"], base / "e")
+    return made
+
+
+def auto(config):
+    kind = "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModelForCausalLM"
+    return getattr(transformers, kind)
+
+
+def on_meta(source, **changes) -> nn.Module:
+    config = transformers.AutoConfig.from_pretrained(source)
+    for key, value in changes.items():
+        part = config
+        *path, leaf = key.split("__")
+        for name in path:
+            part = getattr(part, name)
+        setattr(part, leaf, value)
+    with torch.device("meta"):
+        return auto(config).from_config(config, dtype=torch.float32)
+
+
+def loaded(source, **changes) -> nn.Module:
+    model = on_meta(source, **changes)
+    weights.load(model, None, source)
+    return model
+
+
+def keys(directory) -> dict[str, list[int]]:
+    files = [safe_open(str(p), "pt") for p in sorted(Path(directory).glob("*.safetensors"))]
+    return {k: f.get_slice(k).get_shape() for f in files for k in f.offset_keys()}
+
+
+def assert_same(model: nn.Module, reference: nn.Module) -> None:
+    for kind in ("named_parameters", "named_buffers"):
+        got, want = dict(getattr(model, kind)()), dict(getattr(reference, kind)())
+        assert got.keys() == want.keys()
+        assert [n for n in want if not torch.equal(got[n], want[n]) or got[n].dtype != want[n].dtype] == []
+
+
+NAMES = ["qwen2-vl tied", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "qwen3-vl-moe hub"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loaded_as_the_library_loads(checkpoints, name):
+    """Every parameter and every buffer, bit for bit; a tied head stays the embedding."""
+    source = checkpoints[name]
+    model = loaded(source)
+    assert_same(model, auto(model.config).from_pretrained(source, dtype=torch.float32))
+    tied = model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    assert tied == model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_as_it_lay_on_disk(checkpoints, name, tmp_path):
+    """Same keys, shapes and values in several shards; plain transformers opens the directory."""
+    source = checkpoints[name]
+    model = loaded(source)
+    out = weights.save(
+        weights.gather(model), None, tmp_path / "out", model=model, source=source, max_shard_bytes=150_000
+    )
+    assert keys(out) == keys(source)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(keys(source))
+    assert all((out / shard).stat().st_size < 160_000 for shard in index["weight_map"].values())
+    again = auto(model.config).from_pretrained(out)
+    assert again.dtype == torch.float32  # config.json says what was written
+    assert_same(model, again)
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == [type(model).__name__]
+    assert not [key for key in config if "attn" in key]
+    for file in (
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "preprocessor_config.json",
+    ):
+        assert (out / file).read_bytes() == (source / file).read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_saved_in_another_dtype(checkpoints, tmp_path):
+    source = checkpoints["qwen3-vl"]
+    model = loaded(source)
+    out = weights.save(
+        dict(model.state_dict()), None, tmp_path / "out", model=model, source=source, dtype=torch.bfloat16
+    )
+    again = auto(model.config).from_pretrained(out)
+    assert again.dtype == torch.bfloat16
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    got, want = again.state_dict(), model.state_dict()
+    assert all(torch.equal(got[n], want[n].bfloat16()) for n in want)
+
+
+def test_a_source_without_weights_gives_the_librarys_layout(checkpoints, tmp_path):
+    """Pretraining from a config: the keys are those that save_pretrained writes."""
+    for name in ("qwen2-vl tied", "qwen3-vl-moe"):
+        bare = tmp_path / f"bare {name}"
+        bare.mkdir()
+        shutil.copy(checkpoints[name] / "config.json", bare)
+        model = loaded(checkpoints[name])
+        out = weights.save(weights.gather(model), None, tmp_path / f"out {name}", model=model, source=bare)
+        assert keys(out) == keys(checkpoints[name])
+
+
+def test_a_resized_model_is_saved_with_its_own_shapes(checkpoints, tmp_path):
+    """Random weights of another size than the source's: names from the source, shapes from the model."""
+    model = on_meta(checkpoints["qwen2.5-vl"], vision_config__depth=5, text_config__intermediate_size=80)
+    weights.initialise(model, None, seed=1)
+    out = weights.save(
+        weights.gather(model), None, tmp_path / "out", model=model, source=checkpoints["qwen2.5-vl"]
+    )
+    found = keys(out)
+    assert found["model.layers.2.mlp.up_proj.weight"] == [80, 64]
+    assert found["visual.blocks.4.mlp.up_proj.weight"] == [48, 32]
+    assert_same(model, auto(model.config).from_pretrained(out))
+
+
+def tiny_experts(directory: Path) -> Path:
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return directory
+
+
+def tiny_kimi(directory: Path) -> Path:
+    from transformers.models.kimi_k25.configuration_kimi_k25 import Kimi_K25Config
+
+    text = {
+        "model_type": "deepseek_v3", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+        "num_experts_per_tok": 2, "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
+        "v_head_dim": 8, "qk_nope_head_dim": 8,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "projection_hidden_size": 128,
+    }
+    config = Kimi_K25Config(text_config=text, vision_config=vision)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("make, computed", [(tiny_experts, 0), (tiny_kimi, 4)])
+def test_conversions(tmp_path, make, computed):
+    """One file tensor an expert against one parameter for all; and conversions that are more than placing."""
+    source = make(tmp_path / "source")
+    model = loaded(source)
+    assert_same(model, auto(model.config).from_pretrained(source))
+    assert len(library.layout(model, keys(source)).computed) == computed
+    out = weights.save(weights.gather(model), None, tmp_path / "out", model=model, source=source)
+    got, want = load_file(out / "model.safetensors"), load_file(source / "model.safetensors")
+    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+    read = dict(weights.read(model, source))
+    assert all(torch.equal(read[n], p) for n, p in model.named_parameters())
+
+
+def test_stand_ins_keep_the_books():
+    """Every operation on boxes gives what torch gives on values."""
+    parts = {f"e{i}": torch.randn(3, 4) for i in range(4)}
+
+    def both(make):
+        want = make(dict(parts))
+        stored = make({k: Stored.whole(k, v.shape) for k, v in parts.items()})
+        got = torch.full(tuple(stored.shape), float("nan"))
+        for piece in stored.pieces:
+            piece.view(got).copy_(parts[piece.key][piece.box])
+        assert stored.complete and torch.equal(got, want)
+
+    both(lambda t: torch.cat([torch.stack([t["e0"], t["e1"]]), torch.stack([t["e2"], t["e3"]])], dim=1))
+    both(lambda t: torch.stack(list(t.values()), dim=2).transpose(0, 1).contiguous())
+    both(lambda t: torch.cat(torch.chunk(t["e1"], 2, dim=1)[::-1], dim=-1))
+    both(lambda t: torch.stack([c.squeeze(0) for c in torch.split(t["e2"], [1, 1, 1], dim=0)], dim=-1))
+    both(lambda t: torch.transpose(t["e3"], 0, 1).narrow(0, 1, 2).unsqueeze(1))
+    for operation in (lambda s: s.view(-1), lambda s: s[0], lambda s: torch.exp(s), lambda s: s.reshape(12)):
+        with pytest.raises(NotASlice):
+            operation(Stored.whole("e0", (3, 4)))
+
+
+def test_parts_of_other_pipeline_stages_are_passed_over(checkpoints):
+    """A stage holds its own blocks; a tied head without the embedding reads the embedding's tensor."""
+    source = checkpoints["qwen2-vl tied"]
+    model = on_meta(source)
+    model.model.visual = Dropped()
+    model.model.language_model.layers[0] = Dropped()
+    model.model.language_model.embed_tokens = Dropped()
+    weights.load(model, None, source)
+    reference = dict(auto(model.config).from_pretrained(source).named_parameters(remove_duplicate=False))
+    assert model.lm_head.weight is not None
+    assert all(torch.equal(p, reference[n]) for n, p in model.named_parameters())
+
+
+def test_fewer_layers_by_the_config(checkpoints, tmp_path):
+    """Blocks that the recipe cut off are passed over; in a checkpoint that contradicts its own config they are not."""
+    source = checkpoints["qwen3-vl"]
+    model = loaded(source, text_config__num_hidden_layers=2)
+    assert len(model.model.language_model.layers) == 2
+    shutil.copytree(source, tmp_path / "odd")
+    config = json.loads((source / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 2
+    config["text_config"].pop("layer_types", None)
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PolymodalError, match="have no place in the model: model.language_model.layers.2"):
+        loaded(tmp_path / "odd")
+
+
+def change(source: Path, directory: Path, edit) -> Path:
+    shutil.copytree(source, directory)
+    state = load_file(directory / "model.safetensors")
+    edit(state)
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def test_what_a_checkpoint_lacks_or_has_too_much(checkpoints, tmp_path):
+    source = checkpoints["qwen2.5-vl"]
+
+    def renamed(state):
+        state["model.layers.1.mlp.up_projection.weight"] = state.pop("model.layers.1.mlp.up_proj.weight")
+
+    odd = change(source, tmp_path / "renamed", renamed)
+    with pytest.raises(PolymodalError) as error:
+        loaded(odd)
+    assert (
+        "1 of 93 parameters are not in the checkpoint: model.language_model.layers.1.mlp.up_proj.weight"
+        in str(error.value)
+    )
+    assert "Nearest" in error.value.hint and "up_projection" in error.value.hint
+
+    model = on_meta(odd)
+    report = weights.load(model, None, odd, strict=False, new=["*.up_proj.weight"], seed=5)
+    assert report.unexpected == ["model.layers.1.mlp.up_projection.weight"]
+    assert report.drawn == ["model.language_model.layers.1.mlp.up_proj.weight"]
+    drawn = model.get_parameter(report.drawn[0])
+    assert 0.01 < drawn.std() < 0.03
+
+    more = change(
+        source, tmp_path / "more", lambda state: state.update({"model.extra.weight": torch.ones(2)})
+    )
+    with pytest.raises(
+        PolymodalError, match="1 tensors of the checkpoint have no place in the model: model.extra.weight"
+    ):
+        loaded(more)
+
+    with pytest.raises(
+        PolymodalError, match=r"another shape: .*mlp.*\[96, 64\] in the file, \[80, 64\] in the model"
+    ):
+        loaded(source, text_config__intermediate_size=80)
+
+
+def test_values_that_are_no_numbers(checkpoints, tmp_path):
+    def spoil(state):
+        state["model.norm.weight"][3] = float("nan")
+
+    with pytest.raises(
+        PolymodalError,
+        match=r"model.safetensors: model.language_model.norm.weight holds values that are not numbers",
+    ):
+        loaded(change(checkpoints["qwen2.5-vl"], tmp_path / "nan", spoil))
+
+
+def test_a_tied_head_with_two_tensors(checkpoints, tmp_path):
+    """The same tensor twice is taken; two different ones are a contradiction (the library silently unties)."""
+    source = checkpoints["qwen2-vl tied"]
+
+    def twice(state):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+
+    twin = change(source, tmp_path / "twice", twice)
+    model = loaded(twin)
+    out = weights.save(weights.gather(model), None, tmp_path / "out", model=model, source=twin)
+    assert keys(out) == keys(twin)
+
+    def different(state):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"] + 1
+
+    with pytest.raises(
+        PolymodalError, match="ties lm_head.weight to .*embed_tokens.weight, but the files hold two different"
+    ):
+        loaded(change(source, tmp_path / "different", different))
+    only_head = change(
+        source, tmp_path / "head", lambda s: s.update({"lm_head.weight": s.pop("model.embed_tokens.weight")})
+    )
+    assert_same(loaded(only_head), model)
+
+
+def test_broken_downloads(checkpoints, tmp_path):
+    """One sentence each, with the file and the cause."""
+    source = checkpoints["qwen3-vl"]
+    model = loaded(source)
+    sharded = weights.save(
+        weights.gather(model), None, tmp_path / "sharded", model=model, source=source, max_shard_bytes=300_000
+    )
+    shards = sorted(p.name for p in sharded.glob("*.safetensors"))
+
+    def broken(name: str, edit) -> Path:
+        directory = tmp_path / name
+        shutil.copytree(sharded, directory)
+        edit(directory)
+        return directory
+
+    def cut(directory):
+        data = (directory / shards[1]).read_bytes()
+        (directory / shards[1]).write_bytes(data[: len(data) // 2])
+
+    def pickled(directory):
+        for path in directory.glob("*.safetensors*"):
+            path.unlink()
+        torch.save({}, directory / "pytorch_model.bin")
+
+    def other_names(directory):
+        for number, shard in enumerate(shards):
+            (directory / shard).rename(directory / f"consolidated.{number}.safetensors")
+        (directory / "model.safetensors.index.json").unlink()
+
+    def wrong_index(directory):
+        index = json.loads((directory / "model.safetensors.index.json").read_text())
+        index["weight_map"]["ghost.weight"] = shards[0]
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    cases = {
+        f"{shards[1]} is cut short or corrupt": cut,
+        f"{shards[0]} is a git-lfs pointer": lambda d: (d / shards[0]).write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        ),
+        f"{shards[0]} is empty": lambda d: (d / shards[0]).write_bytes(b""),
+        f"{shards[0]} is a web page": lambda d: (d / shards[0]).write_text("<!DOCTYPE html><html>404</html>"),
+        f"lacks 1 of the {len(shards)} files .*first: {shards[2]}": lambda d: (d / shards[2]).unlink(),
+        "as pickles only .pytorch_model.bin": pickled,
+        "has consolidated.0.safetensors": other_names,
+        "is not a readable index": lambda d: (d / "model.safetensors.index.json").write_text("{"),
+        "lacks 1 of the tensors that .* lists for it .first: ghost.weight": wrong_index,
+        "has no weights": lambda d: [p.unlink() for p in d.glob("*.safetensors*")],
+    }
+    for number, (message, edit) in enumerate(cases.items()):
+        directory = broken(str(number), edit)
+        with pytest.raises(PolymodalError, match=message) as error:
+            weights.load(on_meta(directory), None, directory)
+        assert error.value.hint
+    (sharded / "model.safetensors.index.json").unlink()  # complete by their names
+    assert set(Files(sharded).shapes) == set(keys(source))
+    (sharded / shards[-1]).unlink()
+    with pytest.raises(PolymodalError, match="shards but their names say"):
+        Files(sharded)
+
+
+def test_an_expert_too_few(tmp_path):
+    source = tiny_experts(tmp_path / "source")
+    odd = change(source, tmp_path / "odd", lambda s: s.pop("model.layers.0.mlp.experts.3.up_proj.weight"))
+    with pytest.raises(
+        PolymodalError, match="model.layers.0.mlp.experts.gate_up_proj cannot be put together from 7 tensors"
+    ):
+        loaded(odd)
+
+
+def test_quantised_checkpoints_are_refused(checkpoints):
+    model = on_meta(checkpoints["qwen3-vl"])
+    model.config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(PolymodalError, match="quantised"):
+        weights.load(model, None, checkpoints["qwen3-vl"])
+
+
+def test_saving_refuses_what_would_be_lost(checkpoints, tmp_path):
+    source = checkpoints["qwen3-vl"]
+    model = loaded(source)
+    state = dict(weights.gather(model))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("mine")
+    options = {"model": model, "source": source}
+    with pytest.raises(PolymodalError, match="full exists already"):
+        weights.save(state, None, tmp_path / "full", **options)
+    assert (tmp_path / "full" / "notes").read_text() == "mine"
+    with pytest.raises(PolymodalError, match="is the checkpoint that the model came from"):
+        weights.save(state, None, source, overwrite=True, **options)
+    norm = state.pop("model.language_model.norm.weight")
+    with pytest.raises(
+        PolymodalError, match="The state lacks 1 parameters: model.language_model.norm.weight"
+    ):
+        weights.save(state, None, tmp_path / "out", **options)
+    with pytest.raises(
+        PolymodalError,
+        match="The state has model.language_model.nrom.weight, which .* does not. Nearest: model.language_model.norm",
+    ):
+        weights.save({**state, "model.language_model.nrom.weight": norm}, None, tmp_path / "out", **options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]  # nothing half-written
+    state["model.language_model.norm.weight"] = norm
+    weights.save(state, None, tmp_path / "full", overwrite=True, **options)
+    assert keys(tmp_path / "full") == keys(source) and not (tmp_path / "full" / "notes").exists()
+
+
+def test_only_one_shard_is_held(checkpoints, tmp_path):
+    """A stream is written as it comes: before the third shard's tensors are asked for, the first file is on disk."""
+    source = checkpoints["qwen3-vl"]
+    model = loaded(source)
+    partial = tmp_path / ".out.partial"
+    seen = []
+
+    def stream():
+        given = 0
+        for name, tensor in weights.gather(model):
+            given += tensor.numel() * 4
+            yield name, tensor
+            written = sum(p.stat().st_size for p in partial.glob("model-*.part"))
+            seen.append(given - written)
+
+    weights.save(stream(), None, tmp_path / "out", model=model, source=source, max_shard_bytes=200_000)
+    assert max(seen) < 200_000 + 464 * 64 * 4 and len(seen) > 50
+
+
+def test_random_weights_follow_the_library(checkpoints):
+    """Distribution of each parameter as the library draws it; (seed, name) decides, nothing else."""
+    for name in ("qwen2-vl tied", "qwen3-vl-moe"):
+        model = on_meta(checkpoints[name])
+        weights.initialise(model, None, seed=7)
+        torch.manual_seed(0)
+        reference = auto(model.config).from_config(model.config)
+        got, want = dict(model.named_parameters()), dict(reference.named_parameters())
+        for n, p in want.items():
+            if p.std() == 0 or p.numel() == 1:
+                assert torch.equal(got[n], p), n
+            else:
+                assert abs(got[n].std() / p.std() - 1) < 6 / p.numel() ** 0.5, n
+                assert abs(got[n].mean()) < 6 * p.std() / p.numel() ** 0.5, n
+        for n, b in reference.named_buffers():
+            assert torch.equal(model.get_buffer(n), b), n
+        values = [p.flatten()[:4] for n, p in got.items() if p.ndim > 1]
+        assert len({tuple(v.tolist()) for v in values}) == len(values)  # no two parameters alike
+        again = on_meta(checkpoints[name])
+        torch.manual_seed(99)
+        weights.initialise(again, None, seed=7)
+        assert_same(model, again)
+        other = on_meta(checkpoints[name])
+        weights.initialise(other, None, seed=8)
+        assert not torch.equal(other.lm_head.weight, model.lm_head.weight)
+
+
+def test_random_weights_in_blocks():
+    """Many generators a parameter, rows that are zeroed (padding), and what is more than elementwise is refused."""
+    from polymodal.models import initial
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(5000, 700, device="meta"))
+
+    def rule(module):
+        nn.init.trunc_normal_(module.weight, std=0.5, a=-1, b=1)
+        module.weight[4321].zero_()
+        module.weight[10:12].fill_(2.0)
+
+    table = Table()
+    score = initial.notes(table, rule)["weight"]
+    real = torch.empty(5000, 700)
+    initial.play(real, score, "weight", 3)
+    assert 0.42 < real.std() < 0.46 and real[12:4321].abs().max() <= 1.0
+    assert not real[4321].any() and torch.equal(real[10:12], torch.full((2, 700), 2.0))
+    rows = initial.BLOCK // 700
+    assert not torch.equal(real[0], real[rows])
+    assert table.weight.is_meta
+    with pytest.raises(initial.Unknown, match="weight"):
+        initial.notes(table, lambda module: module.weight.normal_().cumsum_(0))
+    assert initial.notes(table, lambda module: nn.init.orthogonal_(module.weight)) == {
+        "weight": []
+    }  # no rule then
+
+
+def test_every_buffer_is_computed_again(checkpoints):
+    """to_empty leaves rotary tables as whatever memory held; a buffer that nobody can set is an error."""
+    source = checkpoints["qwen2.5-vl"]
+    model = loaded(source)
+    want = {n: b.clone() for n, b in model.named_buffers()}
+    assert want
+    for buffer in model.buffers():
+        buffer.fill_(float("nan"))
+    weights.rebuild_buffers(model)
+    assert all(torch.equal(b, want[n]) for n, b in model.named_buffers())
+
+    class Fixed(nn.Module):  # sets its table in __init__ only
+        def __init__(self, config):
+            super().__init__()
+            self.config = config
+            self.register_buffer("table", torch.arange(4.0), persistent=False)
+
+    class Lost(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.arange(4.0), persistent=False)
+
+    model.fixed = Fixed(model.config)
+    model.fixed.table.zero_()
+    weights.rebuild_buffers(model)
+    assert torch.equal(model.fixed.table, torch.arange(4.0))
+    model.lost = Lost()
+    with pytest.raises(PolymodalError, match="The buffer lost.table of Lost is in no checkpoint"):
+        weights.rebuild_buffers(model)
+
+
+def test_canary_of_private_names():
+    """Fails when transformers changes what polymodal/models/library.py builds on; mend that file."""
+    import inspect
+
+    from transformers import PreTrainedModel, conversion_mapping, core_model_loading
+
+    where = "transformers {} has changed: see polymodal/models/library.py".format
+    signatures = {
+        conversion_mapping.get_model_conversion_mapping: ["model", "key_mapping", "hf_quantizer", "add_legacy"],
+        core_model_loading.rename_source_key: [
+            "source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict", "reverse",
+        ],
+        core_model_loading.revert_weight_conversion: ["model", "state_dict"],
+        core_model_loading.dot_natural_key: ["s"],
+        core_model_loading.WeightConverter.convert: ["self", "layer_name", "model", "config", "hf_quantizer", "loading_info"],
+        core_model_loading.WeightConverter.add_tensor: ["self", "target_key", "source_key", "source_pattern", "future"],
+        PreTrainedModel._init_weights: ["self", "module"],
+    }  # fmt: skip
+    for function, names in signatures.items():
+        assert list(inspect.signature(function).parameters) == names, where(function.__qualname__)
+    assert issubclass(core_model_loading.WeightRenaming, core_model_loading.WeightTransform), where(
+        "WeightRenaming"
+    )
+    asked = inspect.getsource(core_model_loading.Transpose.convert)
+    assert 'kwargs["model"].get_parameter(' in asked, where(
+        "Transpose"
+    )  # of the model, converters ask no more
+    model = transformers.AutoModelForImageTextToText.from_config(tiny.config("qwen2-vl", tied=True))
+    assert model.all_tied_weights_keys == {"lm_head.weight": "model.language_model.embed_tokens.weight"}, (
+        where("all_tied_weights_keys")
+    )
+    for name in (
+        "_keys_to_ignore_on_load_missing",
+        "_keys_to_ignore_on_load_unexpected",
+        "base_model_prefix",
+    ):
+        assert hasattr(model, name), where(name)
+    mapping = conversion_mapping.get_model_conversion_mapping(model)
+    found, pattern = core_model_loading.rename_source_key(
+        "visual.merger.ln_q.weight", mapping, [], "model", dict(model.named_parameters())
+    )
+    assert (found, pattern) == ("model.visual.merger.ln_q.weight", None), where("the registry of conversions")
