@@ -80,18 +80,20 @@ def report(
     root: Path, run: Path, result: dict, rows: list[dict], before: dict[str, str], after: dict[str, str]
 ) -> Path:
     from polymodal import report as pages
+    from polymodal.evaluate import report as parts
 
     chosen = random.Random(1).sample(range(len(rows)), min(24, len(rows)))
     shown = []
     for i in chosen:
-        row = rows[i]
+        row, expected = rows[i], rows[i]["messages"][1]["content"]
+        answered = [
+            (label, found.get(str(i), ""), float(found.get(str(i)) == expected))
+            for label, found in (("before", before), ("after", after))
+        ]
+        question = row["messages"][0]["content"].replace("<image>", "")
         shown.append(
-            pages.Shown(
-                (root / "data" / row["images"][0]).read_bytes(),
-                row["messages"][0]["content"].replace("<image>", ""),
-                row["messages"][1]["content"],
-                before.get(str(i), ""),
-                after.get(str(i), ""),
+            parts.Shown(
+                question, answered, expected, [parts.thumbnail(str(root / "data" / row["images"][0]))]
             )
         )
     numbers = {
@@ -108,7 +110,7 @@ def report(
     )
     steps = [
         ("Talk to what you trained.", f"polymodal chat {run}/export --image {root}/data/{rows[0]['images'][0]} --prompt '{build.QUESTION}'"),
-        ("See what the model is shown: tokens coloured by their weight in the loss.", f"polymodal data show {HERE.name and 'examples/digits/recipe.yaml'} -o {root}/samples.html"),
+        ("See what the model is shown: tokens coloured by their weight in the loss.", f"polymodal data show examples/digits/recipe.yaml -o {root}/samples.html"),
         ("Train again with adapters only.", "polymodal train examples/digits/recipe.yaml --nproc 2 model.source=runs/demo/run/export model.lora.rank=8 checkpoint.dir=runs/demo/lora name=lora"),
         ("Write a recipe for a real checkpoint.", "polymodal init qwen2.5-vl --size 7b --task sft --devices 8"),
     ]  # fmt: skip

@@ -270,7 +270,8 @@ class ChatProcessor:
             tensors["pixel_values"] = torch.cat(pixels)
             tensors["grid_thw"] = torch.tensor([s.grid for s in spans])
         measure = Measure(len(tokens), int((labels != IGNORE).sum()), tuple(s.patches for s in spans))
-        return Sample(id, tensors, measure, record.where)
+        modality = "mixed" if len(set(kinds)) > 1 else kinds[0] if kinds else "text"
+        return Sample(id, tensors, measure, record.where, modality=modality)
 
     def _pixels(
         self, medium: Media, span: Span, header: files.VideoHeader | None, clip: files.Clip | None

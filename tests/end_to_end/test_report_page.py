@@ -1,0 +1,67 @@
+"""The report opens in a real browser: charts are drawn, pictures load, nothing fails on the console."""
+
+import math
+import shutil
+import subprocess
+
+import pytest
+from PIL import Image
+
+from polymodal import report as pages
+from polymodal.errors import PolymodalError
+from polymodal.evaluate import report as parts
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--v=0",
+]  # fmt: skip
+
+
+@pytest.fixture
+def page(tmp_path):
+    metrics = [
+        {"step": s, "loss": 3 * math.exp(-s / 60) + 0.1, "tokens_per_second": 4000 + s, "memory_gib": 1.0}
+        for s in range(1, 200)
+    ]
+    picture = Image.new("RGB", (56, 56), "white")
+    shown = [
+        parts.Shown("Which digit <b>is</b> this?", [("before", "3", 0.0), ("after", "7", 1.0)], "7", [parts.thumbnail(picture)])
+    ]
+    text = pages.page(
+        "Digits", "A small model.", {"right after": "94%"}, pages.curves(metrics, 150), shown, [("Talk to it.", "polymodal chat x")]
+    )
+    return pages.write(tmp_path / "report.html", text)
+
+
+def test_the_page_holds_everything_itself(page):
+    text = page.read_text()
+    assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
+    assert "&lt;b&gt;is&lt;/b&gt;" in text and text.count("<svg") == 3 and "stopped and resumed" in text
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium here: the page was not opened in a browser")
+def test_a_browser_draws_it(page, tmp_path):
+    shot = tmp_path / "shot.png"
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    done = subprocess.run(
+        [CHROMIUM, *FLAGS, profile, f"--screenshot={shot}", "--window-size=1100,1400", page.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr
+    picture = Image.open(shot).convert("RGB")
+    blue = sum(1 for r, g, b in picture.getdata() if b > 180 and r < 110 and g < 150)
+    assert blue > 300, "the curves are not drawn"
+    script = "document.title+'|'+document.querySelectorAll('svg path').length+'|'+[...document.images].every(i=>i.naturalWidth>0)"
+    probe = tmp_path / "probe.html"
+    probe.write_text(page.read_text().replace("</body>", f"<script>document.title={script}</script></body>"))
+    dom = subprocess.run(
+        [CHROMIUM, *FLAGS, profile, "--virtual-time-budget=2000", "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=120
+    ).stdout
+    assert "<title>Digits|5|true</title>" in dom, dom[:300]
+
+
+def test_a_directory_without_metrics_is_said(tmp_path):
+    with pytest.raises(PolymodalError, match="has no metrics.jsonl"):
+        pages.read_metrics(tmp_path)
