@@ -103,6 +103,10 @@ def prune(
         raise PolymodalError(
             f"{card.name} cannot be cut into pipeline stages: {card.limits['pp']}", "Set parallel.pp to 1."
         )
+    known = {name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))}
+    for name in (*card.first, *card.last):
+        if name not in known:
+            raise PolymodalError(f"The card {card.name} places `{name}`, which this model does not have.")
     blocks = pipeline_blocks(model, card)
     cut = split(len(blocks), stages, layers_per_stage)
     home = {name: at for at, held in enumerate(cut) for name in (blocks[layer] for layer in held)}
@@ -301,11 +305,13 @@ class TiedGradients:
         for tie in parts[0][1].tied:
             mine = [parameters[at][name] for name, at in tie if at in parameters]
             holders = sorted({home(at) for _, at in tie})
-            group = None
+            group: dist.ProcessGroup | None = None
             for line in lines if len(holders) > 1 else ():
                 ranks = [line[holder] for holder in holders]
                 made = dist.new_group(ranks)
-                group = made if mesh.rank in ranks else group
+                if mesh.rank in ranks:
+                    assert isinstance(made, dist.ProcessGroup)
+                    group = made
             if mine:
                 self.sums.append((mine, group))
 
@@ -314,16 +320,16 @@ class TiedGradients:
         for copies, group in self.sums:
             if not copies[0].requires_grad:
                 continue
-            for copy in copies:
-                if copy.grad is None:
-                    copy.grad = torch.zeros_like(copy)
-            locals = [
-                copy.grad.to_local() if isinstance(copy.grad, DTensor) else copy.grad for copy in copies
-            ]
-            total = locals[0]
-            for other in locals[1:]:
+            total, *others = [_local_gradient(copy) for copy in copies]
+            for other in others:
                 total += other
             if group is not None:
                 dist.all_reduce(total, group=group)
-            for other in locals[1:]:
+            for other in others:
                 other.copy_(total)
+
+
+def _local_gradient(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
