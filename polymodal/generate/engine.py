@@ -207,7 +207,9 @@ class Engine:
                     parts.append({"type": "video", "video": clip})
                 else:
                     raise PolymodalError(f"{self.name} does not hear {part.kind}.")
-            words_only = all(p["type"] == "text" for p in parts) and self._takes_strings  # the form training gives it
+            words_only = (
+                all(p["type"] == "text" for p in parts) and self._takes_strings
+            )  # the form training gives it
             content: Any = "".join(p["text"] for p in parts) if words_only else parts
             entry: dict[str, Any] = {"role": message.role, "content": content}
             if message.tool_calls:
@@ -225,7 +227,9 @@ class Engine:
         """Whether the template prints a content that is a string; some want a list of parts always."""
         mark = "\ue0f0mark\ue0f1"
         try:
-            return mark in self.processor.apply_chat_template([{"role": "user", "content": mark}], tokenize=False, **self.template_kwargs)
+            return mark in self.processor.apply_chat_template(
+                [{"role": "user", "content": mark}], tokenize=False, **self.template_kwargs
+            )
         except (TypeError, ValueError, KeyError, AttributeError, jinja2.TemplateError):
             return not self.multimodal
 

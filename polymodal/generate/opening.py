@@ -170,17 +170,20 @@ def _overlay(model: nn.Module, tensors: dict[str, torch.Tensor], found: Path) ->
 def processor_of(
     directory: str | os.PathLike,
     data: recipes.Data | None = None,
-    revision: str | None = None,
+    family: Family | None = None,
+    *,
     trust: bool = False,
 ) -> Any:
     """The library's processor of a checkpoint, with what a recipe changes about it: pixel limits and chat template.
 
-    Raises PolymodalError when its files are missing.
+    family: tells whether the library counts a video's pixels by the frame, as the recipe does, or as a whole; in the
+    latter case the recipe's limits have no place in its files and the checkpoint's stay, with a warning.
+    Raises PolymodalError when the processor's files are missing.
     """
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(directory, revision=revision, trust_remote_code=trust)
+        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=trust)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise PolymodalError(
@@ -193,6 +196,12 @@ def processor_of(
     video = getattr(processor, "video_processor", None)
     for part, limits in ((image, data.image), (video, data.video)):
         if part is None or (limits.min_pixels is None and limits.max_pixels is None):
+            continue
+        if part is video and family is not None and _by_volume(family):
+            warnings.warn(
+                "data.video.min_pixels and max_pixels are pixels of a frame, this model's processor limits whole videos: videos are sized by the checkpoint's own limits here.",
+                stacklevel=2,
+            )
             continue
         size = dict(part.size)
         size["shortest_edge"] = limits.min_pixels or size["shortest_edge"]
@@ -210,6 +219,12 @@ def processor_of(
         if hasattr(processor, "tokenizer"):
             processor.tokenizer.chat_template = template
     return processor
+
+
+def _by_volume(family: Family) -> bool:
+    """Whether the checkpoint's own limits make the frames of a long video smaller than those of a short one."""
+    media = family.media_processor(recipes.Data())
+    return len({tuple(media.span("video", 1024, 1024, frames).grid[1:]) for frames in (2, 64)}) > 1
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------
@@ -291,7 +306,9 @@ def open_engine(
         )
         cast(model, chosen)
         as_library(model)
-        processor = processor_of(made.family.source, recipe.data, trust=recipe.model.trust_remote_code)
+        processor = processor_of(
+            made.family.source, recipe.data, made.family, trust=recipe.model.trust_remote_code
+        )
         model.generation_config = _generation(made.family.source, model)
         identity = fingerprint(made.checkpoint) + (" ema" if ema else "")
         name = (

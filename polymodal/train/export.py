@@ -1,0 +1,334 @@
+"""`polymodal export`: a run or checkpoint in the hub's format, proven by opening what was written.
+
+Reads through the house's own path (generate/opening.py: assemble), writes through models/weights.py and lora.py, then
+opens the result with the library that users will open it with and compares outputs. The directory gets its name only
+when they agree. Sees every room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polymodal import __version__
+from polymodal import recipe as recipes
+from polymodal.data.chat import ChatProcessor
+from polymodal.data.sample import Media, Message, Record, pack
+from polymodal.errors import PolymodalError
+from polymodal.generate.engine import Engine
+from polymodal.generate.opening import (
+    DTYPES,
+    Assembled,
+    assemble,
+    cast,
+    kind_of,
+    load_adapter,
+    load_hub,
+    processor_of,
+)
+from polymodal.models import catalog, weights
+
+MARKER = "polymodal_export.json"
+"""In every export: where it came from and how it was proven; a directory that has it may be written again."""
+TOLERANCE = 1e-3
+"""Largest difference of logits, as a share of the largest logit, when both sides compute in float32."""
+TOLERANCE_LOW = 6e-2
+"""The same when the model is too large to be compared in float32 and both compute in bf16 or fp16."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. difference, largest: of the logits that were compared; computed: the arithmetic of the proof."""
+
+    directory: str
+    source: str
+    what: str  # "model", "adapter", "merged"
+    dtype: str
+    step: int | None
+    tokens: int
+    difference: float
+    largest: float
+    computed: str
+    seconds: float
+    version: str = __version__
+
+
+def export(
+    source: str | os.PathLike,
+    directory: str | os.PathLike,
+    *,
+    merge_lora: bool = False,
+    dtype: str | None = None,
+    ema: bool = False,
+    force: bool = False,
+    base: str | None = None,
+    max_shard_bytes: int = 5 << 30,
+) -> Exported:
+    """Write a run, one of its checkpoints, a hub checkpoint or a peft adapter as a hub directory.
+
+    merge_lora: adapters are added into the weights; without it a LoRA run gives a peft adapter directory.
+    dtype:      fp32, bf16, fp16; None: the base checkpoint's. ema: a run's average. base: where the base lies now.
+    force:      replace a directory that is not empty and no earlier export.
+    Raises PolymodalError; nothing is left under `directory` then, an earlier export stays as it was.
+    """
+    began = time.perf_counter()
+    if dtype is not None and dtype not in DTYPES:
+        raise PolymodalError(f"dtype = {dtype} is not known.", f"Use {', '.join(DTYPES)}.")
+    kind = kind_of(source)
+    final = Path(directory).expanduser()
+    _refuse(final, source, force)
+    if kind == "adapter" and not merge_lora:
+        raise PolymodalError(f"{source} is a peft adapter already.", "Add --merge-lora for a whole model.")
+    if ema and kind != "run":
+        raise PolymodalError(
+            f"{source} is no run, only runs keep an average (train.ema).", "Leave out --ema."
+        )
+    made = _opened(source, kind, ema, base)
+    adapted = made.recipe.model.lora is not None
+    if merge_lora and not adapted:
+        raise PolymodalError(f"{source} has no adapters to merge.", "Leave out --merge-lora.")
+    _refuse(final, made.family.source, force)
+    chosen = DTYPES[dtype] if dtype else _dtype_of(made.family.config)
+    with _partial(final) as partial:
+        what = _write(made, partial, chosen, merge_lora, max_shard_bytes)
+        _processor(made, partial)
+        tokens, difference, largest, computed = _prove(made, partial, what, chosen)
+        step = int(made.checkpoint.name.rpartition("-")[2]) if kind == "run" else None
+        result = Exported(
+            str(final), os.fspath(source), what, str(chosen).removeprefix("torch."), step, tokens, difference, largest,
+            computed, round(time.perf_counter() - began, 2),
+        )  # fmt: skip
+        (partial / MARKER).write_text(json.dumps(asdict(result), indent=1))
+        _swap(partial, final)
+    return result
+
+
+def run(source: str, directory: str | os.PathLike, **options: Any) -> int:
+    """The command: export, and say what was written and how it was proven. Returns the exit code."""
+    done = export(source, directory, **options)
+    size = sum(f.stat().st_size for f in Path(done.directory).glob("*.safetensors"))
+    with_what = "peft" if done.what == "adapter" else "transformers"
+    print(
+        f"{done.directory}: {done.what}, {done.dtype}, {size / 2**20:.1f} MiB\n"
+        f"opened with {with_what}: logits of {done.tokens} tokens (text and a picture) differ by {done.difference:.1e} at most "
+        f"(largest logit {done.largest:.1f}, computed in {done.computed})"
+    )
+    return 0
+
+
+# --- directories -----------------------------------------------------------------------------------------------------
+
+
+def _refuse(final: Path, source: str | os.PathLike, force: bool) -> None:
+    """Whether `final` may be written: never over what it is made from, over foreign files only with `force`."""
+    origin = Path(source).expanduser()
+    if origin.exists() and (
+        origin.resolve() == final.resolve() or final.resolve() in origin.resolve().parents
+    ):
+        raise PolymodalError(f"{final} holds the checkpoint that is exported.", "Choose another directory.")
+    if final.exists() and not final.is_dir():
+        raise PolymodalError(f"{final} is a file.", "Choose a directory.")
+    if final.is_dir() and any(final.iterdir()) and not (final / MARKER).is_file() and not force:
+        raise PolymodalError(
+            f"{final} is not empty and not an earlier export.",
+            "Choose another directory, or --force to replace it.",
+        )
+
+
+@contextlib.contextmanager
+def _partial(final: Path) -> Iterator[Path]:
+    """A directory beside `final` to write into; gone afterwards unless it was given its name."""
+    partial = final.with_name(f".{final.name}.{os.getpid()}.export")
+    try:
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            yield partial
+        except OSError as error:
+            raise PolymodalError(
+                f"{final} could not be written: {error.strerror or error}.",
+                "Free space there, or choose another directory.",
+            ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(partial: Path, final: Path) -> None:
+    """Give `partial` its name; what had the name is removed after, and put back when that fails."""
+    if not final.exists():
+        partial.rename(final)
+        return
+    old = final.with_name(f".{final.name}.{os.getpid()}.old")
+    final.rename(old)
+    try:
+        partial.rename(final)
+    except OSError:
+        old.rename(final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# --- reading and writing ---------------------------------------------------------------------------------------------
+
+
+def _opened(source: str | os.PathLike, kind: str, ema: bool, base: str | None) -> Assembled:
+    """Any source as a model on the CPU in float32 with the house's attention, adapters apart."""
+    if kind == "run":
+        return assemble(source, ema=ema, base=base)
+    if kind == "adapter":
+        return _adapter(Path(source), base)
+    recipe = recipes.Recipe(model=recipes.Model(source=os.fspath(source)))
+    family = catalog.family(recipe.model)
+    model = family.build().trained
+    weights.load(model, family, device="cpu")
+    return Assembled(model.eval(), family, recipe, Path(family.source))
+
+
+def _dtype_of(config: Any) -> torch.dtype:
+    """The dtype that a checkpoint's config names; float32 when it names none."""
+    for part in (config, getattr(config, "text_config", None)):
+        named = getattr(part, "dtype", None)
+        if named is not None:
+            return (
+                named if isinstance(named, torch.dtype) else getattr(torch, str(named).removeprefix("torch."))
+            )
+    return torch.float32
+
+
+def _write(made: Assembled, partial: Path, dtype: torch.dtype, merge: bool, limit: int) -> str:
+    """Weights and config into `partial`; returns what they are."""
+    if made.recipe.model.lora is None:
+        weights.save(weights.gather(made.model), made.family, partial, dtype=dtype, max_shard_bytes=limit)
+        return "model"
+    from polymodal.models import lora
+
+    if merge:
+        weights.save(lora.merged_state(made.model), made.family, partial, dtype=dtype, max_shard_bytes=limit)
+        return "merged"
+    raise NotImplementedError
+
+
+STALE = (
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+
+def _processor(made: Assembled, partial: Path) -> None:
+    """The source's processor files as they are; written anew where the recipe changes them, or beside an adapter."""
+    data = made.recipe.data
+    changed = data.chat_template or any(
+        v is not None for part in (data.image, data.video) for v in (part.min_pixels, part.max_pixels)
+    )
+    if not changed and (partial / "config.json").is_file():
+        return
+    processor = processor_of(made.family.source, data, made.family, trust=made.recipe.model.trust_remote_code)
+    for name in STALE:
+        (partial / name).unlink(missing_ok=True)
+    processor.save_pretrained(partial)
+
+
+# --- the proof -------------------------------------------------------------------------------------------------------
+
+
+def _picture() -> bytes:
+    """A small picture with structure, the same every time."""
+    import numpy as np
+    from PIL import Image
+
+    y, x = np.mgrid[0:96, 0:128]
+    pixels = np.stack([x * 2 % 256, y * 255 // 95, (x // 8 + y // 8) % 2 * 200], -1).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _room_for(parameters: int) -> bool:
+    """Whether a model fits into this machine's free memory in float32, with room to compute."""
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return True
+    return parameters * 4 * 1.3 < free
+
+
+def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> tuple[int, float, float, str]:
+    """Compare logits of one sample: this house's model against what the library opens. Frees `made.model`.
+
+    Returns (tokens, largest difference, largest logit, arithmetic). Raises PolymodalError when they differ.
+    """
+    model, family, data = made.model, made.family, made.recipe.data
+    count = sum(p.numel() for p in model.parameters())
+    arithmetic = torch.float32 if _room_for(count) else (dtype if dtype != torch.float32 else torch.bfloat16)
+    _round(model, what, dtype)
+    if arithmetic != torch.float32:
+        cast(model, arithmetic)
+    record = Record(
+        (Message("user", (Media("image", _picture()), "Describe this picture in one sentence.")),),
+        "the sample",
+    )
+    sample = ChatProcessor(family.media_processor(data), data).prompt(record)
+    with torch.no_grad():
+        out = family.stage(model, None, pack([sample]))
+        ours = out.head(out.hidden_states)[0].float()
+    made.model = model = out = None  # type: ignore[assignment]
+    theirs, ids = _library_logits(made, partial, what, arithmetic, record)
+    if not torch.equal(ids, sample.tensors["input_ids"]):
+        raise PolymodalError(
+            f"The exported processor makes other tokens of the same sample ({len(ids)} against {len(sample.tensors['input_ids'])}); nothing was kept.",
+            "This is a defect: report it with the model's name.",
+        )
+    difference, largest = float((ours - theirs).abs().max()), float(ours.abs().max())
+    low = arithmetic != torch.float32 or (what == "merged" and dtype != torch.float32)
+    if not difference <= (TOLERANCE_LOW if low else TOLERANCE) * max(1.0, largest):
+        raise PolymodalError(
+            f"The export of {made.checkpoint} answers differently: logits differ by {difference:.2e} (largest {largest:.2e}); nothing was kept.",
+            "This is a defect of the model's card or of the merge: report it with the model's name.",
+        )
+    return len(ids), difference, largest, str(arithmetic).removeprefix("torch.")
+
+
+def _round(model: nn.Module, what: str, dtype: torch.dtype) -> None:
+    """What was written in `dtype`, as it comes back: weights of a model, or the adapters of one."""
+    if what == "merged" or dtype == torch.float32:
+        return  # merged weights are compared with the exact sum
+    for name, parameter in model.named_parameters():
+        if what == "model" or "lora_" in name:
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+
+
+def _library_logits(
+    made: Assembled, partial: Path, what: str, arithmetic: torch.dtype, record: Record
+) -> tuple[Tensor, Tensor]:
+    """(logits [T, V] float32, input_ids [T]) of the sample by the library, from the written files alone."""
+    trust = made.recipe.model.trust_remote_code
+    if what == "adapter":
+        model, _ = load_adapter(partial, arithmetic, base=str(made.family.source), trust=trust)
+    else:
+        model = load_hub(partial, arithmetic, trust)
+    data = made.recipe.data
+    engine = Engine(
+        model.eval(),
+        processor_of(partial, trust=trust),
+        video=data.video,
+        template_kwargs=data.template_kwargs,
+        name=str(partial),
+    )
+    inputs = engine._encode([engine._prepare(0, "0", record.messages)])
+    with torch.no_grad():
+        return model(**inputs, use_cache=False).logits[0].float(), inputs["input_ids"][0]
