@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -30,7 +31,7 @@ from polymodal.recipe import Data
 VERSION = 1  # of the file's form: part of its key
 UNTRAINED = "no token of it is trained on (data.train_on)"
 _CHUNK = 256  # records a task
-_ALONE_SECONDS = 8.0  # less work than this is done sooner here than processes start
+_START_SECONDS = 8.0  # more than this must be saved by it before processes are started
 
 
 class Index:
@@ -249,7 +250,7 @@ def _measure_all(
     began = time.monotonic()
     while done < total:
         elapsed = time.monotonic() - began
-        if processes > 1 and done and elapsed / done * (total - done) > _ALONE_SECONDS:
+        if done and elapsed / done * (total - done) * (1 - 1 / processes) > _START_SECONDS:
             break
         stop = min(done + _CHUNK, total)
         keep(_measure_chunk(corpus, chat, data, done, stop), stop - done)
@@ -276,22 +277,26 @@ def _measure_parallel(
 ) -> None:
     import torch.multiprocessing as mp
 
-    spans = iter([(a, min(a + _CHUNK, total)) for a in range(start, total, _CHUNK)])
-    processes = min(processes, -(-(total - start) // _CHUNK))
+    spans = deque((a, min(a + _CHUNK, total)) for a in range(start, total, _CHUNK))
+    processes = min(processes - 1, len(spans))
     with quiet_threads():
         pool = ProcessPoolExecutor(processes, mp.get_context("spawn"), _start, (corpus, chat, data))
+        waiting: deque[tuple[Future, int]] = deque()  # in the order of the data
         try:
-            waiting: list[tuple[Future, int]] = []
-            more = True
-            while more or waiting:
-                while more and len(waiting) < 3 * processes:
-                    span = next(spans, None)
-                    more = span is not None
-                    if span:
-                        waiting.append((pool.submit(_measure_here, *span), span[1] - span[0]))
-                if waiting:
-                    future, records = waiting.pop(0)
-                    keep(future.result(), records)
+            while spans or waiting:
+                busy = sum(not f.done() for f, _ in waiting)
+                while spans and busy < 2 * processes:
+                    a, b = spans.popleft()
+                    waiting.append((pool.submit(_measure_here, a, b), b - a))
+                    busy += 1
+                if spans and len(waiting) < 16 * processes and not waiting[0][0].done():  # lend a hand
+                    a, b = spans.popleft()
+                    mine: Future = Future()
+                    mine.set_result(_measure_chunk(corpus, chat, data, a, b))
+                    waiting.append((mine, b - a))
+                    continue
+                future, records = waiting.popleft()
+                keep(future.result(), records)
         except BrokenProcessPool:
             raise PolymodalError(
                 "A process that measured the data was killed, most likely because the machine or container ran out of memory.",
