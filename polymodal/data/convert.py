@@ -86,7 +86,7 @@ def convert(
     folder = os.path.dirname(destination) or "."
     try:
         os.makedirs(folder, exist_ok=True)
-        with _whole(destination) as file, _bar(total, progress) as report:
+        with whole_file(destination) as file, _bar(total, progress) as report:
             writer = _Writer(destination, media_dir)
             for rows, path in zip(files, paths, strict=True):
                 reader = RowReader(format, attr or Attr(), path, media_dir)
@@ -127,7 +127,7 @@ def convert(
         ) from None
     listing = destination + ".missing.txt"
     if out.missing:
-        with _whole(listing) as file:
+        with whole_file(listing) as file:
             file.writelines(f"{where}\t{name}\n" for where, name in out.missing)
         out.report = listing
     else:
@@ -197,7 +197,7 @@ class _Writer:
         os.makedirs(self.media, exist_ok=True)
         path = os.path.join(self.media, hashlib.blake2b(data, digest_size=12).hexdigest() + ending)
         if not os.path.exists(path):
-            with _whole(path, "wb") as file:
+            with whole_file(path, "wb") as file:
                 file.write(data)
         return os.path.relpath(path, self.folder)
 
@@ -206,7 +206,7 @@ class _Writer:
 
 
 @contextlib.contextmanager
-def _whole(path: str, mode: str = "w") -> Iterator[Any]:
+def whole_file(path: str, mode: str = "w") -> Iterator[Any]:
     """A file that appears under its name when all of it is written; nothing stays behind after a fault."""
     handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=os.path.dirname(path) or ".")
     try:

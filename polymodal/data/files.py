@@ -200,9 +200,9 @@ class JsonArray(Rows):
                             raise json.JSONDecodeError("", text, stop)
                     except json.JSONDecodeError as error:
                         whole = error.pos < len(text) - 16 and not error.msg.startswith("Unterminated")
-                        grow = min(grow * 2, 1 << 30)
+                        grow, place = min(grow * 2, 1 << 30), error.pos - at  # reading on moves `at`
                         if whole or not more():
-                            raise fail(error.pos, error.msg) from None
+                            raise fail(at + place, error.msg) from None
                         continue
                     except RecursionError:
                         raise fail(at, "nested too deep") from None

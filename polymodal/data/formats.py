@@ -82,7 +82,7 @@ class RowReader:
             for k, v in row.items()
             if isinstance(v, (str, int, float))
             and k not in ("text",)
-            and (not isinstance(v, str) or len(v) <= 256)
+            and (not isinstance(v, str) or 0 < len(v) <= 256)
         }
         return Record(
             messages, where, self._tools(row, where) if kind == "chat" else (), extra, plain=kind == "text"
@@ -147,7 +147,7 @@ class RowReader:
                 f"{where}: `{at}` is an object with a role and a content, here it is a {type(message).__name__}.",
                 'Write {"role": "user", "content": ...}.',
             )
-        role_key = self.attr.role or ("role" if message.get("role") is not None else "from")
+        role_key = self.attr.role or ("from" if message.get("role") is None and "from" in message else "role")
         content_key = self.attr.content or (
             "content" if message.get("content") is not None else "value" if "value" in message else "content"
         )

@@ -16,7 +16,7 @@ from typing import Any
 
 from polymodal.data import media as files
 from polymodal.data.chat import ChatProcessor
-from polymodal.data.convert import _whole
+from polymodal.data.convert import whole_file
 from polymodal.data.sample import IGNORE, Media, Record, Sample
 from polymodal.data.source import Corpus
 from polymodal.errors import PolymodalError
@@ -68,7 +68,7 @@ def show(
 """
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with _whole(path) as file:
+        with whole_file(path) as file:
             file.write(page)
     except OSError as error:
         raise PolymodalError(
