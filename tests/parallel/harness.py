@@ -44,9 +44,7 @@ class RankError(AssertionError):
     """A rank failed or hung; the message is its traceback."""
 
 
-def _rank(
-    rank: int, world: int, store: str, seconds: float, connection: Any, stacks: str, fn: Callable, args: tuple
-):
+def _rank(rank: int, world: int, store: str, seconds: float, connection: Any, stacks: str, job: bytes):
     stack_file = open(stacks, "w")  # noqa: SIM115 - must stay open for the signal
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
     try:
@@ -64,6 +62,7 @@ def _rank(
             world_size=world,
             timeout=timedelta(seconds=seconds),
         )
+        fn, args = torch.load(io.BytesIO(job), weights_only=False)
         value = fn(rank, *args)
         buffer = io.BytesIO()
         torch.save(value, buffer)  # bytes, not shared memory: this process is gone before they are read
@@ -84,6 +83,8 @@ def run(world: int, fn: Callable, *args: Any, timeout: float = 180.0) -> list[An
     """
     import torch
 
+    job = io.BytesIO()
+    torch.save((fn, args), job)  # bytes: tensors in arguments would travel as shared memory
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory(prefix="polymodal-ranks-") as directory:
@@ -92,7 +93,9 @@ def run(world: int, fn: Callable, *args: Any, timeout: float = 180.0) -> list[An
         pipes = [context.Pipe(duplex=False) for _ in range(world)]
         processes = [
             context.Process(
-                target=_rank, args=(r, world, store, timeout, pipes[r][1], stacks[r], fn, args), daemon=True
+                target=_rank,
+                args=(r, world, store, timeout, pipes[r][1], stacks[r], job.getvalue()),
+                daemon=True,
             )
             for r in range(world)
         ]
@@ -103,7 +106,7 @@ def run(world: int, fn: Callable, *args: Any, timeout: float = 180.0) -> list[An
                 writer.close()  # so that a rank that dies is seen as the end of its pipe
             return _collect(processes, [reader for reader, _ in pipes], stacks, timeout, torch)
         finally:
-            for process in processes:
+            for process in (p for p in processes if p.pid is not None):
                 if process.is_alive():
                     process.join(0.5)
                 if process.is_alive():

@@ -1,0 +1,251 @@
+"""One model, one global batch, any layout: what test_layouts.py and the parity table compare with one process.
+
+Real families on tiny checkpoints, the real objective and weights read by the real loader; tests only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from polymodal.data.sample import Batch, pack
+from polymodal.models import catalog, weights
+from polymodal.models.card import Family
+from polymodal.objectives.language import LanguageObjective
+from polymodal.parallel import ops
+from polymodal.parallel.apply import apply, last_micro_batch
+from polymodal.parallel.mesh import Mesh, ParallelSizes
+from polymodal.recipe import Data, Model, Parallel, Recipe, Train
+from polymodal.train.step import bind, inverse_weights
+from tests.models import tiny
+from tests.parallel.exact import float64
+
+MICRO_BATCHES = 4  # of a global batch; one of them has no picture
+STEPS = 5  # of AdamW, after the gradients were compared
+TARGETS = r"model\..*\.(q_proj|v_proj|o_proj|up_proj|down_proj|qkv|proj|linear_fc1|linear_fc2|fc1|fc2)"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to lay a model out, and what else is asked of it.
+
+    parallel: the recipe's keys; frozen: prefixes of parameters that are not trained; lora: adapters instead of weights.
+    """
+
+    name: str
+    world: int
+    parallel: dict[str, Any] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
+    lora: bool = False
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Loss, gradients by name, norm of all gradients, and weights after STEPS steps."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+    norm: float
+    weights: dict[str, Tensor]
+    names: tuple[str, ...]
+
+
+def batches(family: Family) -> list[Batch]:
+    """A global batch: packs of several samples with pictures, a video, and one of text only."""
+    media = family.media_processor(Data())
+    packs: list[list[list[Any]]] = [
+        [["What is in this picture?", tiny.picture(24, 16, 1), "It is a three."], ["Describe seven words"]],
+        [["The first", tiny.picture(16, 24, 2), tiny.picture(32, 16, 3), "second a nine."]],
+        [["one two three four five"], ["How many red squares are there?"]],
+        [
+            ["Describe the video.", tiny.clip(4, seed=4), "A bar that moves."],
+            [tiny.picture(16, 16, 5), "yes no"],
+        ],
+    ]
+    return [
+        pack([tiny.sample(media, parts, id=10 * i + j) for j, parts in enumerate(samples)])
+        for i, samples in enumerate(packs)
+    ]
+
+
+def build(family: Family, layout: Layout, dtype: torch.dtype) -> nn.Module:
+    """The model on meta in `dtype`, adapters attached, frozen where the layout says."""
+    model = family.build().trained
+    if dtype == torch.float64 and getattr(family.config.get_text_config(), "num_experts", 0):
+        model.set_experts_implementation("eager")  # torch's grouped product knows no float64
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    if layout.lora:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        settings = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False)
+        inject_adapter_in_model(settings, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(layout.frozen) and ("lora_" in name) >= layout.lora)
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    return model.train()
+
+
+@torch.no_grad()
+def draw_adapters(model: nn.Module) -> None:
+    """The same values in every layout: drawn whole by name, then each rank keeps its piece."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            generator = torch.Generator().manual_seed(sum(map(ord, name)))
+            whole = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.1
+            if isinstance(parameter, DTensor):
+                from torch.distributed.tensor import distribute_tensor
+
+                mesh, placements = parameter.device_mesh, parameter.placements
+                parameter.to_local().copy_(
+                    distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
+                )
+            else:
+                parameter.copy_(whole)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps: int) -> Result:
+    """Loss and gradients of the global batch, then `steps` AdamW steps on it, in this world."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    recipe = Recipe(
+        model=Model(source=directory),
+        parallel=Parallel(**layout.parallel),
+        train=Train(precision=layout.precision),  # type: ignore[arg-type]
+    )
+    family = catalog.family(recipe.model)
+    model = build(family, layout, dtype)
+    names = tuple(name for name, _ in model.named_parameters())
+    bind(model, family)
+    data = batches(family)
+    objective = LanguageObjective("per_token", **family.balance(None))
+    if world > 1 or layout.world > 1 or layout.precision != "fp32" or layout.parallel:
+        mesh = Mesh(ParallelSizes.of(recipe.parallel, world), "cpu", rank)
+        apply(model, family.card, mesh, recipe)
+        mine = data[mesh.dp_rank :: mesh.sizes.dp]
+        inverse = inverse_weights(objective, mine, mesh.loss_group)
+    else:
+        mesh, mine = None, data
+        inverse = inverse_weights(objective, mine, None)
+    weights.load(model, family, new=["*lora_*"])
+    draw_adapters(model)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def step() -> float:
+        total = torch.zeros((), dtype=torch.float64)
+        for index, batch in enumerate(mine):
+            last_micro_batch(model, index == len(mine) - 1)
+            loss, _ = model(batch, lambda output, batch: objective.loss(output, batch, inverse))
+            loss.backward()
+            total += loss.detach()
+        if mesh is not None:
+            dist.all_reduce(total, group=mesh.loss_group)
+        return total.item()
+
+    with float64() if dtype == torch.float64 else contextlib.nullcontext():
+        loss = step()
+        gradients = {name: whole(p.grad) for name, p in trainable.items() if p.grad is not None}
+        if mesh is not None:
+            norm = float(ops.grad_norm(trainable.values(), mesh))
+        else:
+            norm = float(torch.stack([g.norm() for g in gradients.values()]).norm())
+        optimizer = torch.optim.AdamW(trainable.values(), lr=1e-3, foreach=False)
+        for index in range(steps):
+            if index:
+                step()
+            if mesh is not None:
+                ops.clip_(trainable.values(), ops.grad_norm(trainable.values(), mesh), 1.0)
+            else:
+                grads = [p.grad for p in trainable.values() if p.grad is not None]
+                torch._foreach_mul_(
+                    grads, min(1.0, 1.0 / float(torch.stack(torch._foreach_norm(grads)).norm()))
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+    after = {name: whole(p) for name, p in trainable.items()} if steps else {}
+    return Result(loss, gradients, norm, after, names)
+
+
+def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """Largest relative L2 error of a tensor and its name; norms below 1e-6 of the largest are not divided by."""
+    assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
+    floor = 1e-6 * max(float(tensor.norm()) for tensor in expected.values())
+    errors = {
+        name: float((tensor - expected[name]).norm()) / max(float(expected[name].norm()), floor)
+        for name, tensor in found.items()
+    }
+    name = max(errors, key=errors.__getitem__)
+    return errors[name], name
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Relative errors of a layout against one process; `where` is the worst gradient's name."""
+
+    layout: str
+    loss: float
+    gradients: float
+    norm: float
+    weights: float
+    where: str
+
+
+def compare(
+    rank: int,
+    directory: str,
+    layouts: Sequence[Layout],
+    reference: dict[str, Result],
+    dtype: torch.dtype,
+    steps: int,
+) -> list[Parity]:
+    """Run layouts one after the other in this world; `reference` by `kind`. Parameter names must be the same."""
+    results = []
+    for layout in layouts:
+        expected = reference[kind(layout)]
+        found = measure(directory, layout, dtype, rank, steps)
+        assert found.names == expected.names
+        gradients, where = error(found.gradients, expected.gradients)
+        results.append(
+            Parity(
+                layout.name,
+                abs(found.loss - expected.loss) / abs(expected.loss),
+                gradients,
+                abs(found.norm - expected.norm) / expected.norm,
+                error(found.weights, expected.weights)[0] if steps else 0.0,
+                where,
+            )
+        )
+    return results
+
+
+def kind(layout: Layout) -> str:
+    """Layouts of one kind share their single process."""
+    return f"{layout.lora} {layout.frozen}"
+
+
+def one_process(
+    rank: int, directory: str, layouts: Sequence[Layout], dtype: torch.dtype, steps: int
+) -> dict[str, Result]:
+    """The reference of every kind among the layouts, without any mesh."""
+    found = {}
+    for layout in layouts:
+        if kind(layout) not in found:
+            plain = Layout("one process", 1, {}, layout.frozen, layout.lora)
+            found[kind(layout)] = measure(directory, plain, dtype, rank, steps)
+    return found
