@@ -1,0 +1,250 @@
+"""Wishes in plain words, English and Chinese, to a kind of model, a task, a card or what is not here yet."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from polymodal import cli, shelf
+from polymodal.errors import PolymodalError
+from polymodal.models import catalog, router
+
+CARDS = catalog.cards()
+
+
+def ask(wish: str) -> router.Route:
+    return router.route(wish, CARDS)
+
+
+@pytest.mark.parametrize(
+    "wish, kind",
+    [
+        # the routing table of the documents, and their keywords
+        ("Train understanding model / VLM", "understanding"),
+        ("Train generative model / video / image", "generation"),
+        ("Train omni model", "omni"),
+        ("Train speech / TTS model", "audio"),
+        ("VLM", "understanding"),
+        ("vision-language", "understanding"),
+        ("image-text understanding", "understanding"),
+        ("OCR", "understanding"),
+        ("InternVL", "understanding"),
+        ("GLM4V", "understanding"),
+        ("Video generation", "generation"),
+        ("image generation", "generation"),
+        ("t2v", "generation"),
+        ("t2i", "generation"),
+        ("i2v", "generation"),
+        ("Wan", "generation"),
+        ("CogVideoX", "generation"),
+        ("FLUX", "generation"),
+        ("speech + vision + text", "omni"),
+        ("Speech recognition", "audio"),
+        ("ASR", "audio"),
+        ("Whisper", "audio"),
+        ("CosyVoice", "audio"),
+        # whole sentences
+        ("train a text to video model", "generation"),
+        ("I want to fine-tune a model that answers questions about photos", "understanding"),
+        ("describe pictures in Chinese", "understanding"),
+        ("make captions for my images", "understanding"),
+        ("read receipts and invoices", "understanding"),
+        ("turn speech to text for call centre recordings", "audio"),
+        ("clone a voice: text to speech", "audio"),
+        ("a model that sees and hears and answers", "omni"),
+        ("draw pictures from a prompt", "generation"),
+        ("微调一个图文理解模型", "understanding"),
+        ("训练文生视频模型", "generation"),
+        ("文生图", "generation"),
+        ("语音识别", "audio"),
+        ("语音合成模型", "audio"),
+        ("全模态模型训练", "omni"),
+        ("视频理解", "understanding"),
+        ("图生视频", "generation"),
+    ],
+)
+def test_kinds(wish, kind):
+    assert ask(wish).kind == kind
+
+
+@pytest.mark.parametrize(
+    "wish, name, size",
+    [
+        ("fine-tune Qwen2.5VL-7B", "qwen2.5-vl", "7b"),
+        ("Qwen2.5-VL 72B on 32 GPUs", "qwen2.5-vl", "72b"),
+        ("qwen2 vl 2b lora", "qwen2-vl", "2b"),
+        ("Qwen/Qwen3-VL-8B-Instruct", "qwen3-vl", "8b"),
+        ("qwen3vl", "qwen3-vl", None),
+        ("Qwen3-VL-30B-A3B", "qwen3-vl-moe", "30b-a3b"),
+        ("qwen3-vl-moe 235b", "qwen3-vl-moe", "235b-a22b"),
+        ("用LoRA微调qwen2.5vl-3b", "qwen2.5-vl", "3b"),
+    ],
+)
+def test_named_models(wish, name, size):
+    answer = ask(wish)
+    assert answer.card is not None and (answer.card.name, answer.size) == (name, size)
+
+
+@pytest.mark.parametrize(
+    "wish, first",
+    [("Wan2.2 14B", "wan2.2"), ("wan 2.1 t2v", "wan2.1"), ("fine-tune InternVL3", "internvl3"), ("qwen2.5-omni", "qwen2.5-omni"), ("Qwen3 TTS", "qwen3-tts"), ("hunyuanvideo", "hunyuan-video"), ("stable diffusion xl dreambooth", "sdxl")],
+)  # fmt: skip
+def test_models_still_to_come_are_named_as_such(wish, first):
+    answer = ask(wish)
+    assert answer.card is None and answer.coming[0].name == first
+    assert [stage.here for stage in answer.stages].count(False) >= 2
+    assert not any("train" in stage.command for stage in answer.stages)
+
+
+@pytest.mark.parametrize(
+    "wish, task",
+    [
+        ("train a VLM", "sft"), ("LoRA on qwen3vl", "lora"), ("pretrain a VLM from scratch", "pretrain"), ("DPO qwen2vl", "dpo"),
+        ("preference alignment", "dpo"), ("GRPO", "grpo"), ("reinforcement learning for qwen2.5vl", "grpo"), ("benchmark my VLM", "evaluate"),
+        ("偏好对齐", "dpo"), ("强化学习", "grpo"), ("预训练视觉语言模型", "pretrain"), ("用lora微调图文理解模型", "lora"), ("评测图文理解模型", "evaluate"),
+    ],
+)  # fmt: skip
+def test_tasks(wish, task):
+    answer = ask(wish)
+    assert answer.task == task and answer.kind == "understanding"
+    if task in router.NOT_YET:
+        assert "not here yet" in answer.notes[0] and any(
+            stage.title == task.upper() and not stage.here for stage in answer.stages
+        )
+
+
+def test_text_to_video_and_text_to_image_differ():
+    video, image = ask("train a text to video model"), ask("train a text to image model")
+    assert "wan2.1" in {f.name for f in video.coming} and "flux" not in {f.name for f in video.coming}
+    assert "flux" in {f.name for f in image.coming} and "wan2.1" not in {f.name for f in image.coming}
+    assert any(stage.title == "Extract features" for stage in video.stages)
+    assert {f.name for f in ask("transcribe speech").coming} == {"whisper", "fun-asr", "qwen3-asr"}
+    assert {f.name for f in ask("text to speech").coming} == {"cosyvoice3", "qwen3-tts"}
+
+
+def test_devices_are_read():
+    assert ask("qwen2.5vl 7b on 16 NPUs").devices == 16
+    assert ask("8卡微调qwen2.5vl").devices == 8
+    assert ask("qwen2.5vl 7b").devices is None
+
+
+def test_nonsense_is_not_guessed():
+    answer = ask("please bake a cake")
+    assert answer.kind is None and answer.stages == ()
+
+
+def test_every_awaited_family_is_found_by_its_name_and_aliases():
+    for family in router.COMING:
+        for name in (family.name, *family.aliases):
+            found = ask(f"train {name} please")
+            assert family.name in {f.name for f in found.coming} or found.card is not None, name
+            assert found.kind == family.kind or found.card is not None
+
+
+def test_cards_that_came_are_no_longer_awaited():
+    answer = router.route("wan2.1", {**CARDS, "wan2.1": CARDS["qwen2-vl"]})
+    assert "wan2.1" not in {f.name for f in answer.coming}
+
+
+COMMAND = typer.main.get_command(cli.app)
+
+
+def known_command(words: list[str]) -> bool:
+    """Whether the command line names a sub-command and options that exist."""
+    command = COMMAND
+    rest = words[1:]
+    while rest and hasattr(command, "commands"):
+        command, rest = command.commands[rest[0]], rest[1:]
+    options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    return all(word in options for word in rest if word.startswith("-"))
+
+
+@pytest.mark.parametrize("task", ["sft", "lora", "pretrain", "dpo", "grpo", "chat", "evaluate"])
+@pytest.mark.parametrize("name", list(CARDS))
+def test_every_stage_is_a_command_that_exists(name, task):
+    stages = router.way(CARDS[name], None, task)
+    commands = [stage.command for stage in stages if stage.command]
+    assert len(commands) >= 3 and all(known_command(shlex.split(command)) for command in commands)
+    assert all(stage.here or not stage.command for stage in stages)
+
+
+def test_paths_of_the_stages_join_up():
+    stages = router.way(CARDS["qwen2.5-vl"], "3b", "lora")
+    written = {part.strip().split(" ")[0] for stage in stages for part in stage.writes.split(",") if part}
+    given = ("data/llava_instruct_150k.json", "data/COCO2017/", "AI2D_TEST.tsv")
+    for stage in stages:
+        for part in filter(None, (text.strip() for text in stage.reads.split(","))):
+            assert part.startswith(given) or any(part.startswith(done) for done in written), (
+                stage.title,
+                part,
+            )
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(cli.app, ["models", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_table_fits_80_columns_and_names_every_model():
+    out = run()
+    assert max(map(len, out.splitlines())) <= 80
+    for card in CARDS.values():
+        assert card.name in out
+        assert all(task in out for task in card.tasks)
+    assert "verified" in out and "whisper" in out and "…" not in out
+
+
+@pytest.mark.parametrize("name", list(CARDS))
+def test_a_page_tells_sizes_and_why_not(name):
+    out = run(name)
+    card = CARDS[name]
+    flat = " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 80
+    assert all(size.hub in out for size in card.sizes.values())
+    for reason in card.limits.values():
+        assert reason in flat
+    for axis in ("pp", "ep"):
+        reason = shelf.why_not(card, axis)
+        assert reason is None or f"no: {reason}" in flat
+
+
+def test_json_forms():
+    assert {row["name"] for row in json.loads(run("--json"))} == set(CARDS)
+    page = json.loads(run("qwen2.5-vl", "--json"))
+    assert page["parallel"]["tp"] == "yes" and page["sizes"]["7b"]["hub"] == "Qwen/Qwen2.5-VL-7B-Instruct"
+    wish = json.loads(run("--for", "train a text to video model", "--json"))
+    assert (
+        wish["kind"] == "generation"
+        and wish["model"] is None
+        and "wan2.1" in [f["name"] for f in wish["not_yet"]]
+    )
+
+
+def test_a_wish_is_answered_with_commands_and_paths():
+    out = run("--for", "微调 qwen2.5-vl 7b, lora, 8卡")
+    assert "model: qwen2.5-vl, size 7b" in out
+    assert "polymodal train qwen2.5-vl-7b-lora.yaml --nproc 8" in out and "runs/qwen2.5-vl-7b-lora/" in out
+    assert "--merge-lora" in out
+    assert "not yet" in run("--for", "train a text to video model")
+    assert "Say what goes in" in run("--for", "xyzzy")
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("qwen2.5-vll", "Did you mean qwen2.5-vl"),
+        ("wan", "has no card here yet"),
+        ("zzz", "There is no model `zzz`"),
+    ],
+)
+def test_unknown_names(name, words):
+    with pytest.raises(PolymodalError, match=words):
+        shelf.main(name)
