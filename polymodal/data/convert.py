@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from polymodal.data.files import open_rows
 from polymodal.data.formats import RowReader
+from polymodal.data.references import References
 from polymodal.data.sample import Media, Message, Record
 from polymodal.data.source import expand
 from polymodal.errors import PolymodalError
@@ -87,14 +88,18 @@ def convert(
     try:
         os.makedirs(folder, exist_ok=True)
         with whole_file(destination) as file, _bar(total, progress) as report:
-            writer = _Writer(destination, media_dir)
             for rows, path in zip(files, paths, strict=True):
-                reader = RowReader(format, attr or Attr(), path, media_dir)
+                reader = RowReader(
+                    format, attr or Attr(), path, media_dir or ""
+                )  # "": paths as the row has them
+                places = References(attr or Attr(), path, None) if media_dir is None else None
+                writer = _Writer(destination, places)
                 for i in range(len(rows)):
                     record = reader.record(rows[i], rows.where(i))
-                    absent = [m for m in record.media if not _there(m)]
+                    absent = [p for m in record.media for p in writer.files(m) if not os.path.isfile(p)]
                     out.rows += 1
-                    out.missing += [(record.where, str(m.source)) for m in absent]
+                    report(out.rows, total)
+                    out.missing += [(record.where, p) for p in absent]
                     if absent and missing != "keep":
                         continue
                     text = json.dumps(writer.row(record), ensure_ascii=False)
@@ -105,8 +110,6 @@ def convert(
                     out.written += 1
                     out.text_only += not record.media
                     out.media += len(record.media)
-                    report(out.rows, total)
-            report(total, total)
             if ending == ".json":
                 file.write("\n]\n" if out.written else "[]\n")
             if out.missing and missing == "fail":
@@ -136,18 +139,20 @@ def convert(
     return out
 
 
-def _there(medium: Media) -> bool:
-    sources = medium.source if isinstance(medium.source, tuple) else (medium.source,)
-    return all(isinstance(s, bytes) or os.path.isfile(s) for s in sources)
-
-
 class _Writer:
     """Records as rows of MLLM JSON, with paths that hold from the destination."""
 
-    def __init__(self, destination: str, media_dir: str | None):
+    def __init__(self, destination: str, places: References | None):
         self.folder = os.path.dirname(destination) or "."
         self.media = os.path.splitext(destination)[0] + "_media"
-        self.as_given = media_dir is not None
+        self.places = places  # where the rows' relative paths start; None: they are written as they are
+
+    def files(self, medium: Media) -> list[str]:
+        """The files of a medium, as they are found from here."""
+        if isinstance(medium.source, bytes):
+            return []
+        names = medium.source if isinstance(medium.source, tuple) else (medium.source,)
+        return [self.places.path(n, "", "") if self.places else n for n in names]
 
     def row(self, record: Record) -> dict[str, Any]:
         if record.plain:
@@ -185,10 +190,13 @@ class _Writer:
         return out
 
     def _name(self, medium: Media) -> str | list[str]:
-        if isinstance(medium.source, tuple):
-            return [self._path(s) for s in medium.source]
-        if isinstance(medium.source, str):
-            return self._path(medium.source)
+        if not isinstance(medium.source, bytes):
+            own = medium.source if isinstance(medium.source, tuple) else (medium.source,)
+            names = [
+                n if self.places is None or os.path.isabs(n) else os.path.relpath(f, self.folder)
+                for n, f in zip(own, self.files(medium), strict=True)
+            ]
+            return names if isinstance(medium.source, tuple) else names[0]
         data = medium.source
         ending = next(
             (e for magic, e in MAGIC.items() if data.startswith(magic)),
@@ -200,9 +208,6 @@ class _Writer:
             with whole_file(path, "wb") as file:
                 file.write(data)
         return os.path.relpath(path, self.folder)
-
-    def _path(self, path: str) -> str:
-        return path if self.as_given or os.path.isabs(path) else os.path.relpath(path, self.folder)
 
 
 @contextlib.contextmanager

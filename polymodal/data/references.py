@@ -83,21 +83,22 @@ class References:
                         f"{where}: `{at}` looks like base64 but cannot be decoded ({error}).",
                         "Give a path, or whole base64 text.",
                     ) from None
-            return Media(kind, self._path(source, where, at))
+            return Media(kind, self.path(source, where, at))
         if (
             kind == "video"
             and isinstance(source, (list, tuple))
             and source
             and all(isinstance(s, str) and s for s in source)
         ):
-            return Media(kind, tuple(self._path(s, where, at) for s in source))
+            return Media(kind, tuple(self.path(s, where, at) for s in source))
         raise PolymodalError(
             f"{where}: `{at}` names no {kind}: {str(source)[:40]!r}.",
             "Give a path, bytes"
             + (", or a list of frame images." if kind == "video" else " or a data: URL."),
         )
 
-    def _path(self, source: str, where: str, at: str) -> str:
+    def path(self, source: str, where: str, at: str) -> str:
+        """Where a named file lies. Raises PolymodalError for addresses on the network."""
         if "://" in source[:12]:
             if not source.startswith("file://"):
                 raise PolymodalError(
