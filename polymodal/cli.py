@@ -245,6 +245,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 = the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from so many tokens; 0 = all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes tokens that were there less likely.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 42,
     batch_size: Annotated[int, typer.Option(help="Rows of --json answered together.")] = 16,
     device: Device = "auto",
@@ -260,8 +261,9 @@ def chat(
     from polymodal.generate.engine import Sampling
 
     sampling = Sampling(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
-    )
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+        repetition_penalty=repetition_penalty, seed=seed,
+    )  # fmt: skip
     return room.main(
         checkpoint, image=image or (), video=video or (), prompt=prompt, system=system, json_file=json_file, out=out,
         media_dir=media_dir, device=device, dtype=dtype, ema=ema, base=base, revision=revision, sampling=sampling, batch_size=batch_size,
@@ -285,7 +287,7 @@ def evaluate(
     ],
     metric: Annotated[
         str | None,
-        typer.Option(help="exact, contains, anls, relaxed, choice or open.", show_default="the benchmark's"),
+        typer.Option(help="exact, contains, anls, relaxed, choice, open or likelihood.", show_default="the benchmark's"),
     ] = None,
     out: Annotated[
         str | None,
@@ -306,6 +308,9 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     ema: Ema = False,
+    base: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where the base model of an adapter or a run lies now.")
+    ] = None,
     revision: Revision = None,
 ) -> int:
     """Measure a checkpoint on a benchmark file; on any number of processes, goes on where it stopped."""
@@ -314,7 +319,7 @@ def evaluate(
         from polymodal.evaluate import run
 
         run.main(
-            checkpoint, benchmark, data, metric=metric, out=out, device=device, dtype=dtype, ema=ema, revision=revision, limit=limit,
+            checkpoint, benchmark, data, metric=metric, out=out, device=device, dtype=dtype, ema=ema, base=base, revision=revision, limit=limit,
             max_new_tokens=max_new_tokens, batch_size=batch_size, system=system, media_dir=media_dir, restart=restart, html=html,
         )  # fmt: skip
         return 0
@@ -337,12 +342,15 @@ def export(
     ] = False,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.", show_default="the base's")] = None,
     ema: Ema = False,
+    base: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where the base model of an adapter or a run lies now.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing directory.")] = False,
 ) -> int:
     """Write a run as a hub checkpoint, and prove that the library opens it with the same outputs."""
     from polymodal.train import export as room
 
-    return room.run(source, directory, merge_lora=merge_lora, dtype=dtype, ema=ema, force=force)
+    return room.run(source, directory, merge_lora=merge_lora, dtype=dtype, ema=ema, base=base, force=force)
 
 
 @command(
