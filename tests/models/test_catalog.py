@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from polymodal.data.sample import Measure
 from polymodal.errors import PolymodalError
 from polymodal.models import catalog
 from polymodal.recipe import Model
@@ -214,3 +215,118 @@ def test_overrides_that_do_not_fit_are_refused(changes, message, hint, checkpoin
     with pytest.raises(PolymodalError, match=message) as caught:
         catalog.family(Model(source=str(checkpoint("qwen2.5-vl")), config=changes))
     assert hint in caught.value.hint
+
+
+# published sizes: hidden, layers, heads, key heads, feed-forward, vocabulary, tied; depth and width of the vision tower
+
+
+def qwen2(hidden, layers, heads, keys, wide, words, tied, vision):
+    text = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys,
+    }
+    rope = {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "rope_theta": 1000000.0}
+    more = {"vocab_size": words, "tie_word_embeddings": tied, "vision_config": vision}
+    return {**text, **rope, **more, "intermediate_size": wide}
+
+
+def qwen3(hidden, layers, heads, keys, wide, tied, depth, width, tall, **more):
+    text = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys,
+    }
+    text |= {"intermediate_size": wide, "head_dim": 128, "vocab_size": 151936, "rope_theta": 5000000, **more}
+    text["rope_scaling"] = {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    vision = {"depth": depth, "hidden_size": width, "intermediate_size": tall, "out_hidden_size": hidden}
+    vision["deepstack_visual_indexes"] = [depth // 4, depth // 2, 3 * depth // 4]
+    return {"text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
+
+
+def seen(out, wide):
+    return {"depth": 32, "hidden_size": 1280, "intermediate_size": wide, "out_hidden_size": out}
+
+
+PUBLISHED = {
+    ("qwen2-vl", "2b"): qwen2(1536, 28, 12, 2, 8960, 151936, True, {"embed_dim": 1280, "hidden_size": 1536}),
+    ("qwen2-vl", "7b"): qwen2(
+        3584, 28, 28, 4, 18944, 152064, False, {"embed_dim": 1280, "hidden_size": 3584}
+    ),
+    ("qwen2-vl", "72b"): qwen2(
+        8192, 80, 64, 8, 29568, 152064, False, {"embed_dim": 1280, "hidden_size": 8192}
+    ),
+    ("qwen2.5-vl", "3b"): qwen2(2048, 36, 16, 2, 11008, 151936, True, seen(2048, 3420)),
+    ("qwen2.5-vl", "7b"): qwen2(3584, 28, 28, 4, 18944, 152064, False, seen(3584, 3420)),
+    ("qwen2.5-vl", "32b"): qwen2(5120, 64, 40, 8, 27648, 152064, False, seen(5120, 3456)),
+    ("qwen2.5-vl", "72b"): qwen2(8192, 80, 64, 8, 29568, 152064, False, seen(8192, 3456)),
+    ("qwen3-vl", "2b"): qwen3(2048, 28, 16, 8, 6144, True, 24, 1024, 4096),
+    ("qwen3-vl", "4b"): qwen3(2560, 36, 32, 8, 9728, True, 24, 1024, 4096),
+    ("qwen3-vl", "8b"): qwen3(4096, 36, 32, 8, 12288, False, 27, 1152, 4304),
+    ("qwen3-vl", "32b"): qwen3(5120, 64, 64, 8, 25600, False, 27, 1152, 4304),
+    ("qwen3-vl-moe", "30b-a3b"): qwen3(
+        2048,
+        48,
+        32,
+        4,
+        6144,
+        False,
+        27,
+        1152,
+        4304,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    ),
+    ("qwen3-vl-moe", "235b-a22b"): qwen3(
+        4096,
+        94,
+        64,
+        4,
+        12288,
+        False,
+        27,
+        1152,
+        4304,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=1536,
+    ),
+}
+
+
+def test_every_size_of_the_catalogue_is_listed_here():
+    assert set(PUBLISHED) == {(card.name, key) for card in catalog.cards().values() for key in card.sizes}
+
+
+@pytest.mark.parametrize("name,key", PUBLISHED)
+def test_a_published_config_builds_the_model_the_card_describes(name, key, tmp_path):
+    """The hub's own config layout (flat before Qwen3) -> the model on meta: layers, parameters, tied heads, cost."""
+    card = catalog.cards()[name]
+    size = card.sizes[key]
+    data = {
+        "architectures": [card.architectures[0]],
+        "model_type": card.architectures[1],
+        **PUBLISHED[name, key],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    family = catalog.family(Model(source=str(tmp_path), init="random"))
+    model = family.build().trained
+    count = sum(parameter.numel() for parameter in model.parameters()) / 1e9
+    assert count == pytest.approx(size.parameters, rel=0.01)
+    assert (len(model.model.language_model.layers), len(model.model.visual.blocks)) == (
+        size.layers,
+        size.vision_layers,
+    )
+    assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == data[
+        "tie_word_embeddings"
+    ]
+    tokens = 10  # too few for attention to weigh: two operations for each weight that a token meets
+    met = family.cost(Measure(tokens, tokens)) / 2 / tokens / 1e9
+    text = family.config.text_config
+    embedding = text.vocab_size * text.hidden_size / 1e9
+    tower = sum(parameter.numel() for parameter in model.model.visual.parameters()) / 1e9
+    read = 0 if data["tie_word_embeddings"] else embedding  # looked up, not multiplied
+    assert met == pytest.approx((size.active or count - tower) - read, rel=0.02)

@@ -20,6 +20,7 @@ from polymodal.data.sample import IGNORE, Measure, pack
 from polymodal.errors import PolymodalError
 from polymodal.models import catalog
 from polymodal.models.card import Output
+from polymodal.models.understanding.qwen_vl import PatchEmbedding
 from polymodal.parallel import attention, pipeline
 from polymodal.recipe import Data, Model
 from tests.models import tiny
@@ -60,8 +61,9 @@ def model_of(source, name="sdpa", dtype=torch.float64):
         attn_implementation="sdpa" if name == "house" else name,
         experts_implementation="eager",
     )
-    if name == "house":
+    if name == "house":  # what a family's build adds to the library's class
         attention.use(model)
+        model.model.visual.patch_embed.proj.__class__ = PatchEmbedding
     return model.train()
 
 
@@ -189,7 +191,7 @@ def test_every_pattern_of_the_card_matches(name, tied, family):
         == attention.NAME
         == model.model.language_model.config._attn_implementation
     )
-    assert not model.config.text_config.use_cache and model.training
+    assert model.training
 
 
 def _matches(pattern, name):

@@ -60,7 +60,7 @@ CARD = ModelCard(
             235.7,
             94,
             27,
-            active=22.1,
+            active=22.0,
             devices=128,
             layout={"dp_shard": -1},
         ),

@@ -6,6 +6,7 @@ library's own functions; what is here is the order in which they are called.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -39,6 +40,7 @@ class QwenVLMedia:
         self.ids = {text: _id(self.tokenizer, text, directory) for text in (START, END, *PADS.values())}
         self.image_limits = self._limits("image", self.image_processor, data.image)
         self.video_limits = self._limits("video", self.video_processor, data.video)
+        self.frame_multiple: int = self.video_processor.temporal_patch_size
         self.fps = data.video.fps
 
     def _limits(self, kind: str, processor: Any, asked: Any) -> tuple[int | None, int | None]:
@@ -228,7 +230,7 @@ class Qwen3VLMedia(QwenVLMedia):
         pads = [self.ids[PADS[kind]]] * (grid[1] * grid[2] // self.video_processor.merge_size**2)
         ids = [self.ids[START]]
         for time in self.times(frames, seconds):
-            ids += self.tokenizer.encode(f"<{time:.1f} seconds>", add_special_tokens=False)
+            ids += _encoded(self.tokenizer, f"<{time:.1f} seconds>")
             ids += [self.ids[START], *pads, self.ids[END]]
         return Span([*ids, self.ids[END]], grid[0] * grid[1] * grid[2], grid)
 
@@ -240,6 +242,11 @@ class Qwen3VLMedia(QwenVLMedia):
         temporal = self.video_processor.temporal_patch_size
         known += [known[-1]] * (-len(known) % temporal)
         return [(known[i] + known[i + temporal - 1]) / 2 for i in range(0, len(known), temporal)]
+
+
+@functools.lru_cache(4096)
+def _encoded(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _processors(directory: str) -> tuple[Any, Any, Any]:
