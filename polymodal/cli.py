@@ -16,6 +16,8 @@ import typer
 
 from polymodal.errors import PolymodalError
 
+FORMATS = ("auto", "mllm", "llava", "sharegpt", "alpaca", "openai", "text")
+
 app = typer.Typer(
     name="polymodal",
     help="Train multimodal models: hub checkpoints in, one recipe, any number of devices, hub checkpoints out.",
@@ -67,6 +69,14 @@ def guard(action: Callable[[], int | None]) -> int:
         return 1
 
 
+def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises PolymodalError for a value that is none of those allowed."""
+    if value not in allowed:
+        raise PolymodalError(
+            f"{option} {value} is not known.", f"Use {', '.join(allowed[:-1])} or {allowed[-1]}."
+        )
+
+
 def spread(
     nproc: str | None, run_dir: str | os.PathLike | None, here: Callable[[], int], kind: str = "auto"
 ) -> int:
@@ -100,6 +110,7 @@ def _options(
     pass
 
 
+# fmt: off (one line an option reads best)
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="a.b=c", help="Keys of the recipe to set.", show_default=False)
@@ -113,7 +124,13 @@ Device = Annotated[str, typer.Option(help="auto, cpu, or the accelerator's kind.
 Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Ema = Annotated[bool, typer.Option("--ema", help="Use a run's averaged weights.")]
-MediaDir = Annotated[str | None, typer.Option(help="Directory that relative media paths start from.")]
+Base = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Where the base model of an adapter or a run lies now.")
+]
+MediaDir = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Directory that relative media paths start from.")
+]
+DataFormat = Annotated[str, typer.Option(help="auto, mllm, llava, sharegpt, alpaca or openai.")]
 
 
 @command(
@@ -135,10 +152,11 @@ def train(recipe: RecipeFile, overrides: Overrides = None, nproc: Processes = No
     if spawn.CHILD not in os.environ:
         target = launch.place(launch.default_nproc(nproc, read.device.kind))
         if isinstance(target, launch.Start) or target.rank == 0:
-            world = target.nproc * target.nodes if isinstance(target, launch.Start) else target.world
             from polymodal.train import check as checks
 
-            checks.refuse(read, world)
+            checks.refuse(
+                read, target.nproc * target.nodes if isinstance(target, launch.Start) else target.world
+            )
 
     def here() -> int:
         from polymodal.train import trainer
@@ -155,7 +173,7 @@ def check(
     world: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="Processes it will be trained on.", show_default="what the layout needs"
+            metavar="N", min=1, help="Processes it will be trained on.", show_default="what the layout needs"
         ),
     ] = None,
     data: Annotated[bool, typer.Option(help="Measure every sample (headers only).")] = True,
@@ -198,9 +216,10 @@ def init(
     task: Annotated[str, typer.Option(help="sft, lora or pretrain.")] = "sft",
     size: Annotated[str | None, typer.Option(help="Size, when MODEL names none.")] = None,
     devices: Annotated[
-        int | None, typer.Option(metavar="N", help="Accelerators of the run.", show_default="recommended")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Accelerators of the run.", show_default="recommended"),
     ] = None,
-    data: Annotated[str, typer.Option(help="Data file.")] = "data/train.json",
+    data: Annotated[str, typer.Option(metavar="FILE", help="Data file.")] = "data/train.json",
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Where to write it.", show_default="stdout"),
@@ -245,15 +264,15 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 = the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from so many tokens; 0 = all.")] = 0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes tokens that were there less likely.")] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 makes tokens that were there less likely.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 42,
     batch_size: Annotated[int, typer.Option(help="Rows of --json answered together.")] = 16,
     device: Device = "auto",
     dtype: Dtype = "auto",
     ema: Ema = False,
-    base: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where the base model of an adapter or a run lies now.")
-    ] = None,
+    base: Base = None,
     revision: Revision = None,
 ) -> int:
     """Ask a checkpoint: one question, a conversation in the terminal, or JSON lines in and out."""
@@ -261,13 +280,30 @@ def chat(
     from polymodal.generate.engine import Sampling
 
     sampling = Sampling(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
-        repetition_penalty=repetition_penalty, seed=seed,
-    )  # fmt: skip
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
     return room.main(
-        checkpoint, image=image or (), video=video or (), prompt=prompt, system=system, json_file=json_file, out=out,
-        media_dir=media_dir, device=device, dtype=dtype, ema=ema, base=base, revision=revision, sampling=sampling, batch_size=batch_size,
-    )  # fmt: skip
+        checkpoint,
+        image=image or (),
+        video=video or (),
+        prompt=prompt,
+        system=system,
+        json_file=json_file,
+        out=out,
+        media_dir=media_dir,
+        device=device,
+        dtype=dtype,
+        ema=ema,
+        base=base,
+        revision=revision,
+        sampling=sampling,
+        batch_size=batch_size,
+    )
 
 
 @command(
@@ -287,7 +323,9 @@ def evaluate(
     ],
     metric: Annotated[
         str | None,
-        typer.Option(help="exact, contains, anls, relaxed, choice, open or likelihood.", show_default="the benchmark's"),
+        typer.Option(
+            help="exact, contains, anls, relaxed, choice, open or likelihood.", show_default="the benchmark's"
+        ),
     ] = None,
     out: Annotated[
         str | None,
@@ -308,9 +346,7 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     ema: Ema = False,
-    base: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where the base model of an adapter or a run lies now.")
-    ] = None,
+    base: Base = None,
     revision: Revision = None,
 ) -> int:
     """Measure a checkpoint on a benchmark file; on any number of processes, goes on where it stopped."""
@@ -319,9 +355,24 @@ def evaluate(
         from polymodal.evaluate import run
 
         run.main(
-            checkpoint, benchmark, data, metric=metric, out=out, device=device, dtype=dtype, ema=ema, base=base, revision=revision, limit=limit,
-            max_new_tokens=max_new_tokens, batch_size=batch_size, system=system, media_dir=media_dir, restart=restart, html=html,
-        )  # fmt: skip
+            checkpoint,
+            benchmark,
+            data,
+            metric=metric,
+            out=out,
+            device=device,
+            dtype=dtype,
+            ema=ema,
+            base=base,
+            revision=revision,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            system=system,
+            media_dir=media_dir,
+            restart=restart,
+            html=html,
+        )
         return 0
 
     return spread(nproc, None, here, device)
@@ -342,9 +393,7 @@ def export(
     ] = False,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.", show_default="the base's")] = None,
     ema: Ema = False,
-    base: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where the base model of an adapter or a run lies now.")
-    ] = None,
+    base: Base = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing directory.")] = False,
 ) -> int:
     """Write a run as a hub checkpoint, and prove that the library opens it with the same outputs."""
@@ -400,52 +449,65 @@ def doctor(
 
 
 @command(
-    data_app, "polymodal data convert llava_instruct_150k.json train.json --media-dir COCO2017/train2017"
+    data_app,
+    "polymodal data convert data/llava_instruct_150k.json data/train.json --media-dir COCO2017/train2017",
 )
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="LLaVA, ShareGPT, Alpaca or OpenAI file.", show_default=False)
+        str,
+        typer.Argument(help="LLaVA, ShareGPT, Alpaca or OpenAI file, directory or glob.", show_default=False),
     ],
-    target: Annotated[Path, typer.Argument(help="MLLM JSON file to write.", show_default=False)],
-    media_dir: MediaDir = None,
-    format: Annotated[str, typer.Option(help="Format of the source.")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    target: Annotated[str, typer.Argument(help="MLLM file to write, .json or .jsonl.", show_default=False)],
+    media_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Put before the rows' media paths.")
+    ] = None,
+    format: DataFormat = "auto",
+    missing: Annotated[
+        str, typer.Option(help="Rows whose media are not there: skip, keep or fail.")
+    ] = "skip",
 ) -> int:
     """Rewrite a data file as MLLM JSON; text-only rows are kept, missing media counted and listed."""
     from polymodal.data import convert as room
 
-    return room.run(source, target, media_dir=media_dir, format=format, force=force)
+    one_of("--format", format, FORMATS)
+    one_of("--missing", missing, ("skip", "keep", "fail"))
+    print(room.convert(source, target, format=format, media_dir=media_dir, missing=missing))  # type: ignore[arg-type]
+    return 0
 
 
 @command(data_app, "polymodal data check train.json --media-dir images", name="check")
 def check_data(
     paths: Annotated[
         list[str],
-        typer.Argument(metavar="FILE...", help="Data files, directories or globs.", show_default=False),
+        typer.Argument(metavar="FILE", help="Data files, directories or globs.", show_default=False),
     ],
     media_dir: MediaDir = None,
-    format: Annotated[str, typer.Option(help="Format of the files.")] = "auto",
+    format: DataFormat = "auto",
     limit: Annotated[int, typer.Option(help="Problems listed.")] = 20,
     as_json: AsJson = False,
 ) -> int:
     """Read every row and every media header; list what is broken, with its line. Needs no model."""
     from polymodal.data import check as room
 
-    return room.run(paths, media_dir=media_dir, format=format, limit=limit, as_json=as_json)
+    one_of("--format", format, FORMATS)
+    return room.main(paths, media_dir=media_dir, format=format, limit=limit, as_json=as_json)
 
 
-@command(data_app, "polymodal data show recipe.yaml --out samples.html --samples 20")
+@command(data_app, "polymodal data show recipe.yaml -o samples.html --samples 20")
 def show(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Page to write.")] = Path("samples.html"),
-    samples: Annotated[int, typer.Option(help="Samples shown.")] = 20,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Page to write.")] = Path(
+        "samples.html"
+    ),
+    samples: Annotated[int, typer.Option(min=1, help="Samples shown.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the choice.")] = 0,
 ) -> int:
     """Render samples as the model meets them: tokens, label mask, pictures; one HTML page."""
     from polymodal import recipe as recipes
-    from polymodal.data import show as room
+    from polymodal.train import check as checks
 
-    return room.run(recipes.load(recipe, overrides or []), out, samples=samples)
+    return checks.show(recipes.load(recipe, overrides or []), out, samples, seed)
 
 
 @command(recipe_app, "polymodal recipe schema > recipe.schema.json")
@@ -477,6 +539,7 @@ def docs() -> int:
     return 0
 
 
+# fmt: on
 def main() -> None:
     if "POLYMODAL_LAUNCHED_BY" in os.environ:  # spawn.CHILD, without importing what help does not need
         from polymodal import spawn
