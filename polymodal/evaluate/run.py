@@ -21,7 +21,7 @@ from polymodal.errors import PolymodalError
 from polymodal.evaluate import benchmarks, report
 from polymodal.evaluate.benchmarks import Question, Questions
 from polymodal.evaluate.metrics import METRICS
-from polymodal.evaluate.store import Memory, Ranks, Store, replace_file
+from polymodal.evaluate.store import Memory, Progress, Ranks, Store, replace_file
 from polymodal.generate.engine import Answer, Engine, Sampling
 
 
@@ -245,7 +245,7 @@ def _answer(
             [(key, ask(i)) for key, i in zip(ids, mine, strict=True)], sampling, batch_size=batch_size
         )
     write = store.writer(world.rank)
-    with _Progress(progress and world.rank == 0, count, done, store, engine.name) as bar:
+    with Progress(progress and world.rank == 0, count, done, store, engine.name) as bar:
         began = time.perf_counter()
         for position, answer in got:
             entry: dict[str, Any] = {"id": ids[position]}
@@ -256,41 +256,6 @@ def _answer(
                 entry |= {"answer": "", "error": str(answer)}
             write({**entry, "rank": world.rank, "seconds": round(time.perf_counter() - began, 3)})
             bar.update()
-
-
-class _Progress:
-    """A bar over all ranks' answers on rank 0's terminal; silent elsewhere."""
-
-    def __init__(self, on: bool, total: int, done: int, store: Store, title: str):
-        self.bar = None
-        self.store, self.sizes, self.looked = store, {}, 0.0
-        if on:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
-            self.bar = Progress(*columns, console=Console(stderr=True))
-            self.task = self.bar.add_task(title, total=total, completed=done)
-
-    def __enter__(self) -> _Progress:
-        if self.bar:
-            self.bar.start()
-        return self
-
-    def update(self) -> None:
-        if self.bar and time.perf_counter() - self.looked > 0.5:
-            self.looked = time.perf_counter()
-            self.bar.update(self.task, completed=self.store.count(self.sizes))
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar:
-            self.bar.update(self.task, completed=self.store.count(self.sizes))
-            self.bar.stop()
 
 
 # --- judging and writing -------------------------------------------------------------------------------------------
@@ -450,6 +415,7 @@ def main(
     device: str = "auto",
     dtype: str = "auto",
     ema: bool = False,
+    base: str | None = None,
     revision: str | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -476,7 +442,9 @@ def main(
     where = Path(out) if out else Path("evaluations") / f"{Path(checkpoint.rstrip('/')).name}-{facts.name}"
     recipe = recipes.Recipe(model=recipes.Model(source=checkpoint), device=recipes.Device(kind=device))  # type: ignore[arg-type]
     with launch.runtime(recipe) as rt:
-        engine = open_engine(checkpoint, revision=revision, device=rt.device.torch, dtype=dtype, ema=ema)
+        engine = open_engine(
+            checkpoint, revision=revision, device=rt.device.torch, dtype=dtype, ema=ema, base=base
+        )
         result = evaluate(
             engine, data, metric, benchmark=facts.name, out=where, sampling=sampling, progress=True, **options
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -185,3 +186,39 @@ def replace_file(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
+
+
+class Progress:
+    """A bar over all ranks' answers on rank 0's terminal; silent elsewhere."""
+
+    def __init__(self, on: bool, total: int, done: int, store: Store, title: str):
+        self.bar: Any = None
+        self.store, self.looked = store, 0.0
+        self.sizes: dict[Path, tuple[int, int]] = {}
+        if on:
+            from rich import progress as rich
+            from rich.console import Console
+
+            columns = (
+                rich.TextColumn("{task.description}"),
+                rich.BarColumn(),
+                rich.MofNCompleteColumn(),
+                rich.TimeRemainingColumn(),
+            )
+            self.bar = rich.Progress(*columns, console=Console(stderr=True))
+            self.task = self.bar.add_task(title, total=total, completed=done)
+
+    def __enter__(self) -> Progress:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def update(self) -> None:
+        if self.bar and time.perf_counter() - self.looked > 0.5:
+            self.looked = time.perf_counter()
+            self.bar.update(self.task, completed=self.store.count(self.sizes))
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=self.store.count(self.sizes))
+            self.bar.stop()
