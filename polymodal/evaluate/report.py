@@ -26,8 +26,8 @@ table{border-collapse:collapse;margin:8px 0}th,td{text-align:left;padding:5px 14
 .card{background:var(--card);border:1px solid var(--line);border-left:4px solid var(--line);border-radius:8px;padding:12px;overflow-wrap:anywhere}
 .card.right{border-left-color:var(--good)}.card.wrong{border-left-color:var(--bad)}.card.part{border-left-color:var(--half)}
 .card .pics{display:flex;flex-wrap:wrap;gap:6px;margin-bottom:8px}.card img{max-width:100%;max-height:160px;border-radius:4px;background:#fff}.card img.small{width:96px;image-rendering:pixelated}
-.card .q{white-space:pre-wrap;max-height:12em;overflow:auto;margin:0 0 8px}.card .row{display:flex;gap:8px;margin-top:3px}.card .row b{flex:0 0 74px;font-weight:500;color:var(--dim)}.card .row span{white-space:pre-wrap;max-height:12em;overflow:auto}
-.right>.mark,span.right{color:var(--good)}span.wrong{color:var(--bad)}span.part{color:var(--half)}.none{color:var(--dim);font-style:italic}
+.card .q{white-space:pre-wrap;max-height:18em;overflow:auto;margin:0 0 8px}.card .row{display:flex;gap:8px;margin-top:3px}.card .row b{flex:0 0 74px;font-weight:500;color:var(--dim)}.card .row span{white-space:pre-wrap;max-height:12em;overflow:auto}
+span.right{color:var(--good)}span.wrong{color:var(--bad)}span.part{color:var(--half)}.card span.right::after{content:" ✓"}.card span.wrong::after{content:" ✗"}.card span.part::after{content:" ≈"}.none{color:var(--dim);font-style:italic}
 .bar{display:flex;flex-wrap:wrap;gap:8px;margin:0 0 12px}.bar button,.bar input{font:inherit;color:inherit;background:var(--card);border:1px solid var(--line);border-radius:6px;padding:5px 12px}.bar button[aria-pressed=true]{border-color:var(--text)}.bar input{flex:1;min-width:160px}
 details summary{cursor:pointer;color:var(--dim)}
 """

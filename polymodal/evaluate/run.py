@@ -389,7 +389,7 @@ def _page(result: Result, questions: Questions, most: int, label: str) -> str:
     return report.page(
         f"{result.name}: {result.benchmark}",
         sections,
-        f"{percent(result.score)} by `{result.metric}` over {result.scored} questions",
+        f"{percent(result.score)} by {result.metric} over {result.scored} questions",
     )
 
 
