@@ -18,6 +18,7 @@ import mmap
 import os
 import pickle
 import signal
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection, reduction
@@ -56,11 +57,17 @@ class Pool:
             )
         context = multiprocessing.get_context("spawn")
         self._workers: list[_Worker] = []
-        with quiet_threads():
+        # What a process knows goes by a file: through its pipe, each would be waited for while it imports torch.
+        with quiet_threads(), tempfile.TemporaryFile() as baggage:
+            pickle.dump(make, baggage, protocol=5)
+            baggage.flush()
             for number in range(count):
                 mine, theirs = context.Pipe()
                 process = context.Process(
-                    target=_serve, args=(theirs, make, shared), name=f"polymodal-data-{number}", daemon=True
+                    target=_serve,
+                    args=(theirs, _Baggage(baggage.fileno()), shared),
+                    name=f"polymodal-data-{number}",
+                    daemon=True,
                 )
                 try:
                     process.start()
@@ -195,11 +202,32 @@ def quiet_threads() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _serve(pipe: connection.Connection, make: Make, shared: bool) -> None:
+class _Baggage:
+    """An open file of one pickled object, which a process inherits and reads by itself."""
+
+    def __init__(self, handle: int):
+        self.handle = handle
+
+    def __getstate__(self) -> Any:
+        return reduction.DupFd(self.handle)
+
+    def __setstate__(self, duplicate: Any) -> None:
+        self.handle = duplicate.detach()
+
+    def unpack(self) -> Any:
+        with (
+            os.fdopen(self.handle, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            return pickle.loads(content)
+
+
+def _serve(pipe: connection.Connection, baggage: _Baggage, shared: bool) -> None:
     """A worker's life: until the pipe ends. Signals for the job are the trainer's to answer, not its workers'."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
+    make: Make = baggage.unpack()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             payload = pickle.loads(pipe.recv_bytes())

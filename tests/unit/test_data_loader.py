@@ -327,3 +327,55 @@ def test_without_memory_files_bytes_go_through_the_socket_with_a_warning(rows, c
     assert [r for r in caplog.records if "anonymous memory files" in r.message]
     for a, b in zip(take(loader_of(rows), 4), there, strict=True):
         same(a, b)
+
+
+def test_the_real_corpus_and_processor(tmp_path):
+    """Rows with pictures, from file to batch: every length that was planned is the length that arrives."""
+    from polymodal import recipe
+    from polymodal.data.chat import ChatProcessor
+    from polymodal.data.source import open_corpus
+    from polymodal.models import catalog
+    from tests.models import tiny
+
+    for i in range(5):
+        tiny.picture(16 + 8 * i, 16 + 8 * (i % 3), i).save(tmp_path / f"{i}.png")
+    rows = []
+    for i in range(40):
+        pictures = [f"{(i + k) % 5}.png" for k in range(i % 3)]
+        question = "<image>" * len(pictures) + "What is in this picture? " * (i % 4 + 1)
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": "It is a three. " * (i % 7 + 1)},
+        ]
+        rows.append({"messages": messages, "images": pictures})
+    rows[7]["images"] = ["absent.png"]
+    rows[8]["messages"] *= 9
+    rows[8]["images"] *= 9
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    data = Data(
+        datasets=[recipe.Dataset(path=str(path))],
+        max_length=256,
+        workers=0,
+        on_error="skip",
+        overlong="split",
+    )
+    family = catalog.family(recipe.Model(source=str(tiny.checkpoint("qwen2.5-vl", tmp_path / "model"))))
+    chat = ChatProcessor(family.media_processor(data), data)
+    corpus = open_corpus(data.datasets, data.attr)
+    index = build_index(corpus, chat, data, progress=lambda *_: None)
+    assert len(index) > 40 and [w for places in index.dropped.values() for w in places] == [f"{path}, line 8"]
+    schedule = Schedule(index, corpus.parts, data, Train(global_batch_size=2), family.cost)
+    seen = []
+    with Loader(
+        schedule, corpus, chat, data, rows=chat.media.rows, stop_after=schedule.steps_in_epoch()
+    ) as loader:
+        for step in loader:
+            assert not step.stats.broken and step.stats.flops > 0
+            for b in step.micro_batches:
+                ids = list(b.samples)
+                seen += ids
+                assert b["input_ids"].shape[1] == index.tokens[ids].sum() <= 256
+                assert (b["labels"] != IGNORE).sum() == index.trained[ids].sum()
+                assert len(b.tensors.get("pixel_values", ())) == index.patches[ids].sum()
+                assert b["position_ids"].shape[0] == 4
+    assert sorted(seen) == [i for i in range(len(index)) if index.usable[i]]
