@@ -51,15 +51,33 @@ def _block_patterns(modules: dict[str, nn.Module]) -> list[str]:
     return [f"{name}.*" for name in lists] or ["not in lists"]
 
 
-def refuse(sizes: ParallelSizes) -> None:
-    """Raise PolymodalError for kinds of parallelism that no room here builds yet."""
-    for axis, name in (("pp", "pipeline"), ("cp", "context"), ("ep", "expert")):
+UNBUILT = {"pp": "pipeline", "cp": "context", "ep": "expert"}
+"""Kinds of parallelism that `apply` does not lay out yet."""
+
+
+def check(card: ModelCard, config: Any, sizes: ParallelSizes) -> list[PolymodalError]:
+    """Every reason why a model of this transformers config cannot be laid out so; empty when it can.
+
+    Needs no weights and no model. The errors are made, not raised: `polymodal check` lists them all.
+    """
+    reasons = []
+    for axis in ("pp", "cp", "ep", "tp"):
         size = getattr(sizes, axis)
-        if size > 1:
-            raise PolymodalError(
-                f"parallel.{axis} = {size}: {name} parallelism is not built yet.",
-                f"Set parallel.{axis} to 1 and use dp_replicate, dp_shard and tp.",
+        if size == 1:
+            continue
+        if axis in card.limits:
+            cause = f"{card.name} cannot be laid out with parallel.{axis} = {size}: {card.limits[axis]}"
+            reasons.append(PolymodalError(cause, f"Set parallel.{axis} to 1."))
+        elif axis in UNBUILT:
+            reasons.append(
+                PolymodalError(
+                    f"parallel.{axis} = {size}: {UNBUILT[axis]} parallelism is not built yet.",
+                    f"Set parallel.{axis} to 1 and use dp_replicate, dp_shard and tp.",
+                )
             )
+    if sizes.tp > 1 and "tp" not in card.limits:
+        reasons += tensor.check(card, config, sizes.tp)
+    return reasons
 
 
 def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.Module:
@@ -71,7 +89,8 @@ def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.M
     Raises PolymodalError for a layout that this model or this version cannot have.
     """
     parallel, precision = recipe.parallel, recipe.train.precision
-    refuse(mesh.sizes)
+    for reason in check(card, getattr(model, "config", None), mesh.sizes):
+        raise reason
     blocks = matching(model, card.blocks, f"the card {card.name}")
     _set_dtypes(model, precision)
     tp = mesh.view("tp")

@@ -8,6 +8,7 @@ whole input and its own heads or columns, and gradients are partial sums; at the
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -424,14 +425,50 @@ def _on_first(
     return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
 
+def counts(config: Any) -> dict[str, int]:
+    """What tensor parallelism divides, by its key in config.json: heads, widths, vocabulary, experts."""
+    found: dict[str, int] = {}
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vision = getattr(config, "vision_config", None)
+    experts = getattr(text, "num_experts", 0)
+    dense = (
+        not experts or getattr(text, "mlp_only_layers", None) or getattr(text, "decoder_sparse_step", 1) > 1
+    )
+    keys = ["num_attention_heads", "num_key_value_heads", "vocab_size", "num_experts"]
+    for key in [*keys, "intermediate_size"] if dense else keys:
+        if getattr(text, key, 0):
+            found[key if text is config else f"text_config.{key}"] = getattr(text, key)
+    for key in ("num_heads", "num_attention_heads", "intermediate_size"):
+        if vision is not None and getattr(vision, key, 0):
+            found[f"vision_config.{key}"] = getattr(vision, key)
+    return found
+
+
+def check(card: ModelCard, config: Any, size: int) -> list[PolymodalError]:
+    """Why a model of this transformers config cannot be cut over `size` ranks, with the numbers that would work."""
+    if not card.tensor_plan:
+        return [
+            PolymodalError(
+                f"{card.name} has no tensor-parallel plan.", "Set parallel.tp to 1 and use dp_shard."
+            )
+        ]
+    have = counts(config)
+    common = math.gcd(*have.values())
+    works = [n for n in range(1, common + 1) if common % n == 0]
+    return [
+        PolymodalError(
+            f"parallel.tp = {size} does not divide {key} = {value} of {card.name}.",
+            f"Choose parallel.tp from {', '.join(map(str, works))}.",
+        )
+        for key, value in have.items()
+        if value % size
+    ]
+
+
 def apply(model: nn.Module, card: ModelCard, blocks: list[str], mesh: DeviceMesh, sequence: bool) -> None:
     """Cut `model` over the 1-D tensor-parallel `mesh` by its card's tensor_plan.
 
     blocks: names of the card's blocks in order; sequence: also cut the residual streams (sequence parallelism).
     Afterwards every parameter is a DTensor on `mesh`. Raises PolymodalError for what cannot be cut.
     """
-    if not card.tensor_plan:
-        raise PolymodalError(
-            f"{card.name} has no tensor-parallel plan.", "Set parallel.tp to 1 and use dp_shard."
-        )
     _Layout(model, resolve(model, card), blocks, mesh, sequence).run()

@@ -1,0 +1,108 @@
+"""Sizes that do not fit are refused in one sentence; a rank's place and its views are what the order says."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from polymodal.errors import PolymodalError
+from polymodal.models.card import Family, ModelCard
+from polymodal.parallel import tensor
+from polymodal.parallel.apply import apply, check, matching
+from polymodal.parallel.mesh import Mesh, ParallelSizes
+from polymodal.recipe import Model, Parallel, Recipe
+from tests.parallel.harness import run
+
+
+@pytest.mark.parametrize(
+    "keys, world, words",
+    [
+        ({"tp": 3}, 8, "8 processes cannot be divided by"),
+        ({"tp": 2, "dp_shard": 2}, 8, "asks for 4 processes"),
+        ({"dp_shard": 0}, 1, "no meaning"),
+        ({"ep": 3}, 4, "ep = 3 does not divide"),
+    ],
+)
+def test_sizes_that_do_not_fit(keys: dict, world: int, words: str):
+    with pytest.raises(PolymodalError, match=words):
+        ParallelSizes.of(Parallel(**keys), world)
+
+
+def test_what_is_left_goes_to_dp_shard():
+    sizes = ParallelSizes.of(Parallel(dp_replicate=2, tp=2), 16)
+    assert (sizes.dp_shard, sizes.dp, sizes.world) == (4, 8, 16)
+
+
+def _places(rank: int) -> tuple:
+    mesh = Mesh(ParallelSizes(1, 2, 1, 1, 2), "cpu", rank)
+    total = torch.tensor([1.0])
+    dist.all_reduce(total, group=mesh.loss_group)
+    tp = mesh.view("tp")
+    assert mesh.view("cp") is None and tp is not None
+    return mesh.dp_rank, tp.get_local_rank(), mesh.fsdp.ndim, mesh.fsdp.size(), total.item()
+
+
+def test_places_and_views():
+    assert run(4, _places) == [(0, 0, 2, 2, 2.0), (0, 1, 2, 2, 2.0), (1, 0, 2, 2, 2.0), (1, 1, 2, 2, 2.0)]
+
+
+CARD = ModelCard("toy", Family, (), (), ("layers.*",), {}, tensor_plan={"layers.*": "mlp"})
+TEXT = {"num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 1000, "intermediate_size": 96}
+
+
+def _sizes(**keys: int) -> ParallelSizes:
+    return ParallelSizes(**{"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, **keys})
+
+
+def test_check_says_what_would_work():
+    assert check(CARD, SimpleNamespace(**TEXT), _sizes(tp=4)) == []
+    (reason,) = check(CARD, SimpleNamespace(**TEXT), _sizes(tp=8, dp_shard=2))[:1]
+    assert "num_attention_heads = 12" in reason.message and reason.hint == "Choose parallel.tp from 1, 2, 4."
+
+
+def test_check_lists_every_reason():
+    limited = ModelCard("toy", Family, (), (), (), {}, limits={"pp": "its towers share weights."})
+    reasons = check(limited, SimpleNamespace(**TEXT), _sizes(pp=2, tp=2, ep=2))
+    assert [r.message.split(":")[0] for r in reasons] == [
+        "toy cannot be laid out with parallel.pp = 2",
+        "parallel.ep = 2",
+        "toy has no tensor-parallel plan.",
+    ]
+
+
+def _toy() -> nn.Module:
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+    return model
+
+
+def test_a_pattern_without_a_module_names_the_blocks():
+    with pytest.raises(PolymodalError, match=r"parallel.recompute_blocks: .*`layer\.\*`.*layers\.\*"):
+        matching(_toy(), ["layer.*"], "parallel.recompute_blocks")
+
+
+def test_a_card_with_a_wrong_style_is_refused():
+    card = ModelCard("toy", Family, (), (), (), {}, tensor_plan={"layers.*": "sideways"})
+    with pytest.raises(PolymodalError, match="style `sideways`"):
+        tensor.resolve(_toy(), card)
+
+
+def _one_rank(rank: int) -> tuple[str, str, bool]:
+    """One process in its own precision stays plain; with bf16 arithmetic it is FSDP2 on one rank, masters float32."""
+    from torch.distributed.tensor import DTensor
+
+    found = []
+    for precision in ("fp32", "bf16"):
+        recipe = Recipe(model=Model(source="toy"), train={"precision": precision})
+        model = _toy()
+        apply(model, CARD, Mesh(_sizes(), "cpu", rank), recipe)
+        found.append(model.layers[0].weight)
+    return type(found[0]).__name__, type(found[1]).__name__, isinstance(found[1], DTensor)
+
+
+def test_one_process():
+    assert run(1, _one_rank) == [("Parameter", "DTensor", True)]
