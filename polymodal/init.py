@@ -1,0 +1,260 @@
+"""Writes recipes: a commented starting point for a model, a task and a number of devices, with the recommended layout.
+
+Sees the cards and the recipe. What it writes always validates; figures in its comments are estimates and say so.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from polymodal import recipe
+from polymodal.errors import PolymodalError
+from polymodal.models import catalog, router
+from polymodal.models.card import Family, ModelCard
+
+TASKS = {"sft": "full fine-tuning", "lora": "LoRA fine-tuning", "pretrain": "pretraining from random weights"}
+DEVICE_GIB = 64
+"""Memory of the accelerators that recommendations are made for."""
+FULL_BYTES = 16
+"""A trained parameter in mixed precision: float32 weight, gradient, and Adam's two moments."""
+FROZEN_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is written: the source and the layout for `devices` accelerators."""
+
+    card: ModelCard
+    size: str
+    source: str
+    task: str
+    devices: int
+    layout: dict[str, Any]
+    state_gib: float  # weights, gradients and optimizer a device: an estimate
+    activation_gib: float  # kept activations a device without recompute: an estimate
+
+
+def plan(model: str, task: str, size: str | None, devices: int | None) -> Plan:
+    """Choose the size and the layout. Raises PolymodalError for unknown names, tasks and impossible device counts."""
+    if task not in TASKS:
+        near = difflib.get_close_matches(task, TASKS, 1)
+        raise PolymodalError(
+            f"--task {task} is not known.", f"Did you mean {near[0]}?" if near else f"Use {', '.join(TASKS)}."
+        )
+    card, key, source = _identify(model)
+    if size is not None:
+        found = size.lower()
+        if found not in card.sizes:
+            begins = [k for k in card.sizes if k.split("-")[0] == found]  # 235b for 235b-a22b
+            if len(begins) != 1:
+                raise PolymodalError(
+                    f"{card.name} has no size {size}.", f"Its sizes: {', '.join(card.sizes)}."
+                )
+            found = begins[0]
+        key = found
+    key = key or router.middle(card)
+    facts = card.sizes[key]
+    count = devices or (facts.devices if task != "lora" else max(1, min(8, facts.devices // 2)))
+    layout = {
+        axis: n
+        for axis, n in facts.layout.items()
+        if axis != "dp_shard" and n != 1 and axis not in card.limits
+    }
+    if task == "lora" and facts.parameters * FROZEN_BYTES < 0.6 * DEVICE_GIB * count:
+        layout.pop("tp", None)  # frozen weights are small enough for FSDP alone
+    if "tp" in layout:
+        layout["tp"] = math.gcd(int(layout["tp"]), count)
+        if layout["tp"] == 1:
+            del layout["tp"]
+    each = FROZEN_BYTES if task == "lora" else FULL_BYTES
+    state = facts.parameters * 1e9 * each / count / 2**30
+    dense = facts.active or facts.parameters
+    hidden = math.sqrt(dense * 1e9 / facts.layers / 12)  # a layer has about 12 x hidden^2 weights
+    # Korthikanti et al. 2022: 34 bytes a token, layer and hidden unit, without the scores that flash attention never keeps
+    activations = 34 * hidden * facts.layers * 4096 / layout.get("tp", 1) / 2**30
+    if state + activations > 0.8 * DEVICE_GIB:
+        layout["recompute"] = "full"
+    return Plan(card, key, source or facts.hub, task, count, layout, state, activations)
+
+
+def _identify(model: str) -> tuple[ModelCard, str | None, str]:
+    """(card, size, source) of a name, hub id or directory; source "" = the size's own hub id."""
+    known = None if os.path.isdir(model) else catalog.named(model)
+    if known is not None:
+        return (*known, "")
+    later = next((f for f in router.COMING if model.lower() in (f.name, *f.aliases)), None)
+    if later is not None and not os.path.exists(model):
+        raise PolymodalError(f"{later.name} has no card here yet.", "`polymodal models` lists what there is.")
+    near = catalog.nearest(model)
+    if not os.path.isdir(model) and not catalog.HUB_ID.match(model):
+        raise PolymodalError(
+            f"There is no model `{model}`.",
+            f"Did you mean {' or '.join(near)}?" if near else "`polymodal models` lists them.",
+        )
+    card = catalog.find(model)
+    return card, _size_of(model, card), model
+
+
+def _size_of(directory: str, card: ModelCard) -> str | None:
+    """The published size whose layers the directory's config.json has."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text())
+    layers = (config.get("text_config") or config).get("num_hidden_layers", config.get("num_hidden_layers"))
+    fits = [key for key, size in card.sizes.items() if size.layers == layers]
+    named = [key for key in fits if key.split("-")[0] in directory.lower()]
+    return (named or fits or [None])[0]
+
+
+def text(
+    plan: Plan, data: str, *, name: str | None = None, base: str | None = None, file: str | None = None
+) -> str:
+    """The recipe as commented YAML. With `base`, what every recipe shares is left to that file."""
+    facts = plan.card.sizes[plan.size]
+    name = name or f"{plan.card.name}-{plan.size}-{plan.task}"
+    file = file or f"{name}.yaml"
+    nodes = f" on each of {-(-plan.devices // 8)} nodes" if plan.devices > 8 else ""
+    fits = "" if plan.state_gib < 0.85 * DEVICE_GIB else f"; too much for {DEVICE_GIB} GB: use more devices"
+    lines = [
+        f"# {plan.card.name} {plan.size}: {TASKS[plan.task]} on {plan.devices} device{'s' * (plan.devices > 1)}.",
+        f"# polymodal check {file} --world {plan.devices}",
+        f"# polymodal train {file} --nproc {min(8, plan.devices)}{nodes}",
+        *([f"base: {base}"] if base else []),
+        f"name: {name}",
+        "model:",
+        f"  source: {_scalar(plan.source)}  # hub id, or the directory of its files",
+    ]
+    if plan.task == "lora":
+        lines += [
+            f"  lora: {{rank: 16, alpha: 32, towers: [{_main_tower(plan.card)}]}}  # towers: {', '.join(plan.card.towers)}"
+        ]
+    if plan.task == "pretrain":
+        lines += [
+            "  init: random  # weights from the config and the seed; shrink with config: {text_config.num_hidden_layers: 4}"
+        ]
+    lines += [
+        "data:",
+        "  datasets:",
+        f"    - path: {_scalar(data)}  # json, jsonl, parquet, csv, tar; MLLM, ShareGPT, LLaVA, Alpaca, OpenAI",
+    ]
+    if not base:
+        lines += ["      # media_dir: data  # where relative picture paths start (default: beside the file)"]
+    lines += ["  max_length: 4096  # longer samples are dropped and counted; pictures are never cut"]
+    if plan.task == "pretrain":
+        lines += ["  train_on: all"]
+    if plan.layout:
+        lines += [
+            f"parallel:  # weights, gradients, optimizer: about {plan.state_gib:.1f} GiB a device{fits}"
+        ]
+        lines += [f"  {axis}: {value}" for axis, value in plan.layout.items()]
+    else:
+        lines += [
+            f"parallel: {{dp_shard: -1}}  # FSDP2: weights, gradients, optimizer: about {plan.state_gib:.1f} GiB a device{fits}"
+        ]
+    lines += ["train:"]
+    if not base:
+        lines += ["  epochs: 1", "  precision: bf16"]
+    lines += [
+        f"  global_batch_size: {max(32, 2 ** math.ceil(math.log2(plan.devices)))}  # packed sequences of max_length tokens, over all devices"
+    ]
+    if plan.task == "sft":
+        lines += [f"  freeze: []  # any of {', '.join(plan.card.towers)}"]
+    rate = {"sft": "1.0e-5", "lora": "1.0e-4", "pretrain": "3.0e-4"}[plan.task]
+    lines += ["optim:", f"  lr: {rate}"]
+    if plan.task == "sft" and "vision" in plan.card.towers:
+        lines += ["  groups: [{match: vision, lr_scale: 0.2}]  # the tower learns slower"]
+    if plan.task == "pretrain":
+        lines += ["  weight_decay: 0.1"]
+    if not base:
+        lines += [
+            "  schedule: {name: cosine, warmup: 0.03}",
+            "checkpoint:",
+            "  dir: runs/{name}",
+            "  every: 500",
+            "  keep: 2",
+        ]
+    if facts.active is not None and plan.task != "lora":
+        lines[lines.index("train:") + 1 : lines.index("train:") + 1] = [
+            "  router_aux_loss: 0.001  # balance of the experts"
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _main_tower(card: ModelCard) -> str:
+    return "language" if "language" in card.towers else next(iter(card.towers))
+
+
+def _scalar(value: str) -> str:
+    """A string as YAML, quoted where it must be."""
+    return yaml.safe_dump(value, width=10_000, allow_unicode=True).removesuffix("...\n").strip()
+
+
+def write(path: Path, content: str, force: bool = False) -> None:
+    """Write a file whole or not at all. Raises PolymodalError when it exists or cannot be written."""
+    if path.exists() and not force:
+        raise PolymodalError(f"{path} exists.", "Choose another --out, or add --force to replace it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(content)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise PolymodalError(
+            f"{path} cannot be written: {error.strerror}.", "Choose another --out."
+        ) from None
+
+
+def folder(card: ModelCard) -> str:
+    """Directory under recipes/: the file that a card's line of models shares, or the card's own."""
+    line = [kind for kind in card.family.__mro__ if issubclass(kind, Family) and kind is not Family]
+    return line[-1].__module__.rpartition(".")[2].replace("_", "-")
+
+
+def standard() -> dict[str, str]:
+    """The recipes that the repository ships: path under recipes/ -> content, for every card and size, sft and lora."""
+    out = {}
+    for card in catalog.cards().values():
+        for key in card.sizes:
+            for task in ("sft", "lora"):
+                chosen = plan(f"{card.name}-{key}", task, None, None)
+                path = f"{folder(card)}/{card.name}-{key}-{task}.yaml"
+                out[path] = text(chosen, "data/train.json", base="../base.yaml", file=f"recipes/{path}")
+    return out
+
+
+def refresh(directory: str | os.PathLike) -> None:
+    """Write `standard()` into a directory."""
+    for path, content in standard().items():
+        write(Path(directory) / path, content, force=True)
+
+
+def main(
+    model: str, task: str, size: str | None, devices: int | None, data: str, out: Path | None, force: bool
+) -> int:
+    """The command: prints the recipe, or writes it and says what comes next."""
+    chosen = plan(model, task, size, devices)
+    content = text(chosen, data, name=out.stem if out else None, file=str(out) if out else None)
+    recipe.validate(yaml.safe_load(content))
+    if out is None:
+        print(content, end="")
+        return 0
+    write(out, content, force)
+    print(f"{out} written: {chosen.card.name} {chosen.size}, {TASKS[task]}, {chosen.devices} devices")
+    print(f"next: polymodal check {out} --world {chosen.devices}")
+    return 0

@@ -1,0 +1,130 @@
+"""Recipes that are written, and recipes that are shipped: each validates, fits its card and says what to do next."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from polymodal import init, recipe
+from polymodal.errors import PolymodalError
+from polymodal.models import catalog
+from polymodal.parallel.mesh import ParallelSizes
+
+ROOT = Path(__file__).parents[2]
+CARDS = catalog.cards()
+EVERY = [(card.name, key, task) for card in CARDS.values() for key in card.sizes for task in init.TASKS]
+
+
+@pytest.mark.parametrize("name, size, task", EVERY, ids=["-".join(row) for row in EVERY])
+@pytest.mark.parametrize("devices", [None, 1, 6, 64])
+def test_what_is_written_validates_and_its_layout_divides(tmp_path, name, size, task, devices):
+    path = tmp_path / "r.yaml"
+    assert init.main(name, task, size, devices, "data/my file: 1.json", path, False) == 0
+    r = recipe.load(path)
+    chosen = init.plan(name, task, size, devices)
+    assert r.model.source == CARDS[name].sizes[size].hub and r.data.datasets[0].path == "data/my file: 1.json"
+    assert ParallelSizes.of(r.parallel, chosen.devices).world == chosen.devices
+    assert (r.model.lora is not None) == (task == "lora") and (r.model.init == "random") == (
+        task == "pretrain"
+    )
+    assert r.model.lora is None or set(r.model.lora.towers) <= set(CARDS[name].towers)
+    assert all(group.match in CARDS[name].towers for group in r.optim.groups)
+    for axis in CARDS[name].limits:
+        assert getattr(r.parallel, axis, 1) in (1, None)
+
+
+def test_comments_are_true(tmp_path):
+    out = init.text(init.plan("qwen2.5-vl", "sft", "7b", 8), "d.json")
+    assert "about 15.4 GiB a device" in out  # 8.29e9 parameters x 16 bytes / 8
+    assert "too much for 64 GB" in init.text(init.plan("qwen2.5-vl-72b", "sft", None, 8), "d.json")
+    assert "--nproc 8 on each of 4 nodes" in init.text(init.plan("qwen2.5-vl-72b", "sft", None, 32), "d.json")
+    assert "--nproc 1\n" in init.text(init.plan("qwen2.5-vl-3b", "lora", None, 1), "d.json")
+
+
+def test_names_sizes_and_hub_ids():
+    assert init.plan("Qwen/Qwen2.5-VL-72B-Instruct", "sft", None, None).size == "72b"
+    assert init.plan("qwen3-vl-moe", "sft", "235b", None).size == "235b-a22b"
+    assert init.plan("qwen2.5-vl", "sft", None, None).size == "7b"
+
+
+def test_a_directory_is_its_own_source_and_its_size_is_read(tmp_path):
+    directory = tmp_path / "Qwen2.5-VL-3B-Instruct"
+    directory.mkdir()
+    config = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "text_config": {"num_hidden_layers": 36},
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    chosen = init.plan(str(directory), "lora", None, 2)
+    assert (chosen.size, chosen.source) == ("3b", str(directory))
+    assert recipe.validate(__import__("yaml").safe_load(init.text(chosen, "d.json"))).model.source == str(
+        directory
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("qwen2.5-vll", "sft", None, None), "There is no model `qwen2.5-vll`. Did you mean qwen2.5-vl"),
+        (("qwen2.5-vl", "sfd", None, None), "--task sfd is not known. Did you mean sft?"),
+        (("qwen2.5-vl", "sft", "9b", None), "qwen2.5-vl has no size 9b. Its sizes: 3b, 7b, 32b, 72b."),
+        (("wan2.1", "sft", None, None), "wan2.1 has no card here yet."),
+    ],
+)
+def test_wrong_wishes(arguments, message):
+    with pytest.raises(PolymodalError) as caught:
+        init.plan(*arguments)
+    assert message in str(caught.value)
+
+
+def test_nothing_is_overwritten_unasked(tmp_path):
+    path = tmp_path / "sub" / "r.yaml"
+    init.write(path, "one")
+    with pytest.raises(PolymodalError, match="exists. Choose another --out, or add --force"):
+        init.write(path, "two")
+    assert path.read_text() == "one"
+    init.write(path, "two", force=True)
+    assert path.read_text() == "two" and [p.name for p in path.parent.iterdir()] == ["r.yaml"]
+    with pytest.raises(PolymodalError, match="cannot be written"):
+        init.write(path / "below", "three")
+
+
+# ---- shipped ------------------------------------------------------------------------------------------------------
+
+SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.name for path in SHIPPED])
+def test_shipped_recipes_validate(path):
+    if path.name == "base.yaml":
+        r = recipe.load(path, ["model.source=x"])
+    else:
+        r = recipe.load(path)
+        assert (
+            r.name == path.stem
+            and path.read_text().count("\n") < 30
+            and "base: ../base.yaml" in path.read_text()
+        )
+        found = catalog.named(r.model.source)
+        assert found is not None and f"{found[0].name}-{found[1]}" in path.stem
+    assert r.checkpoint.every == 500
+
+
+def test_shipped_recipes_cover_every_size_and_are_what_init_writes():
+    shipped = {
+        str(path.relative_to(ROOT / "recipes")): path.read_text()
+        for path in SHIPPED
+        if path.name != "base.yaml"
+    }
+    assert shipped == init.standard(), (
+        "run: python -c \"from polymodal import init; init.refresh('recipes')\""
+    )
+
+
+def test_example_recipes_validate():
+    found = [path for folder in ("examples", "benchmarks") for path in (ROOT / folder).rglob("*.yaml")]
+    for path in found:
+        recipe.load(path)
