@@ -97,7 +97,11 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         def move(d: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {k: v.to(device, non_blocking=non_blocking) for k, v in d.items()}
+            moved = {k: v.to(device, non_blocking=non_blocking) for k, v in d.items()}
+            for name, tensor in moved.items():
+                if not tensor.is_floating_point() and tensor is not d[name]:
+                    tensor.host = d[name]  # lengths and grids are read on the host: no wait for the device
+            return moved
 
         return replace(self, tensors=move(self.tensors), segments=move(self.segments))
 

@@ -40,7 +40,9 @@ def plan(cu_seqlens: Tensor) -> Plan:
     """The Plan of cumulative lengths [S + 1] (int32, first 0); cached on the tensor, which must not change after."""
     known = getattr(cu_seqlens, "polymodal_plan", None)
     if known is None:
-        ends = cu_seqlens.tolist()
+        ends = getattr(
+            cu_seqlens, "host", cu_seqlens
+        ).tolist()  # Batch.to leaves the host's copy on a moved tensor
         known = _plan(tuple(stop - start for start, stop in zip(ends, ends[1:], strict=False)))
         cu_seqlens.polymodal_plan = known
     return known
@@ -51,7 +53,7 @@ def cumulative(lengths: list[int] | tuple[int, ...], on: torch.device | str = "c
     ends = [0]
     for length in lengths:
         ends.append(ends[-1] + length)
-    cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=on)
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32).to(on, non_blocking=True)
     cu_seqlens.polymodal_plan = _plan(tuple(lengths))
     return cu_seqlens
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polymodal.data.sample import Batch
 from polymodal.errors import PolymodalError
 from polymodal.parallel import attention
 
@@ -55,7 +56,9 @@ def test_equals_dense_attention_with_a_mask(lengths, groups, causal, scale):
         torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize(
+    "dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)]
+)
 def test_every_precision_keeps_its_dtype_and_is_as_exact_as_it_can_be(dtype, tolerance):
     lengths = [5, 64, 64, 300, 64]  # below and above the length where half precision changes its way
     inputs = draw(lengths, 4, 2, 16, dtype)
@@ -112,3 +115,16 @@ def test_without_lengths_it_is_the_librarys_masked_attention():
     out, _ = attention.attention(layer, query, key, value, mask, scaling=8**-0.5)
     scores = (query @ key.repeat_interleave(2, 1).transpose(2, 3) * 8**-0.5).masked_fill(~mask, float("-inf"))
     torch.testing.assert_close(out, (scores.softmax(-1) @ value.repeat_interleave(2, 1)).transpose(1, 2))
+
+
+def test_a_moved_batch_is_not_asked_for_its_lengths():
+    """On an accelerator `tolist` waits for all work before it; the host's copy knows the lengths (meta stands for it)."""
+    batch = Batch(
+        {"input_ids": torch.zeros(1, 8, dtype=torch.int64)},
+        {},
+        (),
+        {"text": torch.tensor([0, 3, 8], dtype=torch.int32)},
+    )
+    moved = batch.to("meta").segments["text"]
+    assert moved.is_meta and attention.plan(moved).lengths == (3, 5)
+    assert batch.to("cpu").segments["text"] is batch.segments["text"]

@@ -214,7 +214,7 @@ class QwenVL(Family):
             grid = torch.tensor([[1, side, side]])
             width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
             pixels = torch.zeros(side * side, width, device=device)
-        grid = grid.cpu()
+        grid = getattr(grid, "host", grid).cpu()
         out = visual(pixels, grid_thw=grid, **self.geometry(grid, device))
         levels = getattr(out, "deepstack_features", None)
         return out.pooler_output, torch.stack(levels) if levels else None
