@@ -24,7 +24,7 @@ from polymodal.data.schedule import Position, Schedule
 from polymodal.data.source import open_corpus
 from polymodal.errors import PolymodalError
 from polymodal.launch import Runtime, runtime
-from polymodal.models import catalog, lora, weights
+from polymodal.models import catalog, weights
 from polymodal.objectives.language import LanguageObjective
 from polymodal.parallel.apply import apply
 from polymodal.parallel.mesh import Mesh, ParallelSizes
@@ -70,6 +70,8 @@ class Trainer:
     def _build_model(self) -> None:
         recipe = self.recipe
         self.family = catalog.family(recipe.model)
+        if recipe.model.lora is not None:
+            from polymodal.models import lora
         self.card = self.family.card
         self.model = self.family.build().trained
         if recipe.model.lora is not None:
