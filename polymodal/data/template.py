@@ -75,7 +75,11 @@ class Template:
         self._marks = re.compile(
             "|".join(f"(?P<{k}>{re.escape(m)})" for k, m in self.marks.items()) or "(?!)"
         )
-        self._reserved = sorted({t for t in special if any(t in m for m in self.marks.values())})
+        self._reserved = {  # token -> kind -> times it stands in the kind's placeholder
+            t: {k: m.count(t) for k, m in self.marks.items()}
+            for t in sorted(special)
+            if any(t in m for m in self.marks.values())
+        }
         self._strings: bool | None = None
         self._scaffolds: OrderedDict[Any, _Scaffold | None] = OrderedDict()
 
@@ -112,12 +116,12 @@ class Template:
     def dicts(self, messages: Sequence[Message]) -> list[dict]:
         """Messages in the form that templates read: text as a string, with media as a list of parts."""
         out = []
+        strings = self._takes_strings()
         for message in messages:
             parts = message.content
-            if any(isinstance(p, Media) for p in parts) or not self._takes_strings():
-                content: Any = [self.media.template_content(p) for p in parts]
-            else:
-                content = "".join(parts)  # type: ignore[arg-type]
+            content: Any = parts[0] if len(parts) == 1 else "".join(p for p in parts if isinstance(p, str))
+            if not strings or any(isinstance(p, Media) for p in parts):
+                content = [self.media.template_content(p) for p in parts]
             entry: dict[str, Any] = {"role": message.role, "content": content}
             if message.reasoning is not None:
                 entry["reasoning_content"] = message.reasoning
@@ -192,14 +196,16 @@ class Template:
                     f"This model does not take {medium.kind}.", "Remove it, or choose another model."
                 )
             waiting.setdefault(medium.kind, []).append(number)
-        found = [(m.lastgroup or "", m.start(), m.end()) for m in self._marks.finditer(text)] if media else []
-        for token in self._reserved:
-            allowed = sum(self.marks[k].count(token) * len(n) for k, n in waiting.items())
-            if text.count(token) > allowed:
+        for token, uses in self._reserved.items():
+            count = text.count(token)
+            if count and count > sum(uses[k] * len(n) for k, n in waiting.items()):
                 raise PolymodalError(
                     f"the text holds the token {token}, which stands for a medium to this model.",
                     "Remove it from the data; <image> and <video> mark media there.",
                 )
+        if not waiting:
+            return ()
+        found = [(m.lastgroup, m.start(), m.end()) for m in self._marks.finditer(text)]
         out = []
         for kind, numbers in waiting.items():
             places = [(a, b) for k, a, b in found if k == kind]
@@ -240,29 +246,29 @@ class Template:
             spans[i] = (start, stop)
         return text, spans
 
-    def _values(self, record: Record) -> list[str]:
-        """The texts of a record in the order of the marks that stand for them."""
+    def _outline(self, record: Record) -> tuple[tuple, list[str], set[int]]:
+        """(the record's shape; its texts in the order of the marks that stand for them; numbers of those marks that
+        stand for more than their text: that of a message with tool calls)."""
+        strings = self._takes_strings()
+        shape: list[Any] = [bool(record.tools)]
         values: list[str] = []
+        free: set[int] = set()
         for message in record.messages:
             if message.reasoning is not None:
                 values.append(message.reasoning)
-            texts = [p for p in message.content if isinstance(p, str)]
-            if len(texts) == len(message.content) and self._takes_strings():
-                values.append("".join(texts))
+            parts = _shape(message, strings)
+            if parts == ("",) and len(message.content) != 1:
+                values.append("".join(message.content))  # type: ignore[arg-type]
             else:
-                values.extend(texts)
-        return values
+                values.extend([p for p in message.content if isinstance(p, str)])
+            if message.tool_calls and "" in parts:
+                free.add(len(values) - 1)
+            shape.append((message.role, message.reasoning is not None, bool(message.tool_calls), parts))
+        return tuple(shape), values, free
 
     def _by_scaffold(self, text: str, record: Record) -> list[tuple[int, int] | None] | None:
         """Spans by laying the scaffold of the record's shape over its text; None when it does not fit exactly."""
-        strings = self._takes_strings()
-        key = (
-            bool(record.tools),
-            *(
-                (m.role, m.reasoning is not None, bool(m.tool_calls), _shape(m, strings))
-                for m in record.messages
-            ),
-        )
+        key, values, free = self._outline(record)
         if key in self._scaffolds:
             scaffold = self._scaffolds[key]
             self._scaffolds.move_to_end(key)
@@ -272,8 +278,6 @@ class Template:
                 self._scaffolds.popitem(last=False)
         if scaffold is None:
             return None
-        values = self._values(record)
-        free = self._free(record)
         literals, slots = scaffold.literals, scaffold.slots
         if not text.startswith(literals[0]):
             return None
@@ -315,17 +319,6 @@ class Template:
             None if e is None else (bases[e[0][0]] + e[0][1], bases[e[1][0]] + e[1][1])
             for e in scaffold.edges
         ]
-
-    def _free(self, record: Record) -> set[int]:
-        """Numbers of the marks that stand for more than their text: that of a message with tool calls."""
-        out, number = set(), 0
-        strings = self._takes_strings()
-        for message in record.messages:
-            count = (message.reasoning is not None) + _shape(message, strings).count("")
-            if message.tool_calls and count > (message.reasoning is not None):
-                out.add(number + count - 1)
-            number += count
-        return out
 
     def _scaffold(self, record: Record) -> _Scaffold | None:
         number = 0
@@ -432,9 +425,8 @@ class Template:
 
 def _shape(message: Message, strings: bool) -> tuple[str, ...]:
     """A content's parts: "" for text, the kind for a medium. Texts alone are one, as they are rendered."""
-    if strings and all(isinstance(p, str) for p in message.content):
-        return ("",)
-    return tuple("" if isinstance(p, str) else p.kind for p in message.content)
+    parts = tuple(["" if isinstance(p, str) else p.kind for p in message.content])
+    return ("",) if strings and parts.count("") == len(parts) else parts
 
 
 def _edge(position: int, starts: Sequence[int], literals: Sequence[str]) -> tuple[int, int]:
