@@ -20,47 +20,18 @@ from typing import Any
 import jinja2
 import torch
 from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TextStreamer,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, TextStreamer
 
 from polymodal import recipe as recipes
 from polymodal.data import media as decoders
 from polymodal.data.sample import Media, Message
 from polymodal.errors import PolymodalError
+from polymodal.generate.sampling import Sampling
+
+__all__ = ["Answer", "Conversation", "Engine", "Sampling"]
 
 Conversation = Sequence[Message]
 Asked = Callable[[], Conversation] | Conversation
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. temperature 0 = greedy; top_k 0 and top_p 1 = no cut."""
-
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        rules = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "top_k": (self.top_k >= 0, "0 (no cut) or more"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0 (1 = none)"),
-        }
-        for name, (good, wanted) in rules.items():
-            if not good:
-                raise PolymodalError(f"{name} = {getattr(self, name)} must be {wanted}.")
 
 
 @dataclass(frozen=True)
@@ -79,33 +50,15 @@ class Answer:
 
 @dataclass
 class _Prepared:
-    """A conversation with decoded media, in the form the processor takes, and its length in tokens."""
+    """A conversation with decoded media, in the form the processor takes; length: of its media in tokens at first,
+    of all of it once `Engine._measure` has counted its words."""
 
     index: int
     key: str
     messages: list[dict[str, Any]]
     videos: list[Any]  # VideoMetadata of each video
+    words: list[str]
     length: int
-
-
-class _Noise(LogitsProcessor):
-    """Adds Gumbel noise, so that the largest score is a sample of softmax(scores) (Gumbel 1954, "Gumbel-max trick").
-
-    Each row has its own generator: its draws do not depend on the other rows.
-    """
-
-    def __init__(self, seeds: Sequence[int]):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        waits = torch.stack(
-            [torch.empty(scores.shape[-1]).exponential_(generator=g) for g in self.generators]
-        )
-        return scores.float() - waits.clamp_min_(1e-30).log_().to(scores.device)
-
-
-def _seed(seed: int, key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest(), "little") >> 1
 
 
 class Engine:
@@ -217,10 +170,14 @@ class Engine:
             if message.reasoning:
                 entry["reasoning_content"] = message.reasoning
             messages.append(entry)
-        length = sum(len(ids) for ids in self.tokenizer(words)["input_ids"]) if words else 0
-        return _Prepared(
-            index, key, messages, videos, length + 8 * len(messages) + self._media_tokens(sizes, frames)
-        )
+        return _Prepared(index, key, messages, videos, words, self._media_tokens(sizes, frames))
+
+    def _measure(self, prepared: Sequence[_Prepared]) -> None:
+        """Add the words' tokens to the lengths. Not in threads: a fast tokenizer must not be used by two at once."""
+        texts = [text for p in prepared for text in p.words]
+        counts = iter([len(ids) for ids in self.tokenizer(texts)["input_ids"]] if texts else ())
+        for p in prepared:
+            p.length += sum(next(counts) for _ in p.words) + 8 * len(p.messages)
 
     @functools.cached_property
     def _takes_strings(self) -> bool:
@@ -258,8 +215,12 @@ class Engine:
             count = self.processor._get_num_multimodal_tokens(
                 image_sizes=sizes or None, video_sizes=frames or None
             )
-        except (AttributeError, TypeError, ValueError, NotImplementedError):
+        except (AttributeError, TypeError, NotImplementedError):
             return 256 * (len(sizes) + len(frames))
+        except ValueError as error:  # a shape that the processor refuses
+            raise PolymodalError(
+                f"A picture or video of this question cannot be used: {error}.", "Cut it to another shape."
+            ) from None
         return sum(count.num_image_tokens or ()) + sum(count.num_video_tokens or ())
 
     def _encode(self, batch: Sequence[_Prepared]) -> dict[str, Tensor]:
@@ -270,6 +231,7 @@ class Engine:
             "return_dict": True,
             "return_tensors": "pt",
             "add_generation_prompt": True,
+            "sanitize_control_tokens": True,
             **self.template_kwargs,
         }
         if not self.multimodal:
@@ -285,9 +247,7 @@ class Engine:
                 }
                 if hasattr(self.processor.video_processor, "cap_pixels_per_frame"):  # as training has it
                     options["videos_kwargs"]["cap_pixels_per_frame"] = False
-            out = self.processor.apply_chat_template(
-                conversations, processor_kwargs=options, sanitize_control_tokens=True, **common
-            )
+            out = self.processor.apply_chat_template(conversations, processor_kwargs=options, **common)
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in out.items()}
 
     # ---------------------------------------------------------------- generation
@@ -312,15 +272,7 @@ class Engine:
         inputs = self._encode(batch)
         width = inputs["input_ids"].shape[1]
         lengths = inputs["attention_mask"].sum(1).tolist()
-        processors = LogitsProcessorList()
-        if sampling.temperature > 0:
-            if sampling.temperature != 1:
-                processors.append(TemperatureLogitsWarper(sampling.temperature))
-            if sampling.top_k:
-                processors.append(TopKLogitsWarper(sampling.top_k))
-            if sampling.top_p < 1:
-                processors.append(TopPLogitsWarper(sampling.top_p))
-            processors.append(_Noise([_seed(sampling.seed, p.key) for p in batch]))
+        processors = sampling.processors([p.key for p in batch])
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens, do_sample=False, repetition_penalty=sampling.repetition_penalty,
             pad_token_id=self.pad, eos_token_id=self.ends or None, use_cache=True,
@@ -393,7 +345,8 @@ class Engine:
     ) -> list[Answer]:
         """One batch; halved when the device's memory does not suffice. Answers do not depend on the cut."""
         try:
-            return compute(batch)
+            with self._quiet():
+                return compute(batch)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise PolymodalError(
@@ -418,12 +371,15 @@ class Engine:
 
         items = enumerate(conversations)
         window = 8 * batch_size
-        with ThreadPoolExecutor(2) as pool, self._quiet():
+        _ = self._takes_strings  # asked once, before there are threads
+        with ThreadPoolExecutor(2) as pool:
             ahead = list(pool.map(ready, islice(items, window)))
             while ahead:
                 now, later = ahead, [pool.submit(ready, item) for item in islice(items, window)]
                 yield from (p for p in now if isinstance(p, tuple))
-                todo = sorted((p for p in now if isinstance(p, _Prepared)), key=lambda p: (p.length, p.index))
+                todo = [p for p in now if isinstance(p, _Prepared)]
+                self._measure(todo)
+                todo.sort(key=lambda p: (p.length, p.index))
                 while todo:
                     batch = [todo.pop()]  # longest first: memory is tried early
                     width = batch[0].length + extra

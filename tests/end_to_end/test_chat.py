@@ -81,7 +81,11 @@ def test_the_model_is_fed_what_training_feeds_it(name, tmp_path, checkpoint_of):
     engine = Engine(load_hub(source), processor_of(source, data), video=data.video)
     for images, videos in ((0, 0), (2, 0), (0, 2), (1, 1)):
         record = tiny.record(tmp_path, images, videos, seed=images + 3 * videos)
-        before = (Message("system", ("Be short.",)), Message("user", ("Hello",)), Message("assistant", ("Hi",)))
+        before = (
+            Message("system", ("Be short.",)),
+            Message("user", ("Hello",)),
+            Message("assistant", ("Hi",)),
+        )
         record = replace(record, messages=(*before, *record.messages))
         expected = room.prompt(record).tensors
         got = engine._encode([engine._prepare(0, "0", record.messages[:-1])])
@@ -89,7 +93,9 @@ def test_the_model_is_fed_what_training_feeds_it(name, tmp_path, checkpoint_of):
         kinds = [k for k in ("pixel_values", "pixel_values_videos") if k in got]
         assert len(kinds) == (images > 0) + (videos > 0)
         if kinds:
-            assert torch.equal(torch.cat([got[k] for k in kinds]), expected["pixel_values"])  # the record names images first
+            assert torch.equal(
+                torch.cat([got[k] for k in kinds]), expected["pixel_values"]
+            )  # the record names images first
             grids = torch.cat([got[k] for k in ("image_grid_thw", "video_grid_thw") if k in got])
             assert torch.equal(grids, expected["grid_thw"])
 
@@ -179,6 +185,51 @@ def test_a_broken_picture_fails_its_own_question_only(engine, tmp_path, picture)
     got = dict(engine.answers(conversations, SHORT))
     assert isinstance(got[0], PolymodalError) and "bad.png" in str(got[0])
     assert isinstance(got[1], Answer)
+
+
+def test_a_picture_of_a_shape_that_the_processor_refuses(engine, tmp_path):
+    tiny.picture(2000, 2).save(tmp_path / "thin.png")
+    got = dict(
+        engine.answers(
+            [
+                ("0", (Message("user", (Media("image", str(tmp_path / "thin.png")), "what?")),)),
+                ("1", (Message("user", ("hi",)),)),
+            ],
+            SHORT,
+        )
+    )
+    assert "aspect ratio" in str(got[0]) and isinstance(got[1], Answer)
+
+
+def test_between_answers_nothing_of_inference_leaks_out(model):
+    opened = open_engine(model, device="cpu")
+    opened.model.train()
+    for _ in opened.answers([(str(i), (Message("user", ("hi",)),)) for i in range(3)], SHORT, batch_size=1):
+        assert torch.is_grad_enabled() and opened.model.training
+
+
+def test_a_text_only_model(tmp_path):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = tiny.tokenizer()
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    net = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **sizes))
+    net.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    opened = open_engine(tmp_path, device="cpu")
+    asked = [(str(i), (Message("user", ("what is this? " * (i + 1),)),)) for i in range(4)]
+    batched = dict(opened.answers(asked, SHORT))
+    assert [batched[i] for i in range(4)] == [opened.answer(c, SHORT) for _, c in asked]
+    with pytest.raises(PolymodalError, match="reads text only"):
+        opened.answer((Message("user", (Media("image", "x.png"), "what?")),))
 
 
 def test_control_tokens_in_a_question_are_text(engine):
