@@ -1,0 +1,192 @@
+"""What a run will need, without devices: bytes a rank holds, and bytes its checkpoints take.
+
+Sees models and parallel. The model is built on meta and laid out by the same `parallel.apply` under a pretended group
+of all ranks, so sharded bytes are counted, not guessed. Activations are a formula and are called an estimate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from polymodal.errors import PolymodalError
+from polymodal.models.card import Family
+from polymodal.parallel.mesh import Mesh, ParallelSizes
+from polymodal.recipe import Recipe
+from polymodal.train import optim
+
+
+@dataclass
+class Estimate:
+    """Bytes of rank 0. Counted: parameters, gradients, optimizer, average, gathered. Estimated: activations."""
+
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    average: int = 0
+    gathered: int = 0  # the largest sharded unit and the root, whole, and its gradient before it is reduced
+    activations: int = 0
+    assumed: str = ""  # what the activations were estimated for
+    total: int = 0  # parameters of the whole model
+    trained: int = 0
+    towers: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> (parameters, trained)
+    checkpoint: int = 0  # bytes of one checkpoint
+    export: int = 0  # bytes of the model in the hub's format
+
+    @property
+    def memory(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.average + self.gathered + self.activations
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "memory": self.memory}
+
+
+@contextlib.contextmanager
+def pretended_group(world: int) -> Iterator[None]:
+    """A process group of `world` ranks that exists in this process only; collectives do nothing.
+
+    Raises PolymodalError inside a process that has a real group.
+    """
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # also registers the backend "fake"
+
+    if dist.is_initialized():
+        raise PolymodalError("A run cannot be estimated inside a process that is part of one.", "Use `polymodal check`.")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def meta_model(family: Family, recipe: Recipe) -> nn.Module:
+    """The model on meta with adapters attached and towers frozen as the recipe says. Raises PolymodalError."""
+    model = family.build().trained
+    if recipe.model.lora is not None:
+        from polymodal.models import lora
+
+        lora.attach(model, recipe.model.lora, family.card)
+    optim.freeze(model, recipe.train.freeze, family.card.towers)
+    return model
+
+
+def lay_out(model: nn.Module, family: Family, recipe: Recipe, world: int) -> Estimate:
+    """Counts the model, lays it out for rank 0 of `world` (in place), and counts what that rank holds.
+
+    Raises PolymodalError for every layout that `parallel.apply` refuses.
+    """
+    from polymodal.parallel.apply import COMPUTE_DTYPE, apply, matching
+
+    out = Estimate()
+    card = family.card
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters():
+        if id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        count, train = parameter.numel(), parameter.numel() * parameter.requires_grad
+        tower = optim.tower_of(name, card.towers) or "other"
+        had = out.towers.get(tower, (0, 0))
+        out.towers[tower] = had[0] + count, had[1] + train
+        out.total += count
+        out.trained += train
+    compute = COMPUTE_DTYPE[recipe.train.precision]
+    width = compute.itemsize if compute is not None else 4
+    whole = {name: sum(p.numel() for p in block.parameters()) for name, block in matching(model, card.blocks, card.name).items()}
+    sizes = ParallelSizes.of(recipe.parallel, world)
+    with pretended_group(world):
+        apply(model, card, Mesh(sizes, "cpu", 0), recipe)
+        trained = {}
+        seen.clear()
+        for name, parameter in model.named_parameters():
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            held = _bytes(_local(parameter))
+            out.parameters += held
+            if parameter.requires_grad:
+                out.gradients += held
+                trained[name] = parameter
+        blocks = {n for n in trained if any(optim.in_tower(n, (b,)) for b in card.blocks)}
+        state_all = 0
+        for name, parameter in trained.items():
+            muon = recipe.optim.name == "muon" and name in blocks and parameter.ndim == 2
+            moments = 1 if muon else 2
+            out.optimizer += moments * _bytes(_local(parameter))
+            whole_bytes = parameter.numel() * parameter.element_size()
+            full = recipe.checkpoint.save == "full"
+            state_all += whole_bytes * (1 + moments * full) + 4 * parameter.numel() * bool(recipe.train.ema and full)
+            if recipe.train.ema:
+                out.average += 4 * _local(parameter).numel()
+        if sizes.dp_shard * sizes.cp * sizes.dp_replicate > 1:
+            root = out.total - sum(whole.values())
+            units = sum(whole.values()) if not recipe.parallel.reshard_after_forward else 2 * max(whole.values())
+            out.gathered = (root + units) * width // sizes.tp
+            if out.trained:
+                out.gathered += 4 * max(*whole.values(), root) // sizes.tp
+    out.checkpoint = state_all
+    out.export = out.total * 2
+    return out
+
+
+def activations(family: Family, recipe: Recipe, patches_per_token: float) -> tuple[int, str]:
+    """(bytes, what they are for): tensors kept for backward in one micro-batch. An estimate.
+
+    A layer keeps, a token, in the compute dtype: about 6 hidden sizes (norms, residuals, outputs), queries, keys and
+    values twice, and three MLP widths (Korthikanti et al. 2022 for gated MLPs and flash attention). Full recompute
+    keeps one hidden size a layer and one whole layer; selective keeps the matrix products. Without recompute the same
+    holds for the vision tower, by patches.
+    """
+    config, data, parallel = family.config, recipe.data, recipe.parallel
+    text = getattr(config, "text_config", config)
+    tokens = (data.pack_length or data.max_length) if data.pack else data.max_length * recipe.train.micro_batch_size
+    width = 4 if recipe.train.precision == "fp32" else 2
+    cut = parallel.tp if parallel.sp is not False else 1
+
+    def tower(count: float, layers: int, hidden: int, attention: int, mlp: int) -> float:
+        inside = (2 * attention + 3 * mlp) / parallel.tp
+        layer = count * width * (6 * hidden / cut + inside)
+        kept = count * width * hidden / cut
+        share = {"none": layer, "selective": kept + count * width * inside * 0.7, "full": kept}[parallel.recompute]
+        return layers * share + (layer if parallel.recompute != "none" else 0)
+
+    heads = text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    attention = head * (heads + 2 * getattr(text, "num_key_value_heads", heads))
+    mlp = text.intermediate_size
+    if getattr(text, "num_experts", 0):
+        mlp = text.moe_intermediate_size * text.num_experts_per_tok
+    total = tower(tokens / parallel.cp, text.num_hidden_layers, text.hidden_size, attention, mlp)
+    assumed = f"{tokens} tokens"
+    vision = getattr(config, "vision_config", None)
+    if vision is not None and patches_per_token:
+        side = getattr(vision, "embed_dim", None) or vision.hidden_size
+        inner = getattr(vision, "intermediate_size", None) or int(side * getattr(vision, "mlp_ratio", 4))
+        patches = tokens * patches_per_token
+        total += tower(patches, vision.depth, side, 3 * side, inner)
+        assumed += f" with {patches:.0f} patches"
+    from polymodal.objectives.language import CHUNK_ELEMENTS
+
+    total += tokens * text.hidden_size * 4 + min(CHUNK_ELEMENTS, tokens * text.vocab_size) * 4 * 2
+    return int(total), assumed
+
+
+def disk(recipe: Recipe, estimate: Estimate) -> tuple[int, int]:
+    """(bytes that checkpoints and the export take at most, bytes free there). One more is written before one is pruned."""
+    from polymodal import machine
+
+    wanted = estimate.checkpoint * (recipe.checkpoint.keep + 1) + (estimate.export if recipe.checkpoint.export else 0)
+    return wanted, machine.space(os.fspath(recipe.run_dir)).free
