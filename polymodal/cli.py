@@ -201,10 +201,14 @@ def models(
         ),
     ] = None,
     as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/models.md.")] = False,
 ) -> int:
     """The models: sizes, tasks, status, which parallelism each supports. With --for: which one, and the commands."""
     from polymodal import shelf
 
+    if markdown:
+        print(shelf.page(), end="")
+        return 0
     return shelf.main(name, wish, as_json)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from polymodal.errors import PolymodalError
 from polymodal.models import router
-from polymodal.models.card import ModelCard, Size
+from polymodal.models.card import ModelCard
+from polymodal.models.table import billions
 
 AXES = {
     "fsdp": "FSDP2, HSDP (dp_shard, dp_replicate)", "tp": "tensor (tp)", "sp": "sequence in the tp group (sp)", "pp": "pipeline (pp)",
@@ -28,14 +29,10 @@ def why_not(card: ModelCard, axis: str) -> str | None:
     if axis == "ep" and not any(size.active for size in card.sizes.values()):
         return "it has no experts."
     if axis in ("pp", "cp", "ep"):
-        from polymodal.parallel.apply import refuse
-        from polymodal.parallel.mesh import ParallelSizes
+        from polymodal.parallel.apply import UNBUILT
 
-        sizes = {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "ep": 1, axis: 2}
-        try:
-            refuse(ParallelSizes(**sizes))
-        except PolymodalError as error:
-            return error.message.partition(": ")[2] or error.message
+        if axis in UNBUILT:
+            return f"{UNBUILT[axis]} parallelism is not built yet."
     return None
 
 
@@ -51,10 +48,6 @@ def facts(card: ModelCard) -> dict[str, Any]:
         "sizes": {key: {**asdict(size), "layout": dict(size.layout)} for key, size in card.sizes.items()},
         "parallel": {axis: why_not(card, axis) or "yes" for axis in AXES},
     }
-
-
-def billions(size: Size) -> str:
-    return f"{size.parameters:g} B" + (f" ({size.active:g} B active)" if size.active else "")
 
 
 def _table(cards: dict[str, ModelCard], console: Any) -> None:
@@ -185,6 +178,13 @@ def _way(answer: router.Route, wish: str, console: Any) -> None:
                 console.print(f"   [dim]{word:6}[/dim] {escape(text)}", soft_wrap=True)
         if stage.command:
             console.print(f"   [cyan]{escape(stage.command)}[/cyan]", soft_wrap=True)
+
+
+def page() -> str:
+    """docs/models.md."""
+    from polymodal.models import catalog, table
+
+    return table.markdown(catalog.cards().values(), AXES.items(), why_not)
 
 
 def main(name: str | None = None, wish: str | None = None, as_json: bool = False) -> int:
