@@ -172,6 +172,10 @@ class ChatProcessor:
             self._spans[key] = span
         return span, header, clip
 
+    def span(self, medium: Media) -> Span:
+        """What a medium becomes, from its header. Raises PolymodalError."""
+        return self._span(medium)[0]
+
     # -- the four services --------------------------------------------------------------------------------------
 
     def measure(self, records: Sequence[Record]) -> list[Measure | str]:

@@ -29,8 +29,8 @@ h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1rem; margin: 0; ov
 .faint { color: var(--faint); font-size: .87rem; }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.2rem; margin: 1.2rem 0; }
 .media { display: flex; flex-wrap: wrap; gap: .6rem; margin: .8rem 0; }
-figure { margin: 0; } figure img { display: block; max-width: 100%; border-radius: 6px; border: 1px solid var(--line); }
-figcaption { color: var(--faint); font-size: .78rem; max-width: 16rem; overflow-wrap: anywhere; }
+figure { margin: 0; } figure div { display: flex; flex-wrap: wrap; gap: 3px; } figure img { display: block; max-width: 100%; border-radius: 6px; border: 1px solid var(--line); }
+figcaption { color: var(--faint); font-size: .78rem; max-width: 40rem; overflow-wrap: anywhere; }
 .tokens { font: 13.5px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .8rem 0 0; }
 .tokens span { border-radius: 3px; padding: 1px 0; box-shadow: inset 0 0 0 .5px var(--line); }
 .tokens .medium { background: rgba(59, 130, 246, .22); padding: 1px 5px; }
@@ -96,7 +96,7 @@ def _card(i: int, record: Record, sample: Sample, chat: ChatProcessor) -> str:
     pictures = "".join(_figure(n, m, chat) for n, m in enumerate(record.media, 1))
     return (
         f'<article><h2>{html.escape(record.where)}</h2><div class="faint">{html.escape(", ".join(facts))}</div>'
-        f'<div class="media">{pictures}</div><div class="tokens">{_tokens(sample, chat)}</div></article>'
+        f'<div class="media">{pictures}</div><div class="tokens">{_tokens(record, sample, chat)}</div></article>'
     )
 
 
@@ -112,48 +112,38 @@ def _figure(number: int, medium: Media, chat: ChatProcessor) -> str:
     else:
         frames = [files.image(medium.source)]  # type: ignore[arg-type]
         note = f"{frames[0].width} x {frames[0].height}"
-    images = "".join(f'<img alt="" src="data:image/jpeg;base64,{_thumbnail(f)}">' for f in frames)
-    return f"<figure>{images}<figcaption>{number}. {html.escape(files.label(medium.source))}, {note}</figcaption></figure>"
+    images = "".join(
+        f'<img alt="" src="data:image/jpeg;base64,{_thumbnail(f, 256 if len(frames) == 1 else 160)}">'
+        for f in frames
+    )
+    return f"<figure><div>{images}</div><figcaption>{number}. {html.escape(files.label(medium.source))}, {note}</figcaption></figure>"
 
 
-def _thumbnail(picture: Any) -> str:
+def _thumbnail(picture: Any, size: int) -> str:
     small = picture.copy()
-    small.thumbnail((256, 256))
+    small.thumbnail((size, size))
     data = io.BytesIO()
     small.save(data, "JPEG", quality=80)
     return base64.b64encode(data.getvalue()).decode()
 
 
-def _tokens(sample: Sample, chat: ChatProcessor) -> str:
+def _tokens(record: Record, sample: Sample, chat: ChatProcessor) -> str:
     ids = sample.tensors["input_ids"].tolist()
-    learned = [
-        0.0,
-        *(
-            w if label != IGNORE else 0.0
-            for w, label in zip(
-                sample.tensors["weights"].tolist(), sample.tensors["labels"].tolist(), strict=True
-            )
-        ),
-    ]
+    labels, weights = sample.tensors["labels"].tolist(), sample.tensors["weights"].tolist()
+    learned = [0.0, *(w if label != IGNORE else 0.0 for w, label in zip(weights, labels, strict=True))]
+    waiting = [(m.kind, list(chat.span(m).ids)) for m in record.media]
     tokenizer = chat.media.tokenizer
-    pads = {
-        t
-        for kind in chat.template.marks
-        for t in tokenizer.encode(chat.template.marks[kind], add_special_tokens=False)
-    }
     out = []
-    at = medium = 0
+    at = number = 0
     while at < len(ids):
-        end = at + 1
-        if ids[at] in pads:
-            while end < len(ids) and ids[end] in pads:
-                end += 1
-            out.append(
-                f'<span class="medium" title="tokens {at} to {end - 1}">{end - at} media tokens</span>'
-            )
-            medium += 1
-            at = end
+        kind, span = waiting[number] if number < len(waiting) else ("", [])
+        if span and ids[at : at + len(span)] == span:
+            number += 1
+            title = f"tokens {at} to {at + len(span) - 1}"
+            out.append(f'<span class="medium" title="{title}">{kind} {number}: {len(span)} tokens</span>')
+            at += len(span)
             continue
+        end = at + 1
         text = tokenizer.decode(ids[at:end])
         while "\ufffd" in text and end < min(len(ids), at + 4):  # one character in several tokens
             end += 1

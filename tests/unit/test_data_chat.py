@@ -797,7 +797,8 @@ def test_samples_as_a_page(qwen, folder, tmp_path):
         and "weight 0.5" in text
         and "中" in text
         and "😀" in text
-        and "media tokens" in text
+        and "image 1: " in text
+        and "video 1: " in text
     )
     assert len(show(corpus, qwen(), str(page), n=3)) == 3
     assert {i >= 4 for i in show(corpus, qwen(), str(page), n=3)} == {True, False}  # of both datasets

@@ -391,3 +391,41 @@ def test_tar_text_that_is_not_utf8(tmp_path):
         add(tar, "1.txt", b"\xff")
     with pytest.raises(PolymodalError, match=r"a.tar, row 1 \(1\): the member 1.txt is not UTF-8"):
         corpus(tmp_path / "a.tar")[0]
+
+
+# polymodal data check
+
+
+def test_data_check_lists_what_is_broken_and_counts_the_rest(tmp_path, capsys):
+    from polymodal.data.check import main
+    from tests.unit.media_fixtures import write_mp4
+
+    (tmp_path / "a.png").write_bytes(picture_bytes("PNG", 24, 16))
+    write_mp4(tmp_path / "v.mp4", frames=20, fps=10)
+    rows = [
+        chat(0),
+        chat(1, images=["a.png"]),
+        chat(2, videos=["v.mp4"]),
+        chat(3, images=["lost.png"]),
+        {"messages": [{"role": "robot"}]},
+        {"messages": [{"role": "user", "content": "x"}]},
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    assert main([str(path)], as_json=True) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ok"], found["rows"], found["text_only"], found["unanswered"]) == (False, 6, 2, 1)
+    assert (
+        found["media"] == {"image": 2, "video": 1}
+        and found["pixels"]["image"] == [384] * 3
+        and found["seconds"] == [2.0] * 3
+    )
+    assert [p.split(": ")[0] for p in found["problems"]] == [f"{path}, line 4", f"{path}, line 5"]
+    assert main([str(path)], limit=1) == 2
+    text = capsys.readouterr().out
+    assert (
+        "line 4: the image" in text
+        and "line 5" not in text
+        and "2 of 6 rows are broken; 1 are not listed" in text
+    )
+    assert main([str(write_rows(tmp_path / "good.jsonl", rows[:3]))]) == 0
+    assert "3 rows: 6 turns" in capsys.readouterr().out
