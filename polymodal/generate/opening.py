@@ -22,7 +22,7 @@ from torch import nn
 from polymodal import recipe as recipes
 from polymodal.errors import PolymodalError
 from polymodal.generate.engine import Engine
-from polymodal.models import catalog, weights
+from polymodal.models import catalog, lora, weights
 from polymodal.models.card import Family
 from polymodal.train import checkpoint as checkpoints
 
@@ -108,8 +108,6 @@ def assemble(source: str | os.PathLike, *, ema: bool = False, base: str | None =
     family = catalog.family(shapes)  # weights of the base are asked for only when they are needed
     model = family.build().trained
     if lora_recipe is not None:
-        from polymodal.models import lora
-
         lora.attach(model, lora_recipe, family.card)
     tensors = _stored(found, "ema." if ema else "model.")
     names = dict(model.named_parameters())
@@ -135,8 +133,6 @@ def _base(model: nn.Module, family: Family, recipe: recipes.Recipe) -> None:
     else:
         weights.load(model, family, catalog.resolve(recipe.model.source, recipe.model.revision), device="cpu")
     if recipe.model.lora is not None:
-        from polymodal.models import lora
-
         lora.initialise(model, recipe.model.lora, recipe.train.seed)
     start = recipe.checkpoint.init_from
     if start and (Path(start) / "config.json").is_file():
@@ -348,16 +344,19 @@ def open_engine(
     )
 
 
-def load_adapter(
-    directory: Path, dtype: str | torch.dtype = "auto", base: str | None = None, trust: bool = False
-) -> tuple[nn.Module, Path]:
-    """A peft adapter on its base, opened by peft: (the base model with adapters in place, the base's directory)."""
-    from peft import PeftModel
-
+def adapter_config(directory: Path) -> dict[str, Any]:
+    """adapter_config.json of a peft directory. Raises PolymodalError."""
     try:
-        config = json.loads((directory / "adapter_config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise PolymodalError(f"{directory / 'adapter_config.json'} cannot be read: {error}.") from None
+        return dict(json.loads((directory / "adapter_config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise PolymodalError(
+            f"{directory / 'adapter_config.json'} cannot be read: {error}.",
+            "Give the directory of a peft adapter.",
+        ) from None
+
+
+def base_of(directory: Path, config: dict[str, Any], base: str | None = None) -> Path:
+    """The directory of an adapter's base: `base`, else what its config names. Raises PolymodalError."""
     named = base or config.get("base_model_name_or_path")
     if not named:
         raise PolymodalError(
@@ -365,21 +364,33 @@ def load_adapter(
             "Give it with --base.",
         )
     try:
-        place = catalog.resolve(named, config.get("revision"))
+        return catalog.resolve(named, None if base else config.get("revision"))
     except PolymodalError as error:
         raise PolymodalError(
             f"The base {named} of the adapter {directory} cannot be had: {error.message}",
             "Give its directory with --base.",
         ) from None
-    model = load_hub(place, dtype, trust)
+
+
+def put_on(model: nn.Module, directory: Path, base: str) -> nn.Module:
+    """The model with a peft adapter in place, put on by peft. Raises PolymodalError when they do not fit."""
+    from peft import PeftModel
+
     try:
-        adapted = PeftModel.from_pretrained(model, str(directory))
+        return PeftModel.from_pretrained(model, str(directory)).get_base_model()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise PolymodalError(
-            f"The adapter {directory} does not fit its base {named}: {str(error).strip().splitlines()[0]}",
+            f"The adapter {directory} does not fit its base {base}: {str(error).strip().splitlines()[0]}",
             "Give the base it was trained on with --base.",
         ) from None
-    return adapted.get_base_model().eval(), place
+
+
+def load_adapter(
+    directory: Path, dtype: str | torch.dtype = "auto", base: str | None = None, trust: bool = False
+) -> tuple[nn.Module, Path]:
+    """A peft adapter on its base by the libraries alone: (the base model with adapters in place, the base's directory)."""
+    place = base_of(directory, adapter_config(directory), base)
+    return put_on(load_hub(place, dtype, trust), directory, str(place)).eval(), place
 
 
 def as_library(model: nn.Module) -> None:

@@ -30,14 +30,17 @@ from polymodal.generate.engine import Engine
 from polymodal.generate.opening import (
     DTYPES,
     Assembled,
+    adapter_config,
     assemble,
+    base_of,
     cast,
     kind_of,
     load_adapter,
     load_hub,
     processor_of,
+    put_on,
 )
-from polymodal.models import catalog, weights
+from polymodal.models import catalog, lora, weights
 
 MARKER = "polymodal_export.json"
 """In every export: where it came from and how it was proven; a directory that has it may be written again."""
@@ -78,7 +81,7 @@ def export(
     """Write a run, one of its checkpoints, a hub checkpoint or a peft adapter as a hub directory.
 
     merge_lora: adapters are added into the weights; without it a LoRA run gives a peft adapter directory.
-    dtype:      fp32, bf16, fp16; None: the base checkpoint's. ema: a run's average. base: where the base lies now.
+    dtype:      fp32, bf16, fp16; None: the base checkpoint's, fp32 for an adapter alone. ema: a run's average. base: where the base lies now.
     force:      replace a directory that is not empty and no earlier export.
     Raises PolymodalError; nothing is left under `directory` then, an earlier export stays as it was.
     """
@@ -99,7 +102,8 @@ def export(
     if merge_lora and not adapted:
         raise PolymodalError(f"{source} has no adapters to merge.", "Leave out --merge-lora.")
     _refuse(final, made.family.source, force)
-    chosen = DTYPES[dtype] if dtype else _dtype_of(made.family.config)
+    adapter = adapted and not merge_lora
+    chosen = DTYPES[dtype] if dtype else torch.float32 if adapter else _dtype_of(made.family.config)
     with _partial(final) as partial:
         what = _write(made, partial, chosen, merge_lora, max_shard_bytes)
         _processor(made, partial)
@@ -195,6 +199,28 @@ def _opened(source: str | os.PathLike, kind: str, ema: bool, base: str | None) -
     return Assembled(model.eval(), family, recipe, Path(family.source))
 
 
+def _adapter(directory: Path, base: str | None) -> Assembled:
+    """A peft adapter on its base: the base by the house's path, the adapter put on by peft. Raises PolymodalError."""
+    config = adapter_config(directory)
+    extra = [
+        k
+        for k in ("use_dora", "modules_to_save", "trainable_token_indices", "megatron_config")
+        if config.get(k)
+    ]
+    if config.get("peft_type") != "LORA" or extra or config.get("bias", "none") != "none":
+        what = ", ".join(extra) or f"{config.get('peft_type')}, bias {config.get('bias')}"
+        raise PolymodalError(
+            f"{directory} is not plain LoRA ({what}).", "Merge it with peft itself: merge_and_unload()."
+        )
+    place = base_of(directory, config, base)
+    chosen = recipes.Lora(rank=config["r"], alpha=config["lora_alpha"], rslora=bool(config.get("use_rslora")))
+    recipe = recipes.Recipe(model=recipes.Model(source=str(place), lora=chosen))
+    family = catalog.family(recipe.model)
+    model = family.build().trained
+    weights.load(model, family, device="cpu")
+    return Assembled(put_on(model, directory, str(place)).eval(), family, recipe, directory)
+
+
 def _dtype_of(config: Any) -> torch.dtype:
     """The dtype that a checkpoint's config names; float32 when it names none."""
     for part in (config, getattr(config, "text_config", None)):
@@ -211,12 +237,21 @@ def _write(made: Assembled, partial: Path, dtype: torch.dtype, merge: bool, limi
     if made.recipe.model.lora is None:
         weights.save(weights.gather(made.model), made.family, partial, dtype=dtype, max_shard_bytes=limit)
         return "model"
-    from polymodal.models import lora
-
     if merge:
         weights.save(lora.merged_state(made.model), made.family, partial, dtype=dtype, max_shard_bytes=limit)
         return "merged"
-    raise NotImplementedError
+    base = _base_name(made.recipe.model.source)
+    lora.save(lora.gather(made.model), made.model, made.recipe.model.lora, partial, base=base, dtype=dtype)
+    return "adapter"
+
+
+def _base_name(source: str) -> str:
+    """What an adapter says of its base: the hub id, or the directory's full path, so that it opens from anywhere."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    known = catalog.named(source)
+    return known[0].sizes[known[1]].hub if known is not None and known[1] is not None else source
 
 
 STALE = (

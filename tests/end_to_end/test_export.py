@@ -10,9 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from polymodal import recipe as recipes
+from polymodal.data.sample import Media, Message
 from polymodal.errors import PolymodalError
+from polymodal.generate.engine import Sampling
 from polymodal.generate.opening import assemble, kind_of, load_hub, open_engine
-from polymodal.models import weights
+from polymodal.models import catalog, lora, weights
 from polymodal.train import checkpoint as checkpoints
 from polymodal.train.export import MARKER, export, run
 from tests.models import tiny
@@ -43,6 +45,60 @@ def write_run(directory, model, freeze=(), **data):
     tensors = {f"model.{n}": t for n, t in changed.items()} | {f"ema.{n}": t for n, t in average.items()}
     writer.save(tensors, checkpoints.RunState(step=7, recipe=recipe.model_dump(mode="json")))
     return directory, changed, average
+
+
+def write_lora_run(directory, model, **chosen):
+    """A LoRA run whose adapters do something; returns (directory, adapters by parameter name)."""
+    section = recipes.Lora(rank=4, alpha=8, towers=["language", "vision"], targets=["q_proj", "down_proj", "qkv"], **chosen)
+    recipe = recipes.Recipe(model=recipes.Model(source=str(model), lora=section), checkpoint=recipes.Checkpoint(dir=str(directory)))
+    family = catalog.family(recipe.model)
+    shapes = family.build().trained
+    lora.attach(shapes, section, family.card)
+    generator = torch.Generator().manual_seed(2)
+    adapters = {n: torch.randn(p.shape, generator=generator) * 0.2 for n, p in shapes.named_parameters() if p.requires_grad}
+    checkpoints.Writer(directory, 2, False, 0, None).save({f"model.{n}": t for n, t in adapters.items()}, checkpoints.RunState(step=5, recipe=recipe.model_dump(mode="json")))
+    return directory, adapters
+
+
+@pytest.mark.parametrize("name, rslora", [("qwen2.5-vl", False), ("qwen3-vl", True)])
+def test_a_lora_run_becomes_an_adapter_or_is_merged(name, rslora, tmp_path):
+    source = tiny.checkpoint(name, tmp_path / name)
+    directory, adapters = write_lora_run(tmp_path / "run", source, rslora=rslora)
+    done = export(directory, tmp_path / "adapter")
+    assert done.what == "adapter" and done.dtype == "float32" and done.step == 5 and done.difference < 1e-4
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {k.removeprefix("base_model.model.") for k in stored} == {n.replace(".default.", ".") for n in adapters}
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(source)
+    assert kind_of(tmp_path / "adapter") == "adapter" and (tmp_path / "adapter" / "tokenizer.json").is_file()
+    merged = export(directory, tmp_path / "merged", merge_lora=True)
+    assert merged.what == "merged" and merged.difference < 1e-4
+    scale = 8 / (2 if rslora else 4)
+    before, after = dict(load_hub(source).named_parameters()), dict(load_hub(tmp_path / "merged").named_parameters())
+    for key, value in after.items():
+        layer = key.removesuffix(".weight")
+        expected = before[key]
+        if f"{layer}.lora_A.default.weight" in adapters:
+            expected = expected + scale * adapters[f"{layer}.lora_B.default.weight"] @ adapters[f"{layer}.lora_A.default.weight"]
+        assert torch.allclose(value, expected, atol=1e-5), key
+    asked = (Message("user", ("What is in this picture?", Media("image", save_picture(tmp_path)))),)
+    sampling = Sampling(max_new_tokens=6)
+    said = {p: open_engine(tmp_path / p, device="cpu").answer(asked, sampling).text for p in ("run", "adapter", "merged", name)}
+    assert said["run"] == said["adapter"] == said["merged"] != said[name]
+    again = export(tmp_path / "adapter", tmp_path / "again", merge_lora=True)  # a peft directory, whoever wrote it
+    assert again.what == "merged"
+    for key, value in load_hub(tmp_path / "again").named_parameters():
+        assert torch.allclose(value, after[key], atol=1e-6), key
+    half = export(directory, tmp_path / "half", merge_lora=True, dtype="bf16")
+    assert half.dtype == "bfloat16" and 1e-4 < half.difference < 0.1 * half.largest
+    assert export(directory, tmp_path / "adapter", dtype="bf16").difference < 1e-4
+    with pytest.raises(PolymodalError, match="is a peft adapter already.*--merge-lora"):
+        export(tmp_path / "adapter", tmp_path / "other")
+    assert left_behind(tmp_path) == []
+
+
+def save_picture(directory):
+    tiny.picture(32, 24, seed=3).save(directory / "picture.png")
+    return str(directory / "picture.png")
 
 
 def left_behind(directory):
