@@ -122,7 +122,7 @@ def is_remote(path: Path, mounts: str = "/proc/mounts") -> bool:
 def checksum(columns: dict[str, np.ndarray]) -> int:
     value = 0
     for name in sorted(columns):
-        value = zlib.crc32(memoryview(np.ascontiguousarray(columns[name])).cast("B"), value)
+        value = zlib.crc32(np.ascontiguousarray(columns[name]).data.cast("B"), value)
     return value
 
 

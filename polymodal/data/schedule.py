@@ -92,13 +92,16 @@ class Share(NamedTuple):
 
 
 class IndexLike(Protocol):
-    """What the schedule needs to know of the samples (polymodal.data.index.Index has it)."""
+    """What planning and loading need to know of the samples (polymodal.data.index.Index has it)."""
 
     tokens: np.ndarray  # int32 [N]
+    patches: np.ndarray  # int32 [N]
     usable: np.ndarray  # bool [N]
     record: np.ndarray | None  # int64 [N], ascending: the corpus' record of each row; None = the row itself
 
     def measure(self, i: int) -> Measure: ...
+
+    def locate(self, i: int) -> tuple[int, int]: ...  # row -> (record, piece or -1)
 
 
 class _Plan(NamedTuple):

@@ -265,15 +265,15 @@ def memory_files_work() -> bool:
 
 def send(pipe: connection.Connection, batch: Batch, notes: Any, shared: bool) -> None:
     """Write a batch into one stretch of memory and hand that over, as a memory file if `shared`."""
-    end, parts = 0, []
-    places: list[list] = [[], []]
-    for found, tensors in zip(places, (batch.tensors, batch.segments), strict=True):
+    end = 0
+    parts: list[tuple[int, Tensor]] = []
+    layout = Layout([], [], (batch.axes, batch.samples, batch.groups))
+    for found, tensors in ((layout.tensors, batch.tensors), (layout.segments, batch.segments)):
         for name, tensor in tensors.items():
             end = -(-end // _ALIGN) * _ALIGN
             found.append((name, tensor.dtype, tuple(tensor.shape), end))
             parts.append((end, tensor))
             end += tensor.numel() * tensor.element_size()
-    layout = Layout(*places, (batch.axes, batch.samples, batch.groups))
     size = max(end, 1)
     handle = None
     if shared:

@@ -258,20 +258,19 @@ def test_a_container_without_shared_memory_is_no_obstacle(rows):
 def test_little_memory_holds_preparation_back(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"n": 60, "media": [8000]} for _ in range(40)])  # 256 kB each
 
-    def ahead(**data):
+    def ahead(enough, **data):
+        """Bytes prepared and not taken: as soon as they are `enough`, else after a long wait."""
         with loader_of(path, batch=1, prefetch=30, **data) as loader:
             next(loader)
             next(loader)
-            known = 0
-            deadline = time.monotonic() + 20
-            while time.monotonic() < deadline:
-                time.sleep(0.3)
-                if known == (known := loader._made_bytes - loader._taken_bytes):
-                    return known
-        return known
+            deadline = time.monotonic() + 30
+            while (held := loader._made_bytes - loader._taken_bytes) < enough and time.monotonic() < deadline:
+                time.sleep(0.02)
+            time.sleep(0.5)
+            return max(held, loader._made_bytes - loader._taken_bytes)
 
-    assert ahead() > 25 * 256_000  # as many as prefetch says
-    assert 256_000 <= ahead(memory_budget=1) <= 1 << 20
+    assert ahead(25 * 256_000) >= 25 * 256_000  # as many as prefetch says
+    assert 256_000 <= ahead(256_000, memory_budget=1) <= 1 << 20
     steps = take(loader_of(path, batch=8, memory_budget=1), 5)  # a step of 2 MB: still comes
     assert [len(s.micro_batches) for s in steps] == [8] * 5
 
