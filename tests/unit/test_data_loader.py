@@ -186,7 +186,7 @@ def test_a_killed_worker_is_one_sentence_and_no_hang(tmp_path):
     ) as error:
         for _ in loader:
             pass
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert "out of memory" in error.value.hint and "data.workers" in error.value.hint
     assert not data_processes()
 
