@@ -1,4 +1,4 @@
-"""A whole model on a whole mesh: tensor parallelism, recompute, compilation and FSDP2, in that order.
+"""A whole model on a whole mesh: tensor parallelism, compilation, recompute and FSDP2, in that order.
 
 This room is the one place where a recipe's `parallel` and `train.precision` meet a model. It sees the ground floor
 and models/card.py. It works on meta or real parameters and never changes a parameter's name.
@@ -19,7 +19,7 @@ from polymodal.errors import PolymodalError
 from polymodal.models.card import Dropped, ModelCard
 from polymodal.parallel import memory, ops, tensor
 from polymodal.parallel.mesh import Mesh, ParallelSizes
-from polymodal.recipe import Recipe
+from polymodal.recipe import Parallel, Recipe
 
 COMPUTE_DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "pure_bf16": torch.bfloat16}
 """Arithmetic of the forward and backward passes by train.precision; None: that of the parameters."""
@@ -55,7 +55,9 @@ UNBUILT = {"pp": "pipeline", "cp": "context", "ep": "expert"}
 """Kinds of parallelism that `apply` does not lay out yet."""
 
 
-def check(card: ModelCard, config: Any, sizes: ParallelSizes) -> list[PolymodalError]:
+def check(
+    card: ModelCard, config: Any, sizes: ParallelSizes, parallel: Parallel | None = None
+) -> list[PolymodalError]:
     """Every reason why a model of this transformers config cannot be laid out so; empty when it can.
 
     Needs no weights and no model. The errors are made, not raised: `polymodal check` lists them all.
@@ -75,6 +77,9 @@ def check(card: ModelCard, config: Any, sizes: ParallelSizes) -> list[PolymodalE
                     f"Set parallel.{axis} to 1 and use dp_replicate, dp_shard and tp.",
                 )
             )
+    if parallel is not None and parallel.compile and parallel.recompute == "selective":
+        cause = "parallel.recompute = selective cannot see the matrix products inside of compiled blocks."
+        reasons.append(PolymodalError(cause, "Set parallel.recompute to full, or parallel.compile to false."))
     if sizes.tp > 1 and "tp" not in card.limits:
         reasons += tensor.check(card, config, sizes.tp)
     return reasons
@@ -89,7 +94,7 @@ def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.M
     Raises PolymodalError for a layout that this model or this version cannot have.
     """
     parallel, precision = recipe.parallel, recipe.train.precision
-    for reason in check(card, getattr(model, "config", None), mesh.sizes):
+    for reason in check(card, getattr(model, "config", None), mesh.sizes, parallel):
         raise reason
     blocks = matching(model, card.blocks, f"the card {card.name}")
     _set_dtypes(model, precision)
@@ -97,14 +102,22 @@ def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.M
     if tp is not None:
         sequence = parallel.sp if parallel.sp is not None else True
         tensor.apply(model, card, list(blocks), tp, sequence)
+    if parallel.compile:
+        import torch._dynamo
+
+        # Inside recompute: attention interrupts a block's graph, which torch allows under recompute from outside only.
+        for block in blocks.values():
+            block.forward = torch.compile(block.forward)  # the instance's: hooks and names stay as they are
+        if (
+            tp is not None
+        ):  # each block's patched forward is its own function to dynamo, which shares one limit
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, 8 * len(blocks))
     if parallel.recompute != "none":
         chosen = blocks
         if parallel.recompute_blocks is not None:
             chosen = matching(model, parallel.recompute_blocks, "parallel.recompute_blocks")
         memory.recompute(chosen.values(), parallel.recompute)
-    if parallel.compile:
-        for block in blocks.values():
-            block.forward = torch.compile(block.forward)  # the instance's: hooks and names stay as they are
     if mesh.fsdp_size == 1 and mesh.sizes.tp == 1 and precision in ("fp32", "pure_bf16"):
         return model  # nothing to cut and nothing to cast
     _shard(model, list(blocks.values()), mesh, precision, parallel.reshard_after_forward)

@@ -204,6 +204,7 @@ class _Layout:
     def fused(self, module: nn.Module, rows: int, parts: int) -> None:
         """Before the forward: the natural cut of fused rows becomes a cut of each part (an exchange of rows)."""
         order, sent, received = ops.fused_exchange(rows, parts, self.size, self.rank)
+        index: dict[torch.device, Tensor] = {}
         forward = module.forward
 
         @wraps(forward)
@@ -211,8 +212,11 @@ class _Layout:
             for key in ("weight", "bias"):
                 value = module.__dict__.get(key)
                 if value is not None:
-                    index = torch.tensor(order, device=value.device)
-                    module.__dict__[key] = ops.exchange_rows(value, index, sent, received, self.group)
+                    if value.device not in index:
+                        index[value.device] = torch.tensor(order, device=value.device)
+                    module.__dict__[key] = ops.exchange_rows(
+                        value, index[value.device], sent, received, self.group
+                    )
             return forward(*args, **kwargs)
 
         module.forward = exchanged
