@@ -43,7 +43,14 @@ class Problems:
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
-            raise PolymodalError("\n".join([f"{len(self.errors)} problems:", *(f"{i}. {error}" for i, error in enumerate(self.errors, 1))]))
+            raise PolymodalError(
+                "\n".join(
+                    [
+                        f"{len(self.errors)} problems:",
+                        *(f"{i}. {error}" for i, error in enumerate(self.errors, 1)),
+                    ]
+                )
+            )
 
 
 # ---- what needs no model --------------------------------------------------------------------------------------------
@@ -71,19 +78,35 @@ def static(recipe: Recipe, world: int, problems: Problems) -> None:
     for name, value in recipe.device.env.items():
         problems.run(lambda name=name, value=value: device.checked_variable(name, value))
     if not recipe.data.datasets:
-        problems.add("The recipe has no data.datasets.", "Add at least one, e.g. data.datasets: [{path: train.json}].")
+        problems.add(
+            "The recipe has no data.datasets.", "Add at least one, e.g. data.datasets: [{path: train.json}]."
+        )
     for key, dataset in _datasets(recipe):
         problems.run(lambda key=key, dataset=dataset: expand(dataset.path, f"{key}.path"))
         if dataset.media_dir is not None and not os.path.isdir(os.path.expanduser(dataset.media_dir)):
-            problems.add(f"{key}.media_dir = {dataset.media_dir}: the directory does not exist.", f"Paths start from the working directory, {os.getcwd()}.")
-    if recipe.data.chat_template is not None and not os.path.isfile(os.path.expanduser(recipe.data.chat_template)):
-        problems.add(f"data.chat_template = {recipe.data.chat_template}: the file does not exist.", "Check the path, or leave it out: the checkpoint's is used.")
+            problems.add(
+                f"{key}.media_dir = {dataset.media_dir}: the directory does not exist.",
+                f"Paths start from the working directory, {os.getcwd()}.",
+            )
+    if recipe.data.chat_template is not None and not os.path.isfile(
+        os.path.expanduser(recipe.data.chat_template)
+    ):
+        problems.add(
+            f"data.chat_template = {recipe.data.chat_template}: the file does not exist.",
+            "Check the path, or leave it out: the checkpoint's is used.",
+        )
     length = recipe.data.pack_length or recipe.data.max_length
     if recipe.data.pack and length < recipe.data.max_length:
-        problems.add(f"data.pack_length = {length} is smaller than data.max_length = {recipe.data.max_length}: a sample could be longer than its pack.", f"Raise data.pack_length to {recipe.data.max_length}, or lower data.max_length.")
+        problems.add(
+            f"data.pack_length = {length} is smaller than data.max_length = {recipe.data.max_length}: a sample could be longer than its pack.",
+            f"Raise data.pack_length to {recipe.data.max_length}, or lower data.max_length.",
+        )
     for tracker in recipe.monitor.trackers:
         if importlib.util.find_spec(tracker) is None:
-            problems.add(f"monitor.trackers names {tracker}, which is not installed.", f"Run `pip install polymodal[{tracker}]`, or remove it.")
+            problems.add(
+                f"monitor.trackers names {tracker}, which is not installed.",
+                f"Run `pip install polymodal[{tracker}]`, or remove it.",
+            )
     _starts(recipe, problems)
     problems.run(lambda: machine.require_writable(recipe.run_dir))
 
@@ -96,7 +119,11 @@ def _starts(recipe: Recipe, problems: Problems) -> None:
     if chosen not in ("auto", "never"):
         problems.run(lambda: checkpoint.locate(chosen))
     origin = recipe.checkpoint.init_from
-    if origin is not None and not (Path(origin) / "config.json").is_file() and not (Path(origin) / "adapter_config.json").is_file():
+    if (
+        origin is not None
+        and not (Path(origin) / "config.json").is_file()
+        and not (Path(origin) / "adapter_config.json").is_file()
+    ):
         problems.run(lambda: checkpoint.locate(origin))
 
 
@@ -120,7 +147,10 @@ def family_of(recipe: Recipe, world: int, problems: Problems) -> Any:
     towers = family.card.towers
     for name in recipe.model.lora.towers if recipe.model.lora is not None else ():
         if name not in towers:
-            problems.add(f"model.lora.towers: {family.card.name} has no tower `{name}`.", f"Its towers: {', '.join(towers)}.")
+            problems.add(
+                f"model.lora.towers: {family.card.name} has no tower `{name}`.",
+                f"Its towers: {', '.join(towers)}.",
+            )
     return family
 
 
@@ -185,7 +215,9 @@ def histogram(tokens: Any, longest: int, bins: int = 10) -> list[tuple[int, int,
     return out
 
 
-def measure(recipe: Recipe, family: Any, datasets: list[Dataset], problems: Problems, key: str, progress: Any = None) -> tuple[DataFacts | None, Any]:
+def measure(
+    recipe: Recipe, family: Any, datasets: list[Dataset], problems: Problems, key: str, progress: Any = None
+) -> tuple[DataFacts | None, Any]:
     """Index and plan one section of data as the trainer would. (facts, schedule), None where it is refused."""
     from polymodal.data.chat import ChatProcessor
     from polymodal.data.index import build_index
@@ -197,7 +229,12 @@ def measure(recipe: Recipe, family: Any, datasets: list[Dataset], problems: Prob
     if corpus is None or chat is None:
         return None, None
     problems.run(lambda: build_index(corpus, chat, recipe.data, progress=progress))  # what train would refuse
-    lenient = recipe.data.model_copy(update={"on_error": "skip", "overlong": "drop" if recipe.data.overlong == "error" else recipe.data.overlong})
+    lenient = recipe.data.model_copy(
+        update={
+            "on_error": "skip",
+            "overlong": "drop" if recipe.data.overlong == "error" else recipe.data.overlong,
+        }
+    )
     index = problems.run(lambda: build_index(corpus, chat, lenient, progress=progress))
     if index is None:
         return None, None
@@ -212,7 +249,16 @@ def measure(recipe: Recipe, family: Any, datasets: list[Dataset], problems: Prob
     schedule = problems.run(lambda: Schedule(index, corpus.parts, recipe.data, recipe.train, family.cost))
     if schedule is None:
         return facts, None
-    facts.parts = [{"name": share.name, "usable": share.usable, "draws": share.draws, "weight": part.weight, "repeat": part.repeat} for share, part in zip(schedule.shares, corpus.parts, strict=True)]
+    facts.parts = [
+        {
+            "name": share.name,
+            "usable": share.usable,
+            "draws": share.draws,
+            "weight": part.weight,
+            "repeat": part.repeat,
+        }
+        for share, part in zip(schedule.shares, corpus.parts, strict=True)
+    ]
     facts.steps_per_epoch = schedule.steps_in_epoch(0)
     filled = 0
     for batch in schedule.batches(epochs=1):
@@ -226,7 +272,9 @@ def measure(recipe: Recipe, family: Any, datasets: list[Dataset], problems: Prob
     return facts, schedule
 
 
-def check(recipe: Recipe, world: int | None = None, measure_data: bool = True, progress: Any = None) -> Report:
+def check(
+    recipe: Recipe, world: int | None = None, measure_data: bool = True, progress: Any = None
+) -> Report:
     """All of it. The report's `problems` holds every sentence that `train` would stop with; nothing is raised."""
     from polymodal.parallel.mesh import ParallelSizes
 
@@ -237,16 +285,24 @@ def check(recipe: Recipe, world: int | None = None, measure_data: bool = True, p
     family = family_of(recipe, world, problems)
     sizes = problems.run(lambda: ParallelSizes.of(recipe.parallel, world))
     if sizes is not None:
-        report.sizes = {axis: getattr(sizes, axis) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")}
+        report.sizes = {
+            axis: getattr(sizes, axis) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
+        }
         if sizes.dp > recipe.train.global_batch_size:
-            report.notes.append(f"train.global_batch_size = {recipe.train.global_batch_size} is less than the {sizes.dp} ranks that see different data: some idle in every step.")
+            report.notes.append(
+                f"train.global_batch_size = {recipe.train.global_batch_size} is less than the {sizes.dp} ranks that see different data: some idle in every step."
+            )
     ratio = 0.0
     if family is not None and measure_data and recipe.data.datasets:
-        report.data, schedule = measure(recipe, family, recipe.data.datasets, problems, "data.datasets", progress)
+        report.data, schedule = measure(
+            recipe, family, recipe.data.datasets, problems, "data.datasets", progress
+        )
         if schedule is not None:
             report.steps = recipe.train.steps or steps_of(schedule, recipe.train.epochs)
         if recipe.data.validation:
-            report.validation, _ = measure(recipe, family, recipe.data.validation, problems, "data.validation", progress)
+            report.validation, _ = measure(
+                recipe, family, recipe.data.validation, problems, "data.validation", progress
+            )
         if report.data is not None and report.data.tokens:
             ratio = report.data.patches / report.data.tokens
     if family is not None:
@@ -268,15 +324,25 @@ def _model(recipe: Recipe, family: Any, world: int, ratio: float, report: Report
     from polymodal.train import estimate, optim
 
     towers = set(recipe.model.lora.towers) if recipe.model.lora is not None else set()
-    model = problems.run(lambda: estimate.meta_model(family, recipe)) if towers <= set(family.card.towers) else None
+    model = (
+        problems.run(lambda: estimate.meta_model(family, recipe))
+        if towers <= set(family.card.towers)
+        else None
+    )
     report.model = {"card": family.card.name, "source": str(family.source)}
     if model is None:
         return
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for i, group in enumerate(recipe.optim.groups):
         if not any(optim.matches(name, group.match, family.card.towers) for name in names):
-            frozen = any(optim.matches(name, group.match, family.card.towers) for name, _ in model.named_parameters())
-            said = "matches only frozen parameters" if frozen else f"is neither a tower ({', '.join(family.card.towers)}) nor the pattern of a parameter"
+            frozen = any(
+                optim.matches(name, group.match, family.card.towers) for name, _ in model.named_parameters()
+            )
+            said = (
+                "matches only frozen parameters"
+                if frozen
+                else f"is neither a tower ({', '.join(family.card.towers)}) nor the pattern of a parameter"
+            )
             report.notes.append(f"optim.groups.{i}.match = {group.match} {said}: it has no effect.")
     found = problems.run(lambda: estimate.lay_out(model, family, recipe, world))
     if found is None:
@@ -319,6 +385,12 @@ def main(recipe: Recipe, world: int | None = None, *, measure: bool = True, as_j
 
     show_report(recipe, report)
     if report.problems:
-        head = "train would refuse this recipe:" if len(report.problems) == 1 else f"train would refuse this recipe for {len(report.problems)} reasons:"
-        raise PolymodalError("\n".join([head, *(f"{i}. {text}" for i, text in enumerate(report.problems, 1))]))
+        head = (
+            "this recipe would not train:"
+            if len(report.problems) == 1
+            else f"this recipe would not train, for {len(report.problems)} reasons:"
+        )
+        raise PolymodalError(
+            "\n".join([head, *(f"{i}. {text}" for i, text in enumerate(report.problems, 1))])
+        )
     return 0

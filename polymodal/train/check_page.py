@@ -22,7 +22,14 @@ def count(number: float) -> str:
 
 
 def _rows(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 2, 0, 0))
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        show_header=False,
+        padding=(0, 2, 0, 0),
+    )
     table.add_column(no_wrap=True, min_width=16)
     table.add_column(overflow="fold")
     for name, value in rows:
@@ -36,22 +43,48 @@ def _model(report: Report) -> list[tuple[str, str]]:
     estimate = report.estimate
     if estimate is not None:
         share = estimate["trained"] / max(1, estimate["total"])
-        rows.append(("parameters", f"{count(estimate['total'])}, {count(estimate['trained'])} trained ({share:.1%})"))
+        rows.append(
+            ("parameters", f"{count(estimate['total'])}, {count(estimate['trained'])} trained ({share:.1%})")
+        )
         for tower, (total, trained) in estimate["towers"].items():
-            rows.append((f"  {tower}", f"{count(total)}, " + ("frozen" if not trained else "all trained" if trained == total else f"{count(trained)} trained")))
+            rows.append(
+                (
+                    f"  {tower}",
+                    f"{count(total)}, "
+                    + (
+                        "frozen"
+                        if not trained
+                        else "all trained"
+                        if trained == total
+                        else f"{count(trained)} trained"
+                    ),
+                )
+            )
     return rows
 
 
 def _layout(recipe: Recipe, report: Report) -> list[tuple[str, str]]:
     axes = ", ".join(f"{axis} {n}" for axis, n in report.sizes.items() if n > 1) or "one process"
     parallel = recipe.parallel
-    extras = [f"recompute {parallel.recompute}"] * (parallel.recompute != "none") + ["compile"] * parallel.compile + ["sp"] * (parallel.tp > 1 and parallel.sp is not False)
-    return [("processes", str(report.world)), ("layout", ", ".join([axes, *extras])), ("precision", recipe.train.precision)]
+    extras = (
+        [f"recompute {parallel.recompute}"] * (parallel.recompute != "none")
+        + ["compile"] * parallel.compile
+        + ["sp"] * (parallel.tp > 1 and parallel.sp is not False)
+    )
+    return [
+        ("processes", str(report.world)),
+        ("layout", ", ".join([axes, *extras])),
+        ("precision", recipe.train.precision),
+    ]
 
 
 def _memory(report: Report) -> list[tuple[str, str]]:
     e = report.estimate or {}
-    rows = [(name, size(e[name])) for name in ("parameters", "gradients", "optimizer", "average", "gathered") if e.get(name)]
+    rows = [
+        (name, size(e[name]))
+        for name in ("parameters", "gradients", "optimizer", "average", "gathered")
+        if e.get(name)
+    ]
     rows.append(("activations", f"{size(e['activations'])} (an estimate, for {e['assumed']})"))
     rows.append(("together", f"about {size(e['memory'])} a rank"))
     return rows
@@ -59,14 +92,38 @@ def _memory(report: Report) -> list[tuple[str, str]]:
 
 def _data(console: Console, title: str, recipe: Recipe, facts: DataFacts) -> None:
     rows = [("rows", f"{facts.rows:,}, {facts.usable:,} usable")]
-    rows += [(f"  {part['name']}", f"{part['usable']:,} usable, {part['draws']:,} drawn an epoch" + (f", weight {part['weight']:g}" if part["weight"] else "") + (f", repeat {part['repeat']:g}" if part["repeat"] != 1 else "")) for part in facts.parts if len(facts.parts) > 1]
-    rows.append(("tokens", f"{count(facts.tokens)}, {count(facts.trained)} trained on ({facts.trained / max(1, facts.tokens):.0%}); longest row {facts.longest:,}"))
+    rows += [
+        (
+            f"  {part['name']}",
+            f"{part['usable']:,} usable, {part['draws']:,} drawn an epoch"
+            + (f", weight {part['weight']:g}" if part["weight"] else "")
+            + (f", repeat {part['repeat']:g}" if part["repeat"] != 1 else ""),
+        )
+        for part in facts.parts
+        if len(facts.parts) > 1
+    ]
+    rows.append(
+        (
+            "tokens",
+            f"{count(facts.tokens)}, {count(facts.trained)} trained on ({facts.trained / max(1, facts.tokens):.0%}); longest row {facts.longest:,}",
+        )
+    )
     if facts.patches:
         rows.append(("patches", f"{count(facts.patches)} of pictures and videos"))
     if facts.looked_at:
         if recipe.data.pack:
-            rows.append(("packs", f"of {recipe.data.pack_length or recipe.data.max_length:,} tokens, {facts.fill:.1%} filled"))
-        rows.append(("steps an epoch", f"{facts.steps_per_epoch:,} of {recipe.train.global_batch_size} {'packs' if recipe.data.pack else 'samples'}"))
+            rows.append(
+                (
+                    "packs",
+                    f"of {recipe.data.pack_length or recipe.data.max_length:,} tokens, {facts.fill:.1%} filled",
+                )
+            )
+        rows.append(
+            (
+                "steps an epoch",
+                f"{facts.steps_per_epoch:,} of {recipe.train.global_batch_size} {'packs' if recipe.data.pack else 'samples'}",
+            )
+        )
     _rows(console, title, rows)
     peak = max((n for _, _, n in facts.histogram), default=0) or 1
     for first, last, n in facts.histogram:
@@ -98,10 +155,19 @@ def show_report(recipe: Recipe, report: Report, console: Any = None) -> None:
         _rows(console, "Memory", _memory(report))
     if report.disk is not None:
         disk = report.disk
-        _rows(console, "Disk", [("one checkpoint", size(disk["one"])), ("at most", f"{size(disk['wanted'])} in {recipe.run_dir}, {size(disk['free'])} free")])
+        _rows(
+            console,
+            "Disk",
+            [
+                ("one checkpoint", size(disk["one"])),
+                ("at most", f"{size(disk['wanted'])} in {recipe.run_dir}, {size(disk['free'])} free"),
+            ],
+        )
     if report.steps is not None:
         every = recipe.checkpoint.every
-        saved = f", a checkpoint every {every}" if every and every < report.steps else ", a checkpoint at the end"
+        saved = (
+            f", a checkpoint every {every}" if every and every < report.steps else ", a checkpoint at the end"
+        )
         _rows(console, "Run", [("steps", f"{report.steps:,}{saved}")])
     for note in report.notes:
         console.print(f"[yellow]note:[/yellow] {escape(note)}")

@@ -40,7 +40,14 @@ class Estimate:
 
     @property
     def memory(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.average + self.gathered + self.activations
+        return (
+            self.parameters
+            + self.gradients
+            + self.optimizer
+            + self.average
+            + self.gathered
+            + self.activations
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "memory": self.memory}
@@ -56,7 +63,9 @@ def pretended_group(world: int) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore  # also registers the backend "fake"
 
     if dist.is_initialized():
-        raise PolymodalError("A run cannot be estimated inside a process that is part of one.", "Use `polymodal check`.")
+        raise PolymodalError(
+            "A run cannot be estimated inside a process that is part of one.", "Use `polymodal check`."
+        )
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         yield
@@ -105,7 +114,10 @@ def lay_out(model: nn.Module, family: Family, recipe: Recipe, world: int) -> Est
         out.trained += train
     compute = COMPUTE_DTYPE[recipe.train.precision]
     width = compute.itemsize if compute is not None else 4
-    whole = {name: sum(p.numel() for p in block.parameters()) for name, block in matching(model, card.blocks, card.name).items()}
+    whole = {
+        name: sum(p.numel() for p in block.parameters())
+        for name, block in matching(model, card.blocks, card.name).items()
+    }
     sizes = ParallelSizes.of(recipe.parallel, world)
     with pretended_group(world):
         apply(model, card, Mesh(sizes, "cpu", 0), recipe)
@@ -128,12 +140,16 @@ def lay_out(model: nn.Module, family: Family, recipe: Recipe, world: int) -> Est
             out.optimizer += moments * _bytes(_local(parameter))
             whole_bytes = parameter.numel() * parameter.element_size()
             full = recipe.checkpoint.save == "full"
-            state_all += whole_bytes * (1 + moments * full) + 4 * parameter.numel() * bool(recipe.train.ema and full)
+            state_all += whole_bytes * (1 + moments * full) + 4 * parameter.numel() * bool(
+                recipe.train.ema and full
+            )
             if recipe.train.ema:
                 out.average += 4 * _local(parameter).numel()
         if sizes.dp_shard * sizes.cp * sizes.dp_replicate > 1:
             root = out.total - sum(whole.values())
-            units = sum(whole.values()) if not recipe.parallel.reshard_after_forward else 2 * max(whole.values())
+            units = (
+                sum(whole.values()) if not recipe.parallel.reshard_after_forward else 2 * max(whole.values())
+            )
             out.gathered = (root + units) * width // sizes.tp
             if out.trained:
                 out.gathered += 4 * max(*whole.values(), root) // sizes.tp
@@ -152,7 +168,11 @@ def activations(family: Family, recipe: Recipe, patches_per_token: float) -> tup
     """
     config, data, parallel = family.config, recipe.data, recipe.parallel
     text = getattr(config, "text_config", config)
-    tokens = (data.pack_length or data.max_length) if data.pack else data.max_length * recipe.train.micro_batch_size
+    tokens = (
+        (data.pack_length or data.max_length)
+        if data.pack
+        else data.max_length * recipe.train.micro_batch_size
+    )
     width = 4 if recipe.train.precision == "fp32" else 2
     cut = parallel.tp if parallel.sp is not False else 1
 
@@ -160,7 +180,9 @@ def activations(family: Family, recipe: Recipe, patches_per_token: float) -> tup
         inside = (2 * attention + 3 * mlp) / parallel.tp
         layer = count * width * (6 * hidden / cut + inside)
         kept = count * width * hidden / cut
-        share = {"none": layer, "selective": kept + count * width * inside * 0.7, "full": kept}[parallel.recompute]
+        share = {"none": layer, "selective": kept + count * width * inside * 0.7, "full": kept}[
+            parallel.recompute
+        ]
         return layers * share + (layer if parallel.recompute != "none" else 0)
 
     heads = text.num_attention_heads
@@ -188,5 +210,7 @@ def disk(recipe: Recipe, estimate: Estimate) -> tuple[int, int]:
     """(bytes that checkpoints and the export take at most, bytes free there). One more is written before one is pruned."""
     from polymodal import machine
 
-    wanted = estimate.checkpoint * (recipe.checkpoint.keep + 1) + (estimate.export if recipe.checkpoint.export else 0)
+    wanted = estimate.checkpoint * (recipe.checkpoint.keep + 1) + (
+        estimate.export if recipe.checkpoint.export else 0
+    )
     return wanted, machine.space(os.fspath(recipe.run_dir)).free

@@ -1,0 +1,298 @@
+"""The dry pass: every refusal at once, and figures that a real layout and a real index give."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from polymodal import recipe
+from polymodal.errors import PolymodalError
+from polymodal.models import catalog
+from polymodal.train import check, estimate
+from tests.models import tiny
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory) -> Path:
+    """A tiny checkpoint, and 40 rows of which one names a picture that is not there and some are long."""
+    root = tmp_path_factory.mktemp("check")
+    tiny.checkpoint("qwen2.5-vl", root / "model")
+    (root / "images").mkdir()
+    rows = []
+    for i in range(40):
+        row = {
+            "messages": [
+                {"role": "user", "content": f"number {i}"},
+                {"role": "assistant", "content": "It is. " * (1 + i % 5) * (20 if i % 10 == 9 else 1)},
+            ]
+        }
+        if i % 4 == 1:
+            tiny.picture(24, 24 + 8 * (i % 3), i).save(root / "images" / f"{i}.png")
+            row["messages"][0]["content"] = "<image>" + row["messages"][0]["content"]
+            row["images"] = [f"images/{i}.png"]
+        rows.append(row)
+    rows[6]["messages"][0]["content"] = "<image>what is it?"
+    rows[6]["images"] = ["images/absent.png"]
+    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture
+def make(ground, tmp_path):
+    def made(*overrides: str) -> recipe.Recipe:
+        data = {
+            "model": {"source": str(ground / "model")},
+            "data": {
+                "datasets": [{"path": str(ground / "train.jsonl")}],
+                "max_length": 128,
+                "cache_dir": str(ground / "cache"),
+                "on_error": "skip",
+            },
+            "train": {"global_batch_size": 4, "epochs": 2.5},
+            "checkpoint": {"dir": str(tmp_path / "run")},
+            "monitor": {"trackers": []},
+        }
+        for text in overrides:
+            recipe.recipe_file.override(data, {}, text)
+        return recipe.validate(data)
+
+    return made
+
+
+def test_the_data_are_counted_as_training_would(make):
+    from polymodal.data.chat import ChatProcessor
+    from polymodal.data.index import build_index
+    from polymodal.data.source import open_corpus
+
+    r = make()
+    report = check.check(r, 2)
+    assert report.problems == [] and report.data is not None
+    facts = report.data
+    family = catalog.family(r.model)
+    corpus = open_corpus(r.data.datasets, r.data.attr)
+    index = build_index(corpus, ChatProcessor(family.media_processor(r.data), r.data), r.data)
+    assert facts.rows == 40 and facts.usable == int(index.usable.sum()) < 40
+    assert (
+        facts.tokens == int(index.tokens[index.usable].sum())
+        and facts.patches == int(index.patches[index.usable].sum()) > 0
+    )
+    assert sum(found["count"] for found in facts.dropped.values()) == 40 - facts.usable
+    broken = next(found for reason, found in facts.dropped.items() if "absent.png" in reason)
+    assert broken == {"count": 1, "first": [corpus.where(6)]}
+    assert sum(n for _, _, n in facts.histogram) == 39 and facts.histogram[-1][0] == 129
+    assert 0.5 < facts.fill <= 1 and report.steps == facts.steps_per_epoch * 2 + -(
+        -facts.steps_per_epoch // 2
+    )
+
+
+def test_broken_and_long_rows_are_problems_when_the_recipe_says_so(make):
+    report = check.check(make("data.on_error=fail"), 1)
+    (problem,) = report.problems
+    assert "train.jsonl, line 7" in problem and "absent.png" in problem
+    assert report.data is not None and report.data.usable > 0, "the rest is still measured"
+    problems = check.check(make("data.overlong=error"), 1).problems
+    assert len(problems) == 1 and "more than data.max_length = 128" in problems[0]
+
+
+def test_every_problem_is_listed_not_only_the_first(make, tmp_path):
+    r = make(
+        "parallel.tp=3", "data.datasets.0.path=nowhere.json", "data.datasets.0.media_dir=/no/such", "data.chat_template=/no/such.jinja",
+        "model.lora.towers=[visionn]", "monitor.trackers=[mlflow]", "device.env={TASK_QUEUE_ENABLED: 1}", "data.pack_length=64",
+        "checkpoint.resume=/no/such/run", "checkpoint.init_from=/no/such/weights",
+    )  # fmt: skip
+    with pytest.raises(PolymodalError) as caught:
+        check.refuse(r, 3)
+    said = str(caught.value)
+    for words in (
+        "parallel.tp = 3 does not divide text_config.num_attention_heads = 4", "data.datasets.0.path = nowhere.json", "data.datasets.0.media_dir = /no/such",
+        "data.chat_template = /no/such.jinja", "no tower `visionn`", "mlflow, which is not installed", "Did you mean TASK_QUEUE_ENABLE?",
+        "data.pack_length = 64 is smaller", "/no/such/run is neither a checkpoint", "/no/such/weights is neither a checkpoint",
+    ):  # fmt: skip
+        assert words in said, words
+    lines = said.splitlines()
+    assert lines[0] == f"{len(lines) - 1} problems:" and [line.split(".")[0] for line in lines[1:]] == [
+        str(i) for i in range(1, len(lines))
+    ]
+
+
+@pytest.mark.parametrize(
+    "override, world, words",
+    [
+        ("parallel.tp=2", 3, "3 processes cannot be divided by"),
+        ("parallel.pp=2", 2, "parallel.pp = 2"),
+        ("model.source=/no/such/model", 1, "neither a directory nor a hub id nor a known model"),
+        ("data.datasets=[]", 1, "The recipe has no data.datasets."),
+        ("model.config.text_config.num_hidden_layer=2", 1, "Did you mean `text_config.num_hidden_layers`?"),
+    ],
+)
+def test_one_problem_is_itself(make, override, world, words):
+    with pytest.raises(PolymodalError) as caught:
+        check.refuse(make(override), world)
+    assert words in str(caught.value) and "problems:" not in str(caught.value)
+
+
+def test_an_output_that_cannot_be_written(make, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PolymodalError, match="cannot be written"):
+        check.refuse(make(f"checkpoint.dir={tmp_path}/file/run"), 1)
+
+
+def test_problems_of_the_model_itself(make):
+    assert (
+        "train.freeze: `visoin` is neither a tower"
+        in check.check(make("train.freeze=[visoin]"), 1, measure_data=False).problems[0]
+    )
+    assert (
+        "leaves nothing to train"
+        in check.check(make("train.freeze=[vision, projector, language]"), 1, measure_data=False).problems[0]
+    )
+    report = check.check(make("optim.groups=[{match: visoin, lr: 1e-5}]"), 1, measure_data=False)
+    assert report.problems == [] and "optim.groups.0.match = visoin is neither a tower" in report.notes[0]
+    report = check.check(
+        make("optim.groups=[{match: vision, lr: 1e-5}]", "train.freeze=[vision]"), 1, measure_data=False
+    )
+    assert "matches only frozen parameters" in report.notes[0]
+
+
+def test_too_few_batches_for_the_ranks_is_a_note(make):
+    assert "some idle in every step" in check.check(make(), 8, measure_data=False).notes[0]
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------
+
+
+def laid_out(r: recipe.Recipe, world: int) -> estimate.Estimate:
+    family = catalog.family(r.model)
+    return estimate.lay_out(estimate.meta_model(family, r), family, r, world)
+
+
+def test_one_process_holds_the_whole_model(make):
+    r = make("train.precision=fp32")
+    found = laid_out(r, 1)
+    model = catalog.family(r.model).build().trained
+    count = sum(p.numel() for p in model.parameters())
+    assert found.total == found.trained == count == sum(total for total, _ in found.towers.values())
+    assert (found.parameters, found.gradients, found.optimizer, found.gathered) == (
+        4 * count,
+        4 * count,
+        8 * count,
+        0,
+    )
+    assert found.checkpoint == 12 * count
+
+
+@pytest.mark.parametrize(
+    "override, world", [("parallel.tp=1", 4), ("parallel.dp_replicate=2", 4), ("parallel.tp=2", 4)]
+)
+def test_ranks_share_what_is_sharded(make, override, world):
+    r = make("train.precision=fp32", override)
+    whole, part = laid_out(make("train.precision=fp32"), 1), laid_out(r, world)
+    shares = world // r.parallel.dp_replicate
+    assert whole.total == part.total
+    assert whole.parameters / shares <= part.parameters < 1.25 * whole.parameters / shares
+    assert part.optimizer == 2 * part.parameters and part.gathered > 0
+
+
+def test_frozen_parameters_have_no_gradients_and_half_the_width(make):
+    r = make("train.freeze=[vision, language]", "train.precision=bf16")
+    found = laid_out(r, 1)
+    assert found.towers["vision"][1] == 0 and found.towers["projector"][0] == found.trained
+    assert found.gradients == 4 * found.trained and found.parameters == 4 * found.trained + 2 * (
+        found.total - found.trained
+    )
+
+
+def test_an_average_and_muon_are_counted(make):
+    plain, muon = (
+        laid_out(make("train.precision=fp32"), 1),
+        laid_out(make("train.precision=fp32", "optim.name=muon", "train.ema=0.99"), 1),
+    )
+    assert muon.average == 4 * muon.total and plain.average == 0
+    assert plain.optimizer / 2 < muon.optimizer < plain.optimizer
+
+
+def test_recompute_and_cutting_lower_the_activations(make):
+    def kept(*overrides: str) -> int:
+        r = make(*overrides)
+        return estimate.activations(catalog.family(r.model), r, 0.5)[0]
+
+    long = "data.max_length=100000"
+    assert kept(long, "parallel.recompute=full") < kept(long, "parallel.recompute=selective") < kept(long)
+    assert kept(long, "parallel.tp=2") < kept(long) and kept(long) > 5 * kept("data.max_length=10000")
+
+
+def test_the_estimate_leaves_no_group_behind(make):
+    laid_out(make(), 4)
+    assert not torch.distributed.is_initialized()
+    with pytest.raises(ZeroDivisionError), estimate.pretended_group(4):
+        assert torch.distributed.get_world_size() == 4
+        raise ZeroDivisionError
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_disk_that_is_too_small_for_the_checkpoints(make, monkeypatch):
+    from polymodal import machine
+
+    monkeypatch.setattr(machine, "space", lambda path: machine.Space(str(path), 1 << 40, 1 << 20))
+    monkeypatch.setattr(machine, "require_writable", lambda *_: None)
+    (problem,) = check.check(make(), 1, measure_data=False).problems
+    assert (
+        problem.startswith("Checkpoints of this run take up to ")
+        and "2 kept and one being written" in problem
+    )
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+def test_the_page_fits_80_columns(make, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert check.main(make(), 2) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "parameters",
+        "dp_shard 2",
+        "40, ",
+        "left out",
+        "absent.png",
+        "(an estimate, for 128 tokens",
+        "one checkpoint",
+        "train would start.",
+    ):
+        assert words in out, words
+    assert max(len(line) for line in out.splitlines() if os.sep not in line) <= 80
+
+
+def test_refusals_end_the_command_with_all_of_them(make, capsys):
+    with pytest.raises(PolymodalError) as caught:
+        check.main(make("data.on_error=fail", "parallel.pp=2"), 2)
+    lines = str(caught.value).splitlines()
+    assert (
+        lines[0] == "this recipe would not train, for 2 reasons:"
+        and lines[1].startswith("1. ")
+        and lines[2].startswith("2. ")
+    )
+    assert "left out" in capsys.readouterr().out, "what can be said is said all the same"
+
+
+def test_json(make, capsys):
+    assert check.main(make(), 2, measure=False, as_json=True) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (
+        said["ok"]
+        and said["sizes"]["dp_shard"] == 2
+        and said["estimate"]["memory"] > 0
+        and said["data"] is None
+    )
+    assert check.main(make("parallel.pp=2"), 2, measure=False, as_json=True) == 2
+    assert "pipeline" in json.loads(capsys.readouterr().out)["problems"][0]
+
+
+def test_histogram():
+    assert check.histogram([1, 5, 10, 11, 50, 100, 101, 300], 100) == [
+        (1, 10, 3), (11, 20, 1), (21, 30, 0), (31, 40, 0), (41, 50, 1), (51, 60, 0), (61, 70, 0), (71, 80, 0), (81, 90, 0), (91, 100, 1), (101, 300, 2),
+    ]  # fmt: skip
