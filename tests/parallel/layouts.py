@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from polymodal.data.sample import Batch, pack
+from polymodal.data.sample import Batch, hole, pack
 from polymodal.models import catalog, weights
 from polymodal.models.card import Family
 from polymodal.objectives.language import LanguageObjective
@@ -138,6 +138,8 @@ def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps
     if world > 1 or layout.world > 1 or layout.precision != "fp32" or layout.parallel:
         mesh = Mesh(ParallelSizes.of(recipe.parallel, world), "cpu", rank)
         apply(model, family.card, mesh, recipe)
+        while len(data) % mesh.sizes.dp:  # equal work a rank, as the schedule gives it
+            data.append(pack([hole(rows=4)]))
         mine = data[mesh.dp_rank :: mesh.sizes.dp]
         inverse = inverse_weights(objective, mine, mesh.loss_group)
     else:

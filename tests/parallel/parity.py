@@ -25,6 +25,7 @@ BOUND = 1e-9
 VISION = ("model.visual.",)
 MATRIX = [
     Layout("FSDP2 x 2", 2),
+    Layout("FSDP2 x 3, uneven", 3),
     Layout("FSDP2 x 4", 4),
     Layout("FSDP2 x 2, parameters kept after forward", 2, {"reshard_after_forward": False}),
     Layout("HSDP 2 x 2", 4, {"dp_replicate": 2}),
@@ -45,17 +46,17 @@ MATRIX = [
 ]
 
 
-def parity(name: str, layouts: list[Layout], steps: int = STEPS) -> dict[str, Parity]:
+def parity(
+    name: str, layouts: list[Layout], steps: int = STEPS, dtype: torch.dtype = torch.float64
+) -> dict[str, Parity]:
     """Parity by layout name of one model's tiny checkpoint (qwen2-vl has a tied head), world by world."""
     with tempfile.TemporaryDirectory(prefix="polymodal-parity-") as directory:
         source = str(tiny.checkpoint(name, directory, tied=name == "qwen2-vl"))
-        (reference,) = run(1, one_process, source, layouts, torch.float64, steps, timeout=1200)
+        (reference,) = run(1, one_process, source, layouts, dtype, steps, timeout=1200)
         found = {}
         for world in sorted({layout.world for layout in layouts}):
             group = [layout for layout in layouts if layout.world == world]
-            for result in run(world, compare, source, group, reference, torch.float64, steps, timeout=3600)[
-                0
-            ]:
+            for result in run(world, compare, source, group, reference, dtype, steps, timeout=3600)[0]:
                 found[result.layout] = result
     return found
 

@@ -5,7 +5,10 @@ The default run holds one or two dense mixtures a model; the full matrix of pari
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
+import torch
 
 from tests.parallel.layouts import Layout
 from tests.parallel.parity import BOUND, MATRIX, VISION, parity
@@ -43,3 +46,19 @@ def test_a_layout_is_the_single_process(name: str):
 @pytest.mark.parametrize("name", QUICK)
 def test_every_layout_is_the_single_process(name: str):
     _equal(name, MATRIX, steps=5)
+
+
+@pytest.mark.slow
+def test_six_processes_with_uneven_pieces():
+    _equal("qwen3-vl", [Layout("FSDP2 x 3, TP 2 + SP", 6, {"tp": 2})], steps=2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks():
+    layouts = [
+        Layout("FSDP2 x 2, compiled, full recompute", 2, {"compile": True, "recompute": "full"}),
+        Layout("TP 2 + SP, compiled", 2, {"tp": 2, "compile": True}),
+    ]
+    for result in parity("qwen2.5-vl", layouts, steps=1, dtype=torch.float32).values():
+        assert max(result.loss, result.gradients) < 1e-5, result

@@ -1,0 +1,18 @@
+"""Parity of every layout with one process, written to docs/parity.md.
+
+    python benchmarks/parity.py [--models qwen3-vl ...] [--output docs/parity.md]
+
+The matrix and its comparison are the tests' own: tests/parallel/parity.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.parallel.parity import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Recompute computes again what it should, keeps what it should, and changes neither values nor names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from polymodal.parallel import memory
+
+
+class Operators(TorchDispatchMode):
+    """Counts aten operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16, bias=False), nn.Linear(16, 8, bias=False)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, hidden: torch.Tensor, *, scale: torch.Tensor) -> tuple[torch.Tensor, str]:
+        heads = self.up(hidden).tanh().view(1, 2, 4, 8)
+        mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads).reshape(4, 16)
+        return hidden + self.dropout(self.down(mixed)) * scale, "a value that is no tensor"
+
+
+def _backward(policy: str | None, train: bool = True) -> tuple[torch.Tensor, Counter[str], list[str]]:
+    torch.manual_seed(0)
+    block = Block().train(train)
+    if policy is not None:
+        memory.recompute([block], policy)  # type: ignore[arg-type]
+    x = torch.randn(4, 8, requires_grad=True)
+    torch.manual_seed(1)
+    out, _ = block(x, scale=torch.tensor(2.0))
+    with Operators() as operators:
+        out.square().sum().backward()
+    names = [name for name, _ in block.named_parameters()]
+    return (
+        torch.cat([x.grad.flatten(), *(p.grad.flatten() for p in block.parameters())]),
+        operators.seen,
+        names,
+    )
+
+
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+@pytest.mark.parametrize("policy, products, attentions", [("full", 2, 1), ("selective", 0, 0)])
+def test_what_is_computed_again(policy: str, products: int, attentions: int):
+    expected, plain, names = _backward(None)
+    found, seen, same = _backward(policy)
+    torch.testing.assert_close(found, expected)  # dropout drew the same mask again
+    assert names == same
+    assert seen["mm"] - plain["mm"] == products
+    assert seen[ATTENTION] - plain[ATTENTION] == attentions
+    assert seen["tanh"] - plain["tanh"] == 1
+
+
+def test_evaluation_is_not_recomputed():
+    expected, plain, _ = _backward(None, train=False)
+    found, seen, _ = _backward("full", train=False)
+    torch.testing.assert_close(found, expected)
+    assert seen == plain
+
+
+def test_the_kept_operators_exist():
+    names = {overload.overloadpacket.__name__ for overload in memory.saved_overloads()}
+    assert {"mm", "addmm", "bmm", ATTENTION} <= names
