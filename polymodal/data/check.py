@@ -46,11 +46,15 @@ def check(corpus: Corpus, progress: Callable[[int, int], None] | None = None) ->
     seconds: list[float] = []
     kinds: Counter[str] = Counter()
 
-    def look(i: int) -> tuple[Record | None, list[tuple[str, int, float]], str]:
+    def read(i: int) -> Record | str:
         try:
-            record = corpus[i]
+            return corpus[i]
         except PolymodalError as error:
-            return None, [], str(error)
+            return str(error)
+
+    def look(record: Record | str) -> tuple[Record | None, list[tuple[str, int, float]], str]:
+        if isinstance(record, str):
+            return None, [], record
         try:
             return record, [_header(m) for m in record.media], ""
         except PolymodalError as error:
@@ -58,8 +62,8 @@ def check(corpus: Corpus, progress: Callable[[int, int], None] | None = None) ->
 
     with ThreadPoolExecutor(min(8, (os.cpu_count() or 1) * 2)) as pool:  # headers wait for the disk
         for start in range(0, len(corpus), _AT_ONCE):
-            numbers = range(start, min(start + _AT_ONCE, len(corpus)))
-            for record, headers, problem in pool.map(look, numbers):
+            records = [read(i) for i in range(start, min(start + _AT_ONCE, len(corpus)))]
+            for record, headers, problem in pool.map(look, records):
                 out.rows += 1
                 if problem:
                     out.problems.append(problem)
@@ -134,7 +138,7 @@ def main(
             if kind in found.pixels
             else ""
         )
-        print(f"{count} {kind}s{spread}.")
+        print(f"{count} {kind}{'s' if count != 1 else ''}{spread}.")
     if found.seconds:
         print(f"Videos of {' / '.join(map(str, found.seconds))} seconds (shortest / middle / longest).")
     if found.unanswered:

@@ -143,12 +143,16 @@ class Template:
     def check(self, record: Record) -> None:
         """Raises PolymodalError when the template would leave something of the record out in silence."""
         source = str(self.text)
-        for what, there, word in (
-            ("tools", bool(record.tools), "tools"),
-            ("tool calls", any(m.tool_calls for m in record.messages), "tool_calls"),
-            ("reasoning", any(m.reasoning for m in record.messages), "reasoning"),
+        for what, there, words in (
+            ("tools", bool(record.tools), ("tools",)),
+            ("tool calls", any(m.tool_calls for m in record.messages), ("tool_calls",)),
+            (
+                "reasoning",
+                any(m.reasoning for m in record.messages),
+                ("reasoning", ".thinking", "'thinking'"),
+            ),
         ):
-            if there and word not in source:
+            if there and not any(word in source for word in words):
                 raise PolymodalError(
                     f"the row has {what}, but the chat template does not print any.",
                     "Give a template that does as data.chat_template, or remove them from the data.",

@@ -1,14 +1,22 @@
-"""Real pictures and videos, a model's media processor without a model, and files of rows: for the tests of the data room."""
+"""Real pictures and videos, a model's media processor without a model, files of rows, and what of a record is learned.
+
+For the tests of the data room; the fixtures `qwen` and `folder` are in conftest.py.
+"""
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 
+from polymodal.data.sample import IGNORE, Media, Message, Record
+from polymodal.errors import PolymodalError
 from polymodal.recipe import Data
 from tests.models import tiny
 
@@ -89,3 +97,72 @@ def write_rows(path: str | Path, rows: list[dict]) -> Path:
             writer.writerow(rows[0])
             writer.writerows(r.values() for r in rows)
     return path
+
+
+WHERE = "rows.jsonl, line 3"
+
+
+def record(*turns, **options):
+    """Turns as (role, text or parts[, weight])."""
+    messages = []
+    for role, content, *weight in turns:
+        parts = (content,) if isinstance(content, str) else tuple(content)
+        messages.append(Message(role, parts, *weight))
+    return Record(tuple(messages), WHERE, **options)
+
+
+def image(folder, n):
+    return Media("image", str(folder / f"{n}.png"))
+
+
+def short(chat, limit):
+    """The same processor with another max_length."""
+    chat = copy.copy(chat)
+    chat.max_length = limit
+    return chat
+
+
+def learned(chat, row):
+    """The text that is learned, turn by turn, and its weights."""
+    tensors = chat.sample(row).tensors
+    ids, labels, weights = (tensors[k] for k in ("input_ids", "labels", "weights"))
+    keep = labels != IGNORE
+    assert torch.equal(labels[:-1][keep[:-1]], ids[1:][keep[:-1]]) and not keep[-1]
+    assert torch.equal(keep, weights > 0)
+    runs, previous = [], -2
+    for at in keep.nonzero()[:, 0].tolist():
+        if at != previous + 1:
+            runs.append([[], set()])
+        runs[-1][0].append(labels[at].item())
+        runs[-1][1].add(round(weights[at].item(), 4))
+        previous = at
+    return [(chat.media.tokenizer.decode(i), *sorted(w)) for i, w in runs]
+
+
+TALK = [
+    ("system", "sys"),
+    ("user", "one?"),
+    ("assistant", "first"),
+    ("user", "two?"),
+    ("assistant", "second"),
+]
+
+
+TRIMMING = "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_end|>\n\n' + m.content | trim + '<|object_ref_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_end|>\n\n' }}{% endif %}"
+
+
+def templated(qwen, tmp_path, template, kwargs=None, **keys):
+    path = tmp_path / "template.jinja"
+    path.write_text(template)
+    return qwen(chat_template=str(path), template_kwargs=kwargs or {}, **keys)
+
+
+def refused(chat, row, *words):
+    """The same words from measure (as a reason) and from sample (with the place)."""
+    reason = chat.measure([row])[0]
+    assert isinstance(reason, str) and WHERE not in reason
+    with pytest.raises(PolymodalError) as error:
+        chat.sample(row)
+    assert error.value.message.startswith(f"{WHERE}: ")
+    for word in words:
+        assert word in reason and word in str(error.value), reason

@@ -1,14 +1,12 @@
-"""Ids are the library's own, labels are the assistant's words under any template, lengths need no pixels."""
+"""Ids are the library's own, lengths need no pixels, long samples are cut where they may be."""
 
 from __future__ import annotations
 
-import copy
 import html
 import pickle
 import re
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,68 +16,22 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from polymodal.data import media as files
-from polymodal.data.chat import ChatProcessor
 from polymodal.data.counting import TokenCounter
-from polymodal.data.sample import IGNORE, Media, Message, Record
+from polymodal.data.sample import Media, Message, Record
 from polymodal.data.source import open_corpus
 from polymodal.errors import PolymodalError
-from polymodal.recipe import Data, Dataset, Video
+from polymodal.recipe import Dataset, Video
 from tests.models import tiny
-from tests.unit.media_fixtures import qwen_media, write_mp4, write_rows
-
-WHERE = "rows.jsonl, line 3"
-
-
-def record(*turns, **options):
-    """Turns as (role, text or parts[, weight])."""
-    messages = []
-    for role, content, *weight in turns:
-        parts = (content,) if isinstance(content, str) else tuple(content)
-        messages.append(Message(role, parts, *weight))
-    return Record(tuple(messages), WHERE, **options)
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    """qwen(card name, **data keys) -> ChatProcessor with the card's own media; the same one for the same keys."""
-    directory = tmp_path_factory.mktemp("processors")
-    made = {}
-
-    def make(name="qwen2.5-vl", **keys):
-        data = Data(**keys)
-        key = (
-            name,
-            data.model_dump_json(),
-            keys.get("chat_template")
-            and Path(keys["chat_template"]).exists()
-            and Path(keys["chat_template"]).read_text(),
-        )
-        if key not in made:
-            made[key] = ChatProcessor(qwen_media(name, directory / name, data), data)
-        return made[key]
-
-    return make
-
-
-def short(chat, limit):
-    """The same processor with another max_length."""
-    chat = copy.copy(chat)
-    chat.max_length = limit
-    return chat
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("media")
-    for n, size in enumerate(((24, 16), (40, 24), (17, 31))):
-        tiny.picture(*size, n).save(directory / f"{n}.png")
-    write_mp4(directory / "v.mp4", frames=30, fps=10, width=32, height=24)
-    return directory
-
-
-def image(folder, n):
-    return Media("image", str(folder / f"{n}.png"))
-
+from tests.unit.media_fixtures import (
+    TRIMMING,
+    WHERE,
+    image,
+    record,
+    refused,
+    short,
+    templated,
+    write_rows,
+)
 
 CASES = {
     "text": lambda f: [("user", "What is in 图片?"), ("assistant", "It is a three.")],
@@ -180,207 +132,6 @@ def test_ids_pixels_and_positions_are_the_librarys(qwen, folder, name, case):
         )
         assert ours["position_ids"][1:].tolist() == expected[:, 0].tolist()
     assert ours["position_ids"][0].tolist() == list(range(len(ours["input_ids"])))
-
-
-# labels
-
-
-def learned(chat, row):
-    """The text that is learned, turn by turn, and its weights."""
-    tensors = chat.sample(row).tensors
-    ids, labels, weights = (tensors[k] for k in ("input_ids", "labels", "weights"))
-    keep = labels != IGNORE
-    assert torch.equal(labels[:-1][keep[:-1]], ids[1:][keep[:-1]]) and not keep[-1]
-    assert torch.equal(keep, weights > 0)
-    runs, previous = [], -2
-    for at in keep.nonzero()[:, 0].tolist():
-        if at != previous + 1:
-            runs.append([[], set()])
-        runs[-1][0].append(labels[at].item())
-        runs[-1][1].add(round(weights[at].item(), 4))
-        previous = at
-    return [(chat.media.tokenizer.decode(i), *sorted(w)) for i, w in runs]
-
-
-TALK = [
-    ("system", "sys"),
-    ("user", "one?"),
-    ("assistant", "first"),
-    ("user", "two?"),
-    ("assistant", "second"),
-]
-
-
-def test_labels_by_train_on(qwen):
-    assert learned(qwen(), record(*TALK)) == [("first<|im_end|>", 1), ("second<|im_end|>", 1)]
-    assert learned(qwen(train_on="last"), record(*TALK)) == [("second<|im_end|>", 1)]
-    everything = qwen().template.layout(record(*TALK), []).text
-    assert learned(qwen(train_on="all"), record(*TALK)) == [(everything.removeprefix("<|im_start|>"), 1)]
-
-
-def test_a_messages_weight_overrules_train_on(qwen):
-    talk = [
-        ("user", "one?", 0.5),
-        ("assistant", "first", 0.0),
-        ("user", "two?"),
-        ("assistant", "second", 2.0),
-        ("user", "three?"),
-        ("assistant", "third"),
-    ]
-    assert learned(qwen(), record(*talk)) == [
-        ("one?<|im_end|>", 0.5),
-        ("second<|im_end|>", 2),
-        ("third<|im_end|>", 1),
-    ]
-    assert learned(qwen(train_on="last"), record(*talk)) == [
-        ("one?<|im_end|>", 0.5),
-        ("second<|im_end|>", 2),
-        ("third<|im_end|>", 1),
-    ]
-    whole = learned(qwen(train_on="all"), record(*talk))
-    assert [w for _, *w in whole] == [[0.5, 1], [1, 2]] and "first" not in "".join(t for t, *_ in whole)
-
-
-def test_media_are_never_learned(qwen, folder):
-    row = record(
-        ("user", ["look ", image(folder, 0), " here"]), ("assistant", ["see ", image(folder, 1), " there"])
-    )
-    assert learned(qwen(), row) == [("see ", 1), (" there<|im_end|>", 1)]
-    pads = qwen().media.tokenizer.encode("<|vision_start|><|image_pad|><|vision_end|>")
-    labels = qwen(train_on="all").sample(row).tensors["labels"]
-    assert not set(labels.tolist()) & set(pads)
-
-
-def test_plain_text_is_learned_whole_and_ends(qwen, folder):
-    row = Record((Message("assistant", ("Once upon. ", image(folder, 0), "The end.")),), WHERE, plain=True)
-    chat = qwen(train_on="last")
-    assert learned(chat, row) == [
-        (chat.media.tokenizer.decode(chat.media.tokenizer.encode("Once upon. ")[1:]), 1),
-        ("The end.<|im_end|>", 1),
-    ]
-    assert chat.measure([row]) == [chat.sample(row).measure]
-
-
-def test_a_prompt_has_no_answer_and_no_labels(qwen, folder):
-    row = record(("user", [image(folder, 0), "one?"]), ("assistant", "first"))
-    chat = qwen()
-    sample = chat.prompt(row)
-    tokens = sample.tensors["input_ids"]
-    assert chat.media.tokenizer.decode(tokens).endswith("one?<|im_end|>\n<|im_start|>assistant\n")
-    assert (
-        sample.measure.trained == 0
-        and sample.tensors["weights"].sum() == 0
-        and "pixel_values" in sample.tensors
-    )
-    assert torch.equal(
-        tokens, chat.prompt(record(*[("user", [image(folder, 0), "one?"])])).tensors["input_ids"]
-    )
-    assert torch.equal(tokens, chat.sample(row).tensors["input_ids"][: len(tokens)])
-    plain = Record((Message("assistant", ("Once",)),), WHERE, plain=True)
-    assert chat.media.tokenizer.decode(chat.prompt(plain).tensors["input_ids"]) == "Once"
-
-
-# templates of every build: what the template does -> what must be learned of TALK
-
-THINKING = """{%- set last = namespace(query=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set last.query = loop.index0 %}{% endif %}{% endfor %}
-{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% set thought = m.reasoning_content or '' %}{% set said = m.content %}
-{%- if '</think>' in said %}{% set thought = said.split('</think>')[0].split('<think>')[-1].strip('\n') %}{% set said = said.split('</think>')[-1].lstrip('\n') %}{% endif %}
-{%- if loop.index0 > last.query %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}{{ said.lstrip('\n') }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"""
-FORCED = THINKING.replace(
-    "{{ '<|im_start|>assistant\n' }}{% if enable", "{{ '<|im_start|>assistant\n<think>\n' }}{% if enable"
-)
-TRIMMING = "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_end|>\n\n' + m.content | trim + '<|object_ref_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_end|>\n\n' }}{% endif %}"
-BARE = "{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% elif m.role == 'user' %}{{ '[INST] ' + (messages[0].content + '\n\n' if loop.index0 == 1 and messages[0].role == 'system' else '') + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
-NO_END = "{% for m in messages %}{{ '<|box_start|>' if m.role == 'user' else '<|box_end|>' if m.role == 'assistant' else '' }}{{ '\n' + m.content }}{% endfor %}{% if add_generation_prompt %}<|box_end|>{% endif %}"
-PARTS = "{% for m in messages %}{{ '<|im_start|>' + m.role + ':' }}{% for p in m['content'] %}{% if p['type'] == 'text' %}{{ p['text'] }}{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
-TAGGED = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content | upper + '<|im_end|>\n' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-TAGGED_INSIDE = TAGGED.replace(
-    "+ '<|im_end|>\n' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>\n' }}"
-)
-NUMBERED = "{% for m in messages %}{{ '<|im_start|>' + m.role + ' ' + (messages | length | string) + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant ' + (messages | length | string) + '\n' }}{% endif %}"
-
-TEMPLATES = {
-    "thinking, earlier thoughts stripped": (
-        THINKING,
-        {},
-        ["first<|im_end|>", "<think>\n\n</think>\n\nsecond<|im_end|>"],
-    ),
-    "thinking switched off": (THINKING, {"enable_thinking": False}, ["first<|im_end|>", "second<|im_end|>"]),
-    "thinking in the prompt": (FORCED, {}, ["first<|im_end|>", "\n</think>\n\nsecond<|im_end|>"]),
-    "trimming": (TRIMMING, {}, ["first<|object_ref_end|>", "second<|object_ref_end|>"]),
-    "end of text ends the turn": (BARE, {}, [" first<|im_end|>", " second<|im_end|>"]),
-    "no end of turn": (NO_END, {}, ["\nfirst", "\nsecond"]),
-    "content as parts": (PARTS, {}, ["first<|im_end|>", "second<|im_end|>"]),
-    "generation tags": (TAGGED, {}, ["FIRST<|im_end|>", "SECOND<|im_end|>"]),
-    "generation tags without the end": (TAGGED_INSIDE, {}, ["FIRST<|im_end|>", "SECOND<|im_end|>"]),
-    "no message stands alone": (NUMBERED, {}, ["first<|im_end|>", "second<|im_end|>"]),
-}
-
-
-def templated(qwen, tmp_path, template, kwargs=None, **keys):
-    path = tmp_path / "template.jinja"
-    path.write_text(template)
-    return qwen(chat_template=str(path), template_kwargs=kwargs or {}, **keys)
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_the_assistants_words_are_found_in_any_template(qwen, tmp_path, name):
-    template, kwargs, expected = TEMPLATES[name]
-    chat = templated(qwen, tmp_path, template, kwargs)
-    text = chat.template.layout(record(*TALK), [2, 4])
-    assert [text.text[slice(*text.spans[i])] for i in (2, 4)] == expected
-    assert [t for t, *_ in learned(chat, record(*TALK))] == expected
-    assert chat.measure([record(*TALK)]) == [chat.sample(record(*TALK)).measure]
-    if name not in (
-        "generation tags",
-        "generation tags without the end",
-    ):  # there each is a slow and a quick way: the same
-        searched = chat.template._by_search(
-            text.text, chat.template.dicts(record(*TALK).messages), record(*TALK), [2, 4]
-        )
-        assert [searched[2], searched[4]] == [text.spans[2], text.spans[4]]
-
-
-def test_thoughts_inside_the_content_are_found_though_the_template_moves_them(qwen, tmp_path):
-    chat = templated(qwen, tmp_path, THINKING)
-    row = record(
-        ("user", "a"),
-        ("assistant", "<think>\nold\n</think>\n\nfirst"),
-        ("user", "b"),
-        ("assistant", "<think>\nnew\n</think>\n\nsecond"),
-    )
-    assert learned(chat, row) == [("first<|im_end|>", 1), ("<think>\nnew\n</think>\n\nsecond<|im_end|>", 1)]
-    told = record(("user", "a"), ("assistant", "first"), ("user", "b"), ("assistant", "second"))
-    told = replace(told, messages=(*told.messages[:3], replace(told.messages[3], reasoning="new")))
-    assert learned(chat, told) == [("first<|im_end|>", 1), ("<think>\nnew\n</think>\n\nsecond<|im_end|>", 1)]
-
-
-def test_tool_calls_are_learned_and_results_are_read(qwen):
-    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "<|x|> é"}}}
-    row = record(
-        ("user", "a"),
-        ("assistant", "Let me see."),
-        ("tool", "12"),
-        ("assistant", "b"),
-        ("user", "c"),
-        ("assistant", []),
-        tools=({"type": "function", "function": {"name": "look"}},),
-    )
-    messages = list(row.messages)
-    messages[1] = replace(messages[1], tool_calls=(call,))
-    messages[5] = replace(messages[5], tool_calls=(call, call))
-    row = replace(row, messages=tuple(messages))
-    body = '\n<tool_call>\n{"name": "look", "arguments": {"at": "<|x|> é"}}\n</tool_call>'
-    chat = qwen()
-    assert [t for t, *_ in learned(chat, row)] == [
-        f"Let me see.{body}<|im_end|>",
-        "b<|im_end|>",
-        f"{body}{body}<|im_end|>",
-    ]
-    text = chat.template.layout(row, [1, 3, 5])
-    searched = chat.template._by_search(text.text, chat.template.dicts(row.messages), row, [1, 3, 5])
-    assert [searched[i] for i in (1, 3, 5)] == [text.spans[i] for i in (1, 3, 5)]
 
 
 words = st.lists(st.sampled_from([*"ab \n\t<>|é中😀.,'7_", "im_end", "user", "<image>"]), max_size=10).map(
@@ -602,17 +353,6 @@ def test_videos_longer_than_max_frames_and_lists_of_frames(qwen, folder):
 # bad input
 
 
-def refused(chat, row, *words):
-    """The same words from measure (as a reason) and from sample (with the place)."""
-    reason = chat.measure([row])[0]
-    assert isinstance(reason, str) and WHERE not in reason
-    with pytest.raises(PolymodalError) as error:
-        chat.sample(row)
-    assert error.value.message.startswith(f"{WHERE}: ")
-    for word in words:
-        assert word in reason and word in str(error.value), reason
-
-
 def test_missing_picture(qwen, tmp_path):
     refused(
         qwen(),
@@ -663,89 +403,6 @@ def test_text_that_holds_the_models_own_media_token(qwen, folder):
         "<image>",
     )
     refused(qwen(), record(("user", "<|vision_start|>"), ("assistant", "a")), "<|vision_start|>")
-
-
-def test_tools_that_the_template_would_swallow(qwen, tmp_path):
-    chat = templated(qwen, tmp_path, TRIMMING)
-    refused(
-        chat,
-        record(*TALK, tools=({"name": "x"},)),
-        "the row has tools, but the chat template does not print any",
-        "data.chat_template",
-    )
-    row = record(*TALK)
-    refused(
-        chat,
-        replace(row, messages=(*row.messages, Message("assistant", ("x",), reasoning="because"))),
-        "the row has reasoning",
-    )
-    refused(
-        chat,
-        replace(
-            row,
-            messages=(*row.messages, Message("assistant", ("x",), tool_calls=({"function": {"name": "f"}},))),
-        ),
-        "the row has tool calls",
-    )
-
-
-def test_media_that_the_template_would_swallow(qwen, folder, tmp_path):
-    chat = templated(
-        qwen,
-        tmp_path,
-        "{% for m in messages %}{{ m.role + ':' }}{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[-1].text }}{% endif %}{{ eos_token }}{% endfor %}",
-    )
-    refused(
-        chat,
-        record(("user", [image(folder, 0), "a"]), ("assistant", "b")),
-        "the row has 1 image(s), the chat template printed 0",
-    )
-
-
-def test_conversation_that_the_template_refuses(qwen, tmp_path):
-    chat = templated(
-        qwen,
-        tmp_path,
-        "{% if messages[0].role != 'user' %}{{ raise_exception('user must be first') }}{% endif %}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}",
-    )
-    refused(
-        chat,
-        record(*TALK),
-        "the chat template refuses this conversation: user must be first",
-        "order of roles",
-    )
-    assert [t for t, *_ in learned(chat, record(*TALK[1:]))] == ["first<|im_end|>", "second<|im_end|>"]
-
-
-def test_template_that_fails(qwen, tmp_path):
-    chat = templated(qwen, tmp_path, "{% for m in messages %}{{ m.content + 1 }}{% endfor %}")
-    refused(chat, record(*TALK), "the chat template fails on this conversation: TypeError")
-
-
-def test_template_that_hides_the_answer(qwen, tmp_path):
-    chat = templated(
-        qwen,
-        tmp_path,
-        "{% for m in messages %}{{ m.role }}{% if m.role != 'assistant' %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}",
-    )
-    refused(chat, record(*TALK), "does not show where message 3 (assistant) begins", "{% generation %}")
-
-
-def test_checkpoint_without_a_template(qwen):
-    chat = pickle.loads(pickle.dumps(qwen()))
-    chat.template.text = None
-    refused(chat, record(*TALK), "has no chat template", "data.chat_template")
-
-
-def test_template_files(qwen, tmp_path):
-    with pytest.raises(PolymodalError, match="data.chat_template = .*none.jinja cannot be read"):
-        qwen(chat_template=str(tmp_path / "none.jinja"))
-    (tmp_path / "t.json").write_text("{}")
-    with pytest.raises(PolymodalError, match="t.json has no key chat_template"):
-        qwen(chat_template=str(tmp_path / "t.json"))
-    (tmp_path / "t.jinja").write_text("{% for m in messages %}\n{{ m.content }\n{% endfor %}")
-    with pytest.raises(PolymodalError, match=r"t.jinja, line 2: "):
-        qwen(chat_template=str(tmp_path / "t.jinja"))
 
 
 def test_tokenizer_without_end_of_text(qwen):
