@@ -10,6 +10,7 @@ import difflib
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -83,40 +84,47 @@ def save(
         for _ in pairs:
             pass
         return final
-    partial = final.with_name(f".{final.name}.partial")
     try:
-        if (
-            final.exists()
-            and (not overwrite or not final.is_dir())
-            and (not final.is_dir() or any(final.iterdir()))
-        ):
-            raise PolymodalError(f"{final} exists already.", "Choose another directory, or remove it.")
-        origin = Path(source if source is not None else family.source)  # type: ignore[union-attr]
-        if origin.resolve() == final.resolve():
-            raise PolymodalError(
-                f"{final} is the checkpoint that the model came from.", "Choose another directory."
-            )
-        if model is None:
-            model = family.build().trained  # type: ignore[union-attr]
-        config = deepcopy(family.config if family is not None else model.config)
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+        with appearing(final, overwrite) as partial:
+            origin = Path(source if source is not None else family.source)  # type: ignore[union-attr]
+            if origin.resolve() == final.resolve():
+                raise PolymodalError(
+                    f"{final} is the checkpoint that the model came from.", "Choose another directory."
+                )
+            if model is None:
+                model = family.build().trained  # type: ignore[union-attr]
+            config = deepcopy(family.config if family is not None else model.config)
             _copy_files(origin, partial)
             _write(pairs, model, origin, partial, config, dtype, max_shard_bytes)
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
-        except OSError as error:
-            raise PolymodalError(
-                f"{final} could not be written: {error.strerror or error}.",
-                "Free space there, or choose another directory.",
-            ) from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         for _ in pairs:  # a stream may be collective: the other ranks go through all of it
             pass
     return final
+
+
+@contextmanager
+def appearing(final: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A directory to write into that gets the name `final` when the block ends well, and is gone when it does not.
+
+    Raises PolymodalError when `final` has files (unless overwrite), and for a disk that is full or not writable.
+    """
+    if final.exists() and not (final.is_dir() and (overwrite or not any(final.iterdir()))):
+        raise PolymodalError(f"{final} exists already.", "Choose another directory, or remove it.")
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+    except OSError as error:
+        raise PolymodalError(
+            f"{final} could not be written: {error.strerror or error}.",
+            "Free space there, or choose another directory.",
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _copy_files(origin: Path, directory: Path) -> None:

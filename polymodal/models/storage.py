@@ -47,7 +47,7 @@ class Files:
     Raises PolymodalError for everything that is not a whole set of safetensors files.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, stems: tuple[str, ...] = STEMS):
         self.directory = directory
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -56,7 +56,7 @@ class Files:
         self._home: dict[str, Path] = {}
         self._open: tuple[Path, Any] | None = None
         self._mapped = 0
-        for path in _shards(directory):
+        for path in _shards(directory, stems):
             handle = _open(path)
             for key in handle.offset_keys():
                 if key in self._home:
@@ -158,13 +158,13 @@ def _cause(path: Path, error: Exception) -> tuple[str, str]:
     return f"{path} is cut short or corrupt ({size} bytes; {str(error).strip().splitlines()[0]}).", again
 
 
-def _shards(directory: Path) -> list[Path]:
+def _shards(directory: Path, stems: tuple[str, ...]) -> list[Path]:
     """The files that hold a checkpoint's weights, all of them present."""
     if not directory.is_dir():
         raise PolymodalError(
             f"{directory} is not a directory.", "Give the directory of a hub checkpoint, or a hub id."
         )
-    for stem in STEMS:
+    for stem in stems:
         index = directory / f"{stem}.safetensors.index.json"
         if index.is_file():
             return _indexed(index)
@@ -177,7 +177,7 @@ def _shards(directory: Path) -> list[Path]:
     other = [n for n in names if n.endswith(".safetensors")]
     if other:
         raise PolymodalError(
-            f"{directory} has {', '.join(other[:3])}, but none of the files that the library reads ({', '.join(f'{s}.safetensors' for s in STEMS)}, or shards of them).",
+            f"{directory} has {', '.join(other[:3])}, but none of the files that the library reads ({', '.join(f'{s}.safetensors' for s in stems)}, or shards of them).",
             "Give the directory with the library's own layout, or convert the checkpoint first.",
         )
     pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]

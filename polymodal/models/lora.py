@@ -1,0 +1,328 @@
+"""Adapters: which layers get them, how they start, and their way to disk and back; peft owns the layers themselves.
+
+Sees the ground floor, card.py and the weights' rooms. Adapters are attached to the whole model on meta, before it is
+laid out; from then on they are parameters like others, named `<layer>.lora_A.default.weight` and `..lora_B..`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from polymodal.errors import PolymodalError
+from polymodal.models import library, weights
+from polymodal.models.card import ModelCard
+from polymodal.models.initial import Note, play
+from polymodal.models.saving import appearing
+from polymodal.models.slices import Stored, copies, local_spans
+from polymodal.models.storage import Files, ShardWriter
+from polymodal.recipe import Lora
+
+NAME = "default"  # peft's name of the one adapter
+PREFIX = "base_model.model."  # of every key in peft's files
+STEM = "adapter_model"
+
+REFUSED_STARTS = {
+    "pissa": "it moves part of each weight into its adapter, so the adapter no longer fits the base that lies on disk",
+    "olora": "it moves part of each weight into its adapter, so the adapter no longer fits the base that lies on disk",
+}
+
+
+def scale(lora: Lora) -> float:
+    """What an adapter's output is multiplied by: alpha / r, or alpha / sqrt(r) (rank-stabilised, arXiv:2312.03732)."""
+    return lora.alpha / (sqrt(lora.rank) if lora.rslora else lora.rank)
+
+
+def attach(model: nn.Module, lora: Lora, card: ModelCard) -> list[str]:
+    """Put adapters (float32, on meta) on the chosen layers and freeze everything else; returns the layers' names.
+
+    model: whole, before it is laid out. all-linear is every nn.Linear of the chosen towers except the head; stacked
+    experts and routers are none. Raises PolymodalError for towers, targets and starts that cannot be.
+    """
+    from peft import inject_adapter_in_model
+
+    if lora.init in REFUSED_STARTS:
+        raise PolymodalError(
+            f"model.lora.init = {lora.init} is not done: {REFUSED_STARTS[lora.init]}, and shards cannot be decomposed alone.",
+            "Use default or gaussian.",
+        )
+    chosen = layers(model, lora, card)
+    inject_adapter_in_model(
+        config_of(lora, _selector(chosen, _names(model))), model, NAME, low_cpu_mem_usage=True
+    )
+    adapted = []
+    for name, parameter in model.named_parameters():
+        adapter = library.ADAPTER.search(name) is not None
+        parameter.requires_grad_(adapter)
+        if adapter:
+            parameter.data = parameter.data.float()
+            adapted.append(name.split(".lora_")[0])
+    assert set(adapted) == set(chosen), "peft adapted other layers than were chosen"
+    return chosen
+
+
+def _names(model: nn.Module) -> list[str]:
+    """Names of the modules as they are without adapters."""
+    return [n for n, _ in model.named_modules() if not n.endswith(".base_layer") and ".lora_" not in n]
+
+
+def layers(model: nn.Module, lora: Lora, card: ModelCard) -> list[str]:
+    """Names of the layers that get adapters, in the model's order. Raises PolymodalError as `attach` does."""
+    unknown = [tower for tower in lora.towers if tower not in card.towers]
+    if unknown or not lora.towers:
+        raise PolymodalError(
+            f"model.lora.towers = {lora.towers}: {card.name} has the towers {', '.join(card.towers)}.",
+            "Name one or more of them.",
+        )
+    inside = tuple(prefix for tower in lora.towers for prefix in card.towers[tower])
+    modules = {
+        n: m for n, m in model.named_modules() if n and any(n == p or n.startswith(p + ".") for p in inside)
+    }
+    linear = [n for n, m in modules.items() if isinstance(m, nn.Linear) and n != card.head]
+    if lora.targets == "all-linear":
+        if not linear:
+            raise PolymodalError(
+                f"The towers {', '.join(lora.towers)} of {card.name} have no linear layers.",
+                "Choose other model.lora.towers.",
+            )
+        return linear
+    chosen: set[str] = set()
+    for target in lora.targets:
+        hits = [n for n in linear if n == target or n.endswith("." + target)]
+        if not hits:
+            raise _no_layer(target, modules, linear, lora, card)
+        chosen.update(hits)
+    if not chosen:
+        raise PolymodalError("model.lora.targets is empty.", "Use all-linear, or name layers.")
+    return [n for n in linear if n in chosen]
+
+
+def _no_layer(
+    target: str, modules: Mapping[str, nn.Module], linear: list[str], lora: Lora, card: ModelCard
+) -> PolymodalError:
+    what = f"model.lora.targets: `{target}`"
+    if target in (card.head, card.head.rpartition(".")[2]):
+        return PolymodalError(
+            f"{what} is the output projection, which the loss multiplies by in chunks without an adapter.",
+            "Leave it out.",
+        )
+    leaf = target.rpartition(".")[2]
+    for name, module in modules.items():
+        if name == target or name.endswith("." + target):
+            return PolymodalError(
+                f"{what} is a {library.class_of(module).__name__} ({name}); adapters go on linear layers.",
+                f"Name linear layers: {', '.join(sorted({n.rpartition('.')[2] for n in linear}))}.",
+            )
+        stacked = module._parameters.get(leaf)
+        if stacked is not None and stacked.ndim == 3:
+            return PolymodalError(
+                f"{what} names the stacked experts ({name}.{leaf}): peft rebuilds the whole stack at every forward for them, which sharded experts cannot do.",
+                "Adapt the attention layers, or train the experts in full.",
+            )
+    endings = sorted({n.rpartition(".")[2] for n in linear})
+    near = difflib.get_close_matches(leaf, endings, 1, 0.5)
+    return PolymodalError(
+        f"{what} fits no linear layer of {', '.join(lora.towers)} in {card.name}.",
+        (f"Did you mean {near[0]}? " if near else "") + f"There are: {', '.join(endings)}.",
+    )
+
+
+def _selector(chosen: list[str], names: list[str]) -> list[str] | str:
+    """The shortest way to tell peft exactly these of all modules: endings, else a pattern with layer numbers left open."""
+    endings = sorted({name.rpartition(".")[2] for name in chosen})
+    wanted = set(chosen)
+    if {name for name in names if name.rpartition(".")[2] in endings} == wanted:
+        return endings
+    patterns = sorted({re.sub(r"\\\.\d+", r"\\.\\d+", re.escape(name)) for name in chosen})
+    pattern = "|".join(patterns)
+    if {name for name in names if re.fullmatch(pattern, name)} == wanted:
+        return pattern
+    return sorted(wanted)
+
+
+def config_of(lora: Lora, selector: list[str] | str, base: str | None = None) -> Any:
+    """peft's LoraConfig of a recipe's section."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        init_lora_weights="gaussian" if lora.init == "gaussian" else True,
+        target_modules=selector,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )
+
+
+def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' parameters by name."""
+    return {n: p for n, p in model.named_parameters() if library.ADAPTER.search(n)}
+
+
+def initialise(model: nn.Module, lora: Lora, seed: int) -> None:
+    """Start values of adapters, from (seed, name) whatever the layout: B = 0, so the model is unchanged at step 0.
+
+    A as peft draws it: uniform within 1 / sqrt(in features) (kaiming with a = sqrt 5), or normal with std 1 / r.
+    """
+    weights.materialise(model)
+    for name, parameter in adapters(model).items():
+        if ".lora_B." in name:
+            score = [Note(torch.Tensor.zero_, (), {}, False)]
+        elif lora.init == "gaussian":
+            score = [Note(torch.Tensor.normal_, (0.0, 1.0 / lora.rank), {}, True)]
+        else:
+            bound = 1.0 / sqrt(parameter.shape[1])
+            score = [Note(torch.Tensor.uniform_, (-bound, bound), {}, True)]
+        play(parameter, score, name, seed)
+
+
+def gather(model: nn.Module) -> dict[str, Tensor]:
+    """Whole adapters on the CPU, float32, by parameter name. Collective; every rank gets them (they are small)."""
+    return {n: _whole(p).float().cpu() for n, p in adapters(model).items()}
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    parameter = parameter.detach()
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def save(
+    state: Mapping[str, Tensor],
+    model: nn.Module,
+    lora: Lora,
+    directory: str | Path,
+    *,
+    base: str,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write adapters as a peft directory that `PeftModel.from_pretrained(base_model, directory)` opens.
+
+    state: whole adapters by parameter name (gather, or a checkpoint's); model: tells the names of the other layers, may
+    be on meta; base: hub id or directory of the base model. Of several processes only rank 0 writes.
+    Raises PolymodalError for an incomplete state, a directory in use, a full disk.
+    """
+    final = Path(directory)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return final
+    names = adapters(model)
+    lost = sorted(set(names) - set(state))
+    if lost:
+        raise PolymodalError(
+            f"The state lacks {len(lost)} adapters: {', '.join(lost[:4])}.", "Give all of the model's."
+        )
+    chosen = list(dict.fromkeys(name.split(".lora_")[0] for name in names))
+    config = config_of(lora, _selector(chosen, _names(model)), base)
+    config.inference_mode = True
+    with appearing(final, overwrite) as partial:
+        writer = ShardWriter(partial, 1 << 62, STEM)
+        for name in names:
+            value = state[name].detach().cpu()
+            value = value.to(dtype) if dtype is not None else value
+            writer.add(PREFIX + name.replace(f".{NAME}.", "."), value.contiguous().clone())
+        writer.finish()
+        config.save_pretrained(str(partial))
+    return final
+
+
+@torch.no_grad()
+def load(model: nn.Module, lora: Lora, directory: str | Path) -> None:
+    """Fill a model's adapters, laid out or not, from a peft directory; each rank reads its slices.
+
+    Raises PolymodalError when the adapter is of another kind, rank, scale or set of layers.
+    """
+    weights.materialise(model)
+    directory = Path(directory)
+    _compare(directory, lora)
+    files = Files(directory, (STEM,))
+    held = {PREFIX + name.replace(f".{NAME}.", "."): p for name, p in adapters(model).items()}
+    for few, many, what in ((held, files.shapes, "lacks"), (files.shapes, held, "has")):
+        lost = sorted(set(few) - set(many))
+        if lost:
+            raise PolymodalError(
+                f"The adapter {directory} {what} {len(lost)} layers' weights that the recipe's model.lora {'wants' if what == 'lacks' else 'does not'} (first: {lost[0]}).",
+                "Set model.lora.towers and targets as they were when it was trained.",
+            )
+    for key, parameter in held.items():
+        if files.shapes[key] != tuple(parameter.shape):
+            raise PolymodalError(
+                f"The adapter {directory} has {key} of shape {list(files.shapes[key])}, the model {list(parameter.shape)}.",
+                "It belongs to another base model.",
+            )
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
+        for name, box, view in copies(Stored.whole(key, parameter.shape), local_spans(parameter), local):
+            files.read(name, box, view)
+    files.close()
+
+
+def _compare(directory: Path, lora: Lora) -> None:
+    path = directory / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PolymodalError(
+            f"{path} cannot be read: {error}.", "Give the directory of a peft adapter."
+        ) from None
+    if config.get("peft_type") != "LORA" or config.get("use_dora"):
+        raise PolymodalError(
+            f"{path}: this is a {config.get('peft_type')} adapter{' with DoRA' if config.get('use_dora') else ''}, not plain LoRA.",
+            "Choose a LoRA adapter.",
+        )
+    for key, mine in {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora}.items():
+        if config.get(key, False) != mine:
+            name = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora"}[key]
+            raise PolymodalError(
+                f"{path}: {key} is {config.get(key)}, the recipe's model.lora.{name} is {mine}.",
+                f"Set model.lora.{name} to {config.get(key)}.",
+            )
+
+
+def merged_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(plain name, whole tensor) of each weight with its adapter added, as `weights.gather` gives them. Collective."""
+    return merged(
+        weights.gather(model), gather(model), {n: m.scaling[NAME] for n, m in _adapted(model).items()}
+    )
+
+
+def _adapted(model: nn.Module) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
+def merged(
+    state: Iterator[tuple[str, Tensor]], parts: Mapping[str, Tensor], scales: Mapping[str, float] | float
+) -> Iterator[tuple[str, Tensor]]:
+    """A stream of weights (gather, read) with adapters added: W + scale * B A, in float32, in W's dtype.
+
+    parts: whole adapters by parameter name; scales: of each layer, or of all. Raises PolymodalError when an adapter
+    finds no weight.
+    """
+    left = {name.split(".lora_")[0] for name in parts}
+    for name, tensor in state:
+        layer = name.removesuffix(".weight")
+        if name.endswith(".weight") and layer in left:
+            left.discard(layer)
+            if tensor.numel():  # ranks that only take part are handed empty tensors
+                a, b = (parts[f"{layer}.lora_{x}.{NAME}.weight"].float() for x in "AB")
+                by = scales if isinstance(scales, (int, float)) else scales[layer]
+                tensor = (tensor.float() + by * (b @ a)).to(tensor.dtype)
+        yield name, tensor
+    if left:
+        raise PolymodalError(
+            f"{len(left)} adapters have no weight to be added to (first: {sorted(left)[0]}).",
+            "Is it the adapter's base model?",
+        )

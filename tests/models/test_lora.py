@@ -1,0 +1,271 @@
+"""Adapters: peft opens what is written with the same logits, merging changes nothing, start values follow peft."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+
+from polymodal.errors import PolymodalError
+from polymodal.models import catalog, lora, weights
+from polymodal.models.card import Family, ModelCard
+from polymodal.recipe import Lora
+from tests.models import tiny
+
+CARD = ModelCard(
+    name="tiny",
+    family=Family,
+    architectures=(),
+    tasks=(),
+    blocks=("model.visual.blocks.*", "model.language_model.layers.*"),
+    towers={"vision": ("model.visual",), "language": ("model.language_model", "lm_head")},
+    head="lm_head",
+    embedding="model.language_model.embed_tokens",
+)
+NAMES = [("qwen2-vl", True), ("qwen2.5-vl", False), ("qwen3-vl", False), ("qwen3-vl-moe", False)]
+
+
+def on_meta(source) -> nn.Module:
+    with torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(source)
+        return transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+
+
+def adapted(source, options: Lora, seed: int = 3, trained: bool = True) -> nn.Module:
+    """A model with adapters that do something, loaded in the order of a run."""
+    model = on_meta(source)
+    lora.attach(model, options, CARD)
+    weights.load(model, None, source)
+    lora.initialise(model, options, seed)
+    if trained:
+        with torch.no_grad():
+            for number, (name, parameter) in enumerate(lora.adapters(model).items()):
+                if ".lora_B." in name:
+                    generator = torch.Generator().manual_seed(number)
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model.eval()
+
+
+def logits(model: nn.Module, source) -> torch.Tensor:
+    """Of a text with a picture, by the library's own forward."""
+    media = catalog.family(_recipe(source)).media_processor(_data())
+    sample = tiny.sample(media, ["What is in this picture? ", tiny.picture(24, 16), " It is a three."])
+    ids = sample.tensors["input_ids"]
+    kinds = {
+        "pixel_values": sample.tensors["pixel_values"],
+        "image_grid_thw": sample.tensors["grid_thw"],
+        "mm_token_type_ids": (ids == model.config.image_token_id).long()[None],
+    }
+    with torch.no_grad():
+        return model(input_ids=ids[None], **kinds, use_cache=False).logits
+
+
+def _recipe(source):
+    from polymodal.recipe import Model
+
+    return Model(source=str(source))
+
+
+def _data():
+    from polymodal.recipe import Data
+
+    return Data()
+
+
+def plain(source) -> nn.Module:
+    return transformers.AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+
+
+def by_peft(source, directory) -> nn.Module:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(plain(source), str(directory)).eval()
+
+
+@pytest.mark.parametrize(("name", "tied"), NAMES)
+def test_peft_opens_what_is_saved(checkpoint, tmp_path, name, tied):
+    """Same logits; with both towers, one of them, chosen endings, rank-stabilised."""
+    source = checkpoint(name, tied)
+    base = logits(plain(source), source)
+    for number, options in enumerate(
+        [
+            Lora(rank=4, alpha=8, towers=["language", "vision"]),
+            Lora(rank=3, alpha=5, towers=["language"], rslora=True),
+            Lora(rank=2, towers=["vision"], targets=["qkv", "proj"]),
+        ]
+    ):
+        model = adapted(source, options)
+        out = lora.save(lora.gather(model), model, options, tmp_path / str(number), base=str(source))
+        assert sorted(p.name for p in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+        ours, theirs = logits(model, source), logits(by_peft(source, out).get_base_model(), source)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        assert (ours - base).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "tied"), NAMES)
+def test_merged_weights_give_the_same_logits(checkpoint, tmp_path, name, tied):
+    """From a live model and from files; the merged checkpoint has the source's keys and plain transformers opens it."""
+    source = checkpoint(name, tied)
+    options = Lora(rank=4, alpha=6, rslora=True, towers=["language", "vision"])
+    model = adapted(source, options)
+    out = weights.save(
+        lora.merged_state(model), None, tmp_path / "live", model=on_meta(source), source=source
+    )
+    merged = plain(out)
+    torch.testing.assert_close(logits(merged, source), logits(model, source), rtol=1e-4, atol=1e-4)
+    assert load_file(out / "model.safetensors").keys() == load_file(source / "model.safetensors").keys()
+    stream = lora.merged(weights.read(on_meta(source), source), lora.gather(model), lora.scale(options))
+    again = weights.save(stream, None, tmp_path / "files", model=on_meta(source), source=source)
+    assert all(torch.equal(p, dict(merged.named_parameters())[n]) for n, p in plain(again).named_parameters())
+
+
+def test_nothing_changes_at_step_zero(checkpoint):
+    source = checkpoint("qwen2.5-vl")
+    for options in (Lora(rank=4), Lora(rank=4, init="gaussian")):
+        model = adapted(source, options, trained=False)
+        assert torch.equal(logits(model, source), logits(plain(source), source))
+        first = {n: p.clone() for n, p in lora.adapters(model).items()}
+        again = adapted(source, options, trained=False)
+        assert all(torch.equal(first[n], p) for n, p in lora.adapters(again).items())
+        other = adapted(source, options, seed=4, trained=False)
+        assert not any(torch.equal(first[n], p) for n, p in lora.adapters(other).items() if "lora_A" in n)
+
+
+def test_start_values_are_distributed_as_pefts(checkpoint):
+    from peft import LoraConfig, get_peft_model
+
+    source = checkpoint("qwen2.5-vl")
+    for init in (True, "gaussian"):
+        options = Lora(rank=64, init="default" if init is True else "gaussian")
+        mine = adapted(source, options, trained=False)
+        theirs = get_peft_model(
+            plain(source), LoraConfig(r=64, init_lora_weights=init, target_modules=["q_proj", "down_proj"])
+        )
+        reference = {
+            n.removeprefix("base_model.model."): p for n, p in theirs.named_parameters() if "lora_" in n
+        }
+        checked = 0
+        for name, parameter in lora.adapters(mine).items():
+            if name in reference and "language_model" in name:
+                want = reference[name]
+                assert parameter.shape == want.shape and parameter.dtype == want.dtype == torch.float32
+                assert abs(parameter.std() - want.std()) <= 0.05 * want.std()
+                assert parameter.abs().max() <= want.abs().max() * 1.5
+                checked += 1
+        assert checked == 12
+
+
+def test_only_adapters_are_trained(checkpoint):
+    model = adapted(checkpoint("qwen3-vl-moe"), Lora(rank=2))
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert names == set(lora.adapters(model))
+    assert all(
+        ".self_attn." in n for n in names
+    )  # experts are stacked parameters, the router is no linear layer
+    assert all(p.dtype == torch.float32 for p in lora.adapters(model).values())
+
+
+def test_continued_from_a_directory(checkpoint, tmp_path):
+    """Adapters that were saved are read back bit for bit; another rank, scale or set of layers is refused."""
+    source = checkpoint("qwen2.5-vl")
+    options = Lora(rank=4, alpha=8)
+    model = adapted(source, options)
+    out = lora.save(lora.gather(model), model, options, tmp_path / "adapter", base=str(source))
+    again = adapted(source, options, seed=9, trained=False)
+    lora.load(again, options, out)
+    want = lora.gather(model)
+    assert all(torch.equal(want[n], t) for n, t in lora.gather(again).items())
+    for change, message in {
+        "rank": "r is 4, the recipe's model.lora.rank is 5",
+        "alpha": "lora_alpha is 8.0?, the recipe's model.lora.alpha is 5",
+        "rslora": "use_rslora is False, the recipe's model.lora.rslora is True",
+    }.items():
+        other = options.model_copy(update={change: True if change == "rslora" else 5})
+        with pytest.raises(PolymodalError, match=message):
+            lora.load(again, other, out)
+    fewer = options.model_copy(update={"targets": ["q_proj"]})
+    with pytest.raises(PolymodalError, match="has .* layers' weights that the recipe's model.lora does not"):
+        lora.load(adapted(source, fewer), fewer, out)
+    more = options.model_copy(update={"towers": ["language", "vision"]})
+    with pytest.raises(PolymodalError, match="lacks .* layers' weights that the recipe's model.lora wants"):
+        lora.load(adapted(source, more), more, out)
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(PolymodalError, match="with DoRA"):
+        lora.load(again, options, out)
+
+
+def test_a_training_step_on_a_resumed_adapter_is_the_same(checkpoint, tmp_path):
+    source = checkpoint("qwen2-vl", True)
+    options = Lora(rank=4, dropout=0.0)
+
+    def step(model, optimizer):
+        ids = torch.arange(20).view(1, 20)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    straight = adapted(source, options)
+    optimizer = torch.optim.SGD(lora.adapters(straight).values(), lr=0.1)
+    step(straight, optimizer)
+    out = lora.save(lora.gather(straight), straight, options, tmp_path / "a", base=str(source))
+    step(straight, optimizer)
+    resumed = adapted(source, options, seed=8)
+    lora.load(resumed, options, out)
+    step(resumed, torch.optim.SGD(lora.adapters(resumed).values(), lr=0.1))
+    want = lora.gather(straight)
+    assert all(torch.equal(want[n], t) for n, t in lora.gather(resumed).items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Lora(towers=["audio"]), "has the towers vision, language"),
+        (Lora(init="pissa"), "model.lora.init = pissa is not done: it moves part of each weight"),
+        (Lora(init="olora"), "no longer fits the base"),
+        (Lora(targets=["q_porj"]), "fits no linear layer .* Did you mean q_proj"),
+        (Lora(targets=["lm_head"]), "is the output projection"),
+        (Lora(targets=["embed_tokens"]), "is a Embedding .*adapters go on linear layers"),
+        (Lora(targets=["gate_up_proj"]), "names the stacked experts"),
+        (Lora(targets=["experts.down_proj"]), "names the stacked experts"),
+        (Lora(targets=[]), "targets is empty"),
+    ],
+)
+def test_what_is_refused(checkpoint, options, message):
+    with pytest.raises(PolymodalError, match=message):
+        lora.attach(on_meta(checkpoint("qwen3-vl-moe")), options, CARD)
+
+
+def test_layers_are_named_shortly():
+    """Endings where they are enough, else a pattern, else the list; each selects exactly the layers."""
+    linear = [f"{t}.layers.{i}.{n}" for t in ("text", "vision") for i in range(12) for n in ("q", "v")] + [
+        "head"
+    ]
+    text = [n for n in linear if n.startswith("text")]
+    assert lora._selector([n for n in linear if n != "head"], linear) == ["q", "v"]
+    pattern = lora._selector(text, linear)
+    import re
+
+    assert isinstance(pattern, str) and len(pattern) < 60
+    assert [n for n in linear if re.fullmatch(pattern, n)] == text
+    assert lora._selector(text[:3], linear) == sorted(text[:3])
+
+
+def test_an_incomplete_or_foreign_state(checkpoint, tmp_path):
+    source = checkpoint("qwen2.5-vl")
+    options = Lora(rank=2, targets=["q_proj"])
+    model = adapted(source, options)
+    state = lora.gather(model)
+    short = dict(list(state.items())[1:])
+    with pytest.raises(PolymodalError, match="The state lacks 1 adapters"):
+        lora.save(short, model, options, tmp_path / "out", base="x")
+    assert not list(tmp_path.iterdir())
+    state["model.elsewhere.lora_A.default.weight"] = state["model.elsewhere.lora_B.default.weight"] = (
+        torch.ones(1, 1)
+    )
+    with pytest.raises(
+        PolymodalError, match="1 adapters have no weight to be added to .first: model.elsewhere"
+    ):
+        list(lora.merged(weights.gather(model), state, 1.0))
