@@ -377,7 +377,9 @@ def put_on(model: nn.Module, directory: Path, base: str) -> nn.Module:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, str(directory)).get_base_model()
+        with warnings.catch_warnings():  # between two versions of the libraries, of no use to who chats
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            return PeftModel.from_pretrained(model, str(directory)).get_base_model()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise PolymodalError(
             f"The adapter {directory} does not fit its base {base}: {str(error).strip().splitlines()[0]}",
