@@ -137,6 +137,8 @@ def _base(model: nn.Module, family: Family, recipe: recipes.Recipe) -> None:
     start = recipe.checkpoint.init_from
     if start and (Path(start) / "config.json").is_file():
         weights.load(model, family, Path(start), device="cpu")
+    elif start and (Path(start) / "adapter_config.json").is_file():
+        lora.load(model, recipe.model.lora, start)
     elif start:
         known = dict(model.named_parameters())
         found = checkpoints.locate(start)

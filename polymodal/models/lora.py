@@ -239,13 +239,18 @@ def save(
 
 
 @torch.no_grad()
-def load(model: nn.Module, lora: Lora, directory: str | Path) -> None:
+def load(model: nn.Module, lora: Lora | None, directory: str | Path) -> None:
     """Fill a model's adapters, laid out or not, from a peft directory; each rank reads its slices.
 
     Raises PolymodalError when the adapter is of another kind, rank, scale or set of layers.
     """
-    weights.materialise(model)
     directory = Path(directory)
+    if lora is None:
+        raise PolymodalError(
+            f"{directory} is a LoRA adapter, but the recipe has no model.lora.",
+            "Add model.lora as the adapter was trained, or merge it into its base first (`polymodal export --merge-lora`).",
+        )
+    weights.materialise(model)
     _compare(directory, lora)
     files = Files(directory, (STEM,))
     held = {PREFIX + name.replace(f".{NAME}.", "."): p for name, p in adapters(model).items()}

@@ -172,6 +172,11 @@ class Trainer:
         if (path / "config.json").is_file():
             weights.load(self.model, self.family, device=self.device, source=str(path))
             return
+        if (path / "adapter_config.json").is_file():
+            from polymodal.models import lora
+
+            lora.load(self.model, self.recipe.model.lora, path)
+            return
         found = checkpoint.locate(path)
         checkpoint.load(found, {f"model.{n}": p for n, p in self.trainable.items()}, self.save_group)
 

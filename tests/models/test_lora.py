@@ -191,6 +191,8 @@ def test_continued_from_a_directory(checkpoint, tmp_path):
     more = options.model_copy(update={"towers": ["language", "vision"]})
     with pytest.raises(PolymodalError, match="lacks .* layers' weights that the recipe's model.lora wants"):
         lora.load(adapted(source, more), more, out)
+    with pytest.raises(PolymodalError, match="is a LoRA adapter, but the recipe has no model.lora"):
+        lora.load(again, None, out)
     config = json.loads((out / "adapter_config.json").read_text())
     (out / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
     with pytest.raises(PolymodalError, match="with DoRA"):
