@@ -51,6 +51,14 @@ def _import_npu() -> bool:
     return True
 
 
+def _module(kind: str) -> Any:
+    """torch.cuda or torch.npu. Memory, streams and random state are asked there and not of torch.accelerator: an
+    adapter's allocator need not be one that torch.accelerator can ask (it stops with an internal error then)."""
+    import torch
+
+    return getattr(torch, kind)
+
+
 def find(kind: str = "auto", local_rank: int = 0) -> DeviceInfo:
     """The device this process should use. Raises PolymodalError when the asked kind is not there."""
     import torch
@@ -73,7 +81,7 @@ def find(kind: str = "auto", local_rank: int = 0) -> DeviceInfo:
             f"Process {local_rank} of this node has no device: torch sees {count} of kind {kind}.",
             f"Start at most {count} processes here (--nproc {count}).",
         )
-    torch.accelerator.set_device_index(local_rank)
+    _module(kind).set_device(local_rank)
     return DeviceInfo(kind, local_rank, BACKENDS.get(kind, "gloo"))
 
 
@@ -148,13 +156,9 @@ def survey() -> list[tuple[str, str, str, str]]:
         )
         return rows
     kind = torch.accelerator.current_accelerator().type
-    module = getattr(torch, kind)
+    module = _module(kind)
     for index in range(torch.accelerator.device_count()):
-        free, total = (
-            torch.accelerator.get_memory_info(index)
-            if hasattr(torch.accelerator, "get_memory_info")
-            else module.mem_get_info(index)
-        )
+        free, total = module.mem_get_info(index)
         busy = free < 0.9 * total
         rows.append(
             (
@@ -169,27 +173,23 @@ def survey() -> list[tuple[str, str, str, str]]:
 
 def peak_flops(info: DeviceInfo) -> float | None:
     """Dense bf16 peak of the device in FLOP/s, None when unknown (then no MFU is printed)."""
-    import torch
-
     if info.kind == "cpu":
         return None
-    name = str(getattr(torch, info.kind).get_device_name(info.index))
+    name = str(_module(info.kind).get_device_name(info.index))
     return next((flops for key, flops in PEAK_FLOPS.items() if key.lower() in name.lower()), None)
 
 
 def synchronize(info: DeviceInfo) -> None:
-    import torch
-
+    """Wait until the device has done what it was given."""
     if info.kind != "cpu":
-        torch.accelerator.synchronize()
+        _module(info.kind).synchronize()
 
 
 def memory(info: DeviceInfo) -> dict[str, int]:
     """Bytes: allocated now and at peak. On CPU: this process's resident set."""
-    import torch
-
     if info.kind != "cpu":
-        return {"now": torch.accelerator.memory_allocated(), "peak": torch.accelerator.max_memory_allocated()}
+        module = _module(info.kind)
+        return {"now": module.memory_allocated(), "peak": module.max_memory_allocated()}
     now = peak = 0
     try:
         with open("/proc/self/status") as file:
@@ -224,7 +224,7 @@ def rng_state() -> dict[str, Any]:
     state = {"cpu": torch.get_rng_state()}
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator().type
-        state[kind] = getattr(torch, kind).get_rng_state()
+        state[kind] = _module(kind).get_rng_state()
     return state
 
 
@@ -235,7 +235,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
         if kind == "cpu":
             torch.set_rng_state(value)
         elif torch.accelerator.is_available() and torch.accelerator.current_accelerator().type == kind:
-            getattr(torch, kind).set_rng_state(value)
+            _module(kind).set_rng_state(value)
 
 
 def packed_attention(kind: str, dtype: torch.dtype, head_dim: int) -> Any | None:

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,7 @@ def run(words: list[str], place: Path) -> str:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
+    began = time.monotonic()
     if "--nproc" in words:
         command = [sys.executable, "-m", "polymodal", *words]
         done = subprocess.run(
@@ -100,6 +102,7 @@ def run(words: list[str], place: Path) -> str:
 
         result = CliRunner(env=environment).invoke(cli.app, words)
         code, out = result.exit_code, result.output + (repr(result.exception) if result.exception else "")
+    print(f"{time.monotonic() - began:5.1f} s  polymodal {shlex.join(words)}", flush=True)
     assert code == 0, f"polymodal {shlex.join(words)}\n{out}"
     return out
 

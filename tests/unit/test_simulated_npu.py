@@ -1,0 +1,132 @@
+"""The NPU path of device.py, as far as torch's Python backend for PrivateUse1 goes: a subprocess with a simulated npu.
+
+What this cannot show is listed in docs/ascend.md.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+START = """
+import torch
+from polymodal import device
+info = device.find("auto", 1)
+"""
+CASES = {
+    "selection": """
+assert (info.kind, info.index, info.backend) == ("npu", 1, "cpu:gloo,npu:hccl")
+assert info.torch == torch.device("npu", 1) and torch.npu.current_device() == 1
+assert device.find("npu").index == 0 and device.find("cpu").backend == "gloo"
+assert device.count() == 2 and device.count("cpu") == 1
+assert device.backends() == [("gloo", 2), ("hccl", 2)]
+assert device.peak_flops(info) == 320e12
+""",
+    "more processes than devices": """
+from polymodal.errors import PolymodalError
+for kind, rank, words in (("auto", 2, "torch sees 2 of kind npu"), ("cuda", 0, "torch sees npu here")):
+    try:
+        device.find(kind, rank)
+    except PolymodalError as error:
+        assert words in error.message, error
+    else:
+        raise AssertionError(kind)
+""",
+    "memory": """
+before = device.memory(info)["now"]
+held = torch.zeros(1 << 20, device=info.torch)
+now = device.memory(info)
+assert now["now"] == before + (4 << 20) and now["peak"] >= now["now"]
+del held
+after = device.memory(info)
+assert after["now"] == before and after["peak"] == now["peak"]
+device.synchronize(info)
+import torch_npu
+assert torch_npu.state["synchronized"] == 1
+""",
+    "random state": """
+import torch_npu
+torch.manual_seed(7)
+state = device.rng_state()
+assert sorted(state) == ["cpu", "npu"]
+def draw():
+    return torch.rand(3), torch.rand(3, generator=torch_npu.generators[1])
+first = draw()
+device.set_rng_state(state)
+again = draw()
+assert all(torch.equal(a, b) for a, b in zip(first, again))
+assert not torch.equal(draw()[1], again[1])
+""",
+    "survey": """
+rows = {row[0]: row for row in device.survey()}
+assert rows["npu:0"][1:3] == ("ok", "Ascend910B2, 64.0 of 64.0 GiB free") and "npu:1" in rows, rows
+assert rows["CANN"][1] == "warn"  # the adapter is there, its software is not where it is looked for
+""",
+    "a training step": """
+info = device.find("npu", 0)  # autograd's queues know one device of a Python backend
+def train(where):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 1)).to(where)
+    inputs, targets = torch.randn(16, 4).to(where), torch.randn(16, 1).to(where)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False)
+    for _ in range(3):
+        loss = (model(inputs) - targets).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.device.type == p.grad.device.type == where.type for p in model.parameters())
+        optimizer.step()
+    return loss.cpu(), [p.detach().cpu() for p in model.parameters()]
+
+loss, weights = train(info.torch)
+expected, wanted = train(torch.device("cpu"))
+torch.testing.assert_close(loss, expected)
+for a, b in zip(weights, wanted):
+    torch.testing.assert_close(a, b)
+""",
+    "packed attention": """
+kernel = device.packed_attention("npu", torch.bfloat16, 64)
+assert device.packed_attention("npu", torch.float32, 64) is None
+lengths, heads, kept, size = [5, 1, 7], 4, 2, 8
+torch.manual_seed(0)
+q, k, v = (torch.randn(13, h, size).bfloat16() for h in (heads, kept, kept))
+ends = torch.tensor([0, 5, 6, 13], dtype=torch.int32)
+for causal in (True, False):
+    got = kernel(q.to(info.torch), k.to(info.torch), v.to(info.torch), ends.to(info.torch), lengths, 7, causal, None)
+    assert got.device == info.torch and got.shape == (13, heads, size)
+    parts = []
+    for start, stop in zip(ends[:-1].tolist(), ends[1:].tolist()):
+        a, b, c = (x[None, start:stop].transpose(1, 2).float() for x in (q, k, v))
+        one = torch.nn.functional.scaled_dot_product_attention(a, b, c, is_causal=causal, enable_gqa=True)
+        parts.append(one[0].transpose(0, 1))
+    torch.testing.assert_close(got.cpu().float(), torch.cat(parts), rtol=0.03, atol=0.03)
+""",
+    "process group": """
+import torch.distributed as dist
+dist.init_process_group(info.backend, store=dist.HashStore(), rank=0, world_size=1)
+assert dist.get_backend_config() == "cpu:gloo,npu:hccl"
+sum = torch.ones(2)
+dist.all_reduce(sum)
+assert sum.tolist() == [1, 1]
+dist.destroy_process_group()
+""",
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_npu(case):
+    paths = [str(ROOT / "tests/unit/simulated"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ASCEND")}
+    environment |= {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", START + CASES[case]],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
