@@ -18,12 +18,13 @@ from polymodal.errors import PolymodalError
 
 FORMATS = ("auto", "mllm", "llava", "sharegpt", "alpaca", "openai", "text")
 
+HELP = ["-h", "--help"]
 app = typer.Typer(
     name="polymodal",
     help="Train multimodal models: hub checkpoints in, one recipe, any number of devices, hub checkpoints out.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": HELP},
 )
 data_app = typer.Typer(help="Convert, check and look at data files.", no_args_is_help=True)
 recipe_app = typer.Typer(
@@ -50,23 +51,24 @@ def command(group: typer.Typer, *examples: str, name: str | None = None) -> Call
 
 def guard(action: Callable[[], int | None]) -> int:
     """Runs `action`; its exit code, or the one of the error that was printed."""
-    from polymodal import spawn
-
     try:
-        return action() or 0
-    except PolymodalError as error:
-        if spawn.record(error):
-            start = "\033[1;31merror:\033[0m" if sys.stderr.isatty() else "error:"
-            print(start, error, file=sys.stderr)
-        return error.code
-    except spawn.Stopped as stopped:
-        return stopped.code
+        from polymodal import spawn
+
+        try:
+            return action() or 0
+        except PolymodalError as error:
+            if spawn.record(error):
+                start = "\033[1;31merror:\033[0m" if sys.stderr.isatty() else "error:"
+                print(start, error, file=sys.stderr)
+            return error.code
+        except spawn.Stopped as stopped:
+            return stopped.code
+        except Exception as error:
+            if spawn.record(error):
+                raise
+            return 1
     except KeyboardInterrupt:
         return 130
-    except Exception as error:
-        if spawn.record(error):
-            raise
-        return 1
 
 
 def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -544,12 +546,28 @@ def docs() -> int:
 
 
 # fmt: on
+def help_at_once(words: list[str]) -> bool:
+    """Prints the help that the words ask for, without typer's parsing (it imports what takes half a second)."""
+    if not set(HELP) & set(words[: words.index("--") if "--" in words else None]):
+        return False
+    command: Any = typer.main.get_command(app)
+    context = typer.Context(command, info_name="polymodal", help_option_names=HELP)
+    for word in words:
+        if word in getattr(command, "commands", {}):
+            command = command.commands[word]
+            context = typer.Context(command, info_name=word, parent=context, help_option_names=HELP)
+    command.format_help(context, context.make_formatter())
+    return True
+
+
 def main() -> None:
+    """The entry point."""
     if "POLYMODAL_LAUNCHED_BY" in os.environ:  # spawn.CHILD, without importing what help does not need
         from polymodal import spawn
 
         spawn.enter_child()
     try:
-        app(prog_name="polymodal")
+        if not help_at_once(sys.argv[1:]):
+            app(prog_name="polymodal")
     except KeyboardInterrupt:
         sys.exit(130)
