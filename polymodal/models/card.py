@@ -5,7 +5,7 @@ Sees the ground floor only. A model's own file holds one ModelCard and, where a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from polymodal.data.sample import Batch, Measure, MediaProcessor
 
-Style = str | Callable[..., Any]
-"""A tensor-parallel style: a name known to parallel/tensor.py, or a callable giving a torch ParallelStyle."""
+Style = str
+"""How a module is cut over ranks: a name known to parallel/tensor.py (STYLES)."""
 
 
 @dataclass(frozen=True)
