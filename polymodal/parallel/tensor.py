@@ -8,6 +8,7 @@ whole input and its own heads or columns, and gradients are partial sums; at the
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -475,4 +476,6 @@ def apply(model: nn.Module, card: ModelCard, blocks: list[str], mesh: DeviceMesh
     blocks: names of the card's blocks in order; sequence: also cut the residual streams (sequence parallelism).
     Afterwards every parameter is a DTensor on `mesh`. Raises PolymodalError for what cannot be cut.
     """
+    # FSDP2 over TP gathers a whole parameter in two steps; DTensor warns of it at every export and checkpoint.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     _Layout(model, resolve(model, card), blocks, mesh, sequence).run()

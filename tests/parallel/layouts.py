@@ -6,7 +6,6 @@ Real families on tiny checkpoints, the real objective and weights read by the re
 from __future__ import annotations
 
 import contextlib
-import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -122,7 +121,6 @@ def whole(tensor: Tensor) -> Tensor:
 def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps: int) -> Result:
     """Loss and gradients of the global batch, then `steps` AdamW steps on it, in this world."""
     warnings.simplefilter("ignore")
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     world = dist.get_world_size() if dist.is_initialized() else 1
     recipe = Recipe(
         model=Model(source=directory),
