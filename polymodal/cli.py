@@ -112,35 +112,22 @@ def _options(
     pass
 
 
-# fmt: off (one line an option reads best)
+# One line an option reads best.
+# fmt: off
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="a.b=c", help="Keys of the recipe to set.", show_default=False)
-]
-Processes = Annotated[
-    str | None,
-    typer.Option("--nproc", metavar="N", help="Processes to start on this node; auto = one a device."),
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Keys of the recipe to set.", show_default=False)]
+Processes = Annotated[str | None, typer.Option("--nproc", metavar="N", help="Processes to start on this node; auto = one a device.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, or the accelerator's kind.")]
 Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Ema = Annotated[bool, typer.Option("--ema", help="Use a run's averaged weights.")]
-Base = Annotated[
-    str | None, typer.Option(metavar="DIR", help="Where the base model of an adapter or a run lies now.")
-]
-MediaDir = Annotated[
-    str | None, typer.Option(metavar="DIR", help="Directory that relative media paths start from.")
-]
+Base = Annotated[str | None, typer.Option(metavar="DIR", help="Where the base model of an adapter or a run lies now.")]
+MediaDir = Annotated[str | None, typer.Option(metavar="DIR", help="Directory that relative media paths start from.")]
 DataFormat = Annotated[str, typer.Option(help="auto, mllm, llava, sharegpt, alpaca or openai.")]
 
 
-@command(
-    app,
-    "polymodal train recipe.yaml --nproc 8",
-    "polymodal train recipe.yaml train.steps=100 optim.lr=2e-5",
-    "torchrun --nproc-per-node 8 -m polymodal train recipe.yaml",
-)
+@command(app, "polymodal train recipe.yaml --nproc 8", "polymodal train recipe.yaml train.steps=100 optim.lr=2e-5", "torchrun --nproc-per-node 8 -m polymodal train recipe.yaml")
 def train(recipe: RecipeFile, overrides: Overrides = None, nproc: Processes = None) -> int:
     """Train as a recipe says. The same command again goes on where it stopped.
 
@@ -156,9 +143,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None, nproc: Processes = No
         if isinstance(target, launch.Start) or target.rank == 0:
             from polymodal.train import check as checks
 
-            checks.refuse(
-                read, target.nproc * target.nodes if isinstance(target, launch.Start) else target.world
-            )
+            checks.refuse(read, target.nproc * target.nodes if isinstance(target, launch.Start) else target.world)
 
     def here() -> int:
         from polymodal.train import trainer
@@ -172,12 +157,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None, nproc: Processes = No
 def check(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    world: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="Processes it will be trained on.", show_default="what the layout needs"
-        ),
-    ] = None,
+    world: Annotated[int | None, typer.Option(metavar="N", min=1, help="Processes it will be trained on.", show_default="what the layout needs")] = None,
     data: Annotated[bool, typer.Option(help="Measure every sample (headers only).")] = True,
     as_json: AsJson = False,
 ) -> int:
@@ -188,20 +168,10 @@ def check(
     return checks.main(recipes.load(recipe, overrides or []), world, measure=data, as_json=as_json)
 
 
-@command(
-    app,
-    "polymodal models",
-    "polymodal models qwen2.5-vl",
-    'polymodal models --for "fine-tune a model that reads receipts"',
-)
+@command(app, "polymodal models", "polymodal models qwen2.5-vl", 'polymodal models --for "fine-tune a model that reads receipts"')
 def models(
     name: Annotated[str | None, typer.Argument(help="Model, or model with size.", show_default=False)] = None,
-    wish: Annotated[
-        str | None,
-        typer.Option(
-            "--for", metavar="TEXT", help="What you want to do, in plain words (English or Chinese)."
-        ),
-    ] = None,
+    wish: Annotated[str | None, typer.Option("--for", metavar="TEXT", help="What you want to do, in plain words (English or Chinese).")] = None,
     as_json: AsJson = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/models.md.")] = False,
 ) -> int:
@@ -216,20 +186,12 @@ def models(
 
 @command(app, "polymodal init qwen2.5-vl --task lora --size 7b --devices 8 -o recipe.yaml")
 def init(
-    model: Annotated[
-        str, typer.Argument(help="Model, model with size, hub id or directory.", show_default=False)
-    ],
+    model: Annotated[str, typer.Argument(help="Model, model with size, hub id or directory.", show_default=False)],
     task: Annotated[str, typer.Option(help="sft, lora or pretrain.")] = "sft",
     size: Annotated[str | None, typer.Option(help="Size, when MODEL names none.")] = None,
-    devices: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Accelerators of the run.", show_default="recommended"),
-    ] = None,
+    devices: Annotated[int | None, typer.Option(metavar="N", min=1, help="Accelerators of the run.", show_default="recommended")] = None,
     data: Annotated[str, typer.Option(metavar="FILE", help="Data file.")] = "data/train.json",
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Where to write it.", show_default="stdout"),
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where to write it.", show_default="stdout")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> int:
     """Write a commented recipe with the recommended layout."""
@@ -238,41 +200,21 @@ def init(
     return writer.main(model, task, size, devices, data, out, force)
 
 
-@command(
-    app,
-    'polymodal chat Qwen/Qwen2.5-VL-3B-Instruct --image cat.jpg --prompt "What is this?"',
-    "polymodal chat runs/mine --json questions.jsonl --out answers.jsonl",
-)
+@command(app, 'polymodal chat Qwen/Qwen2.5-VL-3B-Instruct --image cat.jpg --prompt "What is this?"', "polymodal chat runs/mine --json questions.jsonl --out answers.jsonl")
 def chat(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(help="Hub id, directory, run, checkpoint of a run, or adapter.", show_default=False),
-    ],
-    image: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="Picture of the (first) question; may repeat.")
-    ] = None,
-    video: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="Video of the (first) question; may repeat.")
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="One question, one answer.", show_default="conversation"),
-    ] = None,
+    checkpoint: Annotated[str, typer.Argument(help="Hub id, directory, run, checkpoint of a run, or adapter.", show_default=False)],
+    image: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Picture of the (first) question; may repeat.")] = None,
+    video: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Video of the (first) question; may repeat.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="One question, one answer.", show_default="conversation")] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
-    json_file: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="JSON lines to answer; - = stdin.")
-    ] = None,
-    out: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Where answers of --json go.", show_default="stdout")
-    ] = None,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="JSON lines to answer; - = stdin.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="Where answers of --json go.", show_default="stdout")] = None,
     media_dir: MediaDir = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 = the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from so many tokens; 0 = all.")] = 0,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1 makes tokens that were there less likely.")
-    ] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes tokens that were there less likely.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 42,
     batch_size: Annotated[int, typer.Option(help="Rows of --json answered together.")] = 16,
     device: Device = "auto",
@@ -285,14 +227,7 @@ def chat(
     from polymodal.generate import chat as room
     from polymodal.generate.engine import Sampling
 
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed)
     return room.main(
         checkpoint,
         image=image or (),
@@ -312,42 +247,20 @@ def chat(
     )
 
 
-@command(
-    app,
-    "polymodal evaluate runs/mine ai2d --data AI2D_TEST.tsv",
-    "polymodal evaluate runs/mine custom --data questions.jsonl --metric contains --nproc 8",
-)
+@command(app, "polymodal evaluate runs/mine ai2d --data AI2D_TEST.tsv", "polymodal evaluate runs/mine custom --data questions.jsonl --metric contains --nproc 8")
 def evaluate(
-    checkpoint: Annotated[
-        str, typer.Argument(help="Hub id, directory, run or checkpoint of a run.", show_default=False)
-    ],
-    benchmark: Annotated[
-        str, typer.Argument(help="ai2d, mmmu, chartqa, docvqa, or custom.", show_default=False)
-    ],
-    data: Annotated[
-        str, typer.Option(metavar="FILE", help="VLMEvalKit TSV, CSV, JSON or JSON lines.", show_default=False)
-    ],
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            help="exact, contains, anls, relaxed, choice, open or likelihood.", show_default="the benchmark's"
-        ),
-    ] = None,
-    out: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Answers, result and page.", show_default="evaluations/..."),
-    ] = None,
+    checkpoint: Annotated[str, typer.Argument(help="Hub id, directory, run or checkpoint of a run.", show_default=False)],
+    benchmark: Annotated[str, typer.Argument(help="ai2d, mmmu, chartqa, docvqa, or custom.", show_default=False)],
+    data: Annotated[str, typer.Option(metavar="FILE", help="VLMEvalKit TSV, CSV, JSON or JSON lines.", show_default=False)],
+    metric: Annotated[str | None, typer.Option(help="exact, contains, anls, relaxed, choice, open or likelihood.", show_default="the benchmark's")] = None,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Answers, result and page.", show_default="evaluations/...")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions.")] = None,
     nproc: Processes = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest answer in tokens.", show_default="the benchmark's")
-    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer in tokens.", show_default="the benchmark's")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.")] = 16,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
     media_dir: MediaDir = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Forget earlier answers in the output directory.")
-    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget earlier answers in the output directory.")] = False,
     html: Annotated[int, typer.Option(help="Samples in report.html; 0 = no page.")] = 300,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -386,17 +299,9 @@ def evaluate(
 
 @command(app, "polymodal export runs/mine out/my-model --merge-lora --dtype bf16")
 def export(
-    source: Annotated[
-        str,
-        typer.Argument(metavar="RUN|CHECKPOINT", help="Run, or one of its checkpoints.", show_default=False),
-    ],
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where the hub checkpoint goes.", show_default=False)
-    ],
-    merge_lora: Annotated[
-        bool,
-        typer.Option("--merge-lora", help="Add adapters into the weights.", show_default="adapters alone"),
-    ] = False,
+    source: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="Run, or one of its checkpoints.", show_default=False)],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the hub checkpoint goes.", show_default=False)],
+    merge_lora: Annotated[bool, typer.Option("--merge-lora", help="Add adapters into the weights.", show_default="adapters alone")] = False,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.", show_default="the base's")] = None,
     ema: Ema = False,
     base: Base = None,
@@ -408,16 +313,10 @@ def export(
     return room.run(source, directory, merge_lora=merge_lora, dtype=dtype, ema=ema, base=base, force=force)
 
 
-@command(
-    app,
-    "polymodal download qwen2.5-vl-3b",
-    "HF_ENDPOINT=https://mirror.example polymodal download Qwen/Qwen2.5-VL-3B-Instruct --to weights/qwen",
-)
+@command(app, "polymodal download qwen2.5-vl-3b", "HF_ENDPOINT=https://mirror.example polymodal download Qwen/Qwen2.5-VL-3B-Instruct --to weights/qwen")
 def download(
     model: Annotated[str, typer.Argument(help="Model with size, or hub id.", show_default=False)],
-    to: Annotated[
-        Path | None, typer.Option("--to", metavar="DIR", help="Directory.", show_default="the hub's cache")
-    ] = None,
+    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Directory.", show_default="the hub's cache")] = None,
     revision: Revision = None,
 ) -> int:
     """Fetch a checkpoint from the hub; resumes. Honours HF_ENDPOINT (mirrors), HTTPS_PROXY and HF_TOKEN."""
@@ -429,9 +328,7 @@ def download(
 
 @command(app, "polymodal profile runs/mine --steps 3 --ranks 0,1")
 def profile(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Directory of a run that is training.", show_default=False)
-    ],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run that is training.", show_default=False)],
     steps: Annotated[int, typer.Option(min=1, help="Steps to trace.")] = 2,
     ranks: Annotated[str, typer.Option(help="Ranks that write a trace, e.g. 0,1 or 0-7.")] = "0",
     stacks: Annotated[bool, typer.Option("--stacks", help="Record Python stacks and shapes.")] = False,
@@ -444,33 +341,20 @@ def profile(
 
 
 @command(app, "polymodal doctor", "polymodal doctor --env")
-def doctor(
-    env: Annotated[bool, typer.Option("--env", help="Only the table of environment variables.")] = False,
-    as_json: AsJson = False,
-) -> int:
+def doctor(env: Annotated[bool, typer.Option("--env", help="Only the table of environment variables.")] = False, as_json: AsJson = False) -> int:
     """Look at this machine before a run: devices, versions, backends, shared memory, ports, disk, limits, clock."""
     from polymodal import doctor as room
 
     return room.main(env, as_json)
 
 
-@command(
-    data_app,
-    "polymodal data convert data/llava_instruct_150k.json data/train.json --media-dir COCO2017/train2017",
-)
+@command(data_app, "polymodal data convert data/llava_instruct_150k.json data/train.json --media-dir COCO2017/train2017")
 def convert(
-    source: Annotated[
-        str,
-        typer.Argument(help="LLaVA, ShareGPT, Alpaca or OpenAI file, directory or glob.", show_default=False),
-    ],
+    source: Annotated[str, typer.Argument(help="LLaVA, ShareGPT, Alpaca or OpenAI file, directory or glob.", show_default=False)],
     target: Annotated[str, typer.Argument(help="MLLM file to write, .json or .jsonl.", show_default=False)],
-    media_dir: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Put before the rows' media paths.")
-    ] = None,
+    media_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Put before the rows' media paths.")] = None,
     format: DataFormat = "auto",
-    missing: Annotated[
-        str, typer.Option(help="Rows whose media are not there: skip, keep or fail.")
-    ] = "skip",
+    missing: Annotated[str, typer.Option(help="Rows whose media are not there: skip, keep or fail.")] = "skip",
 ) -> int:
     """Rewrite a data file as MLLM JSON; text-only rows are kept, missing media counted and listed."""
     from polymodal.data import convert as room
@@ -483,10 +367,7 @@ def convert(
 
 @command(data_app, "polymodal data check train.json --media-dir images", name="check")
 def check_data(
-    paths: Annotated[
-        list[str],
-        typer.Argument(metavar="FILE", help="Data files, directories or globs.", show_default=False),
-    ],
+    paths: Annotated[list[str], typer.Argument(metavar="FILE", help="Data files, directories or globs.", show_default=False)],
     media_dir: MediaDir = None,
     format: DataFormat = "auto",
     limit: Annotated[int, typer.Option(help="Problems listed.")] = 20,
@@ -503,9 +384,7 @@ def check_data(
 def show(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Page to write.")] = Path(
-        "samples.html"
-    ),
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Page to write.")] = Path("samples.html"),
     samples: Annotated[int, typer.Option(min=1, help="Samples shown.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the choice.")] = 0,
 ) -> int:
