@@ -68,7 +68,7 @@ class ChatProcessor:
 
         Media are asked for the spans of a few sizes, so that any setting that changes a length changes the hash.
         """
-        spans = []
+        spans: list[Any] = []
         for kind, height, width, frames in (
             ("image", 10, 10, 1),
             ("image", 777, 333, 1),
@@ -274,7 +274,7 @@ class ChatProcessor:
             tensors["pixel_values"] = torch.cat(pixels)
             tensors["grid_thw"] = torch.tensor([s.grid for s in spans])
         measure = Measure(len(tokens), int((labels != IGNORE).sum()), tuple(s.patches for s in spans))
-        modality = "mixed" if len(set(kinds)) > 1 else kinds[0] if kinds else "text"
+        modality: Any = "mixed" if len(set(kinds)) > 1 else kinds[0] if kinds else "text"
         return Sample(id, tensors, measure, record.where, modality=modality)
 
     def _pixels(

@@ -215,7 +215,7 @@ def whole_file(path: str, mode: str = "w") -> Iterator[Any]:
     """A file that appears under its name when all of it is written; nothing stays behind after a fault."""
     handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=os.path.dirname(path) or ".")
     try:
-        with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -163,7 +163,7 @@ def _rules(tokenizer: Any) -> tuple[Any, Any]:
         import regex
     except ImportError:
         return None, None
-    parts = {}
+    parts: dict[str, Any] = {}
     for name in ("normalizer", "pre_tokenizer", "model"):
         part = getattr(tokenizer, name)
         state = part.__getstate__() if part is not None else b"null"

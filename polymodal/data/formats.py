@@ -14,12 +14,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from polymodal.data.references import References, first, listed
+from polymodal.data.references import Kind, References, first, listed
 from polymodal.data.sample import Media, Message, Record
 from polymodal.errors import PolymodalError
 from polymodal.recipe import Attr
 
-KINDS = ("image", "video", "audio")
+KINDS: tuple[Kind, ...] = ("image", "video", "audio")
 ROLES = {
     "system": ("system", "developer"),
     "user": ("user", "human"),

@@ -10,15 +10,22 @@ import binascii
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote
 
 from polymodal.data.sample import Media
 from polymodal.errors import PolymodalError
 from polymodal.recipe import Attr
 
-COLUMNS = {"image": ("images", "image"), "video": ("videos", "video"), "audio": ("audios", "audio")}
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "image": ("images", "image"),
+    "video": ("videos", "video"),
+    "audio": ("audios", "audio"),
+}
 BASE64 = ("/9j/", "iVBO", "R0lG", "UklG", "Qk0")  # first letters of JPEG, PNG, GIF, WebP, BMP in base64
+
+
+Kind = Literal["image", "video", "audio"]
 
 
 class References:
@@ -34,7 +41,7 @@ class References:
         self.fixed = media_dir is not None
         self._folders: dict[str, str] = {}
 
-    def of_row(self, row: Mapping[str, Any], kind: str, where: str) -> tuple[list[Media], str]:
+    def of_row(self, row: Mapping[str, Any], kind: Kind, where: str) -> tuple[list[Media], str]:
         own = getattr(self.attr, f"{kind}s")
         value, key = first(row, own, COLUMNS[kind])
         members = dict(row.get("__media__", {}).get(f"{kind}s", ()))  # of a tar: member name -> bytes
@@ -56,7 +63,7 @@ class References:
             out.append(self.medium(kind, entry, where, f"{key}[{n}]"))
         return out, key
 
-    def medium(self, kind: str, source: Any, where: str, at: str) -> Media:
+    def medium(self, kind: Kind, source: Any, where: str, at: str) -> Media:
         if isinstance(source, Mapping):
             source = next(
                 (source[k] for k in ("bytes", "url", "path", kind, "data") if source.get(k) is not None), None

@@ -238,7 +238,8 @@ class Template:
         if rendered[0] != text or len(blocks[0]) != len(answers):
             return text, None
         spans: list[tuple[int, int] | None] = [None] * len(messages)
-        for i, (start, stop) in zip(answers, blocks[0], strict=True):
+        ranges: list[tuple[int, int]] = blocks[0]  # type: ignore[assignment]
+        for i, (start, stop) in zip(answers, ranges, strict=True):
             body = text[start:stop].rstrip()
             ends = [m.end() for m in self._end_of_turn.finditer(body)]
             if ends and ends[-1] == len(body):
