@@ -209,6 +209,11 @@ def _keys(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
     return {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
 
 
+def names(checkpoint: Path) -> set[str]:
+    """Keys of the tensors that a checkpoint holds."""
+    return set(_keys(checkpoint))
+
+
 def load(
     checkpoint: Path,
     tensors: dict[str, Tensor],

@@ -24,7 +24,7 @@ from polymodal.data.schedule import Position, Schedule
 from polymodal.data.source import open_corpus
 from polymodal.errors import PolymodalError
 from polymodal.launch import Runtime, runtime
-from polymodal.models import catalog, weights
+from polymodal.models import catalog, lora, weights
 from polymodal.objectives.language import LanguageObjective
 from polymodal.parallel.apply import apply
 from polymodal.parallel.mesh import Mesh, ParallelSizes
@@ -70,8 +70,6 @@ class Trainer:
     def _build_model(self) -> None:
         recipe = self.recipe
         self.family = catalog.family(recipe.model)
-        if recipe.model.lora is not None:
-            from polymodal.models import lora
         self.card = self.family.card
         self.model = self.family.build().trained
         if recipe.model.lora is not None:
@@ -173,12 +171,22 @@ class Trainer:
             weights.load(self.model, self.family, device=self.device, source=str(path))
             return
         if (path / "adapter_config.json").is_file():
-            from polymodal.models import lora
-
             lora.load(self.model, self.recipe.model.lora, path)
             return
         found = checkpoint.locate(path)
-        checkpoint.load(found, {f"model.{n}": p for n, p in self.trainable.items()}, self.save_group)
+        have = checkpoint.names(found)
+        own = {f"model.{n}": p for n, p in self.model.named_parameters()}
+        own.update(
+            {f"model.{weights.plain(n)}": p for n, p in self.model.named_parameters()}
+        )  # under adapters
+        fitting = {k: p for k, p in own.items() if k in have}
+        strange = sorted(k for k in have if k.startswith("model.") and k not in own)
+        if not fitting or strange:
+            raise PolymodalError(
+                f"checkpoint.init_from: {found} has {len(strange)} tensors that this model has no place for (first: {strange[0][6:] if strange else 'none fits'}).",
+                "A run with adapters starts only runs with model.lora; otherwise export it with --merge-lora and start from the export.",
+            )
+        checkpoint.load(found, fitting, self.save_group)
 
     def _build_monitor(self) -> None:
         recipe = self.recipe
@@ -262,7 +270,7 @@ class Trainer:
         forward_backward(self.model, self.objective, batches, inverse, self.device, tally, self.scaler.scale)
         stats = batch.stats
         tally.add({
-            "samples": stats.samples, "seqtokens": stats.tokens, "media": stats.media, "flops": self._flops(batch),
+            "samples": stats.samples, "seqtokens": stats.tokens, "media": stats.media, "flops": stats.flops,
             "stop": float(self.rt.signal is not None), "wait": stats.wait_seconds,
         })  # fmt: skip
         total = tally.total(self.loss_group)
@@ -295,13 +303,6 @@ class Trainer:
                 step, total, float(norm), factor * recipe.optim.lr, time.perf_counter() - began, accepted
             )
         return total["stop"] > 0
-
-    def _flops(self, batch: Any) -> float:
-        """Forward FLOPs of this rank's part of the step; 0 where no MFU can be told."""
-        if not self.peak:
-            return 0.0
-        measure = self.schedule.index.measure
-        return sum(self.family.cost(measure(i)) for b in batch.micro_batches for i in b.samples if i >= 0)
 
     def _log(
         self, step: int, total: dict[str, float], norm: float, lr: float, seconds: float, accepted: bool
@@ -339,7 +340,7 @@ class Trainer:
         if self.recipe.evaluate.batches:
             count = min(count, self.recipe.evaluate.batches)
         loader = Loader(
-            schedule, corpus, self.chat, self.recipe.data,
+            schedule, corpus, self.chat, self.recipe.data.model_copy(update={"workers": 0}),  # starting workers costs seconds
             dp_rank=self.mesh.dp_rank, dp_size=self.mesh.sizes.dp, start=Position(0, 0, 0), stop_after=count, rows=self.chat.media.rows,
         )  # fmt: skip
         self.model.eval()
