@@ -185,18 +185,18 @@ def extract_choice(answer: str, options: Mapping[str, str]) -> str | None:
         return found.pop() if len(found) == 1 else None
 
     for pattern in (_STATED, _BOXED, _JUDGED, _CHOSEN):
-        found = [
+        matches = [
             m
             for m in pattern.finditer(text)
             if m[1].upper() in letters and not (pattern is not _BOXED and article(m.end(1), m[1]))
         ]
         if pattern is _JUDGED:
-            found = [
+            matches = [
                 m
-                for m in found
+                for m in matches
                 if not re.search(r"\b(?:not|n't|in)\s*$", text[: m.start()]) and "not" not in m[0].split()
             ]
-        named = [m[1].upper() for m in found]
+        named = [m[1].upper() for m in matches]
         if pattern is _CHOSEN and len(set(named)) > 1:
             continue  # "option A ... option C": a comparison, not a choice
         if named:

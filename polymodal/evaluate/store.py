@@ -29,7 +29,7 @@ class Ranks:
 
         joined = not alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-        self.group = dist.new_group(backend="gloo", timeout=LAST_BARRIER) if joined else None
+        self.group: Any = dist.new_group(backend="gloo", timeout=LAST_BARRIER) if joined else None
 
     def barrier(self) -> None:
         if self.group is not None:

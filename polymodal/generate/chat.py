@@ -7,12 +7,15 @@ engine, opening, the data room's reader of rows and errors.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import queue
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -207,90 +210,88 @@ def rows(
     Raises PolymodalError when they are not.
     """
     reader = RowReader("auto", Attr(), name if name != "-" else "", media_dir)
-    answered = failed = 0
-    number = 0
-    for chunk in _chunks(_numbered(lines), 8 * batch_size, live=name == "-"):
-        parsed: list[tuple[int, Any, PolymodalError | None]] = []
-        for line_number, text in chunk:
-            where = f"{'line' if name == '-' else f'{name}, line'} {line_number}"
-            try:
-                parsed.append((line_number, json.loads(text), None))
-            except ValueError as error:
-                parsed.append((line_number, {}, PolymodalError(f"{where}: not valid JSON: {error}.")))
-        new = []
-        for line_number, row, error in parsed:
-            if number < len(done):
-                if _core(done[number]) != _core(row):
-                    raise PolymodalError(
-                        f"Row {number + 1} of the output is not the answer to {name}, line {line_number}.",
-                        "Give another output file, or remove this one.",
-                    )
-            else:
-                new.append((line_number, row, error))
-            number += 1
-        asked: list[tuple[str, Any]] = []
-        places: list[int] = []
-        results: dict[int, Answer | PolymodalError] = {
-            i: e for i, (_, _, e) in enumerate(new) if e is not None
-        }
-        for i, (line_number, row, error) in enumerate(new):
-            if error is None:
-                where = f"{'line' if name == '-' else f'{name}, line'} {line_number}"
-                asked.append(
-                    (str(line_number), lambda row=row, where=where: conversation(row, reader, where, system))
+    place = "line" if name == "-" else f"{name}, line"
+    parsed = (_parsed(number, text, place) for number, text in enumerate(lines, 1) if text.strip())
+    seen = answered = failed = 0
+    for chunk in _chunks(parsed, 8 * batch_size, live=name == "-"):
+        for old, row in zip(done[seen:], chunk, strict=False):
+            if _core(old) != _core(row.value):
+                raise PolymodalError(
+                    f"The output's row for {row.where} is not an answer to it.",
+                    "Give another output file, or remove this one.",
                 )
-                places.append(i)
-        for position, got in engine.answers(asked, sampling, batch_size=batch_size):
-            results[places[position]] = got
-        for i, (_, row, _) in enumerate(new):
+        new = chunk[max(0, len(done) - seen) :]
+        seen += len(chunk)
+        asked = [(str(row.number), functools.partial(_asked, row, reader, system)) for row in new]
+        results = dict(engine.answers(asked, sampling, batch_size=batch_size))
+        for i, row in enumerate(new):
             got = results[i]
-            kept = (
-                {k: v for k, v in row.items() if k not in ("answer", "error")}
-                if isinstance(row, Mapping)
-                else {"row": row}
-            )
-            if isinstance(row, Mapping) and "answer" in row:
-                kept.setdefault("expected", row["answer"])
-            kept |= {"answer": got.text} if isinstance(got, Answer) else {"answer": None, "error": str(got)}
-            failed += isinstance(got, PolymodalError)
             answered += 1
-            out.write(json.dumps(kept, ensure_ascii=False) + "\n")
+            failed += isinstance(got, PolymodalError)
+            out.write(json.dumps(_with_answer(row.value, got), ensure_ascii=False) + "\n")
         out.flush()
-    if number < len(done):
+    if seen < len(done):
         raise PolymodalError(
-            f"The output has {len(done)} rows, {name} only {number}.",
+            f"The output has {len(done)} rows, {name} only {seen}.",
             "Give another output file, or remove this one.",
         )
     return answered, failed
 
 
-def _numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
-    return ((i, line) for i, line in enumerate(lines, 1) if line.strip())
+@dataclass(frozen=True)
+class _Row:
+    number: int
+    where: str
+    value: Any
+    problem: PolymodalError | None = None
 
 
-def _chunks(items: Iterator[Any], size: int, live: bool) -> Iterator[list[Any]]:
+def _parsed(number: int, text: str, place: str) -> _Row:
+    where = f"{place} {number}"
+    try:
+        return _Row(number, where, json.loads(text))
+    except ValueError as error:
+        return _Row(number, where, {}, PolymodalError(f"{where}: not valid JSON: {error}."))
+
+
+def _asked(row: _Row, reader: RowReader, system: str | None) -> tuple[Message, ...]:
+    if row.problem is not None:
+        raise row.problem
+    return conversation(row.value, reader, row.where, system)
+
+
+def _with_answer(value: Any, got: Answer | PolymodalError) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        value = {"row": value}
+    kept = {k: v for k, v in value.items() if k not in ("answer", "error")}
+    if "answer" in value:
+        kept.setdefault("expected", value["answer"])
+    return kept | ({"answer": got.text} if isinstance(got, Answer) else {"answer": None, "error": str(got)})
+
+
+def _chunks(items: Iterator[_Row], size: int, live: bool) -> Iterator[list[_Row]]:
     """Lists of at most `size`. live: what is there now, so that who waits for an answer to one line gets it."""
     if not live:
-        while chunk := [item for item, _ in zip(items, range(size), strict=False)]:
+        while chunk := list(islice(items, size)):
             yield chunk
         return
-    waiting: queue.Queue[Any] = queue.Queue(4 * size)
-    end = object()
+    waiting: queue.Queue[_Row | None] = queue.Queue(4 * size)
 
     def fill() -> None:
         for item in items:
             waiting.put(item)
-        waiting.put(end)
+        waiting.put(None)
 
     threading.Thread(target=fill, daemon=True).start()
-    while True:
-        chunk = [waiting.get()]
-        while chunk[-1] is not end and len(chunk) < size and not waiting.empty():
-            chunk.append(waiting.get())
-        if chunk[-1] is end:
-            if chunk[:-1]:
-                yield chunk[:-1]
-            return
+    ended = False
+    while not ended and (first := waiting.get()) is not None:
+        chunk = [first]
+        while len(chunk) < size and not waiting.empty():
+            item = waiting.get()
+            if item is None:
+                ended = True
+                break
+            chunk.append(item)
         yield chunk
 
 

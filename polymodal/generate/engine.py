@@ -19,7 +19,7 @@ from typing import Any
 
 import jinja2
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
 from polymodal import recipe as recipes
@@ -71,7 +71,7 @@ class Engine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         processor: Any,
         *,
         device: torch.device | str | None = None,

@@ -240,7 +240,7 @@ def load_hub(directory: Path, dtype: str | torch.dtype = "auto", trust: bool = F
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
         names = [n for n in (config.architectures or ()) if hasattr(transformers, n)]
-        auto = getattr(transformers, names[0]) if names else transformers.AutoModelForImageTextToText
+        auto: Any = getattr(transformers, names[0]) if names else transformers.AutoModelForImageTextToText
         model, info = auto.from_pretrained(directory, config=config, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         reason = " ".join(str(error).strip().split("\n")[:1])[:300]
@@ -397,7 +397,7 @@ def load_adapter(
     return put_on(load_hub(place, dtype, trust), directory, str(place)).eval(), place
 
 
-def as_library(model: nn.Module) -> None:
+def as_library(model: Any) -> None:
     """A model built for training -> one to generate with: the library's attention, its cache switched on."""
     model.set_attn_implementation("sdpa")
     for config in (model.config, getattr(model.config, "text_config", None)):
@@ -405,7 +405,7 @@ def as_library(model: nn.Module) -> None:
             config.use_cache = True
 
 
-def _generation(directory: str, model: nn.Module) -> Any:
+def _generation(directory: str, model: Any) -> Any:
     from transformers import GenerationConfig
 
     if (Path(directory) / "generation_config.json").is_file():

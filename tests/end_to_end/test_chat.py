@@ -427,7 +427,7 @@ def test_rows_in_rows_out_and_on_after_a_stop(model, engine, picture, tmp_path, 
     assert run() == 2 and out.read_bytes() == whole
     assert f"{7 - kept} rows answered, {kept} were there before" in capsys.readouterr().err
     source.write_text(json.dumps({"prompt": "other"}) + "\n")
-    with pytest.raises(PolymodalError, match="Row 1 of the output is not the answer"):
+    with pytest.raises(PolymodalError, match="in.jsonl, line 1 is not an answer to it"):
         run()
     source.write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(PolymodalError, match="has 7 rows"):
@@ -435,6 +435,39 @@ def test_rows_in_rows_out_and_on_after_a_stop(model, engine, picture, tmp_path, 
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(rows[0]) + "\n"))
     assert chat.main(str(model), json_file="-", sampling=SHORT, device="cpu") == 0
     assert json.loads(capsys.readouterr().out) == got[0]
+
+
+def test_many_rows_come_back_in_order_whatever_the_batches(model, tmp_path, monkeypatch, capsys):
+    lines = [json.dumps({"prompt": "number " * (1 + i % 3), "id": i}) for i in range(20)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    options = {"sampling": Sampling(max_new_tokens=2), "device": "cpu", "batch_size": 1}
+    assert (
+        chat.main(
+            str(model), json_file=str(tmp_path / "in.jsonl"), out=str(tmp_path / "out.jsonl"), **options
+        )
+        == 0
+    )
+    written = (tmp_path / "out.jsonl").read_text()
+    assert [json.loads(line)["id"] for line in written.splitlines()] == list(range(20))
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    assert chat.main(str(model), json_file="-", **options) == 0
+    assert capsys.readouterr().out == written
+
+
+def test_a_line_is_answered_while_the_next_is_still_to_come():
+    import queue
+
+    lines: queue.Queue = queue.Queue()
+    rows = (chat._parsed(i, line, "line") for i, line in enumerate(iter(lines.get, None), 1))
+    chunks = chat._chunks(rows, 4, live=True)
+    lines.put('{"prompt": "a"}')
+    assert [row.value for row in next(chunks)] == [{"prompt": "a"}]
+    for _ in range(9):
+        lines.put('{"prompt": "b"}')
+    lines.put(None)
+    rest = [len(chunk) for chunk in chunks]
+    assert sum(rest) == 9 and max(rest) <= 4
 
 
 def test_one_answer_and_bad_input(model, engine, picture, monkeypatch, capsys, tmp_path):

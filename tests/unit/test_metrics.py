@@ -91,7 +91,7 @@ def test_choice_among_nested_and_numeric_options():
 
 
 def test_choice_reading_stays_quick_on_a_model_that_repeats_itself():
-    start = time.perf_counter()
+    start = time.process_time()
     for text in (
         "A " * 3000 + "x",
         "the answer is" + "\n" * 5000,
@@ -101,7 +101,7 @@ def test_choice_reading_stays_quick_on_a_model_that_repeats_itself():
         ":( " * 3000,
     ):
         metrics.extract_choice(text, OPTIONS)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_choice_score():
