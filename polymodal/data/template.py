@@ -230,16 +230,16 @@ class Template:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         text = self.render(messages, record.tools)
-        rendered, blocks = render_jinja_template(
+        answer: Any = render_jinja_template(  # its declared type is wrong
             conversations=[messages], tools=list(record.tools) or None, chat_template=self.text,
             return_assistant_tokens_mask=True, **{**self.tokenizer.special_tokens_map, **self.kwargs},
         )  # fmt: skip
+        rendered, blocks = answer
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if rendered[0] != text or len(blocks[0]) != len(answers):
             return text, None
         spans: list[tuple[int, int] | None] = [None] * len(messages)
-        ranges: list[tuple[int, int]] = blocks[0]  # type: ignore[assignment]
-        for i, (start, stop) in zip(answers, ranges, strict=True):
+        for i, (start, stop) in zip(answers, blocks[0], strict=True):
             body = text[start:stop].rstrip()
             ends = [m.end() for m in self._end_of_turn.finditer(body)]
             if ends and ends[-1] == len(body):
