@@ -59,13 +59,20 @@ def _module(kind: str) -> Any:
     return getattr(torch, kind)
 
 
+def _accelerator() -> str | None:
+    """Kind of the accelerator that is there, None on a machine without one."""
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return None if found is None else found.type
+
+
 def find(kind: str = "auto", local_rank: int = 0) -> DeviceInfo:
     """The device this process should use. Raises PolymodalError when the asked kind is not there."""
     import torch
 
     _import_npu()
-    have = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    found = have.type if have is not None else "cpu"
+    found = _accelerator() or "cpu"
     if kind == "auto":
         kind = found
     if kind != "cpu" and kind != found:
@@ -102,8 +109,8 @@ def backends() -> list[tuple[str, int]]:
 
     found = [("gloo", 2)]
     _import_npu()
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator().type
+    kind = _accelerator()
+    if kind is not None:
         name = BACKENDS.get(kind, "").rpartition(":")[2]
         if name and dist.is_backend_available(name):
             found.append((name, min(2, torch.accelerator.device_count())))
@@ -150,12 +157,12 @@ def survey() -> list[tuple[str, str, str, str]]:
                 "Set ASCEND_HOME_PATH, or source its set_env.sh.",
             )
         )
-    if not torch.accelerator.is_available():
+    kind = _accelerator()
+    if kind is None:
         rows.append(
             ("accelerator", "ok" if cann.toolkit is None else "warn", "none: training runs on the CPU", "")
         )
         return rows
-    kind = torch.accelerator.current_accelerator().type
     module = _module(kind)
     for index in range(torch.accelerator.device_count()):
         free, total = module.mem_get_info(index)
@@ -177,6 +184,14 @@ def peak_flops(info: DeviceInfo) -> float | None:
         return None
     name = str(_module(info.kind).get_device_name(info.index))
     return next((flops for key, flops in PEAK_FLOPS.items() if key.lower() in name.lower()), None)
+
+
+def fused_attention() -> Any | None:
+    """The operator of the accelerator's own attention that lies outside aten; None where there is none."""
+    import torch
+
+    library = getattr(torch.ops, "npu", None)
+    return getattr(library, "npu_fusion_attention", None) if library is not None else None
 
 
 def synchronize(info: DeviceInfo) -> None:
@@ -222,8 +237,8 @@ def rng_state() -> dict[str, Any]:
     import torch
 
     state = {"cpu": torch.get_rng_state()}
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator().type
+    kind = _accelerator()
+    if kind is not None:
         state[kind] = _module(kind).get_rng_state()
     return state
 
@@ -234,7 +249,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     for kind, value in state.items():
         if kind == "cpu":
             torch.set_rng_state(value)
-        elif torch.accelerator.is_available() and torch.accelerator.current_accelerator().type == kind:
+        elif kind == _accelerator():
             _module(kind).set_rng_state(value)
 
 

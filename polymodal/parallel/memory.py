@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from polymodal import device
+
 SAVED_OPERATORS = (
     "mm",
     "addmm",
@@ -35,8 +37,7 @@ def saved_overloads() -> list[Any]:
     """SAVED_OPERATORS as operator overloads of this torch (an operator it does not have is left out)."""
     packets = (getattr(torch.ops.aten, name, None) for name in SAVED_OPERATORS)
     found = [getattr(p, overload) for p in packets if p is not None for overload in p.overloads()]
-    npu = getattr(torch.ops, "npu", None)
-    fused = getattr(npu, "npu_fusion_attention", None) if npu is not None else None
+    fused = device.fused_attention()
     return found + ([getattr(fused, overload) for overload in fused.overloads()] if fused is not None else [])
 
 
