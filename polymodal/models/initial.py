@@ -6,7 +6,7 @@ plays the notes on its own slices, block by block, with one generator a block. I
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -96,7 +96,7 @@ class _Recorder(TorchDispatchMode):
     @contextmanager
     def truncated_normal(self) -> Iterator[None]:
         """torch.nn.init.trunc_normal_ draws again and again until all values fit, and leaves meta tensors alone."""
-        draw = torch.nn.init._no_grad_trunc_normal_
+        draw: Callable[..., Tensor] = torch.nn.init._no_grad_trunc_normal_
 
         def noted(tensor: Tensor, *args: Any, generator: Any = None) -> Tensor:
             known = self._known.get(id(tensor))
@@ -105,11 +105,11 @@ class _Recorder(TorchDispatchMode):
             self.notes[known[1]].append(Note(draw, args, {}, True, *known[2:]))
             return tensor
 
-        torch.nn.init._no_grad_trunc_normal_ = noted
+        torch.nn.init._no_grad_trunc_normal_ = noted  # type: ignore[assignment]
         try:
             yield
         finally:
-            torch.nn.init._no_grad_trunc_normal_ = draw
+            torch.nn.init._no_grad_trunc_normal_ = draw  # type: ignore[assignment]
 
 
 def _rows(call: str, tensor: Tensor, args: tuple, kwargs: dict) -> tuple[int, int]:
@@ -127,29 +127,29 @@ def _rows(call: str, tensor: Tensor, args: tuple, kwargs: dict) -> tuple[int, in
 
 
 @contextmanager
-def stand_ins(module: nn.Module, buffers: set[str] | None = None) -> Iterator[dict[str, Tensor]]:
-    """Put meta tensors of the whole shape in the place of a module's own parameters (and buffers other than `buffers`)."""
+def stand_ins(module: nn.Module, buffers: Collection[str] = ()) -> Iterator[dict[str, Tensor]]:
+    """Put meta tensors of the whole shape in the place of a module's own parameters, and of its buffers but `buffers`."""
     parameters, kept = dict(module._parameters), dict(module._buffers)
-    fake = {
+    fake: dict[str, Tensor] = {
         n: nn.Parameter(torch.empty(p.shape, device="meta"), requires_grad=False)
         for n, p in parameters.items()
         if p is not None
     }
     try:
-        module._parameters.update(fake)
+        module._parameters.update(fake)  # type: ignore[arg-type]
         for name, buffer in kept.items():
-            if buffers is not None and name not in buffers and buffer is not None:
+            if name not in buffers and buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device="meta")
         yield fake
     finally:
         module._parameters.update(parameters)
         for name, buffer in kept.items():
-            if buffers is not None and name not in buffers:
+            if name not in buffers:
                 module._buffers[name] = buffer
 
 
 def notes(module: nn.Module, initialise: Callable[[nn.Module], Any]) -> dict[str, list[Note]]:
-    """What `initialise` does to a module's own parameters, by name. Buffers are left to it as they are.
+    """What `initialise` does to a module's own parameters, by name. Its buffers are shielded.
 
     Raises Unknown when that depends on more than one element at a time (an orthogonal matrix).
     """

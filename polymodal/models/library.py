@@ -38,7 +38,9 @@ def class_of(module: nn.Module) -> type:
 def targets(model: nn.Module) -> dict[str, Tensor]:
     """All of a model that lives in checkpoints, by plain name: parameters (tied ones under each of their names) and
     persistent buffers; no adapters."""
-    found = {plain(n): p for n, p in model.named_parameters(remove_duplicate=False) if not ADAPTER.search(n)}
+    found: dict[str, Tensor] = {
+        plain(n): p for n, p in model.named_parameters(remove_duplicate=False) if not ADAPTER.search(n)
+    }
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:

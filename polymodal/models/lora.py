@@ -156,7 +156,7 @@ def config_of(lora: Lora, selector: list[str] | str, base: str | None = None) ->
 
     return LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         init_lora_weights="gaussian" if lora.init == "gaussian" else True,

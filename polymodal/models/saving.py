@@ -55,7 +55,8 @@ def gather(source: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, Tens
     else:
         items = {plain(name): tensor for name, tensor in source.items() if not library.ADAPTER.search(name)}
     for name, tensor in items.items():
-        whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        tensor = tensor.detach()
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         yield name, whole.cpu() if first else torch.empty(0)
 
 
@@ -115,9 +116,7 @@ def appearing(final: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
+        _swap(partial, final)
     except OSError as error:
         raise PolymodalError(
             f"{final} could not be written: {error.strerror or error}.",
@@ -125,6 +124,21 @@ def appearing(final: Path, overwrite: bool = False) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(partial: Path, final: Path) -> None:
+    """Give `partial` its name; what had it before goes only when that worked."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    try:
+        partial.rename(final)
+    except OSError:
+        if old.exists():
+            old.rename(final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _copy_files(origin: Path, directory: Path) -> None:

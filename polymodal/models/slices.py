@@ -177,7 +177,7 @@ class Stored:
     def __torch_function__(
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        known = {
+        known: dict[Any, Callable[..., Any]] = {
             torch.cat: _cat,
             torch.stack: _stack,
             torch.transpose: Stored.transpose,

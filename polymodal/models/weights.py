@@ -135,7 +135,9 @@ def _check(
 ) -> list[str]:
     """Compare names and shapes; give tied weights their file key. Returns the parameters to be drawn."""
     elsewhere = {name: key for key, name in plan.unexpected.items()}
-    missing, drawn, wrong = [], [], []
+    missing: list[str] = []
+    drawn: list[str] = []
+    wrong: list[tuple[str, tuple[int, ...] | None, tuple[int, ...]]] = []
     tensors = library.aliases(model)
     for tensor, names in tensors:
         found = next((n for n in names if plan.shape(n) is not None), None)
@@ -355,13 +357,13 @@ def rebuild_buffers(model: nn.Module, persistent: bool = False) -> None:
         }
         if not names:
             continue
-        before = {n: (module._buffers[n], module._buffers[n]._version) for n in names}  # type: ignore[union-attr]
+        before = {n: (module.get_buffer(n), module.get_buffer(n)._version) for n in names}
         if rule is not None:
             with stand_ins(module, names):
                 rule(module)
-        for name in sorted(names):
-            buffer = module._buffers[name]
-            if buffer is before[name][0] and buffer._version == before[name][1]:
+        for name, (held, version) in sorted(before.items()):
+            buffer = module.get_buffer(name)
+            if buffer is held and buffer._version == version:
                 buffer.copy_(_fresh(module, name, path))
             if buffer.is_meta or (buffer.is_floating_point() and bool(_local(buffer).isnan().any())):
                 raise PolymodalError(

@@ -179,7 +179,7 @@ def test_continued_from_a_directory(checkpoint, tmp_path):
     assert all(torch.equal(want[n], t) for n, t in lora.gather(again).items())
     for change, message in {
         "rank": "r is 4, the recipe's model.lora.rank is 5",
-        "alpha": "lora_alpha is 8.0?, the recipe's model.lora.alpha is 5",
+        "alpha": "lora_alpha is 8, the recipe's model.lora.alpha is 5",
         "rslora": "use_rslora is False, the recipe's model.lora.rslora is True",
     }.items():
         other = options.model_copy(update={change: True if change == "rslora" else 5})

@@ -17,7 +17,15 @@ OPTIONS = Lora(rank=5, alpha=10, towers=["language", "vision"])  # rank 5: uneve
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> str:
-    return str(tiny.checkpoint("qwen2-vl", tmp_path_factory.mktemp("lora") / "base", tied=True))
+    return str(
+        tiny.checkpoint(
+            "qwen2-vl",
+            tmp_path_factory.mktemp("lora") / "base",
+            tied=True,
+            text_config__num_hidden_layers=2,
+            vision_config__depth=1,
+        )
+    )
 
 
 def _loss(model: nn.Module, row: int) -> torch.Tensor:

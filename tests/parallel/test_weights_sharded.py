@@ -20,18 +20,24 @@ from polymodal.models.slices import boxes, extent, local_spans
 from tests.models import tiny
 from tests.parallel.harness import run
 
+SMALL = {"text_config__num_hidden_layers": 2, "vision_config__depth": 2}
 MOE = {"text_config__moe_intermediate_size": 24}  # 2 x 24 differs from the width: layouts can be told apart
-BLOCKS = ("visual", "language_model")
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> dict[str, str]:
     base = tmp_path_factory.mktemp("checkpoints")
     made = {
-        "qwen2-vl tied": tiny.checkpoint("qwen2-vl", base / "a", tied=True),
-        "qwen2.5-vl": tiny.checkpoint("qwen2.5-vl", base / "b", dtype=torch.bfloat16),
-        "qwen3-vl": tiny.checkpoint("qwen3-vl", base / "c"),
-        "qwen3-vl-moe": tiny.checkpoint("qwen3-vl-moe", base / "d", **MOE),
+        "qwen2-vl tied": tiny.checkpoint("qwen2-vl", base / "a", tied=True, **SMALL),
+        "qwen2.5-vl": tiny.checkpoint(
+            "qwen2.5-vl", base / "b", dtype=torch.bfloat16, **SMALL, vision_config__fullatt_block_indexes=[1]
+        ),
+        "qwen3-vl": tiny.checkpoint(
+            "qwen3-vl", base / "c", **SMALL, vision_config__deepstack_visual_indexes=[0]
+        ),
+        "qwen3-vl-moe": tiny.checkpoint(
+            "qwen3-vl-moe", base / "d", **SMALL, **MOE, vision_config__deepstack_visual_indexes=[0]
+        ),
     }
     made["qwen3-vl-moe hub"] = hub_layout(made["qwen3-vl-moe"], base / "e")
     return {name: str(path) for name, path in made.items()}
