@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,10 @@ class _Dump(yaml.SafeDumper):
 
 
 _Dump.yaml_implicit_resolvers = {
-    letter: [*_Yaml.yaml_implicit_resolvers.get(letter, []), *yaml.SafeDumper.yaml_implicit_resolvers.get(letter, [])]
+    letter: [
+        *_Yaml.yaml_implicit_resolvers.get(letter, []),
+        *yaml.SafeDumper.yaml_implicit_resolvers.get(letter, []),
+    ]
     for letter in {*_Yaml.yaml_implicit_resolvers, *yaml.SafeDumper.yaml_implicit_resolvers}
 }
 
@@ -63,7 +67,9 @@ def _parse(text: str) -> Any:
 def write(data: dict) -> str:
     """Plain data as YAML that `read` reads back unchanged."""
     text = yaml.dump(data, Dumper=_Dump, sort_keys=False, allow_unicode=True)
-    if any(mark in text for mark in "\x85\u2028\u2029"):  # line breaks to YAML, which the dumper does not escape
+    if any(
+        mark in text for mark in "\x85\u2028\u2029"
+    ):  # line breaks to YAML, which the dumper does not escape
         text = yaml.dump(data, Dumper=_Dump, sort_keys=False, allow_unicode=False)
     return text
 
@@ -261,7 +267,7 @@ def _words(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _message(item: dict, section: type[BaseModel] | None) -> tuple[str, str]:
+def _message(item: Mapping[str, Any], section: type[BaseModel] | None) -> tuple[str, str]:
     """(what is wrong with the value, mend) in plain words."""
     kind, context, value = item["type"], item.get("ctx", {}), item.get("input")
     if kind == "literal_error":

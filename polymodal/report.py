@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from polymodal.errors import PolymodalError
 from polymodal.evaluate import report as parts
@@ -55,7 +56,7 @@ def curves(metrics: list[dict], resumed_at: int | None = None) -> list[Curve]:
             if isinstance(m.get(key), (int, float)) and math.isfinite(m[key])
         ]
 
-    marked = {"mark": resumed_at, "mark_text": "stopped and resumed"} if resumed_at else {}
+    marked: dict[str, Any] = {"mark": resumed_at, "mark_text": "stopped and resumed"} if resumed_at else {}
     charts = [
         Curve("Loss", "nats per answer token", points("loss"), smooth=15, **marked),
         Curve("Throughput", "tokens per second", points("tokens_per_second"), smooth=15, zero=True, **marked),

@@ -100,7 +100,7 @@ class Batch:
             moved = {k: v.to(device, non_blocking=non_blocking) for k, v in d.items()}
             for name, tensor in moved.items():
                 if not tensor.is_floating_point() and tensor is not d[name]:
-                    tensor.host = d[name]  # lengths and grids are read on the host: no wait for the device
+                    tensor.host = d[name]  # type: ignore[attr-defined]  # lengths and grids are read on the host: no wait for the device
             return moved
 
         return replace(self, tensors=move(self.tensors), segments=move(self.segments))

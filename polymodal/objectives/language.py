@@ -6,7 +6,7 @@ of rows and the gradients are made in the forward pass, chunk by chunk.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -129,7 +129,7 @@ def head_loss(
     float64, indices of kept rows [N]).
     """
     keep = ((labels != IGNORE) & (weights != 0)).nonzero()[:, 0]
-    weight, bias = head.weight, getattr(head, "bias", None)
+    weight, bias = cast(Tensor, head.weight), getattr(head, "bias", None)
     group, offset = None, 0
     if isinstance(weight, DTensor):
         placements = weight.placements

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -152,7 +152,11 @@ class Writer:
                     process_group=self.group,
                     no_dist=self.group is None,
                 )
-                self._pending = (future, temporary, final)
+                self._pending = (
+                    cast(Future, future),
+                    temporary,
+                    final,
+                )  # a thread writes: no staging is reported apart
             else:
                 dcp.save(
                     {k: _plain(v.detach()) for k, v in tensors.items()},
@@ -246,7 +250,7 @@ def load(
     dcp.load(targets, checkpoint_id=checkpoint, process_group=group, no_dist=group is None)
     with torch.no_grad():
         for k, v in strided.items():
-            v.to_local().copy_(targets[k].redistribute(placements=v.placements).to_local())
+            v.to_local().copy_(cast(DTensor, targets[k]).redistribute(placements=v.placements).to_local())
 
 
 def read_model(checkpoint: Path, prefix: str = "model.") -> Iterator[tuple[str, Tensor]]:

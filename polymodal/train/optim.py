@@ -9,6 +9,7 @@ import fnmatch
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +136,8 @@ class Optimizer:
             use_muon = optim.name == "muon" and name in muon_names and parameter.ndim == 2
             key = (use_muon, rate(name, parameter, optim, towers), _mesh_key(parameter), parameter.dtype)
             groups.setdefault(key, []).append(name)
-        adam, muon = [], []
+        adam: list[dict[str, Any]] = []
+        muon: list[dict[str, Any]] = []
         for (use_muon, peak, _, _), names in groups.items():
             group = {"params": [named[n] for n in names], "lr": peak.lr, "weight_decay": peak.weight_decay}
             (muon if use_muon else adam).append(group)

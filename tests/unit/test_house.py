@@ -10,7 +10,9 @@ GROUND = {"data.sample", "parallel.ops", "parallel.mesh", "parallel.attention", 
 
 def test_contracts_name_every_module():
     toml = pytest.importorskip("tomllib")
-    contracts = toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    contracts = toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
     named = {c["name"]: {m.removeprefix("polymodal.") for m in c["forbidden_modules"]} for c in contracts}
 
     def files(room: str) -> set[str]:
