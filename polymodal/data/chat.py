@@ -91,9 +91,9 @@ class ChatProcessor:
 
     # -- text ---------------------------------------------------------------------------------------------------
 
-    def _layout(self, record: Record) -> Layout:
+    def _layout(self, record: Record, text: str | None = None) -> Layout:
         if not record.plain:
-            return self.template.layout(record, self._wanted(record))
+            return self.template.layout(record, self._wanted(record), text)
         eos = self.media.tokenizer.eos_token
         if eos is None:
             raise PolymodalError(
@@ -186,10 +186,11 @@ class ChatProcessor:
         out: list[Measure | str] = [""] * len(records)
         for first in range(0, len(records), _BATCH):
             jobs: list[tuple[int, Layout, list[tuple[int, int, float]], list[Span], list[int]]] = []
-            for n in range(first, min(first + _BATCH, len(records))):
+            texts = self.template.texts(records[first : first + _BATCH])
+            for n, text in enumerate(texts, first):
                 record = records[n]
                 try:
-                    layout = self._layout(record)
+                    layout = self._layout(record, text)
                     media = record.media if layout.media else ()
                     spans = [self._span(media[k])[0] for _, _, k in layout.media]
                     regions = self._regions(record, layout)
