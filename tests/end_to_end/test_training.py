@@ -110,6 +110,7 @@ def test_kill_9_and_resume_on_another_number_of_processes(ground, straight, tmp_
     assert json.loads((run / "summary.json").read_text())["resumed_at"] in (3, 6)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_0(ground, straight, tmp_path):
     run = tmp_path / "run"
     command = words("train", str(ground / "recipe.yaml"), "--nproc", "2", f"checkpoint.dir={run}", "checkpoint.every=0")
@@ -127,6 +128,7 @@ def test_sigterm_saves_and_exits_0(ground, straight, tmp_path):
     assert_same(curve(run), curve(straight))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "pure_bf16"])
 def test_16_bit_training_learns_and_resumes(ground, straight, tmp_path, precision):
     run = tmp_path / "run"
@@ -137,6 +139,7 @@ def test_16_bit_training_learns_and_resumes(ground, straight, tmp_path, precisio
     assert got[0] == pytest.approx(curve(straight)[1][0], rel=0.02)
 
 
+@pytest.mark.slow
 def test_weights_only_checkpoints_start_others_but_do_not_resume(ground, tmp_path):
     run, second = tmp_path / "run", tmp_path / "second"
     train(ground, run, "checkpoint.save=weights", "train.steps=2")
@@ -146,6 +149,7 @@ def test_weights_only_checkpoints_start_others_but_do_not_resume(ground, tmp_pat
     assert curve(second)[1][0] < curve(run)[1][0]
 
 
+@pytest.mark.slow
 def test_frozen_towers_and_rates_by_tower(ground, tmp_path):
     import torch
 
@@ -165,12 +169,14 @@ def test_frozen_towers_and_rates_by_tower(ground, tmp_path):
         torch.testing.assert_close(names[name], start[key], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_random_weights_do_not_depend_on_the_layout(ground, tmp_path):
     for nproc in (1, 2):
         train(ground, tmp_path / str(nproc), "model.init=random", "train.steps=2", nproc=nproc)
     assert_same(curve(tmp_path / "2"), curve(tmp_path / "1"))
 
 
+@pytest.mark.slow
 def test_the_saved_recipe_reproduces_the_run(ground, straight, tmp_path):
     again = words("train", str(straight / "recipe.yaml"), f"checkpoint.dir={tmp_path / 'run'}")
     subprocess.run(again, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
