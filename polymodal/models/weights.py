@@ -206,16 +206,17 @@ def materialise(model: nn.Module, device: torch.device | str | None = None) -> N
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 owners.setdefault(id(parameter), []).append((module, name))
-    made: dict[int, Tensor] = {}
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # the old one is kept: its id must not be given again
 
     def real(tensor: Tensor) -> Tensor:
-        if tensor.is_meta and id(tensor) not in made:
-            made[id(tensor)] = torch.empty_like(tensor, device=place)
-        return made.get(id(tensor), tensor)
+        if not tensor.is_meta:
+            return tensor
+        if id(tensor) not in made:
+            made[id(tensor)] = (tensor, torch.empty_like(tensor, device=place))
+        return made[id(tensor)][1]
 
-    model._apply(
-        real
-    )  # not to_empty: that would wipe what is real already; FSDP2 renews its references in here
+    # not to_empty, which would wipe what is real already; FSDP2 renews its references in here
+    model._apply(real)
     for (module, name), *others in owners.values():
         for other, label in others:
             other._parameters[label] = module._parameters[name]

@@ -513,6 +513,28 @@ def test_random_weights_in_blocks():
     }  # no rule then
 
 
+def test_memory_is_given_once():
+    """Tied parameters stay one, a module that hangs in two places too; what is real already keeps its values."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            with torch.device("meta"):
+                self.first = nn.Linear(3, 3)
+                self.second = nn.Linear(3, 3, bias=False)
+            self.second.weight = self.first.weight
+            self.shared = self.first
+            self.real = nn.Linear(3, 3)
+
+    model = Twice()
+    before = model.real.weight.clone()
+    weights.materialise(model)
+    assert not any(p.is_meta for p in model.parameters())
+    assert model.second.weight is model.first.weight and model.shared is model.first
+    assert torch.equal(model.real.weight, before)
+    assert len({p.data_ptr() for p in model.parameters()}) == len(list(model.parameters())) == 4
+
+
 def test_every_buffer_is_computed_again(checkpoints):
     """to_empty leaves rotary tables as whatever memory held; a buffer that nobody can set is an error."""
     source = checkpoints["qwen2.5-vl"]
