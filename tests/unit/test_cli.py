@@ -200,6 +200,7 @@ def test_ctrl_c_is_130_without_a_traceback():
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
     )
     assert process.stdout.readline() == "ready\n"
     time.sleep(1.0)  # past the late imports of guard
