@@ -144,6 +144,8 @@ def train(recipe: RecipeFile, overrides: Overrides = None, nproc: Processes = No
             from polymodal.train import check as checks
 
             checks.refuse(read, target.nproc * target.nodes if isinstance(target, launch.Start) else target.world)
+        if isinstance(target, launch.Place) and target.how == "alone" and (count := device.count(read.device.kind)) > 1:
+            print(f"note: this node has {count} devices and one process trains; --nproc auto uses all", file=sys.stderr)
 
     def here() -> int:
         from polymodal.train import trainer

@@ -81,7 +81,8 @@ def devices() -> Iterator[Row]:
     """Accelerators with their names and memory, and Ascend's software."""
     import torch
 
-    yield from (Row(name, verdict, found, mend) for name, verdict, found, mend in device.survey())
+    for name, verdict, found, mend in device.survey():
+        yield Row(name, verdict, found, mend)  # type: ignore[arg-type]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Row("cpu", "ok", f"{cores} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
     memory = machine.memory()
@@ -378,7 +379,7 @@ def main(env: bool = False, as_json: bool = False) -> int:
     console = Console()
     if env:
         if as_json:
-            rows = [
+            listed = [
                 {
                     "name": v.name,
                     "what": v.what,
@@ -389,7 +390,7 @@ def main(env: bool = False, as_json: bool = False) -> int:
                 }
                 for v in device.ENVIRONMENT
             ]
-            print(json.dumps(rows, indent=2))
+            print(json.dumps(listed, indent=2))
         else:
             for line in environment_lines():
                 console.print(line, highlight=False)

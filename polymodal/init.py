@@ -113,7 +113,7 @@ def _size_of(directory: str, card: ModelCard) -> str | None:
     layers = (config.get("text_config") or config).get("num_hidden_layers", config.get("num_hidden_layers"))
     fits = [key for key, size in card.sizes.items() if size.layers == layers]
     named = [key for key in fits if key.split("-")[0] in directory.lower()]
-    return (named or fits or [None])[0]
+    return next(iter(named or fits), None)
 
 
 def text(

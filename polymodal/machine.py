@@ -121,14 +121,17 @@ def shared_memory() -> Space | None:
 def require_writable(
     directory: str | os.PathLike, least_free: int = 256 * MIB, key: str = "checkpoint.dir"
 ) -> None:
-    """Make `directory`, write a file in it and remove it again.
+    """Whether `directory` can be made and written: a file is written there (or in the nearest directory above that
+    exists) and removed again; nothing stays behind.
 
     Raises PolymodalError when it cannot be written or has less than `least_free` bytes left.
     """
     directory = Path(directory)
+    place = directory.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".write-test-") as file:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".write-test-") as file:
             file.write(b"x" * 4096)
             file.flush()
             os.fsync(file.fileno())

@@ -18,7 +18,9 @@ from polymodal import recipe_file
 class Section(BaseModel):
     """A section of the recipe: closed (no unknown keys), checked on assignment, every key documented."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, use_attribute_docstrings=True, ser_json_inf_nan="constants"
+    )
 
 
 class Lora(Section):

@@ -30,6 +30,13 @@ CHILD = "POLYMODAL_LAUNCHED_BY"
 """Set in processes that `spawn` started: pid of the launcher, which prints their errors for them."""
 
 
+OURS = (
+    CHILD, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID", "NPUS_PER_NODE", "NNODES", "NODE_RANK",
+)  # fmt: skip
+"""What a launched process has in its environment for itself alone."""
+
+
 class Stopped(Exception):
     """The run ended with an exit code that is not an error of ours; `code` is the command's exit code."""
 
@@ -42,16 +49,34 @@ class Stopped(Exception):
 
 
 def enter_child() -> None:
-    """At the start of a launched process: crash stacks on stderr, and an end when the launcher dies."""
+    """At the start of a launched process: crash stacks on stderr, and an end when the launcher dies.
+
+    A command that a launched process starts itself is none of the launcher's: it stands alone.
+    """
     if CHILD not in os.environ:
+        return
+    launcher = int(os.environ[CHILD])
+    if os.getppid() != launcher and _alive(launcher):
+        for name in OURS:
+            os.environ.pop(name, None)
         return
     faulthandler.enable()
     with contextlib.suppress(
         OSError, AttributeError
     ):  # Linux: SIGTERM when the launcher is killed, no orphans
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != int(os.environ[CHILD]):
+    if os.getppid() != launcher:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _first_here(text: str) -> bool:

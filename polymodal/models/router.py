@@ -249,7 +249,7 @@ def route(wish: str, cards: Mapping[str, ModelCard]) -> Route:
         scores = {kind: _score(text, {**_own_words(cards, kind), **words}) for kind, words in INTENTS.items()}
         top = max(scores.values())
         kind = (
-            max(scores, key=lambda name: scores[name])
+            max(scores.items(), key=lambda item: item[1])[0]
             if top
             else ("understanding" if task in NOT_YET else None)
         )

@@ -30,9 +30,9 @@ class Problems:
     def add(self, message: str, hint: str = "") -> None:
         self.errors.append(PolymodalError(message, hint))
 
-    def run(self, action: Callable[[], T]) -> T | None:
+    def run(self, action: Callable[..., T], *arguments: Any) -> T | None:
         try:
-            return action()
+            return action(*arguments)
         except PolymodalError as error:
             if str(error) not in map(str, self.errors):
                 self.errors.append(error)
@@ -74,15 +74,15 @@ def static(recipe: Recipe, world: int, problems: Problems) -> None:
     from polymodal.data.source import expand
     from polymodal.parallel.mesh import ParallelSizes
 
-    problems.run(lambda: ParallelSizes.of(recipe.parallel, world))
+    problems.run(ParallelSizes.of, recipe.parallel, world)
     for name, value in recipe.device.env.items():
-        problems.run(lambda name=name, value=value: device.checked_variable(name, value))
+        problems.run(device.checked_variable, name, value)
     if not recipe.data.datasets:
         problems.add(
             "The recipe has no data.datasets.", "Add at least one, e.g. data.datasets: [{path: train.json}]."
         )
     for key, dataset in _datasets(recipe):
-        problems.run(lambda key=key, dataset=dataset: expand(dataset.path, f"{key}.path"))
+        problems.run(expand, dataset.path, f"{key}.path")
         if dataset.media_dir is not None and not os.path.isdir(os.path.expanduser(dataset.media_dir)):
             problems.add(
                 f"{key}.media_dir = {dataset.media_dir}: the directory does not exist.",

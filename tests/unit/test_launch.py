@@ -24,7 +24,7 @@ from polymodal import launch, recipe, spawn
 from polymodal.errors import PolymodalError
 
 spawn.enter_child()
-rank = int(os.environ["RANK"])
+rank = int(os.environ.get("RANK", 0))
 
 def say(*words):  # one write, so that lines of two processes never mix
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
@@ -387,6 +387,18 @@ def test_processes_end_with_their_launcher(tmp_path):
     assert not any(map(running, pids))
 
 
+def test_a_command_started_by_a_launched_process_stands_alone(processes):
+    body = """
+    if "inner" not in sys.argv:
+        import subprocess
+        out = subprocess.run([sys.executable, __file__, "inner"], capture_output=True, text=True)
+        say(out.returncode, out.stdout.strip())
+        sys.exit(0)
+    say(launch.place().how, spawn.CHILD in os.environ)
+    """
+    assert processes(body, 1) == (0, "0 alone False\n", "")
+
+
 def test_port_in_use_names_the_owner(processes):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -448,5 +460,6 @@ def test_full_output_disk(tmp_path):
 
 
 def test_writable_leaves_nothing(tmp_path):
-    machine.require_writable(tmp_path / "run")
-    assert list((tmp_path / "run").iterdir()) == []
+    machine.require_writable(tmp_path / "run/deep")
+    machine.require_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []

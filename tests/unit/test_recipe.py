@@ -181,7 +181,13 @@ def test_no_such_file(tmp_path):
         st.integers() | st.floats(allow_nan=False) | st.text() | st.booleans() | st.none(),
     ),
 )
-@example(1.0, None, "1e5", ["1_0", "yes", "0x1f", "1:30", "~"], {"a": "1e-5", "b": float("inf"), "c": "no", "d": "2020-01-01"})
+@example(
+    1.0,
+    None,
+    "1e5",
+    ["1_0", "yes", "0x1f", "1:30", "~"],
+    {"a": "1e-5", "b": float("inf"), "c": "no", "d": "2020-01-01"},
+)
 def test_the_resolved_recipe_gives_the_same_recipe(tmp_path_factory, lr, steps, name, freeze, config):
     r = recipe.validate(
         {
