@@ -41,11 +41,18 @@ def one(variant: str, tokens: int, width: int, vocabulary: int) -> dict:
     else:
         loss = head_loss(hidden, head, labels, torch.ones(tokens))[0] / tokens
     loss.backward()
-    return {"bytes": peak() - before, "seconds": time.process_time() - began, "loss": loss.item(), "gradient": hidden.grad.norm().item()}
+    return {
+        "bytes": peak() - before,
+        "seconds": time.process_time() - began,
+        "loss": loss.item(),
+        "gradient": hidden.grad.norm().item(),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=151_936)
@@ -57,13 +64,35 @@ def main() -> None:
         return
     results = {}
     for variant in ("whole", "chunked"):
-        words = [sys.executable, __file__, "--one", variant, "--tokens", str(args.tokens), "--width", str(args.width), "--vocabulary", str(args.vocabulary)]
-        results[variant] = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+        words = [
+            sys.executable,
+            __file__,
+            "--one",
+            variant,
+            "--tokens",
+            str(args.tokens),
+            "--width",
+            str(args.width),
+            "--vocabulary",
+            str(args.vocabulary),
+        ]
+        results[variant] = json.loads(
+            subprocess.run(words, check=True, capture_output=True, text=True).stdout
+        )
     whole, chunked = results["whole"], results["chunked"]
     assert abs(whole["loss"] - chunked["loss"]) < 1e-4 * abs(whole["loss"]), "the two losses differ"
     ratio = chunked["bytes"] / whole["bytes"]
-    out = {"tokens": args.tokens, "vocabulary": args.vocabulary, "ratio": ratio, "wanted": 0.35, "seconds_ratio": chunked["seconds"] / whole["seconds"], **results}
-    print(f"loss at {args.tokens} tokens, vocabulary {args.vocabulary}: {chunked['bytes'] / 2**30:.2f} GiB against {whole['bytes'] / 2**30:.2f} GiB = {ratio:.2f} (wanted <= 0.35); time {out['seconds_ratio']:.2f} x")
+    out = {
+        "tokens": args.tokens,
+        "vocabulary": args.vocabulary,
+        "ratio": ratio,
+        "wanted": 0.35,
+        "seconds_ratio": chunked["seconds"] / whole["seconds"],
+        **results,
+    }
+    print(
+        f"loss at {args.tokens} tokens, vocabulary {args.vocabulary}: {chunked['bytes'] / 2**30:.2f} GiB against {whole['bytes'] / 2**30:.2f} GiB = {ratio:.2f} (wanted <= 0.35); time {out['seconds_ratio']:.2f} x"
+    )
     if args.json:
         args.json.write_text(json.dumps(out, indent=1))
 

@@ -16,7 +16,10 @@ HERE = Path(__file__).resolve().parent
 
 def loss_memory(r: dict) -> list[tuple[str, str, str]]:
     what = f"peak memory of the loss at {r['tokens']:,} tokens, vocabulary {r['vocabulary']:,}, against whole logits and cross entropy"
-    return [(what, f"{r['ratio']:.2f}", f"<= {r['wanted']}"), ("CPU time of the same", f"{r['seconds_ratio']:.2f}", "-")]
+    return [
+        (what, f"{r['ratio']:.2f}", f"<= {r['wanted']}"),
+        ("CPU time of the same", f"{r['seconds_ratio']:.2f}", "-"),
+    ]
 
 
 def throughput(r: dict) -> list[tuple[str, str, str]]:
@@ -27,7 +30,8 @@ def throughput(r: dict) -> list[tuple[str, str, str]]:
         "bare": ("a bare loop over the same batches, made beforehand", ">= 0.97"),
     }
     return [
-        (f"useful tokens/s, {r['precision']}, against {names[k][0]}", f"{v:.2f}", names[k][1]) for k, v in r["ratio"].items()
+        (f"useful tokens/s, {r['precision']}, against {names[k][0]}", f"{v:.2f}", names[k][1])
+        for k, v in r["ratio"].items()
     ]
 
 
@@ -36,13 +40,28 @@ def schedule_growth(r: dict) -> list[tuple[str, str, str]]:
     out = []
     for row in rows[1:] if isinstance(rows, list) else []:
         first = rows[0]
-        for key, text in (("first_seconds", "time to the first batch"), ("bytes", "memory"), ("seconds_a_sample", "time a sample")):
+        for key, text in (
+            ("first_seconds", "time to the first batch"),
+            ("bytes", "memory"),
+            ("seconds_a_sample", "time a sample"),
+        ):
             if key in row:
-                out.append((f"schedule over {row['samples']:,} samples against {first['samples']:,}: {text}", f"{row[key] / first[key]:.2f}", "flat"))
+                out.append(
+                    (
+                        f"schedule over {row['samples']:,} samples against {first['samples']:,}: {text}",
+                        f"{row[key] / first[key]:.2f}",
+                        "flat",
+                    )
+                )
     return out
 
 
-WRITERS = {"loss_memory": loss_memory, "throughput": throughput, "throughput_bf16": throughput, "schedule_growth": schedule_growth}
+WRITERS = {
+    "loss_memory": loss_memory,
+    "throughput": throughput,
+    "throughput_bf16": throughput,
+    "schedule_growth": schedule_growth,
+}
 
 
 def main() -> None:

@@ -78,16 +78,14 @@ def _ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def _number(value: float) -> str:
-    if value and abs(value) >= 10000:
-        return f"{value / 1000:.0f}k"
-    return f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def chart(curve: Curve) -> str:
     """SVG of one curve: raw values pale, running mean strong, axes with round numbers."""
     xs, ys = zip(*curve.points, strict=True)
     x0, x1 = min(xs), max(max(xs), min(xs) + 1)
-    y0, y1 = (0.0 if curve.zero or min(ys) >= 0 else min(ys)), max(ys) * 1.05 or 1.0
+    y0, y1 = (0.0 if curve.zero or min(ys) >= 0 else min(ys)), max(ys) * 1.15 or 1.0
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (

@@ -26,10 +26,20 @@ def page(tmp_path):
     ]
     picture = Image.new("RGB", (56, 56), "white")
     shown = [
-        parts.Shown("Which digit <b>is</b> this?", [("before", "3", 0.0), ("after", "7", 1.0)], "7", [parts.thumbnail(picture)])
+        parts.Shown(
+            "Which digit <b>is</b> this?",
+            [("before", "3", 0.0), ("after", "7", 1.0)],
+            "7",
+            [parts.thumbnail(picture)],
+        )
     ]
     text = pages.page(
-        "Digits", "A small model.", {"right after": "94%"}, pages.curves(metrics, 150), shown, [("Talk to it.", "polymodal chat x")]
+        "Digits",
+        "A small model.",
+        {"right after": "94%"},
+        pages.curves(metrics, 150),
+        shown,
+        [("Talk to it.", "polymodal chat x")],
     )
     return pages.write(tmp_path / "report.html", text)
 
@@ -57,7 +67,10 @@ def test_a_browser_draws_it(page, tmp_path):
     probe = tmp_path / "probe.html"
     probe.write_text(page.read_text().replace("</body>", f"<script>document.title={script}</script></body>"))
     dom = subprocess.run(
-        [CHROMIUM, *FLAGS, profile, "--virtual-time-budget=2000", "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=120
+        [CHROMIUM, *FLAGS, profile, "--virtual-time-budget=2000", "--dump-dom", probe.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
     ).stdout
     assert "<title>Digits|5|true</title>" in dom, dom[:300]
 

@@ -44,7 +44,12 @@ def ground(tmp_path_factory) -> Path:
     recipe = {
         "name": "t",
         "model": {"source": str(root / "model")},
-        "data": {"datasets": [{"path": str(root / "train.json")}], "max_length": 256, "pack_length": 256, "workers": 0},
+        "data": {
+            "datasets": [{"path": str(root / "train.json")}],
+            "max_length": 256,
+            "pack_length": 256,
+            "workers": 0,
+        },
         "train": {"steps": 8, "global_batch_size": 3, "precision": "fp32"},
         "optim": {"lr": 1e-3, "schedule": {"name": "linear", "warmup": 2}},
         "checkpoint": {"every": 3},
@@ -54,8 +59,12 @@ def ground(tmp_path_factory) -> Path:
     return root
 
 
-def train(ground: Path, run: Path, *overrides: str, nproc: int = 1, expect: int = 0) -> subprocess.CompletedProcess:
-    command = words("train", str(ground / "recipe.yaml"), "--nproc", str(nproc), f"checkpoint.dir={run}", *overrides)
+def train(
+    ground: Path, run: Path, *overrides: str, nproc: int = 1, expect: int = 0
+) -> subprocess.CompletedProcess:
+    command = words(
+        "train", str(ground / "recipe.yaml"), "--nproc", str(nproc), f"checkpoint.dir={run}", *overrides
+    )
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == expect, done.stdout + done.stderr
     return done
@@ -82,7 +91,10 @@ def straight(ground, tmp_path_factory):
 
 def test_a_run_leaves_what_the_guide_says(straight):
     assert (straight / "recipe.yaml").is_file() and (straight / "summary.json").is_file()
-    assert [p.name for p in sorted((straight / "checkpoints").iterdir())] == ["step-00000006", "step-00000008"]
+    assert [p.name for p in sorted((straight / "checkpoints").iterdir())] == [
+        "step-00000006",
+        "step-00000008",
+    ]
     losses = [loss for loss, _ in curve(straight).values()]
     assert len(losses) == 8 and losses[-1] < losses[0]
     last = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()][-1]
@@ -113,7 +125,9 @@ def test_kill_9_and_resume_on_another_number_of_processes(ground, straight, tmp_
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_0(ground, straight, tmp_path):
     run = tmp_path / "run"
-    command = words("train", str(ground / "recipe.yaml"), "--nproc", "2", f"checkpoint.dir={run}", "checkpoint.every=0")
+    command = words(
+        "train", str(ground / "recipe.yaml"), "--nproc", "2", f"checkpoint.dir={run}", "checkpoint.every=0"
+    )
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
     while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").read_text():
@@ -156,7 +170,14 @@ def test_frozen_towers_and_rates_by_tower(ground, tmp_path):
     from polymodal.train import checkpoint
 
     run = tmp_path / "run"
-    train(ground, run, "train.freeze=[vision]", "optim.groups=[{match: projector, lr: 0.0}]", "train.steps=2", nproc=2)
+    train(
+        ground,
+        run,
+        "train.freeze=[vision]",
+        "optim.groups=[{match: projector, lr: 0.0}]",
+        "train.steps=2",
+        nproc=2,
+    )
     names = dict(checkpoint.read_model(checkpoint.newest(run)))
     assert not any(".blocks." in n for n in names if "visual" in n)
     from safetensors.torch import load_file
