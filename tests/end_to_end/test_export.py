@@ -40,7 +40,9 @@ def write_run(directory, model, freeze=(), **data):
     )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     own = {n: p.detach() for n, p in load_hub(model).named_parameters() if not (freeze and "visual" in n)}
-    changed, average = ({n: p + torch.randn(p.shape, generator=generator) * 0.1 for n, p in own.items()} for _ in range(2))
+    changed, average = (
+        {n: p + torch.randn(p.shape, generator=generator) * 0.1 for n, p in own.items()} for _ in range(2)
+    )
     writer = checkpoints.Writer(directory, 2, False, 0, None)
     tensors = {f"model.{n}": t for n, t in changed.items()} | {f"ema.{n}": t for n, t in average.items()}
     writer.save(tensors, checkpoints.RunState(step=7, recipe=recipe.model_dump(mode="json")))
@@ -49,14 +51,26 @@ def write_run(directory, model, freeze=(), **data):
 
 def write_lora_run(directory, model, **chosen):
     """A LoRA run whose adapters do something; returns (directory, adapters by parameter name)."""
-    section = recipes.Lora(rank=4, alpha=8, towers=["language", "vision"], targets=["q_proj", "down_proj", "qkv"], **chosen)
-    recipe = recipes.Recipe(model=recipes.Model(source=str(model), lora=section), checkpoint=recipes.Checkpoint(dir=str(directory)))
+    section = recipes.Lora(
+        rank=4, alpha=8, towers=["language", "vision"], targets=["q_proj", "down_proj", "qkv"], **chosen
+    )
+    recipe = recipes.Recipe(
+        model=recipes.Model(source=str(model), lora=section),
+        checkpoint=recipes.Checkpoint(dir=str(directory)),
+    )
     family = catalog.family(recipe.model)
     shapes = family.build().trained
     lora.attach(shapes, section, family.card)
     generator = torch.Generator().manual_seed(2)
-    adapters = {n: torch.randn(p.shape, generator=generator) * 0.2 for n, p in shapes.named_parameters() if p.requires_grad}
-    checkpoints.Writer(directory, 2, False, 0, None).save({f"model.{n}": t for n, t in adapters.items()}, checkpoints.RunState(step=5, recipe=recipe.model_dump(mode="json")))
+    adapters = {
+        n: torch.randn(p.shape, generator=generator) * 0.2
+        for n, p in shapes.named_parameters()
+        if p.requires_grad
+    }
+    checkpoints.Writer(directory, 2, False, 0, None).save(
+        {f"model.{n}": t for n, t in adapters.items()},
+        checkpoints.RunState(step=5, recipe=recipe.model_dump(mode="json")),
+    )
     return directory, adapters
 
 
@@ -67,24 +81,41 @@ def test_a_lora_run_becomes_an_adapter_or_is_merged(name, rslora, tmp_path):
     done = export(directory, tmp_path / "adapter")
     assert done.what == "adapter" and done.dtype == "float32" and done.step == 5 and done.difference < 1e-4
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert {k.removeprefix("base_model.model.") for k in stored} == {n.replace(".default.", ".") for n in adapters}
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(source)
+    assert {k.removeprefix("base_model.model.") for k in stored} == {
+        n.replace(".default.", ".") for n in adapters
+    }
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == str(source)
     assert kind_of(tmp_path / "adapter") == "adapter" and (tmp_path / "adapter" / "tokenizer.json").is_file()
     merged = export(directory, tmp_path / "merged", merge_lora=True)
     assert merged.what == "merged" and merged.difference < 1e-4
     scale = 8 / (2 if rslora else 4)
-    before, after = dict(load_hub(source).named_parameters()), dict(load_hub(tmp_path / "merged").named_parameters())
+    before, after = (
+        dict(load_hub(source).named_parameters()),
+        dict(load_hub(tmp_path / "merged").named_parameters()),
+    )
     for key, value in after.items():
         layer = key.removesuffix(".weight")
         expected = before[key]
         if f"{layer}.lora_A.default.weight" in adapters:
-            expected = expected + scale * adapters[f"{layer}.lora_B.default.weight"] @ adapters[f"{layer}.lora_A.default.weight"]
+            expected = (
+                expected
+                + scale
+                * adapters[f"{layer}.lora_B.default.weight"]
+                @ adapters[f"{layer}.lora_A.default.weight"]
+            )
         assert torch.allclose(value, expected, atol=1e-5), key
     asked = (Message("user", ("What is in this picture?", Media("image", save_picture(tmp_path)))),)
     sampling = Sampling(max_new_tokens=6)
-    said = {p: open_engine(tmp_path / p, device="cpu").answer(asked, sampling).text for p in ("run", "adapter", "merged", name)}
+    said = {
+        p: open_engine(tmp_path / p, device="cpu").answer(asked, sampling).text
+        for p in ("run", "adapter", "merged", name)
+    }
     assert said["run"] == said["adapter"] == said["merged"] != said[name]
-    again = export(tmp_path / "adapter", tmp_path / "again", merge_lora=True)  # a peft directory, whoever wrote it
+    again = export(
+        tmp_path / "adapter", tmp_path / "again", merge_lora=True
+    )  # a peft directory, whoever wrote it
     assert again.what == "merged"
     for key, value in load_hub(tmp_path / "again").named_parameters():
         assert torch.allclose(value, after[key], atol=1e-6), key
@@ -113,24 +144,51 @@ def test_a_run_becomes_a_hub_checkpoint_of_its_weights(trained, model, tmp_path,
     got = dict(load_hub(out).named_parameters())
     for name, parameter in load_hub(model).named_parameters():
         assert torch.equal(got[name], changed.get(name, parameter)), name
-    assert set(load_file(out / "model.safetensors")) == set(load_file(model / "model.safetensors"))  # the file's own keys
+    assert set(load_file(out / "model.safetensors")) == set(
+        load_file(model / "model.safetensors")
+    )  # the file's own keys
     record = json.loads((out / MARKER).read_text())
-    assert record["step"] == 7 and record["what"] == "model" and record["difference"] < 1e-4 and record["tokens"] > 20
-    assert {"tokenizer.json", "preprocessor_config.json", "config.json", "generation_config.json"} <= set(os.listdir(out))
-    export(directory / "checkpoints" / "step-00000007", tmp_path / "ema", ema=True, dtype="bf16", max_shard_bytes=100_000)
+    assert (
+        record["step"] == 7
+        and record["what"] == "model"
+        and record["difference"] < 1e-4
+        and record["tokens"] > 20
+    )
+    assert {"tokenizer.json", "preprocessor_config.json", "config.json", "generation_config.json"} <= set(
+        os.listdir(out)
+    )
+    export(
+        directory / "checkpoints" / "step-00000007",
+        tmp_path / "ema",
+        ema=True,
+        dtype="bf16",
+        max_shard_bytes=100_000,
+    )
     got = dict(load_hub(tmp_path / "ema").named_parameters())
     assert all(torch.equal(got[n], average[n].bfloat16()) for n in average)
-    assert (tmp_path / "ema" / "model.safetensors.index.json").is_file() and len(list((tmp_path / "ema").glob("*.safetensors"))) > 2
+    assert (tmp_path / "ema" / "model.safetensors.index.json").is_file() and len(
+        list((tmp_path / "ema").glob("*.safetensors"))
+    ) > 2
     assert json.loads((tmp_path / "ema" / "config.json").read_text())["dtype"] == "bfloat16"
     assert left_behind(tmp_path) == []
 
 
-@pytest.mark.parametrize("name, tied, dtype", [("qwen2-vl", True, "fp16"), ("qwen3-vl", False, None), ("qwen3-vl-moe", False, "bf16")])
+@pytest.mark.parametrize(
+    "name, tied, dtype",
+    [("qwen2-vl", True, "fp16"), ("qwen3-vl", False, None), ("qwen3-vl-moe", False, "bf16")],
+)
 def test_hub_checkpoints_of_every_family(name, tied, dtype, tmp_path):
     source = tiny.checkpoint(name, tmp_path / name, tied=tied, dtype=torch.bfloat16)
     done = export(source, tmp_path / "out", dtype=dtype)
-    assert done.what == "model" and done.difference < 1e-4 and done.dtype == {"fp16": "float16"}.get(dtype, "bfloat16")
-    with safe_open(source / "model.safetensors", "pt") as before, safe_open(tmp_path / "out" / "model.safetensors", "pt") as after:
+    assert (
+        done.what == "model"
+        and done.difference < 1e-4
+        and done.dtype == {"fp16": "float16"}.get(dtype, "bfloat16")
+    )
+    with (
+        safe_open(source / "model.safetensors", "pt") as before,
+        safe_open(tmp_path / "out" / "model.safetensors", "pt") as after,
+    ):
         assert sorted(before.keys()) == sorted(after.keys())
         for key in before.keys():  # noqa: SIM118
             assert torch.equal(before.get_tensor(key).to(after.get_tensor(key).dtype), after.get_tensor(key))
@@ -140,13 +198,21 @@ def test_what_the_recipe_changes_goes_along(model, tmp_path):
     """Pixel limits and the chat template that a run was trained with are the export's own."""
     template = tmp_path / "own.jinja"
     template.write_text(tiny.TEMPLATE.replace("<|im_start|>assistant", "<|im_start|>assistant: "))
-    directory, *_ = write_run(tmp_path / "run", model, image=recipes.Image(max_pixels=1024), video=recipes.Video(max_pixels=512), chat_template=str(template))
+    directory, *_ = write_run(
+        tmp_path / "run",
+        model,
+        image=recipes.Image(max_pixels=1024),
+        video=recipes.Video(max_pixels=512),
+        chat_template=str(template),
+    )
     export(directory, tmp_path / "out")
     engine = open_engine(tmp_path / "out", device="cpu")
     assert engine.processor.image_processor.size["longest_edge"] == 1024
     assert engine.processor.video_processor.size["longest_edge"] == 512
     assert "assistant: " in engine.processor.chat_template
-    assert dict(open_engine(directory, device="cpu").processor.image_processor.size) == dict(engine.processor.image_processor.size)
+    assert dict(open_engine(directory, device="cpu").processor.image_processor.size) == dict(
+        engine.processor.image_processor.size
+    )
 
 
 def test_it_replaces_earlier_exports_only(trained, model, tmp_path):
