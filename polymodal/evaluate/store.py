@@ -193,7 +193,7 @@ class Progress:
 
     def __init__(self, on: bool, total: int, done: int, store: Store, title: str):
         self.bar: Any = None
-        self.store, self.looked = store, 0.0
+        self.store, self.total, self.looked = store, total, 0.0
         self.sizes: dict[Path, tuple[int, int]] = {}
         if on:
             from rich import progress as rich
@@ -216,9 +216,9 @@ class Progress:
     def update(self) -> None:
         if self.bar and time.perf_counter() - self.looked > 0.5:
             self.looked = time.perf_counter()
-            self.bar.update(self.task, completed=self.store.count(self.sizes))
+            self.bar.update(self.task, completed=min(self.total, self.store.count(self.sizes)))
 
     def __exit__(self, *_: object) -> None:
         if self.bar:
-            self.bar.update(self.task, completed=self.store.count(self.sizes))
+            self.bar.update(self.task, completed=min(self.total, self.store.count(self.sizes)))
             self.bar.stop()
