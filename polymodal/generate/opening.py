@@ -140,9 +140,12 @@ def _base(model: nn.Module, family: Family, recipe: recipes.Recipe) -> None:
     elif start and (Path(start) / "adapter_config.json").is_file():
         lora.load(model, recipe.model.lora, start)
     elif start:
-        known = dict(model.named_parameters())
         found = checkpoints.locate(start)
-        _overlay(model, {n: t for n, t in _stored(found).items() if n in known}, found)
+        under = {
+            weights.plain(n): n for n, _ in model.named_parameters()
+        }  # a whole run under this one's adapters
+        known = under | {n: n for n in under.values()}
+        _overlay(model, {known[n]: t for n, t in _stored(found).items() if n in known}, found)
 
 
 def _stored(found: Path, prefix: str = "model.") -> dict[str, torch.Tensor]:

@@ -240,13 +240,25 @@ def _write(made: Assembled, partial: Path, dtype: torch.dtype, merge: bool, limi
     if merge:
         weights.save(lora.merged_state(made.model), made.family, partial, dtype=dtype, max_shard_bytes=limit)
         return "merged"
-    base = _base_name(made.recipe.model.source)
+    base = _base_name(made.recipe)
     lora.save(lora.gather(made.model), made.model, made.recipe.model.lora, partial, base=base, dtype=dtype)
     return "adapter"
 
 
-def _base_name(source: str) -> str:
-    """What an adapter says of its base: the hub id, or the directory's full path, so that it opens from anywhere."""
+def _base_name(recipe: recipes.Recipe) -> str:
+    """What an adapter says of its base: the hub id, or the directory's full path, so that it opens from anywhere.
+
+    Raises PolymodalError when the base is the checkpoint of another run, which is in no format that peft opens.
+    """
+    source = recipe.model.source
+    start = recipe.checkpoint.init_from
+    if start and not (Path(start) / "adapter_config.json").is_file():
+        if not (Path(start) / "config.json").is_file():
+            raise PolymodalError(
+                f"The run's adapters are on top of another run (checkpoint.init_from = {start}), which peft cannot open.",
+                "Add --merge-lora; or export that run, and train adapters from its export.",
+            )
+        source = start
     path = Path(source).expanduser()
     if path.is_dir():
         return str(path.resolve())
@@ -353,7 +365,7 @@ def _library_logits(
     """(logits [T, V] float32, input_ids [T]) of the sample by the library, from the written files alone."""
     trust = made.recipe.model.trust_remote_code
     if what == "adapter":
-        model, _ = load_adapter(partial, arithmetic, base=str(made.family.source), trust=trust)
+        model, _ = load_adapter(partial, arithmetic, base=_base_name(made.recipe), trust=trust)
     else:
         model = load_hub(partial, arithmetic, trust)
     data = made.recipe.data

@@ -153,6 +153,10 @@ class Trainer:
                 f"{found} holds weights only (checkpoint.save: weights), it cannot be resumed.",
                 "Use checkpoint.init_from with it, or checkpoint.resume: never.",
             )
+        if recipe.checkpoint.init_from and len(self.trainable) < sum(1 for _ in self.model.parameters()):
+            self._init_from(
+                recipe.checkpoint.init_from
+            )  # what is not trained is in no checkpoint of this run
         tensors = self._tensors(create=True)
         checkpoint.load(found, tensors, self.save_group)
         if state.data and state.data != self.schedule.fingerprint:

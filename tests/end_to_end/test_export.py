@@ -49,14 +49,14 @@ def write_run(directory, model, freeze=(), **data):
     return directory, changed, average
 
 
-def write_lora_run(directory, model, **chosen):
+def write_lora_run(directory, model, start=None, **chosen):
     """A LoRA run whose adapters do something; returns (directory, adapters by parameter name)."""
     section = recipes.Lora(
         rank=4, alpha=8, towers=["language", "vision"], targets=["q_proj", "down_proj", "qkv"], **chosen
     )
     recipe = recipes.Recipe(
         model=recipes.Model(source=str(model), lora=section),
-        checkpoint=recipes.Checkpoint(dir=str(directory)),
+        checkpoint=recipes.Checkpoint(dir=str(directory), init_from=start),
     )
     family = catalog.family(recipe.model)
     shapes = family.build().trained
@@ -125,6 +125,29 @@ def test_a_lora_run_becomes_an_adapter_or_is_merged(name, rslora, tmp_path):
     with pytest.raises(PolymodalError, match="is a peft adapter already.*--merge-lora"):
         export(tmp_path / "adapter", tmp_path / "other")
     assert left_behind(tmp_path) == []
+
+
+def test_adapters_on_top_of_another_run_keep_its_weights(trained, model, tmp_path):
+    """checkpoint.init_from: a run of the whole model under a LoRA run; the base is that run's, not model.source's."""
+    first, changed, _ = trained
+    second, adapters = write_lora_run(tmp_path / "second", model, start=str(first))
+    export(second, tmp_path / "merged", merge_lora=True)
+    after = dict(load_hub(tmp_path / "merged").named_parameters())
+    for name, value in changed.items():
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora_A.default.weight" in adapters:
+            value = (
+                value
+                + 2 * adapters[f"{layer}.lora_B.default.weight"] @ adapters[f"{layer}.lora_A.default.weight"]
+            )
+        assert torch.allclose(after[name], value, atol=1e-5), name
+    with pytest.raises(PolymodalError, match="on top of another run .*--merge-lora"):
+        export(second, tmp_path / "adapter")
+    whole = export(first, tmp_path / "whole").directory
+    third, _ = write_lora_run(tmp_path / "third", model, start=whole)  # the same, from an export
+    assert export(third, tmp_path / "adapter").difference < 1e-4
+    named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == whole
 
 
 def save_picture(directory):
