@@ -40,6 +40,7 @@ def test_two_processes_agree_on_gloo():
     assert row.verdict == "ok" and row.found.startswith("2 processes agree"), row
 
 
+@pytest.mark.slow
 def test_a_backend_that_does_not_work_says_its_last_line():
     row = doctor.backend("nccl", 1)
     if row.verdict == "ok":

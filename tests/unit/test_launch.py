@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -268,6 +269,7 @@ def test_two_processes_meet(processes):
     assert sorted(out.splitlines()) == ["0 2 0 True cpu 3.0", "1 2 1 False cpu 3.0"]
 
 
+@pytest.mark.slow
 def test_two_nodes_meet(processes, tmp_path):
     common = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     body = """
@@ -333,6 +335,7 @@ def test_a_bug_keeps_its_traceback_and_is_named(processes):
     ), err
 
 
+@pytest.mark.slow
 def test_a_bug_of_all_ranks_shows_one_traceback(processes):
     code, out, err = processes("raise ZeroDivisionError('a bug')", nproc=3)
     assert code == 1 and err.count("Traceback (most recent call last)") == 1
@@ -377,7 +380,7 @@ def test_processes_end_with_their_launcher(tmp_path):
 
     def running(pid: int) -> bool:
         try:
-            return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
         except FileNotFoundError:
             return False
 
