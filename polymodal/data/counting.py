@@ -104,7 +104,8 @@ class TokenCounter:
     def _whole(self, piece: str) -> int:
         """Tokens of a text without added tokens."""
         if len(piece) < 48:
-            return self._counts([piece], "")
+            known = self.words[""].get(piece)
+            return self._counts([piece], "") if known is None else known
         if self._spaced and not _UNSAFE.search(piece):
             first, *others = piece.split(" ")
             return (self._counts([first], "") if first else 0) + self._counts(others, " ")

@@ -80,9 +80,7 @@ class RowReader:
         extra = {
             k: v
             for k, v in row.items()
-            if isinstance(v, (str, int, float))
-            and k not in ("text",)
-            and (not isinstance(v, str) or 0 < len(v) <= 256)
+            if (0 < len(v) <= 256 and k != "text" if isinstance(v, str) else isinstance(v, (int, float)))
         }
         return Record(
             messages, where, self._tools(row, where) if kind == "chat" else (), extra, plain=kind == "text"
@@ -167,15 +165,12 @@ class RowReader:
         if role == "call":
             turn.update(parts=[], tool_calls=_calls(content, where, f"{at}.{content_key}"))
         else:
-            reasoning = next(
-                (
-                    message[k]
-                    for k in ("reasoning_content", "reasoning", "thinking")
-                    if isinstance(message.get(k), str) and message[k]
-                ),
-                None,
-            )
-            calls = listed(message.get("tool_calls"))
+            reasoning = calls = None
+            if len(message) > 2 or content is None:  # most turns have a role and a content, nothing more
+                names = ("reasoning_content", "reasoning", "thinking")
+                thoughts = (message.get(k) for k in names)
+                reasoning = next((t for t in thoughts if isinstance(t, str) and t), None)
+                calls = listed(message.get("tool_calls"))
             if calls:
                 turn["tool_calls"] = _calls(
                     _without_null(calls) if self.parquet else calls, where, f"{at}.tool_calls"
@@ -312,8 +307,11 @@ class RowReader:
         self, turns: list[dict], row: Mapping[str, Any], where: str, literal: bool, plain: bool = False
     ) -> None:
         """Puts the row's media where the placeholders are; in place."""
+        marked = any([type(p) is not str or "<" in p for t in turns for p in t["parts"]])  # noqa: C419 (faster)
         for kind in KINDS:
             media, key = self.references.of_row(row, kind, where)
+            if not media and not marked:
+                continue
             mark, slots, inline = f"<{kind}>", 0, 0
             for turn in turns:
                 for part in turn["parts"]:
@@ -374,7 +372,7 @@ class RowReader:
                     else:
                         parts.append(part)
                 turn["parts"] = parts
-        for turn in turns:
+        for turn in turns if marked else ():
             turn["parts"] = [str(p) if isinstance(p, str) else p for p in turn["parts"]]
 
 

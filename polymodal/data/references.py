@@ -42,8 +42,11 @@ class References:
         self._folders: dict[str, str] = {}
 
     def of_row(self, row: Mapping[str, Any], kind: Kind, where: str) -> tuple[list[Media], str]:
+        """The row's list of media of a kind, and the name of its column. Raises PolymodalError."""
         own = getattr(self.attr, f"{kind}s")
         value, key = first(row, own, COLUMNS[kind])
+        if value is None and "__media__" not in row:
+            return [], key
         members = dict(row.get("__media__", {}).get(f"{kind}s", ()))  # of a tar: member name -> bytes
         if value is None or (isinstance(value, (str, list)) and not value):
             return [Media(kind, data) for data in members.values()], key
@@ -64,6 +67,7 @@ class References:
         return out, key
 
     def medium(self, kind: Kind, source: Any, where: str, at: str) -> Media:
+        """One entry: a path, bytes, a data: URL, an object that holds one of them, or a video's list of frames."""
         if isinstance(source, Mapping):
             source = next(
                 (source[k] for k in ("bytes", "url", "path", kind, "data") if source.get(k) is not None), None

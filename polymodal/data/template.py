@@ -73,9 +73,6 @@ class Template:
                 self.marks[kind] = self.media.placeholder(kind)
             except PolymodalError:
                 continue  # this model does not take the kind; a row that brings it hears so
-        self._marks = re.compile(
-            "|".join(f"(?P<{k}>{re.escape(m)})" for k, m in self.marks.items()) or "(?!)"
-        )
         self._reserved = {  # token -> kind -> times it stands in the kind's placeholder
             t: {k: m.count(t) for k, m in self.marks.items()}
             for t in sorted(special)
@@ -229,12 +226,11 @@ class Template:
                     f"the text holds the token {token}, which stands for a medium to this model.",
                     "Remove it from the data; <image> and <video> mark media there.",
                 )
-        if not waiting:
-            return ()
-        found = [(m.lastgroup, m.start(), m.end()) for m in self._marks.finditer(text)]
         out = []
         for kind, numbers in waiting.items():
-            places = [(a, b) for k, a, b in found if k == kind]
+            mark, places, at = self.marks[kind], [], -1
+            while (at := text.find(mark, at + 1)) >= 0:
+                places.append((at, at + len(mark)))
             if len(places) != len(numbers):
                 raise PolymodalError(
                     f"the row has {len(numbers)} {kind}(s), the chat template printed {len(places)}.",
