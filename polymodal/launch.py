@@ -296,6 +296,27 @@ class Runtime:
             with lost_peers(self.place):
                 dist.all_reduce(torch.zeros(1))
 
+    def agree(self, *flags: bool) -> list[bool]:
+        """Which of the flags some process set: alike on every process. Collective (one small sum on the CPU group)."""
+        if self.world == 1:
+            return list(flags)
+        import torch
+        import torch.distributed as dist
+
+        found = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(found)
+        return [bool(x) for x in found]
+
+    def share(self, value: object) -> object:
+        """Rank 0's value (picklable) on every process. Collective."""
+        if self.world == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device="cpu")
+        return box[0]
+
     def catch_signals(self, names: tuple[str, ...] = ("SIGTERM", "SIGINT")) -> None:
         """From now on the first such signal only sets `signal`, to be polled between steps; a second one stops at once."""
 

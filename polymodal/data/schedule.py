@@ -23,6 +23,7 @@ How a window is closed
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -198,6 +199,12 @@ class Schedule:
         if epoch not in self._steps:
             self._steps[epoch] = sum(self._plan(epoch, w).steps for w in range(self.windows))
         return self._steps[epoch]
+
+    def steps_in(self, epochs: float) -> int:
+        """Global batches of so many epochs, a broken one rounded up; at least one."""
+        whole, part = int(epochs), epochs - int(epochs)
+        steps = sum(self.steps_in_epoch(epoch) for epoch in range(whole))
+        return max(1, steps + (math.ceil(part * self.steps_in_epoch(whole)) if part else 0))
 
     def _batch(self, plan: _Plan, at: Position) -> GlobalBatch:
         last = at.step + 1 == plan.steps

@@ -298,7 +298,7 @@ def check(
             recipe, family, recipe.data.datasets, problems, "data.datasets", progress
         )
         if schedule is not None:
-            report.steps = recipe.train.steps or steps_of(schedule, recipe.train.epochs)
+            report.steps = recipe.train.steps or schedule.steps_in(recipe.train.epochs)
         if recipe.data.validation:
             report.validation, _ = measure(
                 recipe, family, recipe.data.validation, problems, "data.validation", progress
@@ -309,15 +309,6 @@ def check(
         _model(recipe, family, world, ratio, report, problems)
     report.problems = [str(error) for error in problems.errors]
     return report
-
-
-def steps_of(schedule: Any, epochs: float) -> int:
-    """Optimizer steps of so many passes over the data; at least one."""
-    import math
-
-    whole, part = int(epochs), epochs - int(epochs)
-    steps = sum(schedule.steps_in_epoch(epoch) for epoch in range(whole))
-    return max(1, steps + (math.ceil(part * schedule.steps_in_epoch(whole)) if part else 0))
 
 
 def _model(recipe: Recipe, family: Any, world: int, ratio: float, report: Report, problems: Problems) -> None:

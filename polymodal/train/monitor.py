@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -183,43 +184,55 @@ class Guard:
 
 
 class Profiler:
-    """Torch traces over a range of steps: from the recipe, or asked for in a live run by `polymodal profile RUN`."""
+    """Torch traces over a range of steps: from the recipe, or asked for in a live run by `polymodal profile RUN`.
+
+    Rank 0 alone looks for a request; the step tells every rank that there is one (`asked`), then all `take` it
+    together, so that every chosen rank traces the same steps.
+    """
 
     REQUEST = "profile.request"
+    POLL = 2.0
+    """Seconds between two looks for a request."""
 
     def __init__(self, run: Path, profile: Profile | None, rank: int, device: DeviceInfo):
-        self.run, self.profile, self.rank, self.device = run, profile, rank, device
+        self.run, self.rank, self.device = run, rank, device
+        self._wanted = [profile] if profile is not None else []
         self._active: Any = None
+        self._step = 0
         self._until = 0
         self._memory = False
-        self._asked = 0.0
+        self._looked = -math.inf
 
     def before(self, step: int) -> None:
         """Call at the start of optimizer step `step` (from 1)."""
-        if self._active is not None:
-            return
-        if self.profile is not None and step == self.profile.start:
-            self._start(step, self.profile)
-        elif time.monotonic() - self._asked > 2:
-            self._asked = time.monotonic()
+        self._step = step
+        for profile in self._wanted:
+            if profile.start == step and self._active is None:
+                self._start(step, profile)
+
+    def asked(self) -> bool:
+        """Rank 0: whether a request lies in the run's directory and no trace is being made. Other ranks: no."""
+        if self.rank != 0 or self._step < self._until or time.monotonic() - self._looked < self.POLL:
+            return False
+        self._looked = time.monotonic()
+        return (self.run / self.REQUEST).is_file()
+
+    def take(self, share: Callable[[Any], Any]) -> None:
+        """Collective: begin what was asked for with the next step. share: rank 0's object, on every rank."""
+        asked = None
+        if self.rank == 0:
             request = self.run / self.REQUEST
-            if request.is_file():
-                with contextlib.suppress(OSError, ValueError):
-                    asked = json.loads(request.read_text() or "{}")
-                    self._start(
-                        step,
-                        Profile(
-                            start=step,
-                            steps=asked.get("steps", 2),
-                            ranks=asked.get("ranks", [0]),
-                            stacks=asked.get("stacks", False),
-                            memory=asked.get("memory", False),
-                        ),
-                    )
-                if self.rank == 0:
-                    request.unlink(missing_ok=True)
+            with contextlib.suppress(OSError, ValueError):
+                asked = Profile(**json.loads(request.read_text()), start=self._step + 1)
+            request.unlink(missing_ok=True)
+            if asked is None:
+                print(f"{request} could not be read and was removed", flush=True)
+        asked = share(asked)
+        if asked is not None:
+            self._wanted.append(asked)
 
     def _start(self, step: int, profile: Profile) -> None:
+        self._until = step + profile.steps - 1
         if self.rank not in profile.ranks:
             return
         import torch
@@ -229,7 +242,6 @@ class Profiler:
             ProfilerActivity.CPU,
             *(a for a in supported_activities() if a != ProfilerActivity.CPU and self.device.kind != "cpu"),
         ]
-        self._until = step + profile.steps - 1
         self._memory = profile.memory
         if self._memory and self.device.kind != "cpu":
             getattr(torch, self.device.kind).memory._record_memory_history()

@@ -106,7 +106,7 @@ class Trainer:
         self.chat = ChatProcessor(self.family.media_processor(recipe.data), recipe.data)
         self.corpus, self.schedule = self._schedule(recipe.data.datasets, recipe.data.shuffle)
         self.validation = self._schedule(recipe.data.validation, False) if recipe.data.validation else None
-        self.steps = recipe.train.steps or _steps(self.schedule, recipe.train.epochs)
+        self.steps = recipe.train.steps or self.schedule.steps_in(recipe.train.epochs)
 
     def _build_optimizer(self) -> None:
         recipe = self.recipe
@@ -270,12 +270,12 @@ class Trainer:
         torch.manual_seed((recipe.train.seed * 1_000_003 + step) * 1_009 + self.mesh.dp_rank)
         batches = self.objective.prepare(None, batch.micro_batches)
         inverse = inverse_weights(self.objective, batches, self.loss_group)
-        tally = Tally(("samples", "seqtokens", "media", "flops", "stop", "wait"))
+        tally = Tally(("samples", "seqtokens", "media", "flops", "wait"))
         forward_backward(self.model, self.objective, batches, inverse, self.device, tally, self.scaler.scale)
         stats = batch.stats
         tally.add({
             "samples": stats.samples, "seqtokens": stats.tokens, "media": stats.media, "flops": stats.flops,
-            "stop": float(self.rt.signal is not None), "wait": stats.wait_seconds,
+            "wait": stats.wait_seconds,
         })  # fmt: skip
         total = tally.total(self.loss_group)
         parameters = list(self.trainable.values())
@@ -306,7 +306,11 @@ class Trainer:
             self._log(
                 step, total, float(norm), factor * recipe.optim.lr, time.perf_counter() - began, accepted
             )
-        return total["stop"] > 0
+        # Of the whole world, not of the loss group: ranks that hold other pieces of the model must stop at the same step.
+        stop, profile = self.rt.agree(self.rt.signal is not None, self.profiler.asked())
+        if profile:
+            self.profiler.take(self.rt.share)
+        return stop
 
     def _log(
         self, step: int, total: dict[str, float], norm: float, lr: float, seconds: float, accepted: bool
@@ -418,9 +422,3 @@ def _determinism(recipe: Recipe) -> None:
     if recipe.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
-
-
-def _steps(schedule: Schedule, epochs: float) -> int:
-    whole, part = int(epochs), epochs - int(epochs)
-    steps = sum(schedule.steps_in_epoch(e) for e in range(whole))
-    return max(1, steps + math.ceil(part * schedule.steps_in_epoch(whole)) if part else steps)

@@ -78,12 +78,31 @@ def test_a_tracker_that_is_not_installed_is_said(tmp_path, tracker):
 
 def test_a_live_run_is_traced_on_request(tmp_path):
     profiler = Profiler(tmp_path, None, 0, device.find("cpu"))
-    (tmp_path / Profiler.REQUEST).write_text(json.dumps({"steps": 2, "ranks": [0]}))
+    request = tmp_path / Profiler.REQUEST
+    profiler.before(1)
+    assert not profiler.asked()
+    request.write_text(json.dumps({"steps": 2, "ranks": [0]}))
+    assert not profiler.asked()  # looked a moment ago
+    profiler.POLL = 0
+    assert profiler.asked()
+    profiler.take(lambda asked: asked)
     written = None
-    for step in range(1, 5):
+    for step in range(2, 5):
         profiler.before(step)
         torch.randn(8, 8) @ torch.randn(8, 8)
+        request.touch() if step == 2 else None
+        assert profiler.asked() is (step > 2)  # not in the middle of a trace
         written = profiler.after(step) or written
-    assert written is not None and written.name == "steps-1-2-rank-0.json"
+    assert written is not None and written.name == "steps-2-3-rank-0.json"
     assert json.loads(written.read_text())["traceEvents"]
+
+
+def test_a_request_that_cannot_be_read_is_removed_and_said(tmp_path, capsys):
+    profiler = Profiler(tmp_path, None, 0, device.find("cpu"))
+    (tmp_path / Profiler.REQUEST).write_text('{"step": 1}')
+    assert profiler.asked()
+    profiler.take(lambda asked: asked)
+    assert "profile.request could not be read and was removed" in capsys.readouterr().out
     assert not (tmp_path / Profiler.REQUEST).exists()
+    profiler.before(1)
+    assert profiler.after(1) is None
