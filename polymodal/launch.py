@@ -311,10 +311,11 @@ class Runtime:
         """Rank 0's value (picklable) on every process. Collective."""
         if self.world == 1:
             return value
+        import torch
         import torch.distributed as dist
 
         box = [value]
-        dist.broadcast_object_list(box, src=0, device="cpu")
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
     def catch_signals(self, names: tuple[str, ...] = ("SIGTERM", "SIGINT")) -> None:
