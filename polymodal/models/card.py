@@ -47,8 +47,10 @@ class ModelCard:
     """Where a sequence is cut for CP: module -> {argument name, or output index: dimension}."""
     sequence_entry: str = ""  # module where the sequence is cut for CP
     sequence_exit: str = ""  # module whose output is gathered
-    tensor_plan: Mapping[str, Style] = field(default_factory=dict)
-    expert_plan: Mapping[str, Style] = field(default_factory=dict)
+    tensor_plan: Mapping[str, Style] = field(
+        default_factory=dict
+    )  # a pattern that may fit nothing ends in `?`
+    expert_plan: Mapping[str, Style] = field(default_factory=dict)  # styles of parallel/expert.py
     head: str = "lm_head"  # module name of the output projection
     embedding: str = ""  # module name of the input embedding
     sizes: Mapping[str, Size] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""A whole model on a whole mesh: tensor parallelism, compilation, recompute and FSDP2, in that order.
+"""A whole model on a whole mesh: tensor and expert parallelism, compilation, recompute and FSDP2, in that order.
 
 This room is the one place where a recipe's `parallel` and `train.precision` meet a model. It sees the ground floor
 and models/card.py. It works on meta or real parameters and never changes a parameter's name.
@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from polymodal.errors import PolymodalError
 from polymodal.models.card import Dropped, ModelCard
-from polymodal.parallel import memory, ops, tensor
+from polymodal.parallel import expert, memory, ops, tensor
 from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Parallel, Recipe
 
@@ -51,7 +51,7 @@ def _block_patterns(modules: dict[str, nn.Module]) -> list[str]:
     return [f"{name}.*" for name in lists] or ["not in lists"]
 
 
-UNBUILT = {"pp": "pipeline", "cp": "context", "ep": "expert"}
+UNBUILT = {"pp": "pipeline", "cp": "context"}
 """Kinds of parallelism that `apply` does not lay out yet."""
 
 
@@ -81,7 +81,9 @@ def check(
         cause = "parallel.recompute = selective cannot see the matrix products inside of compiled blocks."
         reasons.append(PolymodalError(cause, "Set parallel.recompute to full, or parallel.compile to false."))
     if sizes.tp > 1 and "tp" not in card.limits:
-        reasons += tensor.check(card, config, sizes.tp)
+        reasons += tensor.check(card, config, sizes.tp, spread=sizes.ep > 1)
+    if sizes.ep > 1 and "ep" not in card.limits:
+        reasons += expert.check(card, config, sizes)
     return reasons
 
 
@@ -98,10 +100,12 @@ def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.M
         raise reason
     blocks = matching(model, card.blocks, f"the card {card.name}")
     _set_dtypes(model, precision)
-    tp = mesh.view("tp")
+    tp, ep = mesh.view("tp"), mesh.view("ep")
+    spread = expert.resolve(model, card) if ep is not None else {}
     if tp is not None:
         sequence = parallel.sp if parallel.sp is not None else True
-        tensor.apply(model, card, list(blocks), tp, sequence)
+        tensor.apply(model, card, list(blocks), tp, sequence, spread)
+    experts = expert.apply(model, spread, ep) if ep is not None else []
     if parallel.compile:
         import torch._dynamo
 
@@ -120,7 +124,7 @@ def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.M
         memory.recompute(chosen.values(), parallel.recompute)
     if mesh.fsdp_size == 1 and mesh.sizes.tp == 1 and precision in ("fp32", "pure_bf16"):
         return model  # nothing to cut and nothing to cast
-    _shard(model, list(blocks.values()), mesh, precision, parallel.reshard_after_forward)
+    _shard(model, list(blocks.values()), experts, mesh, precision, parallel.reshard_after_forward)
     return model
 
 
@@ -137,7 +141,14 @@ def _set_dtypes(model: nn.Module, precision: str) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _shard(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, precision: str, reshard: bool) -> None:
+def _shard(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    experts: list[nn.Module],
+    mesh: Mesh,
+    precision: str,
+    reshard: bool,
+) -> None:
     compute = COMPUTE_DTYPE[precision]
     policy = MixedPrecisionPolicy(
         param_dtype=None if precision in ("fp32", "pure_bf16") else compute,
@@ -146,6 +157,9 @@ def _shard(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, precision: str
         cast_forward_inputs=False,
     )
     options: dict[str, Any] = {"mesh": mesh.fsdp, "mp_policy": policy, "reshard_after_forward": reshard}
+    for module in experts:  # before the blocks that hold them: what is left of a block is its own unit
+        own = mesh.expert_fsdp
+        fully_shard(module, **{**options, "mesh": own}, shard_placement_fn=expert.fsdp_placement(own))
     for block in blocks:
         if compute is not None:
             block.register_forward_pre_hook(_cast_activations(compute), with_kwargs=True)

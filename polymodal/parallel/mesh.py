@@ -15,6 +15,7 @@ from polymodal.errors import PolymodalError
 from polymodal.recipe import Parallel
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+EXPERT_AXES = ("pp", "dp_replicate", "efsdp", "ep")
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,12 @@ class ParallelSizes:
                 f"parallel asks for {fixed * shard} processes (pp {parallel.pp} x dp_replicate {parallel.dp_replicate} x dp_shard {shard} x cp {parallel.cp} x tp {parallel.tp}), but {world} were started.",
                 "Set parallel.dp_shard to -1, or start that many processes.",
             )
-        if (shard * parallel.cp * parallel.tp) % parallel.ep:
+        spread = shard * parallel.cp * parallel.tp
+        if spread % parallel.ep:
+            works = [str(n) for n in range(1, spread + 1) if spread % n == 0]
             raise PolymodalError(
-                f"parallel.ep = {parallel.ep} does not divide dp_shard x cp x tp = {shard * parallel.cp * parallel.tp}.",
-                "Choose a divisor.",
+                f"parallel.ep = {parallel.ep} does not divide dp_shard x cp x tp = {spread}.",
+                f"Choose parallel.ep from {', '.join(works)}.",
             )
         return cls(parallel.pp, parallel.dp_replicate, shard, parallel.cp, parallel.tp, parallel.ep)
 
@@ -65,12 +68,18 @@ class ParallelSizes:
         """Ranks that see different data."""
         return self.dp_replicate * self.dp_shard
 
+    @property
+    def efsdp(self) -> int:
+        """Ranks that the experts of one ep rank are sharded over: dp_shard x cp x tp = efsdp x ep."""
+        return self.dp_shard * self.cp * self.tp // self.ep
+
 
 class Mesh:
     """The live mesh of one run.
 
     Views (each a DeviceMesh or None when its size is 1): pp, tp, cp; `fsdp` = [dp_replicate,] dp_shard x cp flattened
     (1-D, or 2-D with dp_replicate > 1: HSDP); `dp` and `loss` groups for data and for sums over all that see tokens.
+    With ep > 1 a second mesh of the same ranks, pp, dp_replicate, efsdp, ep: view `ep`, and `expert_fsdp`.
     """
 
     def __init__(self, sizes: ParallelSizes, device_type: str, rank: int):
@@ -92,6 +101,10 @@ class Mesh:
             self._fsdp = shard_cp
         self._loss = self.world["dp_replicate", "dp_shard", "cp"]._flatten("loss")
         self._dp = self.world["dp_replicate", "dp_shard"]._flatten("dp")
+        self._experts: DeviceMesh | None = None
+        if sizes.ep > 1:  # the same ranks in another order: dp_shard x cp x tp = efsdp x ep
+            shape = (sizes.pp, sizes.dp_replicate, sizes.efsdp, sizes.ep)
+            self._experts = init_device_mesh(device_type, shape, mesh_dim_names=EXPERT_AXES)
 
     def _two(self, outer: str, inner: DeviceMesh) -> DeviceMesh:
         if self.sizes.cp == 1:
@@ -109,7 +122,17 @@ class Mesh:
 
     def view(self, axis: str) -> DeviceMesh | None:
         """1-D mesh of one axis, or None when its size is 1."""
+        if axis == "ep":
+            return self._experts["ep"] if self._experts is not None else None
         return self.world[axis] if getattr(self.sizes, axis) > 1 else None
+
+    @property
+    def expert_fsdp(self) -> DeviceMesh:
+        """Mesh over which fully_shard spreads the experts of an ep rank: 1-D (efsdp) or 2-D (replicate, efsdp)."""
+        assert self._experts is not None, "parallel.ep is 1"
+        return (
+            self._experts["dp_replicate", "efsdp"] if self.sizes.dp_replicate > 1 else self._experts["efsdp"]
+        )
 
     @property
     def dp_rank(self) -> int:

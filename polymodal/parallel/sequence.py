@@ -43,6 +43,14 @@ class Stream:
             return ops.reduce_scatter_sequence(partial, self.group)
         return ops.reduce_from_region(partial, self.group)
 
+    def own(self, hidden: Tensor) -> Tensor:
+        """Stream -> this rank's rows [..., ceil(T / size), D]; a region on them has whole gradients of these rows."""
+        return hidden if self.sequence else ops.cut_sequence(hidden, self.group)
+
+    def together(self, rows: Tensor) -> Tensor:
+        """This rank's rows -> stream."""
+        return rows if self.sequence else ops.gather_sequence(rows, self.length, self.group, partial=False)
+
     def gather(self, hidden: Tensor) -> Tensor:
         """Stream -> whole, for what is computed alike on every rank."""
         if self.sequence:

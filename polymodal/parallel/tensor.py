@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from functools import wraps
 from typing import Any
 
@@ -22,62 +21,15 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from polymodal.errors import PolymodalError
 from polymodal.models.card import Dropped, ModelCard
-from polymodal.parallel import ops
+from polymodal.parallel import expert, ops
 from polymodal.parallel.sequence import Stream
+from polymodal.parallel.styles import STYLES, on_first, resolve, see_local
 
-STYLES = {
-    "stream": "a tower: its blocks carry one residual stream, cut along the sequence under sequence parallelism",
-    "attention": "a region whose heads are spread: input enters, output is summed, head counts are divided",
-    "mlp": "a region: input enters, output is summed (dense, or router and experts)",
-    "merger": "a region that ends the stream: its output is whole on every rank",
-    "colwise": "a linear layer cut by output features",
-    "fused_colwise": "a linear layer of three fused parts (q, k, v), each cut by heads; kept in its natural order",
-    "rowwise": "a linear layer cut by input features; its output is a partial sum",
-    "experts": "stacked experts, cut by expert: every rank sees all tokens and computes its own experts",
-    "router": "chooses experts; alike on every rank, its first output (the logits) feeds the balance loss",
-    "exit": "the norm that ends the stream: its output is whole on every rank",
-    "embedding": "a table cut by rows of the vocabulary",
-    "head": "an output projection cut by the vocabulary; objectives multiply by its local rows",
-}
-"""Style names of a card's tensor_plan. What a plan does not name is replicated: inside a region with partial
-gradients, on a cut stream too, elsewhere with whole ones. That is right for norms, biases and convolutions."""
+__all__ = ["STYLES", "apply", "check", "counts", "resolve"]
 
 REGIONS = ("attention", "mlp", "merger")
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
 FUSED_PARTS = 3
-
-
-def _pattern(pattern: str) -> re.Pattern[str]:
-    return re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
-
-
-def _holds(name: str, pattern: str) -> bool:
-    """Could a module that fits `pattern` lie inside the module `name`?"""
-    parts, pattern_parts = name.split("."), pattern.split(".")
-    return len(parts) <= len(pattern_parts) and all(
-        b in ("*", a) for a, b in zip(parts, pattern_parts, strict=False)
-    )
-
-
-def resolve(model: nn.Module, card: ModelCard) -> dict[str, str]:
-    """Module name -> style, from the card's patterns; the last pattern that fits counts.
-
-    Raises PolymodalError for a pattern that fits no module or a style that does not exist: the card is wrong then.
-    """
-    names = [name for name, _ in model.named_modules()]
-    dropped = [name for name, module in model.named_modules() if isinstance(module, Dropped)]
-    styles: dict[str, str] = {}
-    for pattern, style in card.tensor_plan.items():
-        if style not in STYLES:
-            raise PolymodalError(
-                f"The card {card.name} names the tensor-parallel style `{style}`, known are {', '.join(STYLES)}."
-            )
-        expression = _pattern(pattern)
-        hits = [name for name in names if expression.fullmatch(name)]
-        if not hits and not any(_holds(name, pattern) for name in dropped):
-            raise PolymodalError(f"The card {card.name}: no module fits `{pattern}` of its tensor_plan.")
-        styles.update(dict.fromkeys(hits, style))  # type: ignore[arg-type]
-    return styles
 
 
 class _Layout:
@@ -116,7 +68,7 @@ class _Layout:
     def partial(self, name: str) -> bool:
         """Are gradients of a replicated parameter of this module partial over the group?"""
         path = list(self.above(name))
-        if any(self.styles.get(p) in REGIONS for p in path):
+        if any(self.styles.get(p) in (*REGIONS, "sparse") for p in path):
             return True
         on_stream = any(p in self.blocks for p in path) or self.styles.get(name) == "exit"
         return self.sequence and on_stream
@@ -143,24 +95,9 @@ class _Layout:
         """Cut a module's own parameters, and let its forward see plain local tensors under their names."""
         for key in placements:
             self.place(module, key, placements[key])
-        forward = module.forward
         keys = [key for key in placements if module._parameters.get(key) is not None]
-        if not keys:
-            return
-
-        @wraps(forward)
-        def with_local_parameters(*args: Any, **kwargs: Any) -> Any:
-            for key in keys:
-                parameter = module._parameters[key]
-                grad = gradients.get(key)
-                module.__dict__[key] = parameter.to_local(grad_placements=[grad] if grad else None)
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                for key in keys:
-                    module.__dict__.pop(key, None)
-
-        module.forward = with_local_parameters
+        if keys:
+            see_local(module, {key: gradients.get(key) for key in keys})
 
     def replicate(self, module: nn.Module, partial: bool) -> None:
         own = [key for key, value in module._parameters.items() if value is not None]
@@ -266,7 +203,7 @@ class _Layout:
 
         @wraps(forward)
         def region(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = _on_first(stream.enter, args, kwargs)
+            args, kwargs = on_first(stream.enter, args, kwargs)
             out = forward(*args, **kwargs)
             partial = out[0] if isinstance(out, tuple) else out
             whole = leave(partial, self.group) if leave is not None else stream.leave(partial)
@@ -291,7 +228,7 @@ class _Layout:
         def block(*args: Any, **kwargs: Any) -> Any:
             stream.note_length(kwargs)
             if first:
-                args, kwargs = _on_first(stream.cut, args, kwargs)
+                args, kwargs = on_first(stream.cut, args, kwargs)
             return forward(*args, **kwargs)
 
         module.forward = block
@@ -406,12 +343,21 @@ class _Layout:
                 self.linear(name, style)
             elif style in ("embedding", "head", "experts", "router", "exit"):
                 getattr(self, style)(name)
+            elif style == "dispatched":
+                self.done.add(name)
         for name, module in self.modules.items():
             if name not in self.done and any(p is not None for p in module._parameters.values()):
                 self.replicate(module, self.partial(name))
         for name, style in self.styles.items():
             if style in REGIONS:
                 self.region(name, style)
+            elif style == "sparse":
+                routers = [
+                    n for n, s in self.styles.items() if s == "sparse_router" and n.rpartition(".")[0] == name
+                ]
+                expert.own_rows(
+                    self.modules[name], [self.modules[n] for n in routers], self.stream(name), self.group
+                )
         entered: set[int] = set()
         for name in self.blocks:
             stream = self.stream(name)
@@ -419,15 +365,6 @@ class _Layout:
             entered.add(id(stream))
         for name in self.streams:
             self.tower(name)
-
-
-def _on_first(
-    change: Callable[[Tensor], Tensor], args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]]:
-    """Change the stream among a module's arguments: the first, or `hidden_states`."""
-    if args:
-        return (change(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
 
 def counts(config: Any) -> dict[str, int]:
@@ -449,15 +386,18 @@ def counts(config: Any) -> dict[str, int]:
     return found
 
 
-def check(card: ModelCard, config: Any, size: int) -> list[PolymodalError]:
-    """Why a model of this transformers config cannot be cut over `size` ranks, with the numbers that would work."""
+def check(card: ModelCard, config: Any, size: int, spread: bool = False) -> list[PolymodalError]:
+    """Why a model of this transformers config cannot be cut over `size` ranks, with the numbers that would work.
+
+    spread: the experts are laid out over an expert-parallel group instead.
+    """
     if not card.tensor_plan:
         return [
             PolymodalError(
                 f"{card.name} has no tensor-parallel plan.", "Set parallel.tp to 1 and use dp_shard."
             )
         ]
-    have = counts(config)
+    have = {key: n for key, n in counts(config).items() if not (spread and key.endswith("num_experts"))}
     common = math.gcd(*have.values())
     works = [n for n in range(1, common + 1) if common % n == 0]
     return [
@@ -470,12 +410,23 @@ def check(card: ModelCard, config: Any, size: int) -> list[PolymodalError]:
     ]
 
 
-def apply(model: nn.Module, card: ModelCard, blocks: list[str], mesh: DeviceMesh, sequence: bool) -> None:
+def apply(
+    model: nn.Module,
+    card: ModelCard,
+    blocks: list[str],
+    mesh: DeviceMesh,
+    sequence: bool,
+    spread: Mapping[str, str] | None = None,
+) -> None:
     """Cut `model` over the 1-D tensor-parallel `mesh` by its card's tensor_plan.
 
-    blocks: names of the card's blocks in order; sequence: also cut the residual streams (sequence parallelism).
-    Afterwards every parameter is a DTensor on `mesh`. Raises PolymodalError for what cannot be cut.
+    blocks: names of the card's blocks in order; sequence: also cut the residual streams (sequence parallelism);
+    spread: styles of regions whose experts expert.py lays out, in place of the plan's for all that lies in them.
+    Afterwards every other parameter is a DTensor on `mesh`. Raises PolymodalError for what cannot be cut.
     """
     # FSDP2 over TP gathers a whole parameter in two steps; DTensor warns of it at every export and checkpoint.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    _Layout(model, resolve(model, card), blocks, mesh, sequence).run()
+    styles, spread = resolve(model, card), spread or {}
+    regions = tuple(f"{name}." for name, style in spread.items() if style == "sparse")
+    styles = {name: style for name, style in styles.items() if not name.startswith(regions)} | dict(spread)
+    _Layout(model, styles, blocks, mesh, sequence).run()

@@ -37,7 +37,8 @@ TARGETS = r"model\..*\.(q_proj|v_proj|o_proj|up_proj|down_proj|qkv|proj|linear_f
 class Layout:
     """A way to lay a model out, and what else is asked of it.
 
-    parallel: the recipe's keys; frozen: prefixes of parameters that are not trained; lora: adapters instead of weights.
+    parallel: the recipe's keys; frozen: prefixes of parameters that are not trained; lora: adapters instead of weights;
+    only: the models that can be laid out so (all, if empty).
     """
 
     name: str
@@ -46,6 +47,10 @@ class Layout:
     frozen: tuple[str, ...] = ()
     lora: bool = False
     precision: str = "fp32"
+    only: tuple[str, ...] = ()
+
+    def fits(self, model: str) -> bool:
+        return not self.only or model in self.only
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ BOUND = 1e-9
 """Largest relative error that counts as equal: float64 rounding after five optimizer steps is far below."""
 
 VISION = ("model.visual.",)
+SPARSE = ("qwen3-vl-moe",)
 MATRIX = [
     Layout("FSDP2 x 2", 2),
     Layout("FSDP2 x 3, uneven", 3),
@@ -43,15 +45,33 @@ MATRIX = [
     Layout("LoRA, FSDP2 x 2", 2, lora=True),
     Layout("LoRA, TP 2", 2, {"tp": 2, "sp": False}, lora=True),
     Layout("LoRA, FSDP2 x 2, TP 2 + SP, full recompute", 4, {"tp": 2, "recompute": "full"}, lora=True),
+    Layout("EP 2", 2, {"ep": 2}, only=SPARSE),
+    Layout("EP 4", 4, {"ep": 4}, only=SPARSE),
+    Layout("EP 2, expert FSDP2 x 2", 4, {"ep": 2}, only=SPARSE),
+    Layout("EP 2, TP 2", 2, {"ep": 2, "tp": 2, "sp": False}, only=SPARSE),
+    Layout("EP 2, TP 2 + SP, full recompute", 2, {"ep": 2, "tp": 2, "recompute": "full"}, only=SPARSE),
+    Layout("EP 2, FSDP2 x 2, TP 2 + SP", 4, {"ep": 2, "tp": 2}, only=SPARSE),
+    Layout("EP 4, FSDP2 x 2, TP 2", 4, {"ep": 4, "tp": 2, "sp": False}, only=SPARSE),
+    Layout("EP 2, HSDP 2 x 2", 4, {"ep": 2, "dp_replicate": 2}, only=SPARSE),
+    Layout("EP 2, selective recompute", 2, {"ep": 2, "recompute": "selective"}, only=SPARSE),
+    Layout("LoRA, EP 2, expert FSDP2 x 2", 4, {"ep": 2}, lora=True, only=SPARSE),
 ]
 
 
 def parity(
-    name: str, layouts: list[Layout], steps: int = STEPS, dtype: torch.dtype = torch.float64
+    name: str,
+    layouts: list[Layout],
+    steps: int = STEPS,
+    dtype: torch.dtype = torch.float64,
+    **overrides: Any,
 ) -> dict[str, Parity]:
-    """Parity by layout name of one model's tiny checkpoint (qwen2-vl has a tied head), world by world."""
+    """Parity by layout name of one model's tiny checkpoint (qwen2-vl has a tied head), world by world.
+
+    overrides: keys of the tiny model's config.
+    """
+    layouts = [layout for layout in layouts if layout.fits(name)]
     with tempfile.TemporaryDirectory(prefix="polymodal-parity-") as directory:
-        source = str(tiny.checkpoint(name, directory, tied=name == "qwen2-vl"))
+        source = str(tiny.checkpoint(name, directory, tied=name == "qwen2-vl", **overrides))
         (reference,) = run(1, one_process, source, layouts, dtype, steps, timeout=1200)
         found = {}
         for world in sorted({layout.world for layout in layouts}):
@@ -81,7 +101,7 @@ def table(found: dict[str, dict[str, Parity]], layouts: Iterable[Layout]) -> str
         "|---|" + "---|" * len(found),
     ]
     for layout in layouts:
-        cells = [cell(results[layout.name]) for results in found.values()]
+        cells = [cell(r[layout.name]) if layout.name in r else "-" for r in found.values()]
         lines.append(f"| {layout.name} ({layout.world}) | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -6,6 +6,7 @@ The default run holds one or two dense mixtures a model; the full matrix of pari
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -28,12 +29,16 @@ QUICK = {
         Layout("LoRA, FSDP2 x 2", 2, {}, lora=True),
         Layout("FSDP2 x 2, TP 2 + SP, full recompute", 4, {"tp": 2, "recompute": "full"}),
     ],
-    "qwen3-vl-moe": [Layout("TP 2 + SP, full recompute", 2, {"tp": 2, "recompute": "full"})],
+    "qwen3-vl-moe": [
+        Layout("TP 2 + SP, full recompute", 2, {"tp": 2, "recompute": "full"}),
+        Layout("EP 2, selective recompute", 2, {"ep": 2, "recompute": "selective"}),
+        Layout("EP 2, FSDP2 x 2, TP 2 + SP", 4, {"ep": 2, "tp": 2}),
+    ],
 }
 
 
-def _equal(name: str, layouts: list[Layout], steps: int) -> None:
-    for result in parity(name, layouts, steps).values():
+def _equal(name: str, layouts: list[Layout], steps: int, **overrides: Any) -> None:
+    for result in parity(name, layouts, steps, **overrides).values():
         assert max(result.loss, result.gradients, result.norm, result.weights) < BOUND, result
 
 
@@ -51,6 +56,23 @@ def test_every_layout_is_the_single_process(name: str):
 @pytest.mark.slow
 def test_six_processes_with_uneven_pieces():
     _equal("qwen3-vl", [Layout("FSDP2 x 3, TP 2 + SP", 6, {"tp": 2})], steps=2)
+
+
+@pytest.mark.slow
+def test_dense_layers_among_sparse_ones():
+    layouts = [Layout("TP 2", 2, {"tp": 2}), Layout("EP 2, TP 2", 2, {"ep": 2, "tp": 2})]
+    _equal("qwen3-vl-moe", layouts, steps=1, text_config__mlp_only_layers=[1])
+
+
+@pytest.mark.slow
+def test_experts_over_eight_processes():
+    layouts = [
+        Layout("EP 4, HSDP 2 x 2, TP 2 + SP", 8, {"ep": 4, "tp": 2, "dp_replicate": 2}),
+        Layout(
+            "EP 2, expert FSDP2 x 4, TP 2 + SP, full recompute", 8, {"ep": 2, "tp": 2, "recompute": "full"}
+        ),
+    ]
+    _equal("qwen3-vl-moe", layouts, steps=2)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from tests.parallel.harness import run
         ({"tp": 3}, 8, "8 processes cannot be divided by"),
         ({"tp": 2, "dp_shard": 2}, 8, "asks for 4 processes"),
         ({"dp_shard": 0}, 1, "no meaning"),
-        ({"ep": 3}, 4, "ep = 3 does not divide"),
+        ({"ep": 3}, 4, "ep = 3 does not divide dp_shard x cp x tp = 4"),
     ],
 )
 def test_sizes_that_do_not_fit(keys: dict, world: int, words: str):
@@ -50,6 +50,18 @@ def test_places_and_views():
     assert run(4, _places) == [(0, 0, 2, 2, 2.0), (0, 1, 2, 2, 2.0), (1, 0, 2, 2, 2.0), (1, 1, 2, 2, 2.0)]
 
 
+def _expert_places(rank: int) -> tuple:
+    mesh = Mesh(ParallelSizes(1, 1, 2, 1, 2, ep=2), "cpu", rank)
+    ep, sharded = mesh.view("ep"), mesh.expert_fsdp
+    assert ep is not None and mesh.fsdp.size() == 2
+    return dist.get_process_group_ranks(ep.get_group()), dist.get_process_group_ranks(sharded.get_group())
+
+
+def test_experts_lie_on_the_same_ranks_in_another_order():
+    places = run(4, _expert_places)
+    assert places == [([0, 1], [0, 2]), ([0, 1], [1, 3]), ([2, 3], [0, 2]), ([2, 3], [1, 3])]
+
+
 CARD = ModelCard("toy", Family, (), (), ("layers.*",), {}, tensor_plan={"layers.*": "mlp"})
 TEXT = {"num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 1000, "intermediate_size": 96}
 
@@ -69,9 +81,19 @@ def test_check_lists_every_reason():
     reasons = check(limited, SimpleNamespace(**TEXT), _sizes(pp=2, tp=2, ep=2))
     assert [r.message.split(":")[0] for r in reasons] == [
         "toy cannot be laid out with parallel.pp = 2",
-        "parallel.ep = 2",
         "toy has no tensor-parallel plan.",
+        "parallel.ep = 2",
     ]
+
+
+def test_check_says_how_experts_can_be_spread():
+    sparse = ModelCard("toy", Family, (), (), (), {}, expert_plan={"layers.*": "dispatch"})
+    assert check(sparse, SimpleNamespace(**TEXT, num_experts=6), _sizes(ep=2, dp_shard=4)) == []
+    (reason,) = check(sparse, SimpleNamespace(**TEXT, num_experts=6), _sizes(ep=4, dp_shard=4))
+    assert reason.message == "parallel.ep = 4 does not divide the 6 experts a layer of toy."
+    assert reason.hint == "Choose parallel.ep from 1, 2."
+    (reason,) = check(sparse, SimpleNamespace(**TEXT), _sizes(ep=2, dp_shard=4))
+    assert reason.message == "parallel.ep = 2: toy has no experts."
 
 
 def _toy() -> nn.Module:

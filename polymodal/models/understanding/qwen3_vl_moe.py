@@ -12,6 +12,7 @@ from polymodal.models.understanding.qwen_vl import (
     FIRST,
     KEYWORDS,
     LAST,
+    SPREAD_PLAN,
     TASKS,
     TEXT_PLAN,
 )
@@ -50,6 +51,7 @@ CARD = ModelCard(
     sequence_entry="model.language_model",
     sequence_exit="model.language_model",
     tensor_plan={**TEXT_PLAN, **EXPERTS_PLAN, **VISION_PLAN},
+    expert_plan=SPREAD_PLAN,
     embedding="model.language_model.embed_tokens",
     sizes={
         "30b-a3b": Size(
@@ -64,9 +66,6 @@ CARD = ModelCard(
             devices=128,
             layout={"dp_shard": -1},
         ),
-    },
-    limits={
-        "ep": "experts are sharded like other weights (FSDP) for now, tokens are not sent between ranks."
     },
     keywords=(*KEYWORDS, "mixture of experts", "moe"),
     aliases=("qwen3vl-moe", "qwen3_vl_moe", "qwen3vlmoe"),

@@ -45,9 +45,14 @@ DENSE_PLAN = {
     "model.language_model.layers.*.mlp.up_proj": "colwise",
     "model.language_model.layers.*.mlp.down_proj": "rowwise",
 }
-EXPERTS_PLAN = {
+EXPERTS_PLAN = {  # of experts cut over the tensor-parallel group, and of layers without any
     "model.language_model.layers.*.mlp.gate": "router",
     "model.language_model.layers.*.mlp.experts": "experts",
+    **{f"{name}?": style for name, style in DENSE_PLAN.items()},
+}
+SPREAD_PLAN = {  # of experts spread over the expert-parallel group: styles of parallel/expert.py
+    "model.language_model.layers.*.mlp.gate": "router",
+    "model.language_model.layers.*.mlp.experts": "dispatch",
 }
 
 

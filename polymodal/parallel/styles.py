@@ -1,0 +1,103 @@
+"""How a card names what is laid out: styles by module pattern, and the patched forwards that every style needs.
+
+This room knows modules and names only; tensor.py and expert.py give the styles their meaning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import Placement
+
+from polymodal.errors import PolymodalError
+from polymodal.models.card import Dropped, ModelCard
+
+STYLES = {
+    "stream": "a tower: its blocks carry one residual stream, cut along the sequence under sequence parallelism",
+    "attention": "a region whose heads are spread: input enters, output is summed, head counts are divided",
+    "mlp": "a region: input enters, output is summed (dense, or router and experts)",
+    "merger": "a region that ends the stream: its output is whole on every rank",
+    "colwise": "a linear layer cut by output features",
+    "fused_colwise": "a linear layer of three fused parts (q, k, v), each cut by heads; kept in its natural order",
+    "rowwise": "a linear layer cut by input features; its output is a partial sum",
+    "experts": "stacked experts, cut by expert: every rank sees all tokens and computes its own experts",
+    "router": "chooses experts; alike on every rank, its first output (the logits) feeds the balance loss",
+    "sparse": "a region whose experts are spread (expert.py): each rank takes its own rows through it",
+    "sparse_router": "the router of such a region: its logits are made whole for the balance loss",
+    "dispatched": "the experts of such a region, laid out by expert.py",
+    "exit": "the norm that ends the stream: its output is whole on every rank",
+    "embedding": "a table cut by rows of the vocabulary",
+    "head": "an output projection cut by the vocabulary; objectives multiply by its local rows",
+}
+"""Style names of a card's tensor_plan. What a plan does not name is replicated: inside a region with partial
+gradients, on a cut stream too, elsewhere with whole ones. That is right for norms, biases and convolutions."""
+
+
+def pattern_of(pattern: str) -> re.Pattern[str]:
+    """A card's pattern (`*` is one dotted part) as an expression for whole module names."""
+    return re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
+
+
+def _holds(name: str, pattern: str) -> bool:
+    """Could a module that fits `pattern` lie inside the module `name`?"""
+    parts, pattern_parts = name.split("."), pattern.split(".")
+    return len(parts) <= len(pattern_parts) and all(
+        b in ("*", a) for a, b in zip(parts, pattern_parts, strict=False)
+    )
+
+
+def resolve(model: nn.Module, card: ModelCard) -> dict[str, str]:
+    """Module name -> style, from the card's patterns; the last pattern that fits counts.
+
+    Raises PolymodalError for a style that does not exist, and for a pattern that fits no module (one that ends in `?`
+    need not: dense layers among sparse ones): the card is wrong then.
+    """
+    names = [name for name, _ in model.named_modules()]
+    dropped = [name for name, module in model.named_modules() if isinstance(module, Dropped)]
+    styles: dict[str, str] = {}
+    for pattern, style in card.tensor_plan.items():
+        if style not in STYLES:
+            raise PolymodalError(
+                f"The card {card.name} names the tensor-parallel style `{style}`, known are {', '.join(STYLES)}."
+            )
+        optional, pattern = pattern.endswith("?"), pattern.removesuffix("?")
+        expression = pattern_of(pattern)
+        hits = [name for name in names if expression.fullmatch(name)]
+        if not hits and not optional and not any(_holds(name, pattern) for name in dropped):
+            raise PolymodalError(f"The card {card.name}: no module fits `{pattern}` of its tensor_plan.")
+        styles.update(dict.fromkeys(hits, style))  # type: ignore[arg-type]
+    return styles
+
+
+def see_local(module: nn.Module, gradients: Mapping[str, Placement | None]) -> None:
+    """Let a module's forward see plain local tensors under the names of its DTensor parameters.
+
+    gradients: parameter name -> placement of its gradient; None: that of the parameter.
+    """
+    forward = module.forward
+
+    @wraps(forward)
+    def with_local_parameters(*args: Any, **kwargs: Any) -> Any:
+        for key, grad in gradients.items():
+            parameter = module._parameters[key]
+            module.__dict__[key] = parameter.to_local(grad_placements=[grad] if grad else None)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            for key in gradients:
+                module.__dict__.pop(key, None)
+
+    module.forward = with_local_parameters
+
+
+def on_first(
+    change: Callable[[Tensor], Tensor], args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Change the stream among a module's arguments: the first, or `hidden_states`."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
