@@ -1,8 +1,9 @@
 """Parity of every layout with one process, written to docs/parity.md.
 
-    python benchmarks/parity.py [--models qwen3-vl ...] [--output docs/parity.md]
+    python benchmarks/parity.py [--models qwen3-vl ...] [--only "TP 2" ...] [--missing] [--output docs/parity.md]
 
-The matrix and its comparison are the tests' own: tests/parallel/parity.py.
+Without options every cell is measured anew; with them the cells are merged into the table. The matrix and its
+comparison are the tests' own: tests/parallel/parity.py.
 """
 
 from __future__ import annotations
@@ -15,4 +16,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.parallel.parity import main
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

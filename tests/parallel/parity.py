@@ -1,8 +1,10 @@
 """The parity table: every layout of every model against one process, in float64. `make parity` writes docs/parity.md.
 
-    python -m tests.parallel.parity [--output docs/parity.md] [--models qwen3-vl ...]
+    python benchmarks/parity.py [--models qwen3-vl ...] [--only TEXT ...] [--missing] [--output docs/parity.md]
 
-Tests only; test_layouts.py runs the same matrix in CI and fails where the table would show a difference.
+Cells are measured a few layouts at a time and merged into the table on disk, so a run that was cut goes on with
+`--missing`, and `--only "TP 2"` measures the rows whose name holds that text again. A new layout is a line of MATRIX;
+one that few models have names them (`only`). Tests only; test_layouts.py runs the same matrix.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,75 +61,120 @@ MATRIX = [
 ]
 
 
+CHUNK = 4
+"""Layouts of one size that are measured in one set of processes, and lost together when they are stopped."""
+
+
 def parity(
     name: str,
-    layouts: list[Layout],
+    layouts: Sequence[Layout],
     steps: int = STEPS,
     dtype: torch.dtype = torch.float64,
     **overrides: Any,
-) -> dict[str, Parity]:
-    """Parity by layout name of one model's tiny checkpoint (qwen2-vl has a tied head), world by world.
+) -> Iterator[Parity]:
+    """Parity of one model's tiny checkpoint (qwen2-vl has a tied head) under each layout that it has, a few at a time.
 
     overrides: keys of the tiny model's config.
     """
     layouts = [layout for layout in layouts if layout.fits(name)]
     with tempfile.TemporaryDirectory(prefix="polymodal-parity-") as directory:
         source = str(tiny.checkpoint(name, directory, tied=name == "qwen2-vl", **overrides))
-        (reference,) = run(1, one_process, source, layouts, dtype, steps, timeout=1200)
-        found = {}
+        (reference,) = run(1, one_process, source, layouts, dtype, steps, timeout=600)
         for world in sorted({layout.world for layout in layouts}):
             group = [layout for layout in layouts if layout.world == world]
-            for result in run(world, compare, source, group, reference, dtype, steps, timeout=3600)[0]:
-                found[result.layout] = result
-    return found
+            for start in range(0, len(group), CHUNK):
+                chunk = group[start : start + CHUNK]
+                yield from run(world, compare, source, chunk, reference, dtype, steps, timeout=900)[0]
 
 
-def table(found: dict[str, dict[str, Parity]], layouts: Iterable[Layout]) -> str:
-    """Markdown: rows are layouts, columns are models, cells are loss / gradients / weights."""
+Cells = dict[tuple[str, str], str]
+"""By (row, model): a row is a layout's name with its processes."""
+
+
+def row(layout: Layout) -> str:
+    return f"{layout.name} ({layout.world})"
+
+
+def read(text: str) -> Cells:
+    """The cells of a table that `table` wrote."""
+    lines = [
+        [part.strip() for part in line.strip("|").split(" | ")]
+        for line in text.splitlines()
+        if line.startswith("| ")
+    ]
+    names = lines[0][1:] if lines else []
+    return {
+        (cells[0], name): cell
+        for cells in lines[1:]
+        for name, cell in zip(names, cells[1:], strict=True)
+        if cell and cell != "-"
+    }
+
+
+def table(cells: Mapping[tuple[str, str], str], layouts: Sequence[Layout] = MATRIX) -> str:
+    """Markdown: rows are layouts, columns are models, cells are loss / gradients / weights. Other rows are dropped."""
     import transformers
 
+    names = [name for name in tiny.NAMES if any(model == name for _, model in cells)]
     lines = [
         "# Parity",
         "",
         "Written by `make parity`; do not edit. Each cell is one run of a tiny random model of the library's own class",
-        "on real processes (gloo, CPU, float64), compared with one process on the same global batch of "
-        "four packs with",
-        "pictures, a video and text (one pack has no picture): the largest relative L2 error of "
-        "**loss / any gradient / any",
-        f"weight after {STEPS} clipped AdamW steps**. Loss of every model: per token, with the routers' balance loss for experts.",
+        "on real processes (gloo, CPU, float64), compared with one process on the same global batch of four packs with",
+        "pictures, a video and text (one pack has no picture): the largest relative L2 error of **loss / any gradient /",
+        f"any weight after {STEPS} clipped AdamW steps**. Loss of every model: per token, with the routers' balance loss for",
+        f"experts. `-` is a layout that the model does not have; above {BOUND:.0e} a cell would be marked.",
         "",
         f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}.",
         "",
-        "| layout (processes) | " + " | ".join(found) + " |",
-        "|---|" + "---|" * len(found),
+        "| layout (processes) | " + " | ".join(names) + " |",
+        "|---|" + "---|" * len(names),
     ]
-    for layout in layouts:
-        cells = [cell(r[layout.name]) if layout.name in r else "-" for r in found.values()]
-        lines.append(f"| {layout.name} ({layout.world}) | " + " | ".join(cells) + " |")
+    for name in map(row, layouts):
+        found = [cells.get((name, model), "-") for model in names]
+        if any(cell != "-" for cell in found):
+            lines.append(f"| {name} | " + " | ".join(found) + " |")
     return "\n".join(lines) + "\n"
 
 
 def cell(result: Parity) -> str:
-    return " / ".join(
-        f"{value:.0e}" if value else "0" for value in (result.loss, result.gradients, result.weights)
-    )
+    """The three errors; bold when one is no rounding."""
+    values = (result.loss, result.gradients, result.weights)
+    text = " / ".join(f"{value:.0e}" if value else "0" for value in values)
+    return text if max(*values, result.norm) < BOUND else f"**{text}**"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("docs/parity.md"))
     parser.add_argument("--models", nargs="+", default=list(tiny.NAMES), choices=tiny.NAMES)
-    asked = parser.parse_args()
-    found = {}
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name holds one of these")
+    parser.add_argument("--missing", action="store_true", help="only cells that the table lacks")
+    asked = parser.parse_args(arguments)
+    merging = asked.only or asked.missing or len(asked.models) < len(tiny.NAMES)
+    cells = read(asked.output.read_text()) if merging and asked.output.is_file() else {}
+    bad = 0
     for name in asked.models:
-        found[name] = parity(name, MATRIX)
-        worst = max(found[name].values(), key=lambda r: max(r.loss, r.gradients, r.weights))
-        print(f"{name}: {len(found[name])} layouts, worst {cell(worst)} ({worst.layout})", flush=True)
-    asked.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = asked.output.with_suffix(".partial")
-    partial.write_text(table(found, MATRIX))
-    os.replace(partial, asked.output)
+        layouts = [
+            layout
+            for layout in MATRIX
+            if layout.fits(name)
+            and (not asked.only or any(text in layout.name for text in asked.only))
+            and not (asked.missing and (row(layout), name) in cells)
+        ]
+        began = time.monotonic()
+        for result in parity(name, layouts) if layouts else ():
+            layout = next(x for x in layouts if x.name == result.layout)
+            cells[row(layout), name] = cell(result)
+            bad += "*" in cells[row(layout), name]
+            print(f"{name}: {row(layout)}: {cell(result)} [{time.monotonic() - began:.0f} s]", flush=True)
+            asked.output.parent.mkdir(parents=True, exist_ok=True)
+            partial = asked.output.with_suffix(".partial")
+            partial.write_text(table(cells))
+            os.replace(partial, asked.output)
+    print(f"{asked.output}: {len(cells)} cells, {bad} of this run differ")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
