@@ -5,6 +5,7 @@ Sees the cards and the recipe. What it writes always validates; figures in its c
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
@@ -130,7 +131,7 @@ def text(
         f"# polymodal check {file} --world {plan.devices}",
         f"# polymodal train {file} --nproc {min(8, plan.devices)}{nodes}",
         *([f"base: {base}"] if base else []),
-        f"name: {name}",
+        f"name: {_scalar(name)}",
         "model:",
         f"  source: {_scalar(plan.source)}  # hub id, or the directory of its files",
     ]
@@ -195,7 +196,10 @@ def _main_tower(card: ModelCard) -> str:
 
 
 def _scalar(value: str) -> str:
-    """A string as YAML, quoted where it must be."""
+    """A string as YAML, quoted where it must be: 1e3 is a number in recipes, though not to the writer."""
+    with contextlib.suppress(ValueError):
+        float(value)
+        return json.dumps(value)
     return yaml.safe_dump(value, width=10_000, allow_unicode=True).removesuffix("...\n").strip()
 
 
@@ -247,7 +251,8 @@ def refresh(directory: str | os.PathLike) -> None:
 def main(
     model: str, task: str, size: str | None, devices: int | None, data: str, out: Path | None, force: bool
 ) -> int:
-    """The command: prints the recipe, or writes it and says what comes next."""
+    """The command: prints the recipe (`out` absent or "-"), or writes it and says what comes next."""
+    out = None if out == Path("-") else out
     chosen = plan(model, task, size, devices)
     content = text(chosen, data, name=out.stem if out else None, file=str(out) if out else None)
     recipe.validate(yaml.safe_load(content))

@@ -3,21 +3,14 @@
 import base64
 import csv
 import json
-import os
-import re
-import shlex
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
+from tests.end_to_end.documents import ROOT, commands, run
 from tests.models import tiny
 
-ROOT = Path(__file__).parents[2]
 SMALLER = [
     "data.max_length=512",
     "data.workers=0",
@@ -26,15 +19,6 @@ SMALLER = [
     "optim.lr=2e-3",
 ]
 """What the miniature changes in the recipe: everything else is the recipe's own."""
-
-
-def commands() -> list[list[str]]:
-    """The document's commands: the lines of its ```bash blocks (```sh blocks fetch gigabytes or want two nodes)."""
-    text = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
-    words = [shlex.split(line, comments=True) for line in lines if line.strip()]
-    assert all(word[0] == "polymodal" for word in words)
-    return [word[1:] for word in words]
 
 
 @pytest.fixture(scope="module")
@@ -75,47 +59,12 @@ def place(tmp_path_factory) -> Path:
     return root
 
 
-def run(words: list[str], place: Path) -> str:
-    """One command of the document in the miniature; `--nproc 8` becomes 2. Returns what it printed."""
-    words = [*words]
-    if "--nproc" in words:
-        words[words.index("--nproc") + 1] = "2"
-    if "--world" in words:
-        words[words.index("--world") + 1] = "2"
-    if any(word.endswith("recipe.yaml") for word in words):
-        words += SMALLER
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
-    began = time.monotonic()
-    if "--nproc" in words:
-        command = [sys.executable, "-m", "polymodal", *words]
-        done = subprocess.run(
-            command, cwd=place, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        code, out = done.returncode, done.stdout + done.stderr
-    else:  # in this process: its libraries are loaded once
-        from polymodal import cli
-
-        result = CliRunner(env=environment).invoke(cli.app, words)
-        code, out = result.exit_code, result.output + (repr(result.exception) if result.exception else "")
-    print(f"{time.monotonic() - began:5.1f} s  polymodal {shlex.join(words)}", flush=True)
-    assert code == 0, f"polymodal {shlex.join(words)}\n{out}"
-    return out
-
-
 def test_every_command_of_the_walk_through_runs(place, monkeypatch):
     monkeypatch.chdir(place)
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     said = {}
-    for words in commands():
+    for words in commands(ROOT / "docs/walkthrough.md"):
         name = " ".join(words[:2]) if words[0] == "data" else words[0]
-        said.setdefault(name, []).append(run(words, place))
+        said.setdefault(name, []).append(run(words, place, SMALLER))
     wanted = [
         "download",
         "data convert",

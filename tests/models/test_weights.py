@@ -106,6 +106,7 @@ def test_saved_as_it_lay_on_disk(checkpoints, name, tmp_path):
     again = auto(model.config).from_pretrained(out)
     assert again.dtype == torch.float32  # config.json says what was written
     assert_same(model, again)
+    assert_same(loaded(out), again)  # our own reading of several shards
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == [type(model).__name__]
     assert not [key for key in config if "attn" in key]

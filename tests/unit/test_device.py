@@ -140,8 +140,9 @@ def test_no_cann():
 def test_a_device_that_is_not_there():
     if device.find().kind != "cpu":
         pytest.skip("has an accelerator")
-    with pytest.raises(PolymodalError, match="torch sees cpu here.*polymodal doctor"):
-        device.find("cuda")
+    for kind in ("cuda", "npu"):
+        with pytest.raises(PolymodalError, match="torch sees cpu here.*polymodal doctor"):
+            device.find(kind)
     assert device.find("cpu").torch.type == "cpu" and device.count() == 1
 
 

@@ -92,6 +92,18 @@ def test_nothing_is_overwritten_unasked(tmp_path):
         init.write(path / "below", "three")
 
 
+@pytest.mark.parametrize("name", ["2024", "no", "a: b", "-", "1e3"])
+def test_a_name_that_yaml_would_read_as_something_else(tmp_path, name):
+    path = tmp_path / f"{name}.yaml"
+    assert init.main("qwen2.5-vl", "sft", "3b", 1, "d.json", path, False) == 0
+    assert recipe.load(path).name == name
+
+
+def test_a_dash_is_the_terminal(capsys):
+    assert init.main("qwen2.5-vl", "sft", "3b", 1, "d.json", Path("-"), False) == 0
+    assert capsys.readouterr().out.startswith("# qwen2.5-vl 3b: full fine-tuning on 1 device.")
+
+
 # ---- shipped ------------------------------------------------------------------------------------------------------
 
 SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))

@@ -9,7 +9,7 @@ import torch
 from polymodal import device
 from polymodal.errors import PolymodalError
 from polymodal.recipe import LossGuard, Monitor
-from polymodal.train.monitor import Guard, Metrics, Profiler
+from polymodal.train.monitor import Guard, Metrics, Profiler, line
 
 
 def test_nan_stops_with_the_last_losses():
@@ -106,3 +106,16 @@ def test_a_request_that_cannot_be_read_is_removed_and_said(tmp_path, capsys):
     assert not (tmp_path / Profiler.REQUEST).exists()
     profiler.before(1)
     assert profiler.after(1) is None
+
+
+def test_the_log_line_has_what_people_compare():
+    values = {
+        "loss": 1.25, "grad_norm": 0.5, "lr": 2e-5, "seconds": 1.5, "samples_per_second": 21.5, "tokens_per_second": 4000.0,
+        "tokens_per_second_device": 500.0, "frames_per_second": 43.0, "memory_gib": 3.0, "mfu": 0.41,
+    }  # fmt: skip
+    said, short = line(7, 100, values)
+    assert said == (
+        "step 7/100 | loss 1.2500 | grad norm 0.5 | lr 2e-05 | 1.50 s/it | 21.5 samples/s | 500 tokens/s/device"
+        " | 43.0 frames/s | MFU 41.0% | 3.00 GiB"
+    )
+    assert short == "loss 1.250 4000 tok/s 3.0 GiB"

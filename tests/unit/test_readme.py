@@ -17,8 +17,8 @@ from polymodal.models import catalog, table
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BY_RUNS = {"docs/parity.md", "docs/benchmarks.md", "docs/images/report.png"}
-"""Pages and pictures that `make parity`, the benchmarks and `make demo` write: a fresh tree may lack them."""
+BY_RUNS = {"docs/benchmarks.md", "docs/images/report.png"}
+"""Pages and pictures that the benchmarks and `make demo` write: a fresh tree may lack them."""
 
 
 def name(page: Path) -> str:
