@@ -194,6 +194,13 @@ def fused_attention() -> Any | None:
     return getattr(library, "npu_fusion_attention", None) if library is not None else None
 
 
+def ascend_operators(kind: str) -> Any | None:
+    """The operators of Ascend's library (torch_npu's namespace in torch.ops), on such a device only."""
+    import torch
+
+    return torch.ops.npu if kind == "npu" and _import_npu() else None
+
+
 def synchronize(info: DeviceInfo) -> None:
     """Wait until the device has done what it was given."""
     if info.kind != "cpu":

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from polymodal import device
 from polymodal.errors import PolymodalError
+from polymodal.parallel.context import Cut
 
 NAME = "polymodal_flash"
 """Name in transformers' registries. transformers asks whether an implementation takes cumulative lengths by looking
@@ -85,25 +86,35 @@ def attend(
     causal: bool,
     scale: float | None = None,
     dropout: float = 0.0,
+    cut: Cut | None = None,
 ) -> Tensor:
     """Attention inside each segment of a packed stream.
 
     query [1, H, T, D]; key, value [1, K, T, D] with H a multiple of K (grouped queries); cu_seqlens [S + 1] int32.
     Returns [1, T, H, D] in query's dtype. Raises ValueError when cu_seqlens does not end at T.
-    Context parallelism (Ulysses, ring) wraps this function: it has the same arguments whoever calls it.
+    cut: the stream lies cut over a context-parallel group: T counts this rank's rows, cu_seqlens is the whole stream's.
     """
     known = plan(cu_seqlens)
-    if known.total != query.shape[2] or query.shape[0] != 1:
+    if query.shape[0] != 1 or (cut is None and known.total != query.shape[2]):
         raise ValueError(f"cu_seqlens ends at {known.total}, the stream is {tuple(query.shape)}")
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
-    kernel = (
-        device.packed_attention(query.device.type, query.dtype, query.shape[-1]) if dropout == 0.0 else None
-    )
-    if kernel is not None:
-        out = kernel(q, k, v, cu_seqlens, known.lengths, known.longest, causal, scale)
-    else:
-        out = _by_length(q, k, v, known, causal, scale, dropout)
-    return out.unsqueeze(0)
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))  # [1, T, heads, D]
+
+    def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if dropout == 0.0:
+            kernel = device.packed_attention(q.device.type, q.dtype, q.shape[-1])
+            if kernel is not None:
+                out = kernel(q[0], k[0], v[0], cu_seqlens, known.lengths, known.longest, causal, scale)
+                return out.unsqueeze(0)
+        return _by_length(q[0], k[0], v[0], known, causal, scale, dropout).unsqueeze(0)
+
+    if cut is None:
+        return whole(q, k, v)
+    if dropout and cut.context.ring_group is not None:
+        raise PolymodalError(
+            "Attention with dropout cannot run over a ring of ranks.",
+            "Set the model's attention_dropout to 0 (model.config), or parallel.ulysses to parallel.cp.",
+        )
+    return cut.context.attend(q, k, v, cut.share, causal, scale, whole)
 
 
 def _by_length(
@@ -166,12 +177,13 @@ def attention(
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     sliding_window: int | None = None,
+    cut: Cut | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [B, H, T, D] -> ([B, T, H, D], None).
 
-    With `cu_seq_lens_q` (training, vision towers) it is `attend`; without (generation, padded batches) it is
-    transformers' own SDPA with its mask. Raises PolymodalError for a sliding window shorter than a segment.
+    With `cu_seq_lens_q` (training, vision towers) it is `attend`, also over a cut stream (`cut`); without (generation,
+    padded batches) it is transformers' own SDPA with its mask. Raises PolymodalError for a sliding window shorter than a segment.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is None:
@@ -193,7 +205,7 @@ def attention(
             f"This model attends within a window of {sliding_window} tokens, a sample here has {plan(cu_seq_lens_q).longest}.",
             "Lower data.max_length to the window, or set model.attention to sdpa.",
         )
-    return _packed(query, key, value, cu_seq_lens_q, causal, scaling, dropout), None
+    return _packed(query, key, value, cu_seq_lens_q, causal, scaling, dropout, cut), None
 
 
 def register() -> str:

@@ -1,0 +1,108 @@
+"""How a stream is spread over a context-parallel group: plain arithmetic on lengths, no communication.
+
+Ground floor: imports torch only. A group of ring x ulysses ranks cuts every segment of a packed stream into pieces;
+each ring rank holds one piece of each segment (or two, an early and a late one, so that causal attention costs all
+ranks the same), and cuts what it holds into one part a ulysses rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Share:
+    """One stream over a group; rank c of the group is ring rank c // ulysses, ulysses rank c % ulysses.
+
+    runs:  by piece, the rows that each segment has in it.
+    held:  by ring rank, the pieces it holds; its rows are piece after piece, in a piece segment after segment.
+    parts: by ring rank, the rows that each ulysses rank has of them.
+    """
+
+    runs: tuple[tuple[int, ...], ...]
+    held: tuple[tuple[int, ...], ...]
+    parts: tuple[tuple[int, ...], ...]
+
+    @property
+    def ring(self) -> int:
+        return len(self.held)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows of every piece."""
+        return tuple(sum(run) for run in self.runs)
+
+    def rows_of(self, ring_rank: int) -> int:
+        """Rows that a ring rank and its ulysses peers hold together."""
+        return sum(self.sizes[piece] for piece in self.held[ring_rank])
+
+    def slices(self, ring_rank: int) -> list[tuple[int, slice]]:
+        """(piece, where it lies among the ring rank's rows), in order."""
+        out, start = [], 0
+        for piece in self.held[ring_rank]:
+            out.append((piece, slice(start, start + self.sizes[piece])))
+            start += self.sizes[piece]
+        return out
+
+    def bounds(self, ring_rank: int, ulysses_rank: int) -> tuple[int, int]:
+        """Where a ulysses rank's part starts and stops among its ring rank's rows."""
+        start = sum(self.parts[ring_rank][:ulysses_rank])
+        return start, start + self.parts[ring_rank][ulysses_rank]
+
+
+def cut_points(length: int, parts: int, shift: int = 0) -> list[int]:
+    """Where a run of `length` is cut in `parts` whose sizes differ by at most one; `shift` turns who gets the rest."""
+    return [(length * part + shift) // parts for part in range(parts + 1)]
+
+
+def spread(lengths: tuple[int, ...], ring: int, ulysses: int, causal: bool) -> Share:
+    """A packed stream with these segment lengths over ring x ulysses ranks. Any lengths, also below the group's size.
+
+    causal: with a ring, segments are cut into 2 x ring pieces and rank r holds pieces r and 2 x ring - 1 - r, the
+    "zig-zag" order (Brandon et al. 2023, Striped Attention, and its successors): every rank meets the same number of
+    earlier tokens. What does not divide goes to another piece with each segment.
+    """
+    pieces = 2 * ring if causal and ring > 1 else ring
+    by_segment = [cut_points(length, pieces, number % pieces) for number, length in enumerate(lengths)]
+    runs = tuple(
+        tuple(points[piece + 1] - points[piece] for points in by_segment) for piece in range(pieces)
+    )
+    held = tuple((r, pieces - 1 - r) if pieces > ring else (r,) for r in range(ring))
+    parts = []
+    for mine in held:
+        points = cut_points(sum(sum(runs[piece]) for piece in mine), ulysses)
+        parts.append(tuple(stop - start for start, stop in zip(points, points[1:], strict=False)))
+    return Share(runs, held, tuple(parts))
+
+
+def even(counts: tuple[int, ...], ring: int, batch: int = 1) -> Share:
+    """Sequences [batch, S] cut alike: rank c of the group holds counts[c] consecutive rows of every one of them."""
+    ulysses = len(counts) // ring
+    parts = tuple(tuple(counts[r * ulysses : (r + 1) * ulysses]) for r in range(ring))
+    return Share(tuple((sum(part),) * batch for part in parts), tuple((r,) for r in range(ring)), parts)
+
+
+def rows(lengths: tuple[int, ...], share: Share, ring_rank: int, ulysses_rank: int) -> Tensor:
+    """Which rows of the whole stream a rank of `spread` holds, in its order: int64 [n]."""
+    starts, total = [], 0
+    for length in lengths:
+        starts.append(total)
+        total += length
+    before = [0] * len(lengths)
+    places: dict[int, list[int]] = {}
+    for piece, run in enumerate(share.runs):
+        places[piece] = [start + done for start, done in zip(starts, before, strict=True)]
+        before = [done + count for done, count in zip(before, run, strict=True)]
+    ranges = [
+        torch.arange(start, start + count)
+        for piece in share.held[ring_rank]
+        for start, count in zip(places[piece], share.runs[piece], strict=True)
+        if count
+    ]
+    mine = torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.int64)
+    start, stop = share.bounds(ring_rank, ulysses_rank)
+    return mine[start:stop]
