@@ -183,6 +183,10 @@ class Parallel(Section):
     """FSDP2: ranks that parameters are sharded over; -1 = all that are left."""
     cp: Annotated[int, Field(ge=1)] = 1
     """Context parallel: ranks that share one sequence."""
+    ulysses: Annotated[int, Field(ge=1)] | None = None
+    """Of cp, ranks that trade heads (Ulysses); the other factor is a ring. Default: as many as divide the heads."""
+    balance_media: bool = False
+    """Deal pictures and video frames out over the dp_shard x cp ranks by their cost, instead of each rank its own."""
     tp: Annotated[int, Field(ge=1)] = 1
     """Tensor parallel: ranks that share one layer."""
     sp: bool | None = None

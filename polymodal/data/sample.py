@@ -87,6 +87,9 @@ class Batch:
     samples:  ids of the samples inside, in order.
     segments: stream -> cumulative lengths [S + 1] int32 ("text"; families add "vision" if they wish).
     groups:   ties between samples: pairs (DPO), rollouts (GRPO).
+    cut:      how the text stream is cut over a context-parallel group (parallel/context.py), None: it is whole. Then
+              input_ids and position_ids hold this rank's rows, `rows` [n] says which; labels and weights are whole.
+    media:    how pictures are dealt out to ranks (parallel/media.py), None: this rank computes its own.
     """
 
     tensors: dict[str, Tensor]
@@ -94,6 +97,8 @@ class Batch:
     samples: tuple[int, ...] = ()
     segments: dict[str, Tensor] = field(default_factory=dict)
     groups: dict[str, Any] = field(default_factory=dict)
+    cut: Any = None
+    media: Any = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         def move(d: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -124,6 +124,19 @@ class Family:
         """
         raise NotImplementedError
 
+    def places(self, batch: Batch) -> Tensor:
+        """Where media features stand among the tokens of a batch: bool [1, T]."""
+        raise NotImplementedError
+
+    def media_parts(self, grid: Tensor) -> list[tuple[int, int, int]]:
+        """The smallest parts of media [M, 3] that the tower computes independently of each other, as grids in the
+        order of their patches."""
+        return [(t, h, w) for t, h, w in grid.tolist()]
+
+    def media_tokens(self, part: tuple[int, int, int]) -> int:
+        """Tokens of the text stream that features of such a part stand at."""
+        raise NotImplementedError
+
     def balance(self, weight: float | None) -> dict[str, Any]:
         """Arguments of the objective's router term: {} without experts; weight None = the checkpoint's own."""
         text = getattr(self.config, "text_config", self.config)

@@ -156,17 +156,25 @@ def _offset(size: int, parts: int, rank: int) -> int:
     return min(size, chunk * rank)
 
 
-def balance_loss(router_logits: list[Tensor], experts_per_token: int) -> Tensor:
+def balance_loss(
+    router_logits: list[Tensor], experts_per_token: int, group: dist.ProcessGroup | None = None
+) -> Tensor:
     """Load-balance loss of mixture-of-experts routers over one micro-batch.
 
     router_logits: one [T, E] a layer. E * sum_e (share of choices that fall on e) * (mean probability of e), over all
     layers' tokens together (Fedus et al. 2021, Switch Transformer, eq. 4-6, summed over the k choices).
+    group: ranks that hold other rows of the same tokens; the sum of their results is then the loss, as with the text
+    term: choices are counted over all of them (no gradient flows there), probabilities are each rank's own.
     """
     logits = torch.cat([layer.reshape(-1, layer.shape[-1]) for layer in router_logits]).float()
     probability = logits.softmax(dim=-1)
     chosen = probability.topk(experts_per_token, dim=-1).indices
-    share = torch.zeros_like(probability).scatter_(1, chosen, 1.0).mean(dim=0)
-    return logits.shape[-1] * (share * probability.mean(dim=0)).sum()
+    picked = torch.zeros_like(probability).scatter_(1, chosen, 1.0).sum(dim=0)
+    known = torch.cat([picked, picked.new_tensor([len(probability)])])
+    if group is not None:
+        dist.all_reduce(known, group=group)
+    share, count = known[:-1] / known[-1], known[-1]
+    return logits.shape[-1] * (share * probability.sum(dim=0) / count).sum()
 
 
 class LanguageObjective:
@@ -205,16 +213,20 @@ class LanguageObjective:
         counts, to be added over ranks; "balance": the scaled router term.
         """
         assert output.head is not None
-        weights = token_weights(batch, self.weighting).reshape(-1)
+        weights, labels = token_weights(batch, self.weighting).reshape(-1), batch["labels"].reshape(-1)
+        counts, rows = float(weights.sum()) > 0, batch.get("rows")
+        if rows is not None:  # of the whole stream this rank's
+            weights, labels = weights[rows], labels[rows]
         hidden = output.hidden_states.reshape(-1, output.hidden_states.shape[-1])
-        text, losses, kept = head_loss(hidden, output.head, batch["labels"].reshape(-1), weights)
+        text, losses, kept = head_loss(hidden, output.head, labels, weights)
         loss = text * inverse["text"]
         logs = {"loss": loss.detach()}
-        logs.update(_by_modality(batch, losses, kept))
+        logs.update(_by_modality(batch, losses, kept if rows is None else rows[kept]))
         if self.aux_weight:
             routers = output.extra["router_logits"]
-            value = balance_loss(routers, self.experts_per_token)
-            term = value * (inverse["balance"] if float(weights.sum()) > 0 else 0.0)
+            group = batch.cut.context.group if batch.cut is not None else None
+            value = balance_loss(routers, self.experts_per_token, group)
+            term = value * (inverse["balance"] if counts else 0.0)
             loss = loss + self.aux_weight * term.to(loss.dtype)
             logs["balance"] = term.detach()
         return loss, logs

@@ -18,6 +18,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from polymodal.errors import PolymodalError
 from polymodal.models.card import Dropped, ModelCard
 from polymodal.parallel import expert, memory, ops, tensor
+from polymodal.parallel.batches import attention_heads
+from polymodal.parallel.context import ulysses_size
 from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Parallel, Recipe
 
@@ -51,16 +53,20 @@ def _block_patterns(modules: dict[str, nn.Module]) -> list[str]:
     return [f"{name}.*" for name in lists] or ["not in lists"]
 
 
-UNBUILT = {"pp": "pipeline", "cp": "context"}
+UNBUILT = {"pp": "pipeline"}
 """Kinds of parallelism that `apply` does not lay out yet."""
 
 
 def check(
-    card: ModelCard, config: Any, sizes: ParallelSizes, parallel: Parallel | None = None
+    card: ModelCard,
+    config: Any,
+    sizes: ParallelSizes,
+    parallel: Parallel | None = None,
+    attention: str = "auto",
 ) -> list[PolymodalError]:
     """Every reason why a model of this transformers config cannot be laid out so; empty when it can.
 
-    Needs no weights and no model. The errors are made, not raised: `polymodal check` lists them all.
+    attention: the recipe's model.attention. Needs no weights and no model. The errors are made, not raised: `polymodal check` lists them all.
     """
     reasons = []
     for axis in ("pp", "cp", "ep", "tp"):
@@ -80,11 +86,38 @@ def check(
     if parallel is not None and parallel.compile and parallel.recompute == "selective":
         cause = "parallel.recompute = selective cannot see the matrix products inside of compiled blocks."
         reasons.append(PolymodalError(cause, "Set parallel.recompute to full, or parallel.compile to false."))
+    if sizes.cp > 1 and "cp" not in card.limits:
+        reasons += _check_context(card, config, sizes, parallel, attention)
     if sizes.tp > 1 and "tp" not in card.limits:
         reasons += tensor.check(card, config, sizes.tp, spread=sizes.ep > 1)
     if sizes.ep > 1 and "ep" not in card.limits:
         reasons += expert.check(card, config, sizes)
     return reasons
+
+
+def _check_context(
+    card: ModelCard, config: Any, sizes: ParallelSizes, parallel: Parallel | None, attention: str
+) -> list[PolymodalError]:
+    if attention != "auto":
+        return [
+            PolymodalError(
+                f"parallel.cp = {sizes.cp} cuts sequences, which model.attention = {attention} cannot follow.",
+                "Set model.attention to auto.",
+            )
+        ]
+    if not card.sequence_entry and not card.sequence_plan:
+        return [
+            PolymodalError(
+                f"{card.name} does not say where its sequences are cut for parallel.cp = {sizes.cp}.",
+                "Set parallel.cp to 1.",
+            )
+        ]
+    try:
+        heads = max(1, attention_heads(config) // sizes.tp)
+        ulysses_size(sizes.cp, heads, parallel.ulysses if parallel is not None else None)
+    except PolymodalError as error:
+        return [error]
+    return []
 
 
 def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.Module:
@@ -96,7 +129,7 @@ def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.M
     Raises PolymodalError for a layout that this model or this version cannot have.
     """
     parallel, precision = recipe.parallel, recipe.train.precision
-    for reason in check(card, getattr(model, "config", None), mesh.sizes, parallel):
+    for reason in check(card, getattr(model, "config", None), mesh.sizes, parallel, recipe.model.attention):
         raise reason
     blocks = matching(model, card.blocks, f"the card {card.name}")
     _set_dtypes(model, precision)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from polymodal.errors import PolymodalError
+from polymodal.parallel.context import Context
 from polymodal.recipe import Parallel
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -105,6 +106,8 @@ class Mesh:
         if sizes.ep > 1:  # the same ranks in another order: dp_shard x cp x tp = efsdp x ep
             shape = (sizes.pp, sizes.dp_replicate, sizes.efsdp, sizes.ep)
             self._experts = init_device_mesh(device_type, shape, mesh_dim_names=EXPERT_AXES)
+        self._shard = shard_cp
+        self._contexts: dict[int, Context] = {}
 
     def _two(self, outer: str, inner: DeviceMesh) -> DeviceMesh:
         if self.sizes.cp == 1:
@@ -125,6 +128,20 @@ class Mesh:
         if axis == "ep":
             return self._experts["ep"] if self._experts is not None else None
         return self.world[axis] if getattr(self.sizes, axis) > 1 else None
+
+    def context(self, ulysses: int) -> Context:
+        """The context-parallel group of this rank, cut into rings and Ulysses groups of `ulysses` ranks.
+
+        Collective at its first call: every rank must make it.
+        """
+        if ulysses not in self._contexts:
+            self._contexts[ulysses] = Context(self.world["cp"], ulysses)
+        return self._contexts[ulysses]
+
+    @property
+    def shard_group(self) -> dist.ProcessGroup:
+        """Ranks that hold one copy of the sharded model: dp_shard x cp, cp ranks beside each other."""
+        return self._shard.get_group()
 
     @property
     def expert_fsdp(self) -> DeviceMesh:

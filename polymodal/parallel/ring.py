@@ -299,7 +299,13 @@ def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
 
 
 def ring_attention(
-    query: Tensor, key: Tensor, value: Tensor, share: Share, causal: bool, scale: float, group: dist.ProcessGroup
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    share: Share,
+    causal: bool,
+    scale: float,
+    group: dist.ProcessGroup,
 ) -> Tensor:
     """Attention of this ring rank's queries [n, h, D] to the keys of all ranks [m, k, D]: [n, h, D].
 

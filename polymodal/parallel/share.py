@@ -68,9 +68,7 @@ def spread(lengths: tuple[int, ...], ring: int, ulysses: int, causal: bool) -> S
     """
     pieces = 2 * ring if causal and ring > 1 else ring
     by_segment = [cut_points(length, pieces, number % pieces) for number, length in enumerate(lengths)]
-    runs = tuple(
-        tuple(points[piece + 1] - points[piece] for points in by_segment) for piece in range(pieces)
-    )
+    runs = tuple(tuple(points[piece + 1] - points[piece] for points in by_segment) for piece in range(pieces))
     held = tuple((r, pieces - 1 - r) if pieces > ring else (r,) for r in range(ring))
     parts = []
     for mine in held:

@@ -143,7 +143,9 @@ def family_of(recipe: Recipe, world: int, problems: Problems) -> Any:
         sizes = ParallelSizes.of(recipe.parallel, world)
     except PolymodalError:  # said already
         return family
-    problems.errors += layout.check(family.card, family.config, sizes)
+    problems.errors += layout.check(
+        family.card, family.config, sizes, recipe.parallel, recipe.model.attention
+    )
     towers = family.card.towers
     for name in recipe.model.lora.towers if recipe.model.lora is not None else ():
         if name not in towers:

@@ -197,12 +197,13 @@ def activations(family: Family, recipe: Recipe, patches_per_token: float) -> tup
     if vision is not None and patches_per_token:
         side = getattr(vision, "embed_dim", None) or vision.hidden_size
         inner = getattr(vision, "intermediate_size", None) or int(side * getattr(vision, "mlp_ratio", 4))
-        patches = tokens * patches_per_token
+        patches = tokens * patches_per_token / parallel.cp
         total += tower(patches, vision.depth, side, 3 * side, inner)
         assumed += f" with {patches:.0f} patches"
     from polymodal.objectives.language import CHUNK_ELEMENTS
 
-    total += tokens * text.hidden_size * 4 + min(CHUNK_ELEMENTS, tokens * text.vocab_size) * 4 * 2
+    rows = tokens / parallel.cp
+    total += rows * text.hidden_size * 4 + min(CHUNK_ELEMENTS, rows * text.vocab_size) * 4 * 2
     return int(total), assumed
 
 

@@ -27,6 +27,7 @@ from polymodal.launch import Runtime, runtime
 from polymodal.models import catalog, lora, weights
 from polymodal.objectives.language import LanguageObjective
 from polymodal.parallel.apply import apply
+from polymodal.parallel.batches import BatchLayout
 from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.parallel.ops import clip_, grad_norm
 from polymodal.recipe import Recipe
@@ -57,6 +58,7 @@ class Trainer:
         # A group of its own: a checkpoint written in the background must not mix its collectives with training's.
         self.save_group = dist.new_group(backend="gloo") if rt.world > 1 else None
         self.loss_group = self.mesh.loss_group if rt.world > 1 else None
+        self.dp_group = self.mesh.dp_group if rt.world > 1 else None
         _determinism(recipe)
 
         self._build_model()
@@ -80,6 +82,7 @@ class Trainer:
         )
         bind(self.model, self.family)
         apply(self.model, self.card, self.mesh, recipe)
+        self.lay_out = BatchLayout(self.family, self.mesh, recipe.parallel)
         if recipe.model.init == "random":
             weights.initialise(self.model, self.family, recipe.train.seed, self.device)
         else:
@@ -269,12 +272,13 @@ class Trainer:
         # Dropout is the only randomness left in a step; it depends on (seed, step, data rank), so resume needs no RNG.
         torch.manual_seed((recipe.train.seed * 1_000_003 + step) * 1_009 + self.mesh.dp_rank)
         batches = self.objective.prepare(None, batch.micro_batches)
-        inverse = inverse_weights(self.objective, batches, self.loss_group)
+        inverse = inverse_weights(self.objective, batches, self.dp_group)
+        batches = self.lay_out(batches)
         tally = Tally(("samples", "seqtokens", "media", "flops", "wait"))
         forward_backward(self.model, self.objective, batches, inverse, self.device, tally, self.scaler.scale)
-        stats = batch.stats
+        stats, once = batch.stats, self.mesh.at["cp"] == 0  # context-parallel ranks read the same
         tally.add({
-            "samples": stats.samples, "seqtokens": stats.tokens, "media": stats.media, "flops": stats.flops,
+            "samples": stats.samples * once, "seqtokens": stats.tokens * once, "media": stats.media * once, "flops": stats.flops * once,
             "wait": stats.wait_seconds,
         })  # fmt: skip
         total = tally.total(self.loss_group)
@@ -315,14 +319,12 @@ class Trainer:
     def _log(
         self, step: int, total: dict[str, float], norm: float, lr: float, seconds: float, accepted: bool
     ) -> None:
-        # sums over the loss group count every tensor- and context-parallel copy of a rank's data once per cp rank
-        copies = self.mesh.sizes.cp
-        tokens = total["seqtokens"] / copies
+        tokens = total["seqtokens"]
         values: dict[str, Any] = {
             "loss": total["loss"], "grad_norm": norm, "lr": lr, "seconds": seconds,
-            "samples_per_second": total["samples"] / copies / seconds,
+            "samples_per_second": total["samples"] / seconds,
             "tokens_per_second": tokens / seconds, "tokens_per_second_device": tokens / seconds / self.rt.world,
-            "frames_per_second": total["media"] / copies / seconds,
+            "frames_per_second": total["media"] / seconds,
             "wait_seconds": total["wait"] / self.mesh.fsdp_size,
             "memory_gib": devices.memory(self.rt.device)["peak"] / 2**30,
             "samples": self.state.samples, "tokens": self.state.tokens, "skipped": not accepted,
@@ -333,7 +335,7 @@ class Trainer:
         if self.objective.aux_weight:
             values["balance"] = total["balance"]
         if self.peak:
-            values["mfu"] = 3 * total["flops"] / copies / seconds / self.rt.world / self.peak
+            values["mfu"] = 3 * total["flops"] / seconds / self.rt.world / self.peak
         if self.scaler.enabled:
             values["loss_scale"] = self.scaler.scale
         self.metrics.log(step, values)
@@ -356,9 +358,9 @@ class Trainer:
         loss = 0.0
         try:
             for batch in loader:
-                inverse = inverse_weights(self.objective, batch.micro_batches, self.loss_group)
-                part = Tally()
-                forward_only(self.model, self.objective, batch.micro_batches, inverse, self.device, part)
+                inverse = inverse_weights(self.objective, batch.micro_batches, self.dp_group)
+                part, batches = Tally(), self.lay_out(batch.micro_batches)
+                forward_only(self.model, self.objective, batches, inverse, self.device, part)
                 terms = part.total(self.loss_group)
                 share = 1.0 / inverse["text"] if inverse["text"] else 0.0
                 loss += terms["loss"] * share

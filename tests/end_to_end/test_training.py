@@ -106,6 +106,23 @@ def test_two_processes_give_the_same_curve(ground, straight, tmp_path):
     assert_same(curve(tmp_path / "run"), curve(straight))
 
 
+def test_sequences_cut_over_two_processes_give_the_same_curve_and_counts(ground, straight, tmp_path):
+    validation = f"data.validation=[{{path: {ground / 'validation.json'}}}]"
+    cut = ("parallel.cp=2", "parallel.ulysses=1", "parallel.balance_media=true")
+    train(ground, tmp_path / "run", validation, *cut, nproc=2)
+    assert_same(curve(tmp_path / "run"), curve(straight))
+    for name in ("samples", "tokens"):
+        counts = [
+            json.loads((run / "summary.json").read_text())[name] for run in (tmp_path / "run", straight)
+        ]
+        assert counts[0] == counts[1]
+    last = [
+        json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        for run in (tmp_path / "run", straight)
+    ]
+    assert last[0]["validation/loss"] == pytest.approx(last[1]["validation/loss"], rel=1e-6)
+
+
 def test_kill_9_and_resume_on_another_number_of_processes(ground, straight, tmp_path):
     run = tmp_path / "run"
     command = words("train", str(ground / "recipe.yaml"), "--nproc", "2", f"checkpoint.dir={run}")

@@ -22,6 +22,7 @@ from polymodal.models.card import Family
 from polymodal.objectives.language import LanguageObjective
 from polymodal.parallel import ops
 from polymodal.parallel.apply import apply, last_micro_batch
+from polymodal.parallel.batches import BatchLayout
 from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Data, Model, Parallel, Recipe, Train
 from polymodal.train.step import bind, inverse_weights
@@ -144,7 +145,8 @@ def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps
         while len(data) % mesh.sizes.dp:  # equal work a rank, as the schedule gives it
             data.append(pack([hole(rows=4)]))
         mine = data[mesh.dp_rank :: mesh.sizes.dp]
-        inverse = inverse_weights(objective, mine, mesh.loss_group)
+        inverse = inverse_weights(objective, mine, mesh.dp_group)
+        mine = BatchLayout(family, mesh, recipe.parallel)(mine)
     else:
         mesh, mine = None, data
         inverse = inverse_weights(objective, mine, None)

@@ -17,22 +17,26 @@ from tests.parallel.parity import BOUND, MATRIX, VISION, parity, read, row, tabl
 QUICK = {
     "qwen2-vl": [
         Layout("TP 2 + SP", 2, {"tp": 2}),
+        Layout("ring 2, selective recompute", 2, {"cp": 2, "ulysses": 1, "recompute": "selective"}),
         Layout("frozen vision tower, FSDP2 x 2", 2, {"reshard_after_forward": False}, frozen=VISION),
     ],
     "qwen2.5-vl": [
         Layout("FSDP2 x 2, selective recompute", 2, {"recompute": "selective"}),
+        Layout("FSDP2 x 2, Ulysses 2, pictures dealt out", 4, {"cp": 2, "balance_media": True}),
         Layout("LoRA, TP 2 + SP", 2, {"tp": 2}, lora=True),
         Layout("HSDP 2 x 2", 4, {"dp_replicate": 2}),
     ],
     "qwen3-vl": [
         Layout("TP 2", 2, {"tp": 2, "sp": False}),
         Layout("LoRA, FSDP2 x 2", 2, {}, lora=True),
+        Layout("Ulysses 2 x ring 2", 4, {"cp": 4, "ulysses": 2}),
         Layout("FSDP2 x 2, TP 2 + SP, full recompute", 4, {"tp": 2, "recompute": "full"}),
     ],
     "qwen3-vl-moe": [
         Layout("TP 2 + SP, full recompute", 2, {"tp": 2, "recompute": "full"}),
         Layout("EP 2, selective recompute", 2, {"ep": 2, "recompute": "selective"}),
         Layout("EP 2, FSDP2 x 2, TP 2 + SP", 4, {"ep": 2, "tp": 2}),
+        Layout("ring 2, TP 2", 4, {"cp": 2, "ulysses": 1, "tp": 2, "sp": False}),
     ],
 }
 

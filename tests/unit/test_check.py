@@ -124,6 +124,9 @@ def test_every_problem_is_listed_not_only_the_first(make, tmp_path):
     [
         ("parallel.tp=2", 3, "3 processes cannot be divided by"),
         ("parallel.pp=2", 2, "parallel.pp = 2"),
+        ("parallel.cp=4 parallel.ulysses=3", 4, "parallel.ulysses = 3 does not divide parallel.cp = 4"),
+        ("parallel.cp=8 parallel.ulysses=8", 8, "is more than the 4 attention heads of a rank"),
+        ("parallel.cp=2 model.attention=sdpa", 2, "which model.attention = sdpa cannot follow"),
         ("model.source=/no/such/model", 1, "neither a directory nor a hub id nor a known model"),
         ("data.datasets=[]", 1, "The recipe has no data.datasets."),
         ("model.config.text_config.num_hidden_layer=2", 1, "Did you mean `text_config.num_hidden_layers`?"),
@@ -131,7 +134,7 @@ def test_every_problem_is_listed_not_only_the_first(make, tmp_path):
 )
 def test_one_problem_is_itself(make, override, world, words):
     with pytest.raises(PolymodalError) as caught:
-        check.refuse(make(override), world)
+        check.refuse(make(*override.split()), world)
     assert words in str(caught.value) and "problems:" not in str(caught.value)
 
 

@@ -146,7 +146,9 @@ class QwenVL(Family):
         start, done = (0 if carry is None else held[0]), held[-1] + 1
         packed = text.config._attn_implementation == house.NAME
         arguments: dict[str, Any] = {"cu_seq_lens_q": batch.segments["text"]} if packed else {}
-        if levels is not None and "pixel_values" in batch.tensors:
+        if batch.cut is not None:
+            arguments["cut"] = batch.cut
+        if levels is not None and self.received(batch):
             # the library adds a level after the block of its number: none for blocks of earlier stages
             absent = [hidden.new_zeros(levels.shape[1], hidden.shape[-1])] * start
             arguments |= {
@@ -180,8 +182,7 @@ class QwenVL(Family):
         shapes: dict[str, tuple[int, ...]] = {"hidden_states": (1, tokens, width)}
         levels = len(getattr(self.config.vision_config, "deepstack_visual_indexes", ())) - layer
         if levels > 0:
-            pixels, merge = batch.get("pixel_values"), self.config.vision_config.spatial_merge_size**2
-            shapes["deepstack"] = (levels, 1 if pixels is None else pixels.shape[0] // merge, width)
+            shapes["deepstack"] = (levels, max(1, self.received(batch)), width)
         return {
             name: torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
             for name, shape in shapes.items()
@@ -192,16 +193,37 @@ class QwenVL(Family):
         ids = batch["input_ids"]
         return (ids == self.config.image_token_id) | (ids == self.config.video_token_id)
 
+    def received(self, batch: Batch) -> int:
+        """Media features that stand at tokens of this batch, on this rank."""
+        if batch.media is not None:
+            return batch.media.received
+        pixels = batch.get("pixel_values")
+        return 0 if pixels is None else pixels.shape[0] // self.config.vision_config.spatial_merge_size**2
+
+    def media_parts(self, grid: Tensor) -> list[tuple[int, int, int]]:
+        """Frames: a patch attends within its own."""
+        return [(1, h, w) for t, h, w in grid.tolist() for _ in range(t)]
+
+    def media_tokens(self, part: tuple[int, int, int]) -> int:
+        t, h, w = part
+        return t * h * w // self.config.vision_config.spatial_merge_size**2
+
     def enter(self, inner: nn.Module, batch: Batch, places: Tensor) -> tuple[Tensor, Tensor | None]:
         """Token embeddings with media features in their places, and the features for the early layers (Qwen3-VL).
 
         The vision tower runs once on all media of the batch in reading order; on a dummy picture, times zero, when
-        there are none: every rank of a sharded model must run the same modules.
+        there are none: every rank of a sharded model must run the same modules. Where pictures are dealt out to ranks
+        it runs on this rank's, and the features of its tokens come from others.
         """
         hidden = inner.language_model.embed_tokens(batch["input_ids"])
         features, levels = self.see(inner.visual, batch)
         features, levels = features.to(hidden.dtype), levels if levels is None else levels.to(hidden.dtype)
-        if batch.get("pixel_values") is None:
+        if batch.media is not None:
+            every = features if levels is None else torch.cat([features, *levels], dim=-1)
+            features, *deeper = batch.media.features(every).split(hidden.shape[-1], dim=-1)
+            # what travels between pipeline stages is never empty
+            levels = nn.functional.pad(torch.stack(deeper), (0, 0, 0, not len(features))) if deeper else None
+        if not self.received(batch):
             nothing = features.sum() if levels is None else features.sum() + levels.sum()
             return hidden + nothing * 0.0, levels
         torch._assert_async(
@@ -214,10 +236,12 @@ class QwenVL(Family):
         grid, pixels = batch.get("grid_thw"), batch.get("pixel_values")
         device = batch["input_ids"].device
         vision = self.config.vision_config
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        if batch.media is not None:
+            grid, pixels = batch.media.grid, batch.media.patches(pixels, width, device)
         if pixels is None:
             side = vision.spatial_merge_size
             grid = torch.tensor([[1, side, side]])
-            width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
             pixels = torch.zeros(side * side, width, device=device)
         grid = getattr(grid, "host", grid).cpu()
         out = visual(pixels, grid_thw=grid, **self.geometry(grid, device))

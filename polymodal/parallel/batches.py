@@ -1,0 +1,86 @@
+"""Batches over a mesh: what `apply` does to the model, `BatchLayout` does to every step's micro-batches.
+
+Sees the ground floor, media.py and models/card.py. Sequences are cut over the context-parallel group, pictures are
+dealt out to the ranks that share sequences, or to all that see data; a step cuts its batches once, on the host, after
+the denominators of its loss were counted on whole ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from polymodal.data.sample import Batch, Measure
+from polymodal.models.card import Family
+from polymodal.parallel import attention, media
+from polymodal.parallel.context import Context, ulysses_size
+from polymodal.parallel.mesh import Mesh
+from polymodal.recipe import Parallel
+
+
+def attention_heads(config: Any) -> int:
+    """Query heads of a model's (language) layers, from its transformers or diffusers config; 1 when it does not say."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "num_attention_heads", None) or getattr(text, "num_heads", None) or 1
+
+
+def context(mesh: Mesh, config: Any, parallel: Parallel) -> Context | None:
+    """The context-parallel group of this rank, None when cp is 1. Collective at its first call."""
+    if mesh.sizes.cp == 1:
+        return None
+    heads = max(1, attention_heads(config) // mesh.sizes.tp)
+    return mesh.context(ulysses_size(mesh.sizes.cp, heads, parallel.ulysses))
+
+
+class BatchLayout:
+    """Calls turn the whole micro-batches of a step into those this rank computes; alike on all ranks of a stage."""
+
+    def __init__(self, family: Family, mesh: Mesh, parallel: Parallel):
+        self.family, self.mesh = family, mesh
+        self.context = context(mesh, family.config, parallel)
+        self.group = None
+        if parallel.balance_media and mesh.sizes.dp_shard * mesh.sizes.cp > 1:
+            self.group = mesh.shard_group
+        elif self.context is not None:
+            self.group = self.context.group
+        self._costs: dict[media.Grid, float] = {}
+
+    def __call__(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Packed batches -> the same with this rank's rows of input_ids and position_ids, `rows` [n] int64 among the
+        tensors (labels and weights stay whole), `cut` for attention, and `media` where pictures are dealt out."""
+        out = [self._cut(batch) for batch in batches]
+        if self.group is None:
+            return out
+        wishes = [self._wish(whole, own) for whole, own in zip(batches, out, strict=True)]
+        everyone = media.gather(wishes, self.group)
+        for number, batch in enumerate(out):
+            exchange = media.plan(
+                [of[number] for of in everyone], self.mesh.sizes.cp, self._cost, self.family.media_tokens, self.group
+            )  # fmt: skip
+            out[number] = replace(batch, media=exchange)
+        return out
+
+    def _cut(self, batch: Batch) -> Batch:
+        if self.context is None:
+            return batch
+        cut = self.context.spread(attention.plan(batch.segments["text"]).lengths)
+        tensors = dict(batch.tensors)
+        for name in ("input_ids", "position_ids"):
+            tensors[name] = tensors[name].index_select(batch.axes[name].index("sequence"), cut.rows)
+        tensors["rows"] = cut.rows
+        return replace(batch, tensors=tensors, axes={**batch.axes, "rows": ("sequence",)}, cut=cut)
+
+    def _wish(self, whole: Batch, own: Batch) -> media.Wish:
+        if "grid_thw" not in whole.tensors:
+            return media.Wish((), ())
+        places = self.family.places(whole)[0]
+        numbers, rows = places.cumsum(0) - 1, own.get("rows")
+        held = numbers[places] if rows is None else numbers[rows][places[rows]]
+        return media.wish(self.family.media_parts(whole["grid_thw"]), held)
+
+    def _cost(self, part: media.Grid) -> float:
+        if part not in self._costs:
+            t, h, w = part
+            self._costs[part] = self.family.cost(Measure(0, 0, (t * h * w,)))
+        return self._costs[part]
