@@ -16,7 +16,7 @@ import typer
 
 from polymodal.errors import PolymodalError
 
-FORMATS = ("auto", "mllm", "llava", "sharegpt", "alpaca", "openai", "text")
+FORMATS = ("auto", "mllm", "llava", "sharegpt", "alpaca", "openai", "text", "caption")
 
 HELP = ["-h", "--help"]
 app = typer.Typer(
@@ -424,6 +424,9 @@ def docs() -> int:
 
     print(recipe_reference.markdown(), end="")
     return 0
+
+
+import polymodal.cli_generation  # noqa: E402, F401  (its commands join the app)
 
 
 # fmt: on

@@ -20,7 +20,7 @@ import yaml
 from polymodal import recipe
 from polymodal.errors import PolymodalError
 from polymodal.models import catalog, router
-from polymodal.models.card import Family, ModelCard
+from polymodal.models.card import ModelCard
 
 TASKS = {"sft": "full fine-tuning", "lora": "LoRA fine-tuning", "pretrain": "pretraining from random weights"}
 DEVICE_GIB = 64
@@ -107,11 +107,13 @@ def _identify(model: str) -> tuple[ModelCard, str | None, str]:
 
 def _size_of(directory: str, card: ModelCard) -> str | None:
     """The published size whose layers the directory's config.json has."""
-    path = Path(directory) / "config.json"
+    part = getattr(card.family, "part", "") if card.kind == "generation" else ""
+    path = Path(directory) / part / "config.json"
     if not path.is_file():
         return None
     config = json.loads(path.read_text())
-    layers = (config.get("text_config") or config).get("num_hidden_layers", config.get("num_hidden_layers"))
+    text = config.get("text_config") or config
+    layers = text.get("num_hidden_layers", config.get("num_hidden_layers", config.get("num_layers")))
     fits = [key for key, size in card.sizes.items() if size.layers == layers]
     named = [key for key in fits if key.split("-")[0] in directory.lower()]
     return next(iter(named or fits), None)
@@ -137,22 +139,14 @@ def text(
     ]
     if plan.task == "lora":
         lines += [
-            f"  lora: {{rank: 16, alpha: 32, towers: [{_main_tower(plan.card)}]}}  # towers: {', '.join(plan.card.towers)}"
+            f"  lora: {{rank: 16, alpha: 32, towers: [{plan.card.main}]}}  # towers: {', '.join(plan.card.towers)}"
         ]
     if plan.task == "pretrain":
         lines += [
             "  init: random  # weights from the config and the seed; shrink with config: {text_config.num_hidden_layers: 4}"
         ]
-    lines += [
-        "data:",
-        "  datasets:",
-        f"    - path: {_scalar(data)}  # json, jsonl, parquet, csv, tar; MLLM, ShareGPT, LLaVA, Alpaca, OpenAI",
-    ]
-    if not base:
-        lines += ["      # media_dir: data  # where relative picture paths start (default: beside the file)"]
-    lines += ["  max_length: 4096  # longer samples are dropped and counted; pictures are never cut"]
-    if plan.task == "pretrain":
-        lines += ["  train_on: all"]
+    generation = plan.card.kind == "generation"
+    lines += _clips(plan, data, file) if generation else _chats(plan, data, base)
     if plan.layout:
         lines += [
             f"parallel:  # weights, gradients, optimizer: about {plan.state_gib:.1f} GiB a device{fits}"
@@ -165,8 +159,9 @@ def text(
     lines += ["train:"]
     if not base:
         lines += ["  epochs: 1", "  precision: bf16"]
+    what = "samples" if generation else "packed sequences of max_length tokens"
     lines += [
-        f"  global_batch_size: {max(32, 2 ** math.ceil(math.log2(plan.devices)))}  # packed sequences of max_length tokens, over all devices"
+        f"  global_batch_size: {max(32, 2 ** math.ceil(math.log2(plan.devices)))}  # {what}, over all devices"
     ]
     if plan.task == "sft":
         lines += [f"  freeze: []  # any of {', '.join(plan.card.towers)}"]
@@ -191,8 +186,28 @@ def text(
     return "\n".join(lines) + "\n"
 
 
-def _main_tower(card: ModelCard) -> str:
-    return "language" if "language" in card.towers else next(iter(card.towers))
+def _chats(plan: Plan, data: str, base: str | None) -> list[str]:
+    """The data section of a model that answers."""
+    lines = [
+        "data:",
+        "  datasets:",
+        f"    - path: {_scalar(data)}  # json, jsonl, parquet, csv, tar; MLLM, ShareGPT, LLaVA, Alpaca, OpenAI",
+    ]
+    if not base:
+        lines += ["      # media_dir: data  # where relative picture paths start (default: beside the file)"]
+    lines += ["  max_length: 4096  # longer samples are dropped and counted; pictures are never cut"]
+    return [*lines, "  train_on: all"] if plan.task == "pretrain" else lines
+
+
+def _clips(plan: Plan, data: str, file: str) -> list[str]:
+    """The data section of a model that generates."""
+    video = any(task.endswith("video") for task in plan.card.tasks)
+    shape = "{frames: [81], fps: 16, pixels: 399360}" if video else "{pixels: 1048576}"
+    return [
+        f"data:  # polymodal encode {file} --nproc {min(8, plan.devices)}, before training",
+        f"  datasets: [{{path: {_scalar(data)}}}]  # rows of path and cap, or a data.txt of folder,annotation lines",
+        f"  clip: {shape}  # sizes of about so many pixels, for every aspect ratio",
+    ]
 
 
 def _scalar(value: str) -> str:
@@ -226,7 +241,8 @@ def write(path: Path, content: str, force: bool = False) -> None:
 
 def folder(card: ModelCard) -> str:
     """Directory under recipes/: the file that a card's line of models shares, or the card's own."""
-    line = [kind for kind in card.family.__mro__ if issubclass(kind, Family) and kind is not Family]
+    rooms = tuple(f"polymodal.models.{room}." for room in catalog.ROOMS)
+    line = [kind for kind in card.family.__mro__ if kind.__module__.startswith(rooms)]
     return line[-1].__module__.rpartition(".")[2].replace("_", "-")
 
 

@@ -32,8 +32,8 @@ class Lora(Section):
     """Dropout on the adapter's input."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """`all-linear`, or name endings such as [q_proj, v_proj]."""
-    towers: list[str] = ["language"]
-    """Towers that get adapters, by the card's names (`polymodal models NAME` lists them)."""
+    towers: list[str] | None = None
+    """Towers that get adapters, by the card's names (`polymodal models NAME` lists them); default: language, or the denoiser."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) (rank-stabilised LoRA)."""
     init: Literal["default", "gaussian", "pissa", "olora"] = "default"
@@ -101,8 +101,8 @@ class Dataset(Section):
     """File or directory: json, jsonl, parquet, csv, tsv, webdataset tar (globs allowed)."""
     name: str | None = None
     """Name in logs and reports (default: the file's name)."""
-    format: Literal["auto", "mllm", "sharegpt", "llava", "alpaca", "openai", "text"] = "auto"
-    """How a row becomes messages; `text` is plain text for pretraining."""
+    format: Literal["auto", "mllm", "sharegpt", "llava", "alpaca", "openai", "text", "caption"] = "auto"
+    """How a row becomes messages; `text` is plain text for pretraining, `caption` a medium with what it shows, to be generated."""
     media_dir: str | None = None
     """Directory that relative media paths start from (default: the file's own directory)."""
     weight: Annotated[float, Field(gt=0)] | None = None
@@ -135,6 +135,21 @@ class Video(Section):
     """Largest frame in pixels (default: the checkpoint's)."""
 
 
+class Clip(Section):
+    """Sizes and lengths of the images and videos that a generating model learns from; each pair is a bucket."""
+
+    frames: list[Annotated[int, Field(ge=1)]] = [81]
+    """Lengths of videos in frames, each 1 more than a multiple of the frames the VAE joins; a video takes the longest it fills."""
+    fps: Annotated[float, Field(gt=0)] | None = 16.0
+    """Frames taken per second of video; null = every frame."""
+    pixels: Annotated[int, Field(ge=64)] = 399360
+    """Pixels of a frame: sizes of at most this area are made for every aspect ratio (399360 = 480 x 832)."""
+    sizes: list[tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]]] = []
+    """Sizes [height, width] in place of those made from pixels; a medium takes the nearest in shape."""
+    crop: Literal["center", "stretch"] = "center"
+    """A medium of another shape than its size: keep its centre, or squeeze it."""
+
+
 class Data(Section):
     datasets: list[Dataset] = []
     """What is learned from."""
@@ -158,6 +173,16 @@ class Data(Section):
     """Sizes of pictures."""
     video: Video = Video()
     """Frames and sizes of videos."""
+    clip: Clip = Clip()
+    """Sizes and lengths of what a generating model learns from."""
+    encode: Literal["cached", "online"] = "cached"
+    """Latents and embeddings of a generating model: read from data.features (`polymodal encode` made them), or made while training."""
+    features: str | None = None
+    """Directory of encoded features (default: <run>/features)."""
+    feature_files: Literal["safetensors", "pt"] = "safetensors"
+    """Files that `polymodal encode` writes: pt is the documented layout (data.jsonl and features/*.pt); both are read."""
+    encode_batch: Annotated[int, Field(ge=1)] = 1
+    """Samples that `polymodal encode` gives the VAE at once; lowered by itself when memory runs out."""
     chat_template: str | None = None
     """File with a Jinja chat template (default: the checkpoint's)."""
     template_kwargs: dict[str, Any] = {}
@@ -214,6 +239,35 @@ class LossGuard(Section):
     """Stop after so many skipped steps in a row."""
 
 
+class Diffusion(Section):
+    """What a generating model is asked; `auto` is what its family was trained with."""
+
+    density: Literal["auto", "uniform", "logit_normal", "mode", "cosmap"] = "auto"
+    """How noise levels are drawn (Esser et al. 2024): u uniform; normal through a sigmoid; heavy in the middle; cosmap."""
+    logit_mean: float = 0.0
+    """logit_normal: mean of the normal; above 0 draws more noise."""
+    logit_std: Annotated[float, Field(gt=0)] = 1.0
+    """logit_normal: standard deviation of the normal."""
+    mode_scale: float = 1.29
+    """mode: how heavy the middle is."""
+    shift: Annotated[float, Field(gt=0)] | Literal["auto", "dynamic"] = "auto"
+    """Flow: noise levels s become k s / (1 + (k - 1) s); dynamic = k from the latent tokens of the sample, as the scheduler's config says."""
+    per_batch: bool = False
+    """One noise level for all samples of a micro-batch (the described system's way) in place of one a sample."""
+    weighting: Literal["auto", "none", "min_snr", "gaussian", "sigma_sqrt"] = "auto"
+    """Weight of a noise level's loss: min_snr (Hang et al. 2023), gaussian over the timesteps with mean 1, or 1 / s^2."""
+    snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    """min_snr: the largest signal-to-noise ratio that counts."""
+    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """Families with discrete timesteps: what the model predicts."""
+    zero_snr: bool | None = None
+    """Families with discrete timesteps: rescale the betas to end in pure noise (Lin et al. 2023); null = the scheduler's config."""
+    drop: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of samples trained on an empty caption, which guidance needs."""
+    quantiles: Annotated[int, Field(ge=1)] = 4
+    """Validation loss is measured at so many fixed noise levels."""
+
+
 class Train(Section):
     seed: int = 42
     """Seed of everything random."""
@@ -222,15 +276,17 @@ class Train(Section):
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the data, when steps is not given."""
     global_batch_size: Annotated[int, Field(ge=1)] = 8
-    """Packed sequences a step over all ranks (samples, when data.pack is false)."""
+    """Packed sequences a step over all ranks (samples, when data.pack is false, and of generating models)."""
     micro_batch_size: Annotated[int, Field(ge=1)] = 1
-    """Samples joined in one forward when data.pack is false."""
+    """Samples joined in one forward when data.pack is false, and of generating models (there: of one size)."""
     precision: Literal["fp32", "bf16", "fp16", "pure_bf16"] = "bf16"
     """Arithmetic: bf16/fp16 keep float32 master weights; pure_bf16 keeps none; fp16 scales the loss dynamically."""
     loss: Literal["per_token", "per_sample", "per_micro_batch"] = "per_token"
     """Weight of a token: 1, 1 / tokens of its sample, or 1 / tokens of its micro-batch."""
     router_aux_loss: Annotated[float, Field(ge=0)] | None = None
     """Weight of the experts' balance loss (default: the checkpoint's config)."""
+    diffusion: Diffusion = Diffusion()
+    """Noise levels, weighting and condition dropping of generating models."""
     freeze: list[str] = []
     """Towers (by the card's names) or parameter patterns that are not trained."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from polymodal.data.captions import caption_record, is_caption_row
 from polymodal.data.references import Kind, References, first, listed
 from polymodal.data.sample import Media, Message, Record
 from polymodal.errors import PolymodalError
@@ -58,6 +59,8 @@ class RowReader:
     def record(self, row: Mapping[str, Any], where: str) -> Record:
         """Raises PolymodalError with `where`, the key, the cause and the mend."""
         kind = self._shape(row, where)
+        if kind == "caption":
+            return caption_record(row, where, self.attr, self.references)
         if kind == "chat":
             turns, literal = self._chat(row, where)
         elif kind == "alpaca":
@@ -90,7 +93,7 @@ class RowReader:
         a = self.attr
         if self.format in ("mllm", "sharegpt", "llava", "openai"):
             return "chat"
-        if self.format in ("alpaca", "text"):
+        if self.format in ("alpaca", "text", "caption"):
             return self.format
         if first(row, a.messages, ("messages", "conversations"))[0] is not None:
             return "chat"
@@ -99,6 +102,8 @@ class RowReader:
             and first(row, a.response, ("output", "response"))[0] is not None
         ):
             return "alpaca"
+        if is_caption_row(row, a):
+            return "caption"
         if isinstance(row.get("text"), str):
             return "text"
         columns = ", ".join(k for k in row if not k.startswith("__")) or "none"

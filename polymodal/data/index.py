@@ -79,6 +79,13 @@ class Index:
             return i, -1
         return int(self.record[i]), int(self.piece[i])
 
+    def shapes(self) -> np.ndarray:
+        """(frames, height, width) of each row of what is to be generated, int32 [N, 3]; zeros where it is broken."""
+        out = np.zeros((len(self), 3), np.int32)
+        whole = np.diff(self.patch_offsets) == 3
+        out[whole] = np.asarray(self.patch_values).reshape(-1, 3)
+        return out
+
     @property
     def too_long(self) -> str:
         cut = " even when split between messages" if self.overlong == "split" else ""

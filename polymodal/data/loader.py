@@ -59,6 +59,7 @@ class Task(NamedTuple):
 
     epoch: int
     samples: tuple[tuple[int, int, int, int], ...]
+    filler: bool = False  # of weight 0: a rank without work that computes what its peers do
 
 
 class Notes(NamedTuple):
@@ -85,6 +86,25 @@ class Maker:
         self.on_error = data.on_error
         self.seed = seed
         self.rows = rows
+        self._patch_bytes = _PATCH_BYTES
+
+    copies = False
+    """Whether a filler is a sample of the step once more, without weight; else it is a hole."""
+
+    def filler(self) -> Batch:
+        """What a rank without a micro-batch is given."""
+        return pack([hole(rows=self.rows)])
+
+    def bytes(self, index: Any, task: Task) -> int:
+        """About what the batch will take; `learn` makes it better."""
+        patches = int(index.patches[[s[0] for s in task.samples]].sum())
+        return sum(s[3] for s in task.samples) * (20 + 8 * self.rows) + patches * self._patch_bytes
+
+    def learn(self, batch: Batch) -> None:
+        """Bytes of a patch, as the family makes them: what the next estimates are built on."""
+        pixels = batch.get("pixel_values")
+        if pixels is not None and len(pixels):
+            self._patch_bytes = pixels[0].numel() * pixels.element_size()
 
     def __call__(self, task: Task) -> tuple[Batch, Notes]:
         began = time.perf_counter()
@@ -144,7 +164,8 @@ class _Step:
 class Loader:
     """Iterates over RankStep for one data-parallel rank, in the plan's order, prepared ahead. Also a context manager.
 
-    start: the first step; stop_after: steps to give (None: for ever); rows: rows of position_ids (for holes).
+    start: the first step; stop_after: steps to give (None: for ever); rows: rows of position_ids (for holes); make: what
+    makes batches of tasks in place of the packed text's Maker.
     Ahead of the step that is due, at most data.prefetch steps and data.memory_budget MiB are prepared or in work.
     Raises PolymodalError from __next__: a broken sample (data.on_error: fail), a dead worker.
     """
@@ -161,6 +182,7 @@ class Loader:
         start: Position = Position(),
         stop_after: int | None = None,
         rows: int = 1,
+        make: Any = None,
     ):
         self.schedule = schedule
         self.corpus = corpus
@@ -171,15 +193,14 @@ class Loader:
         self._plans = schedule.batches(start)
         self._left = stop_after
         self._told: set[int] = set()
-        self._patch_bytes = _PATCH_BYTES
         self._ready: queue.SimpleQueue[RankStep | BaseException | None] = queue.SimpleQueue()
         self._stop = False
         self._ended = False
         self._planned = self._taken = 0  # steps; each is written by one thread only
         self._made_bytes = self._taken_bytes = 0
         self._wake_read, self._wake_write = Pipe(duplex=False)
-        make = Maker(corpus, chat, data, schedule.seed, rows)
-        self._pool = Pool(make, data.workers, self._about) if data.workers else Inline(make)
+        self._make = make if make is not None else Maker(corpus, chat, data, schedule.seed, rows)
+        self._pool = Pool(self._make, data.workers, self._about) if data.workers else Inline(self._make)
         self._thread = threading.Thread(target=self._run, name="polymodal-loader", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -260,7 +281,7 @@ class Loader:
             for done, batch, notes in self._pool.wait(self._wake_read):
                 step, place, task, _ = working.pop(done)
                 self._keep(step, place, batch, notes)
-                self._learn(batch)
+                self._make.learn(batch)
 
     def _plan(self) -> tuple[_Step, list[tuple[_Step, int, Task, int]]]:
         plan = next(self._plans)
@@ -270,12 +291,15 @@ class Loader:
         step.stats.flops = sum(costs.get(ids, 0.0) for ids in packs)
         index = self.schedule.index
         for place, ids in enumerate(packs):
-            if not ids:
-                self._keep(step, place, pack([hole(rows=self.rows)]), None)
+            filler = not ids
+            if filler and not self._make.copies:
+                self._keep(step, place, self._make.filler(), None)
                 continue
-            task = Task(plan.position.epoch, tuple((i, *index.locate(i), int(index.tokens[i])) for i in ids))
-            tokens, patches = sum(s[3] for s in task.samples), int(index.patches[list(ids)].sum())
-            tasks.append((step, place, task, tokens * (20 + 8 * self.rows) + patches * self._patch_bytes))
+            if filler:
+                ids = min(zip(plan.cost, plan.packs, strict=True))[1][:1]
+            samples = tuple((i, *index.locate(i), int(index.tokens[i])) for i in ids)
+            task = Task(plan.position.epoch, samples, filler)
+            tasks.append((step, place, task, self._make.bytes(index, task)))
         self._planned += 1
         return step, tasks
 
@@ -298,12 +322,6 @@ class Loader:
             if id not in self._told:
                 self._told.add(id)
                 log.warning("Left out, its place in the batch has no weight: %s", reason)
-
-    def _learn(self, batch: Batch) -> None:
-        """Bytes of a patch, as the family makes them: what the next estimates are built on."""
-        pixels = batch.get("pixel_values")
-        if pixels is not None and len(pixels):
-            self._patch_bytes = pixels[0].numel() * pixels.element_size()
 
     def _hand_over(self, step: _Step) -> None:
         if step.stats.bytes > self.budget and -1 not in self._told:

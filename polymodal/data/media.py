@@ -240,10 +240,15 @@ def video_header(source: Source | tuple[str, ...], fps: float = 2.0) -> VideoHea
     return VideoHeader(height, width, frames, rate or 25.0)
 
 
-def video(source: Source | tuple[str, ...], header: VideoHeader, indices: Sequence[int]) -> np.ndarray:
+def video(
+    source: Source | tuple[str, ...],
+    header: VideoHeader,
+    indices: Sequence[int],
+    size: tuple[int, int] | None = None,
+) -> np.ndarray:
     """Frames with these numbers (ascending), upright, uint8 [F, H, W, 3].
 
-    Jumps to key frames over long gaps. Raises PolymodalError when the video is damaged, or ends more than a twentieth
+    size: (height, width) that frames of a container are scaled to as they are decoded, bicubic. Jumps to key frames over long gaps. Raises PolymodalError when the video is damaged, or ends more than a twentieth
     before its header says.
     """
     if isinstance(source, tuple):
@@ -302,7 +307,7 @@ def video(source: Source | tuple[str, ...], header: VideoHeader, indices: Sequen
                             jump, 2 * (target - before)
                         )  # the jump led back: key frames are farther apart
                     ahead = False
-                frames.append(_pixels(current) if current is not None else frames[-1])
+                frames.append(_pixels(current, size) if current is not None else frames[-1])
     except (av.FFmpegError, OSError, ValueError) as error:
         raise _fault(source, "video", error) from None
     return np.stack(frames)
@@ -325,14 +330,18 @@ def _stream(container: Any, source: Source) -> Any:
     return container.streams.video[0]
 
 
-def _pixels(frame: Any) -> np.ndarray:
+def _pixels(frame: Any, size: tuple[int, int] | None = None) -> np.ndarray:
+    turns = round(frame.rotation / 90) % 4
+    if size is not None and (frame.height, frame.width) != (size if turns % 2 == 0 else size[::-1]):
+        height, width = size if turns % 2 == 0 else size[::-1]
+        frame = frame.reformat(width=width, height=height, interpolation="BICUBIC")
     if any(c.is_alpha for c in frame.format.components):
         rgba = frame.to_ndarray(format="rgba").astype(np.uint16)
         alpha = rgba[..., 3:]
         pixels = ((rgba[..., :3] * alpha + 255 * (255 - alpha)) // 255).astype(np.uint8)
     else:
         pixels = frame.to_ndarray(format="rgb24")
-    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90) % 4))
+    return np.ascontiguousarray(np.rot90(pixels, turns))
 
 
 def _sideways(source: Source) -> bool:

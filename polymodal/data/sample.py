@@ -58,7 +58,9 @@ class Measure:
 
     tokens: int  # text stream, media tokens included
     trained: int  # tokens with a label
-    patches: tuple[int, ...] = ()  # vision patches (before merging) of each medium
+    patches: tuple[
+        int, ...
+    ] = ()  # vision patches (before merging) of each medium; to be generated: (frames, height, width)
 
 
 @dataclass

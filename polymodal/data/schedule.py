@@ -17,6 +17,8 @@ How a window is closed
   not padded, so that costs no arithmetic, and no step is made of a few odd packs. A window holds at least eight global
   batches (data.window is raised for that), hence the average batch is at most a sixteenth smaller than asked.
 * Not packed: windows are multiples of the global batch; only the last batch of an epoch may be smaller.
+* In buckets (samples of one shape to a micro-batch): a window's samples are cut bucket by bucket, so that the last
+  micro-batch of a bucket, and the last batch of a window, may be smaller. No bucket is left out.
 * Only where a window has fewer samples than a batch has packs (a tiny data set) is a packed batch smaller.
 """
 
@@ -134,7 +136,8 @@ class Schedule:
         self.index = index
         self.seed = train.seed
         self.shuffle = data.shuffle
-        self.pack = data.pack
+        self.bucket: np.ndarray | None = getattr(index, "bucket", None)
+        self.pack = data.pack and self.bucket is None
         self.pack_length = data.pack_length or data.max_length
         self.batch = train.global_batch_size
         self.micro = train.micro_batch_size
@@ -157,7 +160,17 @@ class Schedule:
         self.windows = max(1, -(-self.draws // self._window))
         self._steps: dict[int, int] = {}
         self._latest: tuple[tuple[int, int], _Plan] | None = None
-        keys = (self.seed, self.shuffle, self.pack, self.pack_length, self.batch, self.micro, self._window)
+        keys: tuple = (
+            self.seed,
+            self.shuffle,
+            self.pack,
+            self.pack_length,
+            self.batch,
+            self.micro,
+            self._window,
+        )
+        if self.bucket is not None:
+            keys = (*keys, hashlib.sha256(self.bucket.tobytes()).hexdigest())
         prints = [(p.fingerprint, s.usable, s.draws) for p, s in zip(parts, self._sources, strict=True)]
         self.fingerprint: str = hashlib.sha256(repr((keys, prints)).encode()).hexdigest()[:16]
         """Equal fingerprints plan the same batches: a checkpoint keeps it beside its position."""
@@ -194,7 +207,7 @@ class Schedule:
 
     def steps_in_epoch(self, epoch: int = 0) -> int:
         """Global batches of an epoch, exactly. Packed, this plans every window (about 0.1 s each) and remembers."""
-        if not self.pack:
+        if not self.pack and self.bucket is None:
             return -(-self.draws // self.batch)
         if epoch not in self._steps:
             self._steps[epoch] = sum(self._plan(epoch, w).steps for w in range(self.windows))
@@ -228,6 +241,8 @@ class Schedule:
         if not self.pack:
             start, stop = window * self._window, min((window + 1) * self._window, self.draws)
             rows = self._rows(epoch, start, stop)
+            if self.bucket is not None:
+                return self._bucketed(rows, epoch, window)
             batches = np.arange(0, len(rows), self.batch)
             inside = np.arange(0, self.batch, self.micro)
             cuts = (batches[:, None] + inside).ravel()
@@ -254,6 +269,24 @@ class Schedule:
             )
             rows, cuts = rows[places], np.append(0, np.cumsum(sizes))
         return _Plan(rows, cuts, self.batch)
+
+    def _bucketed(self, rows: np.ndarray, epoch: int, window: int) -> _Plan:
+        """Micro-batches of one bucket each, in random order, or without shuffling by their first sample's place."""
+        assert self.bucket is not None
+        bucket = self.bucket[rows]
+        order = np.argsort(bucket, kind="stable")
+        starts = np.append(0, np.cumsum(np.unique(bucket, return_counts=True)[1]))
+        cuts = np.unique(
+            np.concatenate([np.arange(a, b, self.micro) for a, b in zip(starts, starts[1:], strict=False)])
+        )
+        sizes = np.diff(np.append(cuts, len(rows)))
+        if self.shuffle:
+            key = np.uint64(key_of(self.seed, 2, epoch, window))
+            packs = np.argsort(scramble(np.arange(len(cuts), dtype=np.uint64) + key), kind="stable")
+        else:
+            packs = np.argsort(order[cuts], kind="stable")
+        places = np.concatenate([order[cuts[p] : cuts[p] + sizes[p]] for p in packs])
+        return _Plan(rows[places], np.append(0, np.cumsum(sizes[packs])), -(-self.batch // self.micro))
 
     def _jittered(self, lengths: np.ndarray, epoch: int, window: int) -> np.ndarray:
         """Lengths as packing sorts them: up to a tenth longer, at random.

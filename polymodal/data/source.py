@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from polymodal.data.captions import listing
 from polymodal.data.files import OPENERS, Rows, open_rows
 from polymodal.data.formats import RowReader
 from polymodal.data.sample import Record
@@ -128,6 +129,14 @@ def expand(path: str, key: str = "data.datasets.path") -> list[str]:
     )
 
 
+def _annotated(paths: list[str]) -> list[tuple[str, str | None]]:
+    """(data file, folder of its media or None) of each path; a .txt lists them as `folder,annotation file`."""
+    found: list[tuple[str, str | None]] = []
+    for path in paths:
+        found += listing(path) if path.endswith(".txt") else [(path, None)]
+    return found
+
+
 def _merged(own: Attr | None, common: Attr) -> Attr:
     if own is None:
         return common
@@ -156,11 +165,12 @@ def open_corpus(datasets: Sequence[Dataset], attr: Attr | None = None, key: str 
             json.dumps([dataset.format, names.model_dump(), dataset.media_dir], sort_keys=True).encode()
         )
         stop, limit = start, dataset.max_samples or 1 << 62
-        for path in expand(dataset.path, f"{at}.path"):
+        for path, folder in _annotated(expand(dataset.path, f"{at}.path")):
             rows = open_rows(path)
             take = min(len(rows), start + limit - stop)
             if take > 0:
-                files.append((stop, rows, RowReader(dataset.format, names, path, dataset.media_dir)))
+                reader = RowReader(dataset.format, names, path, folder or dataset.media_dir)
+                files.append((stop, rows, reader))
                 digest.update(f"{rows.fingerprint}:{take}".encode())
                 stop += take
             if stop - start >= limit:

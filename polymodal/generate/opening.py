@@ -50,7 +50,7 @@ def kind_of(source: str | os.PathLike) -> Kind:
         )
     if (path / checkpoints.STATE).is_file() or checkpoints.newest(path) is not None:
         return "run"
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+    if lora.is_adapter(path):
         return "adapter"
     if (path / "recipe.yaml").is_file() and not (path / "config.json").is_file():
         raise PolymodalError(
@@ -135,9 +135,9 @@ def _base(model: nn.Module, family: Family, recipe: recipes.Recipe) -> None:
     if recipe.model.lora is not None:
         lora.initialise(model, recipe.model.lora, recipe.train.seed)
     start = recipe.checkpoint.init_from
-    if start and (Path(start) / "config.json").is_file():
+    if start and catalog.is_whole(start):
         weights.load(model, family, Path(start), device="cpu")
-    elif start and (Path(start) / "adapter_config.json").is_file():
+    elif start and lora.is_adapter(start):
         lora.load(model, recipe.model.lora, start)
     elif start:
         found = checkpoints.locate(start)

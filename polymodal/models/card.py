@@ -58,8 +58,40 @@ class ModelCard:
     aliases: tuple[str, ...] = ()
     keywords: tuple[str, ...] = ()  # what people type when they mean it
     kind: Literal["understanding", "generation", "omni", "audio"] = "understanding"
+    pipelines: Mapping[str, str] = field(
+        default_factory=dict
+    )  # generation: task -> diffusers' pipeline class
     verified: str = ""  # how it is checked here: "logits, gradients, keys on tiny models of the class"
     seeds: tuple[str, ...] = ()  # sizes named by the documents this follows
+
+    @property
+    def main(self) -> str:
+        """The tower that adapters go to unless the recipe says otherwise."""
+        return "language" if "language" in self.towers else next(iter(self.towers))
+
+
+@dataclass(frozen=True)
+class Process:
+    """The noise process that a family was trained with: what `auto` means in train.diffusion.
+
+    flow:     x_s = (1 - s) x0 + s n, s in (0, 1); the model is asked for n - x0, or x0 - n where `reversed`.
+    discrete: x_t = sqrt(a_t) x0 + sqrt(1 - a_t) n over `betas`; epsilon = n, v_prediction = sqrt(a_t) n - sqrt(1 - a_t) x0.
+    """
+
+    kind: Literal["flow", "discrete"] = "flow"
+    reversed: bool = False
+    ascending: bool = False  # the model's timestep is 1 at the data (Lumina): it is given 1 - s
+    scale: float = 1000.0  # the model's timestep is s times this
+    density: str = "logit_normal"
+    shift: float | Literal["dynamic"] = 1.0
+    dynamic: Mapping[str, float] = field(
+        default_factory=dict
+    )  # base_image_seq_len, max_image_seq_len, base_shift, max_shift
+    weighting: str = "none"
+    prediction: str = "epsilon"
+    betas: tuple[float, ...] = ()
+    zero_snr: bool = False
+    range: tuple[float, float] = (0.0, 1.0)  # of s, where two models share the levels
 
 
 @dataclass

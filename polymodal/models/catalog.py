@@ -242,10 +242,15 @@ def _absent(repository: str, revision: str | None, missing: list[str], why: str)
     )
 
 
+def is_whole(directory: str | os.PathLike) -> bool:
+    """Whether a directory is a whole checkpoint of transformers or diffusers, by its config files."""
+    return any((Path(directory) / name).is_file() for name in ("config.json", "model_index.json"))
+
+
 def missing_files(directory: Path, weights: bool = True) -> list[str]:
     """Files that a checkpoint's own lists name and that are not there."""
     if (directory / "model_index.json").is_file():
-        return []
+        return _missing_parts(directory, weights)
     if not (directory / "config.json").is_file():
         return ["config.json"]
     if not weights:
@@ -255,6 +260,22 @@ def missing_files(directory: Path, weights: bool = True) -> list[str]:
         shards = sorted(set(_read(index).get("weight_map", {}).values()))
         return [name for name in shards if not (directory / name).is_file()]
     return [] if any(directory.glob("*.safetensors")) else ["model.safetensors"]
+
+
+def _missing_parts(directory: Path, weights: bool) -> list[str]:
+    """Files of a diffusers pipeline that are not there: config.json of a denoiser, shards that an index lists."""
+    parts = [
+        name
+        for name, entry in _read(directory / "model_index.json").items()
+        if isinstance(entry, list) and len(entry) == 2 and None not in entry
+    ]
+    missing = [f"{part}/" for part in parts if not (directory / part).is_dir()]
+    if not weights:
+        return missing
+    for index in sorted(directory.glob("*/*.safetensors.index.json")):
+        shards = sorted(set(_read(index).get("weight_map", {}).values()))
+        missing += [f"{index.parent.name}/{name}" for name in shards if not (index.parent / name).is_file()]
+    return missing
 
 
 def _check(directory: Path, source: str, weights: bool) -> None:
@@ -310,6 +331,8 @@ def family(model: Model) -> Family:
 
     directory = resolve(model.source, model.revision, weights=model.init == "pretrained")
     card = find(directory)
+    if card.kind == "generation":
+        return _pipeline_family(card, directory, model)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -320,6 +343,23 @@ def family(model: Model) -> Family:
     for name in ("attention", "experts"):
         setattr(made, name, getattr(model, name))
     getattr(made, "check", lambda: None)()
+    return made
+
+
+def _pipeline_family(card: ModelCard, directory: Path, model: Model) -> Family:
+    """The family of a diffusers pipeline: the denoiser's config.json, by the name that the family has for it."""
+    path = directory / getattr(card.family, "part", "transformer") / "config.json"
+    config = _read(path)
+    flat = dict(_flat(model.config))
+    for key, value in flat.items():
+        if key not in config:
+            raise PolymodalError(f"model.config: `{key}` is not a key of {path}.", _mean(key, config))
+        config[key] = _typed(key, config[key], value)
+    made = card.family(card, config, str(directory))
+    for name in ("attention", "experts"):
+        setattr(made, name, getattr(model, name))
+    made.overridden = bool(flat)  # type: ignore[attr-defined]
+    made.check()  # type: ignore[attr-defined]
     return made
 
 

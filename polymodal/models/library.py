@@ -214,8 +214,28 @@ def rules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[[nn.Modul
         owners[path] = owner = module if isinstance(module, PreTrainedModel) else around
         if owner is not None:
             yield path, module, owner._init_weights
+        elif hasattr(type(module), "reset_parameters"):
+            yield path, module, type(module).reset_parameters
         else:
-            yield path, module, getattr(type(module), "reset_parameters", None)
+            yield path, module, _own_parameters if builds_buffers(model) else None
+
+
+def builds_buffers(model: nn.Module) -> bool:
+    """Whether a model is diffusers', which is built with its buffers in place (models/pipelines.py)."""
+    return hasattr(model, "register_to_config") and hasattr(model, "load_config")
+
+
+@torch.no_grad()
+def _own_parameters(module: nn.Module) -> None:
+    """diffusers has no initialiser for parameters that hang directly in its modules: gains are ones, shifts zeros,
+    tables normal with the standard deviation 1 / sqrt(width), as its constructors draw them."""
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        if parameter.ndim == 1:
+            parameter.fill_(0.0 if name.endswith(("bias", "beta", "shift")) else 1.0)
+        else:
+            parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
 
 
 def optional(model: nn.Module, name: str) -> bool:

@@ -31,6 +31,7 @@ from polymodal.recipe import Lora
 NAME = "default"  # peft's name of the one adapter
 PREFIX = "base_model.model."  # of every key in peft's files
 STEM = "adapter_model"
+DIFFUSERS_STEM = "pytorch_lora_weights"
 
 REFUSED_STARTS = {
     "pissa": "it moves part of each weight into its adapter, so the adapter no longer fits the base that lies on disk",
@@ -41,6 +42,11 @@ REFUSED_STARTS = {
 def scale(lora: Lora) -> float:
     """What an adapter's output is multiplied by: alpha / r, or alpha / sqrt(r) (rank-stabilised, arXiv:2312.03732)."""
     return lora.alpha / (sqrt(lora.rank) if lora.rslora else lora.rank)
+
+
+def towers_of(lora: Lora, card: ModelCard) -> list[str]:
+    """The towers that get adapters: the recipe's, or the card's main one."""
+    return lora.towers if lora.towers is not None else [card.main]
 
 
 def attach(model: nn.Module, lora: Lora, card: ModelCard) -> list[str]:
@@ -78,13 +84,14 @@ def _names(model: nn.Module) -> list[str]:
 
 def layers(model: nn.Module, lora: Lora, card: ModelCard) -> list[str]:
     """Names of the layers that get adapters, in the model's order. Raises PolymodalError as `attach` does."""
-    unknown = [tower for tower in lora.towers if tower not in card.towers]
-    if unknown or not lora.towers:
+    towers = towers_of(lora, card)
+    unknown = [tower for tower in towers if tower not in card.towers]
+    if unknown or not towers:
         raise PolymodalError(
-            f"model.lora.towers = {lora.towers}: {card.name} has the towers {', '.join(card.towers)}.",
+            f"model.lora.towers = {towers}: {card.name} has the towers {', '.join(card.towers)}.",
             "Name one or more of them.",
         )
-    inside = tuple(prefix for tower in lora.towers for prefix in card.towers[tower])
+    inside = tuple(prefix for tower in towers for prefix in card.towers[tower])
     modules = {
         n: m for n, m in model.named_modules() if n and any(n == p or n.startswith(p + ".") for p in inside)
     }
@@ -92,7 +99,7 @@ def layers(model: nn.Module, lora: Lora, card: ModelCard) -> list[str]:
     if lora.targets == "all-linear":
         if not linear:
             raise PolymodalError(
-                f"The towers {', '.join(lora.towers)} of {card.name} have no linear layers.",
+                f"The towers {', '.join(towers)} of {card.name} have no linear layers.",
                 "Choose other model.lora.towers.",
             )
         return linear
@@ -132,7 +139,7 @@ def _no_layer(
     endings = sorted({n.rpartition(".")[2] for n in linear})
     near = difflib.get_close_matches(leaf, endings, 1, 0.5)
     return PolymodalError(
-        f"{what} fits no linear layer of {', '.join(lora.towers)} in {card.name}.",
+        f"{what} fits no linear layer of {', '.join(towers_of(lora, card))} in {card.name}.",
         (f"Did you mean {near[0]}? " if near else "") + f"There are: {', '.join(endings)}.",
     )
 
@@ -238,9 +245,49 @@ def save(
     return final
 
 
+def is_adapter(directory: str | Path) -> bool:
+    """Whether a directory holds an adapter, in peft's format or diffusers', and no whole model."""
+    found = Path(directory)
+    if (found / "config.json").is_file() or (found / "model_index.json").is_file():
+        return False
+    return (found / "adapter_config.json").is_file() or (found / f"{DIFFUSERS_STEM}.safetensors").is_file()
+
+
+def save_for_pipeline(
+    state: Mapping[str, Tensor],
+    model: nn.Module,
+    lora: Lora,
+    directory: str | Path,
+    *,
+    pipeline: Any,
+    part: str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write adapters as the file that `load_lora_weights` of diffusers opens, rank and alpha inside.
+
+    state: whole adapters by parameter name; pipeline: the diffusers class; part: the denoiser's name in it.
+    """
+    names = adapters(model)
+    lost = sorted(set(names) - set(state))
+    if lost:
+        raise PolymodalError(
+            f"The state lacks {len(lost)} adapters: {', '.join(lost[:4])}.", "Give all of the model's."
+        )
+    chosen = list(dict.fromkeys(name.split(".lora_")[0] for name in names))
+    config = config_of(lora, _selector(chosen, _names(model))).to_dict()
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items() if k != "task_type"}
+    layers = {
+        n.replace(f".{NAME}.", "."): state[n].detach().cpu().to(dtype or torch.float32).contiguous()
+        for n in names
+    }
+    pipeline.save_lora_weights(
+        str(directory), **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": config}
+    )
+
+
 @torch.no_grad()
 def load(model: nn.Module, lora: Lora | None, directory: str | Path) -> None:
-    """Fill a model's adapters, laid out or not, from a peft directory; each rank reads its slices.
+    """Fill a model's adapters, laid out or not, from a directory of peft or diffusers; each rank reads its slices.
 
     Raises PolymodalError when the adapter is of another kind, rank, scale or set of layers.
     """
@@ -252,8 +299,10 @@ def load(model: nn.Module, lora: Lora | None, directory: str | Path) -> None:
         )
     weights.materialise(model)
     _compare(directory, lora)
-    files = Files(directory, (STEM,))
-    held = {PREFIX + name.replace(f".{NAME}.", "."): p for name, p in adapters(model).items()}
+    ours = (directory / "adapter_config.json").is_file()
+    files = Files(directory, (STEM if ours else DIFFUSERS_STEM,))
+    prefix = PREFIX if ours else next(iter(files.shapes)).partition(".")[0] + "."
+    held = {prefix + name.replace(f".{NAME}.", "."): p for name, p in adapters(model).items()}
     for few, many, what in ((held, files.shapes, "lacks"), (files.shapes, held, "has")):
         lost = sorted(set(few) - set(many))
         if lost:
@@ -276,7 +325,10 @@ def load(model: nn.Module, lora: Lora | None, directory: str | Path) -> None:
 def _compare(directory: Path, lora: Lora) -> None:
     path = directory / "adapter_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file() and (directory / f"{DIFFUSERS_STEM}.safetensors").is_file():
+            path, config = directory / f"{DIFFUSERS_STEM}.safetensors", _diffusers_config(directory, lora)
+        else:
+            config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise PolymodalError(
             f"{path} cannot be read: {error}.", "Give the directory of a peft adapter."
@@ -293,6 +345,29 @@ def _compare(directory: Path, lora: Lora) -> None:
                 f"{path}: {key} is {config.get(key)}, the recipe's model.lora.{name} is {mine}.",
                 f"Set model.lora.{name} to {config.get(key)}.",
             )
+
+
+def _diffusers_config(directory: Path, lora: Lora) -> dict[str, Any]:
+    """peft's config as diffusers keeps it in the file's header; a file without one has alpha = rank."""
+    from safetensors import safe_open
+
+    with safe_open(str(directory / f"{DIFFUSERS_STEM}.safetensors"), framework="pt") as file:
+        kept = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        rank = next(
+            (file.get_slice(k).get_shape()[0] for k in sorted(file.keys()) if ".lora_A." in k), lora.rank
+        )
+    config = {key.rpartition(".")[2]: value for key, value in kept.items()}
+    return {"peft_type": "LORA", "r": rank, "lora_alpha": rank, **config}
+
+
+def read_settings(directory: Path) -> Lora:
+    """The recipe's section that a LoRA file of diffusers was trained with, its layers named one by one."""
+    config = _diffusers_config(directory, Lora())
+    files = Files(directory, (DIFFUSERS_STEM,))
+    named = sorted({key.partition(".")[2].split(".lora_")[0] for key in files.shapes})
+    return Lora(
+        rank=config["r"], alpha=config["lora_alpha"], rslora=bool(config.get("use_rslora")), targets=named
+    )
 
 
 def merged_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

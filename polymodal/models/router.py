@@ -328,6 +328,8 @@ def way(card: ModelCard, size: str | None, task: Task, devices: int | None = Non
     """The whole way for a model that is here, each stage with its paths and its command."""
     key = size or middle(card)
     facts = card.sizes[key]
+    if card.kind == "generation":
+        return _way_of_generation(card, key, task, devices)
     name = f"{card.name}-{key}"
     method = task if task in ("sft", "lora", "pretrain") else "sft"
     count = devices or facts.devices
@@ -363,6 +365,40 @@ def way(card: ModelCard, size: str | None, task: Task, devices: int | None = Non
             Stage(s.title, s.command.replace(f"runs/{run}", weights), f"{weights}/", s.writes.replace(run, weights.rpartition("/")[2]))
             for s in stages if s.title == ("Ask it" if task == "chat" else "Evaluate")
         )  # fmt: skip
+    return tuple(stages)
+
+
+def _way_of_generation(card: ModelCard, key: str, task: Task, devices: int | None) -> tuple[Stage, ...]:
+    """The same for a model that generates: its clips or pictures are encoded once, before training."""
+    facts = card.sizes[key]
+    method = task if task in ("sft", "lora", "pretrain") else "sft"
+    count, run = devices or facts.devices, f"{card.name}-{key}-{method}"
+    weights, nproc = f"model_from_hf/{facts.hub.rpartition('/')[2]}", min(count, 8)
+    stages = [
+        Stage("Check the machine", "polymodal doctor"),
+        Stage("Fetch the weights", f"polymodal download {facts.hub} --to {weights}", writes=f"{weights}/", note="diffusers' layout, used as it is: no conversion"),
+        Stage("Look at the data", "polymodal data check dataset/data.json", reads="dataset/data.json (path, cap), dataset/videos/ or images/", note="json, jsonl, csv, parquet; data.txt of folder,annotation lines"),
+        Stage("Write the recipe", f"polymodal init {weights} --size {key} --task {method} --devices {count} --data dataset/data.json -o {run}.yaml", reads=f"{weights}/model_index.json", writes=f"{run}.yaml"),
+        Stage("Extract features", f"polymodal encode {run}.yaml --nproc {nproc}", reads=f"{weights}/, dataset/", writes=f"runs/{run}/features/ (latents and text embeddings)", note="VAE and text encoder run once; the same command again makes only what is missing"),
+        Stage("Train", f"polymodal train {run}.yaml --nproc {nproc}", reads=f"{weights}/, runs/{run}/features/", writes=f"runs/{run}/"),
+    ]  # fmt: skip
+    if task in NOT_YET:
+        stages.append(Stage(task.upper(), note=NOT_YET[task], reads=f"runs/{run}/", here=False))
+    merge = " --merge-lora" if method == "lora" else ""
+    stages += [
+        Stage("Sample", f'polymodal generate runs/{run} --prompt "a cat runs" --out samples/{run}', reads=f"runs/{run}/", writes=f"samples/{run}/ (mp4 or png, sheet.png, samples.json)"),
+        Stage("Export", f"polymodal export runs/{run} out/{run}{merge}", reads=f"runs/{run}/", writes=f"out/{run}/ (diffusers' layout)"),
+    ]  # fmt: skip
+    if task in ("chat", "evaluate"):
+        return (
+            *stages[:2],
+            Stage(
+                "Sample",
+                f'polymodal generate {weights} --prompt "a cat runs" --out samples',
+                f"{weights}/",
+                "samples/",
+            ),
+        )
     return tuple(stages)
 
 

@@ -90,11 +90,12 @@ def load(
 
 def _directory(source: Any, family: Family | None) -> Path:
     if source is None:
-        source = getattr(family, "source", None)
+        source = getattr(family, "weights_source", None) or getattr(family, "source", None)
     if source is None:
         raise ValueError("a family or a source is needed")
     if isinstance(source, (str, Path)) and Path(source).is_dir():
-        return Path(source)
+        part = Path(source) / getattr(family, "part", "")  # of a pipeline, the denoiser's directory
+        return part if part.is_dir() else Path(source)
     from polymodal.models import catalog
 
     return Path(catalog.resolve(getattr(source, "source", source), getattr(source, "revision", None)))
@@ -220,6 +221,10 @@ def materialise(model: nn.Module, device: torch.device | str | None = None) -> N
     for (module, name), *others in owners.values():
         for other, label in others:
             other._parameters[label] = module._parameters[name]
+    for module in model.modules():  # diffusers' models are built with their buffers' values, on the CPU
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta and buffer.device.type != place.type:
+                module._buffers[name] = buffer.to(place)
 
 
 def _place(model: nn.Module) -> torch.device:
@@ -302,6 +307,7 @@ def read(model: nn.Module, source: str | Path) -> Iterator[tuple[str, Tensor]]:
 # ---------------------------------------------------------------------------------------------- random values, buffers
 
 
+@torch.no_grad()
 def initialise(
     model: nn.Module, family: Family | None = None, seed: int = 0, device: torch.device | str | None = None
 ) -> None:
@@ -313,6 +319,9 @@ def initialise(
     materialise(model, device)
     _draw(model, {names[0] for _, names in library.aliases(model)}, seed)
     rebuild_buffers(model, persistent=True)
+    for name, parameter in model.named_parameters():
+        if any(fnmatchcase(plain(name), pattern) for pattern in getattr(family, "zero", ())):
+            _local(parameter).zero_()
 
 
 def _draw(model: nn.Module, names: set[str], seed: int) -> None:
@@ -356,7 +365,7 @@ def rebuild_buffers(model: nn.Module, persistent: bool = False) -> None:
             for n, b in module._buffers.items()
             if b is not None and (persistent or n in module._non_persistent_buffers_set)
         }
-        if not names:
+        if not names or library.builds_buffers(model):
             continue
         before = {n: (module.get_buffer(n), module.get_buffer(n)._version) for n in names}
         if rule is not None:

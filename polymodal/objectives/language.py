@@ -185,6 +185,10 @@ class LanguageObjective:
     The balance loss is declared per micro-batch: a pack's loss depends on that pack alone, a step takes their mean.
     """
 
+    term = "text"
+    parts = ("text", "image", "video", "audio", "mixed")
+    """What losses are told apart by in logs: nll/<part> and tokens/<part>."""
+
     def __init__(
         self, weighting: Weighting = "per_token", aux_weight: float = 0.0, experts_per_token: int = 0
     ):
@@ -199,6 +203,10 @@ class LanguageObjective:
         if self.aux_weight:
             terms["balance"] = 1.0 if total > 0 else 0.0
         return terms
+
+    def validation(self) -> LanguageObjective:
+        """What validation measures: the same."""
+        return self
 
     def prepare(self, actors: Any, batches: list[Batch]) -> list[Batch]:
         """Nothing to draw or to precompute for supervised text."""

@@ -49,6 +49,8 @@ class BatchLayout:
     def __call__(self, batches: Sequence[Batch]) -> list[Batch]:
         """Packed batches -> the same with this rank's rows of input_ids and position_ids, `rows` [n] int64 among the
         tensors (labels and weights stay whole), `cut` for attention, and `media` where pictures are dealt out."""
+        if self.family.layout == "uniform":  # samples of one shape: neither cut nor dealt out
+            return list(batches)
         out = [self._cut(batch) for batch in batches]
         if self.group is None:
             return out

@@ -77,7 +77,7 @@ def static(recipe: Recipe, world: int, problems: Problems) -> None:
     problems.run(ParallelSizes.of, recipe.parallel, world)
     for name, value in recipe.device.env.items():
         problems.run(device.checked_variable, name, value)
-    if not recipe.data.datasets:
+    if not recipe.data.datasets and recipe.data.features is None:
         problems.add(
             "The recipe has no data.datasets.", "Add at least one, e.g. data.datasets: [{path: train.json}]."
         )
@@ -113,17 +113,14 @@ def static(recipe: Recipe, world: int, problems: Problems) -> None:
 
 def _starts(recipe: Recipe, problems: Problems) -> None:
     """Where weights and state come from, besides model.source."""
+    from polymodal.models import catalog, lora
     from polymodal.train import checkpoint
 
     chosen = recipe.checkpoint.resume
     if chosen not in ("auto", "never"):
         problems.run(lambda: checkpoint.locate(chosen))
     origin = recipe.checkpoint.init_from
-    if (
-        origin is not None
-        and not (Path(origin) / "config.json").is_file()
-        and not (Path(origin) / "adapter_config.json").is_file()
-    ):
+    if origin is not None and not catalog.is_whole(origin) and not lora.is_adapter(origin):
         problems.run(lambda: checkpoint.locate(origin))
 
 
@@ -147,7 +144,7 @@ def family_of(recipe: Recipe, world: int, problems: Problems) -> Any:
         family.card, family.config, sizes, recipe.parallel, recipe.model.attention
     )
     towers = family.card.towers
-    for name in recipe.model.lora.towers if recipe.model.lora is not None else ():
+    for name in (recipe.model.lora.towers or ()) if recipe.model.lora is not None else ():
         if name not in towers:
             problems.add(
                 f"model.lora.towers: {family.card.name} has no tower `{name}`.",
@@ -274,6 +271,37 @@ def measure(
     return facts, schedule
 
 
+def measure_buckets(
+    recipe: Recipe, family: Any, section: Any, problems: Problems
+) -> tuple[DataFacts | None, Any]:
+    """The same for a model that generates: its features, or its clips when data.encode is online."""
+    import numpy as np
+
+    from polymodal.train.tasks import task_of
+
+    task = problems.run(lambda: task_of(recipe, family))
+    feed = problems.run(lambda: task.feed(section, 0)) if task is not None else None
+    if feed is None:
+        return None, None
+    schedule, index = feed.schedule, feed.schedule.index
+    usable, tokens = np.asarray(index.usable), np.asarray(index.tokens)
+    facts = DataFacts(
+        rows=len(usable), usable=int(usable.sum()), parts=[], dropped={}, tokens=int(tokens[usable].sum(dtype="int64")), trained=int(tokens[usable].sum(dtype="int64")),
+        patches=0, longest=int(tokens.max()) if len(tokens) else 0, histogram=histogram(tokens[usable], int(tokens.max()) if len(tokens) else 1),
+    )  # fmt: skip
+    facts.parts = [
+        {"name": s.name, "usable": s.usable, "draws": s.draws, "weight": None, "repeat": 1.0}
+        for s in schedule.shares
+    ]
+    facts.steps_per_epoch = schedule.steps_in_epoch(0)
+    for batch in schedule.batches(epochs=1):
+        facts.looked_at += 1
+        facts.packs += len(batch.packs)
+        if facts.looked_at == 200:
+            break
+    return facts, schedule
+
+
 def check(
     recipe: Recipe, world: int | None = None, measure_data: bool = True, progress: Any = None
 ) -> Report:
@@ -295,7 +323,15 @@ def check(
                 f"train.global_batch_size = {recipe.train.global_batch_size} is less than the {sizes.dp} ranks that see different data: some idle in every step."
             )
     ratio = 0.0
-    if family is not None and measure_data and recipe.data.datasets:
+    if family is not None and family.layout == "uniform":
+        report.data, schedule = (
+            measure_buckets(recipe, family, "datasets", problems) if measure_data else (None, None)
+        )
+        if schedule is not None:
+            report.steps = recipe.train.steps or schedule.steps_in(recipe.train.epochs)
+        if recipe.data.validation and measure_data:
+            report.validation, _ = measure_buckets(recipe, family, "validation", problems)
+    elif family is not None and measure_data and recipe.data.datasets:
         report.data, schedule = measure(
             recipe, family, recipe.data.datasets, problems, "data.datasets", progress
         )
@@ -316,7 +352,7 @@ def check(
 def _model(recipe: Recipe, family: Any, world: int, ratio: float, report: Report, problems: Problems) -> None:
     from polymodal.train import estimate, optim
 
-    towers = set(recipe.model.lora.towers) if recipe.model.lora is not None else set()
+    towers = set(recipe.model.lora.towers or ()) if recipe.model.lora is not None else set()
     model = (
         problems.run(lambda: estimate.meta_model(family, recipe))
         if towers <= set(family.card.towers)

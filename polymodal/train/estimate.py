@@ -167,6 +167,8 @@ def activations(family: Family, recipe: Recipe, patches_per_token: float) -> tup
     holds for the vision tower, by patches.
     """
     config, data, parallel = family.config, recipe.data, recipe.parallel
+    if family.layout == "uniform":
+        return _denoiser_activations(family, recipe)
     text = getattr(config, "text_config", config)
     tokens = (
         (data.pack_length or data.max_length)
@@ -205,6 +207,24 @@ def activations(family: Family, recipe: Recipe, patches_per_token: float) -> tup
     rows = tokens / parallel.cp
     total += rows * text.hidden_size * 4 + min(CHUNK_ELEMENTS, rows * text.vocab_size) * 4 * 2
     return int(total), assumed
+
+
+def _denoiser_activations(family: Any, recipe: Recipe) -> tuple[int, str]:
+    """The same for the largest shape of data.clip: a block's norms, modulations, attention and a feed-forward of four widths."""
+    clip, grid = recipe.data.clip, family.grid()
+    frames = 1 if grid.time == 1 else max(clip.frames)
+    height, width = (
+        max(clip.sizes, key=lambda s: s[0] * s[1]) if clip.sizes else (grid.side, clip.pixels // grid.side)
+    )
+    tokens = grid.tokens(frames, height, width) * recipe.train.micro_batch_size / recipe.parallel.cp
+    layers, hidden, _ = family.size()
+    byte = 4 if recipe.train.precision == "fp32" else 2
+    layer, kept = tokens * byte * hidden * (10 + 8 + 8), tokens * byte * hidden
+    share = {"none": layer, "selective": kept + 0.7 * layer, "full": kept}[recipe.parallel.recompute]
+    total = layers * share + (layer if recipe.parallel.recompute != "none" else 0)
+    return int(
+        total
+    ), f"{recipe.train.micro_batch_size} x {tokens / recipe.train.micro_batch_size:.0f} latent tokens"
 
 
 def disk(recipe: Recipe, estimate: Estimate) -> tuple[int, int]:

@@ -41,6 +41,7 @@ from polymodal.generate.opening import (
     put_on,
 )
 from polymodal.models import catalog, lora, weights
+from polymodal.train import export_pipeline
 
 MARKER = "polymodal_export.json"
 """In every export: where it came from and how it was proven; a directory that has it may be written again."""
@@ -105,15 +106,22 @@ def export(
     adapter = adapted and not merge_lora
     chosen = DTYPES[dtype] if dtype else torch.float32 if adapter else _dtype_of(made.family.config)
     with _partial(final) as partial:
-        what = _write(made, partial, chosen, merge_lora, max_shard_bytes)
-        _processor(made, partial)
-        tokens, difference, largest, computed = _prove(made, partial, what, chosen)
+        if made.family.layout == "uniform":
+            what, tokens, difference, largest, computed = export_pipeline.write(
+                made, partial, DTYPES[dtype] if dtype else None, merge_lora, max_shard_bytes
+            )
+            chosen = DTYPES[dtype] if dtype else export_pipeline.dtype_of(made.family, adapter)
+        else:
+            what = _write(made, partial, chosen, merge_lora, max_shard_bytes)
+            _processor(made, partial)
+            tokens, difference, largest, computed = _prove(made, partial, what, chosen)
         step = int(made.checkpoint.name.rpartition("-")[2]) if kind == "run" else None
         result = Exported(
             str(final), os.fspath(source), what, str(chosen).removeprefix("torch."), step, tokens, difference, largest,
             computed, round(time.perf_counter() - began, 2),
         )  # fmt: skip
-        (partial / MARKER).write_text(json.dumps(asdict(result), indent=1))
+        about = {**asdict(result), "base": _base_name(made.recipe)} if adapter else asdict(result)
+        (partial / MARKER).write_text(json.dumps(about, indent=1))
         _swap(partial, final)
     return result
 
@@ -121,12 +129,21 @@ def export(
 def run(source: str, directory: str | os.PathLike, **options: Any) -> int:
     """The command: export, and say what was written and how it was proven. Returns the exit code."""
     done = export(source, directory, **options)
-    size = sum(f.stat().st_size for f in Path(done.directory).glob("*.safetensors"))
-    with_what = "peft" if done.what == "adapter" else "transformers"
+    where = Path(done.directory)
+    size = sum(f.stat().st_size for f in where.rglob("*.safetensors"))
+    pipeline = (where / "model_index.json").is_file() or (
+        where / f"{lora.DIFFUSERS_STEM}.safetensors"
+    ).is_file()
+    with_what = "diffusers" if pipeline else "peft" if done.what == "adapter" else "transformers"
+    compared = (
+        f"predictions of {done.tokens} values"
+        if pipeline
+        else f"logits of {done.tokens} tokens (text and a picture)"
+    )
     print(
         f"{done.directory}: {done.what}, {done.dtype}, {size / 2**20:.1f} MiB\n"
-        f"opened with {with_what}: logits of {done.tokens} tokens (text and a picture) differ by {done.difference:.1e} at most "
-        f"(largest logit {done.largest:.1f}, computed in {done.computed})"
+        f"opened with {with_what}: {compared} differ by {done.difference:.1e} at most "
+        f"(largest {done.largest:.1f}, computed in {done.computed})"
     )
     return 0
 
@@ -191,6 +208,8 @@ def _opened(source: str | os.PathLike, kind: str, ema: bool, base: str | None) -
     if kind == "run":
         return assemble(source, ema=ema, base=base)
     if kind == "adapter":
+        if not (Path(source) / "adapter_config.json").is_file():
+            return export_pipeline.open_adapter(Path(source), base)
         return _adapter(Path(source), base)
     recipe = recipes.Recipe(model=recipes.Model(source=os.fspath(source)))
     family = catalog.family(recipe.model)
@@ -252,8 +271,8 @@ def _base_name(recipe: recipes.Recipe) -> str:
     """
     source = recipe.model.source
     start = recipe.checkpoint.init_from
-    if start and not (Path(start) / "adapter_config.json").is_file():
-        if not (Path(start) / "config.json").is_file():
+    if start and not lora.is_adapter(start):
+        if not catalog.is_whole(start):
             raise PolymodalError(
                 f"The run's adapters are on top of another run (checkpoint.init_from = {start}), which peft cannot open.",
                 "Add --merge-lora; or export that run, and train adapters from its export.",

@@ -17,9 +17,6 @@ from polymodal.data.sample import Batch
 from polymodal.models.card import Family, Output
 from polymodal.parallel.apply import last_micro_batch
 
-MODALITIES = ("text", "image", "video", "audio", "mixed")
-
-
 Finish = Callable[[Output, Batch], Any]
 
 
@@ -53,12 +50,10 @@ def inverse_weights(
 
 
 class Tally:
-    """Logs of a step, added over micro-batches and, as one vector on the CPU, over ranks."""
+    """Logs of a step, added over micro-batches and, as one vector on the CPU, over ranks. parts: the objective's."""
 
-    KEYS = ("loss", "balance", *(f"{k}/{m}" for m in MODALITIES for k in ("nll", "tokens")))
-
-    def __init__(self, extra: Sequence[str] = ()):
-        self.keys = (*self.KEYS, *extra)
+    def __init__(self, parts: Sequence[str] = (), extra: Sequence[str] = ()):
+        self.keys = ("loss", "balance", *(f"{k}/{p}" for p in parts for k in ("nll", "tokens")), *extra)
         self.values: dict[str, float | Tensor] = {}
 
     def add(self, logs: dict[str, Any]) -> None:

@@ -17,22 +17,18 @@ import torch.distributed as dist
 
 from polymodal import device as devices
 from polymodal import recipe as recipes
-from polymodal.data.chat import ChatProcessor
-from polymodal.data.index import build_index
-from polymodal.data.loader import Loader
 from polymodal.data.schedule import Position, Schedule
-from polymodal.data.source import open_corpus
 from polymodal.errors import PolymodalError
 from polymodal.launch import Runtime, runtime
 from polymodal.models import catalog, lora, weights
-from polymodal.objectives.language import LanguageObjective
 from polymodal.parallel.apply import apply
 from polymodal.parallel.batches import BatchLayout
 from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.parallel.ops import clip_, grad_norm
 from polymodal.recipe import Recipe
 from polymodal.train import checkpoint, monitor, optim
-from polymodal.train.step import MODALITIES, Tally, bind, forward_backward, forward_only, inverse_weights
+from polymodal.train.step import Tally, bind, forward_backward, forward_only, inverse_weights
+from polymodal.train.tasks import task_of
 
 
 def run(recipe: Recipe) -> int:
@@ -77,9 +73,8 @@ class Trainer:
         if recipe.model.lora is not None:
             lora.attach(self.model, recipe.model.lora, self.card)
         optim.freeze(self.model, recipe.train.freeze, self.card.towers)
-        self.objective = LanguageObjective(
-            recipe.train.loss, **self.family.balance(recipe.train.router_aux_loss)
-        )
+        self.task = task_of(recipe, self.family)
+        self.objective = self.task.objective
         bind(self.model, self.family)
         apply(self.model, self.card, self.mesh, recipe)
         self.lay_out = BatchLayout(self.family, self.mesh, recipe.parallel)
@@ -92,23 +87,12 @@ class Trainer:
         self.model.train()
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
-    def _schedule(self, datasets: list[recipes.Dataset], shuffle: bool) -> tuple[Any, Schedule]:
-        data = self.recipe.data if shuffle else self.recipe.data.model_copy(update={"shuffle": False})
-        corpus = open_corpus(datasets, data.attr)
-        index = build_index(corpus, self.chat, data, rank=self.rt.rank)
-        schedule = Schedule(index, corpus.parts, data, self.recipe.train, self.family.cost)
-        return corpus, schedule
-
     def _build_data(self) -> None:
         recipe = self.recipe
-        if not recipe.data.datasets:
-            raise PolymodalError(
-                "The recipe has no data.datasets.",
-                "Add at least one, e.g. data.datasets: [{path: train.json}].",
-            )
-        self.chat = ChatProcessor(self.family.media_processor(recipe.data), recipe.data)
-        self.corpus, self.schedule = self._schedule(recipe.data.datasets, recipe.data.shuffle)
-        self.validation = self._schedule(recipe.data.validation, False) if recipe.data.validation else None
+        self.task.start(self.device)
+        self.feed = self.task.feed("datasets", self.rt.rank)
+        self.schedule = self.feed.schedule
+        self.validation = self.task.feed("validation", self.rt.rank) if recipe.data.validation else None
         self.steps = recipe.train.steps or self.schedule.steps_in(recipe.train.epochs)
 
     def _build_optimizer(self) -> None:
@@ -174,10 +158,10 @@ class Trainer:
 
     def _init_from(self, source: str) -> None:
         path = Path(source)
-        if (path / "config.json").is_file():
+        if catalog.is_whole(path):
             weights.load(self.model, self.family, device=self.device, source=str(path))
             return
-        if (path / "adapter_config.json").is_file():
+        if lora.is_adapter(path):
             lora.load(self.model, self.recipe.model.lora, path)
             return
         found = checkpoint.locate(path)
@@ -227,10 +211,9 @@ class Trainer:
     def train(self) -> int:
         self.rt.catch_signals()
         recipe, state = self.recipe, self.state
-        loader = Loader(
-            self.schedule, self.corpus, self.chat, recipe.data,
+        loader = self.feed.loader(
             dp_rank=self.mesh.dp_rank, dp_size=self.mesh.sizes.dp, start=Position(**state.position),
-            stop_after=self.steps - state.step, rows=self.chat.media.rows,
+            stop_after=self.steps - state.step,
         )  # fmt: skip
         saved = state.step
         began = time.perf_counter()
@@ -271,10 +254,10 @@ class Trainer:
         recipe, state = self.recipe, self.state
         # Dropout is the only randomness left in a step; it depends on (seed, step, data rank), so resume needs no RNG.
         torch.manual_seed((recipe.train.seed * 1_000_003 + step) * 1_009 + self.mesh.dp_rank)
-        batches = self.objective.prepare(None, batch.micro_batches)
+        batches = self.objective.prepare(self.task.actors, batch.micro_batches)
         inverse = inverse_weights(self.objective, batches, self.dp_group)
         batches = self.lay_out(batches)
-        tally = Tally(("samples", "seqtokens", "media", "flops", "wait"))
+        tally = Tally(self.objective.parts, ("samples", "seqtokens", "media", "flops", "wait"))
         forward_backward(self.model, self.objective, batches, inverse, self.device, tally, self.scaler.scale)
         stats, once = batch.stats, self.mesh.at["cp"] == 0  # context-parallel ranks read the same
         tally.add({
@@ -329,7 +312,7 @@ class Trainer:
             "memory_gib": devices.memory(self.rt.device)["peak"] / 2**30,
             "samples": self.state.samples, "tokens": self.state.tokens, "skipped": not accepted,
         }  # fmt: skip
-        for name in MODALITIES:
+        for name in self.objective.parts:
             if total[f"tokens/{name}"]:
                 values[f"loss/{name}"] = total[f"nll/{name}"] / total[f"tokens/{name}"]
         if self.objective.aux_weight:
@@ -345,24 +328,25 @@ class Trainer:
         """Loss over the validation data with the same forward; equal work a rank by construction."""
         if self.validation is None:
             return
-        corpus, schedule = self.validation
-        count = schedule.steps_in_epoch(0)
+        objective = self.objective.validation()
+        count = self.validation.schedule.steps_in_epoch(0)
         if self.recipe.evaluate.batches:
             count = min(count, self.recipe.evaluate.batches)
-        loader = Loader(
-            schedule, corpus, self.chat, self.recipe.data.model_copy(update={"workers": 0}),  # starting workers costs seconds
-            dp_rank=self.mesh.dp_rank, dp_size=self.mesh.sizes.dp, start=Position(0, 0, 0), stop_after=count, rows=self.chat.media.rows,
+        loader = self.validation.loader(
+            workers=0,  # starting workers costs seconds
+            dp_rank=self.mesh.dp_rank, dp_size=self.mesh.sizes.dp, start=Position(0, 0, 0), stop_after=count,
         )  # fmt: skip
         self.model.eval()
-        tally, weight = Tally(), 0.0
+        tally, weight = Tally(objective.parts), 0.0
         loss = 0.0
         try:
             for batch in loader:
-                inverse = inverse_weights(self.objective, batch.micro_batches, self.dp_group)
-                part, batches = Tally(), self.lay_out(batch.micro_batches)
-                forward_only(self.model, self.objective, batches, inverse, self.device, part)
+                batches = objective.prepare(self.task.actors, batch.micro_batches)
+                inverse = inverse_weights(objective, batches, self.dp_group)
+                part, batches = Tally(objective.parts), self.lay_out(batches)
+                forward_only(self.model, objective, batches, inverse, self.device, part)
                 terms = part.total(self.loss_group)
-                share = 1.0 / inverse["text"] if inverse["text"] else 0.0
+                share = 1.0 / inverse[objective.term] if inverse[objective.term] else 0.0
                 loss += terms["loss"] * share
                 weight += share
                 tally.add({k: v for k, v in terms.items() if "/" in k})
@@ -370,7 +354,7 @@ class Trainer:
             loader.close()
             self.model.train()
         values = {"validation/loss": loss / weight if weight else float("nan")}
-        for name in MODALITIES:
+        for name in objective.parts:
             tokens = float(tally.values.get(f"tokens/{name}", 0))
             if tokens:
                 values[f"validation/loss/{name}"] = float(tally.values[f"nll/{name}"]) / tokens

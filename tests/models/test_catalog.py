@@ -298,7 +298,8 @@ PUBLISHED = {
 
 
 def test_every_size_of_the_catalogue_is_listed_here():
-    assert set(PUBLISHED) == {(card.name, key) for card in catalog.cards().values() for key in card.sizes}
+    cards = [card for card in catalog.cards().values() if card.kind == "understanding"]
+    assert set(PUBLISHED) == {(card.name, key) for card in cards for key in card.sizes}
 
 
 @pytest.mark.parametrize("name,key", PUBLISHED)

@@ -1,0 +1,116 @@
+"""Rows of what is to be generated: a picture or a clip and what it shows; and the lists that name folders of them.
+
+Part of the data room: sees errors, recipe, references and sample. The documented rows are {path, cap, num_frames, fps,
+resolution}; the captions that others use are known by their names. A row becomes a Record whose user says the first
+caption and whose assistant answers with the medium; all captions are in `extra["captions"]`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from polymodal.data.files import IMAGE, VIDEO
+from polymodal.data.references import References, first, listed
+from polymodal.data.sample import Media, Message, Record
+from polymodal.errors import PolymodalError
+from polymodal.recipe import Attr
+
+MEDIA = ("path", "video", "image", "file", "file_name", "media_path", "videos", "images")
+CAPTIONS = ("cap", "caption", "captions", "text", "prompt")
+
+
+def is_caption_row(row: Mapping[str, Any], attr: Attr) -> bool:
+    """Whether a row of no named format is a medium with its caption."""
+    medium, _ = first(row, attr.videos or attr.images, MEDIA)
+    caption, _ = first(row, attr.prompt, CAPTIONS[:3])
+    return medium is not None and caption is not None
+
+
+def caption_record(row: Mapping[str, Any], where: str, attr: Attr, references: References) -> Record:
+    """Raises PolymodalError with `where`, the key, the cause and the mend."""
+    value, key = first(row, attr.videos or attr.images, MEDIA)
+    if value is None and row.get("__media__"):
+        members = [
+            Media(k.removesuffix("s"), data)
+            for k, group in row["__media__"].items()
+            for data in group.values()
+        ]  # type: ignore[arg-type]
+        value = members[0] if members else None
+    value = listed(value)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if value is None or value == "":
+        raise PolymodalError(
+            f"{where}: the row names no picture or clip (looked for {', '.join(MEDIA[:5])}).",
+            "Name the column in data.attr.videos or data.attr.images.",
+        )
+    medium = (
+        value if isinstance(value, Media) else references.medium(_kind(value, key, where), value, where, key)
+    )
+    captions, key = first(row, attr.prompt, CAPTIONS)
+    captions = listed(captions)
+    captions = captions if isinstance(captions, list) else [captions]
+    if not captions or not all(isinstance(c, str) and c.strip() for c in captions):
+        raise PolymodalError(
+            f"{where}: the row has no caption (looked for {', '.join(CAPTIONS)}).",
+            "Write one as `cap`, or a list of several; name another column in data.attr.prompt.",
+        )
+    extra = {
+        k: v for k, v in row.items() if isinstance(v, (str, int, float, dict)) and not k.startswith("__")
+    }
+    messages = (Message("user", (captions[0],)), Message("assistant", (medium,)))
+    return Record(messages, where, extra={**extra, "captions": tuple(captions)})
+
+
+def _kind(value: Any, key: str, where: str) -> Any:
+    """image or video, by the file's ending, else by the column's name."""
+    name = value.get("path") if isinstance(value, Mapping) else value
+    if isinstance(name, list):
+        return "video"  # a list of frame images
+    ending = os.path.splitext(name)[1].lower().removeprefix(".") if isinstance(name, str) else ""
+    if ending in VIDEO or ending == "gif":
+        return "video"
+    if ending in IMAGE or key.startswith("image"):
+        return "image"
+    if key.startswith("video"):
+        return "video"
+    raise PolymodalError(
+        f"{where}: `{key}` = {str(value)[:60]} is neither a known picture nor a known video by its ending.",
+        f"Known: {', '.join(sorted(IMAGE | VIDEO))}.",
+    )
+
+
+def listing(path: str) -> list[tuple[str, str]]:
+    """Lines `folder,annotation file` of a text file -> (annotation file, folder).
+
+    Paths start from the working directory, or from the text file's own where they are there. Raises PolymodalError.
+    """
+    found = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PolymodalError(f"{path} cannot be read: {error}.") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        folder, comma, annotation = (part.strip() for part in line.rpartition(","))
+        if not comma or not folder or not annotation:
+            raise PolymodalError(
+                f"{path}, line {number}: `{line.strip()}` is not of the form folder,annotation file.",
+                "Write e.g. videos,videos/data.json; one pair a line.",
+            )
+        here = os.path.dirname(path)
+        folder, annotation = (p if os.path.exists(p) else os.path.join(here, p) for p in (folder, annotation))
+        for what, place in (("folder", folder), ("annotation file", annotation)):
+            if not os.path.exists(place):
+                raise PolymodalError(
+                    f"{path}, line {number}: the {what} {place} does not exist.",
+                    f"Paths start from the working directory, {os.getcwd()}, or from the list's.",
+                )
+        found.append((annotation, folder))
+    if not found:
+        raise PolymodalError(f"{path}: the list names no data.", "Write lines of folder,annotation file.")
+    return found

@@ -1,0 +1,168 @@
+"""Pictures and clips as a generating model learns from them: which size and length each becomes, and its frames.
+
+Part of the data room: sees errors, recipe, media and sample. The family hands in its latent grid; a medium's bucket is
+told by its header alone, so that planning decodes nothing. It stands where chat.py stands for language: index.py
+measures through it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from polymodal.data import media
+from polymodal.data.sample import Measure, Media, Record
+from polymodal.errors import PolymodalError
+from polymodal.recipe import Clip
+
+NARROWEST = 4.0
+"""Largest ratio of a size's long side to its short side."""
+
+
+class Clips:
+    """Records -> buckets and frames. Picklable.
+
+    grid: the family's LatentGrid (side, fits, tokens). Raises PolymodalError for sizes and lengths that the latents
+    do not divide.
+    """
+
+    def __init__(self, clip: Clip, grid: Any):
+        self.clip, self.grid = clip, grid
+        still = grid.time == 1
+        for frames in clip.frames:
+            if not still and not grid.fits(frames):
+                below = next((f for f in range(frames - 1, 0, -1) if grid.fits(f)), 1)
+                above = next(f for f in range(frames + 1, frames + 8 * grid.time + 2) if grid.fits(f))
+                raise PolymodalError(
+                    f"data.clip.frames: {frames} frames do not become whole latents, which join {grid.time} frames after the first.",
+                    f"Use {below} or {above}.",
+                )
+        for height, width in clip.sizes:
+            if height % grid.side or width % grid.side:
+                near = [max(grid.side, round(x / grid.side) * grid.side) for x in (height, width)]
+                raise PolymodalError(
+                    f"data.clip.sizes: {height} x {width} is not a multiple of {grid.side} pixels, which this model's latents need.",
+                    f"Use [{near[0]}, {near[1]}].",
+                )
+        self.lengths = [1] if still else sorted(set(clip.frames))
+        self.sizes = [(h, w) for h, w in clip.sizes] or _sizes(clip.pixels, grid.side)
+        keys = [clip.model_dump(mode="json"), grid.channels, grid.time, grid.space, list(grid.patch)]
+        self.fingerprint = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
+
+    # ------------------------------------------------------------------ measuring, from headers
+
+    def measure(self, records: Sequence[Record]) -> list[Measure | str]:
+        """For each record its Measure (patches = frames, height, width), or why it cannot be used, as one sentence."""
+        out: list[Measure | str] = []
+        for record in records:
+            try:
+                out.append(self.bucket(record))
+            except PolymodalError as error:
+                out.append(f"{record.where}: {error.message}")
+        return out
+
+    def pieces(self, record: Record) -> list[Record]:
+        """A clip is never split."""
+        return [record]
+
+    def bucket(self, record: Record) -> Measure:
+        """Raises PolymodalError for a medium that cannot be read or is too short."""
+        medium = medium_of(record)
+        if medium.kind == "image":
+            (height, width), frames = media.image_size(_source(medium)), 1
+        else:
+            header = media.video_header(medium.source, self.clip.fps or 24.0)
+            height, width = header.height, header.width
+            have = len(self._times(header))
+            fitting = [f for f in self.lengths if f <= have]
+            if not fitting:
+                rate = f" at {self.clip.fps:g} a second" if self.clip.fps else ""
+                raise PolymodalError(
+                    f"the video {media.label(medium.source)} has {have} frames{rate}, fewer than the shortest length {self.lengths[0]}.",
+                    "Add a shorter length to data.clip.frames, raise data.clip.fps, or remove the row.",
+                )
+            frames = fitting[-1]
+        ratio = math.log(height / width)
+        height, width = min(self.sizes, key=lambda s: (abs(math.log(s[0] / s[1]) - ratio), -s[0] * s[1]))
+        tokens = self.grid.tokens(frames, height, width)
+        return Measure(tokens, tokens, (frames, height, width))
+
+    def _times(self, header: media.VideoHeader) -> list[int]:
+        """Numbers of all frames that are taken at the asked rate; a slower video gives every frame."""
+        step = max(1.0, header.fps / self.clip.fps) if self.clip.fps and not header.listed else 1.0
+        return [round(i * step) for i in range(int((header.frames - 1) / step) + 1)]
+
+    # ------------------------------------------------------------------ decoding
+
+    def frames(self, record: Record, measure: Measure) -> np.ndarray:
+        """The medium in its bucket's size: uint8 [F, H, W, 3]. Raises PolymodalError with the row's place."""
+        medium = medium_of(record)
+        count, height, width = measure.patches
+        try:
+            if medium.kind == "image":
+                return self._fit(media.image(_source(medium)), height, width)[None]
+            header = media.video_header(medium.source, self.clip.fps or 24.0)
+            size = self._cover(header.height, header.width, height, width)
+            found = media.video(medium.source, header, self._times(header)[:count], size)
+        except PolymodalError as error:
+            raise PolymodalError(f"{record.where}: {error.message}", error.hint) from None
+        if found.shape[1:3] != size:  # frames given as pictures
+            found = np.stack(
+                [np.asarray(Image.fromarray(f).resize(size[::-1], Image.Resampling.BICUBIC)) for f in found]
+            )
+        return _centre(found, height, width)
+
+    def _cover(self, height: int, width: int, to_height: int, to_width: int) -> tuple[int, int]:
+        """The size a medium is scaled to before its centre is cut out."""
+        if self.clip.crop == "stretch":
+            return to_height, to_width
+        scale = max(to_height / height, to_width / width)
+        return max(to_height, round(height * scale)), max(to_width, round(width * scale))
+
+    def _fit(self, picture: Image.Image, height: int, width: int) -> np.ndarray:
+        size = self._cover(picture.height, picture.width, height, width)
+        if (picture.height, picture.width) != size:
+            picture = picture.resize(size[::-1], Image.Resampling.BICUBIC)
+        return _centre(np.asarray(picture)[None], height, width)[0]
+
+
+def medium_of(record: Record) -> Media:
+    """The one picture or clip of a caption's record. Raises PolymodalError."""
+    if len(record.media) != 1 or "captions" not in record.extra:
+        raise PolymodalError(
+            "the row is no picture or clip with a caption, which a generating model learns from.",
+            'Write rows as {"path": "clip.mp4", "cap": "what it shows"}, or set format: caption.',
+        )
+    media.refuse_audio(record.media[0])
+    return record.media[0]
+
+
+def _source(medium: Media) -> str | bytes:
+    assert not isinstance(medium.source, tuple)
+    return medium.source
+
+
+def _centre(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
+    return np.ascontiguousarray(frames[:, top : top + height, left : left + width])
+
+
+def _sizes(pixels: int, side: int) -> list[tuple[int, int]]:
+    """Sizes of at most `pixels`, sides multiples of `side`, one for each height, none narrower than 1 : 4."""
+    out = []
+    for height in range(side, int(math.sqrt(pixels * NARROWEST)) + 1, side):
+        width = pixels // height // side * side
+        if width and max(height / width, width / height) <= NARROWEST:
+            out.append((height, width))
+    if not out:
+        raise PolymodalError(
+            f"data.clip.pixels = {pixels} is less than the smallest frame of this model, {side} x {side}.",
+            f"Set data.clip.pixels to at least {side * side}.",
+        )
+    return out

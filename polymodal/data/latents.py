@@ -1,0 +1,138 @@
+"""Micro-batches of one shape for generating models: of encoded features, or of pictures and clips encoded later.
+
+Part of the data room: what the loader's workers run in place of packing text. A sample's draws (its caption, its
+noise) come from (seed, epoch, sample id) alone. A filler is a sample of the step once more, with weight 0.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polymodal.data.clips import Clips
+from polymodal.data.features import Features
+from polymodal.data.loader import Notes, Task
+from polymodal.data.permute import key_of
+from polymodal.data.sample import Batch, Record
+from polymodal.errors import PolymodalError
+from polymodal.recipe import Data
+
+
+def _batch(
+    tensors: dict[str, Tensor], task: Task, seed: int, shape: Any, tokens: int, weight: list[float]
+) -> Batch:
+    ids = tuple(s[0] for s in task.samples)
+    tensors["weight"] = torch.zeros(len(ids)) if task.filler else torch.tensor(weight)
+    axes: dict[str, Any] = {n: ("batch", *["none"] * (t.ndim - 1)) for n, t in tensors.items()}
+    if "latents" in tensors and tensors["latents"].ndim == 5:
+        axes["latents"] = ("batch", "none", "frame", "none", "none")
+    groups = {
+        "seeds": tuple(key_of(seed, 5, task.epoch, i) for i in ids),
+        "tokens": (tokens,) * len(ids),
+        "shape": tuple(int(x) for x in shape),
+        "kind": "video" if shape[0] > 1 else "image",
+    }
+    return Batch(tensors, axes, ids, groups=groups)
+
+
+def _notes(batch: Batch, began: float, broken: list[tuple[int, str]]) -> Notes:
+    count = int((batch["weight"] != 0).sum())
+    tokens = batch.groups["tokens"][0] * count
+    return Notes(tokens, tokens, count, count * batch.groups["shape"][0], time.perf_counter() - began, broken)
+
+
+class FeatureMaker:
+    """Task -> batch of encoded samples: latents [B, ...], text and media tensors by the denoiser's names. Picklable.
+
+    One caption of several is drawn a sample and epoch; text of unequal length is padded with zeros.
+    """
+
+    copies = True
+
+    def __init__(self, features: Features, seed: int, text: tuple[str, ...]):
+        self.features, self.seed, self.text = features, seed, text
+
+    def bytes(self, index: Any, task: Task) -> int:
+        return int(index.bytes[[s[0] for s in task.samples]].sum())
+
+    def learn(self, batch: Batch) -> None:
+        """The list of features says how large they are."""
+
+    def __call__(self, task: Task) -> tuple[Batch, Notes]:
+        began = time.perf_counter()
+        rows: list[dict[str, Tensor]] = []
+        for id, record, _, _ in task.samples:
+            media, captions = self.features.sample(record)
+            rows.append({**media, **captions[key_of(self.seed, 6, task.epoch, id) % len(captions)]})
+        names = set(rows[0])
+        odd = next((i for i, row in enumerate(rows) if set(row) != names), None)
+        if odd is not None:
+            raise PolymodalError(
+                f"{self.features.where(task.samples[odd][1])} holds {', '.join(sorted(rows[odd]))}, other samples hold {', '.join(sorted(names))}.",
+                "Encode all data with one recipe.",
+            )
+        tensors = {n: _stacked([row[n] for row in rows], n in self.text) for n in sorted(names)}
+        shape = self.features.shapes[task.samples[0][1]]
+        batch = _batch(tensors, task, self.seed, shape, task.samples[0][3], [1.0] * len(rows))
+        return batch, _notes(batch, began, [])
+
+
+def _stacked(parts: list[Tensor], text: bool) -> Tensor:
+    longest = max(p.shape[0] for p in parts) if text and parts[0].ndim else 0
+    if longest and any(p.shape[0] != longest for p in parts):
+        parts = [torch.cat([p, p.new_zeros(longest - p.shape[0], *p.shape[1:])]) for p in parts]
+    return torch.stack(parts)
+
+
+class ClipMaker:
+    """Task -> batch of frames: pixels uint8 [B, F, H, W, 3], captions in groups, to be encoded on the device. Picklable.
+
+    A broken sample is fatal, or (data.on_error: skip) black frames of weight 0: it is named, and no other takes its place.
+    """
+
+    copies = True
+
+    def __init__(self, corpus: Any, clips: Clips, data: Data, seed: int):
+        self.corpus, self.clips, self.seed = corpus, clips, seed
+        self.on_error = data.on_error
+
+    def bytes(self, index: Any, task: Task) -> int:
+        frames, height, width = index.measure(task.samples[0][0]).patches
+        return len(task.samples) * frames * height * width * 3
+
+    def learn(self, batch: Batch) -> None:
+        """Sizes are known before."""
+
+    def __call__(self, task: Task) -> tuple[Batch, Notes]:
+        began = time.perf_counter()
+        pixels: list[Tensor | None] = []
+        captions: list[str] = []
+        broken: list[tuple[int, str]] = []
+        shape: tuple[int, ...] = ()
+        for id, number, _, _ in task.samples:
+            record: Record = self.corpus[number]
+            try:
+                measure = self.clips.bucket(record)
+                if shape and measure.patches != shape:
+                    raise PolymodalError(
+                        f"{record.where}: its size changed after it was measured.", "Measure again."
+                    )
+                shape = measure.patches
+                pixels.append(torch.tensor(self.clips.frames(record, measure)))
+            except PolymodalError as error:
+                if self.on_error == "fail":
+                    raise
+                broken.append((id, error.message))
+                pixels.append(None)
+            said = record.extra["captions"]
+            captions.append(said[key_of(self.seed, 6, task.epoch, id) % len(said)])
+        shape = shape or (1, self.clips.grid.side, self.clips.grid.side)
+        black = torch.zeros(*shape, 3, dtype=torch.uint8)
+        tensors = {"pixels": torch.stack([black if p is None else p for p in pixels])}
+        weight = [0.0 if p is None else 1.0 for p in pixels]
+        batch = _batch(tensors, task, self.seed, shape, task.samples[0][3], weight)
+        batch.groups["captions"] = tuple(captions)
+        return batch, _notes(batch, began, broken)

@@ -1,0 +1,214 @@
+"""`polymodal generate`: prompts in, clips or pictures out, with a sheet of all and a JSON of how each was made.
+
+Sees generate/pipeline.py, launch and errors. Prompts are dealt out to ranks; a sample depends on its own seed alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polymodal import __version__
+from polymodal.errors import PolymodalError
+from polymodal.generate.pipeline import Prompt, Settings, open_generator, suspicion
+
+SHEET = 32
+"""Samples on a contact sheet at most."""
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """A .txt of one prompt a line, or .jsonl of objects with Prompt's keys. Raises PolymodalError with the line."""
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PolymodalError(f"The prompts {path} cannot be read: {error}.", "Check --prompts.") from None
+    known = [f.name for f in fields(Prompt)]
+    out = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if not path.endswith((".jsonl", ".json")):
+            out.append(Prompt(line.strip()))
+            continue
+        try:
+            row = json.loads(line)
+            unknown = sorted(set(row) - set(known))
+            if not isinstance(row.get("prompt"), str) or unknown:
+                raise ValueError(f"`{unknown[0]}` is not known" if unknown else "there is no `prompt`")
+            out.append(Prompt(**row))
+        except (ValueError, AttributeError, TypeError) as error:
+            raise PolymodalError(
+                f"{path}, line {number}: {error}.",
+                f"Each line is an object with prompt, and any of {', '.join(known[1:])}.",
+            ) from None
+    if not out:
+        raise PolymodalError(f"{path} holds no prompt.", "Write one a line.")
+    return out
+
+
+def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
+    """uint8 [F, H, W, 3] as an H.264 mp4; odd sides lose their last row or column, as the format wants."""
+    from fractions import Fraction
+
+    import av
+
+    height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream(
+            "libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "17"}
+        )
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+
+
+def sheet(samples: Sequence[np.ndarray], columns: int | None = None) -> np.ndarray:
+    """Pictures side by side; of clips each row is one, with up to six of its frames. uint8 [H, W, 3]."""
+    clips = any(len(s) > 1 for s in samples)
+    if clips:
+        rows = [
+            [s[i] for i in np.linspace(0, len(s) - 1, min(6, len(s))).round().astype(int)] for s in samples
+        ]
+    else:
+        columns = columns or int(np.ceil(np.sqrt(len(samples))))
+        pictures = [s[0] for s in samples]
+        rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    height, width = (max(p.shape[d] for row in rows for p in row) for d in (0, 1))
+    out = np.full((len(rows) * (height + 2), max(map(len, rows)) * (width + 2), 3), 255, np.uint8)
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            top, left = y * (height + 2), x * (width + 2)
+            out[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return out
+
+
+def main(
+    checkpoint: str,
+    *,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    out: str,
+    fps: float = 16.0,
+    batch_size: int = 1,
+    task: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    ema: bool = False,
+    base: str | None = None,
+    revision: str | None = None,
+) -> int:
+    """The command, in one of its processes: writes NNNN.mp4 or NNNN.png, sheet.png and samples.json. Returns the exit code."""
+    from PIL import Image
+
+    from polymodal import launch
+    from polymodal import recipe as recipes
+
+    if not prompts:
+        raise PolymodalError("There is no prompt.", "Give --prompt TEXT or --prompts FILE.")
+    recipe = recipes.Recipe(model=recipes.Model(source=str(checkpoint)), device=recipes.Device(kind=device))  # type: ignore[arg-type]
+    folder = Path(out).expanduser()
+    with launch.runtime(recipe) as rt:
+        if task is None:
+            task = "video-to-video" if prompts[0].video else None
+        generator = open_generator(
+            checkpoint, task=task, revision=revision, device=rt.device.torch, dtype=dtype, ema=ema, base=base
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".part-{rt.rank}.jsonl"
+        mine = list(range(rt.rank, len(prompts), rt.world))
+        with open(part, "w", encoding="utf-8") as listing:
+            for group in _groups(mine, prompts, batch_size):
+                chosen = [prompts[i] for i in group]
+                numbered = [
+                    Prompt(
+                        **{
+                            **asdict(p),
+                            "seed": p.seed if p.seed is not None else settings.seed * 1_000_003 + i,
+                        }
+                    )
+                    for i, p in zip(group, chosen, strict=True)
+                ]
+                for number, given, frames in zip(
+                    group, numbered, generator.sample(numbered, settings), strict=True
+                ):
+                    wrong = suspicion(frames)
+                    name = f"{number:04d}.{'mp4' if len(frames) > 1 else 'png'}"
+                    if frames.dtype == np.uint8:
+                        if len(frames) > 1:
+                            write_video(folder / name, frames, fps)
+                        else:
+                            Image.fromarray(frames[0]).save(folder / name)
+                        if number < SHEET:
+                            np.save(folder / f".sheet-{number:04d}.npy", frames)
+                    row = {
+                        "number": number,
+                        "file": name if frames.dtype == np.uint8 else None,
+                        **asdict(given),
+                    }
+                    row |= {
+                        "frames": len(frames),
+                        "height": frames.shape[1],
+                        "width": frames.shape[2],
+                        "warning": wrong,
+                    }
+                    listing.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    if wrong:
+                        print(f"warning: sample {number} {wrong}", file=sys.stderr, flush=True)
+        rt.barrier()
+        if rt.rank == 0:
+            _finish(folder, generator, settings, fps, checkpoint, ema)
+    return 0
+
+
+def _groups(mine: list[int], prompts: Sequence[Prompt], size: int) -> list[list[int]]:
+    """Batches of prompts that have the same kinds of conditions; a prompt with a picture or clip goes alone."""
+    out: list[list[int]] = []
+    for number in mine:
+        p = prompts[number]
+        alone = bool(p.image or p.last_image or p.video)
+        if (
+            not alone
+            and out
+            and len(out[-1]) < size
+            and not prompts[out[-1][0]].image
+            and not prompts[out[-1][0]].video
+        ):
+            out[-1].append(number)
+        else:
+            out.append([number])
+    return out
+
+
+def _finish(folder: Path, generator: Any, settings: Settings, fps: float, checkpoint: str, ema: bool) -> None:
+    from PIL import Image
+
+    rows = []
+    for part in sorted(folder.glob(".part-*.jsonl")):
+        rows += [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()]
+        part.unlink()
+    rows.sort(key=lambda row: row["number"])
+    shown = sorted(folder.glob(".sheet-*.npy"))
+    if shown:
+        Image.fromarray(sheet([np.load(path) for path in shown])).save(folder / "sheet.png")
+    for path in shown:
+        path.unlink()
+    about = {
+        "checkpoint": str(checkpoint), "weights": generator.identity, "ema": ema, "card": generator.family.card.name,
+        "pipeline": type(generator.pipeline).__name__, "scheduler": type(generator.pipeline.scheduler).__name__,
+        "settings": asdict(settings), "fps": fps, "polymodal": __version__, "samples": rows,
+    }  # fmt: skip
+    (folder / "samples.json").write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
+    wrong = sum(row["warning"] is not None for row in rows)
+    print(
+        f"{folder}: {len(rows)} samples, sheet.png, samples.json"
+        + (f"; {wrong} look wrong" if wrong else ""),
+        flush=True,
+    )

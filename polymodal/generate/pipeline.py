@@ -1,0 +1,239 @@
+"""Opens whatever holds a generating model and samples from it: a pipeline's directory, an export, a run, a LoRA file.
+
+The sampling loop is diffusers'; this file puts the trained weights into its pipeline and hands prompts over. Sees
+models, generate/opening.py and errors. Weights that are missing or too many are an error, never noise.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from polymodal import recipe as recipes
+from polymodal.errors import PolymodalError
+from polymodal.generate.opening import DTYPES, assemble, fingerprint, kind_of
+from polymodal.models import catalog, pipelines, weights
+from polymodal.models.lora import DIFFUSERS_STEM
+
+MARKER = "polymodal_export.json"
+
+
+@dataclass
+class Prompt:
+    """One sample to be made. None: the pipeline's own default. image, last_image, video: files."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    image: str | None = None
+    last_image: str | None = None
+    video: str | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How samples are made. None: the pipeline's own default."""
+
+    steps: int | None = None
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    strength: float | None = None
+    seed: int = 42
+
+
+@dataclass
+class Generator:
+    """A pipeline with its weights. identity: changes when the weights do."""
+
+    pipeline: Any
+    family: Any
+    name: str
+    identity: str
+    device: torch.device
+
+    def sample(self, prompts: Sequence[Prompt], settings: Settings, first: int = 0) -> list[np.ndarray]:
+        """Samples of like prompts: each uint8 [F, H, W, 3] (pictures: F = 1), or float where it is not finite.
+
+        A sample's noise comes from its seed, or from (settings.seed, its number): batches and ranks change nothing.
+        """
+        asked: dict[str, Any] = {
+            "prompt": [p.prompt for p in prompts],
+            "num_inference_steps": settings.steps, "guidance_scale": settings.guidance, "height": settings.height,
+            "width": settings.width, "num_frames": settings.frames, "strength": settings.strength,
+        }  # fmt: skip
+        if any(p.negative_prompt is not None for p in prompts):
+            asked["negative_prompt"] = [p.negative_prompt or "" for p in prompts]
+        for key in ("image", "last_image", "video"):
+            given = [getattr(p, key) for p in prompts]
+            if any(given):
+                asked[key] = (
+                    [self._medium(key, g, settings) for g in given]
+                    if len(given) > 1
+                    else self._medium(key, given[0], settings)
+                )
+        seeds = [
+            settings.seed * 1_000_003 + first + i if p.seed is None else p.seed for i, p in enumerate(prompts)
+        ]
+        asked = {k: v for k, v in self.family.arguments(asked).items() if v is not None}
+        known = inspect.signature(type(self.pipeline).__call__).parameters
+        for key in asked:
+            if key not in known:
+                raise PolymodalError(
+                    f"{type(self.pipeline).__name__} takes no `{key}`.",
+                    "Leave that option out for this model.",
+                )
+        draws = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        try:
+            with torch.no_grad():
+                out = self.pipeline(**asked, generator=draws, output_type="np")
+        except ValueError as error:  # what the pipeline checks: sizes, conditions
+            raise PolymodalError(
+                f"{type(self.pipeline).__name__}: {str(error).strip().splitlines()[0]}", "Change that option."
+            ) from None
+        made = out.frames if hasattr(out, "frames") else np.asarray(out.images)[:, None]
+        return [_pixels(np.asarray(one)) for one in made]
+
+    def _medium(self, key: str, path: str | None, settings: Settings) -> Any:
+        from PIL import Image
+
+        from polymodal.data import media
+
+        if path is None:
+            raise PolymodalError(f"Not every prompt has its `{key}`.", "Give one to each.")
+        if key != "video":
+            picture = media.image(path)
+            if settings.height and settings.width:
+                picture = picture.resize((settings.width, settings.height), Image.Resampling.BICUBIC)
+            return picture
+        header = media.video_header(path)
+        size = (settings.height, settings.width) if settings.height and settings.width else None
+        count = min(header.frames, settings.frames or header.frames)
+        return [Image.fromarray(f) for f in media.video(path, header, range(count), size)]
+
+
+def _pixels(values: np.ndarray) -> np.ndarray:
+    if not np.isfinite(values).all():
+        return values.astype(np.float32)
+    return (values.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def suspicion(frames: np.ndarray) -> str | None:
+    """What is wrong with a sample at first sight, with its likely cause; None when nothing is."""
+    if frames.dtype != np.uint8:
+        return "holds values that are not numbers: the weights have diverged, or float16 overflowed (try --dtype fp32)"
+    if frames.max() <= 3:
+        return "is all black: the VAE overflowed (try --dtype fp32), or the training had diverged"
+    if int(frames.max()) - int(frames.min()) <= 2:
+        return "is of one colour: too few steps, or weights that were not trained"
+    if len(frames) > 1 and (frames == frames[:1]).all():
+        return "does not move: all frames are alike"
+    return None
+
+
+def open_generator(
+    checkpoint: str | os.PathLike,
+    *,
+    task: str | None = None,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: str = "auto",
+    ema: bool = False,
+    base: str | None = None,
+) -> Generator:
+    """Any checkpoint of a generating model: pipeline directory or hub id, export, run, one of its checkpoints, LoRA.
+
+    task: "image-to-video", "video-to-video"...: the card's pipeline class for it; None: the checkpoint's own.
+    dtype: auto (float32 on the CPU, else bf16), fp32, bf16, fp16. ema: a run's average. base: where a base lies now.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise PolymodalError(f"dtype = {dtype} is not known.", f"Use auto, {', '.join(DTYPES)}.")
+    if device is None:
+        from polymodal import device as devices
+
+        device = devices.find("auto", int(os.environ.get("LOCAL_RANK", "0"))).torch
+    device = torch.device(device)
+    chosen = DTYPES.get(dtype) or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    kind = kind_of(checkpoint)
+    if ema and kind != "run":
+        raise PolymodalError(
+            f"{checkpoint} is no run, only runs keep an average (train.ema).", "Leave out --ema."
+        )
+    text = os.fspath(checkpoint).rstrip("/")
+    adapter: Path | None = None
+    if kind == "run":
+        made = assemble(checkpoint, ema=ema, base=base)
+        family, model, identity = (
+            made.family,
+            made.model,
+            fingerprint(made.checkpoint) + (" ema" if ema else ""),
+        )
+    else:
+        directory = Path(text).expanduser()
+        if kind == "adapter":
+            adapter = directory
+            text = base or base_of(directory)
+        found = catalog.family(recipes.Model(source=text, revision=revision))
+        family, model = found, found.build().trained
+        _only_generation(family, checkpoint)
+        weights.load(model, family, device="cpu")
+        identity = pipelines.fingerprint(family.source, family.part)
+    _only_generation(family, checkpoint)
+    cls = None
+    if task is not None:
+        if task not in family.card.pipelines:
+            raise PolymodalError(
+                f"{family.card.name} has no pipeline for {task}.",
+                f"It does {', '.join(family.card.pipelines)}.",
+            )
+        cls = family.card.pipelines[task]
+    model = pipelines.cast(model.eval().requires_grad_(False), chosen).to(device)
+    pipeline = pipelines.open_pipeline(
+        family.source, parts={family.part: model}, dtype=chosen, device=device, cls=cls
+    )
+    if adapter is not None:
+        put_on(pipeline, adapter)
+        identity += f" {adapter}"
+    return Generator(pipeline, family, Path(os.fspath(checkpoint)).name, identity, device)
+
+
+def _only_generation(family: Any, checkpoint: Any) -> None:
+    if family.layout != "uniform":
+        raise PolymodalError(
+            f"{checkpoint} is {family.card.name}, which answers and does not generate.",
+            "Use `polymodal chat`.",
+        )
+
+
+def put_on(pipeline: Any, directory: Path) -> None:
+    """A LoRA file onto a pipeline, by the library. Raises PolymodalError when nothing of it fits."""
+    try:
+        with pipelines.quiet():
+            pipeline.load_lora_weights(str(directory), weight_name=f"{DIFFUSERS_STEM}.safetensors")
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise PolymodalError(
+            f"The adapter {directory} does not fit {type(pipeline).__name__}: {str(error).strip().splitlines()[0]}",
+            "Give the base it was trained on with --base.",
+        ) from None
+
+
+def base_of(directory: Path) -> str:
+    """What an exported adapter says of its base. Raises PolymodalError when it says nothing."""
+    try:
+        base = json.loads((directory / MARKER).read_text(encoding="utf-8")).get("base")
+    except (OSError, ValueError):
+        base = None
+    if not base:
+        raise PolymodalError(
+            f"{directory} does not say which base the adapter belongs to.", "Give it with --base."
+        )
+    return str(base)

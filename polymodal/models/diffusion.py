@@ -1,0 +1,191 @@
+"""What a model that generates is to the rest of the house: its latents, its noise process, and the Generation family.
+
+Sees the ground floor, card.py and diffusers. The architecture, the VAE, the text encoders and the sampling loop are
+diffusers' and transformers'; a model's own file says which of their arguments are which.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polymodal.data.sample import Batch, Measure
+from polymodal.errors import PolymodalError
+from polymodal.models.card import Components, Family, Output, Process
+
+
+@dataclass(frozen=True)
+class LatentGrid:
+    """How pixels become latents and latents tokens: lengths in frames, sides in pixels."""
+
+    channels: int  # of the latents
+    time: int  # video frames that one latent frame holds (but the first, which holds one)
+    space: int  # pixels along a side of a latent cell
+    patch: tuple[int, int, int] = (1, 1, 1)  # latent cells that one token holds (frames, height, width)
+
+    @property
+    def side(self) -> int:
+        """Sides of frames are multiples of this many pixels."""
+        return self.space * max(self.patch[1], self.patch[2])
+
+    def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """[channels, frames, height, width] of the latents."""
+        return self.channels, (frames - 1) // self.time + 1, height // self.space, width // self.space
+
+    def tokens(self, frames: int, height: int, width: int) -> int:
+        """Tokens that the denoiser sees."""
+        _, f, h, w = self.shape(frames, height, width)
+        return -(-f // self.patch[0]) * (h // self.patch[1]) * (w // self.patch[2])
+
+    def fits(self, frames: int) -> bool:
+        """Whether a video of so many frames becomes whole latents, and those whole tokens."""
+        return frames == 1 or (
+            (frames - 1) % self.time == 0 and ((frames - 1) // self.time + 1) % self.patch[0] == 0
+        )
+
+
+class Generation(Family):
+    """A denoiser between frozen encoders. config: the denoiser's config.json; source: the pipeline's directory.
+
+    Tensors of a sample are named by what the denoiser calls them, so that `denoise` hands them through: `latents`
+    [B, C, F, H, W] (images: F = 1 where the denoiser has frames, else [B, C, H, W]), text embeddings in `text`,
+    image conditions in `media`. All are batch-first. A recipe's choices: attention.
+    """
+
+    layout = "uniform"
+    part = "transformer"  # the denoiser's name in the pipeline and its directory
+    text: tuple[str, ...] = ("encoder_hidden_states",)  # made of a caption, dropped for guidance
+    media: tuple[str, ...] = ()  # made of pixels besides the latents
+    documented: Mapping[str, str] = {}  # our name -> the name in the documented features/*.pt
+    zero: tuple[
+        str, ...
+    ] = ()  # patterns of parameters that a model trained from nothing starts with as zeros
+    attention = "auto"
+    experts = "auto"
+
+    # ------------------------------------------------------------------ facts, from the directory's config files
+
+    def grid(self) -> LatentGrid:
+        """From the VAE's config and the denoiser's patch size."""
+        raise NotImplementedError
+
+    def process(self) -> Process:
+        """The noise process, from the scheduler's config."""
+        raise NotImplementedError
+
+    def component_config(self, name: str) -> dict[str, Any]:
+        """A component's config file (scheduler_config.json for the scheduler), {} when it is not there."""
+        folder = Path(self.source) / name
+        for file in ("scheduler_config.json", "config.json"):
+            if (folder / file).is_file():
+                return dict(json.loads((folder / file).read_text(encoding="utf-8")))
+        return {}
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """model_index.json."""
+        return dict(json.loads((Path(self.source) / "model_index.json").read_text(encoding="utf-8")))
+
+    @property
+    def weights_source(self) -> Path:
+        """The denoiser's own directory."""
+        return Path(self.source) / self.part
+
+    # ------------------------------------------------------------------ building
+
+    def build(self) -> Components:
+        from polymodal.models import pipelines
+
+        model = pipelines.empty(self.config)
+        return Components(model.train())
+
+    def check(self) -> None:
+        """Raise PolymodalError for a pipeline that this family cannot train."""
+        missing = [name for name in (self.part, "vae") if not (Path(self.source) / name).is_dir()]
+        if missing:
+            raise PolymodalError(
+                f"{self.source} has no directory {' and no '.join(missing)}, so it is not a whole pipeline of {self.card.name}.",
+                "Fetch the checkpoint in diffusers' layout (its name often ends in -Diffusers).",
+            )
+
+    # ------------------------------------------------------------------ encoding, by the pipeline's own code
+
+    def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Captions -> the tensors of `text`, batch-first, on the pipeline's device."""
+        raise NotImplementedError
+
+    def encode_media(self, pipeline: Any, pixels: Tensor) -> dict[str, Tensor]:
+        """Pixels [B, 3, F, H, W] in -1..1 -> `latents` as the denoiser sees them (normalised), and the tensors of `media`."""
+        raise NotImplementedError
+
+    def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
+        """Latents as the denoiser sees them -> pixels [B, 3, F, H, W] in -1..1."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ the denoiser
+
+    def denoise(self, model: nn.Module, latents: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        """One call of the denoiser: the prediction, of the latents' shape. latents, text and media in its dtype."""
+        raise NotImplementedError
+
+    def stage(self, model: nn.Module, carry: Any, batch: Batch) -> Output:
+        return Output(self.denoise(model, batch["noisy"].to(self.dtype(model)), batch["timestep"], batch))
+
+    def dtype(self, model: nn.Module) -> torch.dtype:
+        """What the denoiser computes in: that of the first parameter that is no block's (gathered while it runs)."""
+        heads = tuple(pattern.partition(".*")[0] + "." for pattern in self.card.blocks)
+        return next(
+            p.dtype for n, p in model.named_parameters() if not n.startswith(heads) and p.is_floating_point()
+        )
+
+    def conditions(self, model: nn.Module, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
+        """These tensors of a batch in the denoiser's dtype, those that are there."""
+        dtype = self.dtype(model)
+        found = {name: batch[name] for name in names if name in batch.tensors}
+        return {n: t.to(dtype) if t.is_floating_point() else t for n, t in found.items()}
+
+    @staticmethod
+    def forward(model: nn.Module) -> Any:
+        """The class's own forward: the instance's ends in the loss (train.step.bind)."""
+        from polymodal.models import library
+
+        return library.class_of(model).forward.__get__(model)
+
+    # ------------------------------------------------------------------ sampling
+
+    def arguments(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Options of `polymodal generate` -> arguments of the pipeline's call."""
+        return asked
+
+    # ------------------------------------------------------------------ cost
+
+    def cost(self, measure: Measure) -> float:
+        """Forward FLOPs: 2 x parameters of the blocks x tokens, and 4 x tokens^2 x width a layer for attention."""
+        tokens = measure.tokens
+        layers, width, parameters = self.size()
+        return 2.0 * parameters * tokens + 4.0 * layers * width * tokens * tokens
+
+    def size(self) -> tuple[int, int, float]:
+        """(layers, width, parameters of the blocks) of the denoiser, counted once on meta."""
+        if not hasattr(self, "_size"):
+            model = self.build().trained
+            heads = tuple(pattern.partition(".*")[0] + "." for pattern in self.card.blocks)
+            count = sum(p.numel() for n, p in model.named_parameters() if n.startswith(heads))
+            blocks = {
+                n.split(".", h.count(".") + 1)[h.count(".")] + h
+                for h in heads
+                for n, _ in model.named_parameters()
+                if n.startswith(h)
+            }
+            self._size = max(1, len(blocks)), self.width(), float(count)
+        return self._size
+
+    def width(self) -> int:
+        """Hidden size of the blocks."""
+        return int(self.config["num_attention_heads"]) * int(self.config["attention_head_dim"])

@@ -1,0 +1,260 @@
+"""What a generating model is asked: noise is mixed into latents and the model tells what was mixed.
+
+Flow matching and discrete processes (epsilon, v), their noise levels and weightings, condition dropping, validation
+at fixed levels. Sees the ground floor and models/card.py. All that is random comes from a sample's own seed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from polymodal.data.sample import Batch
+from polymodal.errors import PolymodalError
+from polymodal.models.card import Output, Process
+from polymodal.recipe import Diffusion
+
+KINDS = ("image", "video")
+
+
+def level(u: Tensor, density: str, settings: Diffusion) -> Tensor:
+    """Uniform draws in (0, 1) -> noise levels in (0, 1) of a density, by its inverse distribution function.
+
+    Esser et al. 2024 (arXiv:2403.03206), section 3.1: logit-normal, mode with heavy tails (eq. 20), cosmap (eq. 21).
+    """
+    if density == "logit_normal":
+        return torch.sigmoid(settings.logit_mean + settings.logit_std * torch.special.ndtri(u))
+    if density == "mode":
+        return 1 - u - settings.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+    if density == "cosmap":
+        return 1 - 1 / (torch.tan(math.pi * u / 2) + 1)
+    return u
+
+
+def shifted(s: Tensor, k: float) -> Tensor:
+    """Noise levels for larger samples: k s / (1 + (k - 1) s) (arXiv:2403.03206, eq. 23)."""
+    return k * s / (1 + (k - 1) * s)
+
+
+def dynamic_shift(tokens: int, facts: Any) -> float:
+    """The shift k = exp(mu) of a sample of so many latent tokens, mu linear between two lengths (FLUX's scheduler)."""
+    short, long = facts["base_image_seq_len"], facts["max_image_seq_len"]
+    low, high = facts["base_shift"], facts["max_shift"]
+    return math.exp(low + (high - low) * (tokens - short) / (long - short))
+
+
+def zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Betas rescaled so that the last step is pure noise (Lin et al. 2023, arXiv:2305.08891, algorithm 1)."""
+    root = (1 - betas).cumprod(0).sqrt()
+    first, last = root[0].clone(), root[-1].clone()
+    product = ((root - last) * first / (first - last)) ** 2
+    return 1 - torch.cat([product[:1], product[1:] / product[:-1]])
+
+
+def gaussian_weight(s: Tensor, shift: float, steps: int = 1000) -> Tensor:
+    """A bell over timesteps, largest in the middle, whose mean over the shifted grid of `steps` levels is 1."""
+    grid = shifted(torch.linspace(1, 1 / steps, steps, dtype=torch.float64), shift)
+
+    def bell(x: Tensor) -> Tensor:
+        return torch.exp(-2 * (x - 0.5) ** 2)
+
+    floor = bell(grid).min()
+    return ((bell(s.double()) - floor) / (bell(grid) - floor).mean()).float()
+
+
+class DiffusionObjective:
+    """Mean squared error of the prediction: mean over a sample's elements, weighted mean over samples.
+
+    process: what the family was trained with; settings: the recipe's train.diffusion; tokens: latent tokens of a
+    batch's samples, for the dynamic shift. Batches bring `latents` [B, ...], `weight` [B] (0 for a filler), and in
+    groups `seeds` (one an item, from (seed, epoch, sample)) and `tokens`. Raises PolymodalError for settings that do
+    not fit the process.
+    """
+
+    term = "diffusion"
+    aux_weight = 0.0
+
+    def __init__(self, process: Process, settings: Diffusion):
+        self.process, self.settings = process, settings
+        self.unconditional: dict[str, Tensor] = {}
+        """Text tensors of the empty caption, [1, ...]: what a sample is given whose caption is dropped."""
+        self.fixed = False
+        self.density = process.density if settings.density == "auto" else settings.density
+        self.weighting = process.weighting if settings.weighting == "auto" else settings.weighting
+        self.shift = process.shift if settings.shift == "auto" else settings.shift
+        self.prediction = process.prediction if settings.prediction == "auto" else settings.prediction
+        flow = process.kind == "flow"
+        if flow and settings.prediction != "auto":
+            raise _misfit("prediction", settings.prediction, "is trained by flow matching")
+        if flow and settings.zero_snr is not None:
+            raise _misfit("zero_snr", settings.zero_snr, "is trained by flow matching")
+        if flow and self.weighting == "min_snr":
+            raise _misfit("weighting", "min_snr", "is trained by flow matching")
+        if not flow and settings.shift != "auto":
+            raise _misfit("shift", settings.shift, "has discrete timesteps")
+        if not flow and self.weighting in ("gaussian", "sigma_sqrt"):
+            raise _misfit("weighting", self.weighting, "has discrete timesteps")
+        if self.shift == "dynamic" and not process.dynamic:
+            raise _misfit("shift", "dynamic", "has no lengths for it in its scheduler's config")
+        if not flow:
+            betas = torch.tensor(process.betas, dtype=torch.float64)
+            zero = process.zero_snr if settings.zero_snr is None else settings.zero_snr
+            if zero and self.prediction == "epsilon":
+                raise PolymodalError(
+                    "train.diffusion.zero_snr: at pure noise there is nothing to be learned from predicting the noise.",
+                    "Set train.diffusion.prediction to v_prediction.",
+                )
+            self.alphas = (1 - (zero_terminal_snr(betas) if zero else betas)).cumprod(0).float()
+        names = [f"noise {self._quantile(i):.3g}" for i in range(settings.quantiles)]
+        self.parts: tuple[str, ...] = (*KINDS, *names)
+        """What losses are told apart by in logs: nll/<part> and tokens/<part>."""
+
+    def _quantile(self, i: int) -> float:
+        return (i + 0.5) / self.settings.quantiles
+
+    def validation(self) -> DiffusionObjective:
+        """The same at fixed noise levels (quantiles of the density), fixed noise and with every caption."""
+        other = copy.copy(self)
+        other.fixed = True
+        return other
+
+    # ------------------------------------------------------------------ before the forward pass
+
+    def weights(self, batch: Batch) -> dict[str, float]:
+        """Samples that count."""
+        return {self.term: float(batch["weight"].sum(dtype=torch.float64))}
+
+    def prepare(self, actors: Any, batches: Sequence[Batch]) -> list[Batch]:
+        """Noise levels, noise and targets; of validation, one batch a quantile. actors.encode: pixels to latents first."""
+        out = []
+        for batch in batches:
+            if actors is not None:
+                batch = actors.encode(batch)
+            if self.fixed:
+                out += [self._noised(batch, i) for i in range(self.settings.quantiles)]
+            else:
+                out.append(self._noised(batch, None))
+        return out
+
+    def _noised(self, batch: Batch, quantile: int | None) -> Batch:
+        latents = batch["latents"].float()
+        seeds = batch.groups["seeds"]
+        draws = [torch.Generator().manual_seed(seed & (2**63 - 1)) for seed in seeds]
+        u = torch.stack([torch.rand((), generator=g) for g in draws]).clamp(1e-5, 1 - 1e-5)
+        chance = [float(torch.rand((), generator=g)) for g in draws]
+        tensors = dict(batch.tensors)
+        if quantile is not None:
+            u = torch.full_like(u, self._quantile(quantile))
+        else:
+            if self.settings.per_batch:
+                u = u[:1].expand_as(u).clone()
+            dropped = torch.tensor([c < self.settings.drop for c in chance])
+            for name, empty in self.unconditional.items() if bool(dropped.any()) else ():
+                where = dropped.view(-1, *[1] * (tensors[name].ndim - 1))
+                tensors[name] = torch.where(where, _fitted(empty, tensors[name]), tensors[name])
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in draws]).to(latents.device)
+        s, timestep, weight = self._levels(u, batch.groups["tokens"][0])
+        mixed, target = self._mixed(latents, noise, s.to(latents.device))
+        clean = batch.get("clean")  # cells that are given, not generated: no noise, no loss
+        if clean is not None:
+            mixed = torch.where(clean.bool(), latents, mixed)
+        # one weight for the sum over the batch, one for the level: only the first is in the denominator
+        tensors |= {"noisy": mixed, "target": target, "timestep": timestep, "level_weight": weight}
+        del tensors["latents"]
+        axes = {
+            n: batch.axes.get(n, batch.axes["latents"] if n in ("noisy", "target") else ("batch",))
+            for n in tensors
+        }
+        return replace(batch, tensors=tensors, axes=axes, groups={**batch.groups, "quantile": quantile})
+
+    def _levels(self, u: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Uniform draws [B] -> (noise level, the model's timestep float32, weight of the loss), each [B]."""
+        process = self.process
+        s = level(u, self.density, self.settings)
+        if process.kind == "discrete":
+            count = len(self.alphas)
+            t = (s * count).long().clamp(0, count - 1)
+            return t, t.float(), self._snr_weight(t)
+        k = dynamic_shift(tokens, process.dynamic) if self.shift == "dynamic" else float(self.shift)
+        s = shifted(s, k)
+        low, high = process.range
+        s = low + (high - low) * s
+        if self.weighting == "gaussian":
+            weight = gaussian_weight(s, k)
+        elif self.weighting == "sigma_sqrt":
+            weight = s**-2.0
+        else:
+            weight = torch.ones_like(s)
+        return s, (1 - s if process.ascending else s) * process.scale, weight
+
+    def _snr_weight(self, t: Tensor) -> Tensor:
+        """Min-SNR (Hang et al. 2023, arXiv:2303.09556): min(snr, gamma) / snr for epsilon, / (snr + 1) for v."""
+        if self.weighting != "min_snr":
+            return torch.ones(len(t))
+        snr = self.alphas[t] / (1 - self.alphas[t])
+        least = snr.clamp(max=self.settings.snr_gamma)
+        return least / (snr + 1) if self.prediction == "v_prediction" else least / snr
+
+    def _mixed(self, latents: Tensor, noise: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        s = s.view(-1, *[1] * (latents.ndim - 1))
+        if self.process.kind == "flow":
+            return (
+                1 - s
+            ) * latents + s * noise, latents - noise if self.process.reversed else noise - latents
+        alphas = self.alphas.to(latents.device)[s]
+        signal, sigma = alphas.sqrt(), (1 - alphas).sqrt()
+        target = noise if self.prediction == "epsilon" else signal * noise - sigma * latents
+        return signal * latents + sigma * noise, target
+
+    # ------------------------------------------------------------------ after it
+
+    def loss(
+        self, output: Output, batch: Batch, inverse: dict[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scaled loss (a scalar; gradients are summed over ranks and micro-batches) and logs, sums over samples."""
+        prediction, target = output.hidden_states.float(), batch["target"]
+        if prediction.shape != target.shape:
+            raise PolymodalError(
+                f"The denoiser predicts {list(prediction.shape)}, the latents are {list(target.shape)}.",
+                "The features were made for another model: run `polymodal encode` with this recipe.",
+            )
+        error = (prediction - target).square()
+        clean = batch.get("clean")
+        if clean is not None:
+            asked = (~clean.bool()).expand_as(error)
+            per_sample = (error * asked).flatten(1).sum(1) / asked.flatten(1).sum(1)
+        else:
+            per_sample = error.flatten(1).mean(1)
+        weight = batch["weight"]
+        loss = (per_sample * batch["level_weight"] * weight).sum() * inverse[self.term]
+        logs = {"loss": loss.detach()}
+        counted, count = (per_sample.detach() * weight).sum(), weight.sum()
+        parts: list[str] = [batch.groups["kind"]]
+        if batch.groups.get("quantile") is not None:
+            parts.append(self.parts[len(KINDS) + batch.groups["quantile"]])
+        for part in parts:
+            logs |= {f"nll/{part}": counted, f"tokens/{part}": count}
+        return loss, logs
+
+
+def _fitted(empty: Tensor, like: Tensor) -> Tensor:
+    """The empty caption's tensor [1, L, ...] padded with zeros, or cut, to the length of the batch's."""
+    empty = empty.to(like.device, like.dtype)
+    if empty.ndim < 3 or empty.shape[1] == like.shape[1]:
+        return empty
+    if empty.shape[1] > like.shape[1]:
+        return empty[:, : like.shape[1]]
+    return torch.cat([empty, empty.new_zeros(1, like.shape[1] - empty.shape[1], *empty.shape[2:])], dim=1)
+
+
+def _misfit(key: str, value: Any, why: Literal["is trained by flow matching"] | str) -> PolymodalError:
+    return PolymodalError(
+        f"train.diffusion.{key} = {value} does not fit this model, which {why}.",
+        f"Leave train.diffusion.{key} out.",
+    )

@@ -1,0 +1,163 @@
+"""Export of a model that generates: a pipeline in diffusers' layout, or a LoRA file, proven by diffusers.
+
+Called by export.py, which owns the directory and its name. The parts that were not trained are taken over from the
+source (as hard links where the disk allows); then diffusers itself opens the result and predicts a sample.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polymodal import recipe as recipes
+from polymodal.data.sample import Batch
+from polymodal.errors import PolymodalError
+from polymodal.generate.opening import Assembled
+from polymodal.models import catalog, lora, pipelines, weights
+from polymodal.models.storage import Files, ShardWriter
+from polymodal.models.storage import dtype_of as stored_dtype
+
+STEM = "diffusion_pytorch_model"
+TOLERANCE = 1e-3
+"""Largest difference of predictions, as a share of the largest, computed in float32."""
+TOLERANCE_LOW = 6e-2
+"""The same for merged weights that were rounded to a lower precision."""
+
+
+def dtype_of(family: Any, adapter: bool) -> torch.dtype:
+    """The dtype that most of the source's denoiser is stored in; float32 for adapters and where there is none."""
+    if adapter or not any(family.weights_source.glob("*.safetensors")):
+        return torch.float32
+    kinds = list(Files(family.weights_source).dtypes.values())
+    return stored_dtype(max(set(kinds), key=kinds.count))
+
+
+def write(
+    made: Assembled, partial: Path, dtype: torch.dtype | None, merge: bool, limit: int
+) -> tuple[str, int, float, float, str]:
+    """Write into `partial` and prove it: (what, values compared, largest difference, largest value, arithmetic)."""
+    family: Any = made.family
+    adapted = made.recipe.model.lora is not None
+    chosen = dtype or dtype_of(family, adapted and not merge)
+    partial.mkdir(parents=True)
+    if adapted and not merge:
+        cls = pipelines.pipeline_class(family.source)
+        lora.save_for_pipeline(
+            lora.gather(made.model), made.model, made.recipe.model.lora, partial, pipeline=cls, part=family.part, dtype=chosen
+        )  # fmt: skip
+        what = "adapter"
+    else:
+        _take_over(Path(family.source), partial, family.part)
+        state = lora.merged_state(made.model) if merge else weights.gather(made.model)
+        _write_denoiser(state, family.config, partial / family.part, chosen, limit)
+        what = "merged" if merge else "model"
+    return what, *_prove(made, partial, what, chosen)
+
+
+def _take_over(source: Path, target: Path, part: str) -> None:
+    """All of a pipeline but its denoiser."""
+
+    def put(origin: str, copy: str) -> None:
+        try:
+            os.link(os.path.realpath(origin), copy)
+        except OSError:
+            shutil.copyfile(origin, copy)
+
+    for entry in sorted(source.iterdir()):
+        if entry.is_dir() and entry.name != part and not entry.name.startswith("."):
+            shutil.copytree(entry, target / entry.name, copy_function=put)
+        elif entry.is_file() and entry.suffix != ".safetensors" and entry.name != "polymodal_export.json":
+            put(str(entry), str(target / entry.name))
+
+
+def _write_denoiser(state: Any, config: Any, folder: Path, dtype: torch.dtype, limit: int) -> None:
+    folder.mkdir()
+    writer = ShardWriter(folder, limit, STEM)
+    for name, tensor in state:
+        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        writer.add(name, tensor.contiguous().clone())
+    writer.finish()
+    (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> tuple[int, float, float, str]:
+    """Compare one prediction: this house's model against the one that diffusers opens. Raises PolymodalError."""
+    family, model = made.family, made.model
+    for name, parameter in model.named_parameters():
+        if what == "model" or (what == "adapter" and ".lora_" in name):
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+    cls = pipelines.pipeline_class(family.source)
+    with pipelines.quiet():
+        opened = cls.from_pretrained(str(family.source if what == "adapter" else partial))
+        if what == "adapter":
+            parts = {family.part: _fresh(made)}
+            opened = cls.from_pretrained(str(family.source), **parts)
+            opened.load_lora_weights(str(partial), weight_name=f"{lora.DIFFUSERS_STEM}.safetensors")
+    for part in opened.components.values():
+        if isinstance(part, nn.Module):
+            part.float().eval()
+    batch = example(family, opened)
+    theirs = family.stage(getattr(opened, family.part), None, batch).hidden_states.float()
+    ours = family.stage(model.float(), None, batch).hidden_states.float()
+    difference, largest = float((ours - theirs).abs().max()), float(ours.abs().max())
+    low = what == "merged" and dtype != torch.float32
+    if not difference <= (TOLERANCE_LOW if low else TOLERANCE) * max(1.0, largest):
+        raise PolymodalError(
+            f"The export of {made.checkpoint} predicts differently: by {difference:.2e} (largest {largest:.2e}); nothing was kept.",
+            "This is a defect of the model's card or of the merge: report it with the model's name.",
+        )
+    return ours.numel(), difference, largest, "float32"
+
+
+def _fresh(made: Assembled) -> nn.Module:
+    """The run's base without adapters, for the library to put them on."""
+    recipe = made.recipe.model_copy(deep=True)
+    recipe.model.lora = None
+    model = made.family.build().trained
+    state = dict(weights.gather(made.model))
+    weights.materialise(model, "cpu")
+    parameters = dict(model.named_parameters())
+    for name, value in state.items():
+        if name in parameters:
+            parameters[name].data.copy_(value)
+    return model.eval()
+
+
+def example(family: Any, pipeline: Any) -> Batch:
+    """A small sample with structure through the pipeline's own encoders, half noised: what predictions are compared on."""
+    grid = family.grid()
+    frames = 1 if grid.time == 1 else 1 + grid.time * max(1, 2 * grid.patch[0] - 1)
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.rand(1, 3, frames, 2 * grid.side, 2 * grid.side, generator=draw) * 2 - 1
+    tensors: dict[str, Tensor] = {
+        **family.encode_text(pipeline, ["a red circle"]),
+        **family.encode_media(pipeline, pixels),
+    }
+    latents = tensors.pop("latents").float()
+    tensors["noisy"] = 0.5 * latents + 0.5 * torch.randn(latents.shape, generator=draw)
+    process = family.process()
+    tensors["timestep"] = torch.tensor([0.5 * process.scale if process.kind == "flow" else 500.0])
+    tensors["weight"] = torch.ones(1)
+    return Batch(tensors, {}, (0,), groups={"shape": (frames, 2 * grid.side, 2 * grid.side)})
+
+
+def open_adapter(directory: Path, base: str | None) -> Assembled:
+    """A LoRA file of diffusers on its base, by the house's path. Raises PolymodalError."""
+    from polymodal.generate.pipeline import base_of
+
+    place = base or base_of(directory)
+    rank = lora.read_settings(directory)
+    recipe = recipes.Recipe(model=recipes.Model(source=place, lora=rank))
+    family = catalog.family(recipe.model)
+    model = family.build().trained
+    lora.attach(model, rank, family.card)
+    weights.load(model, family, device="cpu")
+    lora.load(model, rank, directory)
+    return Assembled(model.eval(), family, recipe, directory)

@@ -1,0 +1,187 @@
+"""What a family's layout means for training: its objective, its data and how batches of it are made.
+
+`packed` is language: chats, lengths, next-token loss. `uniform` is generation: features or clips, buckets, diffusion.
+The trainer asks here and knows neither. Sees every room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from polymodal.data.chat import ChatProcessor
+from polymodal.data.clips import Clips
+from polymodal.data.features import Features
+from polymodal.data.index import build_index
+from polymodal.data.latents import ClipMaker, FeatureMaker
+from polymodal.data.loader import Loader
+from polymodal.data.schedule import Schedule
+from polymodal.data.source import open_corpus
+from polymodal.errors import PolymodalError
+from polymodal.models.card import Family
+from polymodal.objectives.diffusion import DiffusionObjective
+from polymodal.objectives.language import LanguageObjective
+from polymodal.parallel.apply import COMPUTE_DTYPE
+from polymodal.recipe import Data, Dataset, Recipe
+
+Section = Literal["datasets", "validation"]
+
+
+@dataclass
+class Feed:
+    """A section of data, planned. loader(dp_rank=, dp_size=, start=, stop_after=, workers=None) opens it."""
+
+    schedule: Schedule
+    loader: Callable[..., Loader]
+
+
+class Language:
+    """Chats and plain text, packed."""
+
+    def __init__(self, recipe: Recipe, family: Family):
+        self.recipe, self.family = recipe, family
+        self.objective = LanguageObjective(recipe.train.loss, **family.balance(recipe.train.router_aux_loss))
+        self.actors: Any = None
+
+    def start(self, device: torch.device) -> None:
+        """Nothing besides the model."""
+
+    def feed(self, section: Section, rank: int) -> Feed:
+        """Index and plan a section. Raises PolymodalError."""
+        recipe = self.recipe
+        data = _section_data(recipe, section)
+        chat = ChatProcessor(self.family.media_processor(recipe.data), recipe.data)
+        corpus = open_corpus(_datasets(recipe, section), data.attr)
+        index = build_index(corpus, chat, data, rank=rank)
+        schedule = Schedule(index, corpus.parts, data, recipe.train, self.family.cost)
+
+        def loader(workers: int | None = None, **options: Any) -> Loader:
+            return Loader(schedule, corpus, chat, _workers(data, workers), rows=chat.media.rows, **options)
+
+        return Feed(schedule, loader)
+
+
+class Diffusion:
+    """Pictures and clips with captions, in buckets: encoded before (data.encode: cached), or on the device (online)."""
+
+    def __init__(self, recipe: Recipe, family: Any):
+        self.recipe, self.family = recipe, family
+        self.objective = DiffusionObjective(family.process(), recipe.train.diffusion)
+        self.actors: Any = None
+
+    def start(self, device: torch.device) -> None:
+        """The frozen encoders, when they are needed while training; and the empty caption, for guidance."""
+        if self.recipe.data.encode == "online":
+            from polymodal.train.actors import Encoders
+
+            self.actors = Encoders(self.family, dtype_of(self.recipe), device)
+            if self.recipe.train.diffusion.drop:
+                self.objective.unconditional = {n: t.cpu() for n, t in self.actors.text([""]).items()}
+
+    def feed(self, section: Section, rank: int) -> Feed:
+        """Plan a section of features, or measure and plan one of clips. Raises PolymodalError."""
+        return self._online(section, rank) if self.recipe.data.encode == "online" else self._cached(section)
+
+    def _cached(self, section: Section) -> Feed:
+        recipe, family = self.recipe, self.family
+        shares = [(d.weight, d.repeat) for d in _datasets(recipe, section)]
+        directory = features_directory(recipe, section)
+        features = Features(
+            directory, family.documented, family.grid(), wanted_settings(recipe, family), shares
+        )
+        if section == "datasets" and recipe.train.diffusion.drop:
+            self.objective.unconditional = features.empty()
+            if not self.objective.unconditional:
+                raise PolymodalError(
+                    f"{directory} has no empty caption's embedding, which train.diffusion.drop = {recipe.train.diffusion.drop} needs.",
+                    "Set train.diffusion.drop to 0, or encode the data with `polymodal encode`.",
+                )
+        data = _section_data(recipe, section)
+        schedule = Schedule(features, features.parts, data, recipe.train, family.cost)
+        make = FeatureMaker(features, recipe.train.seed, family.text)
+
+        def loader(workers: int | None = None, **options: Any) -> Loader:
+            return Loader(schedule, features, None, _workers(data, workers), make=make, **options)
+
+        return Feed(schedule, loader)
+
+    def _online(self, section: Section, rank: int) -> Feed:
+        recipe, family = self.recipe, self.family
+        data = _section_data(recipe, section).model_copy(update={"max_length": 1 << 30, "overlong": "drop"})
+        clips = Clips(data.clip, family.grid())
+        corpus = open_corpus(_datasets(recipe, section), data.attr)
+        index: Any = build_index(corpus, clips, data, rank=rank)
+        _, bucket = _buckets(index.shapes())
+        index.bucket = bucket
+        schedule = Schedule(index, corpus.parts, data, recipe.train, family.cost)
+        make = ClipMaker(corpus, clips, data, recipe.train.seed)
+
+        def loader(workers: int | None = None, **options: Any) -> Loader:
+            return Loader(schedule, corpus, clips, _workers(data, workers), make=make, **options)
+
+        return Feed(schedule, loader)
+
+
+TASKS: dict[str, Any] = {"packed": Language, "uniform": Diffusion}
+
+
+def task_of(recipe: Recipe, family: Family) -> Any:
+    """The task of a family, by its layout."""
+    return TASKS[family.layout](recipe, family)
+
+
+def _buckets(shapes: Any) -> Any:
+    import numpy as np
+
+    buckets, which = np.unique(shapes, axis=0, return_inverse=True)
+    return buckets, which.reshape(-1).astype(np.int32)
+
+
+def _datasets(recipe: Recipe, section: Section) -> list[Dataset]:
+    found = list(getattr(recipe.data, section))
+    if not found and recipe.data.features is None:
+        raise PolymodalError(
+            f"The recipe has no data.{section}.", "Add at least one, e.g. data.datasets: [{path: train.json}]."
+        )
+    return found
+
+
+def _section_data(recipe: Recipe, section: Section) -> Data:
+    return recipe.data if section == "datasets" else recipe.data.model_copy(update={"shuffle": False})
+
+
+def _workers(data: Data, workers: int | None) -> Data:
+    return data if workers is None else data.model_copy(update={"workers": workers})
+
+
+# ---- features -------------------------------------------------------------------------------------------------------
+
+
+def dtype_of(recipe: Recipe) -> torch.dtype:
+    """What encoders compute in and features are stored in."""
+    return COMPUTE_DTYPE[recipe.train.precision] or torch.float32
+
+
+def features_directory(recipe: Recipe, section: Section = "datasets") -> Any:
+    """Where a section's features lie: data.features, or <run>/features; validation in a directory inside."""
+    from pathlib import Path
+
+    root = Path(recipe.data.features).expanduser() if recipe.data.features else recipe.run_dir / "features"
+    return root if section == "datasets" else root / "validation"
+
+
+def wanted_settings(recipe: Recipe, family: Any) -> dict[str, Any]:
+    """What features depend on besides the data: the manifest holds it, training compares it."""
+    from polymodal.models import pipelines
+
+    grid = family.grid()
+    encoders = [n for n in pipelines.models_of(family.source) if not n.startswith(family.part)]
+    return {
+        **{f"data.clip.{k}": v for k, v in recipe.data.clip.model_dump(mode="json").items()},
+        "latents": [grid.channels, grid.time, grid.space],
+        "tensors": sorted([*family.text, *family.media]),
+        **{name: pipelines.fingerprint(family.source, name) for name in encoders},
+    }

@@ -1,0 +1,191 @@
+"""A generating model from raw clips to a trained checkpoint, on a tiny Wan of the real classes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from polymodal import recipe as recipes
+from polymodal.errors import PolymodalError
+from polymodal.train import encode, trainer
+from tests.models import clips, tiny_pipelines
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    return tiny_pipelines.pipeline("wan", tmp_path_factory.mktemp("wan") / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return clips.data(tmp_path_factory.mktemp("clips"), clips=5, pictures=2)
+
+
+def recipe(source, data, run, **changes):
+    made = {
+        "name": "tiny",
+        "model": {"source": str(source)},
+        "data": {
+            "datasets": [{"path": str(data)}], "workers": 0, "features": str(run / "features"),
+            "clip": {"frames": [5, 9], "pixels": 32 * 48, "fps": 16},
+        },
+        "train": {"steps": 4, "global_batch_size": 3, "micro_batch_size": 2, "precision": "fp32"},
+        "optim": {"lr": 1e-3},
+        "checkpoint": {"dir": str(run / "run"), "asynchronous": False},
+        "monitor": {"trackers": []},
+    }  # fmt: skip
+    for key, value in changes.items():
+        *path, leaf = key.split("__")
+        section = made
+        for name in path:
+            section = section.setdefault(name, {})
+        section[leaf] = value
+    return recipes.validate(made)
+
+
+def losses(run):
+    return [
+        json.loads(line)["loss"]
+        for line in (run / "run" / "metrics.jsonl").read_text().splitlines()
+        if "loss" in json.loads(line)
+    ]
+
+
+def test_clips_are_encoded_once_and_trained_on(wan, data, tmp_path, capsys):
+    made = recipe(wan, data, tmp_path)
+    encode.run(made)
+    assert "7 samples, 7 encoded, 0 kept" in capsys.readouterr().out
+    root = tmp_path / "features"
+    rows = [json.loads(line) for line in (root / "data.jsonl").read_text().splitlines()]
+    assert len({row["file"] for row in rows}) == 7  # two clips have one name in two folders
+    assert {row["sample_size"] for row in rows} == {"9x32x48", "9x48x32", "1x32x48", "1x48x32"}
+    sample = load_file(root / rows[0]["file"])
+    assert sample["latents"].shape == (4, 3, 4, 6) and sample["text.1.encoder_hidden_states"].shape == (
+        512,
+        16,
+    )
+    manifest = json.loads((root / "manifest.json").read_text())
+    assert manifest["settings"]["data.clip.frames"] == [5, 9] and {"vae", "text_encoder"} <= set(
+        manifest["settings"]
+    )
+    before = {p: p.stat().st_mtime_ns for p in root.glob("features/*")}
+    encode.run(made)
+    assert "7 samples, 0 encoded, 7 kept" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in root.glob("features/*")}
+    trainer.run(made)
+    assert len(losses(tmp_path)) == 4 and all(0 < x < 20 for x in losses(tmp_path))
+
+
+def test_training_on_clips_online_is_training_on_their_features(wan, data, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    cached = recipe(wan, data, tmp_path / "a", train__steps=2)
+    encode.run(cached)
+    trainer.run(cached)
+    online = recipe(wan, data, tmp_path / "b", train__steps=2, data__encode="online")
+    trainer.run(online)
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-4)
+
+
+def test_a_killed_encode_goes_on_and_new_rows_are_added(wan, data, tmp_path, monkeypatch, capsys):
+    made = recipe(wan, data, tmp_path)
+    real, count = encode.Encoding._encode, []
+
+    def dies(self, ready):
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        count.append(1)
+        real(self, ready)
+
+    monkeypatch.setattr(encode.Encoding, "_encode", dies)
+    with pytest.raises(KeyboardInterrupt):
+        encode.run(made)
+    with pytest.raises(PolymodalError, match="holds no finished features") as caught:
+        trainer.run(made)
+    assert "goes on where it stopped" in caught.value.hint
+    monkeypatch.setattr(encode.Encoding, "_encode", real)
+    encode.run(made)
+    assert "7 samples, 4 encoded, 3 kept" in capsys.readouterr().out
+
+
+def test_features_of_other_settings_are_refused_by_name(wan, data, tmp_path):
+    made = recipe(wan, data, tmp_path)
+    encode.run(made)
+    other = recipe(wan, data, tmp_path, data__clip__fps=8)
+    for run in (trainer.run, encode.run):
+        with pytest.raises(PolymodalError, match=r"other settings: data.clip.fps \(there 16.0, here 8.0\)"):
+            run(other)
+    copy = shutil.copytree(wan, tmp_path / "other")
+    vae = tiny_pipelines.wan_vae(z=4)
+    vae.save_pretrained(copy / "vae")
+    with pytest.raises(PolymodalError, match="other settings: vae"):
+        trainer.run(recipe(copy, data, tmp_path))
+
+
+def test_the_documented_layout_is_written_and_read(wan, data, tmp_path, capsys):
+    made = recipe(wan, data, tmp_path, data__feature_files="pt", train__steps=2, train__diffusion__drop=0.0)
+    encode.run(made)
+    root = tmp_path / "features"
+    rows = [json.loads(line) for line in (root / "data.jsonl").read_text().splitlines()]
+    first = torch.load(root / rows[0]["file"], weights_only=True)
+    assert set(first) == {"video", "prompt_ids"} and len(first["prompt_ids"]) == 2
+    assert first["video"].shape == (4, 3, 4, 6) and rows[0]["sample_num_frames"] == 9
+    trainer.run(made)
+    same = losses(tmp_path)
+    for name in ("manifest.json", "settings.json", "empty.safetensors"):
+        (root / name).unlink()  # another system's extraction has none of them
+    trainer.run(
+        recipe(
+            wan,
+            data,
+            tmp_path,
+            train__steps=2,
+            train__diffusion__drop=0.0,
+            data__datasets=[],
+            checkpoint__resume="never",
+        )
+    )
+    assert losses(tmp_path) == pytest.approx(same)
+    nested = tmp_path / "deep" / "features"
+    shutil.copytree(root / "features", nested / "features" / "features")
+    shutil.copy(root / "data.jsonl", nested)
+    with pytest.raises(PolymodalError, match="does not exist") as caught:
+        trainer.run(recipe(wan, data, tmp_path, data__features=str(nested), train__diffusion__drop=0.0))
+    assert "features/features: move them one level up" in caught.value.hint
+
+
+def test_a_broken_clip_is_named_and_fatal_or_left_out(wan, tmp_path, capsys):
+    file = clips.data(tmp_path / "data", clips=3)
+    (tmp_path / "data" / "clips" / "clip2.mp4").write_bytes(b"no video")
+    with pytest.raises(
+        PolymodalError, match=r"data.json, row 3: the video .*clip2.mp4 cannot be read"
+    ) as caught:
+        encode.run(recipe(wan, file, tmp_path))
+    assert "data.on_error to skip" in caught.value.hint
+    encode.run(recipe(wan, file, tmp_path, data__on_error="skip"))
+    said = capsys.readouterr()
+    assert "2 samples, 2 encoded, 0 kept, 1 left out" in said.out and "clip2.mp4" in said.err
+
+
+def test_validation_stands_at_fixed_noise_levels(wan, data, tmp_path):
+    made = recipe(
+        wan,
+        data,
+        tmp_path,
+        train__steps=1,
+        data__validation=[{"path": str(data), "max_samples": 2}],
+        train__diffusion__quantiles=2,
+    )
+    encode.run(made)
+    trainer.run(made)
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {
+        "validation/loss",
+        "validation/loss/video",
+        "validation/loss/noise 0.25",
+        "validation/loss/noise 0.75",
+    } <= set(line)
+    parts = (line["validation/loss/noise 0.25"] + line["validation/loss/noise 0.75"]) / 2
+    assert line["validation/loss"] == pytest.approx(parts, rel=1e-4)

@@ -1,0 +1,63 @@
+"""Small real clips and pictures with captions, as data files of the documented kind."""
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+COLOURS = {"red": (220, 40, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
+
+
+def frames(colour: str, direction: str, count: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """A square of a colour that moves left or right over grey: uint8 [F, H, W, 3]."""
+    out = np.full((count, height, width, 3), 90, np.uint8)
+    for i in range(count):
+        x = int((width - 16) * i / max(1, count - 1))
+        x = width - 16 - x if direction == "left" else x
+        out[i, 16:32, x : x + 16] = COLOURS[colour]
+    return out
+
+
+def write_video(path: Path, pixels: np.ndarray, fps: int = 16) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "10"})
+        stream.height, stream.width, stream.pix_fmt = pixels.shape[1], pixels.shape[2], "yuv420p"
+        for frame in pixels:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def data(directory: Path, clips: int = 4, pictures: int = 0, length: int = 9) -> Path:
+    """`clips` videos (one in two upright) and pictures in sub-folders, and data.json; returns the data file."""
+    rows = []
+    for i in range(clips + pictures):
+        colour, direction = list(COLOURS)[i % 3], ("left", "right")[i // 3 % 2]
+        size = (48, 64) if i % 2 == 0 else (64, 48)
+        if i < clips:
+            path = write_video(
+                directory / "clips" / f"part{i % 2}" / "clip.mp4"
+                if i < 2
+                else directory / "clips" / f"clip{i}.mp4",
+                frames(colour, direction, length, *size),
+            )
+            row = {"num_frames": length, "fps": 16, "resolution": {"height": size[0], "width": size[1]}}
+        else:
+            path = directory / "pictures" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(frames(colour, direction, 2, *size)[0]).save(path)
+            row = {}
+        caption = f"a {colour} square moving {direction}"
+        rows.append(
+            {
+                "path": str(path.relative_to(directory)),
+                "cap": [caption, caption.upper()] if i == 0 else caption,
+                **row,
+            }
+        )
+    file = directory / "data.json"
+    file.write_text(json.dumps(rows))
+    return file

@@ -1,0 +1,94 @@
+"""Every generating family, on a tiny pipeline of the real classes: encode, train with its own objective, export, reopen.
+
+Full weights and LoRA; the export is opened by diffusers alone and predicts as the trained model does; sampling from the
+run and from its export gives the same.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from polymodal import recipe as recipes
+from polymodal.generate.pipeline import Prompt, Settings, open_generator
+from polymodal.models import catalog
+from polymodal.train import encode, trainer
+from polymodal.train.export import export
+from tests.models import clips, tiny_pipelines
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return clips.data(tmp_path_factory.mktemp("clips"), clips=2, pictures=1, length=9)
+
+
+@pytest.fixture(scope="module")
+def stills(tmp_path_factory):
+    return clips.data(tmp_path_factory.mktemp("stills"), clips=0, pictures=3)
+
+
+def recipe(source, family, data, stills, run, **model):
+    still = family.grid().time == 1
+    return recipes.validate(
+        {
+            "name": "tiny",
+            "model": {"source": str(source), **model},
+            "data": {
+                "datasets": [{"path": str(stills if still else data)}], "workers": 0, "features": str(run / "features"),
+                "clip": {"frames": [9], "sizes": [tiny_pipelines.SIZES.get(family.card.name, (32, 32))]},
+            },
+            "train": {"steps": 3, "global_batch_size": 2, "micro_batch_size": 2, "precision": "fp32", "ema": 0.5},
+            "optim": {"lr": 1e-2, "schedule": {"name": "constant", "warmup": 0}},
+            "checkpoint": {"dir": str(run / "run"), "asynchronous": False},
+            "monitor": {"trackers": []},
+        }
+    )  # fmt: skip
+
+
+def settings(family):
+    height, width = tiny_pipelines.SIZES.get(family.card.name, (32, 32))
+    return Settings(2, 2.0, height, width, None if family.grid().time == 1 else 5)
+
+
+@pytest.mark.parametrize("name", tiny_pipelines.MAKERS)
+def test_a_family_trains_and_its_export_is_diffusers(name, data, stills, tmp_path):
+    source = tiny_pipelines.pipeline(name, tmp_path / "pipeline")
+    family = catalog.family(recipes.Model(source=str(source)))
+    made = recipe(source, family, data, stills, tmp_path)
+    encode.run(made)
+    trainer.run(made)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 3 and all(np.isfinite(losses))
+    done = export(tmp_path / "run", tmp_path / "out")  # proves itself, or raises
+    assert done.what == "model" and done.difference <= 1e-3 * max(1, done.largest)
+    opened = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    before = DiffusionPipeline.from_pretrained(source)
+    trained, base = (getattr(p, family.part).state_dict() for p in (opened, before))
+    assert trained.keys() == base.keys() and any(not torch.equal(trained[k], base[k]) for k in base)
+    image = str(next(stills.parent.glob("pictures/*.png")))
+    conditioned = "image" in type(opened).__call__.__annotations__ and family.media != ()
+    prompt = Prompt("a red square moving left", None, image if conditioned else None, image if getattr(family, "last_frame", False) else None)
+    samples = [open_generator(tmp_path / place).sample([prompt], settings(family))[0] for place in ("run", "out")]
+    assert np.array_equal(*samples) and samples[0].dtype == np.uint8
+    other = open_generator(tmp_path / "run", ema=True).sample([prompt], settings(family))[0]
+    assert not np.array_equal(samples[0], other)
+
+
+@pytest.mark.parametrize("name", tiny_pipelines.MAKERS)
+def test_a_familys_adapter_opens_in_diffusers(name, data, stills, tmp_path):
+    source = tiny_pipelines.pipeline(name, tmp_path / "pipeline")
+    family = catalog.family(recipes.Model(source=str(source)))
+    made = recipe(source, family, data, stills, tmp_path, lora={"rank": 2, "alpha": 6})
+    encode.run(made)
+    trainer.run(made)
+    adapter = export(tmp_path / "run", tmp_path / "adapter")
+    assert adapter.what == "adapter" and adapter.difference <= 1e-3 * max(1, adapter.largest)
+    merged = export(tmp_path / "run", tmp_path / "merged", merge_lora=True)
+    assert merged.what == "merged"
+    again = export(tmp_path / "adapter", tmp_path / "again", merge_lora=True)
+    assert again.what == "merged"
+    states = [DiffusionPipeline.from_pretrained(tmp_path / d).components[family.part].state_dict() for d in ("merged", "again")]
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])

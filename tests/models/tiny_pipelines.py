@@ -1,0 +1,140 @@
+"""Tiny random pipelines in diffusers' layout, of the real classes: `pipeline(name, directory)` writes one as the library would.
+
+Shared by the tests of generating models. Weights are random but fixed; a pipeline runs, its pictures mean nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORDS = [
+    "a",
+    "red",
+    "green",
+    "blue",
+    "circle",
+    "square",
+    "digit",
+    "of",
+    "the",
+    "moving",
+    "left",
+    "right",
+    "up",
+    "down",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "zero",
+    "video",
+    "picture",
+]
+
+
+@functools.cache
+def tokenizer(length: int = 512) -> Any:
+    """A word-level tokenizer with T5's special tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{w: i + 3 for i, w in enumerate(WORDS)}}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=length
+    )
+
+
+def umt5(width: int = 16) -> Any:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(
+        vocab_size=48, d_model=width, d_kv=8, d_ff=24, num_layers=1, num_heads=2, tie_word_embeddings=False
+    )
+    return UMT5EncoderModel(config)
+
+
+def wan_vae(z: int = 4, **changes: Any) -> Any:
+    from diffusers import AutoencoderKLWan
+
+    config = {
+        "base_dim": 4, "z_dim": z, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True],
+        "latents_mean": [0.1 * i for i in range(z)], "latents_std": [1.0 + 0.5 * i for i in range(z)],
+    }  # fmt: skip
+    return AutoencoderKLWan(**config | changes)
+
+
+def wan_transformer(z: int = 4, **changes: Any) -> Any:
+    from diffusers import WanTransformer3DModel
+
+    config = {
+        "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": z, "out_channels": z, "text_dim": 16,
+        "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "cross_attn_norm": True, "rope_max_seq_len": 32,
+    }  # fmt: skip
+    return WanTransformer3DModel(**config | changes)
+
+
+def wan(**changes: Any) -> Any:
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return WanPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=umt5(),
+        vae=wan_vae(),
+        scheduler=scheduler,
+        transformer=wan_transformer(**changes),
+    )
+
+
+def wan_i2v(last_frame: bool = False) -> Any:
+    from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    vision = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16 * 16,
+            patch_size=16,
+        )
+    )  # 257 tokens, as the denoiser's attention has it in its code
+    more = {"pos_embed_seq_len": 514} if last_frame else {}
+    denoiser = wan_transformer(in_channels=4 + 4 + 4, image_dim=16, added_kv_proj_dim=24, **more)
+    return WanImageToVideoPipeline(
+        tokenizer=tokenizer(), text_encoder=umt5(), vae=wan_vae(), scheduler=scheduler, transformer=denoiser, image_encoder=vision,
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 256, "width": 256}),
+    )  # fmt: skip
+
+
+MAKERS = {"wan": wan, "wan-i2v": wan_i2v, "wan-flf2v": lambda: wan_i2v(True)}
+
+
+def pipeline(name: str, directory: str | Path) -> Path:
+    """Write the tiny pipeline of this name; returns the directory."""
+    torch.manual_seed(3)
+    made = MAKERS[name]()
+    made.save_pretrained(str(directory), safe_serialization=True)
+    return Path(directory)
+
+
+SIZES: dict[str, tuple[int, int]] = {}
+"""Frames of a card's tests, (height, width), where not 32 x 32."""
