@@ -144,7 +144,8 @@ def _datasets(recipe: Recipe, section: Section) -> list[Dataset]:
     found = list(getattr(recipe.data, section))
     if not found and recipe.data.features is None:
         raise PolymodalError(
-            f"The recipe has no data.{section}.", "Add at least one, e.g. data.datasets: [{path: train.json}]."
+            f"The recipe has no data.{section}.",
+            "Add at least one, e.g. data.datasets: [{path: train.json}].",
         )
     return found
 

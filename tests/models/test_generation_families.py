@@ -70,8 +70,15 @@ def test_a_family_trains_and_its_export_is_diffusers(name, data, stills, tmp_pat
     assert trained.keys() == base.keys() and any(not torch.equal(trained[k], base[k]) for k in base)
     image = str(next(stills.parent.glob("pictures/*.png")))
     conditioned = "image" in type(opened).__call__.__annotations__ and family.media != ()
-    prompt = Prompt("a red square moving left", None, image if conditioned else None, image if getattr(family, "last_frame", False) else None)
-    samples = [open_generator(tmp_path / place).sample([prompt], settings(family))[0] for place in ("run", "out")]
+    prompt = Prompt(
+        "a red square moving left",
+        None,
+        image if conditioned else None,
+        image if getattr(family, "last_frame", False) else None,
+    )
+    samples = [
+        open_generator(tmp_path / place).sample([prompt], settings(family))[0] for place in ("run", "out")
+    ]
     assert np.array_equal(*samples) and samples[0].dtype == np.uint8
     other = open_generator(tmp_path / "run", ema=True).sample([prompt], settings(family))[0]
     assert not np.array_equal(samples[0], other)
@@ -90,5 +97,8 @@ def test_a_familys_adapter_opens_in_diffusers(name, data, stills, tmp_path):
     assert merged.what == "merged"
     again = export(tmp_path / "adapter", tmp_path / "again", merge_lora=True)
     assert again.what == "merged"
-    states = [DiffusionPipeline.from_pretrained(tmp_path / d).components[family.part].state_dict() for d in ("merged", "again")]
+    states = [
+        DiffusionPipeline.from_pretrained(tmp_path / d).components[family.part].state_dict()
+        for d in ("merged", "again")
+    ]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
