@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from polymodal import device as devices
 from polymodal import recipe as recipes
-from polymodal.data.schedule import Position, Schedule
+from polymodal.data.schedule import Position
 from polymodal.errors import PolymodalError
 from polymodal.launch import Runtime, runtime
 from polymodal.models import catalog, lora, weights
