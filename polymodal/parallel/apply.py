@@ -17,8 +17,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from polymodal.errors import PolymodalError
 from polymodal.models.card import Dropped, ModelCard
-from polymodal.parallel import expert, memory, ops, tensor
-from polymodal.parallel.batches import attention_heads
+from polymodal.parallel import expert, memory, ops, tensor, uniform
+from polymodal.parallel.batches import attention_heads, context
 from polymodal.parallel.context import ulysses_size
 from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Parallel, Recipe
@@ -139,6 +139,10 @@ def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.M
         sequence = parallel.sp if parallel.sp is not None else True
         tensor.apply(model, card, list(blocks), tp, sequence, spread)
     experts = expert.apply(model, spread, ep) if ep is not None else []
+    if mesh.sizes.cp > 1 and card.sequence_plan:
+        group = context(mesh, getattr(model, "config", None), parallel)
+        assert group is not None
+        uniform.apply(model, card, group)
     if parallel.compile:
         import torch._dynamo
 

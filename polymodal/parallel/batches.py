@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch.distributed as dist
+
 from polymodal.data.sample import Batch, Measure
 from polymodal.models.card import Family
 from polymodal.parallel import attention, media
@@ -38,13 +40,20 @@ class BatchLayout:
 
     def __init__(self, family: Family, mesh: Mesh, parallel: Parallel):
         self.family, self.mesh = family, mesh
-        self.context = context(mesh, family.config, parallel)
+        packed = family.layout == "packed"
+        self.context = context(mesh, family.config, parallel) if packed else None
         self.group = None
-        if parallel.balance_media and mesh.sizes.dp_shard * mesh.sizes.cp > 1:
+        if packed and parallel.balance_media and mesh.sizes.dp_shard * mesh.sizes.cp > 1:
             self.group = mesh.shard_group
         elif self.context is not None:
             self.group = self.context.group
         self._costs: dict[media.Grid, float] = {}
+
+    @property
+    def weights_group(self) -> dist.ProcessGroup:
+        """Ranks over which the denominators of a loss are summed: each batch once where ranks of a context-parallel
+        group count different rows, once a rank where they all compute the whole loss."""
+        return self.mesh.dp_group if self.family.layout == "packed" else self.mesh.loss_group
 
     def __call__(self, batches: Sequence[Batch]) -> list[Batch]:
         """Packed batches -> the same with this rank's rows of input_ids and position_ids, `rows` [n] int64 among the

@@ -54,7 +54,6 @@ class Trainer:
         # A group of its own: a checkpoint written in the background must not mix its collectives with training's.
         self.save_group = dist.new_group(backend="gloo") if rt.world > 1 else None
         self.loss_group = self.mesh.loss_group if rt.world > 1 else None
-        self.dp_group = self.mesh.dp_group if rt.world > 1 else None
         _determinism(recipe)
 
         self._build_model()
@@ -78,6 +77,7 @@ class Trainer:
         bind(self.model, self.family)
         apply(self.model, self.card, self.mesh, recipe)
         self.lay_out = BatchLayout(self.family, self.mesh, recipe.parallel)
+        self.weights_group = self.lay_out.weights_group if self.rt.world > 1 else None
         if recipe.model.init == "random":
             weights.initialise(self.model, self.family, recipe.train.seed, self.device)
         else:
@@ -255,7 +255,7 @@ class Trainer:
         # Dropout is the only randomness left in a step; it depends on (seed, step, data rank), so resume needs no RNG.
         torch.manual_seed((recipe.train.seed * 1_000_003 + step) * 1_009 + self.mesh.dp_rank)
         batches = self.objective.prepare(self.task.actors, batch.micro_batches)
-        inverse = inverse_weights(self.objective, batches, self.dp_group)
+        inverse = inverse_weights(self.objective, batches, self.weights_group)
         batches = self.lay_out(batches)
         tally = Tally(self.objective.parts, ("samples", "seqtokens", "media", "flops", "wait"))
         forward_backward(self.model, self.objective, batches, inverse, self.device, tally, self.scaler.scale)
@@ -342,7 +342,7 @@ class Trainer:
         try:
             for batch in loader:
                 batches = objective.prepare(self.task.actors, batch.micro_batches)
-                inverse = inverse_weights(objective, batches, self.dp_group)
+                inverse = inverse_weights(objective, batches, self.weights_group)
                 part, batches = Tally(objective.parts), self.lay_out(batches)
                 forward_only(self.model, objective, batches, inverse, self.device, part)
                 terms = part.total(self.loss_group)

@@ -145,8 +145,9 @@ def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps
         while len(data) % mesh.sizes.dp:  # equal work a rank, as the schedule gives it
             data.append(pack([hole(rows=4)]))
         mine = data[mesh.dp_rank :: mesh.sizes.dp]
-        inverse = inverse_weights(objective, mine, mesh.dp_group)
-        mine = BatchLayout(family, mesh, recipe.parallel)(mine)
+        lay_out = BatchLayout(family, mesh, recipe.parallel)
+        inverse = inverse_weights(objective, mine, lay_out.weights_group)
+        mine = lay_out(mine)
     else:
         mesh, mine = None, data
         inverse = inverse_weights(objective, mine, None)

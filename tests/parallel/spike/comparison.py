@@ -27,7 +27,7 @@ def mesh_of(rank: int, **sizes: int) -> Mesh:
 
 def shard(model: nn.Module, card: ModelCard, mesh: Mesh, precision: str = "fp32") -> None:
     """FSDP2 as parallel.apply does it, which as a whole still refuses pipelines and context parallelism."""
-    _shard(model, list(matching(model, card.blocks, card.name).values()), mesh, precision, True)
+    _shard(model, list(matching(model, card.blocks, card.name).values()), [], mesh, precision, True)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from polymodal.data.sample import Batch
 from polymodal.models.card import Family, ModelCard, Output
-from polymodal.parallel import ops
+from polymodal.parallel import uniform
 from polymodal.parallel.mesh import Mesh
 from polymodal.train.step import bind
 from tests.parallel.spike.comparison import (
@@ -102,40 +102,8 @@ class FlowMatching:
 
 
 def cut_sequence(model: nn.Module, card: ModelCard, mesh: Mesh) -> None:
-    """Hooks for Ulysses: cut where the card's sequence_plan says, gather after its exit, exchange heads in attention."""
-    from diffusers import ContextParallelConfig
-    from diffusers.models._modeling_parallel import ParallelConfig
-
-    view = mesh.view("cp")
-    group, size = view.get_group(), view.size()
-    at = view.get_local_rank()
-
-    def cut(tensor: Tensor, dim: int) -> Tensor:
-        # a plain slice: FSDP2 sums over the ranks, a gradient gathered here would be counted by each of them
-        return tensor.chunk(size, dim)[at]
-
-    def gather(_: nn.Module, __: Any, out: Tensor) -> Tensor:
-        # every rank has the whole prediction and, by its denominator, its share of the loss
-        return ops.gather_sequence(out, out.shape[1] * size, group, partial=True)
-
-    for name, places in card.sequence_plan.items():
-        outputs = {place: dim for place, dim in places.items() if isinstance(place, int)}
-        arguments = {place: dim for place, dim in places.items() if isinstance(place, str)}
-        module = model.get_submodule(name)
-        if outputs:
-            module.register_forward_hook(
-                lambda _, __, out, outputs=outputs: tuple(
-                    cut(t, outputs[i]) if i in outputs else t for i, t in enumerate(out)
-                )
-            )
-        if arguments:
-            (dim,) = arguments.values()  # the stream comes first, by position
-            module.register_forward_pre_hook(lambda _, args, dim=dim: (cut(args[0], dim), *args[1:]))
-    model.get_submodule(card.sequence_exit).register_forward_hook(gather)
-    context = ContextParallelConfig(ulysses_degree=size)
-    context._ulysses_mesh, context._ulysses_local_rank = view, at
-    for block in model.blocks:
-        block.attn1.processor._parallel_config = ParallelConfig(context_parallel_config=context)
+    """Ulysses over the two ranks of cp, as parallel.apply sets it up."""
+    uniform.apply(model, card, mesh.context(mesh.sizes.cp))
 
 
 def _batches() -> list[Batch]:

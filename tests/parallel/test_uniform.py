@@ -1,0 +1,117 @@
+"""Diffusion transformers over cut sequences: prediction, loss and summed gradients of one process, any lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from polymodal.models.card import Family, ModelCard
+from polymodal.parallel import uniform
+from polymodal.parallel.context import Context
+from tests.parallel.exact import float64
+from tests.parallel.harness import run
+from tests.parallel.spike.wan import CARD as WAN
+
+FLUX = ModelCard(
+    name="flux", family=Family, architectures=(), tasks=(), blocks=("transformer_blocks.*", "single_transformer_blocks.*"), towers={},
+    sequence_plan={"": {"hidden_states": 1, "encoder_hidden_states": 1, "img_ids": 0, "txt_ids": 0}}, sequence_exit="proj_out",
+)  # fmt: skip
+
+
+def wan() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Two samples of 3 x 1 x 5 patches: 15 rows divide by nothing; 4 heads."""
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32, ffn_dim=32,
+        num_layers=2, cross_attn_norm=True, rope_max_seq_len=16,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": torch.randn(2, 4, 3, 2, 10),
+        "timestep": torch.tensor([300.0, 800.0]),
+        "encoder_hidden_states": torch.randn(2, 6, 16),
+    }
+
+
+def flux() -> tuple[nn.Module, dict[str, Tensor]]:
+    """13 rows of picture joined with 5 of text; 4 heads."""
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(
+        in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=4, joint_attention_dim=16,
+        pooled_projection_dim=12, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    return model, {
+        "hidden_states": torch.randn(2, 13, 8), "encoder_hidden_states": torch.randn(2, 5, 16), "pooled_projections": torch.randn(2, 12),
+        "timestep": torch.tensor([0.3, 0.8]), "img_ids": torch.randint(0, 5, (13, 3)).float(), "txt_ids": torch.zeros(5, 3),
+    }  # fmt: skip
+
+
+def step(model: nn.Module, inputs: dict[str, Tensor], copies: int) -> tuple[Tensor, dict[str, Tensor]]:
+    (out,) = model(**inputs, return_dict=False)
+    (out.square().mean() / copies).backward()
+    return out.detach(), {
+        name: p.grad.clone() if p.grad is not None else torch.zeros_like(p)
+        for name, p in model.named_parameters()
+    }
+
+
+def compare(rank: int, which: str, ulysses: int) -> dict[str, Any]:
+    size = dist.get_world_size()
+    torch.manual_seed(0)
+    model, inputs = {"wan": wan, "flux": flux}[which]()
+    card = WAN if which == "wan" else FLUX
+    model, inputs = model.double(), {name: tensor.double() for name, tensor in inputs.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    with float64():
+        out, gradients = step(model, inputs, 1)
+        model.zero_grad(set_to_none=True)
+        cut = uniform.apply(
+            model, card, Context(init_device_mesh("cpu", (size,), mesh_dim_names=("cp",))["cp"], ulysses)
+        )
+        if "" in card.sequence_plan:
+            inputs = cut.cut_arguments(inputs, dict(card.sequence_plan[""]))
+            model._forward_pre_hooks.clear()  # what the root's caller cut before it would be forgotten
+        found, mine = step(model, inputs, size)
+    for grad in mine.values():
+        dist.all_reduce(grad)
+    errors = {name: float((mine[name] - grad).norm() / (grad.norm() + 1e-9)) for name, grad in gradients.items()}  # fmt: skip
+    return {"out": float((found - out).abs().max()), "grad": max(errors.items(), key=lambda item: item[1])}
+
+
+@pytest.mark.parametrize(
+    "which, world, ulysses", [("wan", 2, 1), ("wan", 4, 2), ("flux", 2, 2), ("flux", 4, 2), ("flux", 3, 1)]
+)
+def test_a_cut_transformer_is_the_whole_one(which: str, world: int, ulysses: int):
+    for found in run(world, compare, which, ulysses):
+        assert found["out"] < 1e-10 and found["grad"][1] < 1e-9, found
+
+
+def test_the_backend_alone_is_the_librarys_own():
+    from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+
+    query, key, value = (torch.randn(2, 7, 4, 8) for _ in range(3))
+    ours = dispatch_attention_fn(query, key, value, backend=uniform.register())
+    torch.testing.assert_close(ours, dispatch_attention_fn(query, key, value, backend=AttentionBackendName.NATIVE))  # fmt: skip
+
+
+def test_rows_of_no_stream_and_of_streams_too_alike_are_refused():
+    class Three:
+        size, rank = 3, 0
+
+    cut = uniform.UniformCut(Three())  # type: ignore[arg-type]
+    cut.lengths = {("x", "hidden_states"): 9, ("y", "encoder_hidden_states"): 7}
+    assert cut.rows(5) == (5, 5, 6)  # joined
+    with pytest.raises(ValueError, match="attention over 4 rows"):
+        cut.rows(4)
+    with pytest.raises(
+        ValueError, match="attention over 3 rows"
+    ):  # 9 rows here, but 7 look the same on rank 2
+        cut.rows(3)
