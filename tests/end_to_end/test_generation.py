@@ -1,7 +1,10 @@
 """A generating model from raw clips to a trained checkpoint, on a tiny Wan of the real classes."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -87,6 +90,23 @@ def test_training_on_clips_online_is_training_on_their_features(wan, data, tmp_p
     online = recipe(wan, data, tmp_path / "b", train__steps=2, data__encode="online")
     trainer.run(online)
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_sequences_cut_over_ranks_give_the_same_curve(wan, data, tmp_path):
+    """Ulysses on 2 processes, and FSDP2 x 2 with a ring of 2 on 4: rows that do not divide, pictures and clips."""
+    runs = {"one": (1, {}), "ulysses": (2, {"cp": 2}), "ring": (4, {"cp": 2, "ulysses": 1})}
+    for name, (world, parallel) in runs.items():
+        made = recipe(wan, data, tmp_path / name, train__steps=2, parallel=parallel, data__features=str(tmp_path / "features"))  # fmt: skip
+        if name == "one":
+            encode.run(made)
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(recipes.dump(made))
+        command = [sys.executable, "-m", "polymodal", "train", str(path), "--nproc", str(world)]
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "ulysses") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert losses(tmp_path / "ring") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
 def test_a_killed_encode_goes_on_and_new_rows_are_added(wan, data, tmp_path, monkeypatch, capsys):

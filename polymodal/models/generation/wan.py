@@ -142,7 +142,6 @@ CARD = ModelCard(
     limits={
         "tp": "its query and key norms span all heads, and their cut over ranks is not built",
         "ep": "it has no experts inside a layer",
-        "cp": "the cut of its sequence over ranks is not built",
         "pp": "its stages are not built",
     },
     sizes={
