@@ -44,7 +44,7 @@ def run(words: Sequence[str], place: Path, smaller: Sequence[str]) -> str:
         "HF_HUB_OFFLINE": "1",
     }
     began = time.monotonic()
-    if words[0] == "train":
+    if words[0] == "train" or "--nproc" in words:
         command = [sys.executable, "-m", "polymodal", *words]
         done = subprocess.run(
             command, cwd=place, env=environment, capture_output=True, text=True, timeout=300, check=False
