@@ -178,7 +178,9 @@ def test_every_pattern_of_the_card_matches(name, tied, family):
         *(name for names in card.towers.values() for name in names),
     ]
     for pattern in filter(None, patterns):
-        if pattern.endswith("?"):  # of layers that some checkpoints have: tests/parallel/test_layouts.py has one
+        if pattern.endswith(
+            "?"
+        ):  # of layers that some checkpoints have: tests/parallel/test_layouts.py has one
             continue
         assert any(_matches(pattern, name) for name in modules), pattern
     for parameter, _ in model.named_parameters(remove_duplicate=False):
