@@ -220,14 +220,31 @@ class Parallel(Section):
     """Pipeline parallel: stages."""
     ep: Annotated[int, Field(ge=1)] = 1
     """Expert parallel: ranks that experts are spread over."""
+    zero: Literal[1, 2, 3] = 3
+    """Over dp_shard x cp are sharded: 1 = the optimizer's state, 2 = gradients too, 3 = parameters too (FSDP2)."""
+    reshard_after_forward: bool | None = None
+    """zero 3: free gathered parameters after a block's forward (default), or keep them for its backward (false)."""
+    prefetch: Annotated[int, Field(ge=0)] = 1
+    """Blocks whose parameters are gathered ahead while one computes, forward and backward; 0 = none."""
     recompute: Literal["none", "full", "selective"] = "none"
-    """Activation recompute: full = whole blocks; selective = keep matmul and attention outputs."""
+    """Activation recompute: full = whole blocks; selective = all but the results of recompute_keep."""
+    recompute_keep: list[Literal["matmul", "attention", "experts", "exchange"]] | None = None
+    """selective keeps (default: all): matrix products, attention, experts' grouped products, tokens from other ranks."""
     recompute_blocks: list[str] | None = None
-    """Patterns of blocks to recompute (default: all of the card's), e.g. [model.language_model.layers.*]."""
-    reshard_after_forward: bool = True
-    """Free gathered parameters after a block's forward (ZeRO-3); false keeps them for backward (ZeRO-2)."""
+    """Towers by the card's names, or patterns of blocks, to recompute (default: all of the card's blocks)."""
+    recompute_first: Annotated[int, Field(ge=1)] | None = None
+    """Recompute only the first so many of these blocks, tower by tower (the `block` method)."""
+    recompute_every: Annotated[int, Field(ge=1)] | None = None
+    """Recompute only every n-th of these blocks, tower by tower (the `uniform` method)."""
+    offload: list[Literal["activations", "parameters", "optimizer"]] = []
+    """Kept on the host: what blocks save for backward; sharded parameters (with gradients and optimizer); optimizer state."""
     compile: bool = False
     """torch.compile each block."""
+
+    @property
+    def reshards(self) -> bool:
+        """Are a block's gathered parameters freed after its forward?"""
+        return self.zero == 3 and self.reshard_after_forward is not False
 
 
 class LossGuard(Section):

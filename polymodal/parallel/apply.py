@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from polymodal.errors import PolymodalError
 from polymodal.models.card import Dropped, ModelCard
@@ -83,9 +83,7 @@ def check(
                     f"Set parallel.{axis} to 1 and use dp_replicate, dp_shard and tp.",
                 )
             )
-    if parallel is not None and parallel.compile and parallel.recompute == "selective":
-        cause = "parallel.recompute = selective cannot see the matrix products inside of compiled blocks."
-        reasons.append(PolymodalError(cause, "Set parallel.recompute to full, or parallel.compile to false."))
+    reasons += _contradictions(parallel) if parallel is not None else []
     if sizes.cp > 1 and "cp" not in card.limits:
         reasons += _check_context(card, config, sizes, parallel, attention)
     if sizes.tp > 1 and "tp" not in card.limits:
@@ -118,6 +116,48 @@ def _check_context(
     except PolymodalError as error:
         return [error]
     return []
+
+
+def _contradictions(parallel: Parallel) -> list[PolymodalError]:
+    reasons = []
+    if parallel.compile and parallel.recompute == "selective":
+        cause = "parallel.recompute = selective cannot see the matrix products inside of compiled blocks."
+        reasons.append(PolymodalError(cause, "Set parallel.recompute to full, or parallel.compile to false."))
+    if parallel.compile and "activations" in parallel.offload:
+        cause = "parallel.offload of activations cannot see what compiled blocks save."
+        reasons.append(PolymodalError(cause, "Leave it out, or set parallel.compile to false."))
+    if parallel.zero < 3 and parallel.reshard_after_forward:
+        cause = f"parallel.zero = {parallel.zero} keeps parameters whole over a step, parallel.reshard_after_forward would free them."
+        reasons.append(PolymodalError(cause, "Leave reshard_after_forward out, or set parallel.zero to 3."))
+    if parallel.recompute_first and parallel.recompute_every:
+        cause = "parallel.recompute_first and parallel.recompute_every are two ways to choose blocks."
+        reasons.append(PolymodalError(cause, "Give one of them."))
+    for key in ("recompute_blocks", "recompute_first", "recompute_every"):
+        if getattr(parallel, key) is not None and parallel.recompute == "none":
+            cause = f"parallel.{key} chooses blocks, but parallel.recompute is none."
+            reasons.append(PolymodalError(cause, "Set parallel.recompute to full or selective."))
+    if parallel.recompute_keep is not None and parallel.recompute != "selective":
+        cause = f"parallel.recompute = {parallel.recompute} has no use for parallel.recompute_keep."
+        reasons.append(PolymodalError(cause, "Set parallel.recompute to selective."))
+    return reasons
+
+
+def recomputed(
+    model: nn.Module, card: ModelCard, parallel: Parallel, blocks: dict[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """The blocks that the recipe wants recomputed, by name. Raises PolymodalError for a word that means none."""
+    chosen = blocks
+    if parallel.recompute_blocks is not None:
+        chosen = {}
+        for word in parallel.recompute_blocks:
+            paths = tuple(f"{path}." for path in card.towers.get(word, ()))
+            inside = {name: block for name, block in blocks.items() if paths and name.startswith(paths)}
+            chosen |= inside or matching(model, [word], "parallel.recompute_blocks")
+    towers: dict[str, list[str]] = {}
+    for name in chosen:
+        towers.setdefault(name.rpartition(".")[0], []).append(name)
+    first, every = parallel.recompute_first, parallel.recompute_every or 1
+    return {name: chosen[name] for names in towers.values() for name in names[:first:every]}
 
 
 def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.Module:
@@ -154,14 +194,17 @@ def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.M
         ):  # each block's patched forward is its own function to dynamo, which shares one limit
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, 8 * len(blocks))
+    offload = "activations" in parallel.offload
     if parallel.recompute != "none":
-        chosen = blocks
-        if parallel.recompute_blocks is not None:
-            chosen = matching(model, parallel.recompute_blocks, "parallel.recompute_blocks")
-        memory.recompute(chosen.values(), parallel.recompute)
-    if mesh.fsdp_size == 1 and mesh.sizes.tp == 1 and precision in ("fp32", "pure_bf16"):
+        chosen = recomputed(model, card, parallel, blocks)
+        keep = parallel.recompute_keep if parallel.recompute_keep is not None else tuple(memory.OPERATORS)
+        memory.recompute(chosen.values(), parallel.recompute, keep, offload)
+    if offload:
+        memory.offload_activations(blocks.values())
+    alone = mesh.fsdp_size == 1 and mesh.sizes.tp == 1 and precision in ("fp32", "pure_bf16")
+    if alone and "parameters" not in parallel.offload:
         return model  # nothing to cut and nothing to cast
-    _shard(model, list(blocks.values()), experts, mesh, precision, parallel.reshard_after_forward)
+    _shard(model, list(blocks.values()), experts, mesh, precision, parallel)
     return model
 
 
@@ -184,7 +227,7 @@ def _shard(
     experts: list[nn.Module],
     mesh: Mesh,
     precision: str,
-    reshard: bool,
+    parallel: Parallel,
 ) -> None:
     compute = COMPUTE_DTYPE[precision]
     policy = MixedPrecisionPolicy(
@@ -193,7 +236,10 @@ def _shard(
         # FSDP2 would cast every floating input, rotary tables and timesteps too: blocks cast only their activations.
         cast_forward_inputs=False,
     )
-    options: dict[str, Any] = {"mesh": mesh.fsdp, "mp_policy": policy, "reshard_after_forward": reshard}
+    options: dict[str, Any] = {"mesh": mesh.fsdp, "mp_policy": policy}
+    options["reshard_after_forward"] = parallel.reshards
+    if "parameters" in parallel.offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     for module in experts:  # before the blocks that hold them: what is left of a block is its own unit
         own = mesh.expert_fsdp
         fully_shard(module, **{**options, "mesh": own}, shard_placement_fn=expert.fsdp_placement(own))
@@ -212,9 +258,10 @@ def _shard(
             if hasattr(module, "set_reduce_scatter_unused_params"):
                 # A parameter that one rank's batch does not touch (an expert, a merger) still meets its peers.
                 module.set_reduce_scatter_unused_params(True)
-    if mesh.device_type != "cpu":
-        for this, after in zip(blocks, blocks[1:], strict=False):
-            this.set_modules_to_forward_prefetch([after])  # type: ignore[operator]
+    memory.shard_by_stage(model, parallel.zero)
+    inner = {id(module) for module in experts}
+    units = [part for block in blocks for part in block.modules() if part is block or id(part) in inner]
+    memory.prefetch(units, parallel.prefetch)
 
 
 class _ReduceScatter:
@@ -249,12 +296,3 @@ def _cast_activations(dtype: torch.dtype) -> Any:
         return args, kwargs
 
     return cast
-
-
-def last_micro_batch(model: nn.Module, last: bool) -> None:
-    """Tell a laid-out model whether the coming backward ends the global batch.
-
-    With replicas of the sharded model (HSDP) the sum over replicas then happens once a step; elsewhere no effect.
-    """
-    if isinstance(model, FSDPModule):
-        model.set_requires_all_reduce(last)

@@ -147,12 +147,11 @@ def lay_out(model: nn.Module, family: Family, recipe: Recipe, world: int) -> Est
                 out.average += 4 * _local(parameter).numel()
         if sizes.dp_shard * sizes.cp * sizes.dp_replicate > 1:
             root = out.total - sum(whole.values())
-            units = (
-                sum(whole.values()) if not recipe.parallel.reshard_after_forward else 2 * max(whole.values())
-            )
+            units = 2 * max(whole.values()) if recipe.parallel.reshards else sum(whole.values())
             out.gathered = (root + units) * width // sizes.tp
             if out.trained:
-                out.gathered += 4 * max(*whole.values(), root) // sizes.tp
+                reduced = out.trained if recipe.parallel.zero == 1 else max(*whole.values(), root)
+                out.gathered += 4 * reduced // sizes.tp
     out.checkpoint = state_all
     out.export = out.total * 2
     return out

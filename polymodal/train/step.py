@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from polymodal.data.sample import Batch
 from polymodal.models.card import Family, Output
-from polymodal.parallel.apply import last_micro_batch
+from polymodal.parallel.memory import before_backward
 
 Finish = Callable[[Output, Batch], Any]
 
@@ -78,7 +78,7 @@ def forward_backward(
 ) -> None:
     """Gradients of the whole step, accumulated into .grad; logs into the tally (the loss unscaled)."""
     for i, batch in enumerate(batches):
-        last_micro_batch(model, i == len(batches) - 1)
+        before_backward(model, i == len(batches) - 1)
         loss, logs = model(batch.to(device), lambda output, batch: objective.loss(output, batch, inverse))
         (loss * scale if scale != 1.0 else loss).backward()
         tally.add(logs)

@@ -21,8 +21,9 @@ from polymodal.models import catalog, weights
 from polymodal.models.card import Family
 from polymodal.objectives.language import LanguageObjective
 from polymodal.parallel import ops
-from polymodal.parallel.apply import apply, last_micro_batch
+from polymodal.parallel.apply import apply
 from polymodal.parallel.batches import BatchLayout
+from polymodal.parallel.memory import before_backward
 from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Data, Model, Parallel, Recipe, Train
 from polymodal.train.step import bind, inverse_weights
@@ -158,7 +159,7 @@ def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps
     def step() -> float:
         total = torch.zeros((), dtype=torch.float64)
         for index, batch in enumerate(mine):
-            last_micro_batch(model, index == len(mine) - 1)
+            before_backward(model, index == len(mine) - 1)
             loss, _ = model(batch, lambda output, batch: objective.loss(output, batch, inverse))
             loss.backward()
             total += loss.detach()

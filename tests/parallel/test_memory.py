@@ -77,5 +77,5 @@ def test_evaluation_is_not_recomputed():
 
 
 def test_the_kept_operators_exist():
-    names = {overload.overloadpacket.__name__ for overload in memory.saved_overloads()}
+    names = {overload.overloadpacket.__name__ for overload in memory.kept_overloads()}
     assert {"mm", "addmm", "bmm", ATTENTION} <= names
