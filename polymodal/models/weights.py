@@ -52,6 +52,7 @@ def load(
     strict: bool = True,
     new: Sequence[str] = (),
     seed: int = 0,
+    offloaded: bool = False,
 ) -> LoadReport:
     """Fill a model, laid out or not, from a checkpoint; each rank reads only the slices that it holds.
 
@@ -60,6 +61,7 @@ def load(
     device: where to; None: where the parameters are, or their mesh's kind.
     strict: file keys without a place are an error; otherwise they are reported.
     new:    patterns (shell wildcards) of parameters that the file need not have; they are drawn from `seed`.
+    offloaded: parameters stay on the host (FSDP2's CPUOffloadPolicy), only buffers go to the device.
     Adapters are given memory and left empty (lora.initialise fills them); non-persistent buffers are rebuilt.
     Collective when the model is spread: a failure of one rank is raised on all. Raises PolymodalError for anything
     missing, unexpected, of another shape, not a number, or not readable.
@@ -78,7 +80,7 @@ def load(
         files = Files(directory)
         plan = library.layout(model, files.shapes)
         report.drawn = _check(model, plan, files, strict, new, report)
-        materialise(model, device)
+        materialise(model, device, offloaded)
         _read(model, plan, files, report)
         _draw(model, set(report.drawn), seed)
         rebuild_buffers(model)
@@ -199,8 +201,11 @@ def _nearest(name: str, have: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def materialise(model: nn.Module, device: torch.device | str | None = None) -> None:
-    """Give memory, uninitialised, to every parameter and buffer that is on meta; tied parameters stay one."""
+def materialise(model: nn.Module, device: torch.device | str | None = None, offloaded: bool = False) -> None:
+    """Give memory, uninitialised, to every parameter and buffer that is on meta; tied parameters stay one.
+
+    offloaded: to parameters on the host, whatever the device.
+    """
     place = torch.device(device) if device is not None else _place(model)
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -213,7 +218,8 @@ def materialise(model: nn.Module, device: torch.device | str | None = None) -> N
         if not tensor.is_meta:
             return tensor
         if id(tensor) not in made:
-            made[id(tensor)] = (tensor, torch.empty_like(tensor, device=place))
+            home = torch.device("cpu") if offloaded and isinstance(tensor, nn.Parameter) else place
+            made[id(tensor)] = (tensor, torch.empty_like(tensor, device=home))
         return made[id(tensor)][1]
 
     # not to_empty, which would wipe what is real already; FSDP2 renews its references in here
@@ -309,14 +315,18 @@ def read(model: nn.Module, source: str | Path) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def initialise(
-    model: nn.Module, family: Family | None = None, seed: int = 0, device: torch.device | str | None = None
+    model: nn.Module,
+    family: Family | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    offloaded: bool = False,
 ) -> None:
     """Draw every parameter as the library would, from (seed, its name): the same values under every layout.
 
     Adapters are given memory and left empty; buffers get the library's values. Raises PolymodalError for a parameter
     that the library has no rule for.
     """
-    materialise(model, device)
+    materialise(model, device, offloaded)
     _draw(model, {names[0] for _, names in library.aliases(model)}, seed)
     rebuild_buffers(model, persistent=True)
     for name, parameter in model.named_parameters():

@@ -121,14 +121,20 @@ def _mesh_key(parameter: Tensor) -> object:
 class Optimizer:
     """AdamW, or Muon for the blocks' matrices with AdamW for the rest; one object for the trainer.
 
-    named: trainable parameters by name. Parameters on different meshes (FSDP, FSDP x TP) are kept in separate groups,
-    as torch's multi-tensor kernels want.
+    named: trainable parameters by name. Parameters on different meshes (FSDP, FSDP x TP, experts) are kept in separate
+    groups, as torch's multi-tensor kernels want. offload: the state waits on the host between steps, and visits its
+    parameters' device by parts of HOST_PART bytes.
     """
 
     def __init__(
-        self, named: dict[str, nn.Parameter], optim: Optim, towers: Towers, muon_names: set[str] | None = None
+        self,
+        named: dict[str, nn.Parameter],
+        optim: Optim,
+        towers: Towers,
+        muon_names: set[str] | None = None,
+        offload: bool = False,
     ):
-        self.optim = optim
+        self.optim, self.offload = optim, offload
         self.named = named
         muon_names = muon_names if muon_names is not None else set()
         groups: dict[tuple, list[str]] = {}
@@ -167,7 +173,10 @@ class Optimizer:
 
     def step(self) -> None:
         for part in self.parts:
-            part.step()
+            if self.offload:
+                _step_from_host(part)
+            else:
+                part.step()
 
     def zero_grad(self) -> None:
         for part in self.parts:
@@ -193,6 +202,41 @@ class Optimizer:
                         if isinstance(value, Tensor):
                             out[f"{kind}.{names[id(parameter)]}"] = value
         return out
+
+
+HOST_PART = 256 << 20
+"""Bytes of parameters whose state is on the device at a time when it is kept on the host."""
+
+
+def _step_from_host(part: torch.optim.Optimizer) -> None:
+    """One step of an optimizer whose state lives on the host: parameters without a gradient are passed over."""
+    owners = [p for group in part.param_groups for p in group["params"] if p.grad is not None]
+    gradients = [p.grad for p in owners]
+    for parameter in owners:
+        parameter.grad = None
+    start = 0
+    while start < len(owners):
+        end, held = start, 0
+        while end < len(owners) and (end == start or held < HOST_PART):
+            local = _local(owners[end])
+            held += local.numel() * local.element_size()
+            end += 1
+        for parameter, gradient in zip(owners[start:end], gradients[start:end], strict=True):
+            parameter.grad = gradient
+            _move(part.state[parameter], _local(parameter).device)
+        part.step()
+        for parameter in owners[start:end]:
+            parameter.grad = None
+            _move(part.state[parameter], torch.device("cpu"))
+        start = end
+    for parameter, gradient in zip(owners, gradients, strict=True):
+        parameter.grad = gradient
+
+
+def _move(state: dict[str, Any], device: torch.device) -> None:
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.device.type != device.type:
+            state[key] = value.to(device)
 
 
 def _local(tensor: Tensor) -> Tensor:

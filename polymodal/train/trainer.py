@@ -50,6 +50,7 @@ class Trainer:
         self.main = rt.rank == 0
         self.run_dir = recipe.run_dir
         self.device = rt.device.torch
+        self.offloaded = "parameters" in recipe.parallel.offload
         self.mesh = Mesh(ParallelSizes.of(recipe.parallel, rt.world), rt.device.kind, rt.rank)
         # A group of its own: a checkpoint written in the background must not mix its collectives with training's.
         self.save_group = dist.new_group(backend="gloo") if rt.world > 1 else None
@@ -79,9 +80,9 @@ class Trainer:
         self.lay_out = BatchLayout(self.family, self.mesh, recipe.parallel)
         self.weights_group = self.lay_out.weights_group if self.rt.world > 1 else None
         if recipe.model.init == "random":
-            weights.initialise(self.model, self.family, recipe.train.seed, self.device)
+            weights.initialise(self.model, self.family, recipe.train.seed, self.device, self.offloaded)
         else:
-            weights.load(self.model, self.family, device=self.device)
+            weights.load(self.model, self.family, device=self.device, offloaded=self.offloaded)
         if recipe.model.lora is not None:
             lora.initialise(self.model, recipe.model.lora, recipe.train.seed)
         self.model.train()
@@ -102,7 +103,8 @@ class Trainer:
             for n, _ in self.model.named_parameters()
             if any(optim.in_tower(n, (b,)) for b in self.card.blocks)
         }
-        self.optimizer = optim.Optimizer(self.trainable, recipe.optim, self.card.towers, blocks)
+        offload = "optimizer" in recipe.parallel.offload
+        self.optimizer = optim.Optimizer(self.trainable, recipe.optim, self.card.towers, blocks, offload)
         self.average = optim.MovingAverage(self.trainable, recipe.train.ema) if recipe.train.ema else None
         self.scaler = optim.LossScaler(recipe.train.precision == "fp16")
         self.guard = monitor.Guard(recipe.train.guard, self.scaler.enabled)
@@ -159,7 +161,7 @@ class Trainer:
     def _init_from(self, source: str) -> None:
         path = Path(source)
         if catalog.is_whole(path):
-            weights.load(self.model, self.family, device=self.device, source=str(path))
+            weights.load(self.model, self.family, str(path), device=self.device, offloaded=self.offloaded)
             return
         if lora.is_adapter(path):
             lora.load(self.model, self.recipe.model.lora, path)
