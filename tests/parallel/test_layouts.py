@@ -21,7 +21,7 @@ QUICK = {
         Layout("frozen vision tower, FSDP2 x 2", 2, {"reshard_after_forward": False}, frozen=VISION),
     ],
     "qwen2.5-vl": [
-        Layout("FSDP2 x 2, selective recompute", 2, {"recompute": "selective"}),
+        Layout("ZeRO-1 x 2, selective recompute", 2, {"zero": 1, "recompute": "selective"}),
         Layout("FSDP2 x 2, Ulysses 2, pictures dealt out", 4, {"cp": 2, "balance_media": True}),
         Layout("LoRA, TP 2 + SP", 2, {"tp": 2}, lora=True),
         Layout("HSDP 2 x 2", 4, {"dp_replicate": 2}),
@@ -30,6 +30,11 @@ QUICK = {
         Layout("TP 2", 2, {"tp": 2, "sp": False}),
         Layout("LoRA, FSDP2 x 2", 2, {}, lora=True),
         Layout("Ulysses 2 x ring 2", 4, {"cp": 4, "ulysses": 2}),
+        Layout(
+            "ZeRO-2 x 2, parameters and activations on the host",
+            2,
+            {"zero": 2, "offload": ["parameters", "activations"]},
+        ),
         Layout("FSDP2 x 2, TP 2 + SP, full recompute", 4, {"tp": 2, "recompute": "full"}),
     ],
     "qwen3-vl-moe": [

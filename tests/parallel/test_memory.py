@@ -37,11 +37,15 @@ class Block(nn.Module):
         return hidden + self.dropout(self.down(mixed)) * scale, "a value that is no tensor"
 
 
-def _backward(policy: str | None, train: bool = True) -> tuple[torch.Tensor, Counter[str], list[str]]:
+def _backward(
+    policy: str | None, train: bool = True, offload: bool = False, keep: Any = tuple(memory.OPERATORS)
+) -> tuple[torch.Tensor, Counter[str], list[str]]:
     torch.manual_seed(0)
     block = Block().train(train)
     if policy is not None:
-        memory.recompute([block], policy)  # type: ignore[arg-type]
+        memory.recompute([block], policy, keep, offload)  # type: ignore[arg-type]
+    if offload:
+        memory.offload_activations([block])
     x = torch.randn(4, 8, requires_grad=True)
     torch.manual_seed(1)
     out, _ = block(x, scale=torch.tensor(2.0))
@@ -69,6 +73,14 @@ def test_what_is_computed_again(policy: str, products: int, attentions: int):
     assert seen["tanh"] - plain["tanh"] == 1
 
 
+def test_the_words_of_recompute_keep():
+    expected, plain, _ = _backward(None)
+    for keep, products, attentions in ((["attention"], 2, 0), (["matmul"], 0, 1), ([], 2, 1)):
+        found, seen, _ = _backward("selective", keep=keep)
+        torch.testing.assert_close(found, expected)
+        assert (seen["mm"] - plain["mm"], seen[ATTENTION] - plain[ATTENTION]) == (products, attentions)
+
+
 def test_evaluation_is_not_recomputed():
     expected, plain, _ = _backward(None, train=False)
     found, seen, _ = _backward("full", train=False)
@@ -79,3 +91,25 @@ def test_evaluation_is_not_recomputed():
 def test_the_kept_operators_exist():
     names = {overload.overloadpacket.__name__ for overload in memory.kept_overloads()}
     assert {"mm", "addmm", "bmm", ATTENTION} <= names
+
+
+@pytest.mark.parametrize("policy", [None, "full", "selective"])
+def test_activations_on_the_host(policy: str | None, monkeypatch: pytest.MonkeyPatch):
+    """The same values; what is saved goes to the host once each, but for parameters and small tensors."""
+    monkeypatch.setattr(memory, "SMALLEST", 1)
+    moved: list[tuple[int, ...]] = []
+    original = memory.to_host
+
+    def to_host(tensor: torch.Tensor) -> torch.Tensor:
+        moved.append(tuple(tensor.shape))
+        return original(tensor)
+
+    monkeypatch.setattr(memory, "to_host", to_host)
+    expected, _, _ = _backward(None)
+    found, _, _ = _backward(policy, offload=True)
+    torch.testing.assert_close(found, expected)
+    if policy is None:
+        assert (4, 16) in moved and (16, 8) not in moved and (8, 16) not in moved  # activations, not weights
+        assert moved.count((4, 8)) <= 2  # the input of `up`, and the dropout's mask
+    else:
+        assert moved == [(4, 8)]  # what enters by position; tables given by keyword are shared by all blocks

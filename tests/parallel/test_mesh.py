@@ -12,7 +12,7 @@ from torch import nn
 from polymodal.errors import PolymodalError
 from polymodal.models.card import Family, ModelCard
 from polymodal.parallel import tensor
-from polymodal.parallel.apply import apply, check, matching
+from polymodal.parallel.apply import apply, check, matching, recomputed
 from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Model, Parallel, Recipe
 from tests.parallel.harness import run
@@ -94,6 +94,44 @@ def test_check_says_how_experts_can_be_spread():
     assert reason.hint == "Choose parallel.ep from 1, 2."
     (reason,) = check(sparse, SimpleNamespace(**TEXT), _sizes(ep=2, dp_shard=4))
     assert reason.message == "parallel.ep = 2: toy has no experts."
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({"zero": 2, "reshard_after_forward": True}, "zero = 2 keeps parameters whole over a step"),
+        ({"recompute": "full", "recompute_first": 1, "recompute_every": 2}, "two ways to choose blocks"),
+        ({"recompute_first": 2}, "recompute_first chooses blocks, but parallel.recompute is none"),
+        (
+            {"recompute": "full", "recompute_keep": ["attention"]},
+            "full has no use for parallel.recompute_keep",
+        ),
+        ({"compile": True, "recompute": "selective"}, "cannot see the matrix products"),
+        ({"compile": True, "offload": ["activations"]}, "cannot see what compiled blocks save"),
+    ],
+)
+def test_keys_that_contradict_each_other(keys: dict, words: str):
+    (reason,) = check(CARD, SimpleNamespace(**TEXT), _sizes(), Parallel(**keys))
+    assert words in reason.message and reason.hint
+
+
+@pytest.mark.parametrize(
+    "keys, names",
+    [
+        ({}, ["eyes.0", "eyes.1", "eyes.2", "layers.0", "layers.1"]),
+        ({"recompute_blocks": ["vision"]}, ["eyes.0", "eyes.1", "eyes.2"]),
+        ({"recompute_blocks": ["layers.1", "eyes.*"]}, ["layers.1", "eyes.0", "eyes.1", "eyes.2"]),
+        ({"recompute_first": 1}, ["eyes.0", "layers.0"]),
+        ({"recompute_every": 2}, ["eyes.0", "eyes.2", "layers.0"]),
+        ({"recompute_first": 2, "recompute_blocks": ["vision"]}, ["eyes.0", "eyes.1"]),
+    ],
+)
+def test_which_blocks_are_recomputed(keys: dict, names: list[str]):
+    model = _toy()
+    model.eyes = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    card = ModelCard("toy", Family, (), (), ("eyes.*", "layers.*"), {"vision": ("eyes",)})
+    blocks = matching(model, card.blocks, "the card")
+    assert list(recomputed(model, card, Parallel(recompute="full", **keys), blocks)) == names
 
 
 def _toy() -> nn.Module:

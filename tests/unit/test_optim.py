@@ -153,3 +153,25 @@ def test_loss_scale_halves_on_overflow_and_grows_again():
     other.load(scaler.state())
     assert other.scale == 8
     assert LossScaler(False).scale == 1
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_state_on_the_host_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(optim, "HOST_PART", 100)  # several parts
+    after, states = [], []
+    for offload in (False, True):
+        torch.manual_seed(0)
+        toy = Toy()
+        optimizer = Optimizer(
+            dict(toy.named_parameters()), Optim(name=name), TOWERS, {"head.weight"}, offload=offload
+        )
+        for step in range(3):
+            for parameter in list(toy.parameters())[step > 1 :]:  # one has no gradient in the last step
+                parameter.grad = torch.full_like(parameter, 0.1) * (parameter + step)
+            optimizer.step()
+            assert all(p.grad is not None for p in list(toy.parameters())[step > 1 :])
+            optimizer.zero_grad()
+        after.append([p.detach().clone() for p in toy.parameters()])
+        states.append(optimizer.state())
+    torch.testing.assert_close(after[1], after[0], rtol=0, atol=0)
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
