@@ -92,8 +92,8 @@ def data(directory: Path, held_out: int = 297, seed: int = 0) -> tuple[Path, Pat
     return directory / "train.json", directory / "held_out.jsonl"
 
 
-def tokenizer(texts: list[str]):
-    """A byte-level BPE as Qwen's: NFC, Qwen's split pattern, specials after the vocabulary."""
+def tokenizer(texts: list[str], vocabulary: int = 640):
+    """A byte-level BPE as Qwen's, of so many words before the specials: NFC, Qwen's split pattern, specials after the vocabulary."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import Qwen2TokenizerFast
 
@@ -110,7 +110,7 @@ def tokenizer(texts: list[str]):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     turns = [f"system\nYou are a helpful assistant.\nuser\n{text}\nassistant\n" for text in texts]
     bpe.train_from_iterator(
-        turns, trainers.BpeTrainer(vocab_size=640, initial_alphabet=alphabet, show_progress=False)
+        turns, trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
     )
     bpe.add_special_tokens(SPECIALS)
     fast = Qwen2TokenizerFast(

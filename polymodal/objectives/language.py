@@ -17,8 +17,10 @@ from polymodal.data.sample import IGNORE, Batch
 from polymodal.models.card import Output
 
 Weighting = Literal["per_token", "per_sample", "per_micro_batch"]
-CHUNK_ELEMENTS = 1 << 25
-"""Logits held at a time (128 MiB in float32)."""
+CHUNK_BYTES = 128 << 20
+"""Logits held at a time, in the dtype of the arithmetic."""
+BLOCK_ELEMENTS = {"cpu": 1 << 21}
+"""Logits that are worked on at a time in float32: few enough for a CPU's cache, 2^24 for other devices' kernels."""
 
 
 def token_weights(batch: Batch, weighting: Weighting) -> Tensor:
@@ -46,7 +48,9 @@ class _HeadLoss(torch.autograd.Function):
     """sum_i w_i * (logsumexp(h_i W^T) - h_i W^T[y_i]), vocabulary optionally cut over a process group.
 
     The gradient of softmax cross entropy, (p - onehot) w, is formed while a chunk's logits exist; backward only
-    scales it. hidden [N, D]; weight [V_local, D]; bias [V_local] or None; labels [N] (global ids); w [N] float32.
+    scales it. A chunk of rows goes twice over the vocabulary in blocks: for the sum of exponentials as flash attention
+    does it (Milakov and Gimelshein 2018), then for the gradients. hidden [N, D]; weight [V_local, D]; bias [V_local]
+    or None; labels [N] (global ids); w [N] float32.
     """
 
     @staticmethod
@@ -55,45 +59,66 @@ class _HeadLoss(torch.autograd.Function):
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         need_bias = bias is not None and ctx.needs_input_grad[2]
-        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = (
-            torch.zeros(weight.shape, dtype=accumulate, device=weight.device) if need_weight else None
-        )
+        chunks = -(-count // rows)
+        rows = -(-count // chunks)
+        block = max(1, BLOCK_ELEMENTS.get(hidden.device.type, 1 << 24) // rows)
+        cuts = [(a, min(a + block, vocabulary)) for a in range(0, vocabulary, block)]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        sums = weight.dtype if chunks == 1 else accumulate  # of the weight's gradient
+        grad_weight = torch.empty(weight.shape, dtype=sums, device=weight.device) if need_weight else None
         grad_bias = torch.zeros(vocabulary, dtype=accumulate, device=weight.device) if need_bias else None
-        losses = torch.zeros(count, dtype=accumulate, device=hidden.device)
+        losses = torch.empty(count, dtype=accumulate, device=hidden.device)
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
             h, y = hidden[part], labels[part] - offset
-            logits = (h @ weight.t()).to(accumulate)
-            if bias is not None:
-                logits += bias
-            here = (y >= 0) & (y < vocabulary)
-            safe = y.clamp(0, vocabulary - 1)
-            target = torch.where(here, logits.gather(1, safe[:, None])[:, 0], 0)
-            peak = logits.max(dim=1).values
+            logits: list[Tensor] = []
+            peak = torch.full((len(h),), -torch.inf, dtype=accumulate, device=h.device)
+            total, target = torch.zeros_like(peak), torch.zeros_like(peak)
+            for a, b in cuts:
+                raw = h @ weight[a:b].t() if bias is None else torch.addmm(bias[a:b], h, weight[a:b].t())
+                if need_hidden or need_weight or need_bias:
+                    logits.append(raw)
+                higher = torch.maximum(peak, raw.amax(dim=1).to(accumulate))
+                here = (y >= a) & (y < b)
+                found = raw.gather(1, (y - a).clamp(0, b - a - 1)[:, None])[:, 0].to(accumulate)
+                target = torch.where(here, found, target)
+                total.mul_((peak - higher).exp_()).add_((raw - higher[:, None]).exp_().sum(dim=1))
+                peak = higher
             if group is not None:
+                own = peak.clone()
                 dist.all_reduce(peak, dist.ReduceOp.MAX, group)
-            logits.sub_(peak[:, None]).exp_()
-            total = logits.sum(dim=1)
-            if group is not None:
-                both = torch.stack([total, target])
+                both = torch.stack([total * (own - peak).exp_(), target])
                 dist.all_reduce(both, dist.ReduceOp.SUM, group)
                 total, target = both[0], both[1]
             losses[part] = total.log() + peak - target
-            if need_hidden or need_weight or need_bias:
-                scale = w[part].to(accumulate)
-                logits.mul_((scale / total)[:, None])
-                logits.scatter_add_(1, safe[:, None], torch.where(here, -scale, 0)[:, None])
-                slope = logits.to(hidden.dtype)
-                if need_hidden:
-                    grad_hidden[part] = slope @ weight
-                if need_weight:
-                    if accumulate == hidden.dtype:
-                        grad_weight.addmm_(slope.t(), h)
-                    else:
-                        grad_weight += slope.t() @ h
+            if not logits:
+                continue
+            scale = w[part].to(accumulate)
+            normal = (total.log() + peak)[:, None]
+            into_hidden = torch.zeros(h.shape, dtype=accumulate, device=h.device)
+            for (a, b), raw in zip(cuts, logits, strict=True):
+                slope = torch.sub(raw, normal, out=raw if raw.dtype == accumulate else None).exp_()
+                slope.mul_(scale[:, None])
+                here = (y >= a) & (y < b)
+                slope.scatter_add_(
+                    1, (y - a).clamp(0, b - a - 1)[:, None], torch.where(here, -scale, 0)[:, None]
+                )
                 if need_bias:
-                    grad_bias += logits.sum(dim=0)
+                    grad_bias[a:b] += slope.sum(dim=0)
+                slope = slope.to(hidden.dtype)
+                if need_hidden:
+                    into_hidden += slope @ weight[a:b]
+                if need_weight:
+                    if start == 0 and sums == hidden.dtype:
+                        torch.mm(slope.t(), h, out=grad_weight[a:b])
+                    elif start == 0:
+                        grad_weight[a:b] = slope.t() @ h
+                    elif sums == hidden.dtype:
+                        grad_weight[a:b].addmm_(slope.t(), h)
+                    else:
+                        grad_weight[a:b] += slope.t() @ h
+            if need_hidden:
+                grad_hidden[part] = into_hidden
         if group is not None and need_hidden:
             dist.all_reduce(grad_hidden, dist.ReduceOp.SUM, group)
         ctx.save_for_backward(
@@ -140,7 +165,9 @@ def head_loss(
         weight = weight.to_local()
         bias = bias.to_local() if isinstance(bias, DTensor) else bias
     hidden = hidden.to(weight.dtype)
-    rows = max(16, CHUNK_ELEMENTS // max(1, weight.shape[0]))
+    if not torch.is_grad_enabled():  # a function of our own would not notice
+        weight, bias = weight.detach(), bias if bias is None else bias.detach()
+    rows = max(16, CHUNK_BYTES // max(1, weight.shape[0] * hidden.element_size()))
     if len(keep) == 0:
         # every rank and every parameter still takes part in backward
         return (hidden[:1].sum() * 0) + weight[:1].sum() * 0, hidden.new_zeros(0), keep

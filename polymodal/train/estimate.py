@@ -201,10 +201,10 @@ def activations(family: Family, recipe: Recipe, patches_per_token: float) -> tup
         patches = tokens * patches_per_token / parallel.cp
         total += tower(patches, vision.depth, side, 3 * side, inner)
         assumed += f" with {patches:.0f} patches"
-    from polymodal.objectives.language import CHUNK_ELEMENTS
+    from polymodal.objectives.language import CHUNK_BYTES
 
     rows = tokens / parallel.cp
-    total += rows * text.hidden_size * 4 + min(CHUNK_ELEMENTS, rows * text.vocab_size) * 4 * 2
+    total += rows * text.hidden_size * 4 + 2 * min(CHUNK_BYTES, rows * text.vocab_size * width)
     return int(total), assumed
 
 

@@ -91,15 +91,16 @@ def test_per_micro_batch_is_the_mean_of_micro_batch_means():
     assert step(LanguageObjective("per_micro_batch"), batches)[0] == pytest.approx(sum(means) / 2, rel=1e-6)
 
 
-def test_chunks_and_bias_change_nothing(monkeypatch):
+def test_chunks_blocks_and_bias_change_nothing(monkeypatch):
     hidden = torch.randn(200, WIDTH, dtype=torch.float64, requires_grad=True)
     head = nn.Linear(WIDTH, VOCABULARY).double()
     labels = torch.randint(0, VOCABULARY, (200,))
     labels[::3] = IGNORE
     weights = torch.rand(200)
     results = []
-    for elements in (VOCABULARY * 16, VOCABULARY * 1000):
-        monkeypatch.setattr(language, "CHUNK_ELEMENTS", elements)
+    for rows, block in ((16, 5), (1000, VOCABULARY)):
+        monkeypatch.setattr(language, "CHUNK_BYTES", VOCABULARY * 8 * rows)
+        monkeypatch.setitem(language.BLOCK_ELEMENTS, "cpu", block * min(rows, 200))
         hidden.grad = None
         head.zero_grad()
         loss, _, _ = head_loss(hidden, head, labels, weights)
@@ -138,3 +139,19 @@ def test_balance_loss_equals_the_librarys():
 
     routers = [torch.randn(20, 8) for _ in range(3)]
     torch.testing.assert_close(balance_loss(routers, 2), load_balancing_loss_func(tuple(routers), 8, 2))
+
+
+def test_without_gradients_none_are_made(monkeypatch):
+    asked, forward = [], language._HeadLoss.forward
+
+    def spy(ctx, *arguments):
+        asked.append(any(ctx.needs_input_grad))
+        return forward(ctx, *arguments)
+
+    monkeypatch.setattr(language._HeadLoss, "forward", staticmethod(spy))
+    hidden, labels, weights = torch.randn(9, WIDTH, dtype=torch.float64), torch.arange(9), torch.ones(9)
+    with torch.no_grad():
+        loss = head_loss(hidden, HEAD, labels, weights)[0]
+    head_loss(hidden, HEAD, labels, weights)
+    assert asked == [False, True]
+    torch.testing.assert_close(loss, F.cross_entropy(HEAD(hidden), labels, reduction="sum").detach())
