@@ -31,9 +31,13 @@ SKIPPED = 2  # steps
 
 def ours(root: Path, data: Path, steps: int, precision: str, out: Path) -> dict:
     """The trainer as a user starts it, figures from its own metrics: the time between two steps, waits included."""
+    from polymodal.device import apply_environment
+
+    recipe = ground.recipe(root, data, out, steps, precision)
+    apply_environment(recipe.device)  # as the command does before torch starts
     from polymodal.train import trainer
 
-    trainer.run(ground.recipe(root, data, out, steps, precision))
+    trainer.run(recipe)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][SKIPPED:]
     return {
         "tokens": sum(m["tokens_per_second"] * m["seconds"] for m in lines),

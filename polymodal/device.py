@@ -372,6 +372,7 @@ ENVIRONMENT: tuple[Variable, ...] = (
     Variable("NCCL_P2P_DISABLE", "do not copy between devices directly", _SWITCH, default="0"),
     Variable("GLOO_SOCKET_IFNAME", "network interface of gloo, e.g. eth0"),
     Variable("OMP_NUM_THREADS", "CPU threads of numeric libraries (device.threads sets torch's)", low=1, high=4096),
+    Variable("THP_MEM_ALLOC_ENABLE", "host tensors of 2 MiB and more in large pages, where the system allows it on request", _SWITCH, default="1"),
     Variable("HF_HOME", "directory of downloaded checkpoints"),
     Variable("HF_ENDPOINT", "mirror of the hub, an https address"),
     Variable("HF_HUB_OFFLINE", "never ask the hub", _SWITCH, default="0"),
@@ -382,6 +383,10 @@ ENVIRONMENT: tuple[Variable, ...] = (
     Variable("NPUS_PER_NODE", "processes to start on this node (as --nproc)", low=1, by="start"),
 )  # fmt: skip
 """The documented environment variables with their ranges; `polymodal doctor --env` prints them."""
+
+OWN = {"THP_MEM_ALLOC_ENABLE": "1"}
+"""What is set when neither the recipe nor the shell says otherwise. Large pages: a training step on a CPU spends a fifth
+of its time on page faults without (logits, gradients and activations come and go in every micro-batch)."""
 
 
 def checked_variable(name: str, value: str | int | bool) -> str:
@@ -435,10 +440,13 @@ def checked_variable(name: str, value: str | int | bool) -> str:
 
 
 def apply_environment(section: recipe.Device, environ: Any = None) -> dict[str, str]:
-    """Check device.env and set it in `environ` (default os.environ), before torch starts. Returns what was set.
+    """Check device.env and set it in `environ` (default os.environ), before torch starts. Returns what was set of it.
 
-    Raises PolymodalError naming the key; nothing is set then.
+    What is in OWN is set too where nobody has said otherwise. Raises PolymodalError naming the key; nothing is set then.
     """
     values = {name: checked_variable(name, value) for name, value in section.env.items()}
-    (os.environ if environ is None else environ).update(values)
+    into = os.environ if environ is None else environ
+    into.update(values)
+    for name, value in OWN.items():
+        into.setdefault(name, value)
     return values

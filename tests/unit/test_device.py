@@ -33,7 +33,15 @@ from polymodal.errors import PolymodalError
 def test_documented_values_are_set(name, value, written):
     environ: dict[str, str] = {}
     assert device.apply_environment(recipe.Device(env={name: value}), environ) == {name: written}
-    assert environ == {name: written}
+    assert environ == {**device.OWN, name: written}
+
+
+def test_what_the_shell_says_stays_where_the_recipe_is_silent():
+    environ = {"THP_MEM_ALLOC_ENABLE": "0"}
+    device.apply_environment(recipe.Device(), environ)
+    assert environ == {"THP_MEM_ALLOC_ENABLE": "0"}
+    device.apply_environment(recipe.Device(env={"THP_MEM_ALLOC_ENABLE": True}), environ)
+    assert environ == {"THP_MEM_ALLOC_ENABLE": "1"}
 
 
 @pytest.mark.parametrize(

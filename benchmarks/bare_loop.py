@@ -1,0 +1,100 @@
+"""What our loop costs over a bare one: the same packed batches, made beforehand, the same model, in turns.
+
+    python benchmarks/bare_loop.py [--steps 12] [--precision fp32|bf16] [--json FILE]
+
+The bare loop is forward, loss, backward, torch's clip_grad_norm_ and fused AdamW, and nothing else. Ours is the
+trainer's step as it runs: denominators and logs over ranks, the spike guard, the schedule, metrics written and printed.
+Batch by batch in one process, A B then B A; the ratio is that of the sums, its spread that of the batches' ratios.
+Wanted: at most 1.03.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import ground
+
+WANTED = 1.03
+SKIPPED = 2
+
+
+def measure(root: Path, data: Path, steps: int, precision: str, out: Path) -> list[tuple[float, float]]:
+    """(seconds of our step, seconds of the bare one) of each batch."""
+    recipe = ground.recipe(root, data, out, steps, precision, workers=0)
+    from polymodal.device import apply_environment
+
+    apply_environment(recipe.device)
+    import torch
+
+    from polymodal.data.loader import Loader
+    from polymodal.launch import runtime
+    from polymodal.train.step import inverse_weights
+    from polymodal.train.trainer import Trainer
+
+    found = []
+    with runtime(recipe) as rt:
+        trainer = Trainer(recipe, rt)
+        loader = Loader(
+            trainer.schedule, trainer.corpus, trainer.chat, recipe.data, stop_after=steps, rows=trainer.chat.media.rows
+        )  # fmt: skip
+        batches = list(loader)
+        model, objective = trainer.model, trainer.objective
+        parameters = list(trainer.trainable.values())
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+        def ours(number: int, step) -> float:
+            began = time.perf_counter()
+            trainer._step(number + 1, step, began)
+            trainer.writer.poll()
+            return time.perf_counter() - began
+
+        def bare(number: int, step) -> float:
+            began = time.perf_counter()
+            inverse = inverse_weights(objective, step.micro_batches, None)
+            for batch in step.micro_batches:
+                model(batch, lambda output, b: objective.loss(output, b, inverse))[0].backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            return time.perf_counter() - began
+
+        for number, step in enumerate(batches):
+            turn = (ours, bare) if number % 2 == 0 else (bare, ours)
+            seconds = {loop: loop(number, step) for loop in turn}
+            if number >= SKIPPED:
+                found.append((seconds[ours], seconds[bare]))
+        trainer.close()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=12, help="the first two are not counted")
+    parser.add_argument("--rows", type=int, default=300)
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        ground.write_checkpoint(root / "model")
+        data = ground.write_data(root / "mixed", args.rows)
+        pairs = measure(root, data, args.steps, args.precision, root / "run")
+    ratio = sum(a for a, _ in pairs) / sum(b for _, b in pairs)
+    single = [a / b for a, b in pairs]
+    print(
+        f"our step {statistics.median(a for a, _ in pairs):.3f} s, bare {statistics.median(b for _, b in pairs):.3f} s, ratio {ratio:.3f} "
+        f"(wanted <= {WANTED}; single batches {min(single):.3f} to {max(single):.3f})"
+    )
+    if args.json:
+        facts = {"ratio": ratio, "wanted": WANTED, "least": min(single), "most": max(single), "pairs": pairs}
+        ground.add_to(args.json, {"precision": {args.precision: facts}})
+
+
+if __name__ == "__main__":
+    main()
