@@ -30,7 +30,6 @@ def measure(root: Path, data: Path, steps: int, precision: str, out: Path) -> li
     apply_environment(recipe.device)
     import torch
 
-    from polymodal.data.loader import Loader
     from polymodal.launch import runtime
     from polymodal.train.step import inverse_weights
     from polymodal.train.trainer import Trainer
@@ -38,10 +37,8 @@ def measure(root: Path, data: Path, steps: int, precision: str, out: Path) -> li
     found = []
     with runtime(recipe) as rt:
         trainer = Trainer(recipe, rt)
-        loader = Loader(
-            trainer.schedule, trainer.corpus, trainer.chat, recipe.data, stop_after=steps, rows=trainer.chat.media.rows
-        )  # fmt: skip
-        batches = list(loader)
+        batches = list(trainer.feed.loader(stop_after=steps))
+        laid_out = [trainer.lay_out(step.micro_batches) for step in batches]
         model, objective = trainer.model, trainer.objective
         parameters = list(trainer.trainable.values())
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
@@ -55,7 +52,7 @@ def measure(root: Path, data: Path, steps: int, precision: str, out: Path) -> li
         def bare(number: int, step) -> float:
             began = time.perf_counter()
             inverse = inverse_weights(objective, step.micro_batches, None)
-            for batch in step.micro_batches:
+            for batch in laid_out[number]:
                 model(batch, lambda output, b: objective.loss(output, b, inverse))[0].backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()

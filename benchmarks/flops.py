@@ -66,16 +66,12 @@ def measure(root: Path, data: Path, steps: int, precision: str, out: Path) -> di
     from torch.profiler import ProfilerActivity, profile
     from torch.utils.flop_counter import FlopCounterMode
 
-    from polymodal.data.loader import Loader
     from polymodal.launch import runtime
     from polymodal.train.trainer import Trainer
 
     with runtime(recipe) as rt:
         trainer = Trainer(recipe, rt)
-        loader = Loader(
-            trainer.schedule, trainer.corpus, trainer.chat, recipe.data, stop_after=steps, rows=trainer.chat.media.rows
-        )  # fmt: skip
-        batches = list(loader)
+        batches = list(trainer.feed.loader(stop_after=steps))
 
         def run(step: Any) -> float:
             began = time.perf_counter()

@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import tempfile
+import time
 from pathlib import Path
 
 import ground
@@ -40,7 +41,6 @@ def rank_main(rank: int, world: int, port: int, root: str) -> None:
         place, place / "mixed" / "train.json", place / f"run{world}", steps=3, packs=2, workers=0
     )
     from polymodal import device
-    from polymodal.data.loader import Loader
     from polymodal.launch import runtime
     from polymodal.train.step import Tally, forward_backward, inverse_weights
     from polymodal.train.trainer import Trainer
@@ -48,17 +48,22 @@ def rank_main(rank: int, world: int, port: int, root: str) -> None:
     with runtime(recipe) as rt:
         before = device.memory(rt.device)["now"]
         trainer = Trainer(recipe, rt)
-        loader = Loader(
-            trainer.schedule, trainer.corpus, trainer.chat, recipe.data, dp_rank=trainer.mesh.dp_rank,
-            dp_size=trainer.mesh.sizes.dp, stop_after=3, rows=trainer.chat.media.rows,
-        )  # fmt: skip
+        loader = trainer.feed.loader(
+            dp_rank=trainer.mesh.dp_rank, dp_size=trainer.mesh.sizes.dp, stop_after=3
+        )
         for number, step in enumerate(loader, 1):
             if number < 3:
-                trainer._step(number, step, 0.0)
+                trainer._step(number, step, time.perf_counter())
                 continue
-            inverse = inverse_weights(trainer.objective, step.micro_batches, trainer.loss_group)
+            inverse = inverse_weights(trainer.objective, step.micro_batches, trainer.dp_group)
+            batches = trainer.lay_out(step.micro_batches)
             forward_backward(
-                trainer.model, trainer.objective, step.micro_batches, inverse, trainer.device, Tally()
+                trainer.model,
+                trainer.objective,
+                batches,
+                inverse,
+                trainer.device,
+                Tally(trainer.objective.parts),
             )
         parameters = list(trainer.model.parameters())
         found = {

@@ -93,7 +93,7 @@ def data(directory: Path, held_out: int = 297, seed: int = 0) -> tuple[Path, Pat
 
 
 def tokenizer(texts: list[str], vocabulary: int = 640):
-    """A byte-level BPE as Qwen's, of so many words before the specials: NFC, Qwen's split pattern, specials after the vocabulary."""
+    """A byte-level BPE as Qwen's: NFC, Qwen's split pattern, specials after the vocabulary of so many words."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import Qwen2TokenizerFast
 

@@ -211,7 +211,7 @@ class ChatProcessor:
                     tokens += len(span.ids) - places
                     if any(a <= start < b for a, b, _ in regions):
                         trained -= places - (before[start] == 0)
-                out[n] = Measure(tokens, trained, tuple(s.patches for s in spans))
+                out[n] = Measure(tokens, trained, tuple([n for s in spans for n in s.frames]))
         return out
 
     def sample(self, record: Record, id: int = -1) -> Sample:
@@ -274,7 +274,9 @@ class ChatProcessor:
         if spans:
             tensors["pixel_values"] = torch.cat(pixels)
             tensors["grid_thw"] = torch.tensor([s.grid for s in spans])
-        measure = Measure(len(tokens), int((labels != IGNORE).sum()), tuple(s.patches for s in spans))
+        measure = Measure(
+            len(tokens), int((labels != IGNORE).sum()), tuple(n for s in spans for n in s.frames)
+        )
         modality: Any = "mixed" if len(set(kinds)) > 1 else kinds[0] if kinds else "text"
         return Sample(id, tensors, measure, record.where, modality=modality)
 

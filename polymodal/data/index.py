@@ -28,7 +28,7 @@ from polymodal.data.workers import quiet_threads
 from polymodal.errors import PolymodalError
 from polymodal.recipe import Data
 
-VERSION = 1  # of the file's form: part of its key
+VERSION = 2  # of the file's form: part of its key
 UNTRAINED = "no token of it is trained on (data.train_on)"
 _CHUNK = 256  # records a task
 _START_SECONDS = 8.0  # more than this must be saved by it before processes are started
@@ -38,7 +38,7 @@ class Index:
     """Compact lengths of all rows. A row is a record, or one piece of a record that was split.
 
     tokens, trained, patches: int32 [N] (patches: sum over media); patch_values int32 [M], patch_offsets int64 [N + 1]:
-    patches of each medium; record int64 [N] and piece int32 [N] (-1 = whole), both None without split records;
+    `Measure.patches`; record int64 [N] and piece int32 [N] (-1 = whole), both None without split records;
     usable bool [N]; problems: the broken rows. The arrays are views of the mapped cache file: read-only.
     """
 
@@ -197,7 +197,7 @@ def _measure_here(start: int, stop: int) -> tuple[list[tuple[int, int, int, tupl
 
 
 def _measure_chunk(corpus: Any, chat: Any, data: Data, start: int, stop: int) -> tuple[list, list[Problem]]:
-    """Rows (record, piece, tokens, trained, patches of each medium) of records start..stop; problems by row here."""
+    """Rows (record, piece, tokens, trained, Measure.patches) of records start..stop; problems by row here."""
     records: list[Any] = []
     for i in range(start, stop):
         try:

@@ -58,9 +58,9 @@ class Measure:
 
     tokens: int  # text stream, media tokens included
     trained: int  # tokens with a label
-    patches: tuple[
-        int, ...
-    ] = ()  # vision patches (before merging) of each medium; to be generated: (frames, height, width)
+    patches: tuple[int, ...] = ()
+    """Vision patches (before merging) that attend to each other: of each picture, and of each temporal patch of each
+    video, in reading order. What is to be generated: (frames, height, width)."""
 
 
 @dataclass
@@ -179,6 +179,11 @@ class Span:
     )  # put in place of ALL tokens of `MediaProcessor.placeholder` (start and end marks too)
     patches: int  # vision patches before merging
     grid: tuple[int, int, int]  # (t, h, w) in patches
+
+    @property
+    def frames(self) -> tuple[int, ...]:
+        """Patches of each temporal patch, as `Measure.patches` counts them."""
+        return (self.grid[1] * self.grid[2],) * self.grid[0]
 
 
 class MediaProcessor(Protocol):

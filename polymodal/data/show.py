@@ -90,7 +90,7 @@ def _card(i: int, record: Record, sample: Sample, chat: ChatProcessor) -> str:
     measure = sample.measure
     facts = [f"record {i}", f"{measure.tokens} tokens", f"{measure.trained} learned"]
     if measure.patches:
-        facts.append(f"{sum(measure.patches)} patches in {len(measure.patches)} media")
+        facts.append(f"{sum(measure.patches)} patches in {len(record.media)} media")
     if measure.tokens > chat.max_length:
         facts.append(f"longer than max_length {chat.max_length}")
     pictures = "".join(_figure(n, m, chat) for n, m in enumerate(record.media, 1))

@@ -93,5 +93,5 @@ class BatchLayout:
     def _cost(self, part: media.Grid) -> float:
         if part not in self._costs:
             t, h, w = part
-            self._costs[part] = self.family.cost(Measure(0, 0, (t * h * w,)))
+            self._costs[part] = self.family.cost(Measure(0, 0, (h * w,) * t))
         return self._costs[part]

@@ -258,6 +258,7 @@ def test_cost_is_the_operations_that_run(name, family, checkpoint):
         tiny.picture(32, 32),
         "What is in this picture? It is a three.",
         tiny.picture(16, 16),
+        tiny.clip(6, 32, 16),
     ]  # whole windows
     sample = tiny.sample(family.media_processor(Data()), parts)
     model = model_of(checkpoint(name), "eager", torch.float32)

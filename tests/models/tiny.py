@@ -280,4 +280,6 @@ def sample(
     }
     if pixels:
         tensors |= {"pixel_values": torch.cat(pixels), "grid_thw": torch.tensor(grids)}
-    return Sample(id, tensors, Measure(len(ids), int(keep.sum()), tuple(t * h * w for t, h, w in grids)))
+    return Sample(
+        id, tensors, Measure(len(ids), int(keep.sum()), tuple(h * w for t, h, w in grids for _ in range(t)))
+    )
