@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -83,8 +84,13 @@ def _needs(module: str) -> Any:
 
 class _Wandb:
     def __init__(self, run: Path, project: str, name: str, config: dict):
+        kept = (
+            run / "wandb.id"
+        )  # of this directory: a resumed run goes on, another of the same name is its own
+        if not kept.is_file():
+            kept.write_text(uuid.uuid4().hex)
         self.run = _needs("wandb").init(
-            project=project, name=name, dir=str(run), config=config, resume="allow", id=f"{project}-{name}"
+            project=project, name=name, dir=str(run), config=config, resume="allow", id=kept.read_text()
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -98,10 +104,17 @@ class _Mlflow:
     def __init__(self, run: Path, project: str, name: str, config: dict):
         self.mlflow = _needs("mlflow")
         self.mlflow.set_experiment(project)
-        self.mlflow.start_run(run_name=name)
+        kept = run / "mlflow.id"
+        if kept.is_file():
+            self.mlflow.start_run(run_id=kept.read_text())
+        else:
+            kept.write_text(self.mlflow.start_run(run_name=name).info.run_id)
+            self.mlflow.log_dict(config, "recipe.json")
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        self.mlflow.log_metrics({k.replace("@", "_"): v for k, v in values.items()}, step=step)
+        # its store of files would want `loss` to be a file and, for loss/text, a directory
+        names = {k: k.replace("/", ".").replace("@", "_") for k in values}
+        self.mlflow.log_metrics({names[k]: v for k, v in values.items()}, step=step)
 
     def close(self) -> None:
         self.mlflow.end_run()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -31,6 +33,26 @@ def test_bf16_is_the_same_on_any_number_of_ranks(tmp_path):
     assert error(two.gradients, one.gradients)[0] < 1e-5  # sums of the same bf16 gradients, in float32
     assert error(two.weights, one.weights)[0] < 1e-4
     assert one.loss == pytest.approx(plain.loss, rel=1e-2) and one.loss != plain.loss
+
+
+def _each(rank: int, directory: str) -> dict[str, Any]:
+    return {
+        precision: measure(directory, Layout(precision, 1, precision=precision), torch.float32, rank, steps=1)
+        for precision in ("fp32", "bf16", "fp16", "pure_bf16")
+    }
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_every_card_computes_in_every_precision(tmp_path, name):
+    """The loss within a hundredth of float32's; all gradients are there, finite, and point the same way."""
+    found = run(1, _each, str(tiny.checkpoint(name, tmp_path, tied=name == "qwen2-vl")))[0]
+    want = torch.cat([g.flatten() for g in found["fp32"].gradients.values()])
+    for precision in ("bf16", "fp16", "pure_bf16"):
+        got = found[precision]
+        assert got.gradients.keys() == found["fp32"].gradients.keys()
+        assert got.loss == pytest.approx(found["fp32"].loss, rel=1e-2) and got.loss != found["fp32"].loss
+        gradients = torch.cat([g.float().flatten() for g in got.gradients.values()])
+        assert gradients.isfinite().all() and torch.cosine_similarity(gradients, want, 0) > 0.98, precision
 
 
 def _dtypes(

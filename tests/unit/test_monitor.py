@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -74,6 +76,60 @@ def test_a_tracker_that_is_not_installed_is_said(tmp_path, tracker):
         pytest.skip(f"{tracker} is installed here")
     with pytest.raises(PolymodalError, match=f"names {tracker}, which is not installed"):
         Metrics(tmp_path, Monitor(trackers=[tracker]), "run", {})
+
+
+class Recorder(types.ModuleType):
+    """Stands for wandb or mlflow: takes any call and keeps it."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.calls, self.info = [], types.SimpleNamespace(run_id="abc")
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def call(*args, **kwargs):
+            self.calls.append((name, args, kwargs))
+            return self
+
+        return call
+
+
+def test_wandb_gets_one_run_and_its_numbers(tmp_path, monkeypatch):
+    wandb = Recorder("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for step in (3, 4):  # the second time is a resumed run
+        metrics = Metrics(tmp_path, Monitor(trackers=["wandb"], project="p"), "run", {"optim": {"lr": 1.0}})
+        metrics.log(step, {"loss": 0.5, "loss/text": 0.25, "bad": math.nan, "text": "no"})
+        metrics.close()
+    assert [name for name, *_ in wandb.calls] == ["init", "log", "finish"] * 2
+    (_, _, first), (_, logged, at), _, (_, _, second), *_ = wandb.calls
+    assert first == second and len(first.pop("id")) == 32
+    assert first == {
+        "project": "p", "name": "run", "dir": str(tmp_path), "config": {"optim": {"lr": 1.0}}, "resume": "allow",
+    }  # fmt: skip
+    assert logged == ({"loss": 0.5, "loss/text": 0.25},) and at == {"step": 3}
+
+
+def test_mlflow_gets_one_run_and_its_numbers(tmp_path, monkeypatch):
+    mlflow = Recorder("mlflow")
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    for step in (3, 4):
+        metrics = Metrics(tmp_path, Monitor(trackers=["mlflow"], project="p"), "run", {"name": "run"})
+        metrics.log(step, {"loss": 0.5, "loss/text": 0.5, "score@1": 0.25, "bad": math.inf})
+        metrics.close()
+    assert mlflow.calls == [
+        ("set_experiment", ("p",), {}),
+        ("start_run", (), {"run_name": "run"}),
+        ("log_dict", ({"name": "run"}, "recipe.json"), {}),
+        ("log_metrics", ({"loss": 0.5, "loss.text": 0.5, "score_1": 0.25},), {"step": 3}),
+        ("end_run", (), {}),
+        ("set_experiment", ("p",), {}),
+        ("start_run", (), {"run_id": "abc"}),
+        ("log_metrics", ({"loss": 0.5, "loss.text": 0.5, "score_1": 0.25},), {"step": 4}),
+        ("end_run", (), {}),
+    ]
 
 
 def test_a_live_run_is_traced_on_request(tmp_path):

@@ -104,6 +104,18 @@ for causal in (True, False):
         parts.append(one[0].transpose(0, 1))
     torch.testing.assert_close(got.cpu().float(), torch.cat(parts), rtol=0.03, atol=0.03)
 """,
+    "profiler": """
+import json, tempfile
+from pathlib import Path
+from polymodal.recipe import Profile
+from polymodal.train.monitor import Profiler
+with tempfile.TemporaryDirectory() as directory:
+    profiler = Profiler(Path(directory), Profile(start=1, steps=1), 0, info)
+    profiler.before(1)
+    torch.ones(4, 4, device=info.torch) @ torch.ones(4, 4, device=info.torch)
+    trace = profiler.after(1)
+    assert "aten::matmul" in {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+""",
     "process group": """
 import torch.distributed as dist
 dist.init_process_group(info.backend, store=dist.HashStore(), rank=0, world_size=1)
