@@ -34,7 +34,7 @@ class Clips:
 
     def __init__(self, clip: Clip, grid: Any):
         self.clip, self.grid = clip, grid
-        still = grid.time == 1
+        still = grid.still
         for frames in clip.frames:
             if not still and not grid.fits(frames):
                 below = next((f for f in range(frames - 1, 0, -1) if grid.fits(f)), 1)
@@ -75,7 +75,17 @@ class Clips:
         """Raises PolymodalError for a medium that cannot be read or is too short."""
         medium = medium_of(record)
         if medium.kind == "image":
+            if self.grid.least > 1:
+                raise PolymodalError(
+                    f"{media.label(medium.source)} is a picture, this model learns from clips: it is shown their first and last frame.",
+                    "Remove the row, or name clips.",
+                )
             (height, width), frames = media.image_size(_source(medium)), 1
+        elif self.grid.still:
+            raise PolymodalError(
+                f"{media.label(medium.source)} is a video, this model makes pictures.",
+                "Remove the row, or name pictures.",
+            )
         else:
             header = media.video_header(medium.source, self.clip.fps or 24.0)
             height, width = header.height, header.width

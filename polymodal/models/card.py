@@ -75,7 +75,7 @@ class Process:
     """The noise process that a family was trained with: what `auto` means in train.diffusion.
 
     flow:     x_s = (1 - s) x0 + s n, s in (0, 1); the model is asked for n - x0, or x0 - n where `reversed`.
-    discrete: x_t = sqrt(a_t) x0 + sqrt(1 - a_t) n over `betas`; epsilon = n, v_prediction = sqrt(a_t) n - sqrt(1 - a_t) x0.
+    discrete: x_t = sqrt(a_t) x0 + sqrt(1 - a_t) n over `alphas`; epsilon = n, v_prediction = sqrt(a_t) n - sqrt(1 - a_t) x0.
     """
 
     kind: Literal["flow", "discrete"] = "flow"
@@ -89,8 +89,7 @@ class Process:
     )  # base_image_seq_len, max_image_seq_len, base_shift, max_shift
     weighting: str = "none"
     prediction: str = "epsilon"
-    betas: tuple[float, ...] = ()
-    zero_snr: bool = False
+    alphas: tuple[float, ...] = ()  # a_t: cumulated products, as the scheduler has them
     range: tuple[float, float] = (0.0, 1.0)  # of s, where two models share the levels
 
 

@@ -28,19 +28,24 @@ class LatentGrid:
     time: int  # video frames that one latent frame holds (but the first, which holds one)
     space: int  # pixels along a side of a latent cell
     patch: tuple[int, int, int] = (1, 1, 1)  # latent cells that one token holds (frames, height, width)
+    still: bool = False  # pictures only: latents have no axis of frames
+    least: int = 1  # frames that a sample must have: 2 where a last frame is a condition
 
     @property
     def side(self) -> int:
         """Sides of frames are multiples of this many pixels."""
         return self.space * max(self.patch[1], self.patch[2])
 
-    def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """[channels, frames, height, width] of the latents."""
-        return self.channels, (frames - 1) // self.time + 1, height // self.space, width // self.space
+    def shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        """[channels, frames, height, width] of the latents; [channels, height, width] of pictures."""
+        cells = (height // self.space, width // self.space)
+        return (
+            (self.channels, *cells) if self.still else (self.channels, (frames - 1) // self.time + 1, *cells)
+        )
 
     def tokens(self, frames: int, height: int, width: int) -> int:
         """Tokens that the denoiser sees."""
-        _, f, h, w = self.shape(frames, height, width)
+        f, h, w = (frames - 1) // self.time + 1, height // self.space, width // self.space
         return -(-f // self.patch[0]) * (h // self.patch[1]) * (w // self.patch[2])
 
     def fits(self, frames: int) -> bool:
@@ -80,9 +85,9 @@ class Generation(Family):
         raise NotImplementedError
 
     def component_config(self, name: str) -> dict[str, Any]:
-        """A component's config file (scheduler_config.json for the scheduler), {} when it is not there."""
+        """A component's config file (scheduler_config.json, tokenizer_config.json), {} when it is not there."""
         folder = Path(self.source) / name
-        for file in ("scheduler_config.json", "config.json"):
+        for file in ("scheduler_config.json", "tokenizer_config.json", "config.json"):
             if (folder / file).is_file():
                 return dict(json.loads((folder / file).read_text(encoding="utf-8")))
         return {}
@@ -139,7 +144,7 @@ class Generation(Family):
 
     def dtype(self, model: nn.Module) -> torch.dtype:
         """What the denoiser computes in: that of the first parameter that is no block's (gathered while it runs)."""
-        heads = tuple(pattern.partition(".*")[0] + "." for pattern in self.card.blocks)
+        heads = tuple(pattern.partition("*")[0].rstrip(".") + "." for pattern in self.card.blocks)
         return next(
             p.dtype for n, p in model.named_parameters() if not n.startswith(heads) and p.is_floating_point()
         )
@@ -174,15 +179,10 @@ class Generation(Family):
     def size(self) -> tuple[int, int, float]:
         """(layers, width, parameters of the blocks) of the denoiser, counted once on meta."""
         if not hasattr(self, "_size"):
-            model = self.build().trained
-            heads = tuple(pattern.partition(".*")[0] + "." for pattern in self.card.blocks)
-            count = sum(p.numel() for n, p in model.named_parameters() if n.startswith(heads))
-            blocks = {
-                n.split(".", h.count(".") + 1)[h.count(".")] + h
-                for h in heads
-                for n, _ in model.named_parameters()
-                if n.startswith(h)
-            }
+            named = list(self.build().trained.named_parameters())
+            heads = tuple(pattern.partition("*")[0].rstrip(".") + "." for pattern in self.card.blocks)
+            count = sum(p.numel() for n, p in named if n.startswith(heads))
+            blocks = {n[: (n + ".").index(".", len(h))] for h in heads for n, _ in named if n.startswith(h)}
             self._size = max(1, len(blocks)), self.width(), float(count)
         return self._size
 

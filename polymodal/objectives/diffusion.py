@@ -49,12 +49,11 @@ def dynamic_shift(tokens: int, facts: Any) -> float:
     return math.exp(low + (high - low) * (tokens - short) / (long - short))
 
 
-def zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Betas rescaled so that the last step is pure noise (Lin et al. 2023, arXiv:2305.08891, algorithm 1)."""
-    root = (1 - betas).cumprod(0).sqrt()
+def zero_terminal_snr(alphas: Tensor) -> Tensor:
+    """Cumulated products rescaled so that the last step is pure noise (Lin et al. 2023, arXiv:2305.08891, algorithm 1)."""
+    root = alphas.sqrt()
     first, last = root[0].clone(), root[-1].clone()
-    product = ((root - last) * first / (first - last)) ** 2
-    return 1 - torch.cat([product[:1], product[1:] / product[:-1]])
+    return ((root - last) * first / (first - last)) ** 2
 
 
 def gaussian_weight(s: Tensor, shift: float, steps: int = 1000) -> Tensor:
@@ -103,14 +102,21 @@ class DiffusionObjective:
         if self.shift == "dynamic" and not process.dynamic:
             raise _misfit("shift", "dynamic", "has no lengths for it in its scheduler's config")
         if not flow:
-            betas = torch.tensor(process.betas, dtype=torch.float64)
-            zero = process.zero_snr if settings.zero_snr is None else settings.zero_snr
-            if zero and self.prediction == "epsilon":
+            alphas = torch.tensor(process.alphas, dtype=torch.float64)
+            ends = float(alphas[-1]) < 1e-7
+            if settings.zero_snr is False and ends:
+                raise PolymodalError(
+                    "train.diffusion.zero_snr = false: this model's scheduler ends in pure noise.",
+                    "Leave train.diffusion.zero_snr out.",
+                )
+            if settings.zero_snr and not ends:
+                alphas = zero_terminal_snr(alphas)
+            if (settings.zero_snr or ends) and self.prediction == "epsilon":
                 raise PolymodalError(
                     "train.diffusion.zero_snr: at pure noise there is nothing to be learned from predicting the noise.",
                     "Set train.diffusion.prediction to v_prediction.",
                 )
-            self.alphas = (1 - (zero_terminal_snr(betas) if zero else betas)).cumprod(0).float()
+            self.alphas = alphas.float()
         names = [f"noise {self._quantile(i):.3g}" for i in range(settings.quantiles)]
         self.parts: tuple[str, ...] = (*KINDS, *names)
         """What losses are told apart by in logs: nll/<part> and tokens/<part>."""

@@ -211,7 +211,7 @@ def activations(family: Family, recipe: Recipe, patches_per_token: float) -> tup
 def _denoiser_activations(family: Any, recipe: Recipe) -> tuple[int, str]:
     """The same for the largest shape of data.clip: a block's norms, modulations, attention and a feed-forward of four widths."""
     clip, grid = recipe.data.clip, family.grid()
-    frames = 1 if grid.time == 1 else max(clip.frames)
+    frames = 1 if grid.still else max(clip.frames)
     height, width = (
         max(clip.sizes, key=lambda s: s[0] * s[1]) if clip.sizes else (grid.side, clip.pixels // grid.side)
     )

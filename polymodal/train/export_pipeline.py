@@ -133,7 +133,7 @@ def _fresh(made: Assembled) -> nn.Module:
 def example(family: Any, pipeline: Any) -> Batch:
     """A small sample with structure through the pipeline's own encoders, half noised: what predictions are compared on."""
     grid = family.grid()
-    frames = 1 if grid.time == 1 else 1 + grid.time * max(1, 2 * grid.patch[0] - 1)
+    frames = 1 if grid.still else 1 + grid.time * max(1, 2 * grid.patch[0] - 1)
     draw = torch.Generator().manual_seed(0)
     pixels = torch.rand(1, 3, frames, 2 * grid.side, 2 * grid.side, generator=draw) * 2 - 1
     tensors: dict[str, Tensor] = {

@@ -125,7 +125,52 @@ def wan_i2v(last_frame: bool = False) -> Any:
     )  # fmt: skip
 
 
-MAKERS = {"wan": wan, "wan-i2v": wan_i2v, "wan-flf2v": lambda: wan_i2v(True)}
+def kl_vae(z: int = 4, scaling: float = 0.5, shift: float | None = 0.1) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, block_out_channels=[4, 8, 8],
+        layers_per_block=1, norm_num_groups=4, latent_channels=z, scaling_factor=scaling, shift_factor=shift,
+        use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+
+
+def t5(width: int = 16) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(vocab_size=48, d_model=width, d_kv=8, d_ff=24, num_layers=1, num_heads=2))
+
+
+def clip_text(width: int = 16, projected: bool = False) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=48, hidden_size=width, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=77,
+        projection_dim=width, eos_token_id=1, bos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def flux(guidance: bool = False) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    denoiser = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=12, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=16, guidance_embeds=guidance, axes_dims_rope=(4, 4, 4),
+    )  # fmt: skip
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance), vae=kl_vae(), text_encoder=clip_text(),
+        tokenizer=tokenizer(77), text_encoder_2=t5(), tokenizer_2=tokenizer(32), transformer=denoiser,
+    )  # fmt: skip
+
+
+MAKERS = {
+    "flux": flux,
+    "flux-guided": lambda: flux(True),
+    "wan": wan,
+    "wan-i2v": wan_i2v,
+    "wan-flf2v": lambda: wan_i2v(True),
+}
 
 
 def pipeline(name: str, directory: str | Path) -> Path:

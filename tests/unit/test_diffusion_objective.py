@@ -14,7 +14,9 @@ from polymodal.objectives.diffusion import DiffusionObjective, dynamic_shift, ga
 from polymodal.recipe import Diffusion
 from polymodal.train.step import inverse_weights
 
-BETAS = tuple(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square().tolist())
+ALPHAS = tuple(
+    (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()).cumprod(0).tolist()
+)
 
 
 def batch(ids=(0, 1, 2), shape=(4, 2, 4, 4), weight=1.0, tokens=32, kind="video"):
@@ -75,9 +77,9 @@ def test_the_other_signs_of_flow():
 def test_discrete_processes_equal_the_librarys_scheduler(prediction, zero):
     if zero and prediction == "epsilon":
         with pytest.raises(PolymodalError, match="nothing to be learned"):
-            objective(Process("discrete", betas=BETAS), prediction=prediction, zero_snr=zero)
+            objective(Process("discrete", alphas=ALPHAS), prediction=prediction, zero_snr=zero)
         return
-    o = objective(Process("discrete", betas=BETAS, density="uniform"), prediction=prediction, zero_snr=zero)
+    o = objective(Process("discrete", alphas=ALPHAS, density="uniform"), prediction=prediction, zero_snr=zero)
     (made,) = o.prepare(None, [batch()])
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=zero
@@ -106,7 +108,7 @@ def test_min_snr_equals_the_library():
     t = torch.tensor([1, 50, 500, 998])
     snr = compute_snr(scheduler, t)
     least = torch.minimum(snr, torch.full_like(snr, 5.0))
-    process = Process("discrete", betas=BETAS)
+    process = Process("discrete", alphas=ALPHAS)
     for prediction, wanted in (("epsilon", least / snr), ("v_prediction", least / (snr + 1))):
         o = objective(process, weighting="min_snr", prediction=prediction)
         assert torch.allclose(o._snr_weight(t), wanted, rtol=1e-4)
@@ -219,8 +221,8 @@ def test_validation_stands_at_fixed_levels_of_the_density():
         (Process(), {"prediction": "epsilon"}, "prediction = epsilon does not fit this model, which is trained by flow matching"),
         (Process(), {"zero_snr": True}, "zero_snr = True does not fit"),
         (Process(), {"weighting": "min_snr"}, "weighting = min_snr does not fit"),
-        (Process("discrete", betas=BETAS), {"shift": 3.0}, "shift = 3.0 does not fit this model, which has discrete timesteps"),
-        (Process("discrete", betas=BETAS), {"weighting": "gaussian"}, "weighting = gaussian does not fit"),
+        (Process("discrete", alphas=ALPHAS), {"shift": 3.0}, "shift = 3.0 does not fit this model, which has discrete timesteps"),
+        (Process("discrete", alphas=ALPHAS), {"weighting": "gaussian"}, "weighting = gaussian does not fit"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_the_process_are_refused(process, settings, words):

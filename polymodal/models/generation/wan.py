@@ -46,7 +46,7 @@ class Wan(Generation):
         stages = list(vae.get("temperal_downsample", (False, True, True)))
         time = int(vae.get("scale_factor_temporal") or 2 ** sum(stages))
         space = int(vae.get("scale_factor_spatial") or 2 ** len(stages))
-        return LatentGrid(z, time, space, tuple(self.config["patch_size"]))
+        return LatentGrid(z, time, space, tuple(self.config["patch_size"]), least=2 if self.last_frame else 1)
 
     def process(self) -> Process:
         scheduler = self.component_config("scheduler")
