@@ -1,11 +1,11 @@
-# Everything a newcomer needs: `make demo`, `make test`.
+# Everything a newcomer needs: `make demo`, `make demo-image`, `make test`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test slow lint parity docs clean
+.PHONY: install demo demo-image test slow lint parity docs clean
 
 install: $(VENV)/.ready
 
@@ -19,6 +19,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/python examples/digits/demo.py --dir runs/demo
+
+demo-image: install
+	$(BIN)/python examples/digits-image/demo.py --dir runs/demo-image
 
 test: install
 	$(BIN)/python -m pytest -n 2

@@ -5,15 +5,20 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from polymodal import recipe as recipes
 from polymodal.errors import PolymodalError
 from polymodal.train import encode, trainer
 from tests.models import clips, tiny_pipelines
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -209,3 +214,109 @@ def test_validation_stands_at_fixed_noise_levels(wan, data, tmp_path):
     } <= set(line)
     parts = (line["validation/loss/noise 0.25"] + line["validation/loss/noise 0.75"]) / 2
     assert line["validation/loss"] == pytest.approx(parts, rel=1e-4)
+
+
+def command(*words):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "polymodal", *map(str, words)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_ranks_share_the_encoding_and_give_one_processs_curve_also_after_a_resume(wan, data, tmp_path):
+    made = recipe(
+        wan,
+        data,
+        tmp_path,
+        checkpoint__every=2,
+        train__global_batch_size=4,
+        data__clip={"frames": [9], "sizes": [[32, 48]]},
+    )
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipes.dump(made))
+    assert "7 samples, 7 encoded" in command("encode", file, "--nproc", 2)
+    command("train", file, "--nproc", 2)
+    two = losses(tmp_path)
+    trainer.run(
+        made.model_copy(
+            update={"checkpoint": made.checkpoint.model_copy(update={"dir": str(tmp_path / "one" / "run")})}
+        )
+    )
+    assert two == pytest.approx(losses(tmp_path / "one"), rel=1e-5) and len(two) == 4
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    trainer.run(made)  # one process goes on where two were
+    assert losses(tmp_path) == pytest.approx(two, rel=1e-5)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["resumed_at"] == 2
+
+
+@pytest.mark.slow
+def test_samples_do_not_depend_on_ranks_and_batches(wan, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "".join(
+            json.dumps({"prompt": p, **more}) + "\n"
+            for p, more in (
+                ("a red circle", {}),
+                ("blue", {"seed": 5}),
+                ("a digit", {"negative_prompt": "red"}),
+            )
+        )
+    )
+    shape = ("--steps", 2, "--height", 32, "--width", 32, "--frames", 5, "--guidance", 3)
+    command("generate", wan, "--prompts", prompts, "--out", tmp_path / "a", *shape, "--nproc", 2)
+    command("generate", wan, "--prompts", prompts, "--out", tmp_path / "b", *shape, "--batch-size", 2)
+    for name in ("0000.mp4", "0001.mp4", "sheet.png"):
+        a, b = ((tmp_path / d / name).read_bytes() for d in "ab")
+        assert a == b and len(a) > 100, name
+    about = json.loads((tmp_path / "a" / "samples.json").read_text())
+    assert [s["seed"] for s in about["samples"]] == [42 * 1_000_003, 5, 42 * 1_000_003 + 2]
+    assert (
+        about["settings"]["steps"] == 2 and about["pipeline"] == "WanPipeline" and about["card"] == "wan2.1"
+    )
+
+
+def test_options_and_checkpoints_that_do_not_fit_are_said(wan, tmp_path):
+    from polymodal.generate.media import main, read_prompts
+    from polymodal.generate.pipeline import Prompt, Settings, suspicion
+
+    with pytest.raises(PolymodalError, match="WanPipeline: .*divisible by 16"):
+        main(
+            str(wan),
+            prompts=[Prompt("x")],
+            settings=Settings(2, height=30, width=32),
+            out=str(tmp_path / "o"),
+        )
+    picture = tmp_path / "x.png"
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(picture)
+    with pytest.raises(PolymodalError, match="takes no `image`"):
+        main(
+            str(wan), prompts=[Prompt("x", image=str(picture))], settings=Settings(2), out=str(tmp_path / "o")
+        )
+    with pytest.raises(PolymodalError, match="There is no prompt"):
+        main(str(wan), prompts=[], settings=Settings(), out=str(tmp_path / "o"))
+    bad = tmp_path / "p.jsonl"
+    bad.write_text('{"prompt": "x", "sead": 1}\n')
+    with pytest.raises(PolymodalError, match="line 1: `sead` is not known"):
+        read_prompts(str(bad))
+    still = np.full((3, 8, 8, 3), 128, np.uint8)
+    still[:, :4] = 9
+    for frames, words in (
+        (np.full((1, 8, 8, 3), np.nan), "not numbers"), (np.zeros((1, 8, 8, 3), np.uint8), "all black"),
+        (np.full((1, 8, 8, 3), 77, np.uint8), "one colour"), (still, "does not move"),
+    ):  # fmt: skip
+        assert words in suspicion(frames)
+    assert suspicion(np.random.default_rng(0).integers(0, 255, (2, 8, 8, 3), dtype=np.uint8)) is None
+
+
+def test_a_model_that_answers_has_nothing_to_encode(checkpoint_of_a_vlm):
+    with pytest.raises(PolymodalError, match="is trained on its data as they are"):
+        encode.run(recipes.validate({"model": {"source": str(checkpoint_of_a_vlm)}}))
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of_a_vlm(tmp_path_factory):
+    from tests.models import tiny
+
+    return tiny.checkpoint("qwen2-vl", tmp_path_factory.mktemp("vlm"))

@@ -19,6 +19,11 @@ from polymodal.train.export import export
 from tests.models import clips, tiny_pipelines
 
 
+QUICK = ("wan", "flux")
+"""Families of the default run; the others are slow."""
+FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in tiny_pipelines.MAKERS]
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return clips.data(tmp_path_factory.mktemp("clips"), clips=2, pictures=1, length=9)
@@ -52,7 +57,7 @@ def settings(family):
     return Settings(2, 2.0, height, width, None if family.grid().still else 5)
 
 
-@pytest.mark.parametrize("name", tiny_pipelines.MAKERS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_trains_and_its_export_is_diffusers(name, data, stills, tmp_path):
     source = tiny_pipelines.pipeline(name, tmp_path / "pipeline")
     family = catalog.family(recipes.Model(source=str(source)))
@@ -84,7 +89,7 @@ def test_a_family_trains_and_its_export_is_diffusers(name, data, stills, tmp_pat
     assert not np.array_equal(samples[0], other)
 
 
-@pytest.mark.parametrize("name", tiny_pipelines.MAKERS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_familys_adapter_opens_in_diffusers(name, data, stills, tmp_path):
     source = tiny_pipelines.pipeline(name, tmp_path / "pipeline")
     family = catalog.family(recipes.Model(source=str(source)))

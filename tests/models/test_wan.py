@@ -14,6 +14,9 @@ from polymodal.train import optim
 from tests.models import tiny_pipelines
 
 
+WANS = ("wan", "wan-i2v", "wan-flf2v")
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     found = {}
@@ -35,7 +38,7 @@ def opened(made, name):
     return family, model
 
 
-@pytest.mark.parametrize("name", tiny_pipelines.MAKERS)
+@pytest.mark.parametrize("name", WANS)
 def test_a_pipeline_is_told_by_its_index_and_its_denoiser_loads_as_the_library_loads_it(made, name):
     from diffusers import WanTransformer3DModel
 
@@ -50,7 +53,7 @@ def test_a_pipeline_is_told_by_its_index_and_its_denoiser_loads_as_the_library_l
     assert all(optim.tower_of(n, family.card.towers) for n, _ in model.named_parameters())
 
 
-@pytest.mark.parametrize("name", tiny_pipelines.MAKERS)
+@pytest.mark.parametrize("name", WANS)
 def test_prediction_and_gradients_equal_the_librarys(made, name):
     from diffusers import WanTransformer3DModel
 
