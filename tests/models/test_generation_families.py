@@ -18,10 +18,11 @@ from polymodal.train import encode, trainer
 from polymodal.train.export import export
 from tests.models import clips, tiny_pipelines
 
-
 QUICK = ("wan", "flux")
 """Families of the default run; the others are slow."""
-FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in tiny_pipelines.MAKERS]
+FAMILIES = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in tiny_pipelines.MAKERS
+]
 
 
 @pytest.fixture(scope="module")

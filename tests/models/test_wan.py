@@ -13,7 +13,6 @@ from polymodal.recipe import Model
 from polymodal.train import optim
 from tests.models import tiny_pipelines
 
-
 WANS = ("wan", "wan-i2v", "wan-flf2v")
 
 
