@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from polymodal import cli_cluster
 from polymodal.errors import PolymodalError
 
 FORMATS = ("auto", "mllm", "llava", "sharegpt", "alpaca", "openai", "text", "caption")
@@ -80,7 +81,12 @@ def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def spread(
-    nproc: str | None, run_dir: str | os.PathLike | None, here: Callable[[], int], kind: str = "auto"
+    nproc: str | None,
+    run_dir: str | os.PathLike | None,
+    here: Callable[[], int],
+    kind: str = "auto",
+    restarts: int = 0,
+    min_nodes: int | None = None,
 ) -> int:
     """Run this very command line in as many processes as asked (`here` in each of them), or join and run `here`."""
     from polymodal import launch, spawn
@@ -88,11 +94,17 @@ def spread(
     if spawn.CHILD in os.environ:
         return here()
     target = launch.place(launch.default_nproc(nproc, kind))
-    if isinstance(target, launch.Place) or target.nproc * target.nodes == 1:
+    if isinstance(target, launch.Place) or (target.nproc * target.nodes == 1 and not restarts):
         return here()
+    if min_nodes is not None and min_nodes > target.nodes:
+        raise PolymodalError(
+            f"--min-nodes {min_nodes} is more than the {target.nodes} nodes of this run.",
+            "Set NNODES to the nodes there are, or lower --min-nodes.",
+        )
     for warning in spawn.before_start(run_dir, target):
         print("warning:", warning, file=sys.stderr)
-    return spawn.run(["-m", "polymodal", *sys.argv[1:]], target)
+    command = ["-m", "polymodal", *sys.argv[1:]]
+    return spawn.run(command, target, restarts=restarts, min_nodes=min_nodes)
 
 
 def _version(wanted: bool) -> None:
@@ -128,7 +140,13 @@ DataFormat = Annotated[str, typer.Option(help="auto, mllm, llava, sharegpt, alpa
 
 
 @command(app, "polymodal train recipe.yaml --nproc 8", "polymodal train recipe.yaml train.steps=100 optim.lr=2e-5", "torchrun --nproc-per-node 8 -m polymodal train recipe.yaml")
-def train(recipe: RecipeFile, overrides: Overrides = None, nproc: Processes = None) -> int:
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Processes = None,
+    restarts: Annotated[int, typer.Option(metavar="N", min=0, help="Times to start again from the newest checkpoint after a process died.")] = 0,
+    min_nodes: Annotated[int | None, typer.Option(metavar="N", min=1, help="Nodes that are enough to go on with.", show_default="all")] = None,
+) -> int:
     """Train as a recipe says. The same command again goes on where it stopped.
 
     Joins when torchrun, SLURM or Kubernetes started it; starts local processes with --nproc (or NPUS_PER_NODE).
@@ -152,7 +170,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None, nproc: Processes = No
 
         return trainer.run(read)
 
-    return spread(nproc, read.run_dir, here, read.device.kind)
+    return spread(nproc, read.run_dir, here, read.device.kind, restarts, min_nodes)
 
 
 @command(app, "polymodal check recipe.yaml --world 8")
@@ -427,6 +445,7 @@ def docs() -> int:
 
 
 import polymodal.cli_generation  # noqa: E402, F401  (its commands join the app)
+command(app, "polymodal launch slurm recipe.yaml --nodes 4 --submit", "polymodal launch kubernetes recipe.yaml --nodes 4 --image registry/polymodal:1")(cli_cluster.launch)
 
 
 # fmt: on

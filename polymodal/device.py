@@ -43,6 +43,16 @@ PEAK_FLOPS: dict[str, float] = {  # dense bf16 FLOP/s, from the makers' data she
 }  # fmt: skip
 
 
+def slurm_resource(kind: str, count: int) -> str:
+    """SLURM's generic resource for so many devices of a node; sites may name theirs otherwise."""
+    return f"npu:{count}" if kind == "npu" else "" if kind == "cpu" else f"gpu:{count}"
+
+
+def kubernetes_resource(kind: str) -> str:
+    """Name under which the makers' device plugins offer their devices; "" for the CPU."""
+    return {"npu": "huawei.com/Ascend910", "cpu": ""}.get(kind, "nvidia.com/gpu")
+
+
 def _import_npu() -> bool:
     try:
         import torch_npu  # noqa: F401

@@ -21,6 +21,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from polymodal import machine
 from polymodal.errors import PolymodalError
@@ -155,29 +156,48 @@ def _quiet() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def run(command: Sequence[str], start: Start, *, rendezvous: float | None = None) -> int:
+def run(
+    command: Sequence[str],
+    start: Start,
+    *,
+    rendezvous: float | None = None,
+    restarts: int = 0,
+    min_nodes: int | None = None,
+) -> int:
     """Run `python command...` in `start.nproc` processes here (part of `start.nodes` nodes) and wait for them.
+
+    restarts: times that all processes are started anew after one died, of itself or by a signal; bad input is no such
+    death. min_nodes: nodes that are enough to go on with when others are gone; node 0 keeps the meeting place and
+    must live.
 
     SIGTERM and SIGINT are passed on to them; a second SIGINT ends them at once. Returns their exit code (0 when all
     succeeded). Raises PolymodalError for the one that failed first, with its code in `error.code` if it has another
     than 2; Stopped when a signal ended them.
     """
     from torch.distributed.elastic.agent.server.api import WorkerSpec
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
 
     seconds = int(rendezvous or _number(os.environ, "HCCL_CONNECT_TIMEOUT") or RENDEZVOUS_SECONDS)
     fixed = start.nodes > 1 or start.port > 0
+    fewest = start.nodes if min_nodes is None else min_nodes
+    elastic = start.nodes > 1 and (restarts > 0 or fewest < start.nodes)
+    settings: dict[str, object] = {"timeout": seconds}
+    if elastic:  # nodes may leave and come back; who is still there is asked every second
+        settings |= {
+            "is_host": start.node == 0, "join_timeout": seconds, "last_call_timeout": 5, "keep_alive_interval": 1, "keep_alive_max_attempt": 10,
+        }  # fmt: skip
+    elif fixed:
+        settings["rank"] = start.node
     parameters = RendezvousParameters(
-        backend="static" if fixed else "c10d",
+        backend="static" if fixed and not elastic else "c10d",
         endpoint=f"{start.address}:{start.port}" if fixed else "localhost:0",  # 0: the store takes a free port itself
         run_id=f"polymodal-{start.port}" if fixed else uuid.uuid4().hex,
-        min_nodes=start.nodes, max_nodes=start.nodes, local_addr=None if start.nodes > 1 else "127.0.0.1",
-        **({"rank": start.node, "timeout": seconds} if fixed else {"timeout": seconds}),
+        min_nodes=fewest, max_nodes=start.nodes, local_addr=None if start.nodes > 1 else "127.0.0.1",
+        **settings,
     )  # fmt: skip
     asked: list[signal.Signals] = []
-    agent: LocalElasticAgent | None = None
+    agent: Any = None
 
     def forward(number: int, frame: object) -> None:
         asked.append(signal.Signals(number))
@@ -200,11 +220,12 @@ def run(command: Sequence[str], start: Start, *, rendezvous: float | None = None
         with _quiet(), tempfile.TemporaryDirectory(prefix="polymodal-") as directory:
             spec = WorkerSpec(
                 role="polymodal", local_world_size=start.nproc, entrypoint=sys.executable, args=tuple(command),
-                rdzv_handler=registry.get_rendezvous_handler(parameters), max_restarts=0, monitor_interval=0.1,
-                master_addr=start.address if fixed else None, master_port=start.port if fixed else None,
+                rdzv_handler=registry.get_rendezvous_handler(parameters), max_restarts=restarts, monitor_interval=0.1,
+                master_addr=start.address if fixed and not elastic else None,
+                master_port=start.port if fixed and not elastic else None,
                 local_addr=None if start.nodes > 1 else "127.0.0.1",
             )  # fmt: skip
-            agent = LocalElasticAgent(
+            agent = _agent()(
                 spec,
                 DefaultLogsSpecs(log_dir=directory),
                 start_method="spawn",
@@ -224,6 +245,32 @@ def run(command: Sequence[str], start: Start, *, rendezvous: float | None = None
             signal.signal(number, handler)
         for name, value in environ.items():
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+
+
+def _agent() -> type:
+    """torchrun's agent, which does not start again what bad input ended and says why it starts again."""
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    class Agent(LocalElasticAgent):
+        why = ""
+
+        def _monitor_workers(self, worker_group: object) -> RunResult:
+            result = super()._monitor_workers(worker_group)
+            if result.state == WorkerState.FAILED and result.failures:
+                rank, failure = min(result.failures.items(), key=lambda item: _order(item, False))
+                self.why = f"rank {rank} ended with exit code {failure.exitcode}"
+                if any(_facts(each).get("code") == 2 for each in result.failures.values()):
+                    self._remaining_restarts = 0
+            return result
+
+        def _restart_workers(self, worker_group: object) -> None:
+            why = self.why or "the number of nodes changed"
+            print(f"starting again from the newest checkpoint: {why}", file=sys.stderr, flush=True)
+            self.why = ""
+            super()._restart_workers(worker_group)
+
+    return Agent
 
 
 def _no_rendezvous(error: Exception, start: Start, seconds: int) -> Exception:
@@ -248,22 +295,26 @@ def _no_rendezvous(error: Exception, start: Start, seconds: int) -> Exception:
     )
 
 
+def _facts(failure: Any) -> dict:
+    """What a process that failed left about its error."""
+    message = failure.error_file_data.get("message")
+    return message.get("extraInfo", {}) if isinstance(message, dict) else {}
+
+
+def _order(item: tuple[int, Any], asked: bool) -> tuple:
+    """Sorts failures: first the one that has something of its own to say, and said it first."""
+    rank, failure = item
+    extra = _facts(failure)
+    own = bool(extra) and not extra.get("lost")
+    ended = failure.exitcode == -signal.SIGTERM and not asked  # by the agent, because of another
+    return not own and ended, bool(extra.get("lost")), float(extra.get("time", failure.timestamp)), rank
+
+
 def _failed(failures: dict, start: Start, asked: list[signal.Signals], kills: int | None) -> int:
     """Raises the one sentence of the process that failed first; returns its code when it had nothing to say."""
 
-    def facts(failure) -> dict:
-        message = failure.error_file_data.get("message")
-        return message.get("extraInfo", {}) if isinstance(message, dict) else {}
-
-    def order(item) -> tuple:
-        rank, failure = item
-        extra = facts(failure)
-        own = bool(extra) and not extra.get("lost")
-        ended = failure.exitcode == -signal.SIGTERM and not asked  # by the agent, because of another
-        return not own and ended, bool(extra.get("lost")), float(extra.get("time", failure.timestamp)), rank
-
-    rank, failure = min(failures.items(), key=order)
-    extra, code = facts(failure), failure.exitcode
+    rank, failure = min(failures.items(), key=lambda item: _order(item, bool(asked)))
+    extra, code = _facts(failure), failure.exitcode
     world = f"Rank {rank} of {start.nproc * start.nodes}" + (
         f" (node {start.node})" if start.nodes > 1 else ""
     )

@@ -168,6 +168,10 @@ class Family:
         """Tokens of the text stream that features of such a part stand at."""
         raise NotImplementedError
 
+    def example(self, measure: Measure) -> Batch:
+        """A micro-batch of one sample of these sizes, without data: what `plan` runs. Floating-point tensors are zeros."""
+        raise NotImplementedError
+
     def balance(self, weight: float | None) -> dict[str, Any]:
         """Arguments of the objective's router term: {} without experts; weight None = the checkpoint's own."""
         text = getattr(self.config, "text_config", self.config)

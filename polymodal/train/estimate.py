@@ -54,8 +54,8 @@ class Estimate:
 
 
 @contextlib.contextmanager
-def pretended_group(world: int) -> Iterator[None]:
-    """A process group of `world` ranks that exists in this process only; collectives do nothing.
+def pretended_group(world: int, rank: int = 0) -> Iterator[None]:
+    """A process group of `world` ranks that exists in this process, its rank `rank`, only; collectives do nothing.
 
     Raises PolymodalError inside a process that has a real group.
     """
@@ -66,11 +66,21 @@ def pretended_group(world: int) -> Iterator[None]:
         raise PolymodalError(
             "A run cannot be estimated inside a process that is part of one.", "Use `polymodal check`."
         )
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    _forget_meshes()
     try:
         yield
     finally:
         dist.destroy_process_group()
+        _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """DTensor remembers layouts by equality of meshes, and hands out a mesh whose groups an earlier world took along."""
+    from torch.distributed.tensor import _redistribute, debug
+
+    debug._clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polymodal.data.sample import Batch, Measure, Sample
+from polymodal.data.sample import AXES, IGNORE, Batch, Measure, Sample
 from polymodal.errors import PolymodalError
 from polymodal.models.card import Components, Dropped, Family, Output
 from polymodal.models.understanding.qwen_vl_media import QwenVLMedia
@@ -285,6 +285,33 @@ class QwenVL(Family):
             "max_seqlen": max(frames),
         }
 
+    def example(self, measure: Measure) -> Batch:
+        """Pictures of nearly square grids first, then text; the last `trained` tokens have labels.
+
+        Raises PolymodalError when the pictures' tokens do not fit into measure.tokens.
+        """
+        vision, merge = self.config.vision_config, self.config.vision_config.spatial_merge_size
+        grids = [nearly_square(max(1, patches // merge**2)) for patches in measure.patches]
+        media = sum(height * width for height, width in grids)
+        if media > measure.tokens:
+            raise PolymodalError(f"Pictures of {media} tokens do not fit into {measure.tokens} tokens.")
+        ids = torch.ones(1, measure.tokens, dtype=torch.int64)
+        ids[0, :media] = self.config.image_token_id
+        trained = torch.arange(measure.tokens)[None] >= measure.tokens - measure.trained
+        tensors = {
+            "input_ids": ids,
+            "labels": torch.where(trained, ids, IGNORE),
+            "weights": trained.float(),
+            "position_ids": torch.arange(measure.tokens).expand(4, 1, -1).clone(),
+        }
+        if grids:
+            width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+            tensors["pixel_values"] = torch.zeros(media * merge**2, width)
+            tensors["grid_thw"] = torch.tensor([[1, merge * h, merge * w] for h, w in grids])
+        segments = {"text": house.cumulative([measure.tokens])}
+        names = {"modality": ("image" if grids else "text",)}
+        return Batch(tensors, {name: AXES[name] for name in tensors}, (0,), segments, names)
+
     def cost(self, measure: Measure) -> float:
         """Forward FLOPs: two a weight and token, plus attention. Each entry of `patches` attends to itself."""
         text, vision = self.config.text_config, self.config.vision_config
@@ -399,6 +426,12 @@ class QwenVL(Family):
             found.append((kind, sample.tensors["pixel_values"][patch : patch + patches], grid))
             token, patch = token + patches // merge, patch + patches
         return found
+
+
+def nearly_square(count: int) -> tuple[int, int]:
+    """Height and width whose product is `count` or a little less, at most two apart in ratio."""
+    height = max(1, int(count**0.5))
+    return height, max(1, count // height)
 
 
 def _listed(value: int | Sequence[int] | None) -> list[int]:

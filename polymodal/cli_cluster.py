@@ -1,0 +1,44 @@
+"""The commands about whole clusters, plan and launch; `cli` registers them.
+
+Sees every room; everything heavy is imported inside.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# fmt: off
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Keys of the recipe to set.", show_default=False)]
+
+
+def launch(
+    way: Annotated[str, typer.Argument(metavar="slurm|kubernetes|torchrun", help="What is written: an sbatch script, a manifest, or torchrun's line.", show_default=False)],
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Nodes (hosts).")] = 1,
+    nproc: Annotated[int, typer.Option(metavar="N", min=1, help="Processes a node, one a device.")] = 8,
+    min_nodes: Annotated[int | None, typer.Option(metavar="N", min=1, help="Nodes that are enough to go on with when others die.", show_default="all")] = None,
+    restarts: Annotated[int, typer.Option(metavar="N", min=0, help="Times to start again from the newest checkpoint.")] = 3,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="File to write; - = stdout.", show_default="the run's name")] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Also submit it (sbatch, kubectl).")] = False,
+    setup: Annotated[str, typer.Option(metavar="SHELL", help="Line to run first, e.g. `source .venv/bin/activate`.")] = "",
+    option: Annotated[list[str] | None, typer.Option(metavar="--KEY=VALUE", help="slurm: a further sbatch option; may repeat.")] = None,
+    hosts: Annotated[str, typer.Option(metavar="A,B,...", help="torchrun: the hosts, first the one that all can reach.")] = "",
+    image: Annotated[str, typer.Option(metavar="IMAGE", help="Container image (kubernetes; slurm with pyxis).")] = "",
+    kind: Annotated[str, typer.Option(help="kubernetes: pytorchjob or trainjob.")] = "pytorchjob",
+    namespace: Annotated[str, typer.Option(help="kubernetes: namespace.")] = "default",
+    claim: Annotated[str, typer.Option(metavar="NAME", help="kubernetes: persistent volume claim, mounted as /data and worked in.")] = "",
+) -> int:
+    """Write what starts a run on a cluster: retries, logs, rendezvous, environment; submit it on request."""
+    from polymodal import cluster
+    from polymodal import recipe as recipes
+
+    wish = cluster.Wish(
+        str(recipe), tuple(overrides or ()), nodes, nproc, min_nodes, restarts, tuple(option or ()), setup, image,
+        tuple(host for host in hosts.split(",") if host), kind, namespace, claim,
+    )
+    return cluster.main(way, recipes.load(recipe, overrides or []), wish, out, submit)

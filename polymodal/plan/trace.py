@@ -1,0 +1,183 @@
+"""Runs the step of one rank of any world in this process, with shapes only, and says what it held, did and sent.
+
+Sees every room. The code is the run's own (job.py) under a pretended process group with fake tensors; nothing has
+values but integers, so whatever depends on lengths and places takes its real course.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from polymodal import device as devices
+from polymodal.data.sample import Batch
+from polymodal.models.card import Family
+from polymodal.parallel.mesh import AXES, Mesh, ParallelSizes
+from polymodal.plan.job import Job, Load
+from polymodal.plan.tracker import Tracker, Usage
+from polymodal.recipe import Recipe
+from polymodal.train.estimate import pretended_group
+
+CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind on one group of a micro-batch or of the update."""
+
+    kind: str
+    axes: str  # "tp", "fsdp", ...: the mesh axes that its ranks differ in
+    ranks: tuple[int, ...]
+    count: int
+    bytes: int  # sum over the calls: the whole tensor, before or after it is cut
+    where: str  # forward | backward | update
+
+
+@dataclass
+class Trace:
+    """One rank. `usage` covers a whole step; `work` and `traffic` are of ONE micro-batch and of the update."""
+
+    rank: int
+    stage: int
+    micro_batches: int  # that were traced; a run with more of them has the same peak
+    usage: Usage
+    work: dict[str, Counter[tuple[bool, float, int]]]  # forward | backward | update -> (half precision, FLOPs, bytes) -> calls
+    traffic: list[Traffic]
+    seconds: float
+    measure: Any = None
+
+    def flops(self, where: str) -> float:
+        return sum(flops * calls for (_, flops, _), calls in self.work.get(where, {}).items())
+
+
+def trace(
+    recipe: Recipe, family: Family, world: int, rank: int, load: Load, kind: str = CPU, micro_batches: int = 2
+) -> Trace:
+    """Trace a step of `micro_batches` on rank `rank` of `world` processes.
+
+    kind: "cpu" takes the code's paths of a CPU run (what calibration measures), anything else an accelerator's.
+    Raises PolymodalError for layouts that `apply` refuses.
+    """
+    began = time.perf_counter()
+    sizes = ParallelSizes.of(recipe.parallel, world)
+    with warnings.catch_warnings(), pretended_group(world, rank), _paths_of(kind):
+        warnings.simplefilter("ignore")
+        mesh = Mesh(sizes, CPU, rank)
+        if kind != CPU:
+            mesh.device_type = kind  # what `apply` chooses by; the groups themselves are of this process
+        job = Job(recipe, family, mesh)
+        tracker = Tracker(FakeTensorMode(allow_non_fake_inputs=True))
+        with tracker:
+            job.fill()
+            known(tracker, job)
+            measure = load.measure(family)
+
+            def batches(count: int) -> list[Batch]:
+                made = [family.example(measure) for _ in range(count)]
+                tracker.mark([[batch.tensors, batch.segments] for batch in made], "batch")
+                return made
+
+            for step, count in (("warm", 1), ("step", micro_batches)):
+                tracker.phase = step
+                job.step(lambda count=count: batches(count), lambda step=step: _grown(tracker, job, step))
+        usage = tracker.usage(("step", "step update"))
+        traffic = _traffic(tracker, mesh, "warm")
+        work = _work(tracker, "warm")
+    return Trace(
+        rank, mesh.at["pp"], micro_batches, usage, work, traffic, time.perf_counter() - began, measure
+    )
+
+
+def known(tracker: Tracker, job: Job) -> None:
+    """Name what lives from step to step."""
+    tracker.mark(list(job.model.parameters()), "parameters")
+    tracker.mark(list(job.model.buffers()), "parameters")
+    tracker.mark(list(job.optimizer.state().values()), "optimizer")
+    if job.average is not None:
+        tracker.mark(list(job.average.shadow.values()), "average")
+
+
+def _grown(tracker: Tracker, job: Job, step: str) -> None:
+    tracker.mark([p.grad for p in job.trainable.values() if p.grad is not None], "gradients")
+    tracker.phase = f"{step} update"
+
+
+@contextlib.contextmanager
+def _paths_of(kind: str) -> Iterator[None]:
+    """Let the code choose as it would on that device: the packed attention kernel there, gloo's exchanges here."""
+    attention, backend = devices.packed_attention, dist.get_backend
+    if kind == CPU:
+        dist.get_backend = lambda group=None: "gloo"
+    else:
+        devices.packed_attention = lambda on, dtype, head: _kernel if dtype in HALF and head <= 256 else None
+    try:
+        yield
+    finally:
+        devices.packed_attention, dist.get_backend = attention, backend
+
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def _kernel(
+    query: Tensor, key: Tensor, value: Tensor, cu: Tensor, lengths: Any, longest: int, causal: bool, scale: Any
+) -> Tensor:
+    """torch's packed attention: with fake tensors its shapes and what it keeps for backward are known everywhere."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(
+        query, key, value, cu, cu, longest, longest, scale=scale,
+        window_size=(-1, 0) if causal else (-1, -1), enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+
+
+def _where(phase: str, backward: bool) -> str:
+    return "update" if phase.endswith("update") else "backward" if backward else "forward"
+
+
+def _work(tracker: Tracker, step: str) -> dict[str, Counter[tuple[bool, float, int]]]:
+    found: dict[str, Counter[tuple[bool, float, int]]] = {}
+    for (phase, backward, half, flops, touched), calls in tracker.work.items():
+        if phase in (step, f"{step} update"):
+            found.setdefault(_where(phase, backward), Counter())[half, flops, touched] += calls
+    return found
+
+
+def axes_of(ranks: tuple[int, ...], sizes: ParallelSizes) -> str:
+    """Mesh axes in which some ranks differ: "tp", "dp_shard", "dp_shard+cp", "pp"."""
+    shape = [getattr(sizes, axis) for axis in AXES]
+    places = [_unravel(rank, shape) for rank in ranks]
+    return "+".join(axis for i, axis in enumerate(AXES) if len({place[i] for place in places}) > 1)
+
+
+def _unravel(rank: int, shape: list[int]) -> tuple[int, ...]:
+    out = []
+    for size in reversed(shape):
+        out.append(rank % size)
+        rank //= size
+    return tuple(reversed(out))
+
+
+def _traffic(tracker: Tracker, mesh: Mesh, step: str) -> list[Traffic]:
+    calls: Counter[tuple] = Counter()
+    sums: Counter[tuple] = Counter()
+    for sent in tracker.sent:
+        if sent.phase in (step, f"{step} update") and (len(sent.ranks) > 1 or sent.kind in ("send", "recv")):
+            key = sent.kind, sent.ranks, _where(sent.phase, sent.backward)
+            calls[key] += 1
+            sums[key] += sent.bytes
+    return [
+        Traffic(kind, axes_of(ranks, mesh.sizes), ranks, calls[key], sums[key], where)
+        for key in calls
+        for kind, ranks, where in [key]
+    ]

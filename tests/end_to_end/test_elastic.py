@@ -1,0 +1,101 @@
+"""Elastic restart: killed processes, then a killed node; training goes on from the last checkpoint with the same curve."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.test_training import ENVIRONMENT, assert_same, curve, ground, straight, words  # noqa: F401
+
+pytestmark = pytest.mark.slow
+SLOW_STEPS = ["train.steps=8", "checkpoint.every=1", "checkpoint.keep=100", "checkpoint.asynchronous=false"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def children(pid: int) -> list[int]:
+    """Processes that `pid` started and that still are."""
+    try:
+        return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def workers(pid: int) -> list[int]:
+    """Of those, the ones that train: they hold rank and world in their environment."""
+    found = []
+    for child in children(pid):
+        try:
+            if b"LOCAL_RANK=" in Path(f"/proc/{child}/environ").read_bytes():
+                found.append(child)
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return found
+
+
+def wait_for_step(run: Path, step: int, processes: list[subprocess.Popen], seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not (run / "checkpoints" / f"step-{step:08d}").is_dir():
+        assert time.monotonic() < deadline, f"step {step} did not come"
+        assert any(process.poll() is None for process in processes), f"all ended before step {step}"
+        time.sleep(0.02)
+
+
+def test_a_killed_process_leads_to_a_restart(ground, straight, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    command = words(
+        "train", str(ground / "recipe.yaml"), "--nproc", "2", "--restarts", "2", f"checkpoint.dir={run}", *SLOW_STEPS
+    )  # fmt: skip
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    wait_for_step(run, 3, [process])
+    os.kill(workers(process.pid)[1], signal.SIGKILL)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert "starting again from the newest checkpoint: rank 1 ended with exit code -9" in said
+    assert_same(curve(run), curve(straight))
+    assert json.loads((run / "summary.json").read_text())["resumed_at"] >= 3
+
+
+def test_a_killed_node_leads_to_a_smaller_world(ground, straight, tmp_path):  # noqa: F811
+    """Two "nodes" of one process; the second loses its process, then dies whole with its agent."""
+    run = tmp_path / "run"
+    port = free_port()
+    nodes = []
+    for rank in range(2):
+        environ = {
+            **ENVIRONMENT, "NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)
+        }  # fmt: skip
+        command = words(
+            "train", str(ground / "recipe.yaml"), "--nproc", "1", "--restarts", "5", "--min-nodes", "1",
+            f"checkpoint.dir={run}", *SLOW_STEPS,
+        )  # fmt: skip
+        log = (tmp_path / f"node{rank}.log").open("w")
+        nodes.append(subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True))
+    try:
+        wait_for_step(run, 2, nodes)
+        first = workers(nodes[1].pid)
+        os.kill(first[0], signal.SIGKILL)
+        wait_for_step(run, 4, nodes)
+        assert workers(nodes[1].pid) not in ([], first), "the second node trains again"
+        os.killpg(nodes[1].pid, signal.SIGKILL)
+        assert nodes[0].wait(timeout=300) == 0, (tmp_path / "node0.log").read_text()
+    finally:
+        for node in nodes:
+            if node.poll() is None:
+                os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
+    said = (tmp_path / "node0.log").read_text()
+    assert said.count("starting again from the newest checkpoint") >= 2
+    assert_same(curve(run), curve(straight))
+    assert json.loads((run / "summary.json").read_text())["resumed_at"] >= 4

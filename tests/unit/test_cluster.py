@@ -1,0 +1,180 @@
+"""What `launch` writes: scripts that a shell accepts, manifests with what their controllers require, one sentence for each mistake."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from polymodal import cluster, launch
+from polymodal import recipe as recipes
+from polymodal.cluster import Wish
+from polymodal.errors import PolymodalError
+
+
+def made(**sections) -> recipes.Recipe:
+    return recipes.validate({"name": "My run", "model": {"source": "x"}, **sections})
+
+
+def start_of(line: str, environ: dict[str, str]) -> launch.Start:
+    """What the written `polymodal train ...` of a node sees in such an environment."""
+    words = line.split()
+    start = launch.place(int(words[words.index("--nproc") + 1]), environ)
+    assert isinstance(start, launch.Start)
+    return start
+
+
+def run_script(text: str, tmp_path: Path, **environ: str) -> list[str]:
+    """Runs a script with stand-ins for the cluster's commands; returns what these were called with."""
+    tools = tmp_path / "tools"
+    tools.mkdir(exist_ok=True)
+    calls = tmp_path / "calls"
+    for tool in ("srun", "torchrun", "python"):
+        (tools / tool).write_text(f'#!/bin/bash\necho {tool} "$@" >> {calls}\nenv > {tmp_path}/env-{tool}\n' + (
+            'while [ "$1" != bash ]; do shift; done; exec "$@"\n' if tool == "srun" else ""
+        ))  # fmt: skip
+    (tools / "scontrol").write_text("#!/bin/bash\necho first-node\necho second-node\n")
+    for tool in tools.iterdir():
+        tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    script = tmp_path / "script"
+    script.write_text(text)
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    environ = {"PATH": f"{tools}:{os.environ['PATH']}", **environ}
+    done = subprocess.run(["bash", script], env=environ, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return calls.read_text().splitlines()
+
+
+def test_the_sbatch_script_gives_every_node_its_place(tmp_path):
+    recipe = made(device={"env": {"HCCL_CONNECT_TIMEOUT": 1200}}, checkpoint={"dir": str(tmp_path / "run")})
+    wish = Wish(
+        "r.yaml", ("train.steps=3",), nodes=2, nproc=4, min_nodes=1, options=("--partition=big", "--time=1:00:00")
+    )  # fmt: skip
+    text = cluster.slurm(recipe, wish).text
+    for line in ("--nodes=2", "--ntasks-per-node=1", "--partition=big", "--time=1:00:00", "--requeue", "--gres=gpu:4"):
+        assert f"#SBATCH {line}\n" in text
+    slurm = {
+        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1"
+    }  # fmt: skip
+    calls = run_script(text, tmp_path, **slurm)
+    assert calls[1] == "python -m polymodal train r.yaml train.steps=3 --nproc 4 --restarts 3 --min-nodes 1"
+    environ = dict(line.split("=", 1) for line in (tmp_path / "env-python").read_text().splitlines() if "=" in line)
+    assert environ["HCCL_CONNECT_TIMEOUT"] == "1200" and (tmp_path / "run" / "logs").is_dir()
+    assert start_of(calls[1], environ) == launch.Start(4, 1, 2, "first-node", 20007, "MASTER_PORT")
+
+
+def test_what_the_user_sets_is_honoured(tmp_path):
+    text = cluster.slurm(made(checkpoint={"dir": str(tmp_path / "run")}), Wish("r.yaml", nodes=2)).text
+    given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4444", "NNODES": "3", "NODE_RANK": "2"}
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1"}
+    calls = run_script(text, tmp_path, **slurm, **given)
+    environ = dict(line.split("=", 1) for line in (tmp_path / "env-python").read_text().splitlines() if "=" in line)
+    assert start_of(calls[1], environ) == launch.Start(8, 2, 3, "10.0.0.1", 4444, "MASTER_PORT")
+
+
+def test_a_container_is_asked_of_srun(tmp_path):
+    text = cluster.slurm(made(), Wish("r.yaml", image="registry/polymodal:1")).text
+    assert '--container-image=registry/polymodal:1 --container-mounts="$PWD:$PWD"' in text
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchruns_line_on_each_host(tmp_path, rank):
+    recipe = made(checkpoint={"dir": str(tmp_path / "run")})
+    wish = Wish("r.yaml", nodes=2, nproc=4, min_nodes=1, hosts=("alpha", "beta"), restarts=2)
+    (line,) = run_script(cluster.torchrun(recipe, wish).text, tmp_path, NODE_RANK=str(rank))
+    for words in (
+        "--nnodes 1:2", "--nproc-per-node 4", "--max-restarts 2", "--rdzv-backend c10d", "--rdzv-endpoint alpha:29500",
+        f"--rdzv-conf is_host={'true' if rank == 0 else 'false'}", "-m polymodal train r.yaml",
+    ):  # fmt: skip
+        assert words in line
+    from torch.distributed.run import parse_args
+
+    parsed = parse_args(line.split()[1:])
+    assert parsed.nnodes == "1:2" and parsed.training_script == "polymodal"
+    assert parsed.training_script_args == ["train", "r.yaml"] and parsed.module
+
+
+def pods(manifest: dict) -> list[dict]:
+    return [replica["template"]["spec"] for replica in manifest["spec"]["pytorchReplicaSpecs"].values()]
+
+
+def test_the_pytorchjob_has_what_its_controller_requires():
+    recipe = made(device={"env": {"NCCL_DEBUG": "WARN"}})
+    wish = Wish("r.yaml", nodes=3, nproc=8, image="registry/polymodal:1", claim="disk")
+    manifest = yaml.safe_load(cluster.kubernetes(recipe, wish).text)
+    assert (manifest["apiVersion"], manifest["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    assert manifest["metadata"]["name"] == "my-run"
+    replicas = manifest["spec"]["pytorchReplicaSpecs"]
+    assert {name: replica["replicas"] for name, replica in replicas.items()} == {"Master": 1, "Worker": 2}
+    for pod in pods(manifest):
+        (container,) = pod["containers"]
+        assert container["name"] == "pytorch", "the controller looks for this name"
+        assert container["image"] and container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+        assert {"name": "NCCL_DEBUG", "value": "WARN"} in container["env"]
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert mounts == {"shared-memory": "/dev/shm", "data": "/data"}
+        assert {volume["name"] for volume in pod["volumes"]} == set(mounts)
+    # as the training operator sets it in the second worker's pod
+    operator = {
+        "RANK": "2", "WORLD_SIZE": "24", "PET_NPROC_PER_NODE": "8", "MASTER_ADDR": "my-run-master-0", "MASTER_PORT": "23456"
+    }  # fmt: skip
+    line = pods(manifest)[1]["containers"][0]["command"][2]
+    assert start_of(line, operator) == launch.Start(8, 2, 3, "my-run-master-0", 23456, "MASTER_PORT")
+
+
+def test_the_trainjob_has_what_its_controller_requires():
+    wish = Wish("r.yaml", nodes=3, nproc=8, image="registry/polymodal:1", kind="trainjob")
+    manifest = yaml.safe_load(cluster.kubernetes(made(device={"kind": "npu"}), wish).text)
+    assert (manifest["apiVersion"], manifest["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
+    spec = manifest["spec"]
+    assert spec["runtimeRef"]["name"] and spec["trainer"]["numNodes"] == 3
+    assert spec["trainer"]["resourcesPerNode"]["limits"] == {"huawei.com/Ascend910": 8}
+    (override,) = spec["podTemplateOverrides"]
+    assert override["targetJobs"] == [{"name": "node"}]
+    assert override["spec"]["volumes"][0]["emptyDir"]["medium"] == "Memory"
+    trainer = {
+        "PET_NNODES": "3", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "8", "PET_MASTER_ADDR": "n0", "PET_MASTER_PORT": "29400"
+    }  # fmt: skip
+    line = spec["trainer"]["command"][2]
+    assert start_of(line, trainer) == launch.Start(8, 1, 3, "n0", 29400, "PET_MASTER_PORT")
+
+
+def test_submitting_calls_the_clusters_command(tmp_path, monkeypatch, capfd):
+    tool = tmp_path / "sbatch"
+    tool.write_text('#!/bin/bash\necho submitted "$@"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    out = tmp_path / "job.sbatch"
+    assert cluster.main("slurm", made(), Wish("r.yaml"), out, submit=True) == 0
+    assert f"submitted {out}" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "way, wish, sections, submit, said",
+    [
+        ("slurm", Wish("r", nodes=2, nproc=3), {"parallel": {"tp": 4}}, False, "6 processes cannot be divided by"),
+        ("slurm", Wish("r", min_nodes=2), {}, False, "--min-nodes 2 is more than --nodes 1"),
+        ("slurm", Wish("r", nodes=4, min_nodes=1), {"parallel": {"dp_shard": 32}}, False, "--min-nodes 1: the layout cannot be had"),
+        ("slurm", Wish("r"), {"device": {"env": {"NCCL_DEBUGG": 1}}}, False, "Did you mean NCCL_DEBUG?"),
+        ("slurm", Wish("r"), {}, True, "sbatch is not on this machine"),
+        ("kubernetes", Wish("r"), {}, False, "needs a container image"),
+        ("kubernetes", Wish("r", image="i", kind="job"), {}, False, "--kind job is not known"),
+        ("torchrun", Wish("r", nodes=2, hosts=("a",)), {}, False, "--hosts names 1 hosts for --nodes 2"),
+        ("torchrun", Wish("r"), {}, True, "nothing to submit to"),
+        ("pbs", Wish("r"), {}, False, "launch pbs is not known"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_sentence(tmp_path, monkeypatch, way, wish, sections, submit, said):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PolymodalError) as caught:
+        cluster.main(way, made(**sections), wish, tmp_path / "out", submit)
+    assert said in str(caught.value)
+
+
+def test_printing_and_submitting_exclude_each_other():
+    with pytest.raises(PolymodalError, match="--submit needs a file"):
+        cluster.main("slurm", made(), Wish("r"), Path("-"), submit=True)
