@@ -15,6 +15,33 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Keys of the recipe to set.", show_default=False)]
 
 
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    world: Annotated[int | None, typer.Option(metavar="N", min=1, help="Accelerators of the cluster.", show_default="what the layout needs")] = None,
+    device: Annotated[str, typer.Option(metavar="NAME", help="h100, h200, h800, b200, a100, a800, 910b or 910c.")] = "h100",
+    media: Annotated[float, typer.Option(metavar="SHARE", help="Share of a micro-batch's tokens that are pictures.")] = 0.25,
+    patches: Annotated[int, typer.Option(metavar="N", min=1, help="Patches of one picture.")] = 1024,
+    rank: Annotated[int | None, typer.Option(metavar="N", help="Trace this rank only.")] = None,
+    stage: Annotated[int | None, typer.Option(metavar="N", help="Trace a rank of this pipeline stage only.", show_default="all")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Rank the layouts that fit and write the best recipe.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Recipe that --search writes.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with memory and timeline.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> int:
+    """Memory a rank, collectives, step time and bubble on a cluster that is not there; one process, no accelerator.
+
+    Runs the recipe's own code with shapes instead of tensors. Needs the checkpoint's config.json only.
+    """
+    from polymodal import recipe as recipes
+    from polymodal.plan import command
+    from polymodal.train import check
+
+    read = recipes.load(recipe, overrides or [])
+    asked = command.question(world or check.needs(read), device, media, patches, rank, stage)
+    return command.main(read, asked, as_json=as_json, html=html, search=search, out=out)
+
+
 def launch(
     way: Annotated[str, typer.Argument(metavar="slurm|kubernetes|torchrun", help="What is written: an sbatch script, a manifest, or torchrun's line.", show_default=False)],
     recipe: RecipeFile,

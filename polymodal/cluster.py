@@ -120,7 +120,9 @@ def slurm(recipe: Recipe, wish: Wish) -> Written:
         key, _, value = option.lstrip("-").partition("=")
         directives[key] = value
     lines = ["#!/bin/bash"]
-    lines += [f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in directives.items()]
+    lines += [
+        f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in directives.items()
+    ]
     container = ""
     if wish.image:
         container = f' --container-image={shlex.quote(wish.image)} --container-mounts="$PWD:$PWD" --container-workdir="$PWD"'
@@ -142,7 +144,7 @@ def slurm(recipe: Recipe, wish: Wish) -> Written:
     command = shlex.join(train_words(wish))
     inner = f'export NODE_RANK="${{NODE_RANK:-$SLURM_NODEID}}"; exec {command}'
     lines += [
-        f'srun{stop}{container} --label --output={shlex.quote(f"{logs}/%j-node%n.log")} \\',
+        f"srun{stop}{container} --label --output={shlex.quote(f'{logs}/%j-node%n.log')} \\",
         f"  bash -c {shlex.quote(inner)}",
         "",
     ]
@@ -172,7 +174,9 @@ def kubernetes(recipe: Recipe, wish: Wish) -> Written:
     notes = ["logs: kubectl logs -f POD"]
     if not wish.claim:
         notes.append("no --claim: the run directory is lost with its pod")
-    return Written(head + yaml.safe_dump(made, sort_keys=False), ".yaml", ("kubectl", "apply", "-f"), tuple(notes))
+    return Written(
+        head + yaml.safe_dump(made, sort_keys=False), ".yaml", ("kubectl", "apply", "-f"), tuple(notes)
+    )
 
 
 def _container(recipe: Recipe, wish: Wish) -> dict[str, Any]:
@@ -324,7 +328,9 @@ def main(way: str, recipe: Recipe, wish: Wish, out: Path | None = None, submit: 
         partial.write_text(written.text)
         os.replace(partial, path)
     except OSError as error:
-        raise PolymodalError(f"{path} cannot be written: {error.strerror}.", "Choose another file with -o.") from None
+        raise PolymodalError(
+            f"{path} cannot be written: {error.strerror}.", "Choose another file with -o."
+        ) from None
     print(path)
     for note in written.notes:
         print("note:", note)

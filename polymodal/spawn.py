@@ -260,7 +260,8 @@ def _agent() -> type:
             if result.state == WorkerState.FAILED and result.failures:
                 rank, failure = min(result.failures.items(), key=lambda item: _order(item, False))
                 self.why = f"rank {rank} ended with exit code {failure.exitcode}"
-                if any(_facts(each).get("code") == 2 for each in result.failures.values()):
+                facts = [_facts(each) for each in result.failures.values()]
+                if any(each.get("code") == 2 and not each.get("lost") for each in facts):
                     self._remaining_restarts = 0
             return result
 

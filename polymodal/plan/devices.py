@@ -81,7 +81,9 @@ LATENCY = {True: 10e-6, False: 25e-6}
 """Seconds until a collective within a node (True) or across nodes begins to move data: an assumption."""
 
 
-def transfer(accelerator: Accelerator, kind: str, ranks: tuple[int, ...], size: float, calls: int = 1) -> float:
+def transfer(
+    accelerator: Accelerator, kind: str, ranks: tuple[int, ...], size: float, calls: int = 1
+) -> float:
     """Time of `calls` collectives that together move tensors of `size` bytes (whole, before or after they are cut).
 
     Ring costs: (n - 1) / n of the tensor a rank, twice for an all-reduce. Between nodes the members of one node share

@@ -18,6 +18,7 @@ from polymodal.models import weights
 from polymodal.models.card import Family
 from polymodal.objectives.language import LanguageObjective
 from polymodal.parallel.apply import apply
+from polymodal.parallel.batches import BatchLayout
 from polymodal.parallel.mesh import Mesh
 from polymodal.parallel.ops import clip_, grad_norm
 from polymodal.recipe import Recipe
@@ -66,6 +67,7 @@ class Job:
         self.objective = LanguageObjective(recipe.train.loss, **family.balance(recipe.train.router_aux_loss))
         bind(self.model, family)
         apply(self.model, family.card, mesh, recipe)
+        self.lay_out = BatchLayout(family, mesh, recipe.parallel)
 
     def fill(self, seed: int | None = None) -> None:
         """Give parameters memory (with a seed: values too) and buffers their values, then make the optimizer."""
@@ -77,9 +79,7 @@ class Job:
         self.model.train()
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         blocks = {n for n in self.trainable if any(optim.in_tower(n, (b,)) for b in self.family.card.blocks)}
-        self.optimizer = optim.Optimizer(
-            self.trainable, self.recipe.optim, self.family.card.towers, blocks
-        )
+        self.optimizer = optim.Optimizer(self.trainable, self.recipe.optim, self.family.card.towers, blocks)
         self.optimizer.state(create=True)
         decay = self.recipe.train.ema
         self.average = optim.MovingAverage(self.trainable, decay) if decay else None
@@ -89,6 +89,7 @@ class Job:
         inverse: dict[str, float] = {}
         for batch in batches:
             inverse |= {term: 1.0 / max(value, 1.0) for term, value in self.objective.weights(batch).items()}
+        batches = self.lay_out(batches)
         forward_backward(self.model, self.objective, batches, inverse, torch.device("cpu"), Tally())
 
     def update(self) -> None:

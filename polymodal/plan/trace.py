@@ -11,17 +11,20 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from polymodal import device as devices
+from polymodal import fused_attention
 from polymodal.data.sample import Batch
 from polymodal.models.card import Family
+from polymodal.parallel import media
 from polymodal.parallel.mesh import AXES, Mesh, ParallelSizes
 from polymodal.plan.job import Job, Load
 from polymodal.plan.tracker import Tracker, Usage
@@ -51,10 +54,13 @@ class Trace:
     stage: int
     micro_batches: int  # that were traced; a run with more of them has the same peak
     usage: Usage
-    work: dict[str, Counter[tuple[bool, float, int]]]  # forward | backward | update -> (half precision, FLOPs, bytes) -> calls
+    work: dict[
+        str, Counter[tuple[bool, float, int]]
+    ]  # forward | backward | update -> (half precision, FLOPs, bytes) -> calls
     traffic: list[Traffic]
     seconds: float
     measure: Any = None
+    chunks: tuple[float, ...] = ()  # shares of the rank's work that its virtual stages have, in stage order
 
     def flops(self, where: str) -> float:
         return sum(flops * calls for (_, flops, _), calls in self.work.get(where, {}).items())
@@ -70,7 +76,7 @@ def trace(
     """
     began = time.perf_counter()
     sizes = ParallelSizes.of(recipe.parallel, world)
-    with warnings.catch_warnings(), pretended_group(world, rank), _paths_of(kind):
+    with warnings.catch_warnings(), pretended_group(world, rank), _paths_of(kind, family, sizes.cp):
         warnings.simplefilter("ignore")
         mesh = Mesh(sizes, CPU, rank)
         if kind != CPU:
@@ -113,24 +119,54 @@ def _grown(tracker: Tracker, job: Job, step: str) -> None:
 
 
 @contextlib.contextmanager
-def _paths_of(kind: str) -> Iterator[None]:
-    """Let the code choose as it would on that device: the packed attention kernel there, gloo's exchanges here."""
-    attention, backend = devices.packed_attention, dist.get_backend
+def _paths_of(kind: str, family: Family, cp: int) -> Iterator[None]:
+    """Let the code choose as it would on that device: the fused attention kernels there, gloo's exchanges here.
+
+    What ranks tell one another on the host about their pictures is made up here, where there is one rank.
+    """
+    kept = devices.packed_attention, fused_attention.kernel, dist.get_backend, media.gather
     if kind == CPU:
         dist.get_backend = lambda group=None: "gloo"
     else:
         devices.packed_attention = lambda on, dtype, head: _kernel if dtype in HALF and head <= 256 else None
+        flash = fused_attention.Kernel(fused_attention._flash_forward, fused_attention._flash_backward)
+        fused_attention.kernel = lambda on, dtype, head: flash if dtype in HALF and head <= 256 else None
+    media.gather = lambda wishes, group: _everyone(wishes, group, family, cp)
     try:
         yield
     finally:
-        devices.packed_attention, dist.get_backend = attention, backend
+        devices.packed_attention, fused_attention.kernel, dist.get_backend, media.gather = kept
+
+
+def _everyone(wishes: Any, group: dist.ProcessGroup, family: Family, cp: int) -> list[list[media.Wish]]:
+    """Every rank's wishes when all data-parallel ranks have the same load: the ranks that share this one's sequence
+    hold the tokens that it does not, in equal parts."""
+    mine = group.rank() % cp
+    found: list[list[media.Wish]] = [[] for _ in range(group.size())]
+    for own in wishes:
+        total = sum(family.media_tokens(part) for part in own.parts)
+        rest = np.array_split(np.setdiff1d(np.arange(total), own.tokens), max(1, cp - 1))
+        shares = [own if rank == mine else None for rank in range(cp)]
+        for rank in range(cp):
+            if shares[rank] is None:
+                shares[rank] = media.wish(own.parts, torch.from_numpy(rest.pop()))
+        for rank in range(group.size()):
+            found[rank].append(shares[rank % cp])
+    return found
 
 
 HALF = (torch.float16, torch.bfloat16)
 
 
 def _kernel(
-    query: Tensor, key: Tensor, value: Tensor, cu: Tensor, lengths: Any, longest: int, causal: bool, scale: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu: Tensor,
+    lengths: Any,
+    longest: int,
+    causal: bool,
+    scale: Any,
 ) -> Tensor:
     """torch's packed attention: with fake tensors its shapes and what it keeps for backward are known everywhere."""
     from torch.nn.attention.varlen import varlen_attn

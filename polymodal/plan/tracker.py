@@ -20,7 +20,17 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-KINDS = ("parameters", "gradients", "optimizer", "average", "gathered", "activations", "communication", "temporary", "batch")
+KINDS = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "average",
+    "gathered",
+    "activations",
+    "communication",
+    "temporary",
+    "batch",
+)
 """What a byte is held for. `gathered`: parameters put together from their shards; `activations`: made in a forward
 pass and kept for the backward pass; `communication`: buffers of collectives; `temporary`: all else."""
 
@@ -149,7 +159,10 @@ class Tracker(TorchDispatchMode):
         super().__exit__(*exception)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(kind not in (Tensor, FakeTensor, torch.nn.Parameter) and issubclass(kind, Tensor) for kind in types):
+        if any(
+            kind not in (Tensor, FakeTensor, torch.nn.Parameter) and issubclass(kind, Tensor)
+            for kind in types
+        ):
             return NotImplemented  # a DTensor first becomes operators on its local parts
         kwargs = kwargs or {}
         inner = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
@@ -171,12 +184,21 @@ class Tracker(TorchDispatchMode):
     def _run(self, func: Any, given: list[Tensor], args: Any, kwargs: Any) -> Any:
         fake = any(isinstance(tensor, FakeTensor) for tensor in given)
         if fake and func is torch.ops.aten._local_scalar_dense.default and not _whole(args[0]):
-            return False if args[0].dtype == torch.bool else 0.0  # a norm, a check for nan: nobody knows its value
+            return (
+                False if args[0].dtype == torch.bool else 0.0
+            )  # a norm, a check for nan: nobody knows its value
+        if fake and func is torch.ops.aten.topk.default and self.fake is not None:
+            values, chosen = func(*args, **kwargs)
+            return values, _balanced(chosen.shape, args[0].shape[-1])
+        if func in EXCHANGES and not fake and self.fake is not None:
+            return self._echo(func, args, kwargs)
         if fake and func is torch.ops.aten.index.Tensor:
             args = (args[0], _counted(args[1]))
         if fake and func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32:
             # torch multiplies float32 groups on a CPU; its rule for shapes knows only half precision
-            half = [a.to(torch.bfloat16) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+            half = [
+                a.to(torch.bfloat16) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+            ]
             return func(*half, **kwargs).to(torch.float32)
         if self.fake is None or fake:
             return func(*args, **kwargs)
@@ -187,12 +209,23 @@ class Tracker(TorchDispatchMode):
         elif given:
             if not any(tensor.is_floating_point() and tensor.numel() > SMALL for tensor in given):
                 return func(*args, **kwargs)
-        elif torch.device(kwargs.get("device") or "cpu").type == "meta":
-            return func(*args, **kwargs)
-        elif not (kwargs.get("dtype") or torch.get_default_dtype()).is_floating_point or _elements(args) < 2:
+        elif (
+            torch.device(kwargs.get("device") or "cpu").type == "meta"
+            or not (kwargs.get("dtype") or torch.get_default_dtype()).is_floating_point
+            or _elements(args) < 2
+        ):
             return func(*args, **kwargs)
         with self.fake:
             return func(*args, **kwargs)
+
+    @staticmethod
+    def _echo(func: Any, args: Any, kwargs: Any) -> Any:
+        """An exchange of real numbers, such as counts of tokens: every rank is taken to send what this one sends."""
+        out = func(*args, **kwargs)
+        target, source = (args[0], args[1]) if func is EXCHANGES[0] else (out, args[0])
+        if target.shape == source.shape:
+            target.copy_(source)
+        return out
 
     def _collective(
         self, kind: str, func: Any, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor]
@@ -248,6 +281,14 @@ class Tracker(TorchDispatchMode):
             if seen % every == 0:
                 course.append((phase, dict(held)))
         return Usage(peak, at, parts, dict(held), course)
+
+
+EXCHANGES = (torch.ops.c10d.alltoall_base_.default, torch.ops._c10d_functional.all_to_all_single.default)
+
+
+def _balanced(shape: torch.Size, choices: int) -> Tensor:
+    """Indices [..., k] as routers choose that load all experts alike: in turn."""
+    return (torch.arange(shape.numel()) % choices).view(shape)
 
 
 def _whole(tensor: Tensor) -> bool:

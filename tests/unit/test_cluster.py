@@ -55,14 +55,23 @@ def test_the_sbatch_script_gives_every_node_its_place(tmp_path):
         "r.yaml", ("train.steps=3",), nodes=2, nproc=4, min_nodes=1, options=("--partition=big", "--time=1:00:00")
     )  # fmt: skip
     text = cluster.slurm(recipe, wish).text
-    for line in ("--nodes=2", "--ntasks-per-node=1", "--partition=big", "--time=1:00:00", "--requeue", "--gres=gpu:4"):
+    for line in (
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--partition=big",
+        "--time=1:00:00",
+        "--requeue",
+        "--gres=gpu:4",
+    ):
         assert f"#SBATCH {line}\n" in text
     slurm = {
         "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1"
     }  # fmt: skip
     calls = run_script(text, tmp_path, **slurm)
     assert calls[1] == "python -m polymodal train r.yaml train.steps=3 --nproc 4 --restarts 3 --min-nodes 1"
-    environ = dict(line.split("=", 1) for line in (tmp_path / "env-python").read_text().splitlines() if "=" in line)
+    environ = dict(
+        line.split("=", 1) for line in (tmp_path / "env-python").read_text().splitlines() if "=" in line
+    )
     assert environ["HCCL_CONNECT_TIMEOUT"] == "1200" and (tmp_path / "run" / "logs").is_dir()
     assert start_of(calls[1], environ) == launch.Start(4, 1, 2, "first-node", 20007, "MASTER_PORT")
 
@@ -70,9 +79,16 @@ def test_the_sbatch_script_gives_every_node_its_place(tmp_path):
 def test_what_the_user_sets_is_honoured(tmp_path):
     text = cluster.slurm(made(checkpoint={"dir": str(tmp_path / "run")}), Wish("r.yaml", nodes=2)).text
     given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4444", "NNODES": "3", "NODE_RANK": "2"}
-    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1"}
+    slurm = {
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_NODEID": "1",
+    }
     calls = run_script(text, tmp_path, **slurm, **given)
-    environ = dict(line.split("=", 1) for line in (tmp_path / "env-python").read_text().splitlines() if "=" in line)
+    environ = dict(
+        line.split("=", 1) for line in (tmp_path / "env-python").read_text().splitlines() if "=" in line
+    )
     assert start_of(calls[1], environ) == launch.Start(8, 2, 3, "10.0.0.1", 4444, "MASTER_PORT")
 
 

@@ -466,3 +466,35 @@ def test_writable_leaves_nothing(tmp_path):
     machine.require_writable(tmp_path / "run/deep")
     machine.require_writable(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- starting again -----------------------------------------------------------------------------------------------
+
+DIES_ONCE = """
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+with joined() as rt:
+    rt.barrier()
+    if rank == 1 and attempt == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rt.barrier()
+say("done", rank, attempt)
+"""
+
+
+def test_a_killed_process_is_started_again_with_all_others(tmp_path, monkeypatch, capfd):
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    code = spawn.run([child(tmp_path, DIES_ONCE)], launch.place(2), restarts=1)
+    out, err = capfd.readouterr()
+    assert code == 0 and sorted(out.splitlines()) == ["done 0 1", "done 1 1"]
+    assert "starting again from the newest checkpoint: rank 1 ended with exit code -9" in err
+
+
+@pytest.mark.slow
+def test_bad_input_is_not_started_again(tmp_path, monkeypatch, capfd):
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    body = 'raise PolymodalError("The key is wrong.", "Mend it.")'
+    with pytest.raises(PolymodalError, match="The key is wrong"):
+        spawn.run([child(tmp_path, body)], launch.place(2), restarts=3)
+    assert "starting again" not in capfd.readouterr().err

@@ -1,0 +1,237 @@
+"""From traces to a verdict: does it fit, how long is a step, where does the time go, what to change.
+
+This room may touch the other files of `plan`, the recipe and the card's types. Times are a model: rooflines of every
+operator and ring costs of every collective, with the shares of peak that devices.py assumes; none was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from polymodal.machine import size as sized
+from polymodal.models.card import Family
+from polymodal.parallel.mesh import ParallelSizes
+from polymodal.plan import devices
+from polymodal.plan.devices import Accelerator
+from polymodal.plan.timeline import Timeline, play, stages_of
+from polymodal.plan.trace import Trace
+from polymodal.recipe import Recipe
+
+SHARDING = {"dp_replicate", "dp_shard", "cp"}
+"""Mesh axes of FSDP2's groups: their gathers and reductions run beside the arithmetic of another block."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Seconds of one direction of a micro-batch: arithmetic, and what of each kind of collective is not hidden by it."""
+
+    compute: float
+    exposed: dict[str, float]  # axes -> seconds
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + sum(self.exposed.values())
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage as its traced rank sees it."""
+
+    trace: Trace
+    forward: Part
+    backward: Part
+    update: float
+
+
+@dataclass
+class Prediction:
+    """What a recipe needs and does on `world` accelerators."""
+
+    recipe: Recipe
+    sizes: ParallelSizes
+    accelerator: Accelerator
+    stages: list[Stage]
+    micro_batches: int
+    timeline: Timeline | None
+    step: float
+    bubble: float
+    mfu: float
+    tokens: float  # a second, over all devices
+    advice: list[str] = field(default_factory=list)
+
+    @property
+    def peak(self) -> int:
+        return max(stage.trace.usage.peak for stage in self.stages)
+
+    @property
+    def room(self) -> float:
+        """Bytes that an accelerator can hand out."""
+        return self.accelerator.memory * self.accelerator.usable
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.room
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        return {
+            "world": self.sizes.world,
+            "layout": asdict(self.sizes),
+            "device": self.accelerator.name,
+            "fits": self.fits,
+            "peak_bytes": self.peak,
+            "memory_bytes": self.accelerator.memory,
+            "step_seconds": self.step,
+            "mfu": self.mfu,
+            "bubble": self.bubble,
+            "tokens_per_second": self.tokens,
+            "micro_batches": self.micro_batches,
+            "advice": self.advice,
+            "stages": [
+                {
+                    "stage": stage.trace.stage,
+                    "rank": stage.trace.rank,
+                    "peak_bytes": stage.trace.usage.peak,
+                    "at_peak": stage.trace.usage.parts,
+                    "forward_seconds": stage.forward.seconds,
+                    "backward_seconds": stage.backward.seconds,
+                    "update_seconds": stage.update,
+                    "flops": {where: stage.trace.flops(where) for where in ("forward", "backward")},
+                    "collectives": [
+                        {**asdict(traffic), "ranks": len(traffic.ranks)} for traffic in stage.trace.traffic
+                    ],
+                }
+                for stage in self.stages
+            ],
+        }
+
+
+def part(trace: Trace, where: str, accelerator: Accelerator) -> Part:
+    """Seconds of a direction ("forward", "backward", "update") of a micro-batch."""
+    compute = sum(
+        devices.seconds(accelerator, half, flops, touched) * calls
+        for (half, flops, touched), calls in trace.work.get(where, {}).items()
+    )
+    hidden, exposed = 0.0, {}
+    for traffic in trace.traffic:
+        if traffic.where != where:
+            continue
+        seconds = devices.transfer(accelerator, traffic.kind, traffic.ranks, traffic.bytes, traffic.count)
+        sharding = set(traffic.axes.split("+")) <= SHARDING and traffic.kind in (
+            "all_gather", "reduce_scatter", "all_reduce"
+        )  # fmt: skip
+        if sharding:
+            hidden += seconds
+        elif traffic.axes != "pp":  # the timeline has those
+            exposed[traffic.axes] = exposed.get(traffic.axes, 0.0) + seconds
+    if hidden > compute:
+        exposed["fsdp"] = hidden - compute
+    return Part(compute, exposed)
+
+
+def predict(
+    recipe: Recipe, family: Family, sizes: ParallelSizes, accelerator: Accelerator, traces: list[Trace], schedule: str = "1F1B"
+) -> Prediction:  # fmt: skip
+    """Put the traces (one a pipeline rank, in order) together."""
+    stages = [
+        Stage(
+            trace,
+            part(trace, "forward", accelerator),
+            part(trace, "backward", accelerator),
+            part(trace, "update", accelerator).seconds,
+        )
+        for trace in traces
+    ]
+    micro = per_rank(recipe, sizes)
+    timeline, bubble = None, 0.0
+    if sizes.pp > 1:
+        virtual = max(1, len(traces[0].chunks))
+        forward, backward = [0.0] * (sizes.pp * virtual), [0.0] * (sizes.pp * virtual)
+        for stage, own in zip(stages, stages_of(schedule, sizes.pp, virtual), strict=True):
+            for number, share in zip(own, stage.trace.chunks or (1.0,), strict=True):
+                forward[number], backward[number] = (
+                    stage.forward.seconds * share,
+                    stage.backward.seconds * share,
+                )
+        timeline = play(schedule, sizes.pp, micro, forward, backward, _hop(traces, accelerator))
+        seconds, bubble = timeline.seconds, timeline.bubble
+    else:
+        seconds = micro * (stages[0].forward.seconds + stages[0].backward.seconds)
+    step = seconds + max(stage.update for stage in stages)
+    packs = micro * sizes.dp
+    measure = traces[0].measure
+    flops = 3 * family.cost(measure) * packs
+    mfu = flops / (step * sizes.world * accelerator.half_flops)
+    made = Prediction(
+        recipe, sizes, accelerator, stages, micro, timeline, step, bubble, mfu, measure.tokens * packs / step
+    )
+    made.advice = advise(made)
+    return made
+
+
+def per_rank(recipe: Recipe, sizes: ParallelSizes) -> int:
+    """Micro-batches that a data-parallel rank has in a step."""
+    batch = recipe.train.global_batch_size
+    each = 1 if recipe.data.pack else recipe.train.micro_batch_size
+    return max(1, math.ceil(batch / (sizes.dp * each)))
+
+
+def _hop(traces: list[Trace], accelerator: Accelerator) -> float:
+    """Seconds that activations of a micro-batch travel between two stages: the slowest hop counts."""
+    hops = [
+        devices.transfer(accelerator, "send", traffic.ranks, traffic.bytes / traffic.count)
+        for trace in traces
+        for traffic in trace.traffic
+        if traffic.kind == "send" and traffic.axes == "pp"
+    ]
+    return max(hops, default=0.0)
+
+
+def advise(made: Prediction) -> list[str]:
+    """What to change, most useful first: a sentence each, recipe keys named."""
+    recipe, sizes, said = made.recipe, made.sizes, []
+    worst = max(made.stages, key=lambda stage: stage.trace.usage.peak).trace.usage
+    if not made.fits:
+        over = worst.peak - made.room
+        said.append(
+            f"It needs {sized(over)} more than the device can give ({sized(made.room)} of {sized(made.accelerator.memory)})."
+        )
+        kept, state = (
+            worst.parts["activations"],
+            worst.parts["parameters"] + worst.parts["gradients"] + worst.parts["optimizer"],
+        )
+        if kept > over and recipe.parallel.recompute != "full":
+            said.append(f"parallel.recompute: full would free most of {sized(kept)} of activations.")
+        if state > over / 2 and sizes.dp_replicate > 1:
+            said.append("parallel.dp_replicate: 1 shards the states over all ranks instead of copying them.")
+        if not recipe.parallel.reshard_after_forward:
+            said.append("parallel.reshard_after_forward: true gives gathered parameters back.")
+        if kept > over:
+            said.append(
+                "A shorter data.pack_length, parallel.tp with sp, or parallel.cp cut the activations a rank holds."
+            )
+        if state > over:
+            said.append(
+                "More devices, parallel.tp or parallel.pp cut the states a rank holds; model.lora leaves most of them out."
+            )
+    elif recipe.parallel.recompute == "full" and worst.peak < 0.45 * made.room:
+        said.append("There is room: parallel.recompute: selective or none would save arithmetic.")
+    if made.micro_batches * sizes.dp > recipe.train.global_batch_size * 1.01:
+        said.append(
+            f"train.global_batch_size = {recipe.train.global_batch_size} does not fill {sizes.dp} data-parallel ranks evenly: some idle."
+        )
+    if made.bubble > 0.2:
+        said.append(
+            f"{made.bubble:.0%} of the time is pipeline bubble: a larger train.global_batch_size, fewer stages or virtual stages shrink it."
+        )
+    for stage in made.stages[:1]:
+        both = stage.forward.seconds + stage.backward.seconds
+        for axes in sorted({*stage.forward.exposed, *stage.backward.exposed}):
+            seconds = stage.forward.exposed.get(axes, 0.0) + stage.backward.exposed.get(axes, 0.0)
+            if seconds > 0.3 * both:
+                said.append(
+                    f"Collectives over {axes} that no arithmetic hides take {seconds / both:.0%} of a micro-batch."
+                )
+    return said  # fmt: skip

@@ -1,0 +1,289 @@
+"""`plan --search`: which layout of a recipe is the fastest that fits.
+
+Sees every room. Layouts are ranked by closed formulas (Rajbhandari et al. 2020 for states, Korthikanti et al. 2022 for
+activations, ring costs for collectives) whose scale comes from a few traced points; the best ones are then traced whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polymodal import machine, recipe
+from polymodal.errors import PolymodalError
+from polymodal.models.card import Family
+from polymodal.parallel import apply as layout
+from polymodal.parallel.mesh import ParallelSizes
+from polymodal.plan import command, devices
+from polymodal.plan.command import Question
+from polymodal.plan.job import Load
+from polymodal.plan.predict import Prediction, per_rank
+from polymodal.recipe import Recipe
+from polymodal.train import estimate
+
+RECOMPUTE = ("none", "selective", "full")
+CONFIRMED = 3
+"""How many of the best layouts are traced before one is recommended."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What formulas need of a model: parameters, those trained, and bytes of a frozen and a trained one."""
+
+    total: int
+    trained: int
+    whole: int  # the largest block
+    experts: int  # parameters of routed experts
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Traced over computed, by recompute: bytes beside the states, and seconds of arithmetic."""
+
+    memory: float = 1.0
+    compute: float = 1.0
+
+
+@dataclass
+class Candidate:
+    """A layout with its estimate; `traced` once it was confirmed."""
+
+    recipe: Recipe
+    sizes: ParallelSizes
+    memory: float
+    seconds: float
+    traced: Prediction | None = None
+
+    @property
+    def name(self) -> str:
+        sizes = self.sizes
+        axes = [("pp", sizes.pp), ("replicate", sizes.dp_replicate), ("fsdp", sizes.dp_shard), ("cp", sizes.cp), ("tp", sizes.tp), ("ep", sizes.ep)]  # fmt: skip
+        said = " ".join(f"{axis}{size}" for axis, size in axes if size > 1) or "one"
+        micro = "" if self.recipe.data.pack else f" mbs{self.recipe.train.micro_batch_size}"
+        return f"{said} {self.recipe.parallel.recompute}{micro}"
+
+
+def counts(family: Family, made: Recipe) -> Counts:
+    model = estimate.meta_model(family, made)
+    blocks = layout.matching(model, family.card.blocks, family.card.name).values()
+    parameters = list(model.named_parameters())
+    return Counts(
+        sum(p.numel() for _, p in parameters),
+        sum(p.numel() for _, p in parameters if p.requires_grad),
+        max(sum(p.numel() for p in block.parameters()) for block in blocks),
+        sum(p.numel() for name, p in parameters if ".experts." in name),
+    )
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def candidates(made: Recipe, family: Family, question: Question) -> Iterator[tuple[Recipe, ParallelSizes]]:
+    """Every layout of the world that the model can have and the batch can fill; tensor parallelism stays in a node."""
+    world, node = question.world, question.accelerator.node
+    has_experts = bool(family.balance(None))
+    micro = [1] if made.data.pack else [m for m in (1, 2, 4, 8) if m <= made.train.global_batch_size]
+    for tp in (n for n in divisors(world) if n <= node):
+        for cp in divisors(world // tp):
+            for pp in divisors(world // tp // cp):
+                rest = world // tp // cp // pp
+                replicas = {1} | ({rest * cp * tp // node} if rest * cp * tp > node and rest * cp * tp % node == 0 else set())  # fmt: skip
+                for replicate in sorted(r for r in replicas if rest % r == 0):
+                    shard = rest // replicate
+                    spread = divisors(shard * cp * tp) if has_experts else [1]
+                    for ep in spread:
+                        changes = {
+                            "tp": tp, "cp": cp, "pp": pp, "ep": ep, "dp_replicate": replicate, "dp_shard": shard, "ulysses": None
+                        }  # fmt: skip
+                        sizes = ParallelSizes(pp, replicate, shard, cp, tp, ep)
+                        if sizes.dp > made.train.global_batch_size:
+                            continue
+                        parallel = made.parallel.model_copy(update=changes)
+                        if layout.check(family.card, family.config, sizes, parallel, made.model.attention):
+                            continue
+                        for recompute in RECOMPUTE:
+                            if recompute == "selective" and parallel.compile:
+                                continue
+                            chosen = parallel.model_copy(update={"recompute": recompute})
+                            for size in micro:
+                                train = made.train.model_copy(update={"micro_batch_size": size})
+                                yield made.model_copy(update={"parallel": chosen, "train": train}), sizes
+
+
+def states(made: Recipe, sizes: ParallelSizes, have: Counts) -> float:
+    """Bytes of parameters, gradients, optimizer and average on a rank."""
+    pieces = sizes.pp * sizes.dp_shard * sizes.cp * sizes.tp
+    half = made.train.precision == "pure_bf16"
+    frozen = 4 if made.train.precision == "fp32" else 2
+    moments = 8 if not half else 4
+    trained = (2 + 2 if half else 4 + 4) + moments + (4 if made.train.ema else 0)
+    return (have.trained * trained + (have.total - have.trained) * frozen) / pieces
+
+
+def beside(made: Recipe, family: Family, sizes: ParallelSizes, have: Counts, load: Load) -> float:
+    """Bytes beside the states, unscaled: activations as `check` estimates them, gathered blocks and their gradients."""
+    measure = load.measure(family)
+    kept, _ = estimate.activations(family, made, sum(measure.patches) / measure.tokens)
+    in_flight = (
+        min(sizes.pp, per_rank(made, sizes)) / sizes.pp
+    )  # 1F1B: the first stage holds pp micro-batches of 1 / pp
+    width = 4 if made.train.precision == "fp32" else 2
+    gathered = (2 * width + 8) * have.whole / sizes.tp / sizes.ep
+    return kept * in_flight + gathered
+
+
+def seconds(
+    made: Recipe,
+    family: Family,
+    sizes: ParallelSizes,
+    have: Counts,
+    load: Load,
+    question: Question,
+    scale: float,
+) -> float:
+    """Seconds of a step: arithmetic, what collectives it does not hide, the bubble."""
+    accelerator, measure = question.accelerator, load.measure(family)
+    again = {"none": 3.0, "selective": 3.15, "full": 4.0}[made.parallel.recompute]
+    share = sizes.tp * sizes.cp * sizes.pp
+    peak = accelerator.half_flops if made.train.precision != "fp32" else accelerator.single_flops
+    compute = scale * again * family.cost(measure) / share / (peak * accelerator.matmul)
+    text = family.config.get_text_config() if hasattr(family.config, "get_text_config") else family.config
+    width = 4 if made.train.precision == "fp32" else 2
+    stream = measure.tokens / sizes.cp * text.hidden_size * width
+    layers = text.num_hidden_layers / sizes.pp
+    passes = 3 if made.parallel.recompute == "full" else 2
+
+    def ring(kind: str, size: float, ranks: int, stride: int, calls: float) -> float:
+        members = tuple(range(0, ranks * stride, stride))
+        return devices.transfer(accelerator, kind, members, size, math.ceil(calls)) if ranks > 1 else 0.0
+
+    calls = layers * 2 * passes
+    exposed = 2 * ring("all_gather", stream * calls, sizes.tp, 1, calls)
+    exposed += ring(
+        "all_to_all", stream / sizes.tp * 4 * layers * passes, sizes.cp, sizes.tp, 4 * layers * passes
+    )
+    chosen = getattr(text, "num_experts_per_tok", 0)
+    exposed += ring("all_to_all", stream / sizes.tp * chosen * calls, sizes.ep, 1, calls)
+    sharded = (have.total - have.experts * (1 - 1 / sizes.ep)) / sizes.pp / sizes.tp
+    gathers = 2 if made.parallel.reshard_after_forward else 1
+    stride = sizes.tp
+    fsdp = ring("all_gather", sharded * width * gathers, sizes.dp_shard * sizes.cp, stride, layers * gathers)
+    fsdp += ring("reduce_scatter", sharded * 4, sizes.dp_shard * sizes.cp, stride, layers)
+    micro = per_rank(made, sizes)
+    each = compute + exposed + max(0.0, fsdp - compute)
+    replicas = ring(
+        "all_reduce", sharded * 4 / sizes.dp_shard, sizes.dp_replicate, stride * sizes.dp_shard * sizes.cp, 1
+    )
+    return each * (micro + sizes.pp - 1) + replicas
+
+
+def rank(made: Recipe, family: Family, question: Question, say: Any = lambda text: None) -> list[Candidate]:
+    """Candidates that fit, fastest first; the first CONFIRMED of them traced. Raises PolymodalError when nothing fits."""
+    have = counts(family, made)
+    found = list(candidates(made, family, question))
+    if not found:
+        raise PolymodalError(
+            f"No layout of {question.world} devices suits {family.card.name} with train.global_batch_size = {made.train.global_batch_size}.",
+            "Raise train.global_batch_size, or use fewer devices.",
+        )
+    load = {id(one): Load.of(one, question.media, question.patches) for one, _ in found}
+    scales = {kind: Scale() for kind in RECOMPUTE}
+
+    def estimated() -> list[Candidate]:
+        out = []
+        for one, sizes in found:
+            scale = scales[one.parallel.recompute]
+            memory = states(one, sizes, have) + scale.memory * beside(one, family, sizes, have, load[id(one)])
+            took = seconds(one, family, sizes, have, load[id(one)], question, scale.compute)
+            out.append(Candidate(one, sizes, memory, took))
+        return sorted(out, key=lambda candidate: candidate.seconds)
+
+    room = question.accelerator.memory * question.accelerator.usable
+    for kind in RECOMPUTE:  # one traced point a kind sets the formulas' scale
+        near = [c for c in estimated() if c.recipe.parallel.recompute == kind and c.sizes.pp == 1]
+        point = next((c for c in near if c.memory <= room), near[0] if near else None)
+        if point is None:
+            continue
+        say(f"tracing {point.name} for the scale of recompute {kind}")
+        traced = command.plan(point.recipe, family, question)
+        plain = beside(point.recipe, family, point.sizes, have, load[id(point.recipe)])
+        stage = traced.stages[0]
+        arithmetic = stage.forward.compute + stage.backward.compute
+        again = {"none": 3.0, "selective": 3.15, "full": 4.0}[kind]
+        share = point.sizes.tp * point.sizes.cp * point.sizes.pp
+        ideal = (
+            again
+            * family.cost(stage.trace.measure)
+            / share
+            / (question.accelerator.half_flops * question.accelerator.matmul)
+        )
+        scales[kind] = Scale(
+            max(0.2, (traced.peak - states(point.recipe, point.sizes, have)) / plain), arithmetic / ideal
+        )
+    ranked = [candidate for candidate in estimated() if candidate.memory <= room]
+    confirmed: list[Candidate] = []
+    for candidate in ranked[: 3 * CONFIRMED]:
+        say(f"tracing {candidate.name}")
+        candidate.traced = command.plan(candidate.recipe, family, question)
+        confirmed += [candidate] if candidate.traced.fits else []
+        if len(confirmed) == CONFIRMED:
+            break
+    if not confirmed:
+        least = min(estimated(), key=lambda candidate: candidate.memory)
+        raise PolymodalError(
+            f"No layout of {question.world} x {question.accelerator.name} holds this run: the smallest needs about {machine.size(least.memory)} a device of {machine.size(room)} ({least.name}).",
+            "Use more devices, a shorter data.pack_length, or model.lora.",
+        )
+    confirmed.sort(key=lambda candidate: candidate.traced.step if candidate.traced else math.inf)
+    others = [candidate for candidate in ranked if candidate.traced is None]
+    return confirmed + others
+
+
+def main(
+    made: Recipe, family: Family, question: Question, *, as_json: bool = False, out: Path | None = None
+) -> int:
+    """The command: prints the ranking, writes the best recipe."""
+
+    def say(text: str) -> None:
+        if sys.stderr.isatty():
+            print(text, "...", file=sys.stderr, flush=True)
+
+    found = rank(made, family, question, say)
+    best = found[0]
+    path = out or Path(f"{made.name}-{question.world}x{question.accelerator.name}.yaml")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(recipe.dump(best.recipe))
+        os.replace(partial, path)
+    except OSError as error:
+        raise PolymodalError(
+            f"{path} cannot be written: {error.strerror}.", "Choose another file with -o."
+        ) from None
+    rows: list[dict[str, Any]] = []
+    for candidate in found[:12]:
+        traced = candidate.traced
+        rows.append({
+            "layout": candidate.name,
+            "traced": traced is not None,
+            "step_seconds": traced.step if traced else candidate.seconds,
+            "peak_bytes": traced.peak if traced else int(candidate.memory),
+            "mfu": traced.mfu if traced else None,
+        })  # fmt: skip
+    if as_json:
+        print(json.dumps({"recipe": str(path), "layouts": rows}, indent=2))
+        return 0
+    print(f"{'layout':<44}{'step s':>9}{'GiB':>8}{'MFU':>8}")
+    for row in rows:
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] is not None else "-"
+        print(
+            f"{row['layout']:<44}{row['step_seconds']:>9.2f}{row['peak_bytes'] / 2**30:>8.1f}{mfu:>8}{'' if row['traced'] else '  by formula'}"
+        )
+    print(f"{len(found)} layouts fit; the best is written to {path}")
+    return 0  # fmt: skip

@@ -1,0 +1,174 @@
+"""`plan`: what is traced equals what is known exactly, timelines have the bubbles of the literature, mistakes are sentences."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from polymodal import recipe as recipes
+from polymodal.errors import PolymodalError
+from polymodal.plan import command, devices, timeline
+from polymodal.plan.predict import Prediction
+from tests.models import tiny
+
+CLUSTER = devices.named("h100")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A tiny model's config.json, and nothing else."""
+    directory = tmp_path_factory.mktemp("plan")
+    config = tiny.config("qwen2.5-vl", text_config__num_hidden_layers=2, vision_config__depth=2, vision_config__fullatt_block_indexes=[1])  # fmt: skip
+    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    config.save_pretrained(directory)
+    return directory
+
+
+def recipe(source: Path, **parallel) -> recipes.Recipe:
+    return recipes.validate({
+        "name": "p", "model": {"source": str(source)}, "data": {"max_length": 512}, "parallel": parallel,
+        "train": {"global_batch_size": 8},
+    })  # fmt: skip
+
+
+def planned(source: Path, world: int, accelerator=CLUSTER, **parallel) -> Prediction:
+    made = recipe(source, **parallel)
+    return command.plan(made, command.family_of(made), command.Question(world, accelerator, 0.25, 256))
+
+
+@pytest.fixture(scope="module")
+def four(source) -> Prediction:
+    return planned(source, 4)
+
+
+@pytest.fixture(scope="module")
+def parameters(source) -> int:
+    made = command.family_of(recipe(source)).build().trained
+    return sum(parameter.numel() for parameter in made.parameters())
+
+
+def test_states_are_counted_to_the_byte(four, parameters):
+    (stage,) = four.stages
+    held = stage.trace.usage.end
+    rotary = 128  # buffers that every rank has whole
+    assert parameters * 4 / 4 <= held["parameters"] <= parameters * 4 / 4 + rotary, (
+        "float32 masters, cut in four"
+    )
+    assert parameters * 8 / 4 <= held["optimizer"] <= parameters * 8 / 4 + 1000, (
+        "two moments and step counters"
+    )
+    assert held["gradients"] == held["activations"] == 0, "an optimizer step leaves nothing behind"
+    assert stage.trace.usage.parts["gradients"] <= parameters * 4 / 4
+    assert stage.trace.usage.peak == sum(stage.trace.usage.parts.values())
+
+
+def test_arithmetic_is_what_the_family_says(four, source):
+    (stage,) = four.stages
+    counted = stage.trace.flops("forward") + stage.trace.flops("backward")
+    said = 3 * command.family_of(recipe(source)).cost(stage.trace.measure)
+    assert counted == pytest.approx(said, rel=0.08)
+
+
+def test_collectives_move_the_parameters_and_no_more(four, parameters):
+    moved = {(t.kind, t.where): t for t in four.stages[0].trace.traffic if t.axes == "dp_shard"}
+    for where in ("forward", "backward"):
+        assert moved["all_gather", where].bytes == pytest.approx(parameters * 2, rel=0.01), "in bfloat16"
+    assert moved["reduce_scatter", "backward"].bytes == pytest.approx(parameters * 4, rel=0.01), "in float32"
+    assert all(t.ranks == (0, 1, 2, 3) for t in moved.values())
+
+
+def test_recompute_and_tensor_parallelism_cut_activations(four, source):
+    full = planned(source, 4, recompute="full").stages[0].trace
+    assert full.usage.parts["activations"] < 0.4 * four.stages[0].trace.usage.parts["activations"]
+    assert full.flops("backward") > 1.3 * four.stages[0].trace.flops("backward"), "the forward runs again"
+    cut = planned(source, 4, tp=2).stages[0].trace
+    assert cut.usage.parts["activations"] < 0.7 * four.stages[0].trace.usage.parts["activations"]
+    assert {t.axes for t in cut.traffic} >= {"tp", "dp_shard"}
+
+
+def test_what_does_not_fit_is_said_with_what_to_change(source):
+    small = replace(CLUSTER, memory=four_bytes(planned(source, 1)))
+    made = planned(source, 1, small)
+    assert not made.fits
+    said = " ".join(made.advice)
+    assert "more than the device can give" in said and "parallel.recompute: full" in said
+    assert "does NOT fit" in command.text(made)
+
+
+def four_bytes(made: Prediction) -> float:
+    return made.peak * 0.9
+
+
+def test_json_holds_every_figure(four):
+    read = json.loads(json.dumps(four.as_dict()))
+    assert read["fits"] is True and read["stages"][0]["collectives"] and read["step_seconds"] > 0
+    assert 0 < read["mfu"] < 1 and read["peak_bytes"] == four.peak
+
+
+@pytest.mark.parametrize("micro", [4, 12])
+def test_gpipe_and_1f1b_have_the_known_bubble(micro):
+    """(p - 1) / (m + p - 1), Narayanan et al. 2021, section 2.2."""
+    for schedule in ("GPipe", "1F1B"):
+        made = timeline.play(schedule, 4, micro, [1.0] * 4, [2.0] * 4)
+        assert made.bubble == pytest.approx(3 / (micro + 3))
+        assert made.seconds == pytest.approx(3.0 * (micro + 3))
+
+
+def test_virtual_stages_and_parted_backwards_shrink_the_bubble():
+    plain = timeline.play("1F1B", 4, 8, [1.0] * 4, [2.0] * 4)
+    virtual = timeline.play("Interleaved1F1B", 4, 8, [0.5] * 8, [1.0] * 8)
+    parted = timeline.play("ZBVZeroBubble", 4, 8, [0.5] * 8, [1.0] * 8)
+    assert virtual.bubble == pytest.approx(3 / (2 * 8 + 3)), "(p - 1) / (v m + p - 1)"
+    assert parted.bubble < virtual.bubble < plain.bubble
+    for made in (virtual, parted):
+        assert sum(slot.end - slot.start for slot in made.slots) == pytest.approx(4 * 8 * 3.0)
+        by_rank = {}
+        for slot in sorted(made.slots, key=lambda slot: slot.start):
+            assert slot.start >= by_rank.get(slot.rank, 0.0) - 1e-9, "a rank does one thing at a time"
+            by_rank[slot.rank] = slot.end
+
+
+def test_an_uneven_stage_holds_up_the_others():
+    assert timeline.play("1F1B", 2, 8, [1.0, 3.0], [2.0, 6.0]).bubble > 0.3
+
+
+def test_collectives_cost_their_ring():
+    within, across = tuple(range(8)), tuple(range(0, 64, 8))
+    speed = CLUSTER.link * CLUSTER.wire
+    assert devices.transfer(CLUSTER, "all_gather", within, 8e9) == pytest.approx(
+        7 / 8 * 8e9 / speed, rel=1e-2
+    )
+    assert devices.transfer(CLUSTER, "all_reduce", within, 8e9) == pytest.approx(
+        14 / 8 * 8e9 / speed, rel=1e-2
+    )
+    slow = devices.transfer(CLUSTER, "all_gather", across, 8e9)
+    assert slow == pytest.approx(7 / 8 * 8e9 / (CLUSTER.network * CLUSTER.wire), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"rank": 4}, "--rank 4 is outside 0..3"),
+        ({"stage": 1}, "--stage 1 is outside 0..0 (parallel.pp = 1)"),
+        ({"media": 1.5}, "--media 1.5 is no share of tokens"),
+        ({"world": 3, "tp": 2}, "3 processes cannot be divided by"),
+        ({"tp": 4, "world": 4}, "parallel.tp = 4 does not divide"),
+    ],
+)
+def test_mistakes_are_one_sentence(source, change, said):
+    parallel = {"tp": change.pop("tp")} if "tp" in change else {}
+    made = recipe(source, **parallel)
+    asked = replace(command.Question(4, CLUSTER, 0.25, 256), **change)
+    with pytest.raises(PolymodalError) as caught:
+        command.plan(made, command.family_of(made), asked)
+    assert said in str(caught.value)
+
+
+def test_options_that_exclude_each_other_and_unknown_devices():
+    with pytest.raises(PolymodalError, match="--rank and --stage"):
+        command.question(4, "h100", 0.25, 1024, 0, 0)
+    with pytest.raises(PolymodalError, match="Did you mean h100"):
+        command.question(4, "h10", 0.25, 1024, None, None)
