@@ -38,6 +38,10 @@ OURS = (
 """What a launched process has in its environment for itself alone."""
 
 
+FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""torch's switch for a store of its own at every start: in the agent's, gloo finds the addresses of those who died."""
+
+
 class Stopped(Exception):
     """The run ended with an exit code that is not an error of ours; `code` is the command's exit code."""
 
@@ -212,9 +216,12 @@ def run(
     kills = machine.oom_kills()
     old = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     environ = {
-        name: os.environ.get(name) for name in (CHILD, "TORCHELASTIC_SIGNALS_TO_HANDLE", "OMP_NUM_THREADS")
+        name: os.environ.get(name)
+        for name in (CHILD, "TORCHELASTIC_SIGNALS_TO_HANDLE", "OMP_NUM_THREADS", FRESH_STORE)
     }
     os.environ[CHILD] = str(os.getpid())
+    if restarts or elastic:
+        os.environ[FRESH_STORE] = "1"
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # the other two are forwarded above
     try:
         with _quiet(), tempfile.TemporaryDirectory(prefix="polymodal-") as directory:
