@@ -445,6 +445,7 @@ def docs() -> int:
 
 
 import polymodal.cli_generation  # noqa: E402, F401  (its commands join the app)
+
 command(app, "polymodal plan recipe.yaml --world 512 --device h100", "polymodal plan recipe.yaml --world 64 --device 910b --search -o best.yaml")(cli_cluster.plan)
 command(app, "polymodal launch slurm recipe.yaml --nodes 4 --submit", "polymodal launch kubernetes recipe.yaml --nodes 4 --image registry/polymodal:1")(cli_cluster.launch)
 

@@ -289,7 +289,9 @@ def torchrun(recipe: Recipe, wish: Wish) -> Written:
     if wish.setup:
         lines.append(wish.setup)
     lines += [f"export {key}={shlex.quote(value)}" for key, value in environment(recipe).items()]
-    lines.append("export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a restart must not find the addresses of those who died")
+    lines.append(
+        "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a restart must not find the addresses of those who died"
+    )
     train = shlex.join(["polymodal", "train", wish.recipe, *wish.overrides])
     lines += [
         f'MASTER_ADDR="${{MASTER_ADDR:-{first}}}"; MASTER_PORT="${{MASTER_PORT:-{DEFAULT_PORT}}}"',

@@ -67,6 +67,11 @@ def plan(recipe: Recipe, family: Family, question: Question, progress: bool = Fa
     sizes = ParallelSizes.of(recipe.parallel, question.world)
     for reason in layout.check(family.card, family.config, sizes, recipe.parallel, recipe.model.attention):
         raise reason
+    if recipe.parallel.offload:
+        raise PolymodalError(
+            f"plan cannot tell apart what parallel.offload = {recipe.parallel.offload} keeps on the host.",
+            "Plan without it: the kinds that it moves are in the table.",
+        )
     load = Load.of(recipe, question.media, question.patches)
     count = min(2, per_rank(recipe, sizes))
     traces = []

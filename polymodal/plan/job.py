@@ -79,7 +79,10 @@ class Job:
         self.model.train()
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         blocks = {n for n in self.trainable if any(optim.in_tower(n, (b,)) for b in self.family.card.blocks)}
-        self.optimizer = optim.Optimizer(self.trainable, self.recipe.optim, self.family.card.towers, blocks)
+        offload = "optimizer" in self.recipe.parallel.offload
+        self.optimizer = optim.Optimizer(
+            self.trainable, self.recipe.optim, self.family.card.towers, blocks, offload
+        )
         self.optimizer.state(create=True)
         decay = self.recipe.train.ema
         self.average = optim.MovingAverage(self.trainable, decay) if decay else None

@@ -206,8 +206,8 @@ def advise(made: Prediction) -> list[str]:
             said.append(f"parallel.recompute: full would free most of {sized(kept)} of activations.")
         if state > over / 2 and sizes.dp_replicate > 1:
             said.append("parallel.dp_replicate: 1 shards the states over all ranks instead of copying them.")
-        if not recipe.parallel.reshard_after_forward:
-            said.append("parallel.reshard_after_forward: true gives gathered parameters back.")
+        if not recipe.parallel.reshards:
+            said.append("parallel.zero: 3 with reshard_after_forward gives gathered parameters back.")
         if kept > over:
             said.append(
                 "A shorter data.pack_length, parallel.tp with sp, or parallel.cp cut the activations a rank holds."

@@ -172,7 +172,7 @@ def seconds(
     chosen = getattr(text, "num_experts_per_tok", 0)
     exposed += ring("all_to_all", stream / sizes.tp * chosen * calls, sizes.ep, 1, calls)
     sharded = (have.total - have.experts * (1 - 1 / sizes.ep)) / sizes.pp / sizes.tp
-    gathers = 2 if made.parallel.reshard_after_forward else 1
+    gathers = 2 if made.parallel.reshards else 1
     stride = sizes.tp
     fsdp = ring("all_gather", sharded * width * gathers, sizes.dp_shard * sizes.cp, stride, layers * gathers)
     fsdp += ring("reduce_scatter", sharded * 4, sizes.dp_shard * sizes.cp, stride, layers)

@@ -24,6 +24,7 @@ from polymodal import device as devices
 from polymodal import fused_attention
 from polymodal.data.sample import Batch
 from polymodal.models.card import Family
+from polymodal.objectives import language
 from polymodal.parallel import media
 from polymodal.parallel.mesh import AXES, Mesh, ParallelSizes
 from polymodal.plan.job import Job, Load
@@ -125,17 +126,20 @@ def _paths_of(kind: str, family: Family, cp: int) -> Iterator[None]:
     What ranks tell one another on the host about their pictures is made up here, where there is one rank.
     """
     kept = devices.packed_attention, fused_attention.kernel, dist.get_backend, media.gather
+    blocks = dict(language.BLOCK_ELEMENTS)
     if kind == CPU:
         dist.get_backend = lambda group=None: "gloo"
     else:
         devices.packed_attention = lambda on, dtype, head: _kernel if dtype in HALF and head <= 256 else None
         flash = fused_attention.Kernel(fused_attention._flash_forward, fused_attention._flash_backward)
+        language.BLOCK_ELEMENTS.clear()
         fused_attention.kernel = lambda on, dtype, head: flash if dtype in HALF and head <= 256 else None
     media.gather = lambda wishes, group: _everyone(wishes, group, family, cp)
     try:
         yield
     finally:
         devices.packed_attention, fused_attention.kernel, dist.get_backend, media.gather = kept
+        language.BLOCK_ELEMENTS.update(blocks)
 
 
 def _everyone(wishes: Any, group: dist.ProcessGroup, family: Family, cp: int) -> list[list[media.Wish]]:
