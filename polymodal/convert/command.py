@@ -1,0 +1,57 @@
+"""The console command `mm-convert`: <Converter> <method> --cfg.a.b value, YAML by --config, the environment.
+
+jsonargparse reads the grammar off the converters' signatures. Errors are one message and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+PROGRAM = "mm-convert"
+
+
+def words(given: Sequence[str]) -> list[str]:
+    """The command line with `--dry-run` for `--dry_run`, and a switch without a value as `true`."""
+    out: list[str] = []
+    switches = ("--verify", "--dry_run", "--allow_pickle")
+    for at, word in enumerate(given):
+        name, equals, value = word.partition("=")
+        if re.fullmatch(r"--[a-z][\w.-]*", name):
+            name = "--" + name[2:].replace("-", "_")
+        if name.startswith("--no_") and f"--{name[5:]}" in switches:
+            out += [f"--{name[5:]}", "false"]
+            continue
+        out.append(name + equals + value)
+        following = given[at + 1] if at + 1 < len(given) else "--"
+        if name in switches and not equals and (following.startswith("-") or not re.fullmatch("(?i)true|false|yes|no|1|0", following)):
+            out.append("true")
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point."""
+    import jsonargparse
+
+    from polymodal.convert.converters import CONVERTERS
+    from polymodal.errors import PolymodalError
+
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    try:
+        jsonargparse.auto_cli(
+            CONVERTERS, args=words(sys.argv[1:] if arguments is None else arguments), as_positional=False, prog=PROGRAM,
+            description="Weights between the hub's layout and Megatron-style trees or DCP directories.",
+        )  # fmt: skip
+    except PolymodalError as error:
+        start = "\033[1;31merror:\033[0m" if sys.stderr.isatty() else "error:"
+        print(start, error, file=sys.stderr)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""What `mm-convert` takes on the command line, in YAML and from the environment: the documented names, typed.
+
+Light on purpose: help is printed without torch. The docstring under a field is its help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Lists = list[int] | list[list[int]]
+
+
+@dataclass
+class HubConfig:
+    """A hub checkpoint on disk."""
+
+    hf_dir: str
+    """Directory with config.json and the safetensors files."""
+
+
+@dataclass
+class LanguageParallel:
+    """How a tree of an understanding model is cut."""
+
+    llm_pp_layers: Lists = field(default_factory=list)
+    """Language layers on each stage: [6,10] for two pipeline ranks, [[3,5],[3,5]] for two virtual stages on each. Empty: not cut, or, reading, as the tree says."""
+    vit_pp_layers: Lists = field(default_factory=list)
+    """Vision layers on each stage, in the same form."""
+    audio_pp_layers: Lists = field(default_factory=list)
+    """Audio layers on each stage, in the same form."""
+    tp_size: int = 1
+    """Tensor parallel size."""
+    vit_tp_size: int = 0
+    """Tensor parallel size of the vision tower; 0 = tp_size."""
+    audio_tp_size: int = 0
+    """Tensor parallel size of the audio tower; 0 = tp_size."""
+    ep_size: int = 1
+    """Expert parallel size."""
+
+
+@dataclass
+class ModelOptions:
+    """Which of a family's layouts is meant."""
+
+    enable_canonical_hf_struct: bool = False
+    """Keep q, k, v and gate, up apart, as the hub has them."""
+    new_transformers_weight_key: bool = False
+    """LoRA: the hub's keys have model.language_model and model.visual."""
+    model_prefix: str = ""
+    """LoRA: what else the hub's keys begin with."""
+
+
+@dataclass
+class HubToTree:
+    """Hub checkpoint -> tree."""
+
+    mm_dir: str
+    """Where the tree goes."""
+    hf_config: HubConfig
+    """The hub checkpoint."""
+    parallel_config: LanguageParallel = field(default_factory=LanguageParallel)
+    """How the tree is cut."""
+    llm_hf_config: HubConfig | None = None
+    """Another hub checkpoint that the language model is taken from."""
+    common_model_config: ModelOptions = field(default_factory=ModelOptions)
+    """Which layout."""
+    save_vit_only: bool = False
+    """Only the vision tower and its projector."""
+    trust_remote_code: bool = False
+    """Accepted for scripts that give it; no code of a checkpoint is ever run, so nothing depends on it."""
+
+
+@dataclass
+class TreeToHub:
+    """Tree -> hub checkpoint."""
+
+    mm_dir: str
+    """The tree, or one iteration of it."""
+    save_hf_dir: str
+    """Where the hub checkpoint goes."""
+    hf_config: HubConfig
+    """The hub checkpoint that it came from: config, tokenizer, cut into files."""
+    parallel_config: LanguageParallel = field(default_factory=LanguageParallel)
+    """How the tree is cut. Lists may be left out: the tree is looked at, what is given is compared with it."""
+    common_model_config: ModelOptions = field(default_factory=ModelOptions)
+    """Which layout."""
+    trust_remote_code: bool = False
+    """Accepted for scripts that give it; no code of a checkpoint is ever run, so nothing depends on it."""
+
+
+@dataclass
+class Adapter:
+    """A LoRA adapter on disk."""
+
+    hf_dir: str
+    """Directory with adapter_model.safetensors, or such a file."""
+
+
+@dataclass
+class AdapterToTree:
+    """Adapter -> tree."""
+
+    mm_dir: str
+    """Where the tree goes."""
+    hf_config: Adapter
+    """The adapter."""
+    parallel_config: LanguageParallel = field(default_factory=LanguageParallel)
+    """How the tree is cut."""
+    common_model_config: ModelOptions = field(default_factory=ModelOptions)
+    """Which layout; adapters need enable_canonical_hf_struct."""
+
+
+@dataclass
+class TreeToAdapter:
+    """Tree of a LoRA run -> adapter."""
+
+    mm_dir: str
+    """The tree, or one iteration of it."""
+    save_hf_dir: str
+    """Where the adapter goes."""
+    hf_config: HubConfig | None = None
+    """The base model's hub checkpoint."""
+    parallel_config: LanguageParallel = field(default_factory=LanguageParallel)
+    """How the tree is cut."""
+    common_model_config: ModelOptions = field(default_factory=ModelOptions)
+    """Which layout; adapters need enable_canonical_hf_struct."""
+    lora_alpha: float | None = None
+    """For adapter_config.json; rank when left out, and the rank is read off the tensors."""
+
+
+@dataclass
+class Resplit:
+    """Tree -> the same tree, cut otherwise."""
+
+    source_dir: str
+    """The tree."""
+    target_dir: str
+    """Where the new tree goes."""
+    source_parallel_config: LanguageParallel = field(default_factory=LanguageParallel)
+    """How the tree is cut. Lists may be left out."""
+    target_parallel_config: LanguageParallel = field(default_factory=LanguageParallel)
+    """How the new tree is cut."""
+    hf_config: HubConfig | None = None
+    """The hub checkpoint: needed for experts, for heads that TP does not divide, and to check the layer counts."""
+    common_model_config: ModelOptions = field(default_factory=ModelOptions)
+    """Which layout."""
+
+
+@dataclass
+class DiffusionParallel:
+    """How a tree of a generative model is cut."""
+
+    pp_layers: Lists = field(default_factory=list)
+    """Layers on each stage: [7,8,8,7] for four pipeline ranks, [[4,4],[3,4]] for two virtual stages on each of two."""
+    tp_size: int = 1
+    """Tensor parallel size."""
+    ep_size: int = 1
+    """Expert parallel size."""
+
+
+@dataclass
+class Paths:
+    """From one place to another."""
+
+    source_path: str
+    """What is converted."""
+    target_path: str
+    """Where it goes; may be the source's own directory, to which only release/ and the tracker are added."""
+    hf_dir: str = ""
+    """Towards the hub: the checkpoint that it came from (config, cut into files)."""
+    lora_path: str = ""
+    """merge_lora_to_base: the tree with the adapters."""
+    target_parallel_config: DiffusionParallel = field(default_factory=DiffusionParallel)
+    """How the tree is cut."""
+
+
+Options = Any
