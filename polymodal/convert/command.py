@@ -26,7 +26,11 @@ def words(given: Sequence[str]) -> list[str]:
             continue
         out.append(name + equals + value)
         following = given[at + 1] if at + 1 < len(given) else "--"
-        if name in switches and not equals and (following.startswith("-") or not re.fullmatch("(?i)true|false|yes|no|1|0", following)):
+        if (
+            name in switches
+            and not equals
+            and (following.startswith("-") or not re.fullmatch("(?i)true|false|yes|no|1|0", following))
+        ):
             out.append("true")
     return out
 
@@ -35,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point."""
     import jsonargparse
 
+    from polymodal.convert import converters_diffusion, converters_sharded  # noqa: F401  (they add theirs)
     from polymodal.convert.converters import CONVERTERS
     from polymodal.errors import PolymodalError
 

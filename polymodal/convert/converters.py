@@ -6,23 +6,26 @@ the call, so that help comes at once.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from polymodal.convert.options import (
     AdapterToTree,
     HubToTree,
     LanguageParallel,
-    Paths,
     Resplit,
+    Settings,
     TreeToAdapter,
     TreeToHub,
 )
 
 if TYPE_CHECKING:
-    from polymodal.convert.engine import Report, Settings
     from polymodal.convert.family import Family
+    from polymodal.convert.output import Report
     from polymodal.convert.tree import Parallel
 
 CONVERTERS: list[Callable] = []
@@ -34,27 +37,74 @@ def offered(converter: Any) -> Any:
     return converter
 
 
-def settings(verify: bool, dry_run: bool, workers: int, allow_pickle: bool = False) -> Settings:
-    from polymodal.convert.engine import Settings
-
-    return Settings(verify=verify, dry_run=dry_run, workers=workers, allow_pickle=allow_pickle)
-
-
-def said(report: Report, dry_run: bool) -> None:
+def said(report: Report, how: Settings) -> None:
     """Print what was done, or what would be."""
-    if dry_run:
+    if how.dry_run:
         print("\n".join(report.lines))
-        print(f"would write {report.directory}: {report.tensors} tensors in {report.files} files, {report.bytes / 1e9:.3f} GB")
+        print(
+            f"would write {report.directory}: {report.tensors} tensors in {report.files} files, {report.bytes / 1e9:.3f} GB"
+        )
     else:
         print(report)
+
+
+HELP = {
+    "verify": "read everything back and compare.",
+    "dry_run": "print files, keys, shapes and bytes; write nothing.",
+    "workers": "threads; 0 = one a core.",
+    "force": "replace a target that was not written by a conversion.",
+    "allow_pickle": "read files that hold more than tensors; the rest is replaced by inert objects.",
+}
+"""Options of every method: fields of Settings."""
+
+
+def _method(function: Callable, names: tuple[str, ...]) -> Callable:
+    """A method that takes Settings as one that takes their fields, for the command line."""
+    own = [p for p in inspect.signature(function).parameters.values() if p.name != "how"]
+    kinds = {field.name: field for field in fields(Settings)}
+    more = [
+        inspect.Parameter(
+            n, inspect.Parameter.KEYWORD_ONLY, default=kinds[n].default, annotation=type(kinds[n].default)
+        )
+        for n in names
+    ]
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        given = {name: kwargs.pop(name) for name in names if name in kwargs}
+        function(*args, **kwargs, how=Settings(**given))
+
+    run.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
+    run.__annotations__ = {
+        p.name: p.annotation for p in run.__signature__.parameters.values() if p.annotation is not p.empty
+    }  # type: ignore[attr-defined]
+    text = inspect.cleandoc(function.__doc__ or "")
+    text += "" if "Args:" in text else "\n\nArgs:"
+    run.__doc__ = text + "".join(f"\n    {name}: {HELP[name]}" for name in names)
+    return run
+
+
+def writes(function: Callable) -> Callable:
+    """A method that reads what needs no trust."""
+    return _method(function, ("verify", "dry_run", "workers", "force"))
+
+
+def reads(function: Callable) -> Callable:
+    """A method that reads torch's files."""
+    return _method(function, ("verify", "dry_run", "workers", "force", "allow_pickle"))
 
 
 def parallel(one: LanguageParallel) -> Parallel:
     from polymodal.convert.tree import Parallel, counts
 
-    lists = {name: counts(f"{name}_pp_layers", getattr(one, f"{name}_pp_layers")) for name in ("llm", "vit", "audio")}
+    lists = {
+        name: counts(f"{name}_pp_layers", getattr(one, f"{name}_pp_layers"))
+        for name in ("llm", "vit", "audio")
+    }
     own = {name: getattr(one, f"{name}_tp_size") for name in ("vit", "audio")}
-    return Parallel(one.tp_size, one.ep_size, {k: v for k, v in lists.items() if v}, {k: v for k, v in own.items() if v})
+    return Parallel(
+        one.tp_size, one.ep_size, {k: v for k, v in lists.items() if v}, {k: v for k, v in own.items() if v}
+    )
 
 
 class Understanding:
@@ -70,61 +120,124 @@ class Understanding:
     def _variant(self, options: Any) -> str:
         return "canonical" if options.enable_canonical_hf_struct else ""
 
-    def hf_to_mm(self, cfg: HubToTree, verify: bool = True, dry_run: bool = False, workers: int = 0) -> None:
+    @writes
+    def hf_to_mm(self, cfg: HubToTree, *, how: Settings) -> None:
         """Hub checkpoint -> tree.
 
         Args:
             cfg: what, where, how.
-            verify: read everything back and compare.
-            dry_run: print files, keys, shapes and bytes; write nothing.
-            workers: threads; 0 = one a core.
         """
-        from polymodal.convert import engine
+        from polymodal.convert import changes, engine, output
 
         made, source = self._of(), Path(cfg.hf_config.hf_dir)
-        language = engine.with_language(source, cfg.llm_hf_config and Path(cfg.llm_hf_config.hf_dir))
+        language = changes.with_language(source, cfg.llm_hf_config and Path(cfg.llm_hf_config.hf_dir))
         opened = engine.hub(made, self._variant(cfg.common_model_config), source, language)
         if cfg.save_vit_only:
-            opened = engine.only(opened, "image_encoder.", made.title)
-        said(engine.to_tree(opened, parallel(cfg.parallel_config), Path(cfg.mm_dir), settings(verify, dry_run, workers)), dry_run)
+            opened = changes.only(opened, "image_encoder.", made.title)
+        said(output.to_tree(opened, parallel(cfg.parallel_config), Path(cfg.mm_dir), how), how)
 
-    def mm_to_hf(self, cfg: TreeToHub, verify: bool = True, dry_run: bool = False, workers: int = 0, allow_pickle: bool = False) -> None:
+    @reads
+    def mm_to_hf(self, cfg: TreeToHub, *, how: Settings) -> None:
         """Tree -> hub checkpoint.
 
         Args:
             cfg: what, where, how.
-            verify: read everything back and compare.
-            dry_run: print files, keys, shapes and bytes; write nothing.
-            workers: threads; 0 = one a core.
-            allow_pickle: read trees whose files hold more than tensors; the rest is replaced by inert objects.
         """
-        from polymodal.convert import engine
+        from polymodal.convert import engine, output
 
         made, hub = self._of(), Path(cfg.hf_config.hf_dir)
-        how, variant = settings(verify, dry_run, workers, allow_pickle), self._variant(cfg.common_model_config)
+        variant = self._variant(cfg.common_model_config)
         opened = engine.opened_tree(made, variant, Path(cfg.mm_dir), hub, parallel(cfg.parallel_config), how)
         opened = engine.unmapped(opened, Path(cfg.mm_dir), hub)
         note = {"from": str(cfg.mm_dir), "converter": type(self).__name__}
-        said(engine.to_hub(opened.source, Path(cfg.save_hf_dir), how, hub, made.stem, note), dry_run)
+        said(output.to_hub(opened.source, Path(cfg.save_hf_dir), how, hub, made.stem, note), how)
 
-    def resplit(self, cfg: Resplit, verify: bool = True, dry_run: bool = False, workers: int = 0, allow_pickle: bool = False) -> None:
+    @reads
+    def resplit(self, cfg: Resplit, *, how: Settings) -> None:
         """Tree -> the same tree, cut otherwise.
 
         Args:
             cfg: what, where, how.
-            verify: read everything back and compare.
-            dry_run: print files, keys, shapes and bytes; write nothing.
-            workers: threads; 0 = one a core.
-            allow_pickle: read trees whose files hold more than tensors; the rest is replaced by inert objects.
         """
-        from polymodal.convert import engine
+        from polymodal.convert import changes, engine, output
 
         made = self._of()
-        how, variant = settings(verify, dry_run, workers, allow_pickle), self._variant(cfg.common_model_config)
+        variant = self._variant(cfg.common_model_config)
         hub = Path(cfg.hf_config.hf_dir) if cfg.hf_config else None
-        opened = engine.opened_tree(made, variant, Path(cfg.source_dir), hub, parallel(cfg.source_parallel_config), how)
-        opened = engine.without_head(opened, known=hub is not None)
-        said(engine.to_tree(opened, parallel(cfg.target_parallel_config), Path(cfg.target_dir), how), dry_run)
+        opened = engine.opened_tree(
+            made, variant, Path(cfg.source_dir), hub, parallel(cfg.source_parallel_config), how
+        )
+        opened = changes.without_head(opened, known=hub is not None)
+        said(output.to_tree(opened, parallel(cfg.target_parallel_config), Path(cfg.target_dir), how), how)
+
+
+class Adapters(Understanding):
+    """And LoRA adapters, in the layout that keeps q, k, v and gate, up apart."""
+
+    def _table(self, options: Any, hub_prefix: str, new: bool) -> Any:
+        from polymodal.convert import lora
+        from polymodal.errors import PolymodalError
+
+        if not options.enable_canonical_hf_struct:
+            raise PolymodalError(
+                "Adapters of fused layers cannot be taken apart: q, k and v have an A matrix each.",
+                "Train and convert with the canonical structure (--cfg.common_model_config.enable_canonical_hf_struct true).",
+            )
+        return lora.adapters(self._of().table("canonical"), hub_prefix, new_names=new)
+
+    @writes
+    def lora_hf_to_mm(self, cfg: AdapterToTree, *, how: Settings) -> None:
+        """Adapter -> tree.
+
+        Args:
+            cfg: what, where, how.
+        """
+        from polymodal.convert import engine, lora, output, reading
+
+        options, source = cfg.common_model_config, Path(cfg.hf_config.hf_dir)
+        flat, _ = reading.hub_files(source)
+        prefix = options.model_prefix or (
+            lora.PEFT if all(key.startswith(lora.PEFT) for key in flat.shapes) else ""
+        )
+        new = options.new_transformers_weight_key
+        if new is None:
+            new = any(
+                key.startswith((f"{prefix}model.language_model.", f"{prefix}model.visual."))
+                for key in flat.shapes
+            )
+        opened = engine.mapped(flat, self._table(options, prefix, new), {}, str(source))
+        said(output.to_tree(opened, parallel(cfg.parallel_config), Path(cfg.mm_dir), how), how)
+
+    @reads
+    def lora_mm_to_hf(self, cfg: TreeToAdapter, *, how: Settings) -> None:
+        """Tree of a LoRA run -> adapter in peft's format.
+
+        Args:
+            cfg: what, where, how.
+        """
+        from polymodal.convert import engine, lora, output
+
+        options, target = cfg.common_model_config, Path(cfg.save_hf_dir)
+        prefix = options.model_prefix or lora.PEFT
+        new = True if options.new_transformers_weight_key is None else options.new_transformers_weight_key
+        table = self._table(options, prefix, new)
+        opened = engine.unmapped(
+            engine.opened_table(table, Path(cfg.mm_dir), {}, parallel(cfg.parallel_config), how),
+            Path(cfg.mm_dir),
+        )
+        base = cfg.hf_config.hf_dir if cfg.hf_config else ""
+        content = lora.config(opened.source, cfg.lora_alpha, base, prefix)
+        said(
+            output.to_hub(
+                opened.source,
+                target,
+                how,
+                stem="adapter_model",
+                made={"from": cfg.mm_dir},
+                beside={"adapter_config.json": content},
+            ),
+            how,
+        )
 
 
 @offered
@@ -135,7 +248,42 @@ class Qwen2VLConverter(Understanding):
 
 
 @offered
-class Qwen2_5_VLConverter(Understanding):
+class Qwen2_5_VLConverter(Adapters):
     """Qwen2.5-VL."""
 
     _family = "qwen2.5-vl"
+
+
+@offered
+class Qwen2_5_OmniConverter(Understanding):
+    """Qwen2.5-Omni: the thinker; the rest is taken over from the hub checkpoint."""
+
+    _family = "qwen2.5-omni"
+
+
+@offered
+class Qwen3VLMegatronConverter(Understanding):
+    """Qwen3-VL as a tree, dense or with experts."""
+
+    _family = "qwen3-vl"
+
+
+@offered
+class InternVLConverter(Understanding):
+    """InternVL 2, 2.5 and 3."""
+
+    _family = "internvl"
+
+
+@offered
+class GlmConverter(Understanding):
+    """GLM-4.1V."""
+
+    _family = "glm-4.1v"
+
+
+@offered
+class DeepSeekVLConverter(Understanding):
+    """DeepSeek-VL2."""
+
+    _family = "deepseek-vl2"

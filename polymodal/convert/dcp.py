@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemWriter, save as save_state
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import save as save_state
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
@@ -39,14 +40,17 @@ class _Lazy(DefaultSavePlanner):
 def save(source: Source, directory: Path, prefix: str, threads: int) -> None:
     """Write every tensor of a source under `prefix` + its name, and the version that Megatron looks for."""
     state: dict[str, Any] = {
-        prefix + key: torch.empty(shape, dtype=source.dtypes[key], device="meta") for key, shape in source.shapes.items()
+        prefix + key: torch.empty(shape, dtype=source.dtypes[key], device="meta")
+        for key, shape in source.shapes.items()
     }
     state["checkpoint_version"] = VERSION
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         save_state(
             state,
-            storage_writer=FileSystemWriter(directory, single_file_per_rank=True, sync_files=False, thread_count=threads),
+            storage_writer=FileSystemWriter(
+                directory, single_file_per_rank=True, sync_files=False, thread_count=threads
+            ),
             planner=_Lazy(source, prefix),
             no_dist=True,
         )

@@ -6,6 +6,7 @@ Each file in families/ makes one or several. Sees table.py, operations.py and er
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,7 @@ from polymodal.errors import PolymodalError
 class Family:
     """name: as in docs; architectures: names in config.json that it accepts; tables: variant -> table ("" is the usual
     one), or what makes it from the facts; facts: config.json -> numbers; counted: facts that are counted in the
-    checkpoint's keys (fact -> prefix of the layers' keys); seen: more facts, from the hub's shapes; stem: name of exported
-    weight files."""
+    checkpoint's keys (fact -> pattern with one group); stem: name of exported weight files."""
 
     name: str
     title: str
@@ -29,13 +29,13 @@ class Family:
     architectures: tuple[str, ...] = ()
     facts: Callable[[dict[str, Any]], Facts] = lambda config: {}
     counted: Mapping[str, str] = field(default_factory=dict)
-    seen: Callable[[Facts, Mapping[str, Shape]], Facts] = lambda facts, shapes: facts
     stem: str = "model"
 
     def table(self, variant: str = "", facts: Facts | None = None) -> Table:
         if variant not in self.tables:
             raise PolymodalError(
-                f"{self.title} has no layout {variant!r}.", f"It has {', '.join(repr(v) for v in self.tables)}."
+                f"{self.title} has no layout {variant!r}.",
+                f"It has {', '.join(repr(v) for v in self.tables)}.",
             )
         made = self.tables[variant]
         return made if isinstance(made, Table) else made(facts or {})
@@ -51,7 +51,9 @@ def read_config(source: Path, required: bool = True) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PolymodalError(f"{path} cannot be read: {error}.", "Copy it again from the checkpoint's origin.") from None
+        raise PolymodalError(
+            f"{path} cannot be read: {error}.", "Copy it again from the checkpoint's origin."
+        ) from None
     if not isinstance(data, dict):
         raise PolymodalError(f"{path}: a JSON object is wanted, this is a {type(data).__name__}.")
     return data
@@ -60,7 +62,10 @@ def read_config(source: Path, required: bool = True) -> dict[str, Any]:
 def facts_of(family: Family, source: Path, required: bool = True) -> Facts:
     """The numbers of a checkpoint's config. Raises PolymodalError for a config of another architecture."""
     config = read_config(source, required)
-    named = [*(config.get("architectures") or ()), *filter(None, [config.get("_class_name"), config.get("model_type")])]
+    named = [
+        *(config.get("architectures") or ()),
+        *filter(None, [config.get("_class_name"), config.get("model_type")]),
+    ]
     if config and family.architectures and not set(named) & set(family.architectures):
         raise PolymodalError(
             f"{source / 'config.json'} is of {' / '.join(named) or 'no architecture'}, not of {family.title}.",
@@ -70,18 +75,19 @@ def facts_of(family: Family, source: Path, required: bool = True) -> Facts:
         return family.facts(config) if config else {}
     except KeyError as error:
         raise PolymodalError(
-            f"{source / 'config.json'} lacks {error.args[0]}, which {family.title} needs.", "Copy it again from the checkpoint's origin."
+            f"{source / 'config.json'} lacks {error.args[0]}, which {family.title} needs.",
+            "Copy it again from the checkpoint's origin.",
         ) from None
 
 
 def counted(family: Family, facts: Facts, shapes: Mapping[str, Shape]) -> Facts:
     """Facts, with those that are counted in a checkpoint's hub keys."""
     found = dict(facts)
-    for name, prefix in family.counted.items():
-        numbers = {key[len(prefix) :].split(".")[0] for key in shapes if key.startswith(prefix)}
+    for name, pattern in family.counted.items():
+        numbers = {m[1] for key in shapes if (m := re.search(pattern, key))}
         if numbers:
             found[name] = len(numbers)
-    return family.seen(found, shapes)
+    return found
 
 
 def section(config: Mapping[str, Any], *names: str) -> Mapping[str, Any]:

@@ -5,8 +5,8 @@ Light on purpose: help is printed without torch. The docstring under a field is 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
-from typing import Any
 
 Lists = list[int] | list[list[int]]
 
@@ -45,10 +45,10 @@ class ModelOptions:
 
     enable_canonical_hf_struct: bool = False
     """Keep q, k, v and gate, up apart, as the hub has them."""
-    new_transformers_weight_key: bool = False
-    """LoRA: the hub's keys have model.language_model and model.visual."""
+    new_transformers_weight_key: bool | None = None
+    """LoRA: whether the hub's keys have model.language_model and model.visual, as the library's modules are called now. Left out: as the adapter has them; written, yes."""
     model_prefix: str = ""
-    """LoRA: what else the hub's keys begin with."""
+    """LoRA: what the hub's keys begin with. Left out: base_model.model., as peft writes them."""
 
 
 @dataclass
@@ -175,4 +175,19 @@ class Paths:
     """How the tree is cut."""
 
 
-Options = Any
+@dataclass(frozen=True)
+class Settings:
+    """verify: read back and compare; dry_run: print the plan only; workers: threads (0: one a core, at most 8);
+    allow_pickle: read tensors out of pickles that hold other objects; force: replace what is in the way."""
+
+    verify: bool = True
+    dry_run: bool = False
+    workers: int = 0
+    allow_pickle: bool = False
+    force: bool = False
+
+    @property
+    def threads(self) -> int:
+        return self.workers or min(
+            8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )

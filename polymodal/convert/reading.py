@@ -30,11 +30,15 @@ AGAIN = "Fetch or copy the file again."
 # ------------------------------------------------------------------------------------------------------- safetensors
 
 
-def hub_files(source: Path, stems: tuple[str, ...] = (*STEMS, "adapter_model", "pytorch_lora_weights")) -> tuple[Flat, dict[str, str]]:
+def hub_files(
+    source: Path, stems: tuple[str, ...] = (*STEMS, "adapter_model", "pytorch_lora_weights", "ema")
+) -> tuple[Flat, dict[str, str]]:
     """(tensors, file name of each) of a directory or one file of safetensors."""
     if source.is_file():
         if source.suffix != ".safetensors":
-            raise PolymodalError(f"{source} is not a safetensors file.", "Give a .safetensors file or a directory with some.")
+            raise PolymodalError(
+                f"{source} is not a safetensors file.", "Give a .safetensors file or a directory with some."
+            )
         files = Files(source.parent, (source.stem,))
     else:
         files = Files(source, stems)
@@ -122,7 +126,8 @@ def torch_file(path: Path, allow_pickle: bool = False) -> dict[str, Any]:
     if head[:2] != b"PK":
         what = "is empty" if not head else "is not in torch's zip format"
         raise PolymodalError(
-            f"{path} {what}.", "Files of torch before 1.6 must be loaded and saved again once; else fetch it again."
+            f"{path} {what}.",
+            "Files of torch before 1.6 must be loaded and saved again once; else fetch it again.",
         )
     try:
         if allow_pickle:
@@ -159,7 +164,11 @@ def place(path: Path, tensor: Tensor, base: int = 0) -> Place:
         raise PolymodalError(f"{path}: a tensor has no place in the file.", AGAIN)
     size = tensor.element_size()
     return Place(
-        path, base + begin + tensor.storage_offset() * size, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
+        path,
+        base + begin + tensor.storage_offset() * size,
+        tuple(tensor.shape),
+        tuple(tensor.stride()),
+        tensor.dtype,
     )
 
 
@@ -171,6 +180,15 @@ def torch_tensors(path: Path, *keys: str, allow_pickle: bool = False) -> Flat:
             table = table[key]
             break
     return Flat({name: place(path, value) for name, value in table.items() if isinstance(value, Tensor)})
+
+
+def any_file(path: Path, *keys: str, allow_pickle: bool = False) -> Flat:
+    """The tensors of a directory or file, of safetensors or of torch (there: of the table under one of `keys`)."""
+    if path.is_dir() or path.suffix == ".safetensors":
+        return hub_files(path)[0]
+    if not path.is_file():
+        raise PolymodalError(f"{path} does not exist.", "Give a directory or file of weights.")
+    return torch_tensors(path, *keys, allow_pickle=allow_pickle)
 
 
 # -------------------------------------------------------------------------------------------------------------- DCP
@@ -218,7 +236,9 @@ def dcp(directory: Path) -> tuple[Flat, dict[str, Stored]]:
             label = f"{name}@{number}"
             places[label] = _chunk(directory / info.relative_path, info, name)
             if places[label].shape != tuple(chunk.sizes):
-                raise PolymodalError(f"{directory / info.relative_path}: {name} is not of the shape in .metadata.", AGAIN)
+                raise PolymodalError(
+                    f"{directory / info.relative_path}: {name} is not of the shape in .metadata.", AGAIN
+                )
             stored = Stored.whole(label, chunk.sizes)
             for dim, begin in enumerate(chunk.offsets):
                 stored = _shifted(stored, dim, begin)
@@ -231,7 +251,8 @@ def _shifted(stored: Stored, dim: int, begin: int) -> Stored:
     from dataclasses import replace
 
     moved = [
-        replace(p, offset=(*p.offset[:dim], p.offset[dim] + begin, *p.offset[dim + 1 :])) for p in stored.pieces
+        replace(p, offset=(*p.offset[:dim], p.offset[dim] + begin, *p.offset[dim + 1 :]))
+        for p in stored.pieces
     ]
     return Stored(stored.shape, moved)
 
@@ -241,10 +262,17 @@ def _chunk(path: Path, info: Any, name: str) -> Place:
         with open(path, "rb") as file:
             file.seek(info.offset)
             if file.read(2) != b"PK":
-                raise PolymodalError(f"{path}: {name} is not stored as torch stores tensors.", "Save it again with torch's DCP.")
-            tensor = torch.load(_Window(file, info.offset, info.length), map_location="meta", weights_only=True)
+                raise PolymodalError(
+                    f"{path}: {name} is not stored as torch stores tensors.",
+                    "Save it again with torch's DCP.",
+                )
+            tensor = torch.load(
+                _Window(file, info.offset, info.length), map_location="meta", weights_only=True
+            )
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise PolymodalError(f"{path}: {name} cannot be read ({str(error).strip().splitlines()[0]}).", AGAIN) from None
+        raise PolymodalError(
+            f"{path}: {name} cannot be read ({str(error).strip().splitlines()[0]}).", AGAIN
+        ) from None
     return place(path, tensor, info.offset)
 
 

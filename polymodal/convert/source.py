@@ -93,8 +93,7 @@ class Flat:
         span = 1 + sum((n - 1) * step for n, step in zip(sizes, place.stride, strict=True))
         at = place.offset + first * size
         packed = span == into.numel() and all(
-            n == 1 or have == want
-            for n, have, want in zip(sizes, place.stride, dense(sizes), strict=True)
+            n == 1 or have == want for n, have, want in zip(sizes, place.stride, dense(sizes), strict=True)
         )
         if packed and into.is_contiguous():
             self._bytes(place.path, at, memory(into))
@@ -127,9 +126,10 @@ class Flat:
         while done < len(into):
             count = os.preadv(handle, [into[done:]], at + done)
             if count == 0:
-                raise PolymodalError(f"{path} ends before its tensors do.", "The file is cut short: fetch it again.")
+                raise PolymodalError(
+                    f"{path} ends before its tensors do.", "The file is cut short: fetch it again."
+                )
             done += count
-
 
 
 class Mapped:
@@ -145,7 +145,8 @@ class Mapped:
         if len(kinds) != 1:
             names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds)) or "none"
             raise PolymodalError(
-                f"{key} is put together from tensors of different types ({names}).", "Save the checkpoint in one type."
+                f"{key} is put together from tensors of different types ({names}).",
+                "Save the checkpoint in one type.",
             )
         return kinds.pop()
 

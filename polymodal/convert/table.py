@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 from polymodal.convert.operations import RENAME, WHOLE, Cut, Facts, Operation, Shape
 from polymodal.errors import PolymodalError
@@ -24,7 +23,8 @@ PLACEHOLDERS = {"n": r"\d+", "m": r"\d+", "e": r"\d+", "p": "weight|bias", "x": 
 def _regex(pattern: str) -> re.Pattern[str]:
     parts = re.split(r"\{(\w)\}", pattern)
     text = "".join(
-        re.escape(part) if at % 2 == 0 else f"(?P<{part}>{PLACEHOLDERS[part]})" for at, part in enumerate(parts)
+        re.escape(part) if at % 2 == 0 else f"(?P<{part}>{PLACEHOLDERS[part]})"
+        for at, part in enumerate(parts)
     )
     return re.compile(text + r"\Z")
 
@@ -52,8 +52,15 @@ class Row:
         return self.cuts[position] if self.cuts else self.cut
 
 
-def row(hub: str | Sequence[str], other: str | Sequence[str], operation: Operation = RENAME, cut: Cut = WHOLE, cuts: tuple[Cut, ...] = ()) -> Row:
+def row(
+    hub: str | Sequence[str],
+    other: str | Sequence[str],
+    operation: Operation = RENAME,
+    cut: Cut = WHOLE,
+    cuts: tuple[Cut, ...] = (),
+) -> Row:
     """A row from one pattern or several on either side."""
+
     def listed(value: str | Sequence[str]) -> tuple[str, ...]:
         return (value,) if isinstance(value, str) else tuple(value)
 
@@ -88,6 +95,9 @@ class Table:
     everywhere: tuple[str, ...] = ()  # prefixes of what every pipeline stage holds
     tensor_parallel: bool = True
     pipeline: bool = True
+    seen: Callable[[Facts, Mapping[str, Shape]], Facts] = lambda facts, shapes: (
+        facts
+    )  # facts that only the shapes tell
 
 
 @dataclass
@@ -117,7 +127,11 @@ def _collect(table: Table, keys: Iterable[str], side: str) -> tuple[list[Unit], 
     units: dict[tuple[int, tuple], Unit] = {}
     held: dict[tuple[int, tuple], dict[tuple[int, int], str]] = {}
     left = []
-    ordered = [(number, one, position, pattern) for number, one in enumerate(table.rows) for position, pattern in enumerate(getattr(one, side))]
+    ordered = [
+        (number, one, position, pattern)
+        for number, one in enumerate(table.rows)
+        for position, pattern in enumerate(getattr(one, side))
+    ]
     for key in keys:
         for number, one, position, pattern in ordered:
             values = match(pattern, key)
@@ -149,11 +163,14 @@ def _whole(unit: Unit, side: str, experts: int) -> list[str]:
     return [key for key in wanted if key not in getattr(unit, side)]
 
 
-def forward(table: Table, shapes: Mapping[str, Shape], facts: Facts, where: str = "") -> tuple[dict[str, Stored], list[Unit]]:
+def forward(
+    table: Table, shapes: Mapping[str, Shape], facts: Facts, where: str = ""
+) -> tuple[dict[str, Stored], list[Unit]]:
     """The other side's tensors in terms of the hub's.
 
     Raises PolymodalError for hub keys that the table does not know, and for tensors whose partners are missing.
     """
+    facts = table.seen(facts, shapes)
     units, left = _collect(table, shapes, "hub")
     unknown = [key for key in left if not any(match(p, key) for p in (*table.drop, *table.keep))]
     if unknown:
@@ -164,12 +181,15 @@ def forward(table: Table, shapes: Mapping[str, Shape], facts: Facts, where: str 
         missing = _whole(unit, "hub", experts)
         if missing:
             raise PolymodalError(
-                f"{where + ': ' if where else ''}{missing[0]} is missing beside {unit.hub[0]}.", "Is the checkpoint whole?"
+                f"{where + ': ' if where else ''}{missing[0]} is missing beside {unit.hub[0]}.",
+                "Is the checkpoint whole?",
             )
         unit.other = _names(unit.row.other, unit.values, experts)
         wholes = [Stored.whole(key, shapes[key]) for key in unit.hub]
         try:
             results = unit.row.operation.forward(wholes, facts)
+        except KeyError as error:
+            raise _lacks(error, where) from None
         except ValueError as error:
             raise PolymodalError(
                 f"{where + ': ' if where else ''}{unit.hub[0]} {list(shapes[unit.hub[0]])} does not fit: {error}.",
@@ -177,6 +197,13 @@ def forward(table: Table, shapes: Mapping[str, Shape], facts: Facts, where: str 
             ) from None
         made.update(zip(unit.other, results, strict=True))
     return made, units
+
+
+def _lacks(error: KeyError, where: str) -> PolymodalError:
+    return PolymodalError(
+        f"{where}: the number of {error.args[0]} is needed, which only the config tells.",
+        "Give the hub checkpoint too (hf_dir).",
+    )
 
 
 def hub_shapes(table: Table, shapes: Mapping[str, Shape], facts: Facts, where: str = "") -> dict[str, Shape]:
@@ -193,10 +220,14 @@ def hub_shapes(table: Table, shapes: Mapping[str, Shape], facts: Facts, where: s
         missing = _whole(unit, "other", experts)
         if missing:
             raise PolymodalError(
-                f"{where + ': ' if where else ''}{missing[0]} is missing beside {unit.other[0]}.", "Is the tree whole?"
+                f"{where + ': ' if where else ''}{missing[0]} is missing beside {unit.other[0]}.",
+                "Is the tree whole?",
             )
         names = _names(unit.row.hub, unit.values, experts)
-        parts = unit.row.operation.parts([tuple(shapes[key]) for key in unit.other], facts)
+        try:
+            parts = unit.row.operation.parts([tuple(shapes[key]) for key in unit.other], facts)
+        except KeyError as error:
+            raise _lacks(error, where) from None
         out.update(zip(names, parts, strict=True))
     return out
 
@@ -208,7 +239,3 @@ def cut_of(table: Table, key: str) -> Cut:
             if match(pattern, key) is not None:
                 return one.cut_of(position)
     return WHOLE
-
-
-Reader = Callable[[dict[str, Any]], Facts]
-"""Reads a config.json into the facts that a table's operations need."""

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from polymodal.convert.operations import WHOLE, Facts, Shape
-from polymodal.convert.reading import iterate, place as place_of, torch_file
+from polymodal.convert.reading import iterate, torch_file
+from polymodal.convert.reading import place as place_of
 from polymodal.convert.source import Copy, Flat, Mapped, Place, invert
 from polymodal.convert.table import Row, Table, Tower, fill, match
 from polymodal.errors import PolymodalError
@@ -52,7 +53,11 @@ class Parallel:
     def __str__(self) -> str:
         lists = "".join(f", {name} {shown(one)}" for name, one in self.layers.items())
         own = "".join(f", {name} TP {size}" for name, size in self.tower_tp.items() if size != self.tp)
-        return f"TP {self.tp}{own}, EP {self.ep}, PP {self.pp}" + (f" x VPP {self.vpp}" if self.vpp > 1 else "") + lists
+        return (
+            f"TP {self.tp}{own}, EP {self.ep}, PP {self.pp}"
+            + (f" x VPP {self.vpp}" if self.vpp > 1 else "")
+            + lists
+        )
 
 
 def shown(layers: Layers) -> str:
@@ -97,19 +102,28 @@ def check(parallel: Parallel, table: Table, facts: Facts, option: str = "{}_pp_l
         raise PolymodalError("This model's trees have no pipeline stages.", "Leave pp_layers out.")
     if parallel.files > 1 and not table.tensor_parallel:
         raise PolymodalError("This model's trees are not cut over TP.", "Set tp_size to 1.")
-    for name, size in (("tp_size", parallel.tp), *((f"{n}_tp_size", s) for n, s in parallel.tower_tp.items())):
+    for name, size in (
+        ("tp_size", parallel.tp),
+        *((f"{n}_tp_size", s) for n, s in parallel.tower_tp.items()),
+    ):
         if parallel.files % size:
-            raise PolymodalError(f"{name} {size} does not divide the largest TP size, {parallel.files}.", "Choose divisors of it.")
+            raise PolymodalError(
+                f"{name} {size} does not divide the largest TP size, {parallel.files}.",
+                "Choose divisors of it.",
+            )
     groups = facts.get("kv_heads", 0)
     if groups % parallel.tp:
         fits = [n for n in range(1, groups + 1) if groups % n == 0]
         raise PolymodalError(
-            f"tp_size {parallel.tp} does not divide the {groups} key-value heads.", f"It may be {', '.join(map(str, fits))}."
+            f"tp_size {parallel.tp} does not divide the {groups} key-value heads.",
+            f"It may be {', '.join(map(str, fits))}.",
         )
     experts = facts.get("experts", 0)
     if parallel.ep > 1 and (experts == 0 or experts % parallel.ep):
         raise PolymodalError(
-            f"ep_size {parallel.ep} does not divide the {experts} experts." if experts else f"ep_size is {parallel.ep}, but the model has no experts.",
+            f"ep_size {parallel.ep} does not divide the {experts} experts."
+            if experts
+            else f"ep_size is {parallel.ep}, but the model has no experts.",
             "Choose a divisor of it." if experts else "Set ep_size to 1.",
         )
 
@@ -160,7 +174,9 @@ def _stages(table: Table, parallel: Parallel, key: str) -> Iterator[tuple[int, i
             ends = [sum(flat[: at + 1]) for at in range(len(flat))]
             stage = next((at for at, end in enumerate(ends) if int(number) < end), None)
             if stage is None:
-                raise PolymodalError(f"{key} is beyond the {ends[-1]} layers of the list {shown(layers)}.", "Give all layers.")
+                raise PolymodalError(
+                    f"{key} is beyond the {ends[-1]} layers of the list {shown(layers)}.", "Give all layers."
+                )
             local = f"{tower.layers}{int(number) - (ends[stage] - flat[stage])}{rest}"
         elif key.startswith(tower.first):
             stage = used[0]
@@ -174,7 +190,9 @@ def _stages(table: Table, parallel: Parallel, key: str) -> Iterator[tuple[int, i
                 yield v, p, local
         return
     if not key.startswith(table.everywhere):
-        raise PolymodalError(f"The table does not say which pipeline stage holds {key}.", "This is a defect: please report it.")
+        raise PolymodalError(
+            f"The table does not say which pipeline stage holds {key}.", "This is a defect: please report it."
+        )
     for v, p in everything:
         yield v, p, key
 
@@ -240,10 +258,14 @@ def iteration(root: Path) -> Path:
         )
     text = tracker.read_text().strip()
     if text != RELEASE and not text.isdigit():
-        raise PolymodalError(f"{tracker} says {text!r}: neither `release` nor a step.", "Put the step's number there.")
+        raise PolymodalError(
+            f"{tracker} says {text!r}: neither `release` nor a step.", "Put the step's number there."
+        )
     found = root / (text if text == RELEASE else f"iter_{int(text):07d}")
     if not found.is_dir():
-        raise PolymodalError(f"{tracker} points at {found.name}, which is not there.", "Copy it, or correct the tracker.")
+        raise PolymodalError(
+            f"{tracker} points at {found.name}, which is not there.", "Copy it, or correct the tracker."
+        )
     return found
 
 
@@ -270,15 +292,24 @@ def open_files(where: Path, allow_pickle: bool = False) -> dict[tuple[int, ...],
         if not path.is_file():
             raise PolymodalError(f"{path} is missing.", "Copy the whole tree.")
         table = torch_file(path, allow_pickle)
-        slots = {key: value for key, value in table.items() if re.fullmatch(r"model\d*", str(key)) and isinstance(value, dict)}
+        slots = {
+            key: value
+            for key, value in table.items()
+            if re.fullmatch(r"model\d*", str(key)) and isinstance(value, dict)
+        }
         if not slots:
-            raise PolymodalError(f"{path} holds no `model` (only {', '.join(map(str, list(table)[:4]))}).", "Is it a checkpoint of the training?")
+            raise PolymodalError(
+                f"{path} holds no `model` (only {', '.join(map(str, list(table)[:4]))}).",
+                "Is it a checkpoint of the training?",
+            )
         found[tuple(int(n) for n in named.groups() if n is not None)] = {
             name: {key: place_of(path, value) for key, value in iterate(held)} for name, held in slots.items()
         }
     lengths = {len(key) for key in found}
     if len(lengths) != 1:
-        raise PolymodalError(f"{where} mixes rank directories of several layouts.", "Remove those of the other save.")
+        raise PolymodalError(
+            f"{where} mixes rank directories of several layouts.", "Remove those of the other save."
+        )
     sizes = [len({key[at] for key in found}) for at in range(lengths.pop())]
     expected = 1
     for size in sizes:
@@ -286,12 +317,15 @@ def open_files(where: Path, allow_pickle: bool = False) -> dict[tuple[int, ...],
     highest = [max(key[at] for key in found) + 1 for at in range(len(sizes))]
     if expected != len(found) or highest != sizes:
         raise PolymodalError(
-            f"{where} has {len(found)} rank directories, whose numbers ask for {' x '.join(map(str, highest))}.", "Copy the missing ones."
+            f"{where} has {len(found)} rank directories, whose numbers ask for {' x '.join(map(str, highest))}.",
+            "Copy the missing ones.",
         )
     return found
 
 
-def read(table: Table, root: Path, facts: Facts, given: Parallel | None = None, allow_pickle: bool = False) -> Tree:
+def read(
+    table: Table, root: Path, facts: Facts, given: Parallel | None = None, allow_pickle: bool = False
+) -> Tree:
     """Open a tree. given: how it is said to be cut (checked); None: recognised.
 
     Raises PolymodalError for files that are missing, keys that are unknown or left over, and a tree that is cut
@@ -304,7 +338,7 @@ def read(table: Table, root: Path, facts: Facts, given: Parallel | None = None, 
     shapes = _wholes(table, ranks, parallel, facts, where)
     if table.tie and table.tie[0] in shapes and table.tie[1] not in shapes:
         raise PolymodalError(f"{where}: {table.tie[1]} is missing.", "Copy the whole tree.")
-    placed = place(table, shapes, parallel, facts)
+    placed = place(table, shapes, parallel, table.seen(facts, shapes))
     layout: dict[str, Stored] = {}
     places: dict[str, Place] = {}
     for (t, p, e), slots in ranks.items():
@@ -349,7 +383,13 @@ def _layer(tower: Tower, key: str) -> int | None:
     return int(found[0]) if found else None
 
 
-def recognise(table: Table, files: dict[tuple[int, ...], Tensors], facts: Facts, where: Path, given: Parallel | None = None) -> Parallel:
+def recognise(
+    table: Table,
+    files: dict[tuple[int, ...], Tensors],
+    facts: Facts,
+    where: Path,
+    given: Parallel | None = None,
+) -> Parallel:
     """How a tree is cut, from its names and what lies where."""
     sample = next(iter(files))
     second = len({key[1] for key in files}) if len(sample) > 1 else 1
@@ -371,8 +411,10 @@ def recognise(table: Table, files: dict[tuple[int, ...], Tensors], facts: Facts,
         repeats = sorted({p for v, p in starts if v == starts[0][0]}) if starts and tower.first else []
         width = repeats[1] - repeats[0] if len(repeats) > 1 else second
         if sum(stages):
-            layers[tower.name] = tuple(tuple(stages[v * second : v * second + width]) for v in range(len(slots)))
-    own = {name: size for name, size in given.tower_tp.items()} if given else {}
+            layers[tower.name] = tuple(
+                tuple(stages[v * second : v * second + width]) for v in range(len(slots))
+            )
+    own = dict(given.tower_tp) if given else {}
     tp = given.tp if given and own else len({key[0] for key in files})
     parallel = Parallel(tp, ep, layers, own)
     if given is not None:
@@ -382,7 +424,9 @@ def recognise(table: Table, files: dict[tuple[int, ...], Tensors], facts: Facts,
 
 def _agree(given: Parallel, found: Parallel, where: Path) -> None:
     if (given.files, given.ep) != (found.files, found.ep):
-        raise PolymodalError(f"{where} is cut to {found}, not to {given}.", "Give the sizes that it was made with.")
+        raise PolymodalError(
+            f"{where} is cut to {found}, not to {given}.", "Give the sizes that it was made with."
+        )
     for name, layers in given.layers.items():
         if name in found.layers and found.layers[name] != layers:
             raise PolymodalError(
@@ -391,7 +435,9 @@ def _agree(given: Parallel, found: Parallel, where: Path) -> None:
             )
 
 
-def _wholes(table: Table, ranks: dict[tuple[int, int, int], Tensors], parallel: Parallel, facts: Facts, where: Path) -> dict[str, Shape]:
+def _wholes(
+    table: Table, ranks: dict[tuple[int, int, int], Tensors], parallel: Parallel, facts: Facts, where: Path
+) -> dict[str, Shape]:
     """The shape of every whole tensor, under its name without stages."""
     shards: dict[str, dict[int, Shape]] = defaultdict(dict)
     experts = facts.get("experts", 0) // parallel.ep if parallel.ep > 1 else 0
@@ -409,7 +455,9 @@ def _wholes(table: Table, ranks: dict[tuple[int, int, int], Tensors], parallel: 
     return out
 
 
-def _global(table: Table, parallel: Parallel, key: str, virtual: int, stage: int, ep: int, experts: int) -> str:
+def _global(
+    table: Table, parallel: Parallel, key: str, virtual: int, stage: int, ep: int, experts: int
+) -> str:
     for tower in table.towers:
         number, layers = _layer(tower, key), parallel.layers.get(tower.name)
         if number is not None and layers is not None:
@@ -428,4 +476,3 @@ def _global(table: Table, parallel: Parallel, key: str, virtual: int, stage: int
 def one_stage(table: Table, facts: Facts) -> dict[str, Layers]:
     """Every tower whole on one stage."""
     return {tower.name: ((facts[tower.count],),) for tower in table.towers if facts.get(tower.count)}
-

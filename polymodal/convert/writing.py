@@ -67,21 +67,29 @@ def safetensors_frame(path: Path, spec: Spec) -> dict[str, Place]:
         file.truncate(8 + len(text) + at)
     begin = 8 + len(text)
     return {
-        name: Place(path, begin + header[name]["data_offsets"][0], spec[name][0], dense(spec[name][0]), spec[name][1])
+        name: Place(
+            path, begin + header[name]["data_offsets"][0], spec[name][0], dense(spec[name][0]), spec[name][1]
+        )
         for name in spec
     }
 
 
-def torch_frame(path: Path, slots: Mapping[str, Spec], extra: Mapping[str, Any]) -> dict[str, dict[str, Place]]:
+def torch_frame(
+    path: Path, slots: Mapping[str, Spec], extra: Mapping[str, Any]
+) -> dict[str, dict[str, Place]]:
     """Write a torch file {slot: {name: tensor}, **extra} without its values; where each tensor's bytes go."""
     table: dict[str, Any] = {
-        slot: {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in spec.items()}  # memory that is never touched
+        slot: {
+            name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in spec.items()
+        }  # memory that is never touched
         for slot, spec in slots.items()
     }
     with torch.serialization.skip_data():
         torch.save({**table, **extra}, path)
     made = reading.torch_file(path)
-    return {slot: {name: reading.place(path, tensor) for name, tensor in made[slot].items()} for slot in slots}
+    return {
+        slot: {name: reading.place(path, tensor) for name, tensor in made[slot].items()} for slot in slots
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- values
@@ -125,7 +133,9 @@ def _tasks(items: list[Item]) -> list[tuple[Item, tuple[slice, ...], int]]:
     return [one[at] for at in range(max(map(len, lists), default=0)) for one in lists if at < len(one)]
 
 
-def fill(items: list[Item], source: Source, workers: int, progress: Callable[[int], None] = lambda count: None) -> None:
+def fill(
+    items: list[Item], source: Source, workers: int, progress: Callable[[int], None] = lambda count: None
+) -> None:
     """Write every tensor's values into its place."""
     buffers = _Buffers()
     handles = {path: os.open(path, os.O_RDWR) for path in dict.fromkeys(item.place.path for item in items)}
@@ -151,7 +161,13 @@ def _raw(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def compare(items: list[Item], written: Mapping[str, Source], source: Source, workers: int, progress: Callable[[int], None] = lambda count: None) -> None:
+def compare(
+    items: list[Item],
+    written: Mapping[str, Source],
+    source: Source,
+    workers: int,
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
     """Read every tensor back (written: key -> what reads it, under the item's name) and compare it, bit by bit.
 
     Raises PolymodalError for the first that differs.
@@ -165,7 +181,8 @@ def compare(items: list[Item], written: Mapping[str, Source], source: Source, wo
         written[item.key].read(item.name, box, have)
         if not torch.equal(_raw(want), _raw(have)):
             raise PolymodalError(
-                f"{item.place.path}: {item.name} is not what was written.", "The disk or its memory is at fault: write to another one."
+                f"{item.place.path}: {item.name} is not what was written.",
+                "The disk or its memory is at fault: write to another one.",
             )
         progress(want.nbytes)
 
@@ -209,7 +226,8 @@ def need_space(directory: Path, count: int) -> None:
     free = shutil.disk_usage(there).free
     if free < count * 1.01 + (1 << 20):
         raise PolymodalError(
-            f"{directory} needs {count / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free.", "Free space there, or choose another disk."
+            f"{directory} needs {count / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free.",
+            "Free space there, or choose another disk.",
         )
 
 
@@ -253,7 +271,8 @@ def released(root: Path, tracker: str, release: str) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise PolymodalError(
-            f"{root} could not be written: {error.strerror or error}.", "Free space there, or choose another directory."
+            f"{root} could not be written: {error.strerror or error}.",
+            "Free space there, or choose another directory.",
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -21,7 +21,10 @@ BAGEL = Family(
                 row("language_model.model.{x}", "mllm.decoder.{x}"),
                 row("latent_pos_embed.pos_embed", "latent_pos_embed.pos_embed"),
                 *(row(f"{name}.{{p}}", f"mllm.{name}.{{p}}") for name in ("llm2vae", "vae2llm")),
-                *(row(f"time_embedder.mlp.{x}.{{p}}", f"mllm.time_embedder.time_embed.{x}.{{p}}") for x in (0, 2)),
+                *(
+                    row(f"time_embedder.mlp.{x}.{{p}}", f"mllm.time_embedder.time_embed.{x}.{{p}}")
+                    for x in (0, 2)
+                ),
                 row("vit_pos_embed.pos_embed", "mllm.vit_pos_embed.pos_embed"),
                 *(
                     row(f"{VIT}.embeddings.{name}", f"image_encoder.encoder.patch_embed.{name}")
@@ -38,4 +41,6 @@ BAGEL = Family(
     },
     stem="ema",
 )
-LUMINA = Family("lumina", "Lumina-mGPT 2", {"": Table((row("{x}", "{x}"),), tensor_parallel=False, pipeline=False)})
+LUMINA = Family(
+    "lumina", "Lumina-mGPT 2", {"": Table((row("{x}", "{x}"),), tensor_parallel=False, pipeline=False)}
+)

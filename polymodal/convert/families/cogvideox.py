@@ -13,7 +13,9 @@ TOWER = Tower(
     ("time_embed.", "patch_embed.", "caption_projection.", "pos_embed.", "ofs_embed."),
     ("norm_final.", "norm_out.", "proj_out_linear.", "adaLN_modulation."),
 )  # fmt: skip
-MODULATION = Reorder(6, tuple((tensor, chunk + 3 * half) for half in (0, 1) for tensor in (0, 1) for chunk in range(3)))
+MODULATION = Reorder(
+    6, tuple((tensor, chunk + 3 * half) for half in (0, 1) for tensor in (0, 1) for chunk in range(3))
+)
 """Two modulations of six chunks each: the first three of both, then the last three of both."""
 
 DIFFUSERS = Table(
@@ -25,8 +27,18 @@ DIFFUSERS = Table(
         row("patch_embed.proj.{p}", "patch_embed.proj.{p}"),
         row("patch_embed.text_proj.{p}", "caption_projection.{p}"),
         row("patch_embed.pos_embedding", "pos_embed.pos_embedding"),
-        row([f"{HUB}.attn1.to_{x}.{{p}}" for x in "qkv"], f"{OURS}.self_atten.proj_qkv.{{p}}", Concatenate(3), QKV),
-        row([f"{HUB}.norm{x}.linear.{{p}}" for x in (1, 2)], f"{OURS}.scale_shift_table.1.{{p}}", MODULATION, ROWS),
+        row(
+            [f"{HUB}.attn1.to_{x}.{{p}}" for x in "qkv"],
+            f"{OURS}.self_atten.proj_qkv.{{p}}",
+            Concatenate(3),
+            QKV,
+        ),
+        row(
+            [f"{HUB}.norm{x}.linear.{{p}}" for x in (1, 2)],
+            f"{OURS}.scale_shift_table.1.{{p}}",
+            MODULATION,
+            ROWS,
+        ),
         *(row(f"{HUB}.attn1.norm_{x}.{{p}}", f"{OURS}.self_atten.{x}_norm.{{p}}") for x in "qk"),
         row(f"{HUB}.attn1.to_out.0.weight", f"{OURS}.self_atten.proj_out.weight", cut=COLUMNS),
         row(f"{HUB}.attn1.to_out.0.bias", f"{OURS}.self_atten.proj_out.bias"),
@@ -50,9 +62,16 @@ ORIGINAL = Table(
         *(row(f"{SAT}.ofs_embed.{x}.{{p}}", f"ofs_embed.{x}.{{p}}") for x in (0, 2)),
         row(f"{MIXINS}.patch_embed.proj.{{p}}", "patch_embed.proj.{p}"),
         row(f"{MIXINS}.patch_embed.text_proj.{{p}}", "caption_projection.{p}"),
-        *(row(f"{MIXINS}.pos_embed.{x}", f"pos_embed.{x}") for x in ("freqs_cos", "freqs_sin", "pos_embedding")),
+        *(
+            row(f"{MIXINS}.pos_embed.{x}", f"pos_embed.{x}")
+            for x in ("freqs_cos", "freqs_sin", "pos_embedding")
+        ),
         row(f"{LAYER}.attention.query_key_value.{{p}}", f"{OURS}.self_atten.proj_qkv.{{p}}", cut=QKV),
-        row(f"{MIXINS}.adaln_layer.adaLN_modulations.{{n}}.1.{{p}}", f"{OURS}.scale_shift_table.1.{{p}}", cut=ROWS),
+        row(
+            f"{MIXINS}.adaln_layer.adaLN_modulations.{{n}}.1.{{p}}",
+            f"{OURS}.scale_shift_table.1.{{p}}",
+            cut=ROWS,
+        ),
         row(f"{MIXINS}.adaln_layer.query_layernorm_list.{{n}}.{{p}}", f"{OURS}.self_atten.q_norm.{{p}}"),
         row(f"{MIXINS}.adaln_layer.key_layernorm_list.{{n}}.{{p}}", f"{OURS}.self_atten.k_norm.{{p}}"),
         row(f"{LAYER}.attention.dense.weight", f"{OURS}.self_atten.proj_out.weight", cut=COLUMNS),
@@ -68,10 +87,14 @@ ORIGINAL = Table(
         row(f"{MIXINS}.final_layer.adaLN_modulation.1.{{p}}", "adaLN_modulation.1.{p}", cut=ROWS),
     ),
     (TOWER,),
-    drop=("first_stage_model.{x}", "conditioner.{x}", f"{SAT}.transformer.position_embeddings.{{x}}", f"{SAT}.transformer.word_embeddings.{{x}}"),
+    drop=(
+        "first_stage_model.{x}",
+        "conditioner.{x}",
+        f"{SAT}.transformer.position_embeddings.{{x}}",
+        f"{SAT}.transformer.word_embeddings.{{x}}",
+    ),
 )
 COGVIDEOX = Family(
     "cogvideox", "CogVideoX", {"": DIFFUSERS, "source": ORIGINAL}, ("CogVideoXTransformer3DModel",),
-    lambda config: {"layers": int(config["num_layers"])}, {"layers": "transformer_blocks."}, stem="diffusion_pytorch_model",
-    seen=lambda facts, shapes: facts if facts.get("layers") else {**facts, "layers": sum(key.endswith(".attention.dense.weight") for key in shapes)},
+    lambda config: {"layers": int(config["num_layers"])}, {"layers": r"\b(?:transformer_blocks|transformer\.layers)\.(\d+)\."}, stem="diffusion_pytorch_model",
 )  # fmt: skip

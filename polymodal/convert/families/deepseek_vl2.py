@@ -83,4 +83,6 @@ def facts(config: dict[str, Any]) -> Facts:
     }
 
 
-DEEPSEEK_VL2 = Family("deepseek-vl2", "DeepSeek-VL2", {"": table}, ("DeepseekVLV2ForCausalLM", "deepseek_vl_v2"), facts)
+DEEPSEEK_VL2 = Family(
+    "deepseek-vl2", "DeepSeek-VL2", {"": table}, ("DeepseekVLV2ForCausalLM", "deepseek_vl_v2"), facts
+)

@@ -20,10 +20,18 @@ NORMS = {
 ROWS_OF = (
     row("model.visual.patch_embed.proj.{p}", "image_encoder.encoder.patch_embed.proj.{p}"),
     row("model.visual.post_conv_layernorm.{p}", "image_encoder.encoder.post_conv_layernorm.{p}"),
-    row("model.visual.embeddings.position_embedding.weight", "image_encoder.encoder.embeddings.position_embedding.weight"),
+    row(
+        "model.visual.embeddings.position_embedding.weight",
+        "image_encoder.encoder.embeddings.position_embedding.weight",
+    ),
     row(f"{BLOCK}.attn.qkv.{{p}}", f"{VIT}.self_attention.qkv.{{p}}"),
     row(f"{BLOCK}.attn.proj.{{p}}", f"{VIT}.self_attention.proj.{{p}}"),
-    row([f"{BLOCK}.mlp.{x}_proj.{{p}}" for x in ("gate", "up")], f"{VIT}.mlp.linear_fc1.{{p}}", Concatenate(), GLU),
+    row(
+        [f"{BLOCK}.mlp.{x}_proj.{{p}}" for x in ("gate", "up")],
+        f"{VIT}.mlp.linear_fc1.{{p}}",
+        Concatenate(),
+        GLU,
+    ),
     row(f"{BLOCK}.mlp.down_proj.weight", f"{VIT}.mlp.linear_fc2.weight", cut=COLUMNS),
     row(f"{BLOCK}.mlp.down_proj.bias", f"{VIT}.mlp.linear_fc2.bias"),
     row(f"{BLOCK}.norm1.{{p}}", f"{VIT}.input_layernorm.{{p}}"),
@@ -32,7 +40,12 @@ ROWS_OF = (
     row("model.visual.downsample.{p}", "image_encoder.encoder.downsample.{p}"),
     row("model.visual.merger.{x}", "image_encoder.projector.{x}"),
     row("model.language_model.embed_tokens.weight", TIE[1], cut=ROWS),
-    row([f"{TEXT}.self_attn.{x}_proj.{{p}}" for x in "qkv"], f"{LLM}.self_attention.linear_qkv.{{p}}", QueryGroups(), ROWS),
+    row(
+        [f"{TEXT}.self_attn.{x}_proj.{{p}}" for x in "qkv"],
+        f"{LLM}.self_attention.linear_qkv.{{p}}",
+        QueryGroups(),
+        ROWS,
+    ),
     row(f"{TEXT}.self_attn.o_proj.weight", f"{LLM}.self_attention.linear_proj.weight", cut=COLUMNS),
     row(f"{TEXT}.mlp.gate_up_proj.weight", f"{LLM}.mlp.linear_fc1.weight", cut=GLU),
     row(f"{TEXT}.mlp.down_proj.weight", f"{LLM}.mlp.linear_fc2.weight", cut=COLUMNS),
@@ -63,4 +76,10 @@ def facts(config: dict[str, Any]) -> Facts:
     }
 
 
-GLM4V = Family("glm-4.1v", "GLM-4.1V", {"": Table(ROWS_OF, TOWERS, TIE, "lm_head.weight")}, ("Glm4vForConditionalGeneration", "glm4v"), facts)
+GLM4V = Family(
+    "glm-4.1v",
+    "GLM-4.1V",
+    {"": Table(ROWS_OF, TOWERS, TIE, "lm_head.weight")},
+    ("Glm4vForConditionalGeneration", "glm4v"),
+    facts,
+)

@@ -28,11 +28,20 @@ def _rows() -> tuple[Row, ...]:
         *streams,
         row(f"{DOUBLE}.{{x}}", f"{DOUBLE}.{{x}}"),
         row(f"{SINGLE}.modulation.linear.{{p}}", f"{SINGLE}.modulation.linear.{{p}}", cut=ROWS),
-        row(f"{SINGLE}.linear1.{{p}}", [f"{SINGLE}.linear1_qkv.{{p}}", f"{SINGLE}.linear1_mlp.{{p}}"], MLP, cuts=(QKV, ROWS)),
+        row(
+            f"{SINGLE}.linear1.{{p}}",
+            [f"{SINGLE}.linear1_qkv.{{p}}", f"{SINGLE}.linear1_mlp.{{p}}"],
+            MLP,
+            cuts=(QKV, ROWS),
+        ),
         row(f"{SINGLE}.linear2.weight", f"{SINGLE}.linear2.weight", cut=Border()),
         row(f"{SINGLE}.{{x}}", f"{SINGLE}.{{x}}"),
         *(row(f"txt_in.t_embedder.mlp.{x}.{{p}}", f"txt_in.t_embedder.time_embed.{x}.{{p}}") for x in (0, 2)),
-        *(row(f"{name}.mlp.{x}.{{p}}", f"{name}.time_embed.{x}.{{p}}") for name in ("time_in", "guidance_in") for x in (0, 2)),
+        *(
+            row(f"{name}.mlp.{x}.{{p}}", f"{name}.time_embed.{x}.{{p}}")
+            for name in ("time_in", "guidance_in")
+            for x in (0, 2)
+        ),
         row("vector_in.in_layer.{p}", "vector_in.fc1.{p}", cut=ROWS),
         row("vector_in.out_layer.weight", "vector_in.fc2.weight", cut=COLUMNS),
         row("vector_in.out_layer.bias", "vector_in.fc2.bias"),
@@ -46,10 +55,8 @@ def _rows() -> tuple[Row, ...]:
 def seen(facts: Facts, shapes: Mapping[str, Shape]) -> Facts:
     """Widths of the fused single blocks, off the attention's output and the fused tensors."""
     hidden = next((shape[0] for key, shape in shapes.items() if key.endswith(".linear2.weight")), 0)
-    rows = next((shape[0] for key, shape in shapes.items() if ".linear1." in key and key.endswith((".weight", "lora_up.weight"))), 0)
-    if not hidden:
-        return facts
-    return {**facts, "hidden": hidden, "hidden_qkv": 3 * hidden, "mlp": rows - 3 * hidden if rows else 0}
+    columns = next((shape[1] for key, shape in shapes.items() if key.endswith(".linear2.weight")), 0)
+    return {**facts, "hidden": hidden, "hidden_qkv": 3 * hidden, "mlp": columns - hidden}
 
 
 # A LoRA of the original code: one name without dots, `lora_down` and `lora_up`; A of a fused layer goes to both halves.
@@ -59,7 +66,11 @@ PARTS = (
     ("double_blocks_{n}_img_attn_qkv", "double_blocks.{n}.img_attn_qkv"),
     ("double_blocks_{n}_txt_attn_proj", "double_blocks.{n}.txt_attn_proj"),
     ("double_blocks_{n}_txt_attn_qkv", "double_blocks.{n}.txt_attn_qkv"),
-    *((f"double_blocks_{{n}}_{x}_mlp_fc{k}", f"double_blocks.{{n}}.{x}_mlp.fc{k}") for x in ("img", "txt") for k in (1, 2)),
+    *(
+        (f"double_blocks_{{n}}_{x}_mlp_fc{k}", f"double_blocks.{{n}}.{x}_mlp.fc{k}")
+        for x in ("img", "txt")
+        for k in (1, 2)
+    ),
     *((f"double_blocks_{{n}}_{x}_mod_linear", f"double_blocks.{{n}}.{x}_mod.linear") for x in ("img", "txt")),
     ("single_blocks_{n}_linear2", "single_blocks.{n}.linear2"),
     ("single_blocks_{n}_modulation_linear", "single_blocks.{n}.modulation.linear"),
@@ -71,27 +82,44 @@ def _adapter() -> tuple[Row, ...]:
     halves = [f"{SINGLE}.linear1_{x}" for x in ("qkv", "mlp")]
     rows = [
         row(f"{whole}.lora_down.weight", [f"{half}.lora_A.default.weight" for half in halves], Repeat()),
-        row(f"{whole}.lora_up.weight", [f"{half}.lora_B.default.weight" for half in halves], Split(("adapter_qkv", "adapter_mlp"))),
+        row(
+            f"{whole}.lora_up.weight",
+            [f"{half}.lora_B.default.weight" for half in halves],
+            Split(("adapter_qkv", "adapter_mlp")),
+        ),
     ]
     for hub, ours in PARTS:
         rows += [
-            row(f"{PREFIX}{hub}.lora_{theirs}.weight", f"{ours}.lora_{name}.default.weight") for theirs, name in (("down", "A"), ("up", "B"))
+            row(f"{PREFIX}{hub}.lora_{theirs}.weight", f"{ours}.lora_{name}.default.weight")
+            for theirs, name in (("down", "A"), ("up", "B"))
         ]
     return tuple(rows)
 
 
 def seen_adapter(facts: Facts, shapes: Mapping[str, Shape]) -> Facts:
     """Widths of the fused layers: the output of linear2 is the hidden size."""
-    hidden = next((shape[0] for key, shape in shapes.items() if key.endswith("linear2.lora_up.weight")), 0)
-    hidden = hidden or next((shape[0] for key, shape in shapes.items() if key.endswith("attn_proj.lora_up.weight")), 0)
-    rows = next((shape[0] for key, shape in shapes.items() if key.endswith("linear1.lora_up.weight")), 0)
-    return {**facts, "adapter_qkv": 3 * hidden, "adapter_mlp": rows - 3 * hidden}
+    ends = (
+        "linear2.lora_up.weight",
+        "linear2.lora_B.default.weight",
+        "attn_proj.lora_up.weight",
+        "attn_proj.lora_B.default.weight",
+    )
+    hidden = next((shape[0] for key, shape in shapes.items() if key.endswith(ends)), 0)
+    whole = next((shape[0] for key, shape in shapes.items() if key.endswith("linear1.lora_up.weight")), 0)
+    return {**facts, "adapter_qkv": 3 * hidden, "adapter_mlp": whole - 3 * hidden}
 
 
-HUNYUAN_VIDEO = Family("hunyuan-video", "HunyuanVideo", {"": Table(_rows(), pipeline=False), "i2v": Table(_rows(), tensor_parallel=False, pipeline=False)}, seen=seen)
+HUNYUAN_VIDEO = Family(
+    "hunyuan-video",
+    "HunyuanVideo",
+    {
+        "": Table(_rows(), pipeline=False, seen=seen),
+        "i2v": Table(_rows(), tensor_parallel=False, pipeline=False, seen=seen),
+    },
+)
 HUNYUAN_VIDEO_LORA = Family(
     "hunyuan-video-lora", "a LoRA of HunyuanVideo",
-    {"": Table(_adapter(), drop=("{x}.alpha",), tensor_parallel=False, pipeline=False)}, seen=seen_adapter,
+    {"": Table(_adapter(), drop=("{x}.alpha",), tensor_parallel=False, pipeline=False, seen=seen_adapter)},
 )  # fmt: skip
 HUNYUAN_VIDEO_15 = Family(
     "hunyuan-video-1.5", "HunyuanVideo 1.5", {"": Table((row("{x}", "{x}"),), tensor_parallel=False, pipeline=False)},

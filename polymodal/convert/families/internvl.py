@@ -61,9 +61,19 @@ def _language(model: str, head: str) -> tuple[Row, ...]:
     layer = f"{model}.layers.{{n}}"
     return (
         row(f"{model}.embed_tokens.weight", TIE[1], cut=VOCABULARY),
-        row([f"{layer}.self_attn.{x}_proj.{{p}}" for x in "qkv"], f"{LLM}.self_attention.linear_qkv.{{p}}", QueryGroups(), ROWS),
+        row(
+            [f"{layer}.self_attn.{x}_proj.{{p}}" for x in "qkv"],
+            f"{LLM}.self_attention.linear_qkv.{{p}}",
+            QueryGroups(),
+            ROWS,
+        ),
         row(f"{layer}.self_attn.o_proj.weight", f"{LLM}.self_attention.linear_proj.weight", cut=COLUMNS),
-        row([f"{layer}.mlp.{x}_proj.weight" for x in ("gate", "up")], f"{LLM}.mlp.linear_fc1.weight", Concatenate(), GLU),
+        row(
+            [f"{layer}.mlp.{x}_proj.weight" for x in ("gate", "up")],
+            f"{LLM}.mlp.linear_fc1.weight",
+            Concatenate(),
+            GLU,
+        ),
         row(f"{layer}.mlp.down_proj.weight", f"{LLM}.mlp.linear_fc2.weight", cut=COLUMNS),
         row(f"{layer}.input_layernorm.weight", f"{LLM}.input_layernorm.weight"),
         row(f"{layer}.post_attention_layernorm.weight", f"{LLM}.pre_mlp_layernorm.weight"),
@@ -79,7 +89,12 @@ def _internlm2() -> tuple[Row, ...]:
         row("language_model.model.tok_embeddings.weight", TIE[1], cut=VOCABULARY),
         row(f"{layer}.attention.wqkv.weight", f"{LLM}.self_attention.linear_qkv.weight", cut=ROWS),
         row(f"{layer}.attention.wo.weight", f"{LLM}.self_attention.linear_proj.weight", cut=COLUMNS),
-        row([f"{layer}.feed_forward.{x}.weight" for x in ("w1", "w3")], f"{LLM}.mlp.linear_fc1.weight", Concatenate(), GLU),
+        row(
+            [f"{layer}.feed_forward.{x}.weight" for x in ("w1", "w3")],
+            f"{LLM}.mlp.linear_fc1.weight",
+            Concatenate(),
+            GLU,
+        ),
         row(f"{layer}.feed_forward.w2.weight", f"{LLM}.mlp.linear_fc2.weight", cut=COLUMNS),
         row(f"{layer}.attention_norm.weight", f"{LLM}.input_layernorm.weight"),
         row(f"{layer}.ffn_norm.weight", f"{LLM}.pre_mlp_layernorm.weight"),
@@ -92,25 +107,33 @@ def table(facts: Facts) -> Table:
     """The table of a config: two spellings of the hub's names, three language models."""
     if facts.get("library"):
         rows = (
-            *(row(f"model.vision_tower.embeddings.{hub}", f"image_encoder.encoder.embeddings.{ours}") for hub, ours in (
+            *(row(f"vision_tower.embeddings.{hub}", f"image_encoder.encoder.embeddings.{ours}") for hub, ours in (
                 ("cls_token", "class_embedding"), ("position_embeddings", "position_embedding"),
                 ("patch_embeddings.projection.{p}", "patch_embedding.{p}"),
             )),
-            *_vision("model.vision_tower.encoder.layer.{n}", LIBRARY, False),
-            *(row(f"model.multi_modal_projector.{hub}.{{p}}", f"image_encoder.projector.{ours}.{{p}}") for hub, ours in (
+            *_vision("vision_tower.encoder.layer.{n}", LIBRARY, False),
+            *(row(f"multi_modal_projector.{hub}.{{p}}", f"image_encoder.projector.{ours}.{{p}}") for hub, ours in (
                 ("layer_norm", "norm"), ("linear_1", "linear_fc1"), ("linear_2", "linear_fc2"),
             )),
-            *_language("model.language_model", "lm_head.weight"),
+            *_language("language_model.model", "language_model.lm_head.weight"),
         )  # fmt: skip
-        return Table(rows, TOWERS, TIE, "lm_head.weight")
+        return Table(rows, TOWERS, TIE, "language_model.lm_head.weight")
     outer = (
         row("vision_model.embeddings.{x}", "image_encoder.encoder.embeddings.{x}"),
         *_vision("vision_model.encoder.layers.{n}", CHAT, True),
-        *(row(f"mlp1.{at}.{{p}}", f"image_encoder.projector.{name}.{{p}}") for at, name in ((0, "norm"), (1, "linear_fc1"), (3, "linear_fc2"))),
+        *(
+            row(f"mlp1.{at}.{{p}}", f"image_encoder.projector.{name}.{{p}}")
+            for at, name in ((0, "norm"), (1, "linear_fc1"), (3, "linear_fc2"))
+        ),
     )
     if facts.get("internlm2"):
         return Table((*outer, *_internlm2()), TOWERS, TIE, "language_model.output.weight")
-    return Table((*outer, *_language("language_model.model", "language_model.lm_head.weight")), TOWERS, TIE, "language_model.lm_head.weight")
+    return Table(
+        (*outer, *_language("language_model.model", "language_model.lm_head.weight")),
+        TOWERS,
+        TIE,
+        "language_model.lm_head.weight",
+    )
 
 
 def facts(config: dict[str, Any]) -> Facts:
@@ -120,12 +143,19 @@ def facts(config: dict[str, Any]) -> Facts:
         **attention(text),
         "vision_heads": int(vision["num_attention_heads"]),
         "vision_layers": int(vision["num_hidden_layers"]),
-        "internlm2": int("InternLM2ForCausalLM" in (text.get("architectures") or ()) or text.get("model_type") == "internlm2"),
+        "internlm2": int(
+            "InternLM2ForCausalLM" in (text.get("architectures") or ())
+            or text.get("model_type") == "internlm2"
+        ),
         "library": int(library),
-        "tied": int(bool(text.get("tie_word_embeddings", False))),
+        "tied": int(bool((config if library else text).get("tie_word_embeddings", library))),
     }
 
 
 INTERNVL = Family(
-    "internvl", "InternVL", {"": table}, ("InternVLChatModel", "internvl_chat", "InternVLForConditionalGeneration", "internvl"), facts
+    "internvl",
+    "InternVL",
+    {"": table},
+    ("InternVLChatModel", "internvl_chat", "InternVLForConditionalGeneration", "internvl"),
+    facts,
 )

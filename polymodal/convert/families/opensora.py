@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from polymodal.convert.family import Family
-from polymodal.convert.operations import COLUMNS, ROWS, Facts, Shape
+from polymodal.convert.operations import COLUMNS, ROWS, WHOLE
 from polymodal.convert.table import Row, Table, Tower, row
 
 STREAM = (
     ("{s}_mod.lin.{p}", "{s}_mod.linear.{p}"),
-    *(("{s}_attn.%s_proj.{p}" % x, "{s}_attn.proj_%s.{p}" % x) for x in "qkv"),
+    *((f"{{s}}_attn.{x}_proj.{{p}}", f"{{s}}_attn.proj_{x}.{{p}}") for x in "qkv"),
     ("{s}_attn.proj.{p}", "{s}_attn.proj_out.{p}"),
     ("{s}_attn.norm.query_norm.scale", "{s}_attn.q_norm.weight"),
     ("{s}_attn.norm.key_norm.scale", "{s}_attn.k_norm.weight"),
@@ -20,7 +18,10 @@ STREAM = (
 OPEN_SORA_TABLE = Table(
     (
         *(
-            row(f"double_blocks.{{n}}.{hub.replace('{s}', s)}", f"double_blocks.{{n}}.{other.replace('{s}', s)}")
+            row(
+                f"double_blocks.{{n}}.{hub.replace('{s}', s)}",
+                f"double_blocks.{{n}}.{other.replace('{s}', s)}",
+            )
             for s in ("img", "txt")
             for hub, other in STREAM
         ),
@@ -46,7 +47,9 @@ def _plan(blocks: str) -> tuple[Row, ...]:
     hub, ours = "transformer_blocks.{n}", f"{blocks}.{{n}}"
     rows: list[Row] = []
     for theirs, mine in (("attn1", "self_atten"), ("attn2", "cross_atten")):
-        rows += [row(f"{hub}.{theirs}.to_{x}.{{p}}", f"{ours}.{mine}.proj_{x}.{{p}}", cut=ROWS) for x in "qkv"]
+        rows += [
+            row(f"{hub}.{theirs}.to_{x}.{{p}}", f"{ours}.{mine}.proj_{x}.{{p}}", cut=ROWS) for x in "qkv"
+        ]
         rows += [
             row(f"{hub}.{theirs}.to_out.0.weight", f"{ours}.{mine}.proj_out.weight", cut=COLUMNS),
             row(f"{hub}.{theirs}.to_out.0.bias", f"{ours}.{mine}.proj_out.bias"),
@@ -56,12 +59,20 @@ def _plan(blocks: str) -> tuple[Row, ...]:
         row(f"{hub}.ff.net.0.proj.{{p}}", f"{ours}.ff.net.0.proj.{{p}}", cut=ROWS),
         row(f"{hub}.ff.net.2.weight", f"{ours}.ff.net.2.weight", cut=COLUMNS),
         row(f"{hub}.{{x}}", f"{ours}.{{x}}"),
-        *(row(f"{name}{{x}}", f"{name}{{x}}") for name in ("pos_embed", "adaln_single", "caption_projection", "proj_out", "scale_shift_tabl")),
+        *(
+            row(f"{name}{{x}}", f"{name}{{x}}")
+            for name in ("pos_embed", "adaln_single", "caption_projection", "proj_out", "scale_shift_tabl")
+        ),
     ]
     return tuple(rows)
 
 
-SPARSE = Tower("dit", "videodit_sparse_blocks.", ("adaln_single.", "caption_projection.", "pos_embed"), ("scale_shift_table", "proj_out."))
+SPARSE = Tower(
+    "dit",
+    "videodit_sparse_blocks.",
+    ("adaln_single.", "caption_projection.", "pos_embed"),
+    ("scale_shift_table", "proj_out."),
+)
 RENAMED = {
     "norm_q": "norm_proj_q", "norm_k": "norm_proj_k", "to_q": "proj_q", "to_k": "proj_k", "to_v": "proj_v",
     "add_q_proj": "added_proj_q", "add_k_proj": "added_proj_k", "add_v_proj": "added_proj_v", "to_out.0": "proj_out",
@@ -77,7 +88,7 @@ def _plan_15() -> tuple[Row, ...]:
         if mine in ("proj_out", "added_proj_out"):
             rows += [row(f"{hub}.weight", f"{ours}.weight", cut=COLUMNS), row(f"{hub}.bias", f"{ours}.bias")]
         else:
-            rows.append(row(f"{hub}.{{p}}", f"{ours}.{{p}}", cut=ROWS if "norm" not in mine else row("", "").cut))
+            rows.append(row(f"{hub}.{{p}}", f"{ours}.{{p}}", cut=WHOLE if "norm" in mine else ROWS))
     for name in ("ff", "ff_enc"):
         rows += [
             row(f"{block}.{name}.net.0.proj.weight", f"{block}.{name}.net.0.proj.weight", cut=ROWS),
@@ -85,12 +96,6 @@ def _plan_15() -> tuple[Row, ...]:
         ]
     rows += [row(f"{block}.norm{x}.linear.{{p}}", f"{block}.norm{x}.linear.{{p}}", cut=ROWS) for x in (1, 2)]
     return (*rows, row("norm_out.linear.{p}", "norm_out.linear.{p}", cut=ROWS), row("{x}", "{x}"))
-
-
-def seen(facts: Facts, shapes: Mapping[str, Shape]) -> Facts:
-    """The hub's layers, whatever the sizes."""
-    layers = {key.split(".")[1] for key in shapes if key.startswith("transformer_blocks.")}
-    return {**facts, "layers": len(layers)}
 
 
 OPEN_SORA_PLAN = Family(
@@ -101,6 +106,6 @@ OPEN_SORA_PLAN = Family(
         "v1.3": Table(_plan("videodit_sparse_blocks"), (SPARSE,)),
         "v1.5": Table(_plan_15(), pipeline=False),
     },
-    seen=seen,
+    counted={"layers": r"\Atransformer_blocks\.(\d+)\."},
     stem="diffusion_pytorch_model",
 )

@@ -57,13 +57,23 @@ QWEN2_5_OMNI = Family(
     "Qwen2.5-Omni",
     {
         "": Table(
-            (*vision("thinker.visual", split=True), *language("thinker.model", "thinker.lm_head"), *AUDIO_ROWS),
+            (
+                *vision("thinker.visual", split=True),
+                *language("thinker.model", "thinker.lm_head"),
+                *AUDIO_ROWS,
+            ),
             (*TOWERS, TOWER),
             TIE,
             "thinker.lm_head.weight",
             keep=("talker.{x}", "token2wav.{x}"),
         )
     },
-    ("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniThinkerForConditionalGeneration", "qwen2_5_omni", "qwen2_5_omni_thinker"),
+    (
+        "Qwen2_5OmniModel",
+        "Qwen2_5OmniForConditionalGeneration",
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+        "qwen2_5_omni",
+        "qwen2_5_omni_thinker",
+    ),
     facts,
 )

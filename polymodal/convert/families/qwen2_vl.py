@@ -31,13 +31,29 @@ def language(hub: str = "model", head: str = "lm_head", fused: bool = True) -> t
     attention_rows: tuple[Row, ...]
     if fused:
         attention_rows = (
-            row([f"{layer}.self_attn.{x}_proj.{{p}}" for x in "qkv"], f"{LLM}.self_attention.linear_qkv.{{p}}", QueryGroups(), ROWS),
-            row([f"{layer}.mlp.{x}_proj.weight" for x in ("gate", "up")], f"{LLM}.mlp.linear_fc1.weight", Concatenate(), GLU),
+            row(
+                [f"{layer}.self_attn.{x}_proj.{{p}}" for x in "qkv"],
+                f"{LLM}.self_attention.linear_qkv.{{p}}",
+                QueryGroups(),
+                ROWS,
+            ),
+            row(
+                [f"{layer}.mlp.{x}_proj.weight" for x in ("gate", "up")],
+                f"{LLM}.mlp.linear_fc1.weight",
+                Concatenate(),
+                GLU,
+            ),
         )
     else:
         attention_rows = (
-            *(row(f"{layer}.self_attn.{x}_proj.{{p}}", f"{LLM}.self_attention.{x}_proj.{{p}}", cut=ROWS) for x in "qkv"),
-            *(row(f"{layer}.mlp.{x}_proj.weight", f"{LLM}.mlp.{x}_proj.weight", cut=ROWS) for x in ("gate", "up")),
+            *(
+                row(f"{layer}.self_attn.{x}_proj.{{p}}", f"{LLM}.self_attention.{x}_proj.{{p}}", cut=ROWS)
+                for x in "qkv"
+            ),
+            *(
+                row(f"{layer}.mlp.{x}_proj.weight", f"{LLM}.mlp.{x}_proj.weight", cut=ROWS)
+                for x in ("gate", "up")
+            ),
         )
     return (
         row(f"{hub}.embed_tokens.weight", "text_decoder.embedding.word_embeddings.weight", cut=ROWS),
@@ -51,7 +67,9 @@ def language(hub: str = "model", head: str = "lm_head", fused: bool = True) -> t
     )
 
 
-def vision(hub: str = "visual", fused: bool = True, gated: bool = True, split: bool = False) -> tuple[Row, ...]:
+def vision(
+    hub: str = "visual", fused: bool = True, gated: bool = True, split: bool = False
+) -> tuple[Row, ...]:
     """Rows of the vision tower. gated: its MLP is gate/up/down (2.5), not fc1/fc2; split: q, k, v lie apart on the hub."""
     block = hub + ".blocks.{n}"
     mlp: tuple[Row, ...]
@@ -67,12 +85,28 @@ def vision(hub: str = "visual", fused: bool = True, gated: bool = True, split: b
             row(f"{block}.mlp.down_proj.bias", f"{VIT}.mlp.linear_fc2.bias"),
         )
         if fused:
-            mlp = (row([f"{block}.mlp.{x}_proj.{{p}}" for x in ("gate", "up")], f"{VIT}.mlp.linear_fc1.{{p}}", Concatenate(), GLU), *down)
+            mlp = (
+                row(
+                    [f"{block}.mlp.{x}_proj.{{p}}" for x in ("gate", "up")],
+                    f"{VIT}.mlp.linear_fc1.{{p}}",
+                    Concatenate(),
+                    GLU,
+                ),
+                *down,
+            )
         else:
-            mlp = (*(row(f"{block}.mlp.{x}_proj.{{p}}", f"{VIT}.mlp.{x}_proj.{{p}}", cut=ROWS) for x in ("gate", "up")), *down)
+            mlp = (
+                *(
+                    row(f"{block}.mlp.{x}_proj.{{p}}", f"{VIT}.mlp.{x}_proj.{{p}}", cut=ROWS)
+                    for x in ("gate", "up")
+                ),
+                *down,
+            )
     qkv = f"{VIT}.self_attention.linear_qkv.{{p}}"
     if split:
-        attention_row = row([f"{block}.attn.{x}.{{p}}" for x in "qkv"], qkv, QueryGroups("vision_heads", "vision_heads"), ROWS)
+        attention_row = row(
+            [f"{block}.attn.{x}.{{p}}" for x in "qkv"], qkv, QueryGroups("vision_heads", "vision_heads"), ROWS
+        )
     elif fused:
         attention_row = row(f"{block}.attn.qkv.{{p}}", qkv, VISUAL_QKV, ROWS)
     else:

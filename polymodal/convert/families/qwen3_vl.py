@@ -50,7 +50,12 @@ VISION = (
     row("model.visual.pos_embed.weight", "image_encoder.encoder.pos_embed.weight"),
     row(f"{BLOCK}.norm1.{{p}}", f"{VIT}.input_layernorm.{{p}}"),
     row(f"{BLOCK}.norm2.{{p}}", f"{VIT}.pre_mlp_layernorm.{{p}}"),
-    row(f"{BLOCK}.attn.qkv.{{p}}", f"{VIT}.self_attention.linear_qkv.{{p}}", QueryGroups("vision_heads", "vision_heads", fused=True), ROWS),
+    row(
+        f"{BLOCK}.attn.qkv.{{p}}",
+        f"{VIT}.self_attention.linear_qkv.{{p}}",
+        QueryGroups("vision_heads", "vision_heads", fused=True),
+        ROWS,
+    ),
     row(f"{BLOCK}.attn.proj.weight", f"{VIT}.self_attention.linear_proj.weight", cut=COLUMNS),
     row(f"{BLOCK}.attn.proj.bias", f"{VIT}.self_attention.linear_proj.bias"),
     row(f"{BLOCK}.mlp.linear_fc1.{{p}}", f"{VIT}.mlp.linear_fc1.{{p}}", cut=ROWS),
@@ -61,18 +66,46 @@ VISION = (
 LANGUAGE = (
     row("model.language_model.embed_tokens.weight", TIE[1], cut=ROWS),
     row(f"{TEXT}.input_layernorm.weight", f"{LLM}.input_layernorm.weight"),
-    row([f"{TEXT}.self_attn.{x}_proj.{{p}}" for x in "qkv"], f"{LLM}.self_attention.linear_qkv.{{p}}", QueryGroups(), ROWS),
+    row(
+        [f"{TEXT}.self_attn.{x}_proj.{{p}}" for x in "qkv"],
+        f"{LLM}.self_attention.linear_qkv.{{p}}",
+        QueryGroups(),
+        ROWS,
+    ),
     *(row(f"{TEXT}.self_attn.{x}_norm.weight", f"{LLM}.self_attention.{x}_layernorm.weight") for x in "qk"),
     row(f"{TEXT}.self_attn.o_proj.weight", f"{LLM}.self_attention.linear_proj.weight", cut=COLUMNS),
     row(f"{TEXT}.post_attention_layernorm.weight", f"{LLM}.pre_mlp_layernorm.weight"),
-    row([f"{TEXT}.mlp.{x}_proj.weight" for x in ("gate", "up")], f"{LLM}.mlp.linear_fc1.weight", Concatenate(), GLU),
+    row(
+        [f"{TEXT}.mlp.{x}_proj.weight" for x in ("gate", "up")],
+        f"{LLM}.mlp.linear_fc1.weight",
+        Concatenate(),
+        GLU,
+    ),
     row(f"{TEXT}.mlp.down_proj.weight", f"{LLM}.mlp.linear_fc2.weight", cut=COLUMNS),
     row(f"{TEXT}.mlp.gate.weight", f"{LLM}.mlp.router.weight"),
-    row(f"{TEXT}.mlp.experts.gate_up_proj", f"{LLM}.mlp.experts.local_experts.{{e}}.linear_fc1.weight", Unstack(), GLU),
-    row(f"{TEXT}.mlp.experts.down_proj", f"{LLM}.mlp.experts.local_experts.{{e}}.linear_fc2.weight", Unstack(), COLUMNS),
+    row(
+        f"{TEXT}.mlp.experts.gate_up_proj",
+        f"{LLM}.mlp.experts.local_experts.{{e}}.linear_fc1.weight",
+        Unstack(),
+        GLU,
+    ),
+    row(
+        f"{TEXT}.mlp.experts.down_proj",
+        f"{LLM}.mlp.experts.local_experts.{{e}}.linear_fc2.weight",
+        Unstack(),
+        COLUMNS,
+    ),
     row("model.language_model.norm.weight", "text_decoder.decoder.final_layernorm.weight"),
     row("lm_head.weight", TIE[0], cut=ROWS),
 )
+
+
+def seen(facts: Facts, shapes: Mapping[str, Shape]) -> Facts:
+    """Published experts are [experts, in, out]; recent versions of the library save [experts, out, in]."""
+    found = next((shape for key, shape in shapes.items() if key.endswith("experts.down_proj")), None)
+    if found is None:
+        return facts
+    return {**facts, "as_linear": int(found[1] != facts["hidden"] and found[2] == facts["hidden"])}
 
 
 def table(facts: Facts) -> Table:
@@ -80,8 +113,10 @@ def table(facts: Facts) -> Table:
     deepstack: list[Row] = []
     for at in range(facts.get("deepstack", 0)):
         inside = f"image_encoder.encoder.blocks.layers.{facts[f'deepstack.{at}']}.deepstack_layer"
-        deepstack += _merger(f"model.visual.deepstack_merger_list.{at}", f"{inside}.layernorm", f"{inside}.encoder")
-    return Table((*deepstack, *VISION, *LANGUAGE), TOWERS, TIE, "lm_head.weight")
+        deepstack += _merger(
+            f"model.visual.deepstack_merger_list.{at}", f"{inside}.layernorm", f"{inside}.encoder"
+        )
+    return Table((*deepstack, *VISION, *LANGUAGE), TOWERS, TIE, "lm_head.weight", seen=seen)
 
 
 def facts(config: dict[str, Any]) -> Facts:
@@ -90,7 +125,7 @@ def facts(config: dict[str, Any]) -> Facts:
     return {
         **attention(text),
         "hidden": int(text["hidden_size"]),
-        "experts": int(text.get("num_experts") or 0),
+        "experts": int(text.get("num_experts") or text.get("num_local_experts") or 0),
         "vision_heads": int(vision["num_heads"]),
         "vision_layers": int(vision["depth"]),
         "deepstack": len(indexes),
@@ -99,12 +134,10 @@ def facts(config: dict[str, Any]) -> Facts:
     }
 
 
-def seen(facts: Facts, shapes: Mapping[str, Shape]) -> Facts:
-    """Published experts are [experts, in, out]; recent versions of the library save [experts, out, in]."""
-    found = next((shape for key, shape in shapes.items() if key.endswith("experts.gate_up_proj")), None)
-    swapped = found is not None and found[1] != facts["hidden"] and found[2] == facts["hidden"]
-    return {**facts, "as_linear": int(swapped)}
-
-
-ARCHITECTURES = ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration", "qwen3_vl", "qwen3_vl_moe")
-QWEN3_VL = Family("qwen3-vl", "Qwen3-VL", {"": table}, ARCHITECTURES, facts, seen=seen)
+ARCHITECTURES = (
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+)
+QWEN3_VL = Family("qwen3-vl", "Qwen3-VL", {"": table}, ARCHITECTURES, facts)

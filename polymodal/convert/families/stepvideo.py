@@ -26,7 +26,14 @@ TABLE = Table(
         row("scale_shift_table", "scale_shift_table"),
         row("proj_out.{p}", "proj_out.{p}"),
     ),
-    (Tower("dit", "transformer_blocks.", tuple(f"{name}." for name in OUTER), ("scale_shift_table", "proj_out.")),),
+    (
+        Tower(
+            "dit",
+            "transformer_blocks.",
+            tuple(f"{name}." for name in OUTER),
+            ("scale_shift_table", "proj_out."),
+        ),
+    ),
 )
 
 
@@ -36,5 +43,5 @@ def facts(config: dict[str, Any]) -> Facts:
 
 STEPVIDEO = Family(
     "stepvideo", "Step-Video", {"": TABLE}, ("StepVideoModel", "StepVideoTransformer3DModel"), facts,
-    {"layers": "transformer_blocks."}, stem="diffusion_pytorch_model",
+    {"layers": r"\Atransformer_blocks\.(\d+)\."}, stem="diffusion_pytorch_model",
 )  # fmt: skip

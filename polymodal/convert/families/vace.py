@@ -41,5 +41,5 @@ def _table(diffusers: bool) -> Table:
 
 VACE = Family(
     "vace", "Wan-VACE", {"": _table(False), "diffusers": _table(True)},
-    counted={"layers": "blocks."}, stem="diffusion_pytorch_model",
+    stem="diffusion_pytorch_model",
 )  # fmt: skip

@@ -37,17 +37,27 @@ BLOCK = (
 FIRST = ("patch_embedding.", "text_embedding.", "time_embedding.", "time_projection.", "img_emb.")
 
 
-def rows(hub_blocks: str = "blocks", blocks: str = "blocks", inner: str = "", prefix: str = "") -> tuple[Row, ...]:
+def rows(
+    hub_blocks: str = "blocks", blocks: str = "blocks", inner: str = "", prefix: str = ""
+) -> tuple[Row, ...]:
     """Rows of one stack of blocks. inner: what comes between the block and its parts; prefix: of every other key."""
-    return tuple(row(f"{hub_blocks}.{{n}}.{hub}", f"{prefix}{blocks}.{{n}}.{inner}{other}") for hub, other in BLOCK)
+    return tuple(
+        row(f"{hub_blocks}.{{n}}.{hub}", f"{prefix}{blocks}.{{n}}.{inner}{other}") for hub, other in BLOCK
+    )
 
 
 WAN = Family(
     "wan",
     "Wan",
-    {"": Table((*(row(hub, other) for hub, other in OUTER), *rows()), (Tower("dit", "blocks.", FIRST, ("head.",)),), tensor_parallel=False)},
+    {
+        "": Table(
+            (*(row(hub, other) for hub, other in OUTER), *rows()),
+            (Tower("dit", "blocks.", FIRST, ("head.",)),),
+            tensor_parallel=False,
+        )
+    },
     ("WanTransformer3DModel",),
     lambda config: {"layers": int(config["num_layers"])},
-    {"layers": "blocks."},
+    {"layers": r"\Ablocks\.(\d+)\."},
     stem="diffusion_pytorch_model",
 )
