@@ -153,7 +153,9 @@ def opened_tree(
         shapes = reading.hub_files(config)[0].shapes
         facts = counted(family, facts, shapes)
     table = family.table(variant, facts)
-    return opened_table(table, root, _tied(table, facts, shapes) if shapes else facts, given, settings)
+    if shapes:
+        facts = table.seen(_tied(table, facts, shapes), shapes)
+    return opened_table(table, root, facts, given, settings)
 
 
 def opened_table(

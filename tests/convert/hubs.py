@@ -94,7 +94,7 @@ def wan(directory: Path) -> torch.Tensor:
     name = json.loads((directory / "config.json").read_text())["_class_name"]
     model = getattr(diffusers, name).from_pretrained(directory).eval()
     generator = torch.Generator().manual_seed(1)
-    image = torch.randn(1, 20, 8, generator=generator) if model.config.image_dim else None
+    image = torch.randn(2, 5, 8, generator=generator) if model.config.image_dim else None
     with torch.no_grad():
         return model(
             torch.randn(1, 4, 2, 4, 4, generator=generator), torch.tensor([3]), torch.randn(1, 5, 16, generator=generator),

@@ -105,7 +105,7 @@ def seen(facts: Facts, shapes: Mapping[str, Shape]) -> Facts:
     found = next((shape for key, shape in shapes.items() if key.endswith("experts.down_proj")), None)
     if found is None:
         return facts
-    return {**facts, "as_linear": int(found[1] != facts["hidden"] and found[2] == facts["hidden"])}
+    return {**facts, "as_linear": int(found[2] != facts["hidden"] and found[1] == facts["hidden"])}
 
 
 def table(facts: Facts) -> Table:
