@@ -41,14 +41,18 @@ class Sent(TorchDispatchMode):
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operator.namespace == "c10d":
             name = operator._opname
-            boxed = next(x for x in args if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type()))
+            boxed = next(
+                x for x in args if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type())
+            )
             group = dist.ProcessGroup.unbox(boxed)
             self.count(name, args, group.size(), group.rank())
         return operator(*args, **(kwargs or {}))
 
     def count(self, name: str, args: Any, size: int, rank: int) -> None:
         def weight(value: Any) -> float:
-            return sum(x.numel() * x.element_size() for x in tree_leaves(value) if isinstance(x, torch.Tensor))
+            return sum(
+                x.numel() * x.element_size() for x in tree_leaves(value) if isinstance(x, torch.Tensor)
+            )
 
         if "allreduce" in name:
             moved = 2 * (size - 1) / size * weight(args[0])
@@ -106,6 +110,8 @@ def step(rank: int, directory: str, parallel: dict[str, Any]) -> dict[str, Any]:
         "patches": away(media.patches_sent) if media is not None and media.moves else 0,
         "features": away(media.features_sent) if media is not None else 0,
         "pixels": whole[0]["pixel_values"].shape[1], "tokens": whole[0]["input_ids"].shape[1],
+        "all_patches": whole[0]["pixel_values"].shape[0], "trained": int((whole[0]["weights"] > 0).sum()),
+        "depth": family.config.vision_config.depth, "side": family.config.vision_config.hidden_size,
     }  # fmt: skip
 
 
@@ -118,7 +124,9 @@ def batch(family: Any, number: int) -> Any:
     lengths = (TOKENS - 400, 250, 150)
     samples = []
     for i, length in enumerate(lengths):
-        parts = [tiny.picture(64, 64, i + 7 * number)] * (1 + number % 2) + ["How many red squares are there? " * length]
+        parts = [tiny.picture(64, 64, i + 7 * number)] * (1 + number % 2) + [
+            "How many red squares are there? " * length
+        ]
         sample = tiny.sample(media, parts)
         for name, tensor in sample.tensors.items():
             if name in ("input_ids", "labels", "weights", "position_ids"):
@@ -135,9 +143,20 @@ def least(name: str, results: Sequence[dict[str, Any]], parallel: dict[str, Any]
     blocks = sum(n for key, n in results[0]["parameters"].items() if ".blocks." in key or ".layers." in key)
     root = sum(results[0]["parameters"].values()) - blocks
     tp = parallel.get("tp", 1)
+    levels = 3  # the merger's features and two deeper levels
     total = world * (shards - 1) / shards * (3 * blocks + 2 * root) / tp * 4
     if tp > 1:
-        return float("nan")
+        # two regions a block (attention, MLP), each summed once in forward and once in backward; with sequence
+        # parallelism the sum is a gather and a scatter of the same bytes; the loss sums the gradient of its rows
+        vision = results[0]["depth"] * 4 * results[0]["all_patches"] * results[0]["side"]
+        mergers = levels * (
+            results[0]["all_patches"] // 4 * WIDTH + results[0]["all_patches"] * results[0]["side"]
+        )
+        text = LAYERS * 4 * results[0]["tokens"] * WIDTH
+        ends = (
+            results[0]["tokens"] * WIDTH + results[0]["trained"] * WIDTH
+        )  # embedding forward, loss backward
+        total += world * 2 * (tp - 1) / tp * (vision + mergers + text + ends) * 4
     if cp > 1:
         ulysses = parallel.get("ulysses", cp)
         ring = cp // ulysses
@@ -148,7 +167,6 @@ def least(name: str, results: Sequence[dict[str, Any]], parallel: dict[str, Any]
         # the ring: keys and values visit every other rank, twice (forward, backward), and their gradients come home
         turn = rows * (ring - 1) * 2 * (keys if ulysses > 1 else KEYS) / ulysses * ulysses * HEAD
         total += LAYERS * (2 * trade + 3 * turn) * 4
-    levels = 3  # the merger's features and two deeper levels
     total += sum(result["patches"] * result["pixels"] for result in results) * 4
     total += sum(2 * result["features"] * levels * WIDTH for result in results) * 4
     return total
@@ -163,6 +181,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ring 4": (4, {"cp": 4, "ulysses": 1}),
     "Ulysses 2 x ring 2": (4, {"cp": 4, "ulysses": 2}),
     "FSDP2 x 2, ring 2": (4, {"cp": 2, "ulysses": 1}),
+    "TP 2": (2, {"tp": 2, "sp": False}),
+    "TP 2 + SP": (2, {"tp": 2}),
     "FSDP2 x 2, pictures dealt out": (2, {"balance_media": True}),
 }
 

@@ -73,9 +73,7 @@ def together(rank: int, lengths: list[int], repeats: int, ulysses: int) -> float
     context = Context(init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))["cp"], ulysses)
     cut, cu_seqlens = context.spread(tuple(lengths)), attention.cumulative(lengths)
     mine = tuple(tensor[:, :, cut.rows] for tensor in inputs(lengths))
-    return best(
-        lambda q, k, v: attention.attend(q, k, v, cu_seqlens, True, cut=cut), mine, repeats
-    )
+    return best(lambda q, k, v: attention.attend(q, k, v, cu_seqlens, True, cut=cut), mine, repeats)
 
 
 def main() -> None:

@@ -39,9 +39,7 @@ def batch(family, tokens: int):
     for name in ("input_ids", "labels", "weights"):
         sample.tensors[name] = torch.cat([sample.tensors[name], words.tensors[name][:missing]])
     after = sample.tensors["position_ids"].max() + 1 + torch.arange(missing)
-    sample.tensors["position_ids"] = torch.cat(
-        [sample.tensors["position_ids"], after.expand(4, -1)], dim=1
-    )
+    sample.tensors["position_ids"] = torch.cat([sample.tensors["position_ids"], after.expand(4, -1)], dim=1)
     return pack([sample])
 
 
@@ -58,7 +56,9 @@ def kept(rank: int, directory: str, tokens: int, ulysses: int | None) -> dict[st
     torch.set_num_threads(1)
     world = dist.get_world_size()
     recipe = Recipe(
-        model=Model(source=directory), parallel=Parallel(cp=world, ulysses=ulysses), train=Train(precision="fp32")
+        model=Model(source=directory),
+        parallel=Parallel(cp=world, ulysses=ulysses),
+        train=Train(precision="fp32"),
     )
     family = catalog.family(recipe.model)
     model = family.build().trained

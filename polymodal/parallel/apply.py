@@ -247,7 +247,8 @@ def _shard(
         if compute is not None:
             block.register_forward_pre_hook(_cast_activations(compute), with_kwargs=True)
         fully_shard(block, **options)
-    fully_shard(model, **options)
+    # The root's forward ends in the loss: freed there, its weights would be gathered again at once for backward.
+    fully_shard(model, **{**options, "reshard_after_forward": False})
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # A plain sum: the loss is divided by the global weight already, and gloo has no scaled reduction.
