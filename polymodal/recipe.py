@@ -212,6 +212,8 @@ class Parallel(Section):
     """Of cp, ranks that trade heads (Ulysses); the other factor is a ring. Default: as many as divide the heads."""
     balance_media: bool = False
     """Deal pictures and video frames out over the dp_shard x cp ranks by their cost, instead of each rank its own."""
+    replicate: list[str] = []
+    """Towers (by the card's names) that every rank keeps whole instead of sharding them: no gathers, one sum a step."""
     tp: Annotated[int, Field(ge=1)] = 1
     """Tensor parallel: ranks that share one layer."""
     sp: bool | None = None

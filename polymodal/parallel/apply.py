@@ -84,6 +84,10 @@ def check(
                 )
             )
     reasons += _contradictions(parallel) if parallel is not None else []
+    strange = [name for name in parallel.replicate if name not in card.towers] if parallel is not None else []
+    if strange:
+        cause = f"parallel.replicate: {card.name} has no tower `{strange[0]}`."
+        reasons.append(PolymodalError(cause, f"Its towers: {', '.join(card.towers)}."))
     if sizes.cp > 1 and "cp" not in card.limits:
         reasons += _check_context(card, config, sizes, parallel, attention)
     if sizes.tp > 1 and "tp" not in card.limits:
@@ -204,8 +208,33 @@ def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.M
     alone = mesh.fsdp_size == 1 and mesh.sizes.tp == 1 and precision in ("fp32", "pure_bf16")
     if alone and "parameters" not in parallel.offload:
         return model  # nothing to cut and nothing to cast
-    _shard(model, list(blocks.values()), experts, mesh, precision, parallel)
+    _shard(
+        model,
+        list(blocks.values()),
+        experts,
+        kept_whole(model, card, parallel, blocks),
+        mesh,
+        precision,
+        parallel,
+    )
     return model
+
+
+def kept_whole(
+    model: nn.Module, card: ModelCard, parallel: Parallel, blocks: dict[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """The units, by name, of the towers that parallel.replicate names: their blocks, and what else is in them."""
+    found: dict[str, nn.Module] = {}
+    for path in (path for word in parallel.replicate for path in card.towers[word]):
+        inside = {name: block for name, block in blocks.items() if name.startswith(f"{path}.")}
+        module = dict(model.named_modules()).get(path)
+        if inside:
+            found |= inside
+        elif isinstance(module, nn.ModuleList):
+            found |= {f"{path}.{name}": child for name, child in module.named_children()}
+        elif module is not None and not isinstance(module, Dropped):
+            found[path] = module
+    return found
 
 
 def _set_dtypes(model: nn.Module, precision: str) -> None:
@@ -225,6 +254,7 @@ def _shard(
     model: nn.Module,
     blocks: list[nn.Module],
     experts: list[nn.Module],
+    whole: dict[str, nn.Module],
     mesh: Mesh,
     precision: str,
     parallel: Parallel,
@@ -240,13 +270,17 @@ def _shard(
     options["reshard_after_forward"] = parallel.reshards
     if "parameters" in parallel.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
+    copied = {id(module) for module in whole.values()}
     for module in experts:  # before the blocks that hold them: what is left of a block is its own unit
         own = mesh.expert_fsdp
         fully_shard(module, **{**options, "mesh": own}, shard_placement_fn=expert.fsdp_placement(own))
     for block in blocks:
         if compute is not None:
             block.register_forward_pre_hook(_cast_activations(compute), with_kwargs=True)
-        fully_shard(block, **options)
+        fully_shard(block, **{**options, "mesh": mesh.copies} if id(block) in copied else options)
+    for module in whole.values():
+        if not isinstance(module, FSDPModule):
+            fully_shard(module, **{**options, "mesh": mesh.copies})
     # The root's forward ends in the loss: freed there, its weights would be gathered again at once for backward.
     fully_shard(model, **{**options, "reshard_after_forward": False})
     for module in model.modules():

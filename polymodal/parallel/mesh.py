@@ -108,6 +108,7 @@ class Mesh:
             self._experts = init_device_mesh(device_type, shape, mesh_dim_names=EXPERT_AXES)
         self._shard = shard_cp
         self._contexts: dict[int, Context] = {}
+        self._copies: DeviceMesh | None = None
 
     def _two(self, outer: str, inner: DeviceMesh) -> DeviceMesh:
         if self.sizes.cp == 1:
@@ -118,6 +119,13 @@ class Mesh:
     def fsdp(self) -> DeviceMesh:
         """Mesh for fully_shard: 1-D (shard) or 2-D (replicate, shard)."""
         return self._fsdp
+
+    @property
+    def copies(self) -> DeviceMesh:
+        """Mesh for fully_shard of what every rank keeps whole: 2-D, (all ranks of fsdp, 1). Collective at first use."""
+        if self._copies is None:
+            self._copies = self._loss._unflatten(0, (self.fsdp_size, 1), ("copies", "alone"))
+        return self._copies
 
     @property
     def fsdp_size(self) -> int:

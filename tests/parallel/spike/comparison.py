@@ -17,6 +17,7 @@ from polymodal.data.sample import Batch
 from polymodal.models.card import Family, ModelCard, Output
 from polymodal.parallel.apply import _shard, matching
 from polymodal.parallel.mesh import Mesh, ParallelSizes
+from polymodal.recipe import Parallel
 from polymodal.train.step import bind, inverse_weights
 
 
@@ -27,7 +28,7 @@ def mesh_of(rank: int, **sizes: int) -> Mesh:
 
 def shard(model: nn.Module, card: ModelCard, mesh: Mesh, precision: str = "fp32") -> None:
     """FSDP2 as parallel.apply does it, which as a whole still refuses pipelines and context parallelism."""
-    _shard(model, list(matching(model, card.blocks, card.name).values()), [], mesh, precision, True)
+    _shard(model, list(matching(model, card.blocks, card.name).values()), [], {}, mesh, precision, Parallel())
 
 
 @torch.no_grad()
