@@ -259,7 +259,11 @@ class LanguageObjective:
         logs.update(_by_modality(batch, losses, kept if rows is None else rows[kept]))
         if self.aux_weight:
             routers = output.extra["router_logits"]
-            group = batch.cut.context.group if batch.cut is not None else None
+            group = None
+            if batch.cut is not None:
+                group = batch.cut.context.group
+                real = batch["rows"] < batch["labels"].numel() - batch.cut.filler
+                routers = [layer.reshape(-1, layer.shape[-1])[real] for layer in routers]
             value = balance_loss(routers, self.experts_per_token, group)
             term = value * (inverse["balance"] if counts else 0.0)
             loss = loss + self.aux_weight * term.to(loss.dtype)

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from polymodal.data.sample import Batch, Measure
+from polymodal.data.sample import IGNORE, Batch, Measure
 from polymodal.models.card import Family
 from polymodal.parallel import attention, media
 from polymodal.parallel.context import Context, ulysses_size
@@ -33,6 +34,18 @@ def context(mesh: Mesh, config: Any, parallel: Parallel) -> Context | None:
         return None
     heads = max(1, attention_heads(config) // mesh.sizes.tp)
     return mesh.context(ulysses_size(mesh.sizes.cp, heads, parallel.ulysses))
+
+
+def filled(batch: Batch, count: int) -> Batch:
+    """A packed batch with one more segment of `count` tokens (id 0) that have neither label nor weight."""
+    tensors = dict(batch.tensors)
+    for name, value in (("input_ids", 0), ("labels", IGNORE), ("weights", 0)):
+        tensors[name] = torch.cat([tensors[name], tensors[name].new_full((1, count), value)], dim=1)
+    positions = tensors["position_ids"]
+    more = torch.arange(count, dtype=positions.dtype).expand(*positions.shape[:-1], count)
+    tensors["position_ids"] = torch.cat([positions, more], dim=-1)
+    lengths = (*attention.plan(batch.segments["text"]).lengths, count)
+    return replace(batch, tensors=tensors, segments={**batch.segments, "text": attention.cumulative(lengths)})
 
 
 class BatchLayout:
@@ -60,10 +73,11 @@ class BatchLayout:
         tensors (labels and weights stay whole), `cut` for attention, and `media` where pictures are dealt out."""
         if self.family.layout == "uniform":  # samples of one shape: neither cut nor dealt out
             return list(batches)
-        out = [self._cut(batch) for batch in batches]
+        pairs = [self._cut(batch) for batch in batches]
+        out = [own for _, own in pairs]
         if self.group is None:
             return out
-        wishes = [self._wish(whole, own) for whole, own in zip(batches, out, strict=True)]
+        wishes = [self._wish(whole, own) for whole, own in pairs]
         everyone = media.gather(wishes, self.group)
         for number, batch in enumerate(out):
             exchange = media.plan(
@@ -72,15 +86,19 @@ class BatchLayout:
             out[number] = replace(batch, media=exchange)
         return out
 
-    def _cut(self, batch: Batch) -> Batch:
+    def _cut(self, batch: Batch) -> tuple[Batch, Batch]:
+        """(the whole batch, filled up if it is shorter than the group, and this rank's)."""
         if self.context is None:
-            return batch
+            return batch, batch
         cut = self.context.spread(attention.plan(batch.segments["text"]).lengths)
+        if any(0 in part for part in cut.share.parts):
+            batch = filled(batch, filler := 2 * self.context.size)
+            cut = replace(self.context.spread(attention.plan(batch.segments["text"]).lengths), filler=filler)
         tensors = dict(batch.tensors)
         for name in ("input_ids", "position_ids"):
             tensors[name] = tensors[name].index_select(batch.axes[name].index("sequence"), cut.rows)
         tensors["rows"] = cut.rows
-        return replace(batch, tensors=tensors, axes={**batch.axes, "rows": ("sequence",)}, cut=cut)
+        return batch, replace(batch, tensors=tensors, axes={**batch.axes, "rows": ("sequence",)}, cut=cut)
 
     def _wish(self, whole: Batch, own: Batch) -> media.Wish:
         if "grid_thw" not in whole.tensors:

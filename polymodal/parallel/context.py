@@ -94,8 +94,13 @@ class Context:
 
 @dataclass(frozen=True)
 class Cut:
-    """One packed stream, cut over a group: `rows` [n] int64 are the places of the whole stream that this rank holds."""
+    """One packed stream, cut over a group: `rows` [n] int64 are the places of the whole stream that this rank holds.
+
+    filler: tokens at the stream's end that stand for nothing: a stream shorter than the group is filled up, because
+    libraries cannot compute with no rows.
+    """
 
     context: Context
     share: Share
     rows: Tensor
+    filler: int = 0

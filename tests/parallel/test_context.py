@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 
+from polymodal.data.sample import hole, pack
 from polymodal.errors import PolymodalError
 from polymodal.parallel import attention, share
 from polymodal.parallel.context import Context, ulysses_size
 from polymodal.parallel.ring import backward_block, forward_block, plain_backward, plain_forward
+from polymodal.recipe import Data
+from tests.models import tiny
+from tests.parallel import layouts
 from tests.parallel.harness import run
 from tests.unit.test_attention import dense, draw
 
@@ -71,6 +76,32 @@ def precisions(rank: int) -> dict[str, float]:
 def test_half_precision_loses_no_more_than_its_rounding():
     for found in run(2, precisions):
         assert all(error < (1e-6 if "32" in name else 1e-2) for name, error in found.items()), found
+
+
+# ---- a model whose packs are shorter than the group
+
+
+def short(rank: int, directory: str, layout: layouts.Layout, reference: Any) -> Any:
+    """Packs of one and of three tokens beside one with a picture; without `reference`, what one process gives."""
+    whole = layouts.batches
+
+    def batches(family: Any) -> list[Any]:
+        words = tiny.sample(family.media_processor(Data()), ["yes no"], id=7)
+        return [pack([hole(1, 4)]), whole(family)[0], pack([words])]
+
+    layouts.batches = batches
+    if reference is None:
+        return layouts.measure(directory, layout, torch.float64, rank, 0)
+    return layouts.compare(rank, directory, [layout], {layouts.kind(layout): reference}, torch.float64, 0)[0]
+
+
+@pytest.mark.parametrize("ulysses", [1, 2])
+def test_packs_shorter_than_the_group(tmp_path, ulysses: int):
+    source = str(tiny.checkpoint("qwen3-vl-moe", tmp_path))
+    (reference,) = run(1, short, source, layouts.Layout("one process", 1), None)
+    cut = layouts.Layout("four", 4, {"cp": 4, "ulysses": ulysses, "recompute": "full"})
+    for found in run(4, short, source, cut, reference):
+        assert max(found.loss, found.gradients, found.norm) < 1e-9, found
 
 
 # ---- the cut, without processes
