@@ -110,6 +110,38 @@ def schedule_growth(r: dict) -> list[Row]:
     return rows
 
 
+def context_attention(r: dict) -> list[Row]:
+    what = f"packed causal attention ({', '.join(map(str, r['lengths']))} tokens), forward and backward: CPU time"
+    return [
+        (f"{what} over torch's, one process", f"{r['one_process']:.2f}", "<= 1.05", r["one_process"] <= 1.05),
+        *(
+            (f"{what} of two processes together over one, {name}", f"{r[key]:.2f}", "<= 1.2", r[key] <= 1.2)
+            for key, name in (("ulysses", "Ulysses"), ("ring", "ring"))
+        ),
+    ]
+
+
+def context_memory(r: dict) -> list[Row]:
+    one = r["rows"][0]["bytes"]
+    return [
+        (
+            f"bytes kept for backward of one sequence of {r['tokens']:,} tokens, {row['layout']} over one process, times cp",
+            f"{row['bytes'] / one * row['cp']:.2f}", "<= 1.1", row["bytes"] / one * row["cp"] <= 1.1,
+        )
+        for row in r["rows"][1:]
+    ]  # fmt: skip
+
+
+def collective_bytes(r: dict) -> list[Row]:
+    return [
+        (
+            f"bytes that the collectives of a step send over the least, {row['layout']}",
+            f"{row['ratio']:.3f}", "<= 1.1", row["ratio"] <= 1.1,
+        )
+        for row in r["rows"]
+    ]  # fmt: skip
+
+
 WRITERS: dict[str, Callable[[Any], list[Row]]] = {
     "throughput": throughput,
     "throughput_bf16": throughput,
@@ -120,6 +152,9 @@ WRITERS: dict[str, Callable[[Any], list[Row]]] = {
     "load_memory": load_memory,
     "check_speed": check_speed,
     "schedule_growth": schedule_growth,
+    "context_attention": context_attention,
+    "context_memory": context_memory,
+    "collective_bytes": collective_bytes,
 }
 
 HEAD = """# Benchmarks
