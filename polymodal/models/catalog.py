@@ -237,7 +237,7 @@ def _absent(repository: str, revision: str | None, missing: list[str], why: str)
     asked = f"{repository} --revision {revision}" if revision else repository
     listed = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
     return PolymodalError(
-        f"{repository} is not complete in the hub's cache (missing: {listed}), and {why}.",
+        f"{repository} is no directory here, and as a model of the hub it is not complete in its cache (missing: {listed}), and {why}.",
         f"Run `polymodal download {asked}` on a machine with a network and set model.source to that directory.",
     )
 

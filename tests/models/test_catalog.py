@@ -159,7 +159,8 @@ def test_a_cached_repository_needs_no_network(checkpoint, hub):
 
 def test_offline_says_what_is_missing_and_the_command(checkpoint, hub):
     hint = refusal(
-        "qwen2.5-vl-7b", "Qwen/Qwen2.5-VL-7B-Instruct is not complete .*missing: config.json.* offline"
+        "qwen2.5-vl-7b",
+        "Qwen/Qwen2.5-VL-7B-Instruct is no directory here, .* it is not complete .*missing: config.json.* offline",
     )
     assert "`polymodal download Qwen/Qwen2.5-VL-7B-Instruct`" in hint
     cached(checkpoint, hub, without=["model.safetensors"])
