@@ -31,7 +31,7 @@ class Lora(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
-    """`all-linear`, or name endings such as [q_proj, v_proj]."""
+    """`all-linear`, or name endings such as [q_proj, v_proj]. Stacked experts must be named ([gate_up_proj, down_proj]): peft adds their adapters to the whole stack in every forward, so recompute blocks and keep tp and ep at 1."""
     towers: list[str] | None = None
     """Towers that get adapters, by the card's names (`polymodal models NAME` lists them); default: language, or the denoiser."""
     rslora: bool = False

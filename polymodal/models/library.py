@@ -27,7 +27,7 @@ ADAPTER = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|
 
 def plain(name: str) -> str:
     """A parameter's name as it is without adapters: `q_proj.base_layer.weight` -> `q_proj.weight`."""
-    return name.replace(".base_layer.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", name)
 
 
 def class_of(module: nn.Module) -> type:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from polymodal.errors import PolymodalError
-from polymodal.models import library, weights
+from polymodal.models import library, stacked, weights
 from polymodal.models.card import ModelCard
 from polymodal.models.initial import Note, play
 from polymodal.models.saving import appearing
@@ -53,7 +53,8 @@ def attach(model: nn.Module, lora: Lora, card: ModelCard) -> list[str]:
     """Put adapters (float32, on meta) on the chosen layers and freeze everything else; returns the layers' names.
 
     model: whole, before it is laid out. all-linear is every nn.Linear of the chosen towers except the head; stacked
-    experts and routers are none. Raises PolymodalError for towers, targets and starts that cannot be.
+    experts, which must be named, and routers are none. Of a stack the parameter's name is returned. Raises
+    PolymodalError for towers, targets and starts that cannot be.
     """
     from peft import inject_adapter_in_model
 
@@ -62,10 +63,11 @@ def attach(model: nn.Module, lora: Lora, card: ModelCard) -> list[str]:
             f"model.lora.init = {lora.init} is not done: {REFUSED_STARTS[lora.init]}, and shards cannot be decomposed alone.",
             "Use default or gaussian.",
         )
-    chosen = layers(model, lora, card)
-    inject_adapter_in_model(
-        config_of(lora, _selector(chosen, _names(model))), model, NAME, low_cpu_mem_usage=True
+    linear, stacks = layers(model, lora, card)
+    config = config_of(
+        lora, _selector(linear, _names(model)), stacks=stacked.selector(stacks, model) if stacks else None
     )
+    inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=True)
     adapted = []
     for name, parameter in model.named_parameters():
         adapter = library.ADAPTER.search(name) is not None
@@ -73,8 +75,11 @@ def attach(model: nn.Module, lora: Lora, card: ModelCard) -> list[str]:
         if adapter:
             parameter.data = parameter.data.float()
             adapted.append(name.split(".lora_")[0])
-    assert set(adapted) == set(chosen), "peft adapted other layers than were chosen"
-    return chosen
+    homes = stacked.homes(model)
+    assert set(adapted) == {*linear, *homes.values()} and set(homes) == set(stacks), (
+        "peft adapted other layers than were chosen"
+    )
+    return linear + stacks
 
 
 def _names(model: nn.Module) -> list[str]:
@@ -82,8 +87,11 @@ def _names(model: nn.Module) -> list[str]:
     return [n for n, _ in model.named_modules() if not n.endswith(".base_layer") and ".lora_" not in n]
 
 
-def layers(model: nn.Module, lora: Lora, card: ModelCard) -> list[str]:
-    """Names of the layers that get adapters, in the model's order. Raises PolymodalError as `attach` does."""
+def layers(model: nn.Module, lora: Lora, card: ModelCard) -> tuple[list[str], list[str]]:
+    """Names of the linear layers and of the stacks that get adapters, in the model's order.
+
+    Raises PolymodalError as `attach` does.
+    """
     towers = towers_of(lora, card)
     unknown = [tower for tower in towers if tower not in card.towers]
     if unknown or not towers:
@@ -102,16 +110,19 @@ def layers(model: nn.Module, lora: Lora, card: ModelCard) -> list[str]:
                 f"The towers {', '.join(towers)} of {card.name} have no linear layers.",
                 "Choose other model.lora.towers.",
             )
-        return linear
+        return linear, []
     chosen: set[str] = set()
+    stacks = stacked.chosen(modules, lora.targets)
+    if stacks:
+        stacked.check(lora)
     for target in lora.targets:
         hits = [n for n in linear if n == target or n.endswith("." + target)]
-        if not hits:
+        if not hits and not any(n == target or n.endswith("." + target) for n in stacks):
             raise _no_layer(target, modules, linear, lora, card)
         chosen.update(hits)
-    if not chosen:
+    if not chosen and not stacks:
         raise PolymodalError("model.lora.targets is empty.", "Use all-linear, or name layers.")
-    return [n for n in linear if n in chosen]
+    return [n for n in linear if n in chosen], stacks
 
 
 def _no_layer(
@@ -129,12 +140,6 @@ def _no_layer(
             return PolymodalError(
                 f"{what} is a {library.class_of(module).__name__} ({name}); adapters go on linear layers.",
                 f"Name linear layers: {', '.join(sorted({n.rpartition('.')[2] for n in linear}))}.",
-            )
-        stacked = module._parameters.get(leaf)
-        if stacked is not None and stacked.ndim == 3:
-            return PolymodalError(
-                f"{what} names the stacked experts ({name}.{leaf}): peft rebuilds the whole stack at every forward for them, which sharded experts cannot do.",
-                "Adapt the attention layers, or train the experts in full.",
             )
     endings = sorted({n.rpartition(".")[2] for n in linear})
     near = difflib.get_close_matches(leaf, endings, 1, 0.5)
@@ -157,7 +162,9 @@ def _selector(chosen: list[str], names: list[str]) -> list[str] | str:
     return sorted(wanted)
 
 
-def config_of(lora: Lora, selector: list[str] | str, base: str | None = None) -> Any:
+def config_of(
+    lora: Lora, selector: list[str] | str, base: str | None = None, stacks: list[str] | None = None
+) -> Any:
     """peft's LoraConfig of a recipe's section."""
     from peft import LoraConfig
 
@@ -168,6 +175,7 @@ def config_of(lora: Lora, selector: list[str] | str, base: str | None = None) ->
         use_rslora=lora.rslora,
         init_lora_weights="gaussian" if lora.init == "gaussian" else True,
         target_modules=selector,
+        target_parameters=stacks,
         bias="none",
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
@@ -231,8 +239,11 @@ def save(
         raise PolymodalError(
             f"The state lacks {len(lost)} adapters: {', '.join(lost[:4])}.", "Give all of the model's."
         )
-    chosen = list(dict.fromkeys(name.split(".lora_")[0] for name in names))
-    config = config_of(lora, _selector(chosen, _names(model)), base)
+    homes = stacked.homes(model)
+    chosen = [n for n in dict.fromkeys(name.split(".lora_")[0] for name in names) if n not in homes.values()]
+    config = config_of(
+        lora, _selector(chosen, _names(model)), base, stacked.selector(list(homes), model) if homes else None
+    )
     config.inference_mode = True
     with appearing(final, overwrite) as partial:
         writer = ShardWriter(partial, 1 << 62, STEM)
@@ -372,9 +383,8 @@ def read_settings(directory: Path) -> Lora:
 
 def merged_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(plain name, whole tensor) of each weight with its adapter added, as `weights.gather` gives them. Collective."""
-    return merged(
-        weights.gather(model), gather(model), {n: m.scaling[NAME] for n, m in _adapted(model).items()}
-    )
+    scales = {n: m.scaling[NAME] for n, m in _adapted(model).items()}
+    return merged(weights.gather(model), gather(model), scales, model)
 
 
 def _adapted(model: nn.Module) -> dict[str, Any]:
@@ -384,22 +394,28 @@ def _adapted(model: nn.Module) -> dict[str, Any]:
 
 
 def merged(
-    state: Iterator[tuple[str, Tensor]], parts: Mapping[str, Tensor], scales: Mapping[str, float] | float
+    state: Iterator[tuple[str, Tensor]],
+    parts: Mapping[str, Tensor],
+    scales: Mapping[str, float] | float,
+    model: nn.Module | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """A stream of weights (gather, read) with adapters added: W + scale * B A, in float32, in W's dtype.
 
-    parts: whole adapters by parameter name; scales: of each layer, or of all. Raises PolymodalError when an adapter
-    finds no weight.
+    parts: whole adapters by parameter name; scales: of each layer, or of all; model: with its adapters, needed where
+    stacked experts have some. Raises PolymodalError when an adapter finds no weight.
     """
     left = {name.split(".lora_")[0] for name in parts}
+    stacks = stacked.homes(model) if model is not None else {}
+    wrappers = stacked.wrappers(model) if stacks else {}
     for name, tensor in state:
-        layer = name.removesuffix(".weight")
-        if name.endswith(".weight") and layer in left:
+        layer = stacks.get(name) or (name.removesuffix(".weight") if name.endswith(".weight") else "")
+        if layer in left:
             left.discard(layer)
             if tensor.numel():  # ranks that only take part are handed empty tensors
                 a, b = (parts[f"{layer}.lora_{x}.{NAME}.weight"].float() for x in "AB")
                 by = scales if isinstance(scales, (int, float)) else scales[layer]
-                tensor = (tensor.float() + by * (b @ a)).to(tensor.dtype)
+                change = stacked.delta(wrappers[layer], a, b) if layer in wrappers else b @ a
+                tensor = (tensor.float() + by * change).to(tensor.dtype)
         yield name, tensor
     if left:
         raise PolymodalError(

@@ -12,20 +12,23 @@ from tests.models import tiny
 from tests.models.test_lora import CARD, on_meta
 from tests.parallel.harness import run
 
-OPTIONS = Lora(rank=5, alpha=10, towers=["language", "vision"])  # rank 5: uneven over 2
+KINDS = {
+    "qwen2-vl": Lora(rank=5, alpha=10, towers=["language", "vision"]),  # rank 5: uneven over 2
+    "qwen3-vl-moe": Lora(rank=3, alpha=10, targets=["q_proj", "gate_up_proj", "experts.down_proj"]),
+}
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> str:
-    return str(
-        tiny.checkpoint(
-            "qwen2-vl",
-            tmp_path_factory.mktemp("lora") / "base",
-            tied=True,
-            text_config__num_hidden_layers=2,
-            vision_config__depth=1,
-        )
+@pytest.fixture(scope="module", params=KINDS)
+def setting(request, tmp_path_factory) -> tuple[str, Lora]:
+    source = tiny.checkpoint(
+        request.param,
+        tmp_path_factory.mktemp("lora") / "base",
+        tied=request.param == "qwen2-vl",
+        text_config__num_hidden_layers=2,
+        vision_config__depth=1,
+        **({"vision_config__deepstack_visual_indexes": [0]} if "moe" in request.param else {}),
     )
+    return str(source), KINDS[request.param]
 
 
 def _loss(model: nn.Module, row: int) -> torch.Tensor:
@@ -34,9 +37,9 @@ def _loss(model: nn.Module, row: int) -> torch.Tensor:
     return model.lm_head(out).log_softmax(-1)[..., 5].sum()
 
 
-def build(source: str, shard: bool) -> nn.Module:
+def build(source: str, options: Lora, shard: bool) -> nn.Module:
     model = on_meta(source)
-    lora.attach(model, OPTIONS, CARD)
+    lora.attach(model, options, CARD)
     if shard:
         mesh = init_device_mesh("cpu", (2,))
         blocks = [*model.model.visual.blocks, *model.model.language_model.layers]
@@ -45,7 +48,7 @@ def build(source: str, shard: bool) -> nn.Module:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     weights.load(model, None, source)
-    lora.initialise(model, OPTIONS, 3)
+    lora.initialise(model, options, 3)
     with torch.no_grad():  # a B that is not zero, elementwise and so alike in every layout
         for name, parameter in lora.adapters(model).items():
             if ".lora_B." in name:
@@ -53,29 +56,30 @@ def build(source: str, shard: bool) -> nn.Module:
     return model
 
 
-def _train(rank: int, source: str, directory: str):
-    model = build(source, True)
+def _train(rank: int, source: str, options: Lora, directory: str):
+    model = build(source, options, True)
     start = lora.gather(model)
     model.forward = lambda: _loss(model, rank)
     model().backward()
     gradients = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
-    lora.save(start, model, OPTIONS, directory, base=source)
+    lora.save(start, model, options, directory, base=source)
     torch.distributed.barrier()
-    lora.initialise(model, OPTIONS, 77)
-    lora.load(model, OPTIONS, directory)
+    lora.initialise(model, options, 77)
+    lora.load(model, options, directory)
     again = lora.gather(model)
     merged = dict(lora.merged_state(model))
     return start, gradients, again, merged if rank == 0 else {}
 
 
-def test_two_ranks_equal_one_process(source, tmp_path):
-    model = build(source, False)
+def test_two_ranks_equal_one_process(setting, tmp_path):
+    source, options = setting
+    model = build(source, options, False)
     start = lora.gather(model)
     (_loss(model, 0) + _loss(model, 1)).backward()
     want = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert want.keys() == {n for n in start if "language_model" in n}
     whole = dict(lora.merged_state(model))
-    for values, gradients, again, merged in run(2, _train, source, str(tmp_path / "adapter")):
+    for values, gradients, again, merged in run(2, _train, source, options, str(tmp_path / "adapter")):
         assert values.keys() == start.keys()
         assert all(torch.equal(values[n], start[n]) and torch.equal(again[n], start[n]) for n in start)
         assert gradients.keys() == want.keys()
