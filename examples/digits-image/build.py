@@ -17,7 +17,7 @@ import numpy as np
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 COLOURS = {
-    "red": (255, 40, 40), "green": (40, 220, 60), "blue": (60, 90, 255), "yellow": (250, 220, 40), "pink": (250, 90, 200), "white": (245, 245, 245),
+    "red": (255, 30, 30), "green": (30, 230, 50), "blue": (50, 80, 255), "yellow": (255, 230, 0), "pink": (255, 60, 220), "white": (245, 245, 245),
 }  # fmt: skip
 TEMPLATES = ("a {} {}", "the digit {1} in {0}", "{1} , {0}", "a handwritten {} {}")
 SIDE = 32

@@ -77,7 +77,7 @@ class Clips:
         if medium.kind == "image":
             if self.grid.least > 1:
                 raise PolymodalError(
-                    f"{media.label(medium.source)} is a picture, this model learns from clips: it is shown their first and last frame.",
+                    f"{media.label(medium.source)} is a picture, this model learns from clips of {self.grid.least} frames and more.",
                     "Remove the row, or name clips.",
                 )
             (height, width), frames = media.image_size(_source(medium)), 1

@@ -58,6 +58,7 @@ class ModelCard:
     aliases: tuple[str, ...] = ()
     keywords: tuple[str, ...] = ()  # what people type when they mean it
     kind: Literal["understanding", "generation", "omni", "audio"] = "understanding"
+    title: str = ""  # as its authors write it, where the table's rule for names does not
     pipelines: Mapping[str, str] = field(
         default_factory=dict
     )  # generation: task -> diffusers' pipeline class

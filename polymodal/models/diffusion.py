@@ -7,6 +7,7 @@ diffusers' and transformers'; a model's own file says which of their arguments a
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class LatentGrid:
     space: int  # pixels along a side of a latent cell
     patch: tuple[int, int, int] = (1, 1, 1)  # latent cells that one token holds (frames, height, width)
     still: bool = False  # pictures only: latents have no axis of frames
-    least: int = 1  # frames that a sample must have: 2 where a last frame is a condition
+    least: int = 1  # frames that a sample must have: more than one where a picture does not do
 
     @property
     def side(self) -> int:
@@ -50,9 +51,8 @@ class LatentGrid:
 
     def fits(self, frames: int) -> bool:
         """Whether a video of so many frames becomes whole latents, and those whole tokens."""
-        return frames == 1 or (
-            (frames - 1) % self.time == 0 and ((frames - 1) // self.time + 1) % self.patch[0] == 0
-        )
+        whole = (frames - 1) % self.time == 0
+        return frames >= self.least and whole and ((frames - 1) // self.time + 1) % self.patch[0] == 0
 
 
 class Generation(Family):
@@ -179,11 +179,13 @@ class Generation(Family):
     def size(self) -> tuple[int, int, float]:
         """(layers, width, parameters of the blocks) of the denoiser, counted once on meta."""
         if not hasattr(self, "_size"):
-            named = list(self.build().trained.named_parameters())
-            heads = tuple(pattern.partition("*")[0].rstrip(".") + "." for pattern in self.card.blocks)
-            count = sum(p.numel() for n, p in named if n.startswith(heads))
-            blocks = {n[: (n + ".").index(".", len(h))] for h in heads for n, _ in named if n.startswith(h)}
-            self._size = max(1, len(blocks)), self.width(), float(count)
+            names = {n: p.numel() for n, p in self.build().trained.named_parameters()}
+            expressions = [
+                re.compile(re.escape(p).replace(r"\*", r"[^.]+") + r"(?=\.)") for p in self.card.blocks
+            ]
+            found = [(hit[0], n) for n in names for e in expressions if (hit := e.match(n))]
+            count = sum(names[n] for _, n in found)
+            self._size = max(1, len({block for block, _ in found})), self.width(), float(count)
         return self._size
 
     def width(self) -> int:

@@ -35,8 +35,7 @@ def billions(size: Size) -> str:
 
 def readme_row(card: ModelCard, why_not: WhyNot) -> str:
     """The card's line in README: name, sizes, what goes in, how it can be trained."""
-    name = card.name.replace("qwen", "Qwen").replace("-vl", "-VL").replace("-moe", " MoE")
-    name = name[:1].upper() + name[1:]
+    name = card.title or card.name.replace("qwen", "Qwen").replace("-vl", "-VL").replace("-moe", " MoE")
     sizes = ", ".join(key.upper() for key in card.sizes)
     inputs = ", ".join(
         dict.fromkeys(INPUTS[task] for task in card.tasks if INPUTS.get(task, "text") != "text")

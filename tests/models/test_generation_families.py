@@ -43,7 +43,7 @@ def recipe(source, family, data, stills, run, **model):
             "model": {"source": str(source), **model},
             "data": {
                 "datasets": [{"path": str(stills if still else data)}], "workers": 0, "on_error": "skip", "features": str(run / "features"),
-                "clip": {"frames": [9], "sizes": [tiny_pipelines.SIZES.get(family.card.name, (32, 32))]},
+                "clip": {"frames": [tiny_pipelines.FRAMES.get(family.config.get("patch_size_t"), 9)], "sizes": [tiny_pipelines.SIZES.get(family.card.name, (32, 32))]},
             },
             "train": {"steps": 3, "global_batch_size": 2, "micro_batch_size": 2, "precision": "fp32", "ema": 0.5},
             "optim": {"lr": 1e-2, "schedule": {"name": "constant", "warmup": 0}},
@@ -55,7 +55,9 @@ def recipe(source, family, data, stills, run, **model):
 
 def settings(family):
     height, width = tiny_pipelines.SIZES.get(family.card.name, (32, 32))
-    return Settings(2, 2.0, height, width, None if family.grid().still else 5)
+    return Settings(
+        2, 2.0, height, width, None if family.grid().still else 5 if family.grid().patch[0] == 1 else 13
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)

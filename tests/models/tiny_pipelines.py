@@ -164,7 +164,76 @@ def flux(guidance: bool = False) -> Any:
     )  # fmt: skip
 
 
+def sd3(large: bool = False) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    more = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)} if large else {}
+    denoiser = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, pos_embed_max_size=16, **more,
+    )  # fmt: skip
+    return StableDiffusion3Pipeline(
+        transformer=denoiser, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=kl_vae(), text_encoder=clip_text(projected=True),
+        tokenizer=tokenizer(77), text_encoder_2=clip_text(projected=True), tokenizer_2=tokenizer(77), text_encoder_3=t5(32),
+        tokenizer_3=tokenizer(256),
+    )  # fmt: skip
+
+
+def sdxl() -> Any:
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    denoiser = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        attention_head_dim=(2, 2), transformer_layers_per_block=(1, 1), cross_attention_dim=32, use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16,
+    )  # fmt: skip
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+    )
+    return StableDiffusionXLPipeline(
+        vae=kl_vae(scaling=0.13, shift=None), text_encoder=clip_text(), text_encoder_2=clip_text(projected=True), tokenizer=tokenizer(77),
+        tokenizer_2=tokenizer(77), unet=denoiser, scheduler=scheduler,
+    )  # fmt: skip
+
+
+def cogvideox(image: bool = False, newer: bool = False) -> Any:
+    import diffusers
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, block_out_channels=(8, 8, 8, 8),
+        latent_channels=4, layers_per_block=1, norm_num_groups=2, temporal_compression_ratio=4,
+    )  # fmt: skip
+    rotary = (
+        {"use_rotary_positional_embeddings": True, "attention_head_dim": 32}
+        if image or newer
+        else {"attention_head_dim": 16}
+    )
+    more = {"patch_size_t": 2, "patch_bias": False} if newer else {}
+    if newer and image:
+        more["ofs_embed_dim"] = 8
+    denoiser = CogVideoXTransformer3DModel(
+        num_attention_heads=2, in_channels=8 if image else 4, out_channels=4, time_embed_dim=8, text_embed_dim=16, num_layers=1,
+        sample_width=4, sample_height=4, sample_frames=9, patch_size=2, temporal_compression_ratio=4, max_text_seq_length=16,
+        **rotary, **more,
+    )  # fmt: skip
+    scheduler = CogVideoXDDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True,
+        snr_shift_scale=1.0, timestep_spacing="trailing",
+    )  # fmt: skip
+    cls = diffusers.CogVideoXImageToVideoPipeline if image else diffusers.CogVideoXPipeline
+    return cls(tokenizer=tokenizer(16), text_encoder=t5(), vae=vae, transformer=denoiser, scheduler=scheduler)
+
+
 MAKERS = {
+    "sd3": sd3,
+    "sd3.5": lambda: sd3(True),
+    "sdxl": sdxl,
+    "cogvideox": cogvideox,
+    "cogvideox-i2v": lambda: cogvideox(True),
+    "cogvideox1.5": lambda: cogvideox(False, True),
+    "cogvideox1.5-i2v": lambda: cogvideox(True, True),
     "flux": flux,
     "flux-guided": lambda: flux(True),
     "wan": wan,
@@ -183,3 +252,6 @@ def pipeline(name: str, directory: str | Path) -> Path:
 
 SIZES: dict[str, tuple[int, int]] = {}
 """Frames of a card's tests, (height, width), where not 32 x 32."""
+
+FRAMES = {2: 5}
+"""Frames of a clip by the denoiser's patch over frames, where not 9."""

@@ -91,7 +91,7 @@ def test_named_models(wish, name, size):
 
 @pytest.mark.parametrize(
     "wish, first",
-    [("Wan2.2 14B", "wan2.2"), ("fine-tune InternVL3", "internvl3"), ("qwen2.5-omni", "qwen2.5-omni"), ("Qwen3 TTS", "qwen3-tts"), ("hunyuanvideo", "hunyuan-video"), ("stable diffusion xl dreambooth", "sdxl")],
+    [("Wan2.2 14B", "wan2.2"), ("fine-tune InternVL3", "internvl3"), ("qwen2.5-omni", "qwen2.5-omni"), ("Qwen3 TTS", "qwen3-tts"), ("hunyuanvideo", "hunyuan-video"), ("train sana", "sana")],
 )  # fmt: skip
 def test_models_still_to_come_are_named_as_such(wish, first):
     answer = ask(wish)

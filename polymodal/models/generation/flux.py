@@ -60,6 +60,7 @@ class Flux(Pictures):
 
 CARD = ModelCard(
     name="flux.1",
+    title="FLUX.1",
     family=Flux,
     architectures=("FluxPipeline", "FluxImg2ImgPipeline"),
     kind="generation",

@@ -119,6 +119,7 @@ class Wan(Generation):
 
 CARD = ModelCard(
     name="wan2.1",
+    title="Wan 2.1",
     family=Wan,
     architectures=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
     kind="generation",

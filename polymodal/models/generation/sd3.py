@@ -1,0 +1,71 @@
+"""Stable Diffusion 3 and 3.5: facts, and the arguments of diffusers' SD3Transformer2DModel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from polymodal.data.sample import Batch
+from polymodal.models.card import ModelCard, Size
+from polymodal.models.generation.pictures import Pictures
+
+
+class StableDiffusion3(Pictures):
+    text = ("encoder_hidden_states", "pooled_projections")
+    documented = {"latents": "video", "encoder_hidden_states": "prompt_ids"}
+    zero = ("proj_out.*", "*.norm*.linear.*", "norm_out.linear.*")
+
+    def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+        hidden, _, pooled, _ = pipeline.encode_prompt(
+            list(captions), None, None, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
+
+    def denoise(self, model: nn.Module, latents: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        given = self.conditions(model, batch, self.text)
+        (prediction,) = self.forward(model)(latents, timestep=timestep, return_dict=False, **given)
+        return prediction
+
+
+CARD = ModelCard(
+    name="sd3",
+    title="SD3, SD3.5",
+    family=StableDiffusion3,
+    architectures=("StableDiffusion3Pipeline",),
+    kind="generation",
+    tasks=("text-to-image",),
+    blocks=("transformer_blocks.*",),
+    towers={
+        "blocks": ("transformer_blocks",),
+        "embedders": ("pos_embed", "context_embedder", "time_text_embed"),
+        "output": ("norm_out", "proj_out"),
+    },
+    first=("pos_embed", "context_embedder", "time_text_embed"),
+    last=("norm_out", "proj_out"),
+    head="proj_out",
+    pipelines={
+        "text-to-image": "StableDiffusion3Pipeline",
+        "image-to-image": "StableDiffusion3Img2ImgPipeline",
+    },
+    limits={
+        "tp": "its tensor plan is not built",
+        "ep": "it has no experts",
+        "cp": "the cut of its sequence over ranks is not built",
+        "pp": "its stages are not built",
+    },
+    sizes={
+        "2b": Size(
+            "stabilityai/stable-diffusion-3-medium-diffusers", 2.03, 24, devices=8, layout={"dp_shard": -1}
+        ),
+        "3.5-medium": Size(
+            "stabilityai/stable-diffusion-3.5-medium", 2.24, 24, devices=8, layout={"dp_shard": -1}
+        ),
+        "8.1b": Size("stabilityai/stable-diffusion-3.5-large", 8.06, 38, devices=8, layout={"dp_shard": -1}),
+    },
+    keywords=("text to image", "stable diffusion 3", "dreambooth"),
+    aliases=("sd3.5", "stable-diffusion-3", "stable-diffusion-3.5"),
+    verified="tiny models of the class: trained, exported, opened and sampled by diffusers' pipeline",
+    seeds=("2b", "8.1b"),
+)

@@ -1,0 +1,60 @@
+"""The published configs of generating models build what their cards say: parameters and layers, on meta."""
+
+import pytest
+
+from polymodal.models import catalog, pipelines
+
+FLUX = {"in_channels": 64, "guidance_embeds": True}
+SD3 = {
+    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24, "attention_head_dim": 64,
+    "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}  # fmt: skip
+SD35M = {**SD3, "pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))}
+SD35L = {
+    **SD3,
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "qk_norm": "rms_norm",
+}
+SDXL = {
+    "sample_size": 128, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048, "use_linear_projection": True,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+COG = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
+COG15 = {**COG, "patch_size_t": 2, "patch_bias": False, "sample_height": 300, "sample_width": 300}
+PUBLISHED = {
+    ("flux.1", "dev"): ("FluxTransformer2DModel", FLUX),
+    ("flux.1", "schnell"): ("FluxTransformer2DModel", {**FLUX, "guidance_embeds": False}),
+    ("sd3", "2b"): ("SD3Transformer2DModel", SD3),
+    ("sd3", "3.5-medium"): ("SD3Transformer2DModel", SD35M),
+    ("sd3", "8.1b"): ("SD3Transformer2DModel", SD35L),
+    ("sdxl", "3.5b"): ("UNet2DConditionModel", SDXL),
+    ("cogvideox", "2b"): ("CogVideoXTransformer3DModel", {"num_attention_heads": 30, "num_layers": 30}),
+    ("cogvideox", "5b"): ("CogVideoXTransformer3DModel", COG),
+    ("cogvideox", "i2v-5b"): ("CogVideoXTransformer3DModel", {**COG, "in_channels": 32, "use_learned_positional_embeddings": True}),
+    ("cogvideox", "1.5-5b"): ("CogVideoXTransformer3DModel", COG15),
+    ("cogvideox", "1.5-i2v-5b"): ("CogVideoXTransformer3DModel", {**COG15, "in_channels": 32, "ofs_embed_dim": 512}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "key"), PUBLISHED)
+def test_a_published_config_builds_the_model_the_card_describes(name, key):
+    card = catalog.cards()[name]
+    cls, config = PUBLISHED[name, key]
+    full = {**config, "_class_name": cls}
+    model = pipelines.empty(full)
+    family = card.family(card, {**dict(model.config), **full}, "nowhere")
+    count = sum(p.numel() for p in model.parameters()) / 1e9
+    assert count == pytest.approx(card.sizes[key].parameters, rel=0.01)
+    layers, width, parameters = family.size()
+    assert layers == card.sizes[key].layers and 0 < parameters / 1e9 < count and width > 100
+
+
+def test_every_published_size_is_listed_here():
+    listed = {name for name, _ in PUBLISHED}
+    cards = {c.name: c for c in catalog.cards().values() if c.kind == "generation" and c.name != "wan2.1"}
+    assert listed == set(cards) and set(PUBLISHED) == {(n, k) for n, c in cards.items() for k in c.sizes}
