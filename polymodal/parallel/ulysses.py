@@ -7,6 +7,7 @@ Ulysses).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,66 +36,63 @@ def key_heads(heads: int, keys: int, size: int) -> list[range]:
     ]
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """All parts in one flat buffer, in order; each is copied once, none if they lie so already."""
+    if len(parts) == 1 and parts[0].is_contiguous():
+        return parts[0].flatten()
+    joined = parts[0].new_empty(sum(part.numel() for part in parts))
+    for part, place in zip(parts, joined.split([part.numel() for part in parts]), strict=True):
+        place.view(part.shape).copy_(part)
+    return joined
+
+
+def _trade(
+    sent: Tensor, sent_sizes: list[int], shapes: Sequence[Sequence[tuple[int, ...]]], group: dist.ProcessGroup
+) -> list[list[Tensor]]:
+    """One exchange of flat pieces; by rank, what it sent in these shapes."""
+    sizes = [[math.prod(shape) for shape in of] for of in shapes]
+    received = sent.new_empty(sum(map(sum, sizes)))
+    dist.all_to_all_single(received, sent, [sum(of) for of in sizes], sent_sizes, group=group)
+    parts = iter(received.split([size for of in sizes for size in of]))
+    return [[next(parts).view(shape) for shape in of] for of in shapes]
+
+
 def _to_heads(tensors: Sequence[Tensor], heads: Sequence[Heads], rows: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:  # fmt: skip
     """Each tensor [B, n, H_t, D] -> [B, sum(rows), heads of this rank, D]; one exchange for all of them."""
     rank, size = group.rank(), group.size()
     batch, mine, _, width = tensors[0].shape
-    counts = [sum(len(of[r]) for of in heads) for r in range(size)]
-    packed = [
-        tensor[:, :, of[r].start : of[r].stop].permute(2, 0, 1, 3).flatten()
+    parts = [
+        tensor[:, :, of[r].start : of[r].stop]
         for r in range(size)
         for tensor, of in zip(tensors, heads, strict=True)
     ]
-    sent = torch.cat(packed)
-    block = batch * width
-    received = sent.new_empty(counts[rank] * sum(rows) * block)
-    dist.all_to_all_single(
-        received, sent, [counts[rank] * n * block for n in rows], [count * mine * block for count in counts], group=group
-    )  # fmt: skip
-    out = [received.new_empty(batch, sum(rows), len(of[rank]), width) for of in heads]
-    place = row = 0
-    for n in rows:
-        for tensor, of in zip(out, heads, strict=True):
-            size_here = len(of[rank]) * n * block
-            part = received[place : place + size_here].view(len(of[rank]), batch, n, width)
-            tensor[:, row : row + n] = part.permute(1, 2, 0, 3)
-            place += size_here
-        row += n
-    return out
+    counts = [sum(len(of[r]) for of in heads) * mine * batch * width for r in range(size)]
+    came = _trade(
+        _joined(parts), counts, [[(batch, n, len(of[rank]), width) for of in heads] for n in rows], group
+    )
+    return [torch.cat(pieces, dim=1) for pieces in zip(*came, strict=True)]
 
 
 def _to_rows(tensors: Sequence[Tensor], heads: Sequence[Heads], totals: Sequence[int], rows: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:  # fmt: skip
     """The way back: [B, sum(rows), heads of this rank, D] -> [B, n, totals[t], D]; a head that several ranks had is summed."""
     rank, size = group.rank(), group.size()
     batch, width, mine = tensors[0].shape[0], tensors[0].shape[-1], rows[group.rank()]
-    counts = [sum(len(of[r]) for of in heads) for r in range(size)]
-    packed, row = [], 0
-    for n in rows:
-        packed += [tensor[:, row : row + n].permute(2, 0, 1, 3).flatten() for tensor in tensors]
-        row += n
-    sent = torch.cat(packed)
-    block = batch * width
-    received = sent.new_empty(sum(counts) * mine * block)
-    dist.all_to_all_single(
-        received, sent, [count * mine * block for count in counts], [counts[rank] * n * block for n in rows], group=group
-    )  # fmt: skip
-    out = [
-        received.new_empty(batch, mine, total, width)
-        if sum(map(len, of)) == total
-        else received.new_zeros(batch, mine, total, width)
-        for total, of in zip(totals, heads, strict=True)
-    ]
-    place = 0
-    for r in range(size):
-        for tensor, of in zip(out, heads, strict=True):
-            size_here = len(of[r]) * mine * block
-            part = received[place : place + size_here].view(len(of[r]), batch, mine, width)
-            target = tensor[:, :, of[r].start : of[r].stop]
-            if sum(map(len, of)) == tensor.shape[2]:
-                target.copy_(part.permute(1, 2, 0, 3))
-            else:
-                target.add_(part.permute(1, 2, 0, 3))
-            place += size_here
+    counts = [sum(len(of[rank]) for of in heads) * n * batch * width for n in rows]
+    if len(tensors) == 1 and batch == 1:  # rows of a rank lie together
+        sent = _joined(tensors)
+    else:
+        by_rows = [tensor.split(list(rows), dim=1) for tensor in tensors]
+        sent = _joined([part for parts in zip(*by_rows, strict=True) for part in parts])
+    came = _trade(sent, counts, [[(batch, mine, len(of[r]), width) for of in heads] for r in range(size)], group)  # fmt: skip
+    out = []
+    for total, of, pieces in zip(totals, heads, zip(*came, strict=True), strict=True):
+        if sum(map(len, of)) == total:
+            out.append(torch.cat(pieces, dim=2))
+            continue
+        whole = pieces[0].new_zeros(batch, mine, total, width)
+        for r, piece in enumerate(pieces):
+            whole[:, :, of[r].start : of[r].stop] += piece
+        out.append(whole)
     return out
 
 
