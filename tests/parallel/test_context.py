@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from polymodal.data.sample import hole, pack
 from polymodal.errors import PolymodalError
+from polymodal.models import catalog
 from polymodal.parallel import attention, share
-from polymodal.parallel.context import Context, ulysses_size
+from polymodal.parallel.apply import check
+from polymodal.parallel.context import Context, Cut, ulysses_size
+from polymodal.parallel.mesh import ParallelSizes
 from polymodal.parallel.ring import backward_block, forward_block, plain_backward, plain_forward
 from polymodal.recipe import Data
 from tests.models import tiny
@@ -176,6 +180,28 @@ def test_a_block_is_the_definition_and_its_gradients(pairs, heads, causal):
     if pieces:
         for mine, theirs in zip(grads, torch.autograd.grad(total, (q, k, v)), strict=True):
             torch.testing.assert_close(mine, theirs)
+
+
+class Ring:
+    """A context in which attention over ranks is refused before any rank is asked."""
+
+    size, ring, ulysses, ring_rank, ulysses_rank, ring_group, ulysses_group = 2, 2, 1, 0, 0, object(), None
+    attend = Context.attend
+
+
+def test_what_attention_over_ranks_cannot_do_is_said():
+    inputs, cu_seqlens = draw([4], 2, 2, 4, torch.float32), attention.cumulative([8])
+    cut = Cut(Ring(), share.spread((8,), 2, 1, True), torch.arange(4))  # type: ignore[arg-type]
+    with pytest.raises(PolymodalError, match="dropout cannot run over a ring"):
+        attention.attend(*inputs, cu_seqlens, True, dropout=0.1, cut=cut)
+    with pytest.raises(ValueError, match="this rank holds 4 rows, the stream has 3"):
+        attention.attend(*(t[:, :, :3] for t in inputs), cu_seqlens, True, cut=cut)
+
+
+def test_a_card_that_does_not_say_where_its_sequences_are_cut_is_refused():
+    card = replace(catalog.cards()["qwen2-vl"], sequence_entry="", sequence_plan={})
+    (reason,) = check(card, tiny.config("qwen2-vl"), ParallelSizes(1, 1, 1, 2, 1))
+    assert "does not say where its sequences are cut" in str(reason)
 
 
 def test_ulysses_takes_what_the_heads_allow():

@@ -90,6 +90,7 @@ def test_compiled_blocks():
     layouts = [
         Layout("FSDP2 x 2, compiled, full recompute", 2, {"compile": True, "recompute": "full"}),
         Layout("TP 2 + SP, compiled", 2, {"tp": 2, "compile": True}),
+        Layout("ring 2, compiled", 2, {"cp": 2, "ulysses": 1, "compile": True}),
     ]
     for result in parity("qwen2.5-vl", layouts, steps=1, dtype=torch.float32):
         assert max(result.loss, result.gradients) < 1e-5, result

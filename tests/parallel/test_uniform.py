@@ -111,7 +111,10 @@ def test_rows_of_no_stream_and_of_streams_too_alike_are_refused():
     assert cut.rows(5) == (5, 5, 6)  # joined
     with pytest.raises(ValueError, match="attention over 4 rows"):
         cut.rows(4)
-    with pytest.raises(
-        ValueError, match="attention over 3 rows"
-    ):  # 9 rows here, but 7 look the same on rank 2
+    with pytest.raises(ValueError, match="attention over 3 rows"):  # of 9, but rank 2 has as many of 7
         cut.rows(3)
+    with pytest.raises(ValueError, match="7 rows leave the model"):
+        cut.gather(torch.zeros(1, 7, 2), 1)
+    query = torch.zeros(1, 5, 2, 4)
+    with pytest.raises(ValueError, match="without a mask"):
+        uniform.attention(query, query, query, attn_mask=torch.ones(5, 5), _parallel_config=cut)
