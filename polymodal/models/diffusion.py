@@ -157,10 +157,13 @@ class Generation(Family):
 
     @staticmethod
     def forward(model: nn.Module) -> Any:
-        """The class's own forward: the instance's ends in the loss (train.step.bind)."""
+        """The class's own forward: the instance's ends in the loss (train.step.bind). Where sequences are cut over
+        ranks by the root's arguments (a sequence_plan for ""), these are cut on the way."""
         from polymodal.models import library
 
-        return library.class_of(model).forward.__get__(model)
+        own = library.class_of(model).forward.__get__(model)
+        cut = getattr(model, "sequence_cut", None)
+        return own if cut is None else cut.around(own)
 
     # ------------------------------------------------------------------ sampling
 

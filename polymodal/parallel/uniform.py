@@ -8,6 +8,7 @@ whole batches and compute whole predictions, so each counts its loss as one of `
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -49,8 +50,9 @@ class UniformCut:
     Rank c of the group holds the c-th of `size` consecutive parts of every stream, which differ by at most one row.
     """
 
-    def __init__(self, context: Context):
-        self.context = context
+    def __init__(self, context: Context, root: Mapping[str | int, int] | None = None):
+        """root: the plan of the model's own arguments, name -> dimension."""
+        self.context, self.root = context, dict(root or {})
         self.lengths: dict[tuple[str, str | int], int] = {}  # of the streams in the forward that is running
 
     def counts(self, length: int) -> tuple[int, ...]:
@@ -91,12 +93,20 @@ class UniformCut:
             return self.counts(alike[0])
         raise ValueError(f"attention over {own} rows, the streams {streams} were cut to others")
 
-    def cut_arguments(self, arguments: dict[str, Any], plan: dict[str | int, int]) -> dict[str, Any]:
-        """A root's arguments, as its plan "" says: a library's own forward is called without hooks."""
-        return {
-            name: self.cut(value, plan[name], ("", name)) if name in plan and value is not None else value
-            for name, value in arguments.items()
-        }
+    def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A library's own forward, which is called without hooks, with the root's arguments cut."""
+        if not self.root:
+            return forward
+        names = list(inspect.signature(forward).parameters)
+
+        def cut(*args: Any, **kwargs: Any) -> Any:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            for name, dim in self.root.items():
+                if given.get(name) is not None:
+                    given[name] = self.cut(given[name], dim, ("", name))
+            return forward(**given)
+
+        return cut
 
 
 def attention(
@@ -144,9 +154,9 @@ def apply(model: nn.Module, card: ModelCard, context: Context) -> UniformCut:
     """Cut the sequences of a diffusion transformer over the group as the card's sequence_plan and sequence_exit say.
 
     sequence_plan: module -> {argument name, or index of an output: dimension}. The root "" is cut by whoever calls
-    the library's forward, with `model.sequence_cut.cut_arguments`. sequence_exit: the module that gives [B, n, D].
+    the library's forward, through `model.sequence_cut.around`. sequence_exit: the module that gives [B, n, D].
     """
-    cut = UniformCut(context)
+    cut = UniformCut(context, card.sequence_plan.get("", {}))
     model.sequence_cut = cut
     model.register_forward_pre_hook(lambda *_: cut.lengths.clear())
     modules = dict(model.named_modules())
