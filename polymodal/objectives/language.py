@@ -82,7 +82,8 @@ class _HeadLoss(torch.autograd.Function):
                 here = (y >= a) & (y < b)
                 found = raw.gather(1, (y - a).clamp(0, b - a - 1)[:, None])[:, 0].to(accumulate)
                 target = torch.where(here, found, target)
-                total.mul_((peak - higher).exp_()).add_((raw - higher[:, None]).exp_().sum(dim=1))
+                wide = raw.to(accumulate, copy=True)  # before the difference: a mixed one is several times slower
+                total.mul_((peak - higher).exp_()).add_(wide.sub_(higher[:, None]).exp_().sum(dim=1))
                 peak = higher
             if group is not None:
                 own = peak.clone()
@@ -97,7 +98,7 @@ class _HeadLoss(torch.autograd.Function):
             normal = (total.log() + peak)[:, None]
             into_hidden = torch.zeros(h.shape, dtype=accumulate, device=h.device)
             for (a, b), raw in zip(cuts, logits, strict=True):
-                slope = torch.sub(raw, normal, out=raw if raw.dtype == accumulate else None).exp_()
+                slope = raw.to(accumulate).sub_(normal).exp_()
                 slope.mul_(scale[:, None])
                 here = (y >= a) & (y < b)
                 slope.scatter_add_(
