@@ -82,7 +82,9 @@ class _HeadLoss(torch.autograd.Function):
                 here = (y >= a) & (y < b)
                 found = raw.gather(1, (y - a).clamp(0, b - a - 1)[:, None])[:, 0].to(accumulate)
                 target = torch.where(here, found, target)
-                wide = raw.to(accumulate, copy=True)  # before the difference: a mixed one is several times slower
+                wide = raw.to(
+                    accumulate, copy=True
+                )  # before the difference: a mixed one is several times slower
                 total.mul_((peak - higher).exp_()).add_(wide.sub_(higher[:, None]).exp_().sum(dim=1))
                 peak = higher
             if group is not None:

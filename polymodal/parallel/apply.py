@@ -291,7 +291,10 @@ def _shard(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # A plain sum: the loss is divided by the global weight already, and gloo has no scaled reduction.
-            module.set_gradient_divide_factor(1.0)
+            if (
+                mesh.fsdp.size() > 1 or experts
+            ):  # one rank sums anyway; told a factor, torch divides a copy by it
+                module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             if mesh.device_type == "cpu":
                 module.set_custom_reduce_scatter(_ReduceScatter())
