@@ -47,7 +47,7 @@ def measure(root: Path, data: Path, steps: int, precision: str, out: Path) -> li
 
         def ours(number: int, step) -> float:
             began = time.process_time()
-            trainer._step(number + 1, step, began)
+            trainer._step(number + 1, step, time.perf_counter())
             trainer.writer.poll()
             return time.process_time() - began
 

@@ -77,7 +77,7 @@ def measure(root: Path, data: Path, steps: int, precision: str, out: Path) -> di
 
         def run(step: Any) -> float:
             began = time.process_time()
-            trainer._step(trainer.state.step + 1, step, began)
+            trainer._step(trainer.state.step + 1, step, time.perf_counter())
             return time.process_time() - began
 
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
