@@ -4,7 +4,8 @@
 
 Real ranks (gloo, float32 unless the row says otherwise) run real optimizer steps of a small model of the library's
 class with four micro-batches; a tracker sees every allocation (polymodal/plan/tracker.py). For each kind the highest
-moment of a step is taken, of the rank that holds most. What a policy keeps on the host is counted as such, although
+moment of a step is taken, of the rank that holds most. `gathered` are parameters put together from their shards,
+`communication` the buffers that they and reduced gradients travel in. What a policy keeps on the host is counted as such, although
 here the host is all there is. Written to benchmarks/results/memory.json, from where table.py makes the page.
 """
 
@@ -22,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-KINDS = ("parameters", "gathered", "gradients", "optimizer", "activations", "host")
+KINDS = ("parameters", "gathered", "communication", "gradients", "optimizer", "activations", "host")
 MICRO_BATCHES = 4
 SIZES = {
     "text_config__num_hidden_layers": 8, "text_config__hidden_size": 128, "text_config__num_attention_heads": 8, "text_config__intermediate_size": 256,
@@ -100,8 +101,9 @@ def measured(rank: int, source: str, parallel: dict[str, Any], precision: str, t
         tracker.mark([p.grad for p in job.trainable.values() if p.grad is not None], "gradients")
         for group in groups:  # those that ZeRO-1 keeps whole
             for parameter in group.fsdp_params:
-                whole = parameter.unsharded_accumulated_grad
-                tracker.mark([whole] if whole is not None else [], "gradients")
+                gathered = getattr(parameter, "_unsharded_param", None)
+                for whole in (parameter.unsharded_accumulated_grad, getattr(gathered, "grad", None)):
+                    tracker.mark([whole] if whole is not None else [], "gradients")
 
     before, to_host = memory.before_backward, memory.to_host
 
@@ -127,8 +129,8 @@ def measured(rank: int, source: str, parallel: dict[str, Any], precision: str, t
         kind = tracker.kind_of(number)
         if kind in held:
             held[kind] += change
-            if phase == "step":
-                most[kind] = max(most[kind], held[kind])
+        if phase == "step":
+            most = {kind: max(most[kind], held[kind]) for kind in KINDS}
     away = {"parameters": ("parameters", "gradients", "optimizer"), "optimizer": ("optimizer",)}
     for word in recipe.parallel.offload:
         for kind in away.get(word, ()):
@@ -151,7 +153,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(prefix="polymodal-memory-") as directory:
         sources = {m: str(tiny.checkpoint(m, Path(directory, m), **overrides(m))) for m in (DENSE, SPARSE)}
-        print(f"{'MiB a rank':42}" + "".join(f"{kind:>12}" for kind in KINDS), flush=True)
+        print(f"{'MiB a rank':42}" + "".join(f"{kind:>14}" for kind in KINDS), flush=True)
         for name, model, world, parallel, precision in CASES:
             if args.only not in name:
                 continue
@@ -161,7 +163,7 @@ def main() -> None:
                 {"name": name, "ranks": world, "parallel": parallel, "precision": precision, "bytes": most}
             )
             print(
-                f"{name:38} {world:3}" + "".join(f"{most[kind] / 2**20:12.2f}" for kind in KINDS), flush=True
+                f"{name:38} {world:3}" + "".join(f"{most[kind] / 2**20:14.2f}" for kind in KINDS), flush=True
             )
     if args.json:
         args.json.write_text(

@@ -177,6 +177,30 @@ train them without padding, so with pictures it runs padded, and its packing is 
 """
 
 
+MEMORY = """
+## Memory by policy
+
+MiB that a rank holds, each kind at its highest moment of an optimizer step: {micro_batches} micro-batches of {tokens:,} tokens
+(a quarter of pictures) through small models of Qwen2.5-VL's class (8 language and 4 vision layers) and, for experts,
+Qwen3-VL MoE's, on gloo, counted allocation by allocation. gathered: parameters put together from shards; communication:
+buffers of collectives; host: what the policy keeps on the host. Equal results: the rows of [parity](parity.md).
+
+| policy | ranks | {kinds} |
+|---|---|{lines}|
+"""
+
+
+def memory(r: dict) -> str:
+    """The section about memory policies."""
+    kinds = list(r["rows"][0]["bytes"])
+    lines = [
+        f"| {row['name']} | {row['ranks']} | " + " | ".join(f"{row['bytes'][kind] / 2**20:.2f}" for kind in kinds) + " |"
+        for row in r["rows"]
+    ]  # fmt: skip
+    head = MEMORY.format(kinds=" | ".join(kinds), lines="|".join(["---:"] * len(kinds)), **r)
+    return head + "\n".join(lines) + "\n\n`python benchmarks/memory.py`\n"
+
+
 def text(results: Path) -> str:
     """The page, from the results in a directory."""
     lines = []
@@ -187,7 +211,9 @@ def text(results: Path) -> str:
             for what, figure, wanted, met in rows(json.loads(path.read_text())):
                 said = "" if met is None else "met" if met else "**missed**"
                 lines.append(f"| {what} | {figure} | {wanted} | {said} | {command} |")
-    return HEAD + "\n".join(lines) + "\n" + TAIL
+    policies = results / "memory.json"
+    section = memory(json.loads(policies.read_text())) if policies.is_file() else ""
+    return HEAD + "\n".join(lines) + "\n" + TAIL + section
 
 
 def main() -> None:
