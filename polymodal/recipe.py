@@ -10,17 +10,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from polymodal import recipe_file
-
-
-class Section(BaseModel):
-    """A section of the recipe: closed (no unknown keys), checked on assignment, every key documented."""
-
-    model_config = ConfigDict(
-        extra="forbid", validate_assignment=True, use_attribute_docstrings=True, ser_json_inf_nan="constants"
-    )
+from polymodal.recipe_file import Section
+from polymodal.recipe_generation import Clip, Diffusion, Samples
 
 
 class Lora(Section):
@@ -135,21 +129,6 @@ class Video(Section):
     """Largest frame in pixels (default: the checkpoint's)."""
 
 
-class Clip(Section):
-    """Sizes and lengths of the images and videos that a generating model learns from; each pair is a bucket."""
-
-    frames: list[Annotated[int, Field(ge=1)]] = [81]
-    """Lengths of videos in frames, each 1 more than a multiple of the frames the VAE joins; a video takes the longest it fills."""
-    fps: Annotated[float, Field(gt=0)] | None = 16.0
-    """Frames taken per second of video; null = every frame."""
-    pixels: Annotated[int, Field(ge=64)] = 399360
-    """Pixels of a frame: sizes of at most this area are made for every aspect ratio (399360 = 480 x 832)."""
-    sizes: list[tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]]] = []
-    """Sizes [height, width] in place of those made from pixels; a medium takes the nearest in shape."""
-    crop: Literal["center", "stretch"] = "center"
-    """A medium of another shape than its size: keep its centre, or squeeze it."""
-
-
 class Data(Section):
     datasets: list[Dataset] = []
     """What is learned from."""
@@ -256,35 +235,6 @@ class LossGuard(Section):
     """Skip the step when the gradient norm exceeds this multiple of its running mean."""
     max_skips: Annotated[int, Field(ge=1)] = 10
     """Stop after so many skipped steps in a row."""
-
-
-class Diffusion(Section):
-    """What a generating model is asked; `auto` is what its family was trained with."""
-
-    density: Literal["auto", "uniform", "logit_normal", "mode", "cosmap"] = "auto"
-    """How noise levels are drawn (Esser et al. 2024): u uniform; normal through a sigmoid; heavy in the middle; cosmap."""
-    logit_mean: float = 0.0
-    """logit_normal: mean of the normal; above 0 draws more noise."""
-    logit_std: Annotated[float, Field(gt=0)] = 1.0
-    """logit_normal: standard deviation of the normal."""
-    mode_scale: float = 1.29
-    """mode: how heavy the middle is."""
-    shift: Annotated[float, Field(gt=0)] | Literal["auto", "dynamic"] = "auto"
-    """Flow: noise levels s become k s / (1 + (k - 1) s); dynamic = k from the latent tokens of the sample, as the scheduler's config says."""
-    per_batch: bool = False
-    """One noise level for all samples of a micro-batch (the described system's way) in place of one a sample."""
-    weighting: Literal["auto", "none", "min_snr", "gaussian", "sigma_sqrt"] = "auto"
-    """Weight of a noise level's loss: min_snr (Hang et al. 2023), gaussian over the timesteps with mean 1, or 1 / s^2."""
-    snr_gamma: Annotated[float, Field(gt=0)] = 5.0
-    """min_snr: the largest signal-to-noise ratio that counts."""
-    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
-    """Families with discrete timesteps: what the model predicts."""
-    zero_snr: bool | None = None
-    """Families with discrete timesteps: rescale the betas to end in pure noise (Lin et al. 2023); null = the scheduler's config."""
-    drop: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of samples trained on an empty caption, which guidance needs."""
-    quantiles: Annotated[int, Field(ge=1)] = 4
-    """Validation loss is measured at so many fixed noise levels."""
 
 
 class Train(Section):
@@ -418,6 +368,8 @@ class Evaluate(Section):
     """Steps between validation losses; 0 = only at the end when data.validation is given."""
     batches: Annotated[int, Field(ge=1)] | None = None
     """Global batches of validation data used each time (default: all)."""
+    samples: Samples = Samples()
+    """What a generating model is made to draw while it trains."""
 
 
 class Device(Section):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from polymodal.errors import PolymodalError
 
@@ -21,6 +21,14 @@ Places = dict[str, tuple[str, int]]
 
 FREE = (("model", "config"), ("device", "env"), ("data", "template_kwargs"))
 """Mappings whose names are not the recipe's: merged one level deep, dotted names kept whole."""
+
+
+class Section(BaseModel):
+    """A section of the recipe: closed (no unknown keys), checked on assignment, every key documented."""
+
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, use_attribute_docstrings=True, ser_json_inf_nan="constants"
+    )
 
 
 class _Yaml(yaml.SafeLoader):

@@ -50,6 +50,12 @@ class Metrics:
         for tracker in self._trackers:
             tracker.log(step, numbers)
 
+    def picture(self, step: int, name: str, pixels: Any) -> None:
+        """uint8 [H, W, 3] to the trackers that show pictures."""
+        for tracker in self._trackers:
+            if hasattr(tracker, "picture"):
+                tracker.picture(step, name, pixels)
+
     def close(self) -> None:
         self._file.close()
         for tracker in self._trackers:
@@ -65,6 +71,10 @@ class _TensorBoard:
     def log(self, step: int, values: dict[str, float]) -> None:
         for key, value in values.items():
             self.writer.add_scalar(key, value, step)
+
+    def picture(self, step: int, name: str, pixels: Any) -> None:
+        self.writer.add_image(name, pixels, step, dataformats="HWC")
+        self.writer.flush()
 
     def close(self) -> None:
         self.writer.close()

@@ -49,6 +49,10 @@ class Language:
     def start(self, device: torch.device) -> None:
         """Nothing besides the model."""
 
+    def sampler(self, model: Any, mesh: Any, device: torch.device) -> Any:
+        """Nothing is drawn while it trains."""
+        return None
+
     def feed(self, section: Section, rank: int) -> Feed:
         """Index and plan a section. Raises PolymodalError."""
         recipe = self.recipe
@@ -80,6 +84,14 @@ class Diffusion:
             self.actors = Encoders(self.family, dtype_of(self.recipe), device)
             if self.recipe.train.diffusion.drop:
                 self.objective.unconditional = {n: t.cpu() for n, t in self.actors.text([""]).items()}
+
+    def sampler(self, model: Any, mesh: Any, device: torch.device) -> Any:
+        """What samples evaluate.samples.prompts; None without prompts. Raises PolymodalError."""
+        if not self.recipe.evaluate.samples.prompts:
+            return None
+        from polymodal.train.samples import Sampler
+
+        return Sampler(self.recipe, self.family, model, mesh, device, dtype_of(self.recipe), self.actors)
 
     def feed(self, section: Section, rank: int) -> Feed:
         """Plan a section of features, or measure and plan one of clips. Raises PolymodalError."""

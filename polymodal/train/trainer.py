@@ -94,6 +94,7 @@ class Trainer:
         self.feed = self.task.feed("datasets", self.rt.rank)
         self.schedule = self.feed.schedule
         self.validation = self.task.feed("validation", self.rt.rank) if recipe.data.validation else None
+        self.sampler = self.task.sampler(self.model, self.mesh, self.device)
         self.steps = recipe.train.steps or self.schedule.steps_in(recipe.train.epochs)
 
     def _build_optimizer(self) -> None:
@@ -237,6 +238,9 @@ class Trainer:
                 if recipe.evaluate.every and step % recipe.evaluate.every == 0 and step < self.steps:
                     self._validate(step)
                     began = time.perf_counter()
+                if self.sampler is not None and self.sampler.due(step, False) and step < self.steps:
+                    self.sampler.after(step, self.metrics)
+                    began = time.perf_counter()
                 if stopping:
                     break
         finally:
@@ -248,6 +252,8 @@ class Trainer:
             self._say(f"stopped at step {state.step} as asked; the same command goes on from there")
             return 0
         self._validate(state.step)
+        if self.sampler is not None:
+            self.sampler.after(state.step, self.metrics)
         self._finish()
         return 0
 

@@ -320,3 +320,62 @@ def checkpoint_of_a_vlm(tmp_path_factory):
     from tests.models import tiny
 
     return tiny.checkpoint("qwen2-vl", tmp_path_factory.mktemp("vlm"))
+
+
+def test_prompts_are_sampled_while_the_model_trains(wan, data, tmp_path):
+    samples = {
+        "prompts": ["a red square", "blue", "green"],
+        "every": 2,
+        "steps": 2,
+        "height": 32,
+        "width": 32,
+        "frames": 5,
+        "guidance": 3.0,
+    }
+    made = recipe(
+        wan,
+        data,
+        tmp_path,
+        evaluate={"samples": samples},
+        monitor={"trackers": ["tensorboard"]},
+        train__precision="bf16",
+        checkpoint__every=2,
+    )
+    encode.run(made)
+    trainer.run(made)
+    folders = sorted((tmp_path / "run" / "samples").iterdir())
+    assert [f.name for f in folders] == ["step-00000002", "step-00000004"]
+    for folder in folders:
+        assert sorted(p.name for p in folder.iterdir()) == ["0000.mp4", "0001.mp4", "0002.mp4", "sheet.png"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"images": 0}).Reload()
+    assert [e.step for e in events.Images("samples")] == [2, 4]
+    # the curve is that of a run that samples nothing
+    plain = recipe(
+        wan, data, tmp_path, train__precision="bf16", checkpoint__dir=str(tmp_path / "plain" / "run")
+    )
+    trainer.run(plain)
+    assert losses(tmp_path) == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_ranks_sample_together_what_one_process_samples(wan, data, tmp_path):
+    samples = {
+        "prompts": ["a red square", "blue", "green"],
+        "steps": 2,
+        "height": 32,
+        "width": 32,
+        "frames": 5,
+    }
+    made = recipe(
+        wan, data, tmp_path, evaluate={"samples": samples}, train__steps=1, checkpoint__resume="never"
+    )
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipes.dump(made))
+    encode.run(made)
+    sheets = []
+    for count in (1, 2):
+        command("train", file, "--nproc", count)
+        sheets.append((tmp_path / "run" / "samples" / "step-00000001" / "sheet.png").read_bytes())
+    assert sheets[0] == sheets[1]

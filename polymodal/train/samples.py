@@ -1,0 +1,150 @@
+"""Samples while a generating model trains: the pipeline of diffusers around the model as it stands, laid out as it is.
+
+Sees every room. All ranks of the sharded model take part in every call of it, so each samples equally many prompts; the
+frozen parts wait on the CPU between samples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from polymodal.errors import PolymodalError
+from polymodal.generate.media import sheet, write_video
+from polymodal.generate.pipeline import Generator, Prompt, Settings, suspicion
+from polymodal.parallel.mesh import Mesh
+from polymodal.recipe import Recipe
+from polymodal.train.actors import Encoders
+
+
+class Denoiser:
+    """A laid-out model in a pipeline's place of its denoiser: the class's own forward, inputs in the compute dtype.
+
+    Timesteps and guidance scales stay as they come.
+    """
+
+    def __init__(self, model: nn.Module, family: Any, dtype: torch.dtype):
+        self._model, self._family, self.dtype = model, family, dtype
+        self.config = model.config
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        def cast(name: str, value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: cast(k, v) for k, v in value.items()}
+            kept = name in ("timestep", "guidance", "time_ids", "img_ids", "txt_ids", "image_rotary_emb")
+            floating = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
+            return value.to(self.dtype) if floating and not kept else value
+
+        bound = self._model.__dict__.pop("forward", None)  # training's forward ends in the loss
+        try:
+            return self._model(*(cast("", a) for a in args), **{k: cast(k, v) for k, v in kwargs.items()})
+        finally:
+            if bound is not None:
+                self._model.forward = bound
+
+    @contextlib.contextmanager
+    def cache_context(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class Sampler:
+    """Samples evaluate.samples.prompts after the steps that are due. Collective over all ranks."""
+
+    def __init__(
+        self, recipe: Recipe, family: Any, model: nn.Module, mesh: Mesh, device: torch.device, dtype: torch.dtype, encoders: Encoders | None
+    ):  # fmt: skip
+        self.asked = recipe.evaluate.samples
+        self.recipe, self.family, self.model, self.mesh, self.device, self.dtype = (
+            recipe,
+            family,
+            model,
+            mesh,
+            device,
+            dtype,
+        )
+        self.encoders = encoders
+        if mesh.sizes.cp * mesh.sizes.tp * mesh.sizes.pp > 1:
+            raise PolymodalError(
+                "evaluate.samples: a model that is cut along its sequence, its layers or its depth is not sampled while it trains.",
+                "Leave evaluate.samples.prompts out and use `polymodal generate` on a checkpoint.",
+            )
+        if self.asked.images and len(self.asked.images) != len(self.asked.prompts):
+            raise PolymodalError(
+                f"evaluate.samples has {len(self.asked.prompts)} prompts and {len(self.asked.images)} images.",
+                "Give one image a prompt, or none.",
+            )
+
+    def due(self, step: int, last: bool) -> bool:
+        return last or bool(self.asked.every and step % self.asked.every == 0)
+
+    def after(self, step: int, metrics: Any = None) -> Path:
+        """Sample, and write NNNN.mp4 or .png and sheet.png under <run>/samples; metrics (rank 0) shows the sheet."""
+        folder = self.recipe.run_dir / "samples" / f"step-{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.encoders is None:
+            self.encoders = Encoders(self.family, self.dtype, "cpu")
+        pipeline = self.encoders.pipeline
+        resident = self.encoders.device == self.device
+        if not resident:
+            pipeline.to(self.device)
+        setattr(pipeline, self.family.part, Denoiser(self.model, self.family, self.dtype))
+        generator = Generator(pipeline, self.family, "", "", self.device)
+        a, ranks, rank = self.asked, self.mesh.sizes.dp, self.mesh.dp_rank
+        settings = Settings(a.steps, a.guidance, a.height, a.width, a.frames, None, self.recipe.train.seed)
+        training = self.model.training
+        self.model.eval()
+        try:
+            for start in range(0, len(a.prompts), ranks):
+                number = start + rank
+                chosen = number % len(a.prompts)  # all ranks call the model equally often
+                prompt = Prompt(a.prompts[chosen], image=a.images[chosen] if a.images else None)
+                (made,) = generator.sample([prompt], settings, chosen)
+                if number < len(a.prompts):
+                    self._keep(folder, number, made)
+        finally:
+            self.model.train(training)
+            setattr(pipeline, self.family.part, None)
+            if not resident:
+                pipeline.to("cpu")
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.barrier()
+        self._sheet(folder, step, metrics)
+        return folder
+
+    def _keep(self, folder: Path, number: int, made: np.ndarray) -> None:
+        from PIL import Image
+
+        wrong = suspicion(made)
+        if wrong:
+            print(f"warning: sample {number} {wrong}", flush=True)
+        if made.dtype != np.uint8:
+            return
+        if len(made) > 1:
+            write_video(folder / f"{number:04d}.mp4", made, self.asked.fps)
+        else:
+            Image.fromarray(made[0]).save(folder / f"{number:04d}.png")
+        np.save(folder / f".{number:04d}.npy", made)
+
+    def _sheet(self, folder: Path, step: int, metrics: Any) -> None:
+        from PIL import Image
+
+        if dist.is_initialized() and dist.get_rank() > 0:
+            return
+        shown = sorted(folder.glob(".*.npy"))
+        if shown:
+            pixels = sheet([np.load(path) for path in shown])
+            Image.fromarray(pixels).save(folder / "sheet.png")
+            if metrics is not None:
+                metrics.picture(step, "samples", pixels)
+        for path in shown:
+            path.unlink()
