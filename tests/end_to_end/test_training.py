@@ -106,6 +106,7 @@ def test_two_processes_give_the_same_curve(ground, straight, tmp_path):
     assert_same(curve(tmp_path / "run"), curve(straight))
 
 
+@pytest.mark.slow
 def test_sequences_cut_over_two_processes_give_the_same_curve_and_counts(ground, straight, tmp_path):
     validation = f"data.validation=[{{path: {ground / 'validation.json'}}}]"
     cut = ("parallel.cp=2", "parallel.ulysses=1", "parallel.balance_media=true")

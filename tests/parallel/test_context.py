@@ -62,7 +62,16 @@ def every(rank: int, ulysses: int) -> float:
     return worst
 
 
-@pytest.mark.parametrize("world, ulysses", [(2, 2), (2, 1), (4, 2), (3, 1), (4, 1), (3, 3), (4, 4)])
+@pytest.mark.parametrize(
+    "world, ulysses",
+    [
+        (2, 2),
+        (2, 1),
+        (4, 2),
+        (3, 1),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in ((4, 1), (3, 3), (4, 4))),
+    ],
+)
 def test_attention_over_ranks_is_attention_of_one_process(world: int, ulysses: int):
     assert max(run(world, every, ulysses)) < 1e-12
 
@@ -99,7 +108,7 @@ def short(rank: int, directory: str, layout: layouts.Layout, reference: Any) -> 
     return layouts.compare(rank, directory, [layout], {layouts.kind(layout): reference}, torch.float64, 0)[0]
 
 
-@pytest.mark.parametrize("ulysses", [1, 2])
+@pytest.mark.parametrize("ulysses", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_packs_shorter_than_the_group(tmp_path, ulysses: int):
     source = str(tiny.checkpoint("qwen3-vl-moe", tmp_path))
     (reference,) = run(1, short, source, layouts.Layout("one process", 1), None)

@@ -85,7 +85,15 @@ def compare(rank: int, which: str, ulysses: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "which, world, ulysses", [("wan", 2, 1), ("wan", 4, 2), ("flux", 2, 2), ("flux", 4, 2), ("flux", 3, 1)]
+    "which, world, ulysses",
+    [
+        ("wan", 2, 1),
+        ("flux", 4, 2),
+        *(
+            pytest.param(*more, marks=pytest.mark.slow)
+            for more in (("wan", 4, 2), ("flux", 2, 2), ("flux", 3, 1))
+        ),
+    ],
 )
 def test_a_cut_transformer_is_the_whole_one(which: str, world: int, ulysses: int):
     for found in run(world, compare, which, ulysses):
