@@ -48,7 +48,8 @@ def _found(kind: str) -> Kernel | None:
     return Kernel(_flash_forward, _flash_backward)
 
 
-def _starts(runs: Sequence[int], on: torch.device) -> Tensor:
+@functools.lru_cache(1024)  # the same for every layer of a step
+def _starts(runs: tuple[int, ...], on: torch.device) -> Tensor:
     starts = torch.tensor([0, *itertools.accumulate(runs)], dtype=torch.int32)
     return starts.to(on, non_blocking=True)
 
@@ -56,7 +57,7 @@ def _starts(runs: Sequence[int], on: torch.device) -> Tensor:
 def _flash_forward(query, key, value, query_runs, key_runs, causal, scale):
     """torch's variable-length flash attention; its log-sum-exp is [H, n]."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        query, key, value, _starts(query_runs, query.device), _starts(key_runs, query.device), max(query_runs),
+        query, key, value, _starts(tuple(query_runs), query.device), _starts(tuple(key_runs), query.device), max(query_runs),
         max(key_runs), 0.0, causal, False, scale=scale,
     )  # fmt: skip
     return out, lse.transpose(0, 1)
@@ -65,8 +66,8 @@ def _flash_forward(query, key, value, query_runs, key_runs, causal, scale):
 def _flash_backward(grad, query, key, value, out, lse, query_runs, key_runs, causal, scale):
     undrawn = torch.zeros(2, dtype=torch.uint64, device=query.device)  # random state: there is no dropout
     return torch.ops.aten._flash_attention_backward(
-        grad, query, key, value, out, lse.transpose(0, 1).contiguous().float(), _starts(query_runs, query.device),
-        _starts(key_runs, query.device), max(query_runs), max(key_runs), 0.0, causal, undrawn, undrawn, scale=scale,
+        grad, query, key, value, out, lse.transpose(0, 1).contiguous().float(), _starts(tuple(query_runs), query.device),
+        _starts(tuple(key_runs), query.device), max(query_runs), max(key_runs), 0.0, causal, undrawn, undrawn, scale=scale,
     )  # fmt: skip
 
 

@@ -265,8 +265,9 @@ class LanguageObjective:
             group = None
             if batch.cut is not None:
                 group = batch.cut.context.group
-                real = batch["rows"] < batch["labels"].numel() - batch.cut.filler
-                routers = [layer.reshape(-1, layer.shape[-1])[real] for layer in routers]
+                if batch.cut.filler:
+                    real = batch["rows"] < batch["labels"].numel() - batch.cut.filler
+                    routers = [layer.reshape(-1, layer.shape[-1])[real] for layer in routers]
             value = balance_loss(routers, self.experts_per_token, group)
             term = value * (inverse["balance"] if counts else 0.0)
             loss = loss + self.aux_weight * term.to(loss.dtype)
