@@ -25,7 +25,7 @@ Box = tuple[slice, ...]
 Layout = Mapping[str, Stored]
 """Tensor name -> the boxes of other tensors that it is made of."""
 
-WINDOW = 16 << 20
+WINDOW = 4 << 20
 """Bytes that one thread reads at once when a box does not lie in one piece."""
 
 

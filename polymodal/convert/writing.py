@@ -1,6 +1,6 @@
 """Files out: the formats' frames first, then the tensors straight into their places, from several threads.
 
-A frame is a whole, valid file whose tensor bytes are holes; values come from a source in slabs of a few megabytes, so
+A frame is a whole, valid file whose tensor bytes are holes; values come from a source in slabs of two megabytes (they stay in the processor's cache), so
 that memory does not grow with the model. Every byte is read back and compared before a tree gets its name.
 """
 
@@ -25,7 +25,7 @@ from polymodal.convert import reading
 from polymodal.convert.source import Flat, Place, Source, dense, memory
 from polymodal.errors import PolymodalError
 
-SLAB = 8 << 20
+SLAB = 2 << 20
 """Bytes that a thread holds of a tensor at a time."""
 DIRECTORY, PLAIN = 0o750, 0o640
 """Permissions of what is written."""
