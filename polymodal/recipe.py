@@ -325,7 +325,7 @@ class Checkpoint(Section):
     resume: Literal["auto", "never"] | str = "auto"
     """auto = the run's newest checkpoint if there is one; never; or a checkpoint's directory."""
     init_from: str | None = None
-    """Start from the weights of another run, checkpoint or export, with a fresh optimizer."""
+    """Start from the weights of another run, checkpoint or export, with a fresh optimizer; or of a Megatron-style tree or DCP directory of the same model, cut at any TP and PP."""
     export: bool = False
     """Export to the hub format at the end, into <dir>/export."""
 

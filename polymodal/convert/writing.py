@@ -1,7 +1,8 @@
 """Files out: the formats' frames first, then the tensors straight into their places, from several threads.
 
-A frame is a whole, valid file whose tensor bytes are holes; values come from a source in slabs of two megabytes (they stay in the processor's cache), so
-that memory does not grow with the model. Every byte is read back and compared before a tree gets its name.
+A frame is a whole, valid file whose tensor bytes are holes; values come from a source in slabs of two megabytes, which
+stay in the processor's cache, so that memory does not grow with the model. Every byte is read back and compared before
+a tree gets its name.
 """
 
 from __future__ import annotations

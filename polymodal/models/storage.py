@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,16 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+
+
+READERS: list[Callable[[Path, Path], Any]] = []
+"""Readers of other systems' checkpoints, added by whoever knows them (the command adds convert's): (directory, hub
+checkpoint of the model) -> its tensors under the hub's names, to be used like Files, or None."""
+
+
+def foreign(directory: Path, source: Path) -> Any:
+    """The tensors of another system's checkpoint of the model in `source`; None when no reader knows the directory."""
+    return next((found for reader in READERS if (found := reader(directory, source)) is not None), None)
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -53,6 +53,7 @@ def load(
     new: Sequence[str] = (),
     seed: int = 0,
     offloaded: bool = False,
+    files: Any = None,
 ) -> LoadReport:
     """Fill a model, laid out or not, from a checkpoint; each rank reads only the slices that it holds.
 
@@ -61,13 +62,14 @@ def load(
     device: where to; None: where the parameters are, or their mesh's kind.
     strict: file keys without a place are an error; otherwise they are reported.
     new:    patterns (shell wildcards) of parameters that the file need not have; they are drawn from `seed`.
+    files: tensors under the hub's names (storage.foreign), instead of the source's own.
     offloaded: parameters stay on the host (FSDP2's CPUOffloadPolicy), only buffers go to the device.
     Adapters are given memory and left empty (lora.initialise fills them); non-persistent buffers are rebuilt.
     Collective when the model is spread: a failure of one rank is raised on all. Raises PolymodalError for anything
     missing, unexpected, of another shape, not a number, or not readable.
     """
     began = time.perf_counter()
-    directory = _directory(source, family)
+    directory = directory_of(source, family)
     report = LoadReport()
 
     def work() -> None:
@@ -77,11 +79,11 @@ def load(
                 f"{directory} holds quantised weights (quantization_config in config.json).",
                 "Train from the checkpoint that is not quantised.",
             )
-        files = Files(directory)
-        plan = library.layout(model, files.shapes)
-        report.drawn = _check(model, plan, files, strict, new, report)
+        held = Files(directory) if files is None else files
+        plan = library.layout(model, held.shapes)
+        report.drawn = _check(model, plan, held, strict, new, report)
         materialise(model, device, offloaded)
-        _read(model, plan, files, report)
+        _read(model, plan, held, report)
         _draw(model, set(report.drawn), seed)
         rebuild_buffers(model)
 
@@ -90,7 +92,8 @@ def load(
     return report
 
 
-def _directory(source: Any, family: Family | None) -> Path:
+def directory_of(source: Any, family: Family | None) -> Path:
+    """The local directory of a source, or of the family's own weights."""
     if source is None:
         source = getattr(family, "weights_source", None) or getattr(family, "source", None)
     if source is None:

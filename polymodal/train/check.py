@@ -121,7 +121,16 @@ def _starts(recipe: Recipe, problems: Problems) -> None:
         problems.run(lambda: checkpoint.locate(chosen))
     origin = recipe.checkpoint.init_from
     if origin is not None and not catalog.is_whole(origin) and not lora.is_adapter(origin):
-        problems.run(lambda: checkpoint.locate(origin))
+        problems.run(lambda: _foreign(recipe, Path(origin)) or checkpoint.locate(origin))
+
+
+def _foreign(recipe: Recipe, origin: Path) -> bool:
+    """Whether weights come from another system's checkpoint; its tensors are named and counted, not read."""
+    from polymodal.models import catalog, storage, weights
+
+    if not storage.READERS or not origin.is_dir():
+        return False
+    return storage.foreign(origin, weights.directory_of(None, catalog.family(recipe.model))) is not None
 
 
 # ---- what needs the config ------------------------------------------------------------------------------------------

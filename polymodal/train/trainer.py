@@ -20,7 +20,7 @@ from polymodal import recipe as recipes
 from polymodal.data.schedule import Position
 from polymodal.errors import PolymodalError
 from polymodal.launch import Runtime, runtime
-from polymodal.models import catalog, lora, weights
+from polymodal.models import catalog, lora, storage, weights
 from polymodal.parallel.apply import apply
 from polymodal.parallel.batches import BatchLayout
 from polymodal.parallel.mesh import Mesh, ParallelSizes
@@ -166,6 +166,10 @@ class Trainer:
             return
         if lora.is_adapter(path):
             lora.load(self.model, self.recipe.model.lora, path)
+            return
+        other = storage.foreign(path, weights.directory_of(None, self.family))
+        if other is not None:
+            weights.load(self.model, self.family, device=self.device, offloaded=self.offloaded, files=other)
             return
         found = checkpoint.locate(path)
         have = checkpoint.names(found)
