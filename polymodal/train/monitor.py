@@ -11,7 +11,7 @@ import math
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,33 +134,47 @@ _TRACKERS = {"tensorboard": _TensorBoard, "wandb": _Wandb, "mlflow": _Mlflow}
 
 
 class Progress:
-    """A live bar on a terminal; plain lines elsewhere (log files, CI)."""
+    """A live bar with the step's numbers below it on a terminal; plain lines elsewhere (log files, CI)."""
 
     def __init__(self, name: str, steps: int, done: int):
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
         from rich.progress import Progress as Bar
+        from rich.text import Text
 
-        self.console = Console(soft_wrap=True)
+        class WithNumbers(Bar):
+            numbers = ""
+
+            def get_renderables(self) -> Iterator[Any]:
+                yield self.make_tasks_table(self.tasks)
+                yield Text(self.numbers, style="dim")
+
+        self.console = Console()
         self.live = self.console.is_terminal
-        self.steps = steps
         if self.live:
-            self.bar = Bar(
-                TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"),
-                console=self.console,
+            self.bar = WithNumbers(
+                TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+                console=self.console, expand=True,
             )  # fmt: skip
             self.bar.start()
-            self.task = self.bar.add_task(name, total=steps, completed=done, numbers="")
+            self.task = self.bar.add_task(name, total=steps, completed=done)
 
-    def update(self, step: int, line: str, short: str) -> None:
+    def update(self, step: int, line: str) -> None:
         if self.live:
-            self.bar.update(self.task, completed=step, numbers=short)
+            self.bar.numbers = line.partition(" | ")[2]
+            self.bar.update(self.task, completed=step)
         else:
             print(line, flush=True)
 
     def say(self, text: str) -> None:
         if self.live:
-            self.bar.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, soft_wrap=True)
         else:
             print(text, flush=True)
 
@@ -296,15 +310,15 @@ class Profiler:
         return path
 
 
-def line(step: int, steps: int, values: dict[str, Any]) -> tuple[str, str]:
-    """The log line and its short form for the bar."""
-    parts = [
-        f"step {step}/{steps}",
-        f"loss {values['loss']:.4f}",
+def line(step: int, steps: int, values: dict[str, Any]) -> str:
+    """The log line: what people compare, and where the time went."""
+    parts = [f"step {step}/{steps}", f"loss {values['loss']:.4f}"]
+    kinds = {key.removeprefix("loss/"): value for key, value in values.items() if key.startswith("loss/")}
+    if len(kinds) > 1:
+        parts[-1] += f" ({', '.join(f'{name} {value:.4f}' for name, value in kinds.items())})"
+    parts += [
         f"grad norm {values['grad_norm']:.3g}",
         f"lr {values['lr']:.3g}",
-    ]
-    parts += [
         f"{values['seconds']:.2f} s/it",
         f"{values['samples_per_second']:.1f} samples/s",
         f"{values['tokens_per_second_device']:.0f} tokens/s/device",
@@ -314,7 +328,6 @@ def line(step: int, steps: int, values: dict[str, Any]) -> tuple[str, str]:
     if values.get("mfu"):
         parts.append(f"MFU {values['mfu']:.1%}")
     parts.append(f"{values['memory_gib']:.2f} GiB")
-    short = (
-        f"loss {values['loss']:.3f} {values['tokens_per_second']:.0f} tok/s {values['memory_gib']:.1f} GiB"
-    )
-    return " | ".join(parts), short
+    if values.get("wait_seconds", 0.0) >= 0.01 * values["seconds"]:
+        parts.append(f"waited {values['wait_seconds'] / values['seconds']:.0%} for data")
+    return " | ".join(parts)

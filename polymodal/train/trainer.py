@@ -334,7 +334,7 @@ class Trainer:
         if self.scaler.enabled:
             values["loss_scale"] = self.scaler.scale
         self.metrics.log(step, values)
-        self.progress.update(step, *monitor.line(step, self.steps, values))
+        self.progress.update(step, monitor.line(step, self.steps, values))
 
     def _validate(self, step: int) -> None:
         """Loss over the validation data with the same forward; equal work a rank by construction."""

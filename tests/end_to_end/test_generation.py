@@ -135,6 +135,39 @@ def test_a_killed_encode_goes_on_and_new_rows_are_added(wan, data, tmp_path, mon
     assert "7 samples, 4 encoded, 3 kept" in capsys.readouterr().out
 
 
+class Small:
+    """Encoders of a device that runs out of memory unless `fits(samples, tiled)`."""
+
+    def __init__(self, encoders, fits):
+        self._encoders, self._fits = encoders, fits
+
+    def __getattr__(self, name):
+        return getattr(self._encoders, name)
+
+    def media(self, pixels):
+        if not self._fits(len(pixels), self._encoders.pipeline.vae.use_tiling):
+            raise torch.OutOfMemoryError("simulated")
+        return self._encoders.media(pixels)
+
+
+def test_out_of_memory_means_fewer_at_once_then_tiles_then_a_sentence(
+    wan, data, tmp_path, monkeypatch, capsys
+):
+    real = encode.Encoding._encoders
+    monkeypatch.setattr(
+        encode.Encoding, "_encoders", lambda self: Small(real(self), lambda n, tiled: n == 1 and tiled)
+    )
+    made = recipe(wan, data, tmp_path, data__encode_batch=4)
+    encode.run(made)
+    said = capsys.readouterr()
+    assert "7 samples, 7 encoded" in said.out
+    assert "encoding 1 samples at once" in said.err and said.err.count("encoding in tiles") == 1
+    monkeypatch.setattr(encode.Encoding, "_encoders", lambda self: Small(real(self), lambda n, tiled: False))
+    with pytest.raises(PolymodalError, match="does not fit the device, even in tiles") as caught:
+        encode.run(recipe(wan, data, tmp_path, data__features=str(tmp_path / "more")))
+    assert "data.clip.pixels" in caught.value.hint
+
+
 def test_features_of_other_settings_are_refused_by_name(wan, data, tmp_path):
     made = recipe(wan, data, tmp_path)
     encode.run(made)

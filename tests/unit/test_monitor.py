@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import types
 
@@ -11,7 +12,7 @@ import torch
 from polymodal import device
 from polymodal.errors import PolymodalError
 from polymodal.recipe import LossGuard, Monitor
-from polymodal.train.monitor import Guard, Metrics, Profiler, line
+from polymodal.train.monitor import Guard, Metrics, Profiler, Progress, line
 
 
 def test_nan_stops_with_the_last_losses():
@@ -164,14 +165,38 @@ def test_a_request_that_cannot_be_read_is_removed_and_said(tmp_path, capsys):
     assert profiler.after(1) is None
 
 
+VALUES = {
+    "loss": 1.25, "grad_norm": 0.5, "lr": 2e-5, "seconds": 1.5, "samples_per_second": 21.5, "tokens_per_second": 4000.0,
+    "tokens_per_second_device": 500.0, "frames_per_second": 43.0, "memory_gib": 3.0, "mfu": 0.41, "loss/text": 1.1,
+    "loss/image": 1.3, "wait_seconds": 0.15,
+}  # fmt: skip
+
+
 def test_the_log_line_has_what_people_compare():
-    values = {
-        "loss": 1.25, "grad_norm": 0.5, "lr": 2e-5, "seconds": 1.5, "samples_per_second": 21.5, "tokens_per_second": 4000.0,
-        "tokens_per_second_device": 500.0, "frames_per_second": 43.0, "memory_gib": 3.0, "mfu": 0.41,
-    }  # fmt: skip
-    said, short = line(7, 100, values)
-    assert said == (
-        "step 7/100 | loss 1.2500 | grad norm 0.5 | lr 2e-05 | 1.50 s/it | 21.5 samples/s | 500 tokens/s/device"
-        " | 43.0 frames/s | MFU 41.0% | 3.00 GiB"
+    assert line(7, 100, VALUES) == (
+        "step 7/100 | loss 1.2500 (text 1.1000, image 1.3000) | grad norm 0.5 | lr 2e-05 | 1.50 s/it | 21.5 samples/s"
+        " | 500 tokens/s/device | 43.0 frames/s | MFU 41.0% | 3.00 GiB | waited 10% for data"
     )
-    assert short == "loss 1.250 4000 tok/s 3.0 GiB"
+    alone = {k: v for k, v in VALUES.items() if k not in ("loss/image", "mfu", "frames_per_second")}
+    said = line(7, 100, {**alone, "wait_seconds": 0.0})
+    assert "loss 1.2500 | grad" in said and said.endswith("500 tokens/s/device | 3.00 GiB")
+
+
+def test_a_terminal_gets_a_bar_with_the_same_numbers_below(monkeypatch, capsys):
+    for name, value in {"FORCE_COLOR": "1", "COLUMNS": "80", "TERM": "xterm"}.items():
+        monkeypatch.setenv(name, value)
+    progress = Progress("mine", 100, 0)
+    progress.say("a word")
+    progress.update(7, line(7, 100, VALUES))
+    progress.close()
+    said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    last = said.rpartition("mine ")[2].split("\n")
+    assert "7/100" in last[0] and "loss 1.2500 (text" in last[1] and "waited 10%" in " ".join(last)
+    assert all(len(row.rstrip("\r")) <= 80 for row in last) and "a word" in said
+
+
+def test_a_log_file_gets_plain_lines(capsys):
+    progress = Progress("mine", 100, 0)
+    progress.update(7, line(7, 100, VALUES))
+    progress.close()
+    assert capsys.readouterr().out == line(7, 100, VALUES) + "\n"
