@@ -39,7 +39,8 @@ def plan(
 
     read = recipes.load(recipe, overrides or [])
     asked = command.question(world or check.needs(read), device, media, patches, rank, stage)
-    return command.main(read, asked, as_json=as_json, html=html, search=search, out=out)
+    base = None if overrides else recipe
+    return command.main(read, asked, as_json=as_json, html=html, search=search, out=out, base=base)
 
 
 def launch(

@@ -344,6 +344,11 @@ LOST = (
 )
 
 
+def lost(text: str) -> bool:
+    """Whether an error's text is a backend's way to say that another process is gone."""
+    return any(sign in text.lower() for sign in LOST)
+
+
 @contextlib.contextmanager
 def lost_peers(place: Place) -> Iterator[None]:
     """Turns the backends' many ways to say that another process is gone into LostPeer."""
@@ -353,7 +358,7 @@ def lost_peers(place: Place) -> Iterator[None]:
         raise
     except RuntimeError as error:
         text = str(error)
-        if place.world < 2 or not any(sign in text.lower() for sign in LOST):
+        if place.world < 2 or not lost(text):
             raise
         line = next((s.strip() for s in text.splitlines() if s.strip()), text)
         raise LostPeer(

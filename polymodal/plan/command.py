@@ -125,14 +125,15 @@ def text(made: Prediction) -> str:
 
 
 def main(
-    recipe: Recipe, question: Question, *, as_json: bool = False, html: Path | None = None, search: bool = False, out: Path | None = None
+    recipe: Recipe, question: Question, *, as_json: bool = False, html: Path | None = None, search: bool = False, out: Path | None = None,
+    base: Path | None = None,
 ) -> int:  # fmt: skip
     """The command. Exit code 0 when the plan was made, also when it does not fit: the verdict is the answer."""
     family = family_of(recipe)
     if search:
         from polymodal.plan import search as room
 
-        return room.main(recipe, family, question, as_json=as_json, out=out)
+        return room.main(recipe, family, question, as_json=as_json, out=out, base=base)
     made = plan(recipe, family, question, progress=sys.stderr.isatty())
     if html is not None:
         from polymodal.plan import page

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from polymodal import machine, recipe
 from polymodal.errors import PolymodalError
 from polymodal.models.card import Family
@@ -24,10 +26,12 @@ from polymodal.plan import command, devices
 from polymodal.plan.command import Question
 from polymodal.plan.job import Load
 from polymodal.plan.predict import Prediction, per_rank
-from polymodal.recipe import Recipe
+from polymodal.recipe import Parallel, Recipe
 from polymodal.train import estimate
 
 RECOMPUTE = ("none", "selective", "full")
+LAYOUT = ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep", "recompute")
+"""Keys that the search decides: always written."""
 CONFIRMED = 3
 """How many of the best layouts are traced before one is recommended."""
 
@@ -246,10 +250,28 @@ def rank(made: Recipe, family: Family, question: Question, say: Any = lambda tex
     return confirmed + others
 
 
+def written(best: Candidate, base: Path | None, directory: Path) -> str:
+    """The best layout as a recipe: on top of `base`, or whole when there is none. dp_shard takes what is left."""
+    parallel = best.recipe.parallel.model_copy(update={"dp_shard": -1})
+    if base is None:
+        return recipe.dump(best.recipe.model_copy(update={"parallel": parallel}))
+    changed = {
+        key: value
+        for key, value in parallel.model_dump(mode="json").items()
+        if key in LAYOUT or value != getattr(Parallel(), key)
+    }
+    data: dict[str, Any] = {"base": os.path.relpath(base, directory), "parallel": changed}
+    if not best.recipe.data.pack:
+        data["train"] = {"micro_batch_size": best.recipe.train.micro_batch_size}
+    where = best.traced.accelerator.name if best.traced else ""
+    head = f"# The fastest layout on {best.sizes.world} x {where} that `polymodal plan --search` found.\n"
+    return head + yaml.safe_dump(data, sort_keys=False)
+
+
 def main(
-    made: Recipe, family: Family, question: Question, *, as_json: bool = False, out: Path | None = None
-) -> int:
-    """The command: prints the ranking, writes the best recipe."""
+    made: Recipe, family: Family, question: Question, *, as_json: bool = False, out: Path | None = None, base: Path | None = None
+) -> int:  # fmt: skip
+    """The command: prints the ranking, writes the best recipe. base: the file that `made` is, when nothing overrides it."""
 
     def say(text: str) -> None:
         if sys.stderr.isatty():
@@ -260,7 +282,7 @@ def main(
     path = out or Path(f"{made.name}-{question.world}x{question.accelerator.name}.yaml")
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(recipe.dump(best.recipe))
+        partial.write_text(written(best, base, path.parent))
         os.replace(partial, path)
     except OSError as error:
         raise PolymodalError(

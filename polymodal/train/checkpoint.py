@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Replicate
 
-from polymodal import __version__
+from polymodal import __version__, launch
 from polymodal.errors import PolymodalError
 
 STATE = "state.json"
@@ -170,6 +170,11 @@ class Writer:
         return final
 
     def _said(self, error: Exception, path: Path) -> PolymodalError:
+        if self.group is not None and launch.lost(str(error)):
+            return launch.LostPeer(
+                f"Rank {self.rank} lost contact with another process while {path} was written.",
+                "Look for the first error of another rank or node; the run resumes from the newest whole checkpoint.",
+            )
         usage = shutil.disk_usage(self.run)
         cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         return PolymodalError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from polymodal import recipe as recipes
 from polymodal.errors import PolymodalError
-from polymodal.plan import command, devices, timeline
+from polymodal.plan import command, devices, page, search, timeline
 from polymodal.plan.predict import Prediction
 from tests.models import tiny
 
@@ -172,3 +173,49 @@ def test_options_that_exclude_each_other_and_unknown_devices():
         command.question(4, "h100", 0.25, 1024, 0, 0)
     with pytest.raises(PolymodalError, match="Did you mean h100"):
         command.question(4, "h10", 0.25, 1024, None, None)
+
+
+def test_only_layouts_that_training_takes_are_searched(source):
+    made = recipe(source)
+    found = list(search.candidates(made, command.family_of(made), command.Question(8, CLUSTER)))
+    sizes = {found_sizes for _, found_sizes in found}
+    assert all(s.world == 8 and s.tp in (1, 2) and s.dp <= 8 for s in sizes), "two key/value heads: tp 1 or 2"
+    assert {s.cp for s in sizes} >= {1, 2} and {s.ep for s in sizes} == {1}
+    assert {one.parallel.recompute for one, _ in found} == {"none", "selective", "full"}
+    few = recipes.validate({**made.model_dump(mode="json"), "train": {"global_batch_size": 2}})
+    assert all(
+        s.dp <= 2 for _, s in search.candidates(few, command.family_of(few), command.Question(8, CLUSTER))
+    )
+
+
+@pytest.mark.slow
+def test_the_best_layout_fits_and_is_written_as_a_recipe(source, tmp_path, capfd):
+    file = tmp_path / "r.yaml"
+    file.write_text(recipes.dump(recipe(source)))
+    made = recipes.load(file)
+    asked = command.Question(2, CLUSTER, 0.25, 256)
+    out = tmp_path / "best.yaml"
+    assert search.main(made, command.family_of(made), asked, out=out, base=file) == 0
+    best = recipes.load(out)
+    assert best.model == made.model and best.parallel.dp_shard == -1
+    assert command.plan(best, command.family_of(best), asked).fits
+    assert "layouts fit" in capfd.readouterr().out and len(out.read_text().splitlines()) < 15
+
+
+@pytest.mark.slow
+def test_when_nothing_fits_it_says_how_much_is_missing(source):
+    made = recipe(source)
+    asked = command.Question(2, replace(CLUSTER, memory=2**20), 0.25, 256)
+    with pytest.raises(PolymodalError, match="No layout of 2 x h100 holds this run"):
+        search.rank(made, command.family_of(made), asked)
+
+
+def test_the_page_stands_alone(four):
+    text = page.page(four)
+    assert "It fits." in text and text.count("<svg") == 2
+    assert not re.search(r"(src|href)=|<script|https?://", text), "nothing from elsewhere"
+    for kind in ("parameters", "optimizer", "activations"):
+        assert kind in text
+    staged = replace(four, timeline=timeline.play("1F1B", 4, 8, [1.0] * 4, [2.0] * 4), bubble=0.27)
+    drawn = page.page(staged)
+    assert drawn.count("micro-batch 7, backward") == 4 and "pipeline bubble" in drawn
