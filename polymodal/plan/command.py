@@ -67,11 +67,20 @@ def plan(recipe: Recipe, family: Family, question: Question, progress: bool = Fa
     sizes = ParallelSizes.of(recipe.parallel, question.world)
     for reason in layout.check(family.card, family.config, sizes, recipe.parallel, recipe.model.attention):
         raise reason
+    if type(family).example is Family.example:
+        raise PolymodalError(
+            f"{family.card.name} cannot be planned: its family does not say what a batch without data looks like.",
+            "`polymodal check` estimates the memory of every model.",
+        )
     if recipe.parallel.offload:
         raise PolymodalError(
             f"plan cannot tell apart what parallel.offload = {recipe.parallel.offload} keeps on the host.",
             "Plan without it: the kinds that it moves are in the table.",
         )
+    compiled = recipe.parallel.compile
+    if compiled:  # what a compiler makes of a block is not known without its device
+        parallel = recipe.parallel.model_copy(update={"compile": False})
+        recipe = recipe.model_copy(update={"parallel": parallel})
     load = Load.of(recipe, question.media, question.patches)
     count = min(2, per_rank(recipe, sizes))
     traces = []
@@ -79,7 +88,12 @@ def plan(recipe: Recipe, family: Family, question: Question, progress: bool = Fa
         if progress:
             print(f"tracing rank {rank} of {question.world} ...", file=sys.stderr, flush=True)
         traces.append(trace(recipe, family, question.world, rank, load, question.accelerator.name, count))
-    return predict(recipe, family, sizes, question.accelerator, traces)
+    made = predict(recipe, family, sizes, question.accelerator, traces)
+    if compiled:
+        made.advice.append(
+            "parallel.compile: blocks are planned as they run without it; compiled ones are faster and hold less."
+        )
+    return made
 
 
 def text(made: Prediction) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from polymodal import recipe as recipes
 from polymodal.errors import PolymodalError
+from polymodal.models.card import Family
 from polymodal.plan import command, devices, page, search, timeline
 from polymodal.plan.predict import Prediction
 from tests.models import tiny
@@ -166,6 +167,16 @@ def test_mistakes_are_one_sentence(source, change, said):
     with pytest.raises(PolymodalError) as caught:
         command.plan(made, command.family_of(made), asked)
     assert said in str(caught.value)
+
+
+def test_what_cannot_be_planned_is_said(source, monkeypatch):
+    made = recipe(source, offload=["optimizer"])
+    with pytest.raises(PolymodalError, match="keeps on the host"):
+        command.plan(made, command.family_of(made), command.Question(4, CLUSTER))
+    family = command.family_of(recipe(source))
+    monkeypatch.setattr(type(family), "example", Family.example)
+    with pytest.raises(PolymodalError, match="cannot be planned: its family does not say"):
+        command.plan(recipe(source), family, command.Question(4, CLUSTER))
 
 
 def test_options_that_exclude_each_other_and_unknown_devices():
