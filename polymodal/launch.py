@@ -332,16 +332,9 @@ class Runtime:
 
 
 LOST = (
-    "closed by peer",
-    "reset by peer",
-    "broken pipe",
-    "connection refused",
-    "socket closed",
-    "remote process exited",
-    "timed out waiting",
-    "read error",
-    "peer closed",
-)
+    "closed by peer", "reset by peer", "broken pipe", "connection refused", "socket closed", "remote process exited",
+    "timed out waiting", "read error", "peer closed",
+)  # fmt: skip
 
 
 def lost(text: str) -> bool:
