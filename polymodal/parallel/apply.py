@@ -88,8 +88,11 @@ def check(
     if strange:
         cause = f"parallel.replicate: {card.name} has no tower `{strange[0]}`."
         reasons.append(PolymodalError(cause, f"Its towers: {', '.join(card.towers)}."))
-    if sizes.cp > 1 and "cp" not in card.limits:
+    if "cp" not in card.limits:
         reasons += _check_context(card, config, sizes, parallel, attention)
+    if parallel is not None and parallel.balance_media and card.family.layout != "packed":
+        cause = f"parallel.balance_media deals out pictures within a sequence of text, {card.name} has none."
+        reasons.append(PolymodalError(cause, "Leave it out."))
     if sizes.tp > 1 and "tp" not in card.limits:
         reasons += tensor.check(card, config, sizes.tp, spread=sizes.ep > 1)
     if sizes.ep > 1 and "ep" not in card.limits:
@@ -100,25 +103,25 @@ def check(
 def _check_context(
     card: ModelCard, config: Any, sizes: ParallelSizes, parallel: Parallel | None, attention: str
 ) -> list[PolymodalError]:
-    if attention != "auto":
+    try:
+        heads = max(1, attention_heads(config) // sizes.tp)
+        ulysses_size(sizes.cp, heads, parallel.ulysses if parallel is not None else None)
+    except PolymodalError as error:
+        return [error]
+    if sizes.cp > 1 and attention != "auto":
         return [
             PolymodalError(
                 f"parallel.cp = {sizes.cp} cuts sequences, which model.attention = {attention} cannot follow.",
                 "Set model.attention to auto.",
             )
         ]
-    if not card.sequence_entry and not card.sequence_plan:
+    if sizes.cp > 1 and not card.sequence_entry and not card.sequence_plan:
         return [
             PolymodalError(
                 f"{card.name} does not say where its sequences are cut for parallel.cp = {sizes.cp}.",
                 "Set parallel.cp to 1.",
             )
         ]
-    try:
-        heads = max(1, attention_heads(config) // sizes.tp)
-        ulysses_size(sizes.cp, heads, parallel.ulysses if parallel is not None else None)
-    except PolymodalError as error:
-        return [error]
     return []
 
 

@@ -21,7 +21,7 @@ from polymodal.parallel.apply import check
 from polymodal.parallel.context import Context, Cut, ulysses_size
 from polymodal.parallel.mesh import ParallelSizes
 from polymodal.parallel.ring import backward_block, forward_block, plain_backward, plain_forward
-from polymodal.recipe import Data
+from polymodal.recipe import Data, Parallel
 from tests.models import tiny
 from tests.parallel import layouts
 from tests.parallel.harness import run
@@ -209,6 +209,9 @@ def test_what_attention_over_ranks_cannot_do_is_said():
 
 def test_a_card_that_does_not_say_where_its_sequences_are_cut_is_refused():
     card = replace(catalog.cards()["qwen2-vl"], sequence_entry="", sequence_plan={})
+    wan = catalog.cards()["wan2.1"]
+    (reason,) = check(wan, None, ParallelSizes(1, 1, 2, 1, 1), Parallel(balance_media=True))
+    assert "deals out pictures within a sequence of text, wan2.1 has none" in str(reason)
     (reason,) = check(card, tiny.config("qwen2-vl"), ParallelSizes(1, 1, 1, 2, 1))
     assert "does not say where its sequences are cut" in str(reason)
 

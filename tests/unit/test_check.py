@@ -126,6 +126,7 @@ def test_every_problem_is_listed_not_only_the_first(make, tmp_path):
         ("parallel.pp=2", 2, "parallel.pp = 2"),
         ("parallel.cp=4 parallel.ulysses=3", 4, "parallel.ulysses = 3 does not divide parallel.cp = 4"),
         ("parallel.cp=8 parallel.ulysses=8", 8, "is more than the 4 attention heads of a rank"),
+        ("parallel.ulysses=2", 2, "parallel.ulysses = 2 does not divide parallel.cp = 1"),
         ("parallel.replicate=[visoin]", 2, "has no tower `visoin`"),
         ("parallel.cp=2 model.attention=sdpa", 2, "which model.attention = sdpa cannot follow"),
         ("model.source=/no/such/model", 1, "neither a directory nor a hub id nor a known model"),
