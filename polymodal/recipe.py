@@ -45,6 +45,8 @@ class Model(Section):
     """Overrides of the checkpoint's config.json by dotted name, e.g. {text_config.num_hidden_layers: 4}."""
     lora: Lora | None = None
     """Train adapters instead of the weights."""
+    part: str | None = None
+    """Pipelines with two denoisers (Wan2.2 A14B): which is trained, transformer (much noise) or transformer_2 (little)."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention kernel: auto = the fastest the device has; eager is for debugging."""
     experts: Literal["auto", "eager", "grouped_mm", "batched_mm"] = "auto"

@@ -92,6 +92,7 @@ class Process:
     prediction: str = "epsilon"
     alphas: tuple[float, ...] = ()  # a_t: cumulated products, as the scheduler has them
     range: tuple[float, float] = (0.0, 1.0)  # of s, where two models share the levels
+    per_token: bool = False  # each token has its timestep: 0 where a cell is given
 
 
 @dataclass

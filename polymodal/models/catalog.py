@@ -92,7 +92,7 @@ def find(source: str | os.PathLike, revision: str | None = None) -> ModelCard:
     directory = resolve(source, revision, weights=False)
     wanted = _architectures(directory)
     for card in cards().values():
-        if set(wanted) & set(card.architectures):
+        if set(wanted) & set(card.architectures) and _claims(card, directory):
             return card
     near = difflib.get_close_matches(
         wanted[0] if wanted else "", [a for c in cards().values() for a in c.architectures], 1, 0.6
@@ -102,6 +102,13 @@ def find(source: str | os.PathLike, revision: str | None = None) -> ModelCard:
         f"{directory / 'config.json'}: the architecture {' / '.join(wanted) or '(none named)'} has no card.",
         (f"Nearest: {closest}. " if closest else "") + f"Known models: {', '.join(cards())}.",
     )
+
+
+def _claims(card: ModelCard, directory: Path) -> bool:
+    """Several cards may have one pipeline class: the family knows its own by model_index.json."""
+    index = directory / "model_index.json"
+    claims = getattr(card.family, "claims", None)
+    return claims is None or not index.is_file() or bool(claims(_read(index)))
 
 
 def _is_path(source: str) -> bool:
@@ -348,7 +355,8 @@ def family(model: Model) -> Family:
 
 def _pipeline_family(card: ModelCard, directory: Path, model: Model) -> Family:
     """The family of a diffusers pipeline: the denoiser's config.json, by the name that the family has for it."""
-    path = directory / getattr(card.family, "part", "transformer") / "config.json"
+    part = _part(card, directory, model.part)
+    path = directory / part / "config.json"
     config = _read(path)
     flat = dict(_flat(model.config))
     for key, value in flat.items():
@@ -358,9 +366,22 @@ def _pipeline_family(card: ModelCard, directory: Path, model: Model) -> Family:
     made = card.family(card, config, str(directory))
     for name in ("attention", "experts"):
         setattr(made, name, getattr(model, name))
-    made.overridden = bool(flat)  # type: ignore[attr-defined]
+    made.part = part  # type: ignore[attr-defined]
     made.check()  # type: ignore[attr-defined]
     return made
+
+
+def _part(card: ModelCard, directory: Path, asked: str | None) -> str:
+    """The denoiser that is trained. Raises PolymodalError for one that the pipeline has not."""
+    own = str(getattr(card.family, "part", "transformer"))
+    known = getattr(card.family, "denoisers", ()) or (own,)
+    there = [name for name in known if (directory / name / "config.json").is_file()]
+    if asked is not None and asked not in there:
+        raise PolymodalError(
+            f"model.part = {asked}: {directory} has no such denoiser.",
+            f"It has {', '.join(there) or 'none'}.",
+        )
+    return asked or own
 
 
 def override(config: Any, changes: Mapping[str, Any]) -> Any:

@@ -65,6 +65,7 @@ class Generation(Family):
 
     layout = "uniform"
     part = "transformer"  # the denoiser's name in the pipeline and its directory
+    denoisers: tuple[str, ...] = ()  # all of the pipeline's, where there are more than `part`
     text: tuple[str, ...] = ("encoder_hidden_states",)  # made of a caption, dropped for guidance
     media: tuple[str, ...] = ()  # made of pixels besides the latents
     documented: Mapping[str, str] = {}  # our name -> the name in the documented features/*.pt
@@ -73,6 +74,11 @@ class Generation(Family):
     ] = ()  # patterns of parameters that a model trained from nothing starts with as zeros
     attention = "auto"
     experts = "auto"
+
+    @classmethod
+    def claims(cls, index: Mapping[str, Any]) -> bool:
+        """Whether a pipeline of the card's class is of this family, by its model_index.json."""
+        return True
 
     # ------------------------------------------------------------------ facts, from the directory's config files
 
@@ -83,6 +89,13 @@ class Generation(Family):
     def process(self) -> Process:
         """The noise process, from the scheduler's config."""
         raise NotImplementedError
+
+    def encoders(self) -> list[str]:
+        """The pipeline's parts with weights that are no denoiser."""
+        from polymodal.models import pipelines
+
+        skipped = self.denoisers or (self.part,)
+        return [name for name in pipelines.models_of(self.source) if name not in skipped]
 
     def component_config(self, name: str) -> dict[str, Any]:
         """A component's config file (scheduler_config.json, tokenizer_config.json), {} when it is not there."""

@@ -41,7 +41,6 @@ COMING: tuple[Coming, ...] = (
     Coming("janus-pro", "understanding", ("image-text-to-text", "text-to-image"), (), ("janus", "januspro")),
     Coming("ming", "omni", ("any-to-text",), (), ()),
     Coming("bagel", "omni", ("image-text-to-text", "text-to-image"), (), ()),
-    Coming("wan2.2", "generation", ("text-to-video", "image-to-video"), ("5b", "14b"), ("wan", "wan22")),
     Coming("vace", "generation", ("text-to-video", "video-to-video"), (), (), True),
     Coming("hunyuan-video", "generation", ("text-to-video", "image-to-video"), ("13b",), ("hunyuanvideo", "hunyuan"), True),
     Coming("hunyuan-video-1.5", "generation", ("text-to-video", "image-to-video"), (), ("hunyuanvideo1.5",)),

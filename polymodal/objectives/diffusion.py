@@ -99,6 +99,8 @@ class DiffusionObjective:
             raise _misfit("shift", settings.shift, "has discrete timesteps")
         if not flow and self.weighting in ("gaussian", "sigma_sqrt"):
             raise _misfit("weighting", self.weighting, "has discrete timesteps")
+        if settings.first_frame and not process.per_token:
+            raise _misfit("first_frame", settings.first_frame, "has one timestep for all tokens")
         if self.shift == "dynamic" and not process.dynamic:
             raise _misfit("shift", "dynamic", "has no lengths for it in its scheduler's config")
         if not flow:
@@ -167,7 +169,13 @@ class DiffusionObjective:
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in draws]).to(latents.device)
         s, timestep, weight = self._levels(u, batch.groups["tokens"][0])
         mixed, target = self._mixed(latents, noise, s.to(latents.device))
-        clean = batch.get("clean")  # cells that are given, not generated: no noise, no loss
+        if self.settings.first_frame and latents.ndim == 5 and latents.shape[2] > 1:
+            given = torch.tensor(
+                [float(torch.rand((), generator=g)) < self.settings.first_frame for g in draws]
+            )
+            tensors["clean"] = torch.zeros(len(draws), 1, *latents.shape[2:], device=latents.device)
+            tensors["clean"][given.to(latents.device), :, 0] = 1
+        clean = tensors.get("clean")  # cells that are given, not generated: no noise, no loss
         if clean is not None:
             mixed = torch.where(clean.bool(), latents, mixed)
         # one weight for the sum over the batch, one for the level: only the first is in the denominator
@@ -189,8 +197,9 @@ class DiffusionObjective:
             return t, t.float(), self._snr_weight(t)
         k = dynamic_shift(tokens, process.dynamic) if self.shift == "dynamic" else float(self.shift)
         s = shifted(s, k)
-        low, high = process.range
-        s = low + (high - low) * s
+        if process.range != (0.0, 1.0):
+            ends = [self._place(edge, k) for edge in process.range]
+            s = shifted(level(ends[0] + (ends[1] - ends[0]) * u, self.density, self.settings), k)
         if self.weighting == "gaussian":
             weight = gaussian_weight(s, k)
         elif self.weighting == "sigma_sqrt":
@@ -198,6 +207,22 @@ class DiffusionObjective:
         else:
             weight = torch.ones_like(s)
         return s, (1 - s if process.ascending else s) * process.scale, weight
+
+    def _place(self, s: float, k: float) -> float:
+        """The uniform draw that becomes the level s: the inverse of the density and the shift, by bisection."""
+
+        def made(u: float) -> float:
+            return float(shifted(level(torch.tensor(u, dtype=torch.float64), self.density, self.settings), k))
+
+        low, high = 0.0, 1.0
+        rising = made(1 - 1e-9) > made(1e-9)
+        for _ in range(50):
+            middle = (low + high) / 2
+            if (made(middle) < s) == rising:
+                low = middle
+            else:
+                high = middle
+        return (low + high) / 2
 
     def _snr_weight(self, t: Tensor) -> Tensor:
         """Min-SNR (Hang et al. 2023, arXiv:2303.09556): min(snr, gamma) / snr for epsilon, / (snr + 1) for v."""

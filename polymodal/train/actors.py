@@ -23,7 +23,7 @@ class Encoders:
 
     def __init__(self, family: Any, dtype: torch.dtype, device: torch.device | str):
         self.family, self.dtype, self.device = family, dtype, torch.device(device)
-        without = [n for n in pipelines.models_of(family.source) if n.startswith(family.part)]
+        without = set(pipelines.models_of(family.source)) - set(family.encoders())
         self.pipeline = pipelines.open_pipeline(family.source, without=without, dtype=dtype, device=device)
 
     @torch.no_grad()

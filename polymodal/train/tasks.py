@@ -191,10 +191,9 @@ def wanted_settings(recipe: Recipe, family: Any) -> dict[str, Any]:
     from polymodal.models import pipelines
 
     grid = family.grid()
-    encoders = [n for n in pipelines.models_of(family.source) if not n.startswith(family.part)]
     return {
         **{f"data.clip.{k}": v for k, v in recipe.data.clip.model_dump(mode="json").items()},
         "latents": [grid.channels, grid.time, grid.space],
         "tensors": sorted([*family.text, *family.media]),
-        **{name: pipelines.fingerprint(family.source, name) for name in encoders},
+        **{name: pipelines.fingerprint(family.source, name) for name in family.encoders()},
     }

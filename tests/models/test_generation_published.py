@@ -26,7 +26,26 @@ SDXL = {
 }  # fmt: skip
 COG = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
 COG15 = {**COG, "patch_size_t": 2, "patch_bias": False, "sample_height": 300, "sample_width": 300}
+WAN = {
+    "patch_size": (1, 2, 2),
+    "attention_head_dim": 128,
+    "text_dim": 4096,
+    "num_layers": 40,
+    "num_attention_heads": 40,
+    "ffn_dim": 13824,
+}
+WAN5 = {
+    **WAN,
+    "num_layers": 30,
+    "num_attention_heads": 24,
+    "ffn_dim": 14336,
+    "in_channels": 48,
+    "out_channels": 48,
+}
 PUBLISHED = {
+    ("wan2.2", "5b"): ("WanTransformer3DModel", WAN5),
+    ("wan2.2", "t2v-a14b"): ("WanTransformer3DModel", WAN),
+    ("wan2.2", "i2v-a14b"): ("WanTransformer3DModel", {**WAN, "in_channels": 36}),
     ("flux.1", "dev"): ("FluxTransformer2DModel", FLUX),
     ("flux.1", "schnell"): ("FluxTransformer2DModel", {**FLUX, "guidance_embeds": False}),
     ("sd3", "2b"): ("SD3Transformer2DModel", SD3),

@@ -204,3 +204,41 @@ def test_a_published_config_builds_the_model_the_card_describes(key):
 
 def test_every_published_size_is_listed_here():
     assert set(PUBLISHED) == set(catalog.cards()["wan2.1"].sizes)
+
+
+def test_wan_2_2_is_told_by_its_index_and_its_experts_by_part(made):
+    for name in ("wan2.2-5b", "wan2.2-a14b", "wan2.2-i2v-a14b"):
+        assert catalog.find(made(name)).name == "wan2.2"
+    assert catalog.find(made("wan")).name == "wan2.1"
+    source = str(made("wan2.2-a14b"))
+    high, low = (catalog.family(Model(source=source, part=part)) for part in (None, "transformer_2"))
+    assert high.process().range == (0.875, 1.0) and low.process().range == (0.0, 0.875)
+    assert high.encoders() == low.encoders() and set(high.encoders()) == {"vae", "text_encoder"}
+    model = low.build().trained
+    weights.load(model, low)
+    from diffusers import WanTransformer3DModel
+
+    theirs = WanTransformer3DModel.from_pretrained(made("wan2.2-a14b") / "transformer_2").state_dict()
+    assert all(torch.equal(theirs[k], v) for k, v in model.state_dict().items())
+    with pytest.raises(PolymodalError, match="model.part = transformer_3: .* has no such denoiser"):
+        catalog.family(Model(source=source, part="transformer_3"))
+
+
+def test_given_tokens_have_timestep_zero(made):
+    family, model = opened(made, "wan2.2-5b")
+    seen = {}
+    model.condition_embedder.timesteps_proj.register_forward_pre_hook(lambda _, args: seen.update(t=args[0]))
+    noisy = torch.randn(2, 6, 2, 4, 4)
+    clean = torch.zeros(2, 1, 2, 4, 4)
+    clean[1, :, 0] = 1
+    batch = Batch(
+        {
+            "encoder_hidden_states": torch.randn(2, 512, 16),
+            "noisy": noisy,
+            "timestep": torch.tensor([700.0, 300.0]),
+            "clean": clean,
+        },
+        {},
+    )
+    assert family.stage(model, None, batch).hidden_states.shape == noisy.shape
+    assert seen["t"].view(2, 8).tolist() == [[700.0] * 8, [0.0] * 4 + [300.0] * 4]

@@ -226,7 +226,40 @@ def cogvideox(image: bool = False, newer: bool = False) -> Any:
     return cls(tokenizer=tokenizer(16), text_encoder=t5(), vae=vae, transformer=denoiser, scheduler=scheduler)
 
 
+def wan22(image: bool = False) -> Any:
+    """A14B: two denoisers; the image-conditioned one has no image tokens."""
+    import diffusers
+    from diffusers import UniPCMultistepScheduler
+
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    more = {"in_channels": 4 + 4 + 4} if image else {}
+    cls = diffusers.WanImageToVideoPipeline if image else diffusers.WanPipeline
+    return cls(
+        tokenizer=tokenizer(), text_encoder=umt5(), vae=wan_vae(), scheduler=scheduler, transformer=wan_transformer(**more),
+        transformer_2=wan_transformer(**more), boundary_ratio=0.875,
+    )  # fmt: skip
+
+
+def wan22_5b() -> Any:
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    vae = wan_vae(
+        z=6, is_residual=True, patch_size=2, in_channels=12, out_channels=12, decoder_base_dim=4, scale_factor_spatial=16, scale_factor_temporal=4
+    )  # fmt: skip
+    return WanPipeline(
+        tokenizer=tokenizer(), text_encoder=umt5(), vae=vae, scheduler=scheduler, transformer=wan_transformer(z=6), expand_timesteps=True
+    )  # fmt: skip
+
+
 MAKERS = {
+    "wan2.2-5b": wan22_5b,
+    "wan2.2-a14b": wan22,
+    "wan2.2-i2v-a14b": lambda: wan22(True),
     "sd3": sd3,
     "sd3.5": lambda: sd3(True),
     "sdxl": sdxl,

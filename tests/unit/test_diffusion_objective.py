@@ -238,3 +238,34 @@ def test_latents_of_another_model_are_said_to_be():
         PolymodalError, match=r"predicts \[3, 8, 2, 4, 4\], the latents are \[3, 4, 2, 4, 4\]"
     ):
         o.loss(Output(torch.zeros(3, 8, 2, 4, 4)), made, {"diffusion": 1.0})
+
+
+@pytest.mark.parametrize("density", ["uniform", "logit_normal", "mode"])
+def test_two_models_share_the_levels_of_one_density(density):
+    """Where a boundary parts the levels, each side draws the same density, restricted to its own part."""
+    whole = many(density, process=Process(shift=3.0))
+    for low, high in ((0.875, 1.0), (0.0, 0.875)):
+        part = many(density, process=Process(shift=3.0, range=(low, high)))
+        inside = whole[(whole > low) & (whole < high)]
+        assert low - 1e-6 <= float(part.min()) and float(part.max()) <= high + 1e-6
+        for q in (0.1, 0.5, 0.9):
+            assert float(part.quantile(q)) == pytest.approx(float(inside.quantile(q)), abs=0.01)
+
+
+def test_the_first_frame_is_given_to_the_asked_share_of_clips():
+    o = objective(Process(per_token=True), first_frame=0.5)
+    made = o.prepare(None, [batch((i,)) for i in range(100)])
+    given = [b for b in made if float(b["clean"].sum()) > 0]
+    assert 30 < len(given) < 70
+    for b in given[:3]:
+        (i,) = b.samples
+        assert (
+            torch.equal(b["noisy"][:, :, 0], batch((i,))["latents"][:, :, 0])
+            and float(b["clean"][:, :, 1].sum()) == 0
+        )
+    (picture,) = o.prepare(None, [batch((0,), shape=(4, 1, 4, 4))])
+    assert "clean" not in picture.tensors
+    with pytest.raises(
+        PolymodalError, match="first_frame = 0.5 does not fit this model, which has one timestep"
+    ):
+        objective(first_frame=0.5)

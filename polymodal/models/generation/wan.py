@@ -5,7 +5,7 @@ Facts, and the arguments of diffusers' WanTransformer3DModel and pipelines.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,10 @@ class Wan(Generation):
         "encoder_hidden_states_image": "i2v_clip_feature",
     }
     zero = ("proj_out.*",)
+
+    @classmethod
+    def claims(cls, index: Mapping[str, Any]) -> bool:
+        return not index.get("boundary_ratio") and not index.get("expand_timesteps")
 
     @property
     def conditioned(self) -> bool:
