@@ -190,6 +190,9 @@ class DataFacts:
     packs: int = 0  # of the batches that were looked at
     fill: float = 0.0  # share of the packs' tokens that are samples
     looked_at: int = 0  # batches
+    buckets: list[tuple[str, int]] = field(
+        default_factory=list
+    )  # of what is to be generated: (frames x height x width, rows)
 
 
 @dataclass
@@ -303,11 +306,11 @@ def measure_buckets(
         for s in schedule.shares
     ]
     facts.steps_per_epoch = schedule.steps_in_epoch(0)
-    for batch in schedule.batches(epochs=1):
-        facts.looked_at += 1
-        facts.packs += len(batch.packs)
-        if facts.looked_at == 200:
-            break
+    shapes = index.shapes() if callable(index.shapes) else index.shapes
+    kinds, counts = np.unique(shapes[usable], axis=0, return_counts=True)
+    facts.buckets = [
+        ("x".join(map(str, kind)), int(n)) for kind, n in zip(kinds.tolist(), counts.tolist(), strict=True)
+    ]
     return facts, schedule
 
 

@@ -110,6 +110,13 @@ def _data(console: Console, title: str, recipe: Recipe, facts: DataFacts) -> Non
     )
     if facts.patches:
         rows.append(("patches", f"{count(facts.patches)} of pictures and videos"))
+    rows += [(f"  {shape}", f"{n:,}") for shape, n in facts.buckets]
+    if facts.buckets:
+        rows.append(
+            ("steps an epoch", f"{facts.steps_per_epoch:,} of {recipe.train.global_batch_size} samples")
+        )
+        _rows(console, title, rows)
+        return
     if facts.looked_at:
         if recipe.data.pack:
             rows.append(

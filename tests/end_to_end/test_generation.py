@@ -412,3 +412,50 @@ def test_ranks_sample_together_what_one_process_samples(wan, data, tmp_path):
         command("train", file, "--nproc", count)
         sheets.append((tmp_path / "run" / "samples" / "step-00000001" / "sheet.png").read_bytes())
     assert sheets[0] == sheets[1]
+
+
+def test_check_counts_buckets_and_says_what_train_would_refuse(wan, data, tmp_path, capsys):
+    from polymodal.train import check
+
+    made = recipe(wan, data, tmp_path)
+    with pytest.raises(PolymodalError, match="holds no finished features"):
+        check.main(made)
+    encode.run(made)
+    capsys.readouterr()
+    assert check.main(made) == 0
+    said = capsys.readouterr().out
+    assert "9x32x48" in said and "1x48x32" in said and "of 3 samples" in said and "packs" not in said
+    report = check.check(made)
+    assert sum(n for _, n in report.data.buckets) == 7 and report.estimate["activations"] > 0
+
+
+def test_out_of_memory_lowers_the_batch_then_encodes_in_tiles_then_says_what_to_cut(
+    wan, data, tmp_path, monkeypatch, capsys
+):
+    from polymodal.train.actors import Encoders
+
+    real, limit = Encoders.media, {"samples": 1, "tiles": False}
+
+    def small(self, pixels):
+        if len(pixels) > limit["samples"] or (limit["tiles"] and not self.pipeline.vae.use_tiling):
+            raise torch.OutOfMemoryError("too much")
+        return real(self, pixels)
+
+    monkeypatch.setattr(Encoders, "media", small)
+    made = recipe(wan, data, tmp_path, data__encode_batch=2)
+    encode.run(made)
+    said = capsys.readouterr()
+    assert (
+        "7 samples, 7 encoded" in said.out
+        and "out of memory: encoding 1 samples at once" in said.err
+        and "tiles" not in said.err
+    )
+    limit["tiles"] = True
+    encode.run(recipe(wan, data, tmp_path / "tiled"))
+    assert "out of memory: encoding in tiles" in capsys.readouterr().err
+    limit["samples"] = 0
+    with pytest.raises(
+        PolymodalError, match=r"One sample of \d frames of \d+ x \d+ does not fit the device"
+    ) as caught:
+        encode.run(recipe(wan, data, tmp_path / "none"))
+    assert "data.clip.pixels" in caught.value.hint
