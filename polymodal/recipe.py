@@ -182,6 +182,9 @@ class Data(Section):
     """Where indexes are kept (default: beside the data, or a node-local directory when that is read-only or remote)."""
 
 
+Count = Annotated[int, Field(ge=0)]
+
+
 class Parallel(Section):
     dp_replicate: Annotated[int, Field(ge=1)] = 1
     """HSDP: copies of the sharded model."""
@@ -200,13 +203,21 @@ class Parallel(Section):
     sp: bool | None = None
     """Sequence parallel inside the tp group (norms and residuals sharded); default: on when tp > 1."""
     pp: Annotated[int, Field(ge=1)] = 1
-    """Pipeline parallel: stages."""
+    """Pipeline parallel: ranks that share the layers of the model, one after the other."""
+    pp_schedule: Literal["1F1B", "GPipe", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"] = (
+        "1F1B"
+    )
+    """Order of a pipeline's work; the last three keep several stages a rank (virtual stages) and idle less."""
+    pp_layers: Literal["auto"] | dict[str, list[Count] | list[list[Count]]] = "auto"
+    """Layers of each stage by tower, e.g. {language: [6, 10, 10, 10], vision: [27, 0, 0, 0]}, nested for virtual stages; auto = by cost. A tower that is not named lies on the first stage."""
+    pp_virtual: Annotated[int, Field(ge=1)] | None = None
+    """Stages a rank (default: as pp_layers are nested, else as few as the schedule can have)."""
     ep: Annotated[int, Field(ge=1)] = 1
     """Expert parallel: ranks that experts are spread over."""
     zero: Literal[1, 2, 3] = 3
     """Over dp_shard x cp are sharded: 1 = the optimizer's state, 2 = gradients too, 3 = parameters too (FSDP2)."""
     reshard_after_forward: bool | None = None
-    """zero 3: free gathered parameters after a block's forward (default), or keep them for its backward (false)."""
+    """zero 3: free gathered parameters after a block's forward (default, but for pipeline schedules that gather whole stages: all but 1F1B and GPipe), or keep them for its backward (false)."""
     prefetch: Annotated[int, Field(ge=0)] = 1
     """Blocks whose parameters are gathered ahead while one computes, forward and backward; 0 = none."""
     recompute: Literal["none", "full", "selective"] = "none"
@@ -227,7 +238,8 @@ class Parallel(Section):
     @property
     def reshards(self) -> bool:
         """Are a block's gathered parameters freed after its forward?"""
-        return self.zero == 3 and self.reshard_after_forward is not False
+        whole_stages = self.pp > 1 and self.pp_schedule not in ("1F1B", "GPipe")
+        return self.zero == 3 and self.reshard_after_forward is not False and not whole_stages
 
 
 class LossGuard(Section):

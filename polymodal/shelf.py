@@ -26,13 +26,10 @@ def why_not(card: ModelCard, axis: str) -> str | None:
         return card.limits[axis]
     if axis in ("tp", "sp") and not card.tensor_plan:
         return "the card has no tensor_plan."
+    if axis == "pp" and not card.pipeline:
+        return "the card does not say where it can be cut."
     if axis == "ep" and not any(size.active for size in card.sizes.values()):
         return "it has no experts."
-    if axis in ("pp", "cp", "ep"):
-        from polymodal.parallel.apply import UNBUILT
-
-        if axis in UNBUILT:
-            return f"{UNBUILT[axis]} parallelism is not built yet."
     return None
 
 

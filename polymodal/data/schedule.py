@@ -28,17 +28,15 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from polymodal.data.packing import cut_to_multiple, first_fit_decreasing, next_fit
 from polymodal.data.permute import key_of, permute, scramble
+from polymodal.data.sample import Measure
 from polymodal.errors import PolymodalError
 from polymodal.recipe import Data, Train
-
-if TYPE_CHECKING:
-    from polymodal.data.sample import Measure
 
 _BATCHES_A_WINDOW = 8
 
@@ -204,6 +202,17 @@ class Schedule:
                     step += 1
                 window, step = window + 1, 0
             epoch, window = epoch + 1, 0
+
+    def typical(self) -> Measure:
+        """The mean sample: of at most 16,384 usable rows of each dataset, evenly spread."""
+        rows = [np.arange(s.first, s.stop, max(1, (s.stop - s.first) >> 14)) for s in self._sources]
+        chosen = np.concatenate(rows)
+        chosen = chosen[self.index.usable[chosen]]
+        tokens, trained, patches = (
+            int(np.mean(column[chosen], dtype=np.float64)) if len(chosen) else 0
+            for column in (self.index.tokens, self.index.trained, self.index.patches)
+        )
+        return Measure(max(1, tokens), trained, (patches,) if patches else ())
 
     def steps_in_epoch(self, epoch: int = 0) -> int:
         """Global batches of an epoch, exactly. Packed, this plans every window (about 0.1 s each) and remembers."""

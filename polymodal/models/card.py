@@ -32,6 +32,21 @@ class Size:
 
 
 @dataclass(frozen=True)
+class Chain:
+    """Blocks that run one after the other, and that a pipeline may be cut between.
+
+    blocks: their pattern; first, last: modules or parameters that lie with the first and with the last of them, the
+    first name of `last` being what takes the last block's output; carry: modules of `first` whose outputs every
+    block reads, so that they travel from stage to stage.
+    """
+
+    blocks: str
+    first: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
+    carry: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelCard:
     """Facts. Patterns are module or parameter names with `*` for one dotted part."""
 
@@ -39,10 +54,10 @@ class ModelCard:
     family: type[Family]
     architectures: tuple[str, ...]  # names in config.json that choose this card
     tasks: tuple[str, ...]  # "image-text-to-text", "video-text-to-text", ...
-    blocks: tuple[str, ...]  # FSDP unit = recompute unit = compile unit = pipeline unit
+    blocks: tuple[str, ...]  # FSDP unit = recompute unit = compile unit
     towers: Mapping[str, tuple[str, ...]]  # {"vision": ("model.visual",), ...}: freeze, lr, LoRA, balance
-    first: tuple[str, ...] = ()  # modules of the first pipeline stage: vision tower, embedding
-    last: tuple[str, ...] = ()  # modules of the last pipeline stage: final norm, head
+    pipeline: Mapping[str, Chain] = field(default_factory=dict)
+    """What pipeline stages are cut from: tower -> its chain of blocks, in the order of the forward pass."""
     sequence_plan: Mapping[str, Mapping[str | int, int]] = field(default_factory=dict)
     """Where a sequence is cut for CP: module -> {argument name, or output index: dimension}."""
     sequence_entry: str = ""  # module where the sequence is cut for CP
@@ -144,17 +159,37 @@ class Family:
 
     def cost(self, measure: Measure) -> float:
         """Forward FLOPs of one sample on the whole model (x 3 for training); balance, MFU and plan share it."""
+        return sum(self.costs(measure).values())
+
+    def whole(self, model: nn.Module, batch: Batch) -> Output:
+        """The whole model on a batch, by its own forward. What `stage` cuts, unless a family cuts itself."""
         raise NotImplementedError
 
     def stage(self, model: nn.Module, carry: Any, batch: Batch) -> Any:
-        """One pipeline stage: carry (None on the first) -> carry, or Output on the last. Without a pipeline, all."""
-        raise NotImplementedError
+        """One pipeline stage: carry (None on the first) -> carry, or Output on the last. Without a pipeline, all.
 
-    def carry_spec(self, batch: Batch, layer: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What travels into block `layer` for such a batch: meta tensors in wire order, requires_grad set.
-
-        dtype: of the activations. What the batch holds or can tell need not travel: every stage has the batch.
+        By default the model's own forward between the blocks that are here, as the card's chain says.
         """
+        from polymodal.models import partial
+
+        return partial.stage(self, model, carry, batch)
+
+    def carry_spec(self, batch: Batch, before: Mapping[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
+        """What travels over a cut for such a batch: meta tensors in wire order.
+
+        before: how many blocks of each chain lie before the cut; dtype: of the activations. What the batch holds or
+        can tell need not travel: every stage has the batch. By default the stream and what the card's chain carries.
+        """
+        from polymodal.models import partial
+
+        return partial.carry_spec(self, batch, dtype)
+
+    def beside(self) -> dict[str, str]:
+        """Modules that lie in a pipeline stage with a certain block, as the config says: module -> block."""
+        return {}
+
+    def costs(self, measure: Measure) -> dict[str, float]:
+        """Forward FLOPs of one sample, by the module pattern that spends them; their sum is `cost`."""
         raise NotImplementedError
 
     def places(self, batch: Batch) -> Tensor:

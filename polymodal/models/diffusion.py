@@ -152,15 +152,17 @@ class Generation(Family):
         """One call of the denoiser: the prediction, of the latents' shape. latents, text and media in its dtype."""
         raise NotImplementedError
 
-    def stage(self, model: nn.Module, carry: Any, batch: Batch) -> Output:
+    def whole(self, model: nn.Module, batch: Batch) -> Output:
         return Output(self.denoise(model, batch["noisy"].to(self.dtype(model)), batch["timestep"], batch))
 
     def dtype(self, model: nn.Module) -> torch.dtype:
-        """What the denoiser computes in: that of the first parameter that is no block's (gathered while it runs)."""
+        """What the denoiser computes in: that of the first parameter that is no block's (gathered while it runs).
+        float32 in a pipeline stage that has blocks only: nothing but shapes is looked at there."""
         heads = tuple(pattern.partition("*")[0].rstrip(".") + "." for pattern in self.card.blocks)
-        return next(
+        own = (
             p.dtype for n, p in model.named_parameters() if not n.startswith(heads) and p.is_floating_point()
         )
+        return next(own, torch.float32)
 
     def conditions(self, model: nn.Module, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
         """These tensors of a batch in the denoiser's dtype, those that are there."""

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from polymodal.errors import PolymodalError
 from polymodal.models import library
-from polymodal.models.card import Family
+from polymodal.models.card import Dropped, Family
 from polymodal.models.initial import Unknown, notes, play, stand_ins
 from polymodal.models.library import Layout, plain
 from polymodal.models.saving import gather, save
@@ -111,7 +111,10 @@ def _agreed(model: nn.Module, work: Callable[[], None]) -> None:
     spread = (
         dist.is_initialized()
         and dist.get_world_size() > 1
-        and any(isinstance(p, DTensor) for p in model.parameters())
+        and (
+            any(isinstance(p, DTensor) for p in model.parameters())
+            or any(isinstance(m, Dropped) for m in model.modules())  # a stage of a pipeline
+        )
     )
     failure: Exception | None = None
     try:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from polymodal.data.sample import IGNORE, Batch
 from polymodal.models.card import Output
+from polymodal.parallel.balance import balance_loss, router_sums
 
 Weighting = Literal["per_token", "per_sample", "per_micro_batch"]
 CHUNK_BYTES = 128 << 20
@@ -186,27 +187,6 @@ def _offset(size: int, parts: int, rank: int) -> int:
     return min(size, chunk * rank)
 
 
-def balance_loss(
-    router_logits: list[Tensor], experts_per_token: int, group: dist.ProcessGroup | None = None
-) -> Tensor:
-    """Load-balance loss of mixture-of-experts routers over one micro-batch.
-
-    router_logits: one [T, E] a layer. E * sum_e (share of choices that fall on e) * (mean probability of e), over all
-    layers' tokens together (Fedus et al. 2021, Switch Transformer, eq. 4-6, summed over the k choices).
-    group: ranks that hold other rows of the same tokens; the sum of their results is then the loss, as with the text
-    term: choices are counted over all of them (no gradient flows there), probabilities are each rank's own.
-    """
-    logits = torch.cat([layer.reshape(-1, layer.shape[-1]) for layer in router_logits]).float()
-    probability = logits.softmax(dim=-1)
-    chosen = probability.topk(experts_per_token, dim=-1).indices
-    picked = torch.zeros_like(probability).scatter_(1, chosen, 1.0).sum(dim=0)
-    known = torch.cat([picked, picked.new_tensor([len(probability)])])
-    if group is not None:
-        dist.all_reduce(known, group=group)
-    share, count = known[:-1] / known[-1], known[-1]
-    return logits.shape[-1] * (share * probability.sum(dim=0) / count).sum()
-
-
 class LanguageObjective:
     """Weighted next-token loss plus, for experts, the router's balance loss.
 
@@ -261,18 +241,20 @@ class LanguageObjective:
         logs = {"loss": loss.detach()}
         logs.update(_by_modality(batch, losses, kept if rows is None else rows[kept]))
         if self.aux_weight:
-            routers = output.extra["router_logits"]
-            group = None
-            if batch.cut is not None:
-                group = batch.cut.context.group
-                if batch.cut.filler:
-                    real = batch["rows"] < batch["labels"].numel() - batch.cut.filler
-                    routers = [layer.reshape(-1, layer.shape[-1])[real] for layer in routers]
-            value = balance_loss(routers, self.experts_per_token, group)
+            value = self.balance(output, batch)
             term = value * (inverse["balance"] if counts else 0.0)
             loss = loss + self.aux_weight * term.to(loss.dtype)
             logs["balance"] = term.detach()
         return loss, logs
+
+    def balance(self, output: Output, batch: Batch) -> Tensor:
+        """Router term of one micro-batch, from the layers that are here and the sums of earlier pipeline stages."""
+        sums, layers = output.extra.get("router_sums_before"), output.extra.get("router_layers_before", 0)
+        if routers := output.extra["router_logits"]:
+            own = router_sums(routers, self.experts_per_token, batch)
+            sums, layers = own if sums is None else own + sums, layers + len(routers)
+        assert isinstance(sums, Tensor)
+        return balance_loss(sums, layers)
 
 
 def _by_modality(batch: Batch, losses: Tensor, kept: Tensor) -> dict[str, Tensor]:

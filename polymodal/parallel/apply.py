@@ -20,6 +20,7 @@ from polymodal.models.card import Dropped, ModelCard
 from polymodal.parallel import expert, memory, ops, tensor, uniform
 from polymodal.parallel.batches import attention_heads, context
 from polymodal.parallel.context import ulysses_size
+from polymodal.parallel.cuts import SCHEDULES
 from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Parallel, Recipe
 
@@ -53,10 +54,6 @@ def _block_patterns(modules: dict[str, nn.Module]) -> list[str]:
     return [f"{name}.*" for name in lists] or ["not in lists"]
 
 
-UNBUILT = {"pp": "pipeline"}
-"""Kinds of parallelism that `apply` does not lay out yet."""
-
-
 def check(
     card: ModelCard,
     config: Any,
@@ -76,13 +73,6 @@ def check(
         if axis in card.limits:
             cause = f"{card.name} cannot be laid out with parallel.{axis} = {size}: {card.limits[axis]}"
             reasons.append(PolymodalError(cause, f"Set parallel.{axis} to 1."))
-        elif axis in UNBUILT:
-            reasons.append(
-                PolymodalError(
-                    f"parallel.{axis} = {size}: {UNBUILT[axis]} parallelism is not built yet.",
-                    f"Set parallel.{axis} to 1 and use dp_replicate, dp_shard and tp.",
-                )
-            )
     reasons += _contradictions(parallel) if parallel is not None else []
     strange = [name for name in parallel.replicate if name not in card.towers] if parallel is not None else []
     if strange:
@@ -146,6 +136,16 @@ def _contradictions(parallel: Parallel) -> list[PolymodalError]:
     if parallel.recompute_keep is not None and parallel.recompute != "selective":
         cause = f"parallel.recompute = {parallel.recompute} has no use for parallel.recompute_keep."
         reasons.append(PolymodalError(cause, "Set parallel.recompute to selective."))
+    if parallel.pp > 1:
+        kind, named = SCHEDULES[parallel.pp_schedule], f"parallel.pp_schedule = {parallel.pp_schedule}"
+        if kind.split_backward and parallel.compile:
+            cause = f"{named} takes the gradients of inputs and of weights apart, which compiled blocks give only together."
+            mend = "Set parallel.compile to false, or parallel.pp_schedule to Interleaved1F1B."
+            reasons.append(PolymodalError(cause, mend))
+        if kind.gathers and parallel.reshard_after_forward:
+            cause = f"{named} gathers and frees the parameters of whole stages, parallel.reshard_after_forward = true is not for it."
+            mend = "Leave out parallel.reshard_after_forward, or set parallel.pp_schedule to 1F1B."
+            reasons.append(PolymodalError(cause, mend))
     return reasons
 
 

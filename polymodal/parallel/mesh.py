@@ -109,6 +109,9 @@ class Mesh:
         self._shard = shard_cp
         self._contexts: dict[int, Context] = {}
         self._copies: DeviceMesh | None = None
+        self._log = self._loss
+        if sizes.pp > 1:
+            self._log = self.world["pp", "dp_replicate", "dp_shard", "cp"]._flatten("log")
 
     def _two(self, outer: str, inner: DeviceMesh) -> DeviceMesh:
         if self.sizes.cp == 1:
@@ -168,6 +171,11 @@ class Mesh:
     def loss_group(self) -> dist.ProcessGroup:
         """Ranks whose token weights are summed: all data- and context-parallel ones of this stage."""
         return self._loss.get_group()
+
+    @property
+    def log_group(self) -> dist.ProcessGroup:
+        """Ranks that a step's logs are summed over: the loss group of every stage; the last stage speaks."""
+        return self._log.get_group()
 
     @property
     def dp_group(self) -> dist.ProcessGroup:

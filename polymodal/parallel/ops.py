@@ -298,11 +298,12 @@ def _shards(tensor: Tensor) -> int:
 
 
 @torch.no_grad()
-def grad_norm(parameters: Iterable[Tensor], mesh: Mesh) -> Tensor:
+def grad_norm(parameters: Iterable[Tensor], mesh: Mesh, dtype: torch.dtype | None = None) -> Tensor:
     """L2 norm of the gradient of the whole model, the same scalar (float32, or float64 for such gradients) everywhere.
 
     parameters: plain tensors or DTensors, sharded or replicated over any part of the mesh, with or without a gradient
-    on this rank. One all-reduce: a piece that k ranks hold is counted 1 / k times by each.
+    on this rank; of a tied weight whose copies lie on several pipeline stages, the owner only. One all-reduce: a piece
+    that k ranks hold is counted 1 / k times by each. dtype: of the sum, for ranks that may hold no parameters.
     """
     parameters = list(parameters)
     ranks = mesh.sizes.world // mesh.sizes.pp
@@ -310,8 +311,9 @@ def grad_norm(parameters: Iterable[Tensor], mesh: Mesh) -> Tensor:
     for parameter in parameters:
         if parameter.grad is not None:
             by_shards.setdefault(_shards(parameter), []).append(_local(parameter.grad))
-    wide = any(parameter.dtype == torch.float64 for parameter in parameters)
-    dtype = torch.float64 if wide else torch.float32
+    if dtype is None:
+        wide = any(parameter.dtype == torch.float64 for parameter in parameters)
+        dtype = torch.float64 if wide else torch.float32
     device = _local(parameters[0]).device if parameters else torch.device(mesh.device_type)
     total = torch.zeros((), dtype=dtype, device=device)
     for shards, grads in sorted(by_shards.items()):

@@ -67,7 +67,8 @@ class Stream:
     def cut_deepstack(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a language model whose layers add vision features to the stream: only this rank's rows.
 
-        visual_pos_masks [B = 1, T] bool and deepstack_visual_embeds, a list of [number of True, D], as in Qwen3-VL.
+        visual_pos_masks [B = 1, T] bool and deepstack_visual_embeds, a list of [number of True, D] or
+        None (added before, in another pipeline stage), as in Qwen3-VL.
         """
         mask, features = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
         if not self.sequence or mask is None or features is None:
@@ -78,5 +79,5 @@ class Stream:
         mine = (place >= start) & (place < start + count)
         own = mask.new_zeros(1, count)
         own[0, place[mine] - start] = True
-        cut = [ops.copy_to_region(feature, self.group)[mine] for feature in features]
+        cut = [None if level is None else ops.copy_to_region(level, self.group)[mine] for level in features]
         return {**kwargs, "visual_pos_masks": own, "deepstack_visual_embeds": cut}

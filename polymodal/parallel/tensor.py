@@ -65,13 +65,24 @@ class _Layout:
                 return self.streams[path]
         raise PolymodalError(f"The tensor_plan cuts `{name}`, which lies in no stream.")
 
+    def carries(self, name: str) -> bool:
+        """Is a block of this module's stream here? Without one (another pipeline stage's) nothing cuts the stream."""
+        stream = self.stream(name)
+        return any(self.stream(block) is stream for block in self.blocks)
+
     def partial(self, name: str) -> bool:
         """Are gradients of a replicated parameter of this module partial over the group?"""
         path = list(self.above(name))
         if any(self.styles.get(p) in (*REGIONS, "sparse") for p in path):
             return True
-        on_stream = any(p in self.blocks for p in path) or self.styles.get(name) == "exit"
+        on_stream = any(p in self.blocks for p in path) or (
+            self.styles.get(name) == "exit" and self.carries(name)
+        )
         return self.sequence and on_stream
+
+    def leaves(self, name: str, style: str) -> bool:
+        """Is this a dropped merger that ends a stream whose blocks are here? The stream leaves whole through it."""
+        return style == "merger" and self.carries(name)
 
     # Parameters
 
@@ -237,8 +248,9 @@ class _Layout:
         module, stream = self.modules[name], self.stream(name)
         self.replicate(module, self.partial(name))
         self.done.add(name)
-        forward = module.forward
-        module.forward = wraps(forward)(lambda *args, **kwargs: stream.gather(forward(*args, **kwargs)))
+        if self.carries(name):
+            forward = module.forward
+            module.forward = wraps(forward)(lambda *args, **kwargs: stream.gather(forward(*args, **kwargs)))
 
     def tower(self, name: str) -> None:
         module, stream = self.modules[name], self.streams[name]
@@ -336,7 +348,7 @@ class _Layout:
         self.styles = {
             name: style
             for name, style in self.styles.items()
-            if style == "exit" or not isinstance(self.modules[name], Dropped)
+            if style == "exit" or not isinstance(self.modules[name], Dropped) or self.leaves(name, style)
         }
         for name, style in self.styles.items():
             if style in ("colwise", "rowwise", "fused_colwise"):
@@ -349,7 +361,9 @@ class _Layout:
             if name not in self.done and any(p is not None for p in module._parameters.values()):
                 self.replicate(module, self.partial(name))
         for name, style in self.styles.items():
-            if style in REGIONS:
+            if isinstance(self.modules[name], Dropped) and style == "merger":
+                self.exit(name)
+            elif style in REGIONS:
                 self.region(name, style)
             elif style == "sparse":
                 routers = [

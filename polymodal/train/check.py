@@ -140,6 +140,7 @@ def family_of(recipe: Recipe, world: int, problems: Problems) -> Any:
     """The family, with the layout held against the card and the config. None when the source is refused."""
     from polymodal.models import catalog
     from polymodal.parallel import apply as layout
+    from polymodal.parallel import cuts
     from polymodal.parallel.mesh import ParallelSizes
 
     family = problems.run(lambda: catalog.family(recipe.model))
@@ -149,6 +150,9 @@ def family_of(recipe: Recipe, world: int, problems: Problems) -> Any:
         sizes = ParallelSizes.of(recipe.parallel, world)
     except PolymodalError:  # said already
         return family
+    if sizes.pp > 1 and "pp" not in family.card.limits:
+        packed = recipe.data.pack and family.layout == "packed"
+        problems.run(cuts.check_micro_batches, recipe.parallel, recipe.train, packed, sizes.dp)
     problems.errors += layout.check(
         family.card, family.config, sizes, recipe.parallel, recipe.model.attention
     )
@@ -334,12 +338,13 @@ def check(
             report.notes.append(
                 f"train.global_batch_size = {recipe.train.global_batch_size} is less than the {sizes.dp} ranks that see different data: some idle in every step."
             )
-    ratio = 0.0
+    ratio, typical = 0.0, None
     if family is not None and family.layout == "uniform":
         report.data, schedule = (
             measure_buckets(recipe, family, "datasets", problems) if measure_data else (None, None)
         )
         if schedule is not None:
+            typical = schedule.typical()
             report.steps = recipe.train.steps or schedule.steps_in(recipe.train.epochs)
         if recipe.data.validation and measure_data:
             report.validation, _ = measure_buckets(recipe, family, "validation", problems)
@@ -348,6 +353,7 @@ def check(
             recipe, family, recipe.data.datasets, problems, "data.datasets", progress
         )
         if schedule is not None:
+            typical = schedule.typical()
             report.steps = recipe.train.steps or schedule.steps_in(recipe.train.epochs)
         if recipe.data.validation:
             report.validation, _ = measure(
@@ -356,12 +362,14 @@ def check(
         if report.data is not None and report.data.tokens:
             ratio = report.data.patches / report.data.tokens
     if family is not None:
-        _model(recipe, family, world, ratio, report, problems)
+        _model(recipe, family, world, ratio, typical, report, problems)
     report.problems = [str(error) for error in problems.errors]
     return report
 
 
-def _model(recipe: Recipe, family: Any, world: int, ratio: float, report: Report, problems: Problems) -> None:
+def _model(
+    recipe: Recipe, family: Any, world: int, ratio: float, typical: Any, report: Report, problems: Problems
+) -> None:
     from polymodal.train import estimate, optim
 
     towers = set(recipe.model.lora.towers or ()) if recipe.model.lora is not None else set()
@@ -385,10 +393,10 @@ def _model(recipe: Recipe, family: Any, world: int, ratio: float, report: Report
                 else f"is neither a tower ({', '.join(family.card.towers)}) nor the pattern of a parameter"
             )
             report.notes.append(f"optim.groups.{i}.match = {group.match} {said}: it has no effect.")
-    found = problems.run(lambda: estimate.lay_out(model, family, recipe, world))
+    found = problems.run(lambda: estimate.lay_out(model, family, recipe, world, typical))
     if found is None:
         return
-    found.activations, found.assumed = estimate.activations(family, recipe, ratio)
+    found.activations, found.assumed = estimate.activations(family, recipe, ratio, world)
     report.estimate = found.as_dict()
     wanted, free = estimate.disk(recipe, found)
     report.disk = {"wanted": wanted, "free": free, "one": found.checkpoint}

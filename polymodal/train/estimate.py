@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from polymodal.data.sample import Measure
 from polymodal.errors import PolymodalError
-from polymodal.models.card import Family
+from polymodal.models.card import Family, ModelCard
 from polymodal.parallel.mesh import Mesh, ParallelSizes
+from polymodal.parallel.stages import Part
 from polymodal.recipe import Recipe
 from polymodal.train import optim
 
@@ -102,12 +104,16 @@ def meta_model(family: Family, recipe: Recipe) -> nn.Module:
     return model
 
 
-def lay_out(model: nn.Module, family: Family, recipe: Recipe, world: int) -> Estimate:
-    """Counts the model, lays it out for rank 0 of `world` (in place), and counts what that rank holds.
+def lay_out(
+    model: nn.Module, family: Family, recipe: Recipe, world: int, measure: Measure | None = None
+) -> Estimate:
+    """Counts the model, lays it out for rank 0 of `world` (in place) and, of a pipeline, of every stage, and counts
+    what that rank holds, of a pipeline the one that holds most. measure: a typical sample, for pp_layers = auto.
 
     Raises PolymodalError for every layout that `parallel.apply` refuses.
     """
-    from polymodal.parallel.apply import COMPUTE_DTYPE, apply, matching
+    from polymodal.parallel import stages
+    from polymodal.parallel.apply import apply
 
     out = Estimate()
     card = family.card
@@ -122,59 +128,110 @@ def lay_out(model: nn.Module, family: Family, recipe: Recipe, world: int) -> Est
         out.towers[tower] = had[0] + count, had[1] + train
         out.total += count
         out.trained += train
-    compute = COMPUTE_DTYPE[recipe.train.precision]
-    width = compute.itemsize if compute is not None else 4
-    whole = {
-        name: sum(p.numel() for p in block.parameters())
-        for name, block in matching(model, card.blocks, card.name).items()
-    }
     sizes = ParallelSizes.of(recipe.parallel, world)
+    first = [model]
+    ranks = []
     with pretended_group(world):
-        apply(model, card, Mesh(sizes, "cpu", 0), recipe)
-        trained = {}
-        seen.clear()
-        for name, parameter in model.named_parameters():
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
+        mesh = Mesh(sizes, "cpu", 0)
+        for rank in range(sizes.pp):
+            parts = stages.build(
+                lambda: first.pop() if first else meta_model(family, recipe),
+                family,
+                recipe.parallel,
+                rank,
+                measure,
+            )
+            blocks = [_blocks(part.model, card) for part in parts]
+            for part in parts:
+                apply(part.model, card, mesh, recipe)
+            ranks.append(_held(parts, blocks, card, recipe, sizes))
+    most = max(ranks, key=lambda held: held.memory)
+    return replace(
+        out,
+        parameters=most.parameters,
+        gradients=most.gradients,
+        optimizer=most.optimizer,
+        average=most.average,
+        gathered=most.gathered,
+        checkpoint=sum(held.checkpoint for held in ranks),
+        export=out.total * 2,
+    )
+
+
+def _blocks(model: nn.Module, card: ModelCard) -> tuple[list[int], int]:
+    """(parameters of each block that is here, of the rest)."""
+    from polymodal.parallel.apply import matching
+
+    blocks = [
+        sum(p.numel() for p in block.parameters())
+        for block in matching(model, card.blocks, card.name).values()
+    ]
+    return blocks or [0], sum(p.numel() for p in model.parameters()) - sum(blocks)
+
+
+def _held(
+    parts: Sequence[Part],
+    whole: Sequence[tuple[list[int], int]],
+    card: ModelCard,
+    recipe: Recipe,
+    sizes: ParallelSizes,
+) -> Estimate:
+    """What one rank holds of laid-out parts; whole: parameters of their blocks and of the rest before."""
+    from polymodal.parallel.apply import COMPUTE_DTYPE
+
+    out = Estimate()
+    full = recipe.checkpoint.save == "full"
+    for part in parts:
+        for name, parameter in part.model.named_parameters():
             held = _bytes(_local(parameter))
             out.parameters += held
-            if parameter.requires_grad:
-                out.gradients += held
-                trained[name] = parameter
-        blocks = {n for n in trained if any(optim.in_tower(n, (b,)) for b in card.blocks)}
-        state_all = 0
-        for name, parameter in trained.items():
-            muon = recipe.optim.name == "muon" and name in blocks and parameter.ndim == 2
-            moments = 1 if muon else 2
-            out.optimizer += moments * _bytes(_local(parameter))
-            whole_bytes = parameter.numel() * parameter.element_size()
-            full = recipe.checkpoint.save == "full"
-            state_all += whole_bytes * (1 + moments * full) + 4 * parameter.numel() * bool(
-                recipe.train.ema and full
-            )
+            if not parameter.requires_grad:
+                continue
+            out.gradients += held
+            block = any(optim.in_tower(name, (pattern,)) for pattern in card.blocks)
+            moments = 1 if recipe.optim.name == "muon" and block and parameter.ndim == 2 else 2
+            out.optimizer += moments * held
             if recipe.train.ema:
                 out.average += 4 * _local(parameter).numel()
-        if sizes.dp_shard * sizes.cp * sizes.dp_replicate > 1:
-            root = out.total - sum(whole.values())
-            units = 2 * max(whole.values()) if recipe.parallel.reshards else sum(whole.values())
-            out.gathered = (root + units) * width // sizes.tp
-            if out.trained:
-                reduced = out.trained if recipe.parallel.zero == 1 else max(*whole.values(), root)
-                out.gathered += 4 * reduced // sizes.tp
-    out.checkpoint = state_all
-    out.export = out.total * 2
+            if name not in part.stage.copies:
+                out.checkpoint += parameter.numel() * parameter.element_size() * (1 + moments * full)
+                out.checkpoint += 4 * parameter.numel() * bool(recipe.train.ema and full)
+    if sizes.dp_shard * sizes.cp * sizes.dp_replicate > 1:
+        compute = COMPUTE_DTYPE[recipe.train.precision]
+        width = compute.itemsize if compute is not None else 4
+        for blocks, root in whole:
+            units = 2 * max(blocks) if recipe.parallel.reshards else sum(blocks)
+            out.gathered += (root + units) * width // sizes.tp
+            if out.gradients:
+                at_the_end = sizes.pp > 1 or recipe.parallel.zero == 1
+                largest = sum(blocks) + root if at_the_end else max(*blocks, root)
+                out.gathered += 4 * largest // sizes.tp
     return out
 
 
-def activations(family: Family, recipe: Recipe, patches_per_token: float) -> tuple[int, str]:
-    """(bytes, what they are for): tensors kept for backward in one micro-batch. An estimate.
+def activations(
+    family: Family, recipe: Recipe, patches_per_token: float, world: int | None = None
+) -> tuple[int, str]:
+    """(bytes, what they are for): tensors kept for backward in one micro-batch, of a pipeline in all that are under way
+    on its first rank (1F1B starts as many as there are ranks, GPipe all). world: of a pipeline. An estimate.
 
     A layer keeps, a token, in the compute dtype: about 6 hidden sizes (norms, residuals, outputs), queries, keys and
     values twice, and three MLP widths (Korthikanti et al. 2022 for gated MLPs and flash attention). Full recompute
     keeps one hidden size a layer and one whole layer; selective keeps the matrix products. Without recompute the same
     holds for the vision tower, by patches.
     """
+    if world is not None and recipe.parallel.pp > 1:
+        from polymodal.parallel import cuts
+
+        one, assumed = activations(family, recipe, patches_per_token)
+        dp = ParallelSizes.of(recipe.parallel, world).dp
+        packed = recipe.data.pack and family.layout == "packed"
+        count = cuts.micro_batches(recipe.train, packed, dp)
+        under_way = count if recipe.parallel.pp_schedule == "GPipe" else min(count, recipe.parallel.pp)
+        return (
+            one * under_way // recipe.parallel.pp,
+            f"{under_way} x {assumed} on 1 / {recipe.parallel.pp} of the layers",
+        )
     config, data, parallel = family.config, recipe.data, recipe.parallel
     if family.layout == "uniform":
         return _denoiser_activations(family, recipe)

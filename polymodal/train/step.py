@@ -67,33 +67,45 @@ class Tally:
         return dict(zip(self.keys, vector.tolist(), strict=True))
 
 
+class Runner:
+    """Runs a rank's micro-batches through its part of the model: here one after the other, through a whole model.
+
+    A pipeline (parallel/pipeline.py) has the same `step` and `speaks`.
+    """
+
+    speaks = True
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        self.model, self.device = model, device
+
+    def step(self, batches: Sequence[Batch], finish: Finish, backward: bool = True) -> list[dict[str, Any]]:
+        """Forward and, unless told otherwise, backward of every micro-batch; the logs that `finish` gave."""
+        logs = []
+        with torch.set_grad_enabled(backward):
+            for i, batch in enumerate(batches):
+                before_backward(self.model, i == len(batches) - 1)
+                loss, entry = self.model(batch.to(self.device), finish)
+                if backward:
+                    loss.backward()
+                logs.append(entry)
+        return logs
+
+
 def forward_backward(
-    model: nn.Module,
+    runner: Any,
     objective: Any,
     batches: Sequence[Batch],
     inverse: dict[str, float],
-    device: torch.device,
     tally: Tally,
     scale: float = 1.0,
+    backward: bool = True,
 ) -> None:
-    """Gradients of the whole step, accumulated into .grad; logs into the tally (the loss unscaled)."""
-    for i, batch in enumerate(batches):
-        before_backward(model, i == len(batches) - 1)
-        loss, logs = model(batch.to(device), lambda output, batch: objective.loss(output, batch, inverse))
-        (loss * scale if scale != 1.0 else loss).backward()
-        tally.add(logs)
+    """Gradients of the whole step, accumulated into .grad; logs into the tally (the loss unscaled), where they are
+    known. runner: a Runner or a Pipeline; backward: False for validation, the same forward without gradients."""
 
+    def finish(output: Output, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        loss, logs = objective.loss(output, batch, inverse)
+        return loss * scale if scale != 1.0 else loss, logs
 
-@torch.no_grad()
-def forward_only(
-    model: nn.Module,
-    objective: Any,
-    batches: Sequence[Batch],
-    inverse: dict[str, float],
-    device: torch.device,
-    tally: Tally,
-) -> None:
-    """Validation: the same forward without gradients."""
-    for batch in batches:
-        _, logs = model(batch.to(device), lambda output, batch: objective.loss(output, batch, inverse))
+    for logs in runner.step(batches, finish, backward):
         tally.add(logs)

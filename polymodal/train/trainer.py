@@ -21,13 +21,12 @@ from polymodal.data.schedule import Position
 from polymodal.errors import PolymodalError
 from polymodal.launch import Runtime, runtime
 from polymodal.models import catalog, lora, storage, weights
-from polymodal.parallel.apply import apply
 from polymodal.parallel.batches import BatchLayout
 from polymodal.parallel.mesh import Mesh, ParallelSizes
-from polymodal.parallel.ops import clip_, grad_norm
 from polymodal.recipe import Recipe
 from polymodal.train import checkpoint, monitor, optim
-from polymodal.train.step import Tally, bind, forward_backward, forward_only, inverse_weights
+from polymodal.train.model import LaidOut
+from polymodal.train.step import Tally, forward_backward, inverse_weights
 from polymodal.train.tasks import task_of
 
 
@@ -54,39 +53,46 @@ class Trainer:
         self.mesh = Mesh(ParallelSizes.of(recipe.parallel, rt.world), rt.device.kind, rt.rank)
         # A group of its own: a checkpoint written in the background must not mix its collectives with training's.
         self.save_group = dist.new_group(backend="gloo") if rt.world > 1 else None
-        self.loss_group = self.mesh.loss_group if rt.world > 1 else None
+        self.log_group = self.mesh.log_group if rt.world > 1 else None
         _determinism(recipe)
 
-        self._build_model()
+        self.family = catalog.family(recipe.model)
+        self.card = self.family.card
+        self.task = task_of(recipe, self.family)
+        self.objective = self.task.objective
         self._build_data()
+        self._build_model()
         self._build_optimizer()
         self._resume()
         self._build_monitor()
 
     # ---------------------------------------------------------------- building
 
+    def _whole(self) -> torch.nn.Module:
+        """The whole model on meta, with what is trained of it."""
+        model = self.family.build().trained
+        if self.recipe.model.lora is not None:
+            lora.attach(model, self.recipe.model.lora, self.card)
+        optim.freeze(model, self.recipe.train.freeze, self.card.towers)
+        return model
+
     def _build_model(self) -> None:
-        recipe = self.recipe
-        self.family = catalog.family(recipe.model)
-        self.card = self.family.card
-        self.model = self.family.build().trained
-        if recipe.model.lora is not None:
-            lora.attach(self.model, recipe.model.lora, self.card)
-        optim.freeze(self.model, recipe.train.freeze, self.card.towers)
-        self.task = task_of(recipe, self.family)
-        self.objective = self.task.objective
-        bind(self.model, self.family)
-        apply(self.model, self.card, self.mesh, recipe)
-        self.lay_out = BatchLayout(self.family, self.mesh, recipe.parallel)
+        recipe, family = self.recipe, self.family
+        self.model = LaidOut(self._whole, family, self.mesh, recipe, self.device, self.schedule.typical())
+        self.lay_out = BatchLayout(family, self.mesh, recipe.parallel)
         self.weights_group = self.lay_out.weights_group if self.rt.world > 1 else None
-        if recipe.model.init == "random":
-            weights.initialise(self.model, self.family, recipe.train.seed, self.device, self.offloaded)
-        else:
-            weights.load(self.model, self.family, device=self.device, offloaded=self.offloaded)
-        if recipe.model.lora is not None:
-            lora.initialise(self.model, recipe.model.lora, recipe.train.seed)
+
+        def load(model: torch.nn.Module) -> None:
+            if recipe.model.init == "random":
+                weights.initialise(model, family, recipe.train.seed, self.device, self.offloaded)
+            else:
+                weights.load(model, family, device=self.device, offloaded=self.offloaded)
+            if recipe.model.lora is not None:
+                lora.initialise(model, recipe.model.lora, recipe.train.seed)
+
+        self.model.fill(load)
         self.model.train()
-        self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.trainable = self.model.trainable
 
     def _build_data(self) -> None:
         recipe = self.recipe
@@ -99,11 +105,7 @@ class Trainer:
 
     def _build_optimizer(self) -> None:
         recipe = self.recipe
-        blocks = {
-            n
-            for n, _ in self.model.named_parameters()
-            if any(optim.in_tower(n, (b,)) for b in self.card.blocks)
-        }
+        blocks = {n for n in self.trainable if any(optim.in_tower(n, (b,)) for b in self.card.blocks)}
         offload = "optimizer" in recipe.parallel.offload
         self.optimizer = optim.Optimizer(self.trainable, recipe.optim, self.card.towers, blocks, offload)
         self.average = optim.MovingAverage(self.trainable, recipe.train.ema) if recipe.train.ema else None
@@ -113,11 +115,13 @@ class Trainer:
 
     def _tensors(self, create: bool) -> dict[str, torch.Tensor]:
         """Every tensor of a checkpoint by key; `create` makes a fresh optimizer's zeros to be filled."""
-        tensors = {f"model.{n}": p for n, p in self.trainable.items()}
+        held = self.trainable if create else self.model.owned
+        tensors: dict[str, torch.Tensor] = {f"model.{n}": p for n, p in held.items()}
         if self.recipe.checkpoint.save == "full":
-            tensors.update({f"optim.{k}": v for k, v in self.optimizer.state(create).items()})
+            state = self.optimizer.state(create)
+            tensors.update({f"optim.{k}": v for k, v in state.items() if k.partition(".")[2] in held})
             if self.average is not None:
-                tensors.update({f"ema.{n}": t for n, t in self.average.shadow.items()})
+                tensors.update({f"ema.{n}": t for n, t in self.average.shadow.items() if n in held})
         return tensors
 
     def _resume(self) -> None:
@@ -143,12 +147,13 @@ class Trainer:
                 f"{found} holds weights only (checkpoint.save: weights), it cannot be resumed.",
                 "Use checkpoint.init_from with it, or checkpoint.resume: never.",
             )
-        if recipe.checkpoint.init_from and len(self.trainable) < sum(1 for _ in self.model.parameters()):
+        if recipe.checkpoint.init_from and self.model.trained < self.model.total:
             self._init_from(
                 recipe.checkpoint.init_from
             )  # what is not trained is in no checkpoint of this run
         tensors = self._tensors(create=True)
         checkpoint.load(found, tensors, self.save_group)
+        self.model.settle()
         if state.data and state.data != self.schedule.fingerprint:
             raise PolymodalError(
                 f"{found} was made with other data or other data keys (global_batch_size, packing, lengths) than this recipe's.",
@@ -160,31 +165,31 @@ class Trainer:
         self.resumed_at = state.step
 
     def _init_from(self, source: str) -> None:
-        path = Path(source)
+        path, place = Path(source), {"device": self.device, "offloaded": self.offloaded}
         if catalog.is_whole(path):
-            weights.load(self.model, self.family, str(path), device=self.device, offloaded=self.offloaded)
+            self.model.fill(lambda m: weights.load(m, self.family, str(path), **place))
             return
         if lora.is_adapter(path):
-            lora.load(self.model, self.recipe.model.lora, path)
+            self.model.fill(lambda m: lora.load(m, self.recipe.model.lora, path))
             return
         other = storage.foreign(path, weights.directory_of(None, self.family))
         if other is not None:
-            weights.load(self.model, self.family, device=self.device, offloaded=self.offloaded, files=other)
+            self.model.fill(lambda m: weights.load(m, self.family, files=other, **place))
             return
         found = checkpoint.locate(path)
         have = checkpoint.names(found)
-        own = {f"model.{n}": p for n, p in self.model.named_parameters()}
-        own.update(
-            {f"model.{weights.plain(n)}": p for n, p in self.model.named_parameters()}
-        )  # under adapters
+        # under adapters too, which rename the weights below them
+        own = {f"model.{name}": p for n, p in self.model.all.items() for name in (n, weights.plain(n))}
+        known = {f"model.{name}" for n in self.model.names for name in (n, weights.plain(n))}
         fitting = {k: p for k, p in own.items() if k in have}
-        strange = sorted(k for k in have if k.startswith("model.") and k not in own)
-        if not fitting or strange:
+        strange = sorted(k for k in have if k.startswith("model.") and k not in known)
+        if not known & have or strange:
             raise PolymodalError(
                 f"checkpoint.init_from: {found} has {len(strange)} tensors that this model has no place for (first: {strange[0][6:] if strange else 'none fits'}).",
                 "A run with adapters starts only runs with model.lora; otherwise export it with --merge-lora and start from the export.",
             )
         checkpoint.load(found, fitting, self.save_group)
+        self.model.settle()
 
     def _build_monitor(self) -> None:
         recipe = self.recipe
@@ -203,8 +208,7 @@ class Trainer:
             )
             self.metrics.forget_after(self.state.step)
             self.progress = monitor.Progress(recipe.name, self.steps, self.state.step)
-            count = sum(p.numel() for p in self.model.parameters())
-            train = sum(p.numel() for p in self.trainable.values())
+            count, train = self.model.total, self.model.trained
             self.progress.say(
                 f"{self.card.name}: {count / 1e6:.1f} M parameters, {train / 1e6:.1f} M trained, {self.rt.world} x {self.rt.device.kind}, {self.steps} steps"
             )
@@ -270,27 +274,24 @@ class Trainer:
         inverse = inverse_weights(self.objective, batches, self.weights_group)
         batches = self.lay_out(batches)
         tally = Tally(self.objective.parts, ("samples", "seqtokens", "media", "flops", "wait"))
-        forward_backward(self.model, self.objective, batches, inverse, self.device, tally, self.scaler.scale)
-        stats, once = batch.stats, self.mesh.at["cp"] == 0  # context-parallel ranks read the same
+        forward_backward(self.model.runner, self.objective, batches, inverse, tally, self.scaler.scale)
+        stats = batch.stats
+        once = self.model.runner.speaks and self.mesh.at["cp"] == 0  # other ranks of these axes read the same
         tally.add({
             "samples": stats.samples * once, "seqtokens": stats.tokens * once, "media": stats.media * once, "flops": stats.flops * once,
             "wait": stats.wait_seconds,
         })  # fmt: skip
-        total = tally.total(self.loss_group)
-        parameters = list(self.trainable.values())
-        if self.scaler.scale != 1.0:
-            for p in parameters:
-                if p.grad is not None:
-                    p.grad.mul_(1.0 / self.scaler.scale)
-        norm = grad_norm(parameters, self.mesh)
+        total = tally.total(self.log_group)
+        norm = self.model.gradients(self.scaler.scale)
         accepted, why = self.guard.accept(step, total["loss"], float(norm))
         self.scaler.update(math.isfinite(float(norm)))
         factor = optim.learning_rate(recipe.optim.schedule, step - 1, self.steps)
         if accepted:
             if recipe.optim.clip_norm:
-                clip_(parameters, norm, recipe.optim.clip_norm)
+                self.model.clip(norm, recipe.optim.clip_norm)
             self.optimizer.set_rate(factor)
             self.optimizer.step()
+            self.model.stepped()
             if self.average is not None:
                 self.average.update()
         else:
@@ -320,7 +321,7 @@ class Trainer:
             "samples_per_second": total["samples"] / seconds,
             "tokens_per_second": tokens / seconds, "tokens_per_second_device": tokens / seconds / self.rt.world,
             "frames_per_second": total["media"] / seconds,
-            "wait_seconds": total["wait"] / self.mesh.fsdp_size,
+            "wait_seconds": total["wait"] / (self.mesh.fsdp_size * self.mesh.sizes.pp),
             "memory_gib": devices.memory(self.rt.device)["peak"] / 2**30,
             "samples": self.state.samples, "tokens": self.state.tokens, "skipped": not accepted,
         }  # fmt: skip
@@ -348,7 +349,7 @@ class Trainer:
             workers=0,  # starting workers costs seconds
             dp_rank=self.mesh.dp_rank, dp_size=self.mesh.sizes.dp, start=Position(0, 0, 0), stop_after=count,
         )  # fmt: skip
-        self.model.eval()
+        self.model.train(False)
         tally, weight = Tally(objective.parts), 0.0
         loss = 0.0
         try:
@@ -356,8 +357,8 @@ class Trainer:
                 batches = objective.prepare(self.task.actors, batch.micro_batches)
                 inverse = inverse_weights(objective, batches, self.weights_group)
                 part, batches = Tally(objective.parts), self.lay_out(batches)
-                forward_only(self.model, objective, batches, inverse, self.device, part)
-                terms = part.total(self.loss_group)
+                forward_backward(self.model.runner, objective, batches, inverse, part, backward=False)
+                terms = part.total(self.log_group)
                 share = 1.0 / inverse[objective.term] if inverse[objective.term] else 0.0
                 loss += terms["loss"] * share
                 weight += share

@@ -20,13 +20,12 @@ from polymodal.data.sample import Batch, hole, pack
 from polymodal.models import catalog, weights
 from polymodal.models.card import Family
 from polymodal.objectives.language import LanguageObjective
-from polymodal.parallel import ops
-from polymodal.parallel.apply import apply
 from polymodal.parallel.batches import BatchLayout
-from polymodal.parallel.memory import before_backward
 from polymodal.parallel.mesh import Mesh, ParallelSizes
+from polymodal.parallel.ops import clip_
 from polymodal.recipe import Data, Model, Parallel, Recipe, Train
-from polymodal.train.step import bind, inverse_weights
+from polymodal.train.model import LaidOut
+from polymodal.train.step import Runner, Tally, bind, forward_backward, inverse_weights
 from tests.models import tiny
 from tests.parallel.exact import float64
 
@@ -135,60 +134,78 @@ def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps
         train=Train(precision=layout.precision),  # type: ignore[arg-type]
     )
     family = catalog.family(recipe.model)
-    model = build(family, layout, dtype)
-    names = tuple(name for name, _ in model.named_parameters())
-    bind(model, family)
+
+    def make() -> nn.Module:
+        return build(family, layout, dtype)
+
     data = batches(family)
     objective = LanguageObjective("per_token", **family.balance(None))
     if world > 1 or layout.world > 1 or layout.precision != "fp32" or layout.parallel:
         mesh = Mesh(ParallelSizes.of(recipe.parallel, world), "cpu", rank)
-        apply(model, family.card, mesh, recipe)
+        model = LaidOut(make, family, mesh, recipe, torch.device("cpu"))
         while len(data) % mesh.sizes.dp:  # equal work a rank, as the schedule gives it
             data.append(pack([hole(rows=4)]))
         mine = data[mesh.dp_rank :: mesh.sizes.dp]
         lay_out = BatchLayout(family, mesh, recipe.parallel)
         inverse = inverse_weights(objective, mine, lay_out.weights_group)
         mine = lay_out(mine)
+        parts, names, runner = model.models, tuple(model.names), model.runner
     else:
-        mesh, mine = None, data
+        mesh, model, mine = None, None, data
         inverse = inverse_weights(objective, mine, None)
-    weights.load(model, family, new=["*lora_*"])
-    draw_adapters(model)
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        plain = make()
+        bind(plain, family)
+        parts, names = [plain], tuple(name for name, _ in plain.named_parameters())
+        runner = Runner(plain, torch.device("cpu"))
 
-    def step() -> float:
-        total = torch.zeros((), dtype=torch.float64)
-        for index, batch in enumerate(mine):
-            before_backward(model, index == len(mine) - 1)
-            loss, _ = model(batch, lambda output, batch: objective.loss(output, batch, inverse))
-            loss.backward()
-            total += loss.detach()
-        if mesh is not None:
-            dist.all_reduce(total, group=mesh.loss_group)
-        return total.item()
+    def load(part: nn.Module) -> None:
+        weights.load(part, family, new=["*lora_*"])
+        draw_adapters(part)
+
+    if model is not None:
+        model.fill(load)
+        trainable, owned = model.trainable, model.owned
+    else:
+        load(parts[0])
+        trainable = owned = {name: p for name, p in parts[0].named_parameters() if p.requires_grad}
+
+    def step() -> tuple[float, Tensor]:
+        """Forward and backward; the global loss, and the norm of gradients that are complete."""
+        tally = Tally(objective.parts)
+        forward_backward(runner, objective, mine, inverse, tally)
+        loss = tally.total(mesh.log_group if mesh is not None else None)
+        total = loss["loss"] + objective.aux_weight * loss["balance"]
+        if model is not None:
+            return total, model.gradients()
+        grads = [p.grad for p in trainable.values() if p.grad is not None]
+        return total, torch.stack(torch._foreach_norm(grads)).norm()
 
     with float64() if dtype == torch.float64 else contextlib.nullcontext():
-        loss = step()
-        gradients = {name: whole(p.grad) for name, p in trainable.items() if p.grad is not None}
-        if mesh is not None:
-            norm = float(ops.grad_norm(trainable.values(), mesh))
-        else:
-            norm = float(torch.stack([g.norm() for g in gradients.values()]).norm())
-        optimizer = torch.optim.AdamW(trainable.values(), lr=1e-3, foreach=False)
+        loss, norm = step()
+        gradients = {name: whole(p.grad) for name, p in owned.items() if p.grad is not None}
+        first = float(norm)
+        optimizer = torch.optim.AdamW(trainable.values(), lr=1e-3, foreach=False) if trainable else None
         for index in range(steps):
             if index:
-                step()
-            if mesh is not None:
-                ops.clip_(trainable.values(), ops.grad_norm(trainable.values(), mesh), 1.0)
-            else:
-                grads = [p.grad for p in trainable.values() if p.grad is not None]
-                torch._foreach_mul_(
-                    grads, min(1.0, 1.0 / float(torch.stack(torch._foreach_norm(grads)).norm()))
-                )
-            optimizer.step()
-            optimizer.zero_grad()
-    after = {name: whole(p) for name, p in trainable.items()} if steps else {}
-    return Result(loss, gradients, norm, after, names)
+                _, norm = step()
+            clip_(trainable.values(), norm, 1.0)
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
+            if model is not None:
+                model.stepped()
+    after = {name: whole(p) for name, p in owned.items()} if steps else {}
+    if mesh is not None and mesh.sizes.pp > 1:
+        gradients, after = gathered(gradients, mesh), gathered(after, mesh)
+    return Result(loss, gradients, first, after, names)
+
+
+def gathered(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    """What all stages hold, on every rank."""
+    found: list[Any] = [None] * mesh.sizes.pp
+    dist.all_gather_object(found, tensors, group=mesh.world["pp"].get_group())
+    assert sum(map(len, found)) == len(set().union(*found)), "every tensor is of one stage"
+    return {name: tensor for held in found for name, tensor in held.items()}
 
 
 def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:

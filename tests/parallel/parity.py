@@ -28,6 +28,12 @@ BOUND = 1e-9
 
 VISION = ("model.visual.",)
 SPARSE = ("qwen3-vl-moe",)
+FIRST_STAGE = (*VISION, "model.language_model.embed_tokens.")
+VISION_CUT = {"vision": [3, 1], "language": [0, 3]}
+VIRTUAL_CUT = {
+    "pp_schedule": "Interleaved1F1B",
+    "pp_layers": {"vision": [[1, 1], [2, 0]], "language": [[0, 0], [1, 2]]},
+}
 MATRIX = [
     Layout("FSDP2 x 2", 2),
     Layout("FSDP2 x 3, uneven", 3),
@@ -109,6 +115,56 @@ MATRIX = [
         {"tp": 2, "offload": ["activations"], "recompute": "full"},
     ),
     Layout("FSDP2 x 2, parameters on the host", 2, {"offload": ["parameters"]}),
+    Layout("PP 2, 1F1B", 2, {"pp": 2}),
+    Layout("PP 2, GPipe", 2, {"pp": 2, "pp_schedule": "GPipe"}),
+    Layout("PP 2 x 2 virtual, Interleaved1F1B", 2, {"pp": 2, "pp_schedule": "Interleaved1F1B"}),
+    Layout("PP 2, InterleavedZeroBubble", 2, {"pp": 2, "pp_schedule": "InterleavedZeroBubble"}),
+    Layout("PP 2 x 2 virtual, ZBVZeroBubble", 2, {"pp": 2, "pp_schedule": "ZBVZeroBubble"}),
+    Layout("PP 4", 4, {"pp": 4}),
+    Layout("PP 2, language 1 + 2", 2, {"pp": 2, "pp_layers": {"language": [1, 2]}}),
+    Layout("PP 2, vision alone, then language", 2, {"pp": 2, "pp_layers": {"language": [0, 3]}}),
+    Layout("PP 2, the head alone at the end", 2, {"pp": 2, "pp_layers": {"language": [3, 0]}}),
+    Layout("PP 2, vision tower 3 + 1", 2, {"pp": 2, "pp_layers": VISION_CUT}),
+    Layout("PP 2 x 2 virtual, vision tower over three stages", 2, {"pp": 2, **VIRTUAL_CUT}),
+    Layout("PP 2, full recompute", 2, {"pp": 2, "recompute": "full"}),
+    Layout(
+        "PP 2, ZBVZeroBubble, full recompute",
+        2,
+        {"pp": 2, "pp_schedule": "ZBVZeroBubble", "recompute": "full"},
+    ),
+    Layout("PP 2, frozen vision tower", 2, {"pp": 2}, frozen=VISION),
+    Layout(
+        "PP 2, a stage that trains nothing",
+        2,
+        {"pp": 2, "pp_layers": {"language": [0, 3]}},
+        frozen=FIRST_STAGE,
+    ),
+    Layout("PP 2, LoRA", 2, {"pp": 2}, lora=True),
+    Layout("PP 2, FSDP2 x 2", 4, {"pp": 2}),
+    Layout("PP 2 x 2 virtual, Interleaved1F1B, FSDP2 x 2", 4, {"pp": 2, "pp_schedule": "Interleaved1F1B"}),
+    Layout("PP 2 x 2 virtual, ZBVZeroBubble, FSDP2 x 2", 4, {"pp": 2, "pp_schedule": "ZBVZeroBubble"}),
+    Layout("PP 2, HSDP 2", 4, {"pp": 2, "dp_replicate": 2}),
+    Layout("PP 2, ZeRO-1 x 2", 4, {"pp": 2, "zero": 1}),
+    Layout("PP 2, TP 2 + SP", 4, {"pp": 2, "tp": 2}),
+    Layout("PP 2, TP 2 + SP, vision tower 3 + 1", 4, {"pp": 2, "tp": 2, "pp_layers": VISION_CUT}),
+    Layout("PP 2, ZBVZeroBubble, TP 2 + SP", 4, {"pp": 2, "tp": 2, "pp_schedule": "ZBVZeroBubble"}),
+    Layout("PP 2, Ulysses 2", 4, {"pp": 2, "cp": 2}),
+    Layout("PP 2, Ulysses 2, vision tower 3 + 1", 4, {"pp": 2, "cp": 2, "pp_layers": VISION_CUT}),
+    Layout(
+        "PP 2, LoRA, FSDP2 x 2, ZBVZeroBubble, full recompute",
+        4,
+        {"pp": 2, "pp_schedule": "ZBVZeroBubble", "recompute": "full"},
+        lora=True,
+    ),
+    Layout("PP 2, TP 2 + SP, FSDP2 x 2", 8, {"pp": 2, "tp": 2}),
+    Layout(
+        "PP 2, TP 2 + SP, ring 2, ZBVZeroBubble",
+        8,
+        {"pp": 2, "tp": 2, "cp": 2, "ulysses": 1, "pp_schedule": "ZBVZeroBubble"},
+    ),
+    Layout("PP 2, EP 2", 4, {"pp": 2, "ep": 2}, only=SPARSE),
+    Layout("PP 2, EP 2, ZBVZeroBubble", 4, {"pp": 2, "ep": 2, "pp_schedule": "ZBVZeroBubble"}, only=SPARSE),
+    Layout("PP 2, EP 4, FSDP2 x 2, TP 2 + SP", 8, {"pp": 2, "ep": 4, "tp": 2}, only=SPARSE),
     Layout("EP 2", 2, {"ep": 2}, only=SPARSE),
     Layout("EP 4", 4, {"ep": 4}, only=SPARSE),
     Layout("EP 2, expert FSDP2 x 2", 4, {"ep": 2}, only=SPARSE),

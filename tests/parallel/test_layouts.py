@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from tests.parallel.layouts import Layout
-from tests.parallel.parity import BOUND, MATRIX, VISION, parity, read, row, table
+from tests.parallel.parity import BOUND, MATRIX, VIRTUAL_CUT, VISION, VISION_CUT, parity, read, row, table
 
 QUICK = {
     "qwen2-vl": [
-        Layout("TP 2 + SP", 2, {"tp": 2}),
+        Layout("PP 2 x 2 virtual, ZBVZeroBubble", 2, {"pp": 2, "pp_schedule": "ZBVZeroBubble"}),
         Layout("ring 2, selective recompute", 2, {"cp": 2, "ulysses": 1, "recompute": "selective"}),
         Layout("frozen vision tower, FSDP2 x 2", 2, {"reshard_after_forward": False}, frozen=VISION),
     ],
@@ -24,12 +24,14 @@ QUICK = {
         Layout("ZeRO-1 x 2, selective recompute", 2, {"zero": 1, "recompute": "selective"}),
         Layout("FSDP2 x 2, Ulysses 2, pictures dealt out", 4, {"cp": 2, "balance_media": True}),
         Layout("LoRA, TP 2 + SP", 2, {"tp": 2}, lora=True),
+        Layout("PP 2 x 2 virtual, vision tower over three stages", 2, {"pp": 2, **VIRTUAL_CUT}),
         Layout("HSDP 2 x 2", 4, {"dp_replicate": 2}),
     ],
     "qwen3-vl": [
         Layout("TP 2", 2, {"tp": 2, "sp": False}),
         Layout("LoRA, FSDP2 x 2", 2, {}, lora=True),
         Layout("Ulysses 2 x ring 2", 4, {"cp": 4, "ulysses": 2}),
+        Layout("PP 2, TP 2 + SP, vision tower 3 + 1", 4, {"pp": 2, "tp": 2, "pp_layers": VISION_CUT}),
         Layout(
             "ZeRO-2 x 2, parameters and activations on the host",
             2,
@@ -41,6 +43,7 @@ QUICK = {
         Layout("TP 2 + SP, full recompute", 2, {"tp": 2, "recompute": "full"}),
         Layout("EP 2, selective recompute", 2, {"ep": 2, "recompute": "selective"}),
         Layout("EP 2, FSDP2 x 2, TP 2 + SP", 4, {"ep": 2, "tp": 2}),
+        Layout("PP 2, FSDP2 x 2", 4, {"pp": 2}),
         Layout("ring 2, TP 2", 4, {"cp": 2, "ulysses": 1, "tp": 2, "sp": False}),
     ],
 }

@@ -123,7 +123,17 @@ def test_every_problem_is_listed_not_only_the_first(make, tmp_path):
     "override, world, words",
     [
         ("parallel.tp=2", 3, "3 processes cannot be divided by"),
-        ("parallel.pp=2", 2, "parallel.pp = 2"),
+        ("parallel.pp=4 train.global_batch_size=3", 4, "1F1B needs at least 4 micro-batches a rank"),
+        (
+            "parallel.pp=2 parallel.pp_schedule=ZBVZeroBubble parallel.compile=true",
+            2,
+            "which compiled blocks give only together",
+        ),
+        (
+            "parallel.pp=2 parallel.pp_schedule=Interleaved1F1B parallel.reshard_after_forward=true",
+            2,
+            "reshard_after_forward = true is not for it",
+        ),
         ("parallel.cp=4 parallel.ulysses=3", 4, "parallel.ulysses = 3 does not divide parallel.cp = 4"),
         ("parallel.cp=8 parallel.ulysses=8", 8, "is more than the 4 attention heads of a rank"),
         ("parallel.ulysses=2", 2, "parallel.ulysses = 2 does not divide parallel.cp = 1"),
@@ -202,6 +212,19 @@ def test_ranks_share_what_is_sharded(make, override, world):
     assert part.optimizer == 2 * part.parameters and part.gathered > 0
 
 
+def test_the_fullest_stage_is_estimated(make):
+    whole, cut = (
+        laid_out(make("train.precision=fp32"), 1),
+        laid_out(make("train.precision=fp32", "parallel.pp=2"), 2),
+    )
+    assert whole.total == cut.total and whole.checkpoint == cut.checkpoint
+    assert 0.4 * whole.parameters < cut.parameters < 0.7 * whole.parameters
+    family, r = catalog.family(make().model), make("parallel.pp=2")
+    one, _ = estimate.activations(family, r, 0.5)
+    two, assumed = estimate.activations(family, r, 0.5, 2)
+    assert two == one and "2 x 128 tokens" in assumed, "two micro-batches of half the layers"
+
+
 def test_frozen_parameters_have_no_gradients_and_half_the_width(make):
     r = make("train.freeze=[vision, language]", "train.precision=bf16")
     found = laid_out(r, 1)
@@ -274,7 +297,7 @@ def test_the_page_fits_80_columns(make, capsys, monkeypatch):
 
 def test_refusals_end_the_command_with_all_of_them(make, capsys):
     with pytest.raises(PolymodalError) as caught:
-        check.main(make("data.on_error=fail", "parallel.pp=2"), 2)
+        check.main(make("data.on_error=fail", "parallel.pp=2", "train.global_batch_size=1"), 2)
     lines = str(caught.value).splitlines()
     assert (
         lines[0] == "this recipe would not train, for 2 reasons:"
@@ -293,8 +316,13 @@ def test_json(make, capsys):
         and said["estimate"]["memory"] > 0
         and said["data"] is None
     )
-    assert check.main(make("parallel.pp=2"), 2, measure=False, as_json=True) == 2
-    assert "pipeline" in json.loads(capsys.readouterr().out)["problems"][0]
+    assert (
+        check.main(
+            make("parallel.pp=2", "parallel.pp_layers={language: [1, 3]}"), 2, measure=False, as_json=True
+        )
+        == 2
+    )
+    assert "adds up to 4" in json.loads(capsys.readouterr().out)["problems"][0]
 
 
 def test_histogram():

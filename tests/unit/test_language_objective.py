@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from polymodal.data.sample import IGNORE, Measure, Sample, pack
 from polymodal.models.card import Output
 from polymodal.objectives import language
-from polymodal.objectives.language import LanguageObjective, balance_loss, head_loss, token_weights
+from polymodal.objectives.language import LanguageObjective, head_loss, token_weights
+from polymodal.parallel.balance import balance_loss, router_sums
 
 torch.manual_seed(0)
 VOCABULARY, WIDTH = 37, 12
@@ -138,7 +139,9 @@ def test_balance_loss_equals_the_librarys():
     from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
     routers = [torch.randn(20, 8) for _ in range(3)]
-    torch.testing.assert_close(balance_loss(routers, 2), load_balancing_loss_func(tuple(routers), 8, 2))
+    torch.testing.assert_close(
+        balance_loss(router_sums(routers, 2), 3), load_balancing_loss_func(tuple(routers), 8, 2)
+    )
 
 
 def test_without_gradients_none_are_made(monkeypatch):

@@ -116,8 +116,6 @@ CARD = ModelCard(
         "embedders": ("patch_embed", "time_embedding", "ofs_embedding"),
         "output": ("norm_final", "norm_out", "proj_out"),
     },
-    first=("patch_embed", "time_embedding", "ofs_embedding"),
-    last=("norm_final", "norm_out", "proj_out"),
     head="proj_out",
     pipelines={
         "text-to-video": "CogVideoXPipeline",

@@ -71,8 +71,6 @@ CARD = ModelCard(
         "embedders": ("x_embedder", "context_embedder", "time_text_embed"),
         "output": ("norm_out", "proj_out"),
     },
-    first=("x_embedder", "context_embedder", "time_text_embed"),
-    last=("norm_out", "proj_out"),
     head="proj_out",
     pipelines={"text-to-image": "FluxPipeline", "image-to-image": "FluxImg2ImgPipeline"},
     limits={

@@ -42,8 +42,6 @@ CARD = ModelCard(
         "embedders": ("pos_embed", "context_embedder", "time_text_embed"),
         "output": ("norm_out", "proj_out"),
     },
-    first=("pos_embed", "context_embedder", "time_text_embed"),
-    last=("norm_out", "proj_out"),
     head="proj_out",
     pipelines={
         "text-to-image": "StableDiffusion3Pipeline",

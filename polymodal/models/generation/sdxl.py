@@ -72,8 +72,6 @@ CARD = ModelCard(
         "embedders": ("conv_in", "time_embedding", "add_embedding"),
         "output": ("conv_norm_out", "conv_out"),
     },
-    first=("conv_in", "time_embedding", "add_embedding"),
-    last=("conv_norm_out", "conv_out"),
     head="conv_out",
     pipelines={
         "text-to-image": "StableDiffusionXLPipeline",

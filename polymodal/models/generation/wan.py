@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.data.sample import Batch
-from polymodal.models.card import ModelCard, Process, Size
+from polymodal.models.card import Chain, ModelCard, Process, Size
 from polymodal.models.diffusion import Generation, LatentGrid
 
 
@@ -134,8 +134,14 @@ CARD = ModelCard(
         "embedders": ("patch_embedding", "condition_embedder"),
         "output": ("norm_out", "proj_out", "scale_shift_table"),
     },
-    first=("patch_embedding", "condition_embedder"),
-    last=("norm_out", "proj_out", "scale_shift_table"),
+    pipeline={
+        "blocks": Chain(
+            "blocks.*",
+            first=("patch_embedding", "condition_embedder"),
+            last=("norm_out", "proj_out", "scale_shift_table"),
+            carry=("condition_embedder",),
+        )
+    },
     sequence_plan={"rope": {0: 1, 1: 1}, "blocks.0": {"hidden_states": 1}},
     sequence_exit="proj_out",
     head="proj_out",
@@ -147,7 +153,6 @@ CARD = ModelCard(
     limits={
         "tp": "its query and key norms span all heads, and their cut over ranks is not built",
         "ep": "it has no experts inside a layer",
-        "pp": "its stages are not built",
     },
     sizes={
         "1.3b": Size("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 1.42, 30, devices=8, layout={"dp_shard": -1}),

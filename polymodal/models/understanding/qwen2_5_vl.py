@@ -11,12 +11,11 @@ from polymodal.models.card import ModelCard, Size
 from polymodal.models.understanding.qwen_vl import (
     BLOCKS,
     DENSE_PLAN,
-    FIRST,
     KEYWORDS,
-    LAST,
     TASKS,
     TEXT_PLAN,
     QwenVL,
+    pipeline,
     towers,
     vision_plan,
 )
@@ -56,8 +55,7 @@ CARD = ModelCard(
     tasks=TASKS,
     blocks=BLOCKS,
     towers=towers(),
-    first=FIRST,
-    last=LAST,
+    pipeline=pipeline(),
     sequence_entry="model.language_model",
     sequence_exit="model.language_model",
     tensor_plan={

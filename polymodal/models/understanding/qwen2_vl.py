@@ -8,12 +8,11 @@ from polymodal.models.card import ModelCard, Size
 from polymodal.models.understanding.qwen_vl import (
     BLOCKS,
     DENSE_PLAN,
-    FIRST,
     KEYWORDS,
-    LAST,
     TASKS,
     TEXT_PLAN,
     QwenVL,
+    pipeline,
     towers,
     vision_plan,
 )
@@ -36,8 +35,7 @@ CARD = ModelCard(
     tasks=TASKS,
     blocks=BLOCKS,
     towers=towers(),
-    first=FIRST,
-    last=LAST,
+    pipeline=pipeline(),
     sequence_entry="model.language_model",
     sequence_exit="model.language_model",
     tensor_plan={**TEXT_PLAN, **DENSE_PLAN, **vision_plan(("fc1",), "fc2", ("mlp.0", "mlp.2"))},

@@ -6,16 +6,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from polymodal.models.card import ModelCard, Size
+from polymodal.models.card import Components, ModelCard, Size
 from polymodal.models.understanding.qwen_vl import (
     BLOCKS,
     DENSE_PLAN,
-    FIRST,
     KEYWORDS,
-    LAST,
     TASKS,
     TEXT_PLAN,
     QwenVL,
+    pipeline,
     towers,
     vision_plan,
 )
@@ -24,12 +23,23 @@ from polymodal.models.understanding.qwen_vl_media import Qwen3VLMedia
 VISION_PLAN = vision_plan(
     ("linear_fc1",), "linear_fc2", ("linear_fc1", "linear_fc2"), "merger", "deepstack_merger_list.*"
 )
+PIPELINE = pipeline("pos_embed")
 TOWERS = towers("pos_embed", projector=("merger", "deepstack_merger_list"))
 
 
 class Qwen3VL(QwenVL):
     media = Qwen3VLMedia
     rope = "Qwen3VLModel"
+
+    def build(self) -> Components:
+        """As the line's; the language model passes over levels that a pipeline stage before has added (None)."""
+        made = super().build()
+        text = made.trained.model.language_model
+        add = text._deepstack_process
+        text._deepstack_process = lambda hidden, mask, level: (
+            hidden if level is None else add(hidden, mask, level)
+        )
+        return made
 
     def vision_weights(self, vision: Any) -> tuple[float, float]:
         merged = vision.hidden_size * vision.spatial_merge_size**2
@@ -46,8 +56,7 @@ CARD = ModelCard(
     tasks=TASKS,
     blocks=BLOCKS,
     towers=TOWERS,
-    first=FIRST,
-    last=LAST,
+    pipeline=PIPELINE,
     sequence_entry="model.language_model",
     sequence_exit="model.language_model",
     tensor_plan={**TEXT_PLAN, **DENSE_PLAN, **VISION_PLAN},

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
+from polymodal.data.sample import Batch
 from polymodal.models.card import ModelCard, Size
-from polymodal.models.understanding.qwen3_vl import TOWERS, VISION_PLAN, Qwen3VL
+from polymodal.models.understanding.qwen3_vl import PIPELINE, TOWERS, VISION_PLAN, Qwen3VL
 from polymodal.models.understanding.qwen_vl import (
     BLOCKS,
     EXPERTS_PLAN,
-    FIRST,
     KEYWORDS,
-    LAST,
     SPREAD_PLAN,
     TASKS,
     TEXT_PLAN,
 )
+from polymodal.parallel.balance import router_sums
 
 
 class Qwen3VLMoe(Qwen3VL):
@@ -24,8 +27,29 @@ class Qwen3VLMoe(Qwen3VL):
         "output_router_logits": True
     }  # the library hooks the routers alone, no hidden states are kept
 
-    def extra(self, out: Any) -> dict[str, Any]:
-        return {"router_logits": list(out.router_logits or ())}
+    def extra(self, out: Any, carry: Mapping[str, Tensor]) -> dict[str, Any]:
+        extra: dict[str, Any] = {"router_logits": list(out.router_logits or ())}
+        if "router_sums" in carry:
+            here = len(extra["router_logits"])
+            extra |= {
+                "router_sums_before": carry["router_sums"],
+                "router_layers_before": self.sparse_layers(self.config.text_config) - here,
+            }
+        return extra
+
+    def carried(
+        self, batch: Batch, hidden: Tensor, extra: Mapping[str, Any], carry: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        before = carry.get("router_sums")
+        if routers := extra.get("router_logits"):
+            own = router_sums(routers, self.config.text_config.num_experts_per_tok, batch)
+            before = own if before is None else own + before
+        elif before is None and extra:  # dense layers only, so far
+            before = hidden.new_zeros(2, self.config.text_config.num_experts)
+        return {} if before is None else {"router_sums": before}
+
+    def carried_spec(self) -> dict[str, tuple[int, ...]]:
+        return {"router_sums": (2, self.config.text_config.num_experts)}
 
     def sparse_layers(self, text: Any) -> int:
         """Language layers that have experts."""
@@ -46,8 +70,7 @@ CARD = ModelCard(
     tasks=TASKS,
     blocks=BLOCKS,
     towers=TOWERS,
-    first=FIRST,
-    last=LAST,
+    pipeline=PIPELINE,
     sequence_entry="model.language_model",
     sequence_exit="model.language_model",
     tensor_plan={**TEXT_PLAN, **EXPERTS_PLAN, **VISION_PLAN},

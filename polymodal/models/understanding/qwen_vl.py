@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from polymodal.data.sample import AXES, IGNORE, Batch, Measure, Sample
 from polymodal.errors import PolymodalError
-from polymodal.models.card import Components, Dropped, Family, Output
+from polymodal.models import partial
+from polymodal.models.card import Chain, Components, Dropped, Family, Output
 from polymodal.models.understanding.qwen_vl_media import QwenVLMedia
 from polymodal.parallel import attention as house
 from polymodal.recipe import Data
@@ -26,8 +27,21 @@ KEYWORDS = (
     "vision-language", "image understanding", "video understanding", "visual question answering", "vqa", "ocr", "document",
     "chart", "caption", "grounding", "multimodal chat", "image", "picture", "photo", "video question",
 )  # fmt: skip
-FIRST = ("model.visual", "model.language_model.embed_tokens")
-LAST = ("model.language_model.norm", "lm_head")
+
+
+def pipeline(*vision: str) -> dict[str, Chain]:
+    """Chains of a pipeline: the vision tower, at whose end features are put among the token embeddings, and the
+    language model. vision: further modules of the tower that lie with its first block."""
+    return {
+        "vision": Chain(
+            "model.visual.blocks.*",
+            first=tuple(f"model.visual.{name}" for name in ("patch_embed", *vision)),
+            last=("model.visual.merger", "model.language_model.embed_tokens"),
+        ),
+        "language": Chain("model.language_model.layers.*", last=("model.language_model.norm", "lm_head")),
+    }
+
+
 TEXT_PLAN = {  # styles of parallel/tensor.py
     "model.language_model": "stream",
     "model.language_model.embed_tokens": "embedding",
@@ -132,60 +146,94 @@ class QwenVL(Family):
     ) -> dict[str, Tensor] | Output:
         """The whole model, or one pipeline stage of it whose other modules are Dropped.
 
-        carry: None on the first stage, else {"hidden_states": [1, T, D]} and, while blocks ahead still want features
-        (Qwen3-VL), {"deepstack": [levels, media tokens, D]}. Returns the same for the next stage, or Output.
+        carry: None on the first stage; {"patches": [P, D of the tower]} while the vision tower goes on; then
+        {"hidden_states": [1, T, D]}. With Qwen3-VL also {"deepstack": [levels, media tokens, D]}: what vision blocks
+        before have made and language blocks ahead still want. Returns the same for the next stage, or Output.
         """
-        text = model.model.language_model
+        text, carry = model.model.language_model, carry or {}
         held = [number for number, block in enumerate(text.layers) if not isinstance(block, Dropped)]
         places = self.places(batch)
-        hidden, levels = (
-            self.enter(model.model, batch, places)
-            if carry is None
-            else (carry["hidden_states"], carry.get("deepstack"))
-        )
-        start, done = (0 if carry is None else held[0]), held[-1] + 1
-        packed = text.config._attn_implementation == house.NAME
-        arguments: dict[str, Any] = {"cu_seq_lens_q": batch.segments["text"]} if packed else {}
-        if batch.cut is not None:
-            arguments["cut"] = batch.cut
-        if levels is not None and self.received(batch):
-            # the library adds a level after the block of its number: none for blocks of earlier stages
-            absent = [hidden.new_zeros(levels.shape[1], hidden.shape[-1])] * start
-            arguments |= {
-                "visual_pos_masks": places,
-                "deepstack_visual_embeds": [*absent, *levels[: max(0, done - start)]],
-            }
-        out = text(
-            inputs_embeds=hidden,
-            # the library finds packed samples in a fourth row of positions; the house's attention is told
-            position_ids=batch["position_ids"][1:] if packed else batch["position_ids"],
-            attention_mask=None,
-            use_cache=False,
-            **arguments,
-            **self.text_arguments,
-        )
+        hidden, levels = carry.get("hidden_states"), carry.get("deepstack")
+        if hidden is None:
+            patches, features, levels = self.see(model, batch, carry.get("patches"), levels)
+            if patches is not None:
+                return {"patches": patches, **({} if levels is None else {"deepstack": levels})}
+            hidden, levels = self.enter(model.model, batch, places, features, levels)
+        start = held[0] if held else 0
+        done = held[-1] + 1 if held else start
+        extra: dict[str, Any] = {}
+        if held or not isinstance(model.lm_head, Dropped):
+            packed = text.config._attn_implementation == house.NAME
+            arguments: dict[str, Any] = {"cu_seq_lens_q": batch.segments["text"]} if packed else {}
+            if batch.cut is not None:
+                arguments["cut"] = batch.cut
+            if levels is not None and self.received(batch):
+                # the library adds a level after the block of its number: none for blocks of earlier stages
+                arguments |= {
+                    "visual_pos_masks": places,
+                    "deepstack_visual_embeds": [*[None] * start, *levels[: done - start]],
+                }
+            out = text(
+                inputs_embeds=hidden,
+                # the library finds packed samples in a fourth row of positions; the house's attention is told
+                position_ids=batch["position_ids"][1:] if packed else batch["position_ids"],
+                attention_mask=None,
+                use_cache=False,
+                **arguments,
+                **self.text_arguments,
+            )
+            hidden, extra = out.last_hidden_state, self.extra(out, carry)
         if not isinstance(model.lm_head, Dropped):
-            return Output(out.last_hidden_state, model.lm_head, self.extra(out))
+            return Output(hidden, model.lm_head, extra)
         ahead = (
             {} if levels is None or levels.shape[0] <= done - start else {"deepstack": levels[done - start :]}
         )
-        return {"hidden_states": out.last_hidden_state, **ahead}
+        return {"hidden_states": hidden, **ahead, **self.carried(batch, hidden, extra, carry)}
 
     text_arguments: Mapping[str, Any] = {}
 
-    def extra(self, out: Any) -> dict[str, Any]:
-        """Output.extra from the language model's output."""
+    def extra(self, out: Any, carry: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Output.extra from the language model's output and what earlier stages say of their layers."""
         return {}
 
-    def carry_spec(self, batch: Batch, layer: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        width, tokens = self.config.text_config.hidden_size, batch["input_ids"].shape[1]
-        shapes: dict[str, tuple[int, ...]] = {"hidden_states": (1, tokens, width)}
-        levels = len(getattr(self.config.vision_config, "deepstack_visual_indexes", ())) - layer
+    def carried(
+        self, batch: Batch, hidden: Tensor, extra: Mapping[str, Any], carry: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What a stage says of its layers to the stages ahead."""
+        return {}
+
+    def carried_spec(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what `carried` gives; it travels in float32 at least."""
+        return {}
+
+    def carry_spec(self, batch: Batch, before: Mapping[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
+        text, vision = self.config.text_config, self.config.vision_config
+        merge, pixels = vision.spatial_merge_size**2, batch.get("pixel_values")
+        seen = 0 if pixels is None else pixels.shape[0]
+        if batch.media is not None:
+            seen = int(batch.media.grid.prod(dim=1).sum())
+        patches, rows = seen or merge, max(1, self.received(batch))
+        indexes = getattr(vision, "deepstack_visual_indexes", ())
+        shapes: dict[str, tuple[int, ...]] = {}
+        if before["vision"] < vision.depth:
+            shapes["patches"] = (patches, getattr(vision, "embed_dim", None) or vision.hidden_size)
+            levels, rows = sum(index < before["vision"] for index in indexes), patches // merge
+        else:
+            shapes["hidden_states"] = (1, batch["input_ids"].shape[1], text.hidden_size)
+            levels = len(indexes) - before["language"]
         if levels > 0:
-            shapes["deepstack"] = (levels, max(1, self.received(batch)), width)
+            shapes["deepstack"] = (levels, rows, text.hidden_size)
+        spec = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+        if before["language"]:
+            wide = torch.promote_types(dtype, torch.float32)
+            spec |= {n: torch.empty(s, dtype=wide, device="meta") for n, s in self.carried_spec().items()}
+        return spec
+
+    def beside(self) -> dict[str, str]:
+        indexes = getattr(self.config.vision_config, "deepstack_visual_indexes", None) or ()
         return {
-            name: torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
-            for name, shape in shapes.items()
+            f"model.visual.deepstack_merger_list.{at}": f"model.visual.blocks.{index}"
+            for at, index in enumerate(indexes)
         }
 
     def places(self, batch: Batch) -> Tensor:
@@ -208,15 +256,14 @@ class QwenVL(Family):
         t, h, w = part
         return t * h * w // self.config.vision_config.spatial_merge_size**2
 
-    def enter(self, inner: nn.Module, batch: Batch, places: Tensor) -> tuple[Tensor, Tensor | None]:
+    def enter(
+        self, inner: nn.Module, batch: Batch, places: Tensor, features: Tensor, levels: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Token embeddings with media features in their places, and the features for the early layers (Qwen3-VL).
 
-        The vision tower runs once on all media of the batch in reading order; on a dummy picture, times zero, when
-        there are none: every rank of a sharded model must run the same modules. Where pictures are dealt out to ranks
-        it runs on this rank's, and the features of its tokens come from others.
+        Where pictures are dealt out to ranks, the features of this rank's tokens come from others.
         """
         hidden = inner.language_model.embed_tokens(batch["input_ids"])
-        features, levels = self.see(inner.visual, batch)
         features, levels = features.to(hidden.dtype), levels if levels is None else levels.to(hidden.dtype)
         if batch.media is not None:
             every = features if levels is None else torch.cat([features, *levels], dim=-1)
@@ -231,22 +278,48 @@ class QwenVL(Family):
         )
         return hidden.masked_scatter(places[..., None], features), levels
 
-    def see(self, visual: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """One call of the tower: features [media tokens, D], and those for early layers [levels, media tokens, D]."""
+    def see(
+        self, model: nn.Module, batch: Batch, patches: Tensor | None, levels: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """One call of the tower, or of the part of it that is here: the stream of patches [P, D] if the tower goes on
+        elsewhere, else features [media tokens, D]; and those for early language layers [levels, media tokens, D].
+
+        It runs on all media of the batch in reading order; on a dummy picture, times zero later on, when there are
+        none: every rank of a sharded model must run the same modules.
+        """
+        visual = model.model.visual
         grid, pixels = batch.get("grid_thw"), batch.get("pixel_values")
         device = batch["input_ids"].device
         vision = self.config.vision_config
         width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         if batch.media is not None:
-            grid, pixels = batch.media.grid, batch.media.patches(pixels, width, device)
+            grid = batch.media.grid
+            if patches is None:
+                pixels = batch.media.patches(pixels, width, device)
+            else:  # the tower began in another stage: only their number counts
+                pixels = torch.zeros((), device=device).expand(len(patches), width) if len(grid) else None
         if pixels is None:
             side = vision.spatial_merge_size
             grid = torch.tensor([[1, side, side]])
             pixels = torch.zeros(side * side, width, device=device)
         grid = getattr(grid, "host", grid).cpu()
-        out = visual(pixels, grid_thw=grid, **self.geometry(grid, device))
-        levels = getattr(out, "deepstack_features", None)
-        return out.pooler_output, torch.stack(levels) if levels else None
+        made: list[Tensor] = []
+        mergers = [m for m in getattr(visual, "deepstack_merger_list", ()) if not isinstance(m, Dropped)]
+        hooks = [m.register_forward_hook(lambda _, __, out: made.append(out)) for m in mergers]
+        try:
+            left, out = partial.run(
+                model,
+                self.card.pipeline["vision"],
+                patches,
+                lambda: visual(pixels, grid_thw=grid, **self.geometry(grid, device)),
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if made:
+            own = torch.stack(made)
+            levels = own if levels is None else torch.cat([levels, own.to(levels.dtype)])
+        return left, None if out is None else out.pooler_output, levels
 
     def check(self) -> None:
         """Raise PolymodalError for a config that cannot be run. Called once the recipe's overrides are in it."""
@@ -312,7 +385,7 @@ class QwenVL(Family):
         names = {"modality": ("image" if grids else "text",)}
         return Batch(tensors, {name: AXES[name] for name in tensors}, (0,), segments, names)
 
-    def cost(self, measure: Measure) -> float:
+    def costs(self, measure: Measure) -> dict[str, float]:
         """Forward FLOPs: two a weight and token, plus attention. Each entry of `patches` attends to itself."""
         text, vision = self.config.text_config, self.config.vision_config
         width = text.hidden_size
@@ -320,18 +393,22 @@ class QwenVL(Family):
         queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
         projections = width * (2 * queries + 2 * keys)
         layers = text.num_hidden_layers
-        flops = 2.0 * measure.tokens * (layers * projections + self.mlp_weights(text))
-        flops += 2.0 * layers * queries * float(measure.tokens) ** 2  # causal: half of 4 T^2
-        flops += 2.0 * measure.trained * width * text.vocab_size
+        language = 2.0 * measure.tokens * (layers * projections + self.mlp_weights(text))
+        language += 2.0 * layers * queries * float(measure.tokens) ** 2  # causal: half of 4 T^2
         block, merger = self.vision_weights(vision)
         side = getattr(vision, "embed_dim", None) or vision.hidden_size
         embed = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * side
         full, window = self.vision_attention(vision)
-        for patches in measure.patches:
-            flops += 2.0 * patches * (embed + vision.depth * (4 * side * side + block))
-            flops += 2.0 * patches / vision.spatial_merge_size**2 * merger
-            flops += 4.0 * side * patches * (full * patches + (vision.depth - full) * min(window, patches))
-        return flops
+        patches = sum(measure.patches)
+        attended = sum(p * (full * p + (vision.depth - full) * min(window, p)) for p in measure.patches)
+        return {
+            "model.visual.patch_embed": 2.0 * patches * embed,
+            "model.visual.blocks.*": 2.0 * patches * vision.depth * (4 * side * side + block)
+            + 4.0 * side * attended,
+            "model.visual.merger": 2.0 * patches / vision.spatial_merge_size**2 * merger,
+            "model.language_model.layers.*": language,
+            "lm_head": 2.0 * measure.trained * width * text.vocab_size,
+        }
 
     def mlp_weights(self, text: Any) -> float:
         """Weights a token meets in the feed-forward parts of all layers."""

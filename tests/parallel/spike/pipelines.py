@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from polymodal.data.sample import Batch, pack
 from polymodal.models import weights
 from polymodal.objectives.language import LanguageObjective
+from polymodal.parallel.cuts import home
 from polymodal.parallel.mesh import Mesh
-from polymodal.parallel.pipeline import Pipeline, TiedGradients, bind, prune
+from polymodal.parallel.pipeline import Pipeline, TiedGradients, bind
+from polymodal.parallel.stages import Part, prune
+from polymodal.recipe import Parallel
 from polymodal.train.step import inverse_weights
 from tests.parallel.spike import qwen
 from tests.parallel.spike.comparison import (
@@ -85,13 +88,13 @@ def qwen3_lora_pp_fsdp(rank: int, targets: str) -> dict[str, Any]:
 
     mesh = mesh_of(rank, pp=2, dp_shard=2)
     cut = family.build().trained
-    stage = prune(cut, family.card, mesh.at["pp"], 2, [1, 3])
+    stage = prune(cut, family, {"vision": (3, 0), "language": (1, 3)}, mesh.at["pp"])
     adapt(cut, targets)
     bind(cut, family, stage, torch.float32)
     shard(cut, family.card, mesh)
     weights.initialise(cut, family, seed=0)
     fill(cut, adapters)
-    pipeline = Pipeline([(cut, stage)], family, _line(mesh), torch.device("cpu"), torch.float32)
+    pipeline = Pipeline([Part(cut, stage)], family, _line(mesh), torch.device("cpu"), torch.float32)
     out: dict[str, Any] = {"names": sorted(name for name, _ in cut.named_parameters()), "all": names}
     out.update(loss=[], grad=[], trained=sorted(gradients(cut)))
     for batches, (loss, grads) in zip(steps, expected, strict=True):
@@ -99,21 +102,16 @@ def qwen3_lora_pp_fsdp(rank: int, targets: str) -> dict[str, Any]:
         out["loss"].append(abs(found - loss) / loss)
         out["grad"].append(worst(gradients(cut), grads))
         cut.zero_grad(set_to_none=True)
-    travelling = family.carry_spec(short[0], 1, torch.float32)
+    travelling = family.carry_spec(short[0], {"vision": 3, "language": 1}, torch.float32)
     out["carry"] = {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in travelling.items()}
     out["lengths"] = [batch["input_ids"].shape[1] for batch in short]
     out["unmoved"] = [name for name, grad in expected[0][1].items() if not float(grad.norm())]
     return out
 
 
-def qwen2_tied_pp(
-    rank: int, schedule: str = "1F1B", places: tuple[tuple[int, ...], ...] = ((0,), (1,))
-) -> dict[str, Any]:
-    """PP 2 with the head on the last stage tied to the embedding on the first; float64; one optimizer step.
-
-    places: the stages of each rank.
-    """
-    stages = sum(len(held) for held in places)
+def qwen2_tied_pp(rank: int, schedule: str = "1F1B", stages: int = 2) -> dict[str, Any]:
+    """PP 2 with the head on the last stage tied to the embedding on the first; float64; one optimizer step."""
+    parallel = Parallel(pp=2, pp_schedule=schedule, pp_virtual=stages // 2)  # type: ignore[arg-type]
     family = qwen.tiny_qwen2_vl(stages + 1)
 
     def build() -> nn.Module:
@@ -133,30 +131,29 @@ def qwen2_tied_pp(
 
     mesh = mesh_of(rank, pp=2)
     parts = []
-    for index in places[rank]:
+    counts = {"vision": (1, *[0] * (stages - 1)), "language": (2, *[1] * (stages - 1))}
+    for index in (at for at in range(stages) if home(parallel, at) == rank):
         model = build()
-        stage = prune(model, family.card, index, stages)
+        stage = prune(model, family, counts, index)
         bind(model, family, stage, torch.float64)
         weights.materialise(model)
         weights.rebuild_buffers(model)
         fill(model, {**state, HEAD: state[EMBEDDING]})
-        parts.append((model, stage))
-    ties = TiedGradients(
-        parts, mesh, lambda stage: next(at for at, held in enumerate(places) if stage in held)
-    )
+        parts.append(Part(model, stage))
+    ties = TiedGradients(parts, mesh, lambda stage: home(parallel, stage))
     pipeline = Pipeline(parts, family, _line(mesh), torch.device("cpu"), torch.float64, schedule)
     found = _step(pipeline, mesh, batches)
 
     def error() -> float:
-        return max(worst(gradients(model), expected)[0] for model, _ in parts)
+        return max(worst(gradients(part.model), expected)[0] for part in parts)
 
     out: dict[str, Any] = {"loss": abs(found - loss) / loss, "before": error()}
     ties.reduce()
     out.update(grad=error(), copies=[], start=state[EMBEDDING])
-    for model, stage in parts:
+    for model, stage in ((part.model, part.stage) for part in parts):
         torch.optim.AdamW(model.parameters(), lr=0.1).step()
         if stage.first or stage.last:
             out["copies"].append(model.get_parameter(EMBEDDING if stage.first else HEAD).detach())
-    out["unowned"] = sorted(name for _, stage in parts for name in stage.copies)
-    out["layers"] = [layer for _, stage in parts for layer in stage.layers]
+    out["unowned"] = sorted(name for part in parts for name in part.stage.copies)
+    out["layers"] = [layer for part in parts for layer in part.stage.held["language"]]
     return out

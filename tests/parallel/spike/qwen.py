@@ -40,9 +40,9 @@ class Positions(qwen3_vl.Qwen3VL):
         out = super().stage(model, carry, batch)
         return out if isinstance(out, Output) else {**out, "position_ids": batch["position_ids"]}
 
-    def carry_spec(self, batch: Batch, layer: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    def carry_spec(self, batch: Batch, before: Mapping[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
         positions = torch.empty_like(batch["position_ids"], device="meta")
-        return {**super().carry_spec(batch, layer, dtype), "position_ids": positions}
+        return {**super().carry_spec(batch, before, dtype), "position_ids": positions}
 
 
 def tiny_qwen3_vl() -> Family:

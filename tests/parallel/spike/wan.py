@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.data.sample import Batch
-from polymodal.models.card import Family, ModelCard, Output
+from polymodal.models.card import Chain, Family, ModelCard, Output
 from polymodal.parallel import uniform
 from polymodal.parallel.mesh import Mesh
 from polymodal.train.step import bind
@@ -32,9 +32,12 @@ from tests.parallel.spike.comparison import (
 class WanFamily(Family):
     layout = "uniform"
 
-    def stage(self, model: nn.Module, carry: Any, batch: Batch) -> Output:
+    def whole(self, model: nn.Module, batch: Batch) -> Output:
         # the root unit casts nothing, so that timesteps stay float32: activations take the parameters' dtype here
-        dtype = model.patch_embedding.weight.dtype
+        held = getattr(
+            model.patch_embedding, "weight", batch["noisy"]
+        )  # elsewhere, in a later pipeline stage
+        dtype = held.dtype
         latents, text = batch["noisy"].to(dtype), batch["text"].to(dtype)
         # the class's own forward: the instance's ends in the loss
         (prediction,) = type(model).forward(model, latents, batch["timestep"], text, return_dict=False)
@@ -48,8 +51,14 @@ CARD = ModelCard(
     tasks=("text-to-video",),
     blocks=("blocks.*",),
     towers={"transformer": ("",)},
-    first=("patch_embedding", "condition_embedder"),
-    last=("norm_out", "proj_out", "scale_shift_table"),
+    pipeline={
+        "transformer": Chain(
+            "blocks.*",
+            first=("patch_embedding", "condition_embedder"),
+            last=("norm_out", "proj_out", "scale_shift_table"),
+            carry=("condition_embedder",),
+        )
+    },
     sequence_plan={"rope": {0: 1, 1: 1}, "blocks.0": {"hidden_states": 1}},
     sequence_exit="proj_out",
 )

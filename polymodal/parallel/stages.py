@@ -1,0 +1,202 @@
+"""The stages of a cut model, from a card's facts alone, and several of them on one rank as one model.
+
+Sees cuts.py, models/card.py, models/partial.py and the ground floor. Parameter names never change: a module of another
+stage is replaced by `Dropped`, so indices inside lists stay what they are in the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from polymodal.data.sample import Measure
+from polymodal.errors import PolymodalError
+from polymodal.models import partial
+from polymodal.models.card import Dropped, Family, ModelCard
+from polymodal.parallel.cuts import Counts, counts, home, rounds
+from polymodal.recipe import Parallel
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a cut model.
+
+    held: tower -> its blocks here, by their numbers in the whole model.
+    cuts: for each stage after the first, how many blocks of each tower lie before it.
+    wanted: for each of these, whether something before it is trained, so that gradients go back over the cut.
+    tied: one entry for each weight that several stages hold a copy of: ((parameter name, stage), ...), owner first.
+    """
+
+    index: int
+    stages: int
+    held: Mapping[str, range]
+    cuts: tuple[Mapping[str, int], ...] = ()
+    wanted: tuple[bool, ...] = ()
+    tied: tuple[tuple[tuple[str, int], ...], ...] = ()
+
+    @property
+    def first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def last(self) -> bool:
+        return self.index == self.stages - 1
+
+    @property
+    def copies(self) -> dict[str, str]:
+        """Parameters here that another stage owns, with their owner's name: left out of gradient norms and files."""
+        return {
+            name: tie[0][0]
+            for tie in self.tied
+            for name, at in tie[1:]
+            if at == self.index and at != tie[0][1]
+        }
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stage and its model; without a pipeline the whole model, as stage 0 of 1."""
+
+    model: nn.Module
+    stage: Stage
+
+
+def whole(model: nn.Module) -> Part:
+    return Part(model, Stage(0, 1, {}))
+
+
+# ---- the cut --------------------------------------------------------------------------------------------------------
+
+
+def prune(model: nn.Module, family: Family, found: Counts, index: int) -> Stage:
+    """Drop from `model`, in place, what stages other than `index` hold; names of what stays do not change.
+
+    Kept everywhere: modules without parameters (rotary tables) and whatever the card does not place. Must come before
+    sharding and loading, adapters are on already. Raises PolymodalError for a card that places what is not there.
+    """
+    card = family.card
+    at, early = _homes(model, card, found, family.beside())
+    stages = len(next(iter(found.values())))
+
+    def place(parameter: str) -> int | None:
+        return next(
+            (stage for name, stage in at.items() if parameter == name or parameter.startswith(f"{name}.")),
+            None,
+        )
+
+    shared: dict[int, list[tuple[str, int]]] = {}
+    trained = [False] * stages
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        stage = place(name)
+        if stage is not None:
+            shared.setdefault(id(parameter), []).append((name, stage))
+            trained[stage] |= parameter.requires_grad
+    tied = tuple(
+        tuple(sorted(names, key=lambda entry: entry[1]))
+        for names in shared.values()
+        if len({stage for _, stage in names}) > 1
+    )
+    for name, stage in at.items():
+        if stage != index:
+            parent, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(parent)
+            if leaf in owner._parameters:
+                partial.drop_parameter(owner, leaf)
+            else:
+                hollow = name in early and stage < index
+                owner._modules[leaf] = partial.Hollow(owner._modules[leaf]) if hollow else Dropped()  # type: ignore[arg-type]
+    before = [
+        {tower: sum(numbers[:stage]) for tower, numbers in found.items()} for stage in range(stages + 1)
+    ]
+    held = {tower: range(before[index][tower], before[index + 1][tower]) for tower in found}
+    wanted = tuple(any(trained[:stage]) for stage in range(1, stages))
+    return Stage(index, stages, held, tuple(before[1:stages]), wanted, tied)
+
+
+def _homes(
+    model: nn.Module, card: ModelCard, found: Counts, beside: Mapping[str, str]
+) -> tuple[dict[str, int], set[str]]:
+    """(module or parameter -> its stage, those that prepare a chain's stream)."""
+    known = {name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))}
+    at: dict[str, int] = {}
+    early: set[str] = set()
+    towers = list(card.pipeline)
+    for tower, chain in card.pipeline.items():
+        names = partial.blocks(model, chain)
+        stages = [stage for stage, count in enumerate(found[tower]) for _ in range(count)]
+        if len(stages) != len(names):
+            raise PolymodalError(
+                f"{len(names)} {tower} layers of {card.name} cannot be cut as {list(found[tower])}.",
+                f"Give numbers that add up to {len(names)}.",
+            )
+        for name in (*chain.first, *chain.last):
+            if name not in known:
+                raise PolymodalError(f"The card {card.name} places `{name}`, which this model does not have.")
+        last = len(found[tower]) - 1 if tower == towers[-1] else stages[-1]
+        at |= dict.fromkeys(chain.first, 0 if tower == towers[0] else stages[0])
+        at |= dict(zip(names, stages, strict=True)) | dict.fromkeys(chain.last, last)
+        early |= set(chain.first)
+    at |= {name: at[block] for name, block in beside.items()}
+    return at, early
+
+
+def build(
+    make: Callable[[], nn.Module],
+    family: Family,
+    parallel: Parallel,
+    rank: int,
+    measure: Measure | None = None,
+) -> list[Part]:
+    """The parts of one pipeline rank, each cut from a model of its own that `make` gives (on meta, adapters attached,
+    frozen parameters marked). Raises PolymodalError as `counts` does."""
+    if parallel.pp == 1:
+        return [whole(make())]
+    first = make()
+    found = counts(first, family, parallel, measure)
+    parts = []
+    for index in range(parallel.pp * rounds(parallel)):
+        if home(parallel, index) == rank:
+            model = make() if parts else first
+            parts.append(Part(model, prune(model, family, found, index)))
+    return parts
+
+
+# ---- several parts as one model -------------------------------------------------------------------------------------
+
+
+def named_parameters(parts: Iterable[Part], copies: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of a rank by name; a tied weight's copy under its owner's name, so that it learns as the owner does.
+
+    A copy whose owner is on the same rank is left out: `follow` gives it the owner's values. copies: the copies alone.
+    """
+    own = {
+        name for part in parts for name, _ in part.model.named_parameters() if name not in part.stage.copies
+    }
+    for part in parts:
+        owners = part.stage.copies
+        for name, parameter in part.model.named_parameters():
+            if (name in owners) >= copies and (name not in owners or owners[name] not in own):
+                yield owners.get(name, name), parameter
+
+
+def follow(parts: Sequence[Part]) -> None:
+    """Give copies of tied weights that lie on the rank of their owner the owner's values: after loading and steps."""
+    own = {
+        name: p
+        for part in parts
+        for name, p in part.model.named_parameters()
+        if name not in part.stage.copies
+    }
+    for part in parts:
+        mine = dict(part.model.named_parameters())
+        for name, owner in part.stage.copies.items():
+            if owner in own:
+                _local(mine[name]).copy_(_local(own[owner]))
+                mine[name].grad = None  # it went into the owner's
+
+
+def _local(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
