@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 GROUND = {
     "data.sample", "parallel.ops", "parallel.mesh", "parallel.attention", "parallel.context", "parallel.ring", "parallel.share",
-    "parallel.ulysses", "models.card",
+    "parallel.ulysses", "models.card", "models.partial", "parallel.balance",
 }  # fmt: skip
 
 
