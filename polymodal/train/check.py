@@ -152,6 +152,11 @@ def family_of(recipe: Recipe, world: int, problems: Problems) -> Any:
         return family
     if sizes.pp > 1 and "pp" not in family.card.limits:
         packed = recipe.data.pack and family.layout == "packed"
+        if recipe.evaluate.samples.prompts:
+            problems.add(
+                "evaluate.samples needs the whole model on every rank, a pipeline has a part on each.",
+                "Set parallel.pp to 1, or sample from the checkpoints with `polymodal generate`.",
+            )
         problems.run(cuts.check_micro_batches, recipe.parallel, recipe.train, packed, sizes.dp)
     problems.errors += layout.check(
         family.card, family.config, sizes, recipe.parallel, recipe.model.attention

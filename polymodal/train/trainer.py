@@ -93,6 +93,7 @@ class Trainer:
         self.model.fill(load)
         self.model.train()
         self.trainable = self.model.trainable
+        self.sampler = self.task.sampler(self.model.models[0], self.mesh, self.device)
 
     def _build_data(self) -> None:
         recipe = self.recipe
@@ -100,7 +101,6 @@ class Trainer:
         self.feed = self.task.feed("datasets", self.rt.rank)
         self.schedule = self.feed.schedule
         self.validation = self.task.feed("validation", self.rt.rank) if recipe.data.validation else None
-        self.sampler = self.task.sampler(self.model, self.mesh, self.device)
         self.steps = recipe.train.steps or self.schedule.steps_in(recipe.train.epochs)
 
     def _build_optimizer(self) -> None:
