@@ -118,19 +118,19 @@ def recipe(
 
 
 def alternate(
-    script: str, variants: Sequence[str], rounds: int, words: Sequence[str], figure: Callable[[dict], float]
+    script: str,
+    variants: Sequence[str],
+    rounds: int,
+    words: Sequence[str],
+    figure: Callable[[dict], float],
+    threads: int,
 ) -> dict[str, list[float]]:
     """Each variant in a process of its own, in turns (A B A B): `script --one VARIANT *words` prints RESULT {json}.
 
     Returns the figure of each run by variant; prints it. A variant that fails is told with its last line and left out.
     """
-    threads = str(len(os.sched_getaffinity(0)))
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": threads,
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
+    fixed = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **fixed}
     out: dict[str, list[float]] = {}
     for number in range(rounds):
         for variant in variants:

@@ -47,7 +47,8 @@ def throughput(r: dict) -> list[Row]:
         other, wanted = names[name]
         ours = "ours-text" if "text" in name else "ours"
         of = "" if "text" in name else "text and pictures, "
-        what = f"useful tokens/s, {of}{r['precision']}, over {other} (runs within {r['spread'][ours]} and {r['spread'][name]})"
+        clock = "a CPU second, one core" if r["clock"] == "cpu_seconds" else f"a second, {r['threads']} cores"
+        what = f"useful tokens {clock}, {of}{r['precision']}, over {other} (runs within {r['spread'][ours]} and {r['spread'][name]})"
         rows.append((what, f"{ratio:.2f}", f">= {wanted}", ratio >= wanted))
     return rows
 

@@ -1,10 +1,11 @@
 """Useful tokens a second, from files to optimizer step: Polymodal against the transformers Trainer and TRL.
 
-    python benchmarks/throughput.py [--rounds 2] [--steps 10] [--precision fp32|bf16] [--variants ours trl] [--json FILE]
+    python benchmarks/throughput.py [--rounds 2] [--steps 6] [--precision fp32|bf16] [--variants ours trl] [--json FILE]
 
 Same checkpoint (about 40 million parameters, vocabulary 151,936), same rows, same cores, same dtype, same learning
-rate, about as many samples a step; each run in a process of its own, in turns: A B A B. The first two steps of a run
-are left out. A useful token is one that is not padding. The others run as their documentation shows a vision-language
+rate, about as many samples a step; each run in a process of its own on one core, in turns: A B A B, timed in CPU
+seconds of all its processes, so that other work on the machine counts little (--clock seconds takes the wall's; then
+give --threads the cores). The first step of a run are left out. A useful token is one that is not padding. The others run as their documentation shows a vision-language
 model: the Trainer with its defaults and a collator that calls the processor, then with length grouping; SFTTrainer
 with its own collator, gradient checkpointing off as everywhere here. TRL refuses to pack pictures and to train them
 without padding; so its packing is compared on text alone, in turns of its own.
@@ -26,24 +27,36 @@ MIXED = ("ours", "trainer", "trainer-grouped", "trl")
 TEXT = ("ours-text", "trl-text-packed")
 WANTED = {"trainer": 2.0, "trainer-grouped": 1.3, "trl": 1.0, "trl-text-packed": 1.0}
 BATCH = 8  # samples a step of the others; ours packs about as many into one sequence of 2,048 tokens
-SKIPPED = 2  # steps
+SKIPPED = 1  # step
 
 
 def ours(root: Path, data: Path, steps: int, precision: str, out: Path) -> dict:
-    """The trainer as a user starts it, figures from its own metrics: the time between two steps, waits included."""
+    """The trainer as a user starts it. CPU seconds: of its process, and what its worker took to make these batches."""
     from polymodal.device import apply_environment
 
     recipe = ground.recipe(root, data, out, steps, precision)
     apply_environment(recipe.device)  # as the command does before torch starts
-    from polymodal.train import trainer
+    from polymodal.launch import runtime
+    from polymodal.train.trainer import Trainer
 
-    trainer.run(recipe)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][SKIPPED:]
-    return {
-        "tokens": sum(m["tokens_per_second"] * m["seconds"] for m in lines),
-        "seconds": sum(m["seconds"] for m in lines),
-        "wait": sum(m["wait_seconds"] for m in lines),
-    }  # fmt: skip
+    marks: list[tuple[float, float, float]] = []  # after each step: clock, CPU clock, seconds of the worker
+    tokens = 0.0
+
+    class Timed(Trainer):
+        def _step(self, step, batch, began):
+            nonlocal tokens
+            stopping = super()._step(step, batch, began)
+            tokens += batch.stats.tokens * (step > SKIPPED)
+            made = batch.stats.make_seconds + (marks[-1][2] if marks else 0.0)
+            marks.append((time.perf_counter(), time.process_time(), made))
+            return stopping
+
+    with runtime(recipe) as rt:
+        trainer = Timed(recipe, rt)
+        trainer.train()
+        trainer.close()
+    wall, cpu, made = (b - a for a, b in zip(marks[SKIPPED - 1], marks[-1], strict=True))
+    return {"tokens": tokens, "seconds": wall, "cpu_seconds": cpu + made, "of_data": made}
 
 
 class Clock:
@@ -53,7 +66,7 @@ class Clock:
     """
 
     def __init__(self, inner: Any):
-        self.inner, self.batches = inner, []
+        self.inner, self.batches, self.marks = inner, [], []
 
     def __call__(self, items: list) -> dict:
         batch = self.inner(items)
@@ -68,15 +81,14 @@ class Clock:
 
         class Watch(TrainerCallback):
             def on_step_end(self, args, state, control, **kwargs):
-                if state.global_step == SKIPPED:
-                    clock.began = time.perf_counter()
-                if state.global_step == steps:
-                    clock.seconds = time.perf_counter() - clock.began
+                if state.global_step in (SKIPPED, steps):
+                    clock.marks.append((time.perf_counter(), time.process_time()))
 
         return Watch()
 
     def result(self, steps: int) -> dict:
-        return {"tokens": sum(self.batches[SKIPPED:steps]), "seconds": self.seconds}
+        wall, cpu = (b - a for a, b in zip(*self.marks, strict=True))
+        return {"tokens": sum(self.batches[SKIPPED:steps]), "seconds": wall, "cpu_seconds": cpu}
 
 
 def options(out: Path, steps: int, precision: str) -> dict[str, Any]:
@@ -184,9 +196,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=10, help="of each run, the first two not counted")
+    parser.add_argument("--steps", type=int, default=6, help="of each run, the first not counted")
     parser.add_argument("--rows", type=int, default=800)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="of each run; 1 with --clock cpu_seconds: waiting threads burn CPU",
+    )
+    parser.add_argument(
+        "--clock",
+        default="cpu_seconds",
+        choices=["cpu_seconds", "seconds"],
+        help="the shared machine's, or the wall's",
+    )
     parser.add_argument("--variants", nargs="*", default=[*MIXED, *TEXT], choices=[*MIXED, *TEXT])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -207,7 +231,7 @@ def main() -> None:
         for turns in (MIXED, TEXT):
             chosen = [v for v in turns if v in args.variants]
             rates |= ground.alternate(
-                __file__, chosen, args.rounds, words, lambda r: r["tokens"] / r["seconds"]
+                __file__, chosen, args.rounds, words, lambda r: r["tokens"] / r[args.clock], args.threads
             )
     ratio, spread = {}, {variant: ground.spread(values) for variant, values in rates.items()}
     for variant, wanted in WANTED.items():
