@@ -5,7 +5,7 @@
 Same checkpoint (about 40 million parameters, vocabulary 151,936), same rows, same cores, same dtype, same learning
 rate, about as many samples a step; each run in a process of its own on one core, in turns: A B A B, timed in CPU
 seconds of all its processes, so that other work on the machine counts little (--clock seconds takes the wall's; then
-give --threads the cores). The first step of a run are left out. A useful token is one that is not padding. The others run as their documentation shows a vision-language
+give --threads the cores). The first step of a run is left out. A useful token is one that is not padding. The others run as their documentation shows a vision-language
 model: the Trainer with its defaults and a collator that calls the processor, then with length grouping; SFTTrainer
 with its own collator, gradient checkpointing off as everywhere here. TRL refuses to pack pictures and to train them
 without padding; so its packing is compared on text alone, in turns of its own.
