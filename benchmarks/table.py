@@ -209,7 +209,10 @@ def text(results: Path) -> str:
         path = results / f"{name}.json"
         if path.is_file():
             command = f"`python benchmarks/{name.removesuffix('_bf16')}.py{' --precision bf16' if name.endswith('_bf16') else ''}`"
-            for what, figure, wanted, met in rows(json.loads(path.read_text())):
+            result = json.loads(path.read_text())
+            if isinstance(result, dict) and result.get("clock") == "seconds":
+                command = f"{command[:-1]} --clock seconds --threads {result['threads']}`"
+            for what, figure, wanted, met in rows(result):
                 said = "" if met is None else "met" if met else "**missed**"
                 lines.append(f"| {what} | {figure} | {wanted} | {said} | {command} |")
     policies = results / "memory.json"
