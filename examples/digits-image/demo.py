@@ -142,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", type=Path, default=Path("runs/demo-image"))
     parser.add_argument("--nproc", type=int, default=2)
-    parser.add_argument("--vae-steps", type=int, default=600)
+    parser.add_argument("--vae-steps", type=int, default=450)
     parser.add_argument("override", nargs="*", help="a.b=c overrides of the recipe")
     args = parser.parse_args()
     root, started, nproc = args.dir, time.monotonic(), ["--nproc", str(args.nproc)]
