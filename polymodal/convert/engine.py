@@ -49,8 +49,7 @@ def hub(family: Family, variant: str, source: Path, flat: Source | None = None) 
     if flat is None:
         flat, _ = reading.hub_files(source)
     root = source if source.is_dir() else source.parent
-    required = bool(family.architectures) and not family.counted
-    facts = counted(family, facts_of(family, root, required), flat.shapes)
+    facts = counted(family, facts_of(family, root, family.needs_config), flat.shapes)
     table = family.table(variant, facts)
     return mapped(flat, table, _tied(table, facts, flat.shapes), str(source))
 
@@ -145,9 +144,7 @@ def opened_tree(
 
     config: a hub checkpoint of the model, or only its config.json; given: how the tree is said to be cut.
     """
-    facts: Facts = (
-        facts_of(family, config, bool(family.architectures) and not family.counted) if config else {}
-    )
+    facts: Facts = facts_of(family, config, family.needs_config) if config else {}
     shapes: Mapping[str, Shape] = {}
     if config is not None and any(config.glob("*.safetensors")):
         shapes = reading.hub_files(config)[0].shapes
@@ -238,7 +235,7 @@ def accepting(directory: Path, families: Iterable[Family]) -> Family:
 
 def under(family: Family, variant: str, config: Path | None, source: Source) -> Opened:
     """Whole tensors that bear the family's own names already."""
-    facts = facts_of(family, config, bool(family.architectures)) if config is not None else {}
+    facts = facts_of(family, config, family.needs_config) if config is not None else {}
     return Opened(source, facts, family.table(variant, facts))
 
 

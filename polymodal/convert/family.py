@@ -27,9 +27,14 @@ class Family:
     title: str
     tables: Mapping[str, Table | Callable[[Facts], Table]]
     architectures: tuple[str, ...] = ()
-    facts: Callable[[dict[str, Any]], Facts] = lambda config: {}
+    facts: Callable[[dict[str, Any]], Facts] | None = None
     counted: Mapping[str, str] = field(default_factory=dict)
     stem: str = "model"
+
+    @property
+    def needs_config(self) -> bool:
+        """Whether the operations need numbers that only config.json tells."""
+        return self.facts is not None and not self.counted
 
     def table(self, variant: str = "", facts: Facts | None = None) -> Table:
         if variant not in self.tables:
@@ -72,7 +77,7 @@ def facts_of(family: Family, source: Path, required: bool = True) -> Facts:
             f"This converter takes {', '.join(family.architectures)}.",
         )
     try:
-        return family.facts(config) if config else {}
+        return family.facts(config) if config and family.facts else {}
     except KeyError as error:
         raise PolymodalError(
             f"{source / 'config.json'} lacks {error.args[0]}, which {family.title} needs.",

@@ -241,7 +241,7 @@ def run(
         return 0
     if to == "dcp":
         family, variant = dcp_family(hub)
-        facts = facts_of(family, hub, bool(family.architectures))
+        facts = facts_of(family, hub, family.needs_config)
         opened = engine.mapped(
             hub_names(source, hub, settings), family.table(variant, facts), facts, str(source)
         )
