@@ -53,6 +53,19 @@ def throughput(r: dict) -> list[Row]:
     return rows
 
 
+def convert_speed(r: dict) -> list[Row]:
+    what = f"conversion of {r['bytes'] / 1e9:.1f} GB, hub -> tree at TP 2 x PP 2"
+    memory = r["memory_ratio"]
+    return [
+        (f"{what}: speed over cp of the same bytes", f"{r['ratio']:.2f}", f">= {r['wanted']}", r["ratio"] >= r["wanted"]),
+        ("the same with reading everything back", f"{r['with_reading_back']:.2f}", "-", None),
+        (
+            "peak of the process in the same run over the largest file written", f"{memory:.2f}",
+            f"< {r['memory_wanted']}", memory < r["memory_wanted"],
+        ),
+    ]  # fmt: skip
+
+
 def bare_loop(r: dict) -> list[Row]:
     return [
         (
@@ -156,6 +169,7 @@ WRITERS: dict[str, Callable[[Any], list[Row]]] = {
     "context_attention": context_attention,
     "context_memory": context_memory,
     "collective_bytes": collective_bytes,
+    "convert_speed": convert_speed,
 }
 
 HEAD = """# Benchmarks

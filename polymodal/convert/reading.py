@@ -93,7 +93,7 @@ REBUILD = {
 """What a pickle of tensors needs; everything else becomes Opaque."""
 
 
-def _inert(allowed: set[tuple[str, str]]) -> types.SimpleNamespace:
+def _inert(allowed: set[tuple[str, str]]) -> Any:
     """A stand-in for the pickle module whose unpickler knows the allowed globals only."""
 
     class Unpickler(pickle.Unpickler):
@@ -107,7 +107,9 @@ def _inert(allowed: set[tuple[str, str]]) -> types.SimpleNamespace:
     def load(file: Any, **options: Any) -> Any:
         return Unpickler(file, **options).load()
 
-    return types.SimpleNamespace(Unpickler=Unpickler, load=load, loads=None)
+    module: Any = types.ModuleType("inert")
+    module.Unpickler, module.load = Unpickler, load
+    return module
 
 
 def torch_file(path: Path, allow_pickle: bool = False) -> dict[str, Any]:
