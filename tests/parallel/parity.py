@@ -262,16 +262,18 @@ def table(cells: Mapping[tuple[str, str], str], layouts: Sequence[Layout] = MATR
         "on real processes (gloo, CPU, float64), compared with one process on the same global batch of four packs with",
         "pictures, a video and text (one pack has no picture): the largest relative L2 error of **loss / any gradient /",
         f"any weight after {STEPS} clipped AdamW steps**. Loss of every model: per token, with the routers' balance loss for",
-        f"experts. `-` is a layout that the model does not have; above {BOUND:.0e} a cell would be marked.",
+        f"experts. `-` is a layout that the model does not have, an empty cell was not measured; above {BOUND:.0e} a cell",
+        "would be marked.",
         "",
         f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}.",
         "",
         "| layout (processes) | " + " | ".join(names) + " |",
         "|---|" + "---|" * len(names),
     ]
-    for name in map(row, layouts):
-        found = [cells.get((name, model), "-") for model in names]
-        if any(cell != "-" for cell in found):
+    for layout in layouts:
+        name = row(layout)
+        found = [cells.get((name, model), "" if layout.fits(model) else "-") for model in names]
+        if any(cell not in ("", "-") for cell in found):
             lines.append(f"| {name} | " + " | ".join(found) + " |")
     return "\n".join(lines) + "\n"
 

@@ -108,7 +108,7 @@ def test_the_table_is_merged_row_by_row():
     }
     text = table(cells)
     assert (
-        "| layout (processes) | qwen2-vl | qwen3-vl |" in text and "| FSDP2 x 2 (2) | - | 0 / 0 / 0 |" in text
+        "| layout (processes) | qwen2-vl | qwen3-vl |" in text and "| FSDP2 x 2 (2) |  | 0 / 0 / 0 |" in text
     )
     del cells["a layout that is gone (2)", "qwen3-vl"]
     assert read(text) == cells and table(read(text)) == text

@@ -303,9 +303,8 @@ def test_data_commands(tmp_path):
 def test_train_refuses_before_it_starts_processes(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(f"model: {{source: {tmp_path}/none}}\ncheckpoint: {{dir: {tmp_path}/run}}\n")
-    began = time.time()
     done = call("train", str(path), "--nproc", "3", "parallel.tp=2")
-    assert done.returncode == 2 and time.time() - began < 100
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
     lines = done.stderr.splitlines()
     assert lines[0] == "error: 3 problems:"
     assert (
