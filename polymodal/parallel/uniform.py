@@ -51,7 +51,7 @@ class UniformCut:
     """
 
     def __init__(self, context: Context, root: Mapping[str | int, int] | None = None):
-        """root: the plan of the model's own arguments, name -> dimension."""
+        """root: the plan of the model's own arguments, name -> dimension (those that have it are cut)."""
         self.context, self.root = context, dict(root or {})
         self.lengths: dict[tuple[str, str | int], int] = {}  # of the streams in the forward that is running
 
@@ -102,7 +102,7 @@ class UniformCut:
         def cut(*args: Any, **kwargs: Any) -> Any:
             given = dict(zip(names, args, strict=False)) | kwargs
             for name, dim in self.root.items():
-                if given.get(name) is not None:
+                if isinstance(given.get(name), Tensor) and given[name].ndim > dim:
                     given[name] = self.cut(given[name], dim, ("", name))
             return forward(**given)
 

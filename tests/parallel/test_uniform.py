@@ -10,17 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from polymodal.models.card import Family, ModelCard
+from polymodal.models import catalog
 from polymodal.parallel import uniform
 from polymodal.parallel.context import Context
 from tests.parallel.exact import float64
 from tests.parallel.harness import run
-from tests.parallel.spike.wan import CARD as WAN
-
-FLUX = ModelCard(
-    name="flux", family=Family, architectures=(), tasks=(), blocks=("transformer_blocks.*", "single_transformer_blocks.*"), towers={},
-    sequence_plan={"": {"hidden_states": 1, "encoder_hidden_states": 1, "img_ids": 0, "txt_ids": 0}}, sequence_exit="proj_out",
-)  # fmt: skip
 
 
 def wan() -> tuple[nn.Module, dict[str, Tensor]]:
@@ -64,8 +58,10 @@ def step(model: nn.Module, inputs: dict[str, Tensor], copies: int) -> tuple[Tens
 def compare(rank: int, which: str, ulysses: int) -> dict[str, Any]:
     size = dist.get_world_size()
     torch.manual_seed(0)
-    model, inputs = {"wan": wan, "flux": flux}[which]()
-    card = WAN if which == "wan" else FLUX
+    model, inputs = flux() if which == "flux" else wan()
+    card = catalog.cards()["flux.1" if which == "flux" else "wan2.2"]
+    if which == "wan, a timestep a token":
+        inputs["timestep"] = torch.rand(2, 15) * 1000
     model, inputs = model.double(), {name: tensor.double() for name, tensor in inputs.items()}
     with torch.no_grad():
         for parameter in model.parameters():
@@ -87,7 +83,7 @@ def compare(rank: int, which: str, ulysses: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "which, world, ulysses",
     [
-        ("wan", 2, 1),
+        ("wan, a timestep a token", 2, 1),
         ("flux", 4, 2),
         *(
             pytest.param(*more, marks=pytest.mark.slow)

@@ -71,12 +71,13 @@ CARD = ModelCard(
         "embedders": ("x_embedder", "context_embedder", "time_text_embed"),
         "output": ("norm_out", "proj_out"),
     },
+    sequence_plan={"": {"hidden_states": 1, "encoder_hidden_states": 1, "img_ids": 0, "txt_ids": 0}},
+    sequence_exit="proj_out",
     head="proj_out",
     pipelines={"text-to-image": "FluxPipeline", "image-to-image": "FluxImg2ImgPipeline"},
     limits={
         "tp": "its tensor plan is not built",
         "ep": "it has no experts",
-        "cp": "the cut of its sequence over ranks is not built",
         "pp": "its stages are not built",
     },
     sizes={

@@ -142,7 +142,8 @@ CARD = ModelCard(
             carry=("condition_embedder",),
         )
     },
-    sequence_plan={"rope": {0: 1, 1: 1}, "blocks.0": {"hidden_states": 1}},
+    # a timestep is cut where it has one a token
+    sequence_plan={"": {"timestep": 1}, "rope": {0: 1, 1: 1}, "blocks.0": {"hidden_states": 1}},
     sequence_exit="proj_out",
     head="proj_out",
     pipelines={
