@@ -6,7 +6,8 @@ Real ranks (gloo, float32 unless the row says otherwise) run real optimizer step
 class with four micro-batches; a tracker sees every allocation (polymodal/plan/tracker.py). For each kind the highest
 moment of a step is taken, of the rank that holds most. `gathered` are parameters put together from their shards,
 `communication` the buffers that they and reduced gradients travel in. What a policy keeps on the host is counted as such, although
-here the host is all there is. Written to benchmarks/results/memory.json, from where table.py makes the page.
+here the host is all there is. Written to benchmarks/results/memory.json row by row (with --only into the rows that it
+has), from where table.py makes the page.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ CASES: list[Case] = [
     ("recompute full, inputs on the host", DENSE, 2, {"recompute": "full", "offload": ["activations"]}, "fp32"),
     ("parameters on the host", DENSE, 2, {"offload": ["parameters"]}, "fp32"),
     ("optimizer state on the host", DENSE, 2, {"offload": ["optimizer"]}, "fp32"),
-    ("experts: ZeRO-3 x 4", SPARSE, 4, {}, "fp32"),
-    ("experts: EP 2, expert FSDP2 x 2", SPARSE, 4, {"ep": 2}, "fp32"),
-    ("experts: EP 4", SPARSE, 4, {"ep": 4}, "fp32"),
-    ("experts: EP 4, TP 2", SPARSE, 4, {"ep": 4, "tp": 2}, "fp32"),
+    ("MoE: ZeRO-3 x 4", SPARSE, 4, {}, "fp32"),
+    ("MoE: EP 2, expert FSDP2 x 2", SPARSE, 4, {"ep": 2}, "fp32"),
+    ("MoE: EP 4", SPARSE, 4, {"ep": 4}, "fp32"),
+    ("MoE: EP 4, TP 2", SPARSE, 4, {"ep": 4, "tp": 2}, "fp32"),
 ]  # fmt: skip
 
 
@@ -150,7 +151,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if args.only and args.json and args.json.is_file():  # the other rows stay
+        rows = [row for row in json.loads(args.json.read_text())["rows"] if args.only not in row["name"]]
     with tempfile.TemporaryDirectory(prefix="polymodal-memory-") as directory:
         sources = {m: str(tiny.checkpoint(m, Path(directory, m), **overrides(m))) for m in (DENSE, SPARSE)}
         print(f"{'MiB a rank':42}" + "".join(f"{kind:>14}" for kind in KINDS), flush=True)
@@ -165,10 +168,11 @@ def main() -> None:
             print(
                 f"{name:38} {world:3}" + "".join(f"{most[kind] / 2**20:14.2f}" for kind in KINDS), flush=True
             )
-    if args.json:
-        args.json.write_text(
-            json.dumps({"tokens": args.tokens, "micro_batches": MICRO_BATCHES, "rows": rows}, indent=1) + "\n"
-        )
+            if args.json:
+                order = [case[0] for case in CASES]
+                rows.sort(key=lambda row: order.index(row["name"]))
+                facts = {"tokens": args.tokens, "micro_batches": MICRO_BATCHES, "rows": rows}
+                args.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

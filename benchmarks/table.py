@@ -196,7 +196,7 @@ MEMORY = """
 ## Memory by policy
 
 MiB that a rank holds, each kind at its highest moment of an optimizer step: {micro_batches} micro-batches of {tokens:,} tokens
-(a quarter of pictures) through small models of Qwen2.5-VL's class (8 language and 4 vision layers) and, for experts,
+(a quarter of pictures) through small models of Qwen2.5-VL's class (8 language and 4 vision layers) and, for MoE,
 Qwen3-VL MoE's, on gloo, counted allocation by allocation. gathered: parameters put together from shards; communication:
 buffers of collectives; host: what the policy keeps on the host. Equal results: the rows of [parity](parity.md).
 
@@ -216,6 +216,10 @@ def memory(r: dict) -> str:
     return head + "\n".join(lines) + "\n\n`python benchmarks/memory.py`\n"
 
 
+SECTIONS: dict[str, Callable[[Any], str]] = {"memory": memory}
+"""Results that are tables of their own."""
+
+
 def text(results: Path) -> str:
     """The page, from the results in a directory."""
     lines = []
@@ -229,9 +233,9 @@ def text(results: Path) -> str:
             for what, figure, wanted, met in rows(result):
                 said = "" if met is None else "met" if met else "**missed**"
                 lines.append(f"| {what} | {figure} | {wanted} | {said} | {command} |")
-    policies = results / "memory.json"
-    section = memory(json.loads(policies.read_text())) if policies.is_file() else ""
-    return HEAD + "\n".join(lines) + "\n" + TAIL + section
+    found = ((section, results / f"{name}.json") for name, section in SECTIONS.items())
+    sections = "".join(section(json.loads(path.read_text())) for section, path in found if path.is_file())
+    return HEAD + "\n".join(lines) + "\n" + TAIL + sections
 
 
 def main() -> None:
