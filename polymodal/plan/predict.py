@@ -114,7 +114,8 @@ def part(trace: Trace, where: str, accelerator: Accelerator) -> Part:
         devices.seconds(accelerator, half, flops, touched) * calls
         for (half, flops, touched), calls in trace.work.get(where, {}).items()
     )
-    hidden, exposed = 0.0, {}
+    hidden = 0.0
+    exposed: dict[str, float] = {}
     for traffic in trace.traffic:
         if traffic.where != where:
             continue

@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ def trace(
 
             for step, count in (("warm", 1), ("step", micro_batches)):
                 tracker.phase = step
-                job.step(lambda count=count: batches(count), lambda step=step: _grown(tracker, job, step))
+                job.step(partial(batches, count), partial(_grown, tracker, job, step))
         usage = tracker.usage(("step", "step update"))
         traffic = _traffic(tracker, mesh, "warm")
         work = _work(tracker, "warm")
@@ -130,10 +131,14 @@ def _paths_of(kind: str, family: Family, cp: int) -> Iterator[None]:
     if kind == CPU:
         dist.get_backend = lambda group=None: "gloo"
     else:
-        devices.packed_attention = lambda on, dtype, head: _kernel if dtype in HALF and head <= 256 else None
         flash = fused_attention.Kernel(fused_attention._flash_forward, fused_attention._flash_backward)
         language.BLOCK_ELEMENTS.clear()
-        fused_attention.kernel = lambda on, dtype, head: flash if dtype in HALF and head <= 256 else None
+
+        def for_half(kernel: Any, kind: str, dtype: torch.dtype, head_dim: int) -> Any:
+            return kernel if dtype in HALF and head_dim <= 256 else None
+
+        devices.packed_attention = partial(for_half, _kernel)  # type: ignore[assignment]
+        fused_attention.kernel = partial(for_half, flash)  # type: ignore[assignment]
     media.gather = lambda wishes, group: _everyone(wishes, group, family, cp)
     try:
         yield
@@ -150,10 +155,9 @@ def _everyone(wishes: Any, group: dist.ProcessGroup, family: Family, cp: int) ->
     for own in wishes:
         total = sum(family.media_tokens(part) for part in own.parts)
         rest = np.array_split(np.setdiff1d(np.arange(total), own.tokens), max(1, cp - 1))
-        shares = [own if rank == mine else None for rank in range(cp)]
-        for rank in range(cp):
-            if shares[rank] is None:
-                shares[rank] = media.wish(own.parts, torch.from_numpy(rest.pop()))
+        shares = [
+            own if rank == mine else media.wish(own.parts, torch.from_numpy(rest.pop())) for rank in range(cp)
+        ]
         for rank in range(group.size()):
             found[rank].append(shares[rank % cp])
     return found
@@ -175,10 +179,11 @@ def _kernel(
     """torch's packed attention: with fake tensors its shapes and what it keeps for backward are known everywhere."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(
+    out = varlen_attn(
         query, key, value, cu, cu, longest, longest, scale=scale,
         window_size=(-1, 0) if causal else (-1, -1), enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
+    return out if isinstance(out, Tensor) else out[0]
 
 
 def _where(phase: str, backward: bool) -> str:
