@@ -16,6 +16,7 @@ from polymodal.errors import PolymodalError
 from polymodal.models import catalog
 from polymodal.models.card import Family
 from polymodal.parallel import apply as layout
+from polymodal.parallel import cuts
 from polymodal.parallel.mesh import ParallelSizes
 from polymodal.plan import devices
 from polymodal.plan.devices import Accelerator
@@ -62,6 +63,24 @@ def ranks_of(sizes: ParallelSizes, question: Question) -> list[int]:
     return [stage * each for stage in range(sizes.pp)]
 
 
+def under_way(recipe: Recipe, sizes: ParallelSizes) -> int:
+    """Micro-batches that are traced: enough for a step's highest moment, few enough to be quick."""
+    count, stages = per_rank(recipe, sizes), sizes.pp * cuts.rounds(recipe.parallel)
+    if sizes.pp == 1:
+        return min(2, count)
+    if recipe.parallel.pp_schedule == "GPipe":
+        return count  # all are kept at once
+    least = 2 * stages
+    return next(
+        (
+            n
+            for n in range(min(least, count), count + 1)
+            if cuts.micro_batches_fit(recipe.parallel.pp_schedule, sizes.pp, n)
+        ),
+        count,
+    )
+
+
 def plan(recipe: Recipe, family: Family, question: Question, progress: bool = False) -> Prediction:
     """Trace and predict. Raises PolymodalError for every layout that training would refuse."""
     sizes = ParallelSizes.of(recipe.parallel, question.world)
@@ -82,13 +101,14 @@ def plan(recipe: Recipe, family: Family, question: Question, progress: bool = Fa
         parallel = recipe.parallel.model_copy(update={"compile": False})
         recipe = recipe.model_copy(update={"parallel": parallel})
     load = Load.of(recipe, question.media, question.patches)
-    count = min(2, per_rank(recipe, sizes))
+    cuts.check_micro_batches(recipe.parallel, recipe.train, recipe.data.pack, sizes.dp)
+    count = under_way(recipe, sizes)
     traces = []
     for rank in ranks_of(sizes, question):
         if progress:
             print(f"tracing rank {rank} of {question.world} ...", file=sys.stderr, flush=True)
         traces.append(trace(recipe, family, question.world, rank, load, question.accelerator.name, count))
-    made = predict(recipe, family, sizes, question.accelerator, traces)
+    made = predict(recipe, family, sizes, question.accelerator, traces, recipe.parallel.pp_schedule)
     if compiled:
         made.advice.append(
             "parallel.compile: blocks are planned as they run without it; compiled ones are faster and hold less."

@@ -17,13 +17,12 @@ from polymodal.errors import PolymodalError
 from polymodal.models import weights
 from polymodal.models.card import Family
 from polymodal.objectives.language import LanguageObjective
-from polymodal.parallel.apply import apply
 from polymodal.parallel.batches import BatchLayout
 from polymodal.parallel.mesh import Mesh
-from polymodal.parallel.ops import clip_, grad_norm
 from polymodal.recipe import Recipe
 from polymodal.train import estimate, optim
-from polymodal.train.step import Tally, bind, forward_backward
+from polymodal.train.model import LaidOut
+from polymodal.train.step import Tally, forward_backward
 
 
 @dataclass(frozen=True)
@@ -61,23 +60,28 @@ class Load:
 class Job:
     """One rank of a run. The caller sets the process group up, and a tracker around it if there is one."""
 
-    def __init__(self, recipe: Recipe, family: Family, mesh: Mesh):
+    def __init__(self, recipe: Recipe, family: Family, mesh: Mesh, measure: Measure):
+        """measure: of a micro-batch, for parallel.pp_layers = auto."""
         self.recipe, self.family, self.mesh = recipe, family, mesh
-        self.model: nn.Module = estimate.meta_model(family, recipe)
+        self.model = LaidOut(
+            lambda: estimate.meta_model(family, recipe), family, mesh, recipe, torch.device("cpu"), measure
+        )
         self.objective = LanguageObjective(recipe.train.loss, **family.balance(recipe.train.router_aux_loss))
-        bind(self.model, family)
-        apply(self.model, family.card, mesh, recipe)
         self.lay_out = BatchLayout(family, mesh, recipe.parallel)
 
     def fill(self, seed: int | None = None) -> None:
         """Give parameters memory (with a seed: values too) and buffers their values, then make the optimizer."""
-        if seed is None:
-            weights.materialise(self.model, "cpu")
-            weights.rebuild_buffers(self.model, persistent=True)
-        else:
-            weights.initialise(self.model, self.family, seed, "cpu")
+
+        def load(model: nn.Module) -> None:
+            if seed is None:
+                weights.materialise(model, "cpu")
+                weights.rebuild_buffers(model, persistent=True)
+            else:
+                weights.initialise(model, self.family, seed, "cpu")
+
+        self.model.fill(load)
         self.model.train()
-        self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.trainable = self.model.trainable
         blocks = {n for n in self.trainable if any(optim.in_tower(n, (b,)) for b in self.family.card.blocks)}
         offload = "optimizer" in self.recipe.parallel.offload
         self.optimizer = optim.Optimizer(
@@ -92,16 +96,15 @@ class Job:
         inverse: dict[str, float] = {}
         for batch in batches:
             inverse |= {term: 1.0 / max(value, 1.0) for term, value in self.objective.weights(batch).items()}
-        batches = self.lay_out(batches)
-        forward_backward(self.model, self.objective, batches, inverse, torch.device("cpu"), Tally())
+        forward_backward(self.model.runner, self.objective, self.lay_out(batches), inverse, Tally())
 
     def update(self) -> None:
         """Norm, clipping, optimizer, average; gradients are freed."""
-        parameters = list(self.trainable.values())
-        norm = grad_norm(parameters, self.mesh)
+        norm = self.model.gradients()
         if self.recipe.optim.clip_norm:
-            clip_(parameters, norm, self.recipe.optim.clip_norm)
+            self.model.clip(norm, self.recipe.optim.clip_norm)
         self.optimizer.step()
+        self.model.stepped()
         if self.average is not None:
             self.average.update()
         self.optimizer.zero_grad()

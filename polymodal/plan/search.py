@@ -134,13 +134,10 @@ def states(made: Recipe, sizes: ParallelSizes, have: Counts) -> float:
 def beside(made: Recipe, family: Family, sizes: ParallelSizes, have: Counts, load: Load) -> float:
     """Bytes beside the states, unscaled: activations as `check` estimates them, gathered blocks and their gradients."""
     measure = load.measure(family)
-    kept, _ = estimate.activations(family, made, sum(measure.patches) / measure.tokens)
-    in_flight = (
-        min(sizes.pp, per_rank(made, sizes)) / sizes.pp
-    )  # 1F1B: the first stage holds pp micro-batches of 1 / pp
+    kept, _ = estimate.activations(family, made, sum(measure.patches) / measure.tokens, sizes.world)
     width = 4 if made.train.precision == "fp32" else 2
     gathered = (2 * width + 8) * have.whole / sizes.tp / sizes.ep
-    return kept * in_flight + gathered
+    return kept + gathered
 
 
 def seconds(

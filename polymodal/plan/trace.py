@@ -29,7 +29,7 @@ from polymodal.objectives import language
 from polymodal.parallel import media
 from polymodal.parallel.mesh import AXES, Mesh, ParallelSizes
 from polymodal.plan.job import Job, Load
-from polymodal.plan.tracker import Tracker, Usage
+from polymodal.plan.tracker import Sent, Tracker, Usage
 from polymodal.recipe import Recipe
 from polymodal.train.estimate import pretended_group
 
@@ -83,12 +83,12 @@ def trace(
         mesh = Mesh(sizes, CPU, rank)
         if kind != CPU:
             mesh.device_type = kind  # what `apply` chooses by; the groups themselves are of this process
-        job = Job(recipe, family, mesh)
+        measure = load.measure(family)
+        job = Job(recipe, family, mesh, measure)
         tracker = Tracker(FakeTensorMode(allow_non_fake_inputs=True))
         with tracker:
             job.fill()
             known(tracker, job)
-            measure = load.measure(family)
 
             def batches(count: int) -> list[Batch]:
                 made = [family.example(measure) for _ in range(count)]
@@ -101,15 +101,16 @@ def trace(
         usage = tracker.usage(("step", "step update"))
         traffic = _traffic(tracker, mesh, "warm")
         work = _work(tracker, "warm")
+    chunks = (1.0 / len(job.model.parts),) * len(job.model.parts)
     return Trace(
-        rank, mesh.at["pp"], micro_batches, usage, work, traffic, time.perf_counter() - began, measure
+        rank, mesh.at["pp"], micro_batches, usage, work, traffic, time.perf_counter() - began, measure, chunks
     )
 
 
 def known(tracker: Tracker, job: Job) -> None:
     """Name what lives from step to step."""
-    tracker.mark(list(job.model.parameters()), "parameters")
-    tracker.mark(list(job.model.buffers()), "parameters")
+    for model in job.model.models:
+        tracker.mark([*model.parameters(), *model.buffers()], "parameters")
     tracker.mark(list(job.optimizer.state().values()), "optimizer")
     if job.average is not None:
         tracker.mark(list(job.average.shadow.values()), "average")
@@ -163,6 +164,9 @@ def _everyone(wishes: Any, group: dist.ProcessGroup, family: Family, cp: int) ->
     return found
 
 
+REDUCTIONS = ("reduce_scatter", "all_reduce")
+"""How FSDP2 sums gradients on an accelerator: over the ranks of a model's shards, over its replicas."""
+
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -213,12 +217,20 @@ def _unravel(rank: int, shape: list[int]) -> tuple[int, ...]:
     return tuple(reversed(out))
 
 
+def _sums_gradients(sent: Sent, sizes: ParallelSizes) -> bool:
+    axes = set(axes_of(sent.ranks, sizes).split("+"))
+    return sent.kind in REDUCTIONS and bool(axes & {"dp_shard", "dp_replicate"}) and not axes & {"pp", "tp"}
+
+
 def _traffic(tracker: Tracker, mesh: Mesh, step: str) -> list[Traffic]:
     calls: Counter[tuple] = Counter()
     sums: Counter[tuple] = Counter()
     for sent in tracker.sent:
         if sent.phase in (step, f"{step} update") and (len(sent.ranks) > 1 or sent.kind in ("send", "recv")):
-            key = sent.kind, sent.ranks, _where(sent.phase, sent.backward)
+            where = _where(sent.phase, sent.backward)
+            if mesh.sizes.pp > 1 and where == "forward" and _sums_gradients(sent, mesh.sizes):
+                where = "update"  # a pipeline reduces gradients once a step, after the last micro-batch
+            key = sent.kind, sent.ranks, where
             calls[key] += 1
             sums[key] += sent.bytes
     return [

@@ -91,6 +91,22 @@ def test_recompute_and_tensor_parallelism_cut_activations(four, source):
     assert {t.axes for t in cut.traffic} >= {"tp", "dp_shard"}
 
 
+def test_a_pipeline_is_traced_stage_by_stage(source, parameters):
+    made = planned(source, 4, pp=2)
+    first, last = made.stages
+    held = [stage.trace.usage.end["parameters"] * 2 for stage in made.stages]
+    assert sum(held) == pytest.approx(parameters * 4, rel=0.01) and min(held) > 0, "each layer in one stage"
+    for stage in (first, last):
+        hops = [t for t in stage.trace.traffic if t.axes == "pp" and t.kind == "send"]
+        assert hops and hops[0].bytes == 512 * 64 * 2, "hidden states in bfloat16, and their gradients back"
+    assert made.timeline is not None and 0 < made.bubble < 1
+    with pytest.raises(PolymodalError, match="micro-batches"):
+        few = recipes.validate(
+            {**recipe(source, pp=2).model_dump(mode="json"), "train": {"global_batch_size": 2}}
+        )
+        command.plan(few, command.family_of(few), command.Question(4, CLUSTER))
+
+
 def test_what_does_not_fit_is_said_with_what_to_change(source):
     small = replace(CLUSTER, memory=four_bytes(planned(source, 1)))
     made = planned(source, 1, small)
