@@ -132,6 +132,7 @@ def test_adapters_of_wan(here, style):
     assert run(line.replace("--lora_rank 2", "--lora_rank 8")) == 2
 
 
+@pytest.mark.slow
 def test_adapters_open_in_diffusers(here):
     import diffusers
 
@@ -154,6 +155,7 @@ def test_adapters_open_in_diffusers(here):
     assert next(iter(model.peft_config.values())).r == 2
 
 
+@pytest.mark.slow
 def test_wan_to_dcp_and_back(here):
     source = HUBS["wan i2v"].make(here / "hf")
     assert (
@@ -215,6 +217,7 @@ def test_hunyuan_video_from_its_original_file(here, tp):
     assert {key.partition("/")[0] for key in layouts.tree(here / "one")} == {"mp_rank_00"}
 
 
+@pytest.mark.slow
 def test_hunyuan_video_adapter(here):
     prefix = "Hunyuan_video_I2V_lora_"
     keys = {}
@@ -287,6 +290,7 @@ def test_hunyuan_video_1_5_keeps_its_names(here):
     layouts.same(tensors(source), tensors(here / "out"))
 
 
+@pytest.mark.slow
 def test_the_text_encoder_of_hunyuan_video(here):
     from transformers import (
         AutoModelForCausalLM,
@@ -351,6 +355,7 @@ def test_cogvideox_by_both_of_its_names_is_one_tree(here):
     assert torch.equal(fused, torch.cat([*one[:3], *two[:3], *one[3:], *two[3:]]))
 
 
+@pytest.mark.slow
 def test_positions_of_cogvideox_may_be_left_out(here):
     saved(hubs.sat(), here / "sat.pt", "module")
     for flag, there in (("", True), ("--remove_pos_emb true", False)):
@@ -363,6 +368,7 @@ def test_positions_of_cogvideox_may_be_left_out(here):
         assert any("pos_embed.freqs_cos" in key for key in layouts.tree(here / "mm")) is there
 
 
+@pytest.mark.slow
 def test_open_sora_plan_1_5_from_its_file(here):
     state = saved(hubs.open_sora_plan_15(), here / "osp.pt", "ema_state_dict")
     assert (
@@ -383,6 +389,7 @@ def test_open_sora_plan_1_5_from_its_file(here):
     layouts.same(state, tensors(here / "out"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line", ["OpenSoraConverter", "StepVideoConverter", "VACEConverter", "LuminaConverter", "BagelConverter"]
 )

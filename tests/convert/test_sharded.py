@@ -45,6 +45,7 @@ def test_qwen_3_vl(here, name):
     layouts.same(hub, tensors(here / "out"))
 
 
+@pytest.mark.slow
 def test_qwen_3_vl_head_and_lora_base(here):
     source = HUBS["qwen3-vl, tied"].make(here / "hf")
     assert (
@@ -200,6 +201,7 @@ def test_qwen_3_5(here):
     layouts.same(tensors(source), tensors(here / "out"))
 
 
+@pytest.mark.slow
 def test_any_model_behind_any_prefix(here):
     source = keys_only(
         {"model.a.weight": (4, 3), "model.experts.gate_up_proj": (2, 3, 5), "lm_head.weight": (4, 3)},
