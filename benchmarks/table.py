@@ -135,6 +135,16 @@ def context_attention(r: dict) -> list[Row]:
     ]
 
 
+def pipeline_bubble(r: dict) -> list[Row]:
+    return [
+        (
+            f"idle share of a pipeline of 4 ranks, {row['stages']} stages each, {r['micro_batches']} micro-batches, {row['schedule']}: measured (formula {row['formula']:.3f})",
+            f"{row['measured']:.3f}", "-", None,
+        )
+        for row in r["rows"]
+    ]  # fmt: skip
+
+
 def context_memory(r: dict) -> list[Row]:
     one = r["rows"][0]["bytes"]
     return [
@@ -157,6 +167,7 @@ def collective_bytes(r: dict) -> list[Row]:
 
 
 WRITERS: dict[str, Callable[[Any], list[Row]]] = {
+    "pipeline_bubble": pipeline_bubble,
     "throughput": throughput,
     "throughput_bf16": throughput,
     "bare_loop": bare_loop,

@@ -22,6 +22,9 @@ from polymodal.parallel.cuts import SCHEDULES, micro_batches_fit
 from polymodal.parallel.mesh import Mesh
 from polymodal.parallel.stages import Part, Stage
 
+FORWARD_ACTIONS = ("FORWARD", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
+"""Of a schedule's actions, those of a forward pass alone."""
+
 Finish = Callable[[Output, Batch], Any]
 
 Carry = Mapping[str, Tensor]
@@ -120,7 +123,14 @@ def build_schedule(
     schedule = get_schedule_class(name)
     stages = made if issubclass(schedule, PipelineScheduleMulti) else made[0]
     loss = _already_the_loss if backward else None
-    return schedule(stages, n_microbatches=micro_batches, loss_fn=loss, scale_grads=False)
+    built = schedule(stages, n_microbatches=micro_batches, loss_fn=loss, scale_grads=False)
+    if not backward and isinstance(stages, list):
+        # torch passes over a backward's arithmetic then, but in a V still hands gradients from stage to stage
+        built.pipeline_order_with_comms = {
+            rank: [action for action in actions if action.computation_type.name in FORWARD_ACTIONS]
+            for rank, actions in built.pipeline_order_with_comms.items()
+        }
+    return built
 
 
 def _already_the_loss(output: Tensor, _: None) -> Tensor:

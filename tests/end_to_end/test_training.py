@@ -124,6 +124,29 @@ def test_sequences_cut_over_two_processes_give_the_same_curve_and_counts(ground,
     assert last[0]["validation/loss"] == pytest.approx(last[1]["validation/loss"], rel=1e-6)
 
 
+@pytest.mark.slow
+def test_a_pipeline_gives_the_same_curve_and_its_checkpoints_resume_under_other_layouts(
+    ground, straight, tmp_path
+):
+    """Tied weights, an average, validation on the last stage; PP 2 x FSDP2 x 2, then one process, then a V of stages."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    tiny.checkpoint("qwen2-vl", tmp_path / "tied", tied=True)
+    common = (
+        f"model.source={tmp_path / 'tied'}", "train.global_batch_size=4", "train.ema=0.9", "train.steps=6",
+        "optim.schedule.name=constant", "optim.schedule.warmup=0",
+        f"data.validation=[{{path: {ground / 'validation.json'}}}]",
+    )  # fmt: skip
+    train(ground, whole, *common)
+    train(ground, run, *common, "train.steps=2", "parallel.pp=2", nproc=4)
+    train(ground, run, *common, "train.steps=4", nproc=1)
+    v = ("parallel.pp=2", "parallel.pp_schedule=ZBVZeroBubble", "checkpoint.export=true")
+    train(ground, run, *common, *v, nproc=2)
+    assert_same(curve(run), curve(whole))
+    last = [json.loads((r / "metrics.jsonl").read_text().splitlines()[-1]) for r in (run, whole)]
+    assert last[0]["validation/loss"] == pytest.approx(last[1]["validation/loss"], rel=1e-5)
+    assert (run / "export" / "model.safetensors").is_file()
+
+
 def test_kill_9_and_resume_on_another_number_of_processes(ground, straight, tmp_path):
     run = tmp_path / "run"
     command = words("train", str(ground / "recipe.yaml"), "--nproc", "2", f"checkpoint.dir={run}")
