@@ -43,8 +43,8 @@ class Parallel(Section):
     """Stages a rank (default: as pp_layers are nested, else as few as the schedule can have)."""
     ep: Annotated[int, Field(ge=1)] = 1
     """Expert parallel: ranks that experts are spread over."""
-    zero: Literal[1, 2, 3] = 3
-    """Over dp_shard x cp are sharded: 1 = the optimizer's state, 2 = gradients too, 3 = parameters too (FSDP2)."""
+    zero: Literal[1, 2, 3] | None = None
+    """Over dp_shard x cp are sharded: 1 = the optimizer's state (default with pp), 2 = gradients too, 3 = parameters too (FSDP2; default)."""
     reshard_after_forward: bool | None = None
     """zero 3: free gathered parameters after a block's forward (default, but for pipeline schedules that gather whole stages: all but 1F1B and GPipe), or keep them for its backward (false)."""
     prefetch: Annotated[int, Field(ge=0)] = 1
@@ -65,7 +65,11 @@ class Parallel(Section):
     """torch.compile each block."""
 
     @property
+    def zero_stage(self) -> int:
+        """The stage of ZeRO: a pipeline would gather parameters and reduce gradients for every micro-batch under 2 and 3."""
+        return self.zero if self.zero is not None else 3 if self.pp == 1 else 1
+
+    @property
     def reshards(self) -> bool:
         """Are a block's gathered parameters freed after its forward?"""
-        whole_stages = self.pp > 1 and self.pp_schedule not in ("1F1B", "GPipe")
-        return self.zero == 3 and self.reshard_after_forward is not False and not whole_stages
+        return self.zero_stage == 3 and self.reshard_after_forward is not False

@@ -218,6 +218,12 @@ class Family:
         own = getattr(text, "router_aux_loss_coef", 0.0)
         return {"aux_weight": own if weight is None else weight, "experts_per_token": chosen}
 
+    def routers(self) -> tuple[int, int]:
+        """Layers with experts, and experts of each; (0, 0) without any."""
+        text = getattr(self.config, "text_config", self.config)
+        experts = getattr(text, "num_experts", 0) or 0
+        return (text.num_hidden_layers, experts) if experts else (0, 0)
+
     def generate(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Sampling, by the library's own model."""
         raise NotImplementedError

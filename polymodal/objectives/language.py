@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from polymodal.data.sample import IGNORE, Batch
 from polymodal.models.card import Output
-from polymodal.parallel.balance import balance_loss, router_sums
+from polymodal.parallel.balance import balance_loss, expert_choices, router_sums
 
 Weighting = Literal["per_token", "per_sample", "per_micro_batch"]
 CHUNK_BYTES = 128 << 20
@@ -228,7 +228,8 @@ class LanguageObjective:
         """Scaled loss (a scalar; gradients are summed over ranks and micro-batches) and logs, sums over tokens.
 
         Logs: "loss" the scaled text term; "nll/<modality>" and "tokens/<modality>": sums of unweighted losses and
-        counts, to be added over ranks; "balance": the scaled router term.
+        counts, to be added over ranks; "balance": the scaled router term; "choices": [layers here, E] tokens that
+        chose each expert.
         """
         assert output.head is not None
         weights, labels = token_weights(batch, self.weighting).reshape(-1), batch["labels"].reshape(-1)
@@ -245,6 +246,8 @@ class LanguageObjective:
             term = value * (inverse["balance"] if counts else 0.0)
             loss = loss + self.aux_weight * term.to(loss.dtype)
             logs["balance"] = term.detach()
+        if self.experts_per_token and counts and output.extra["router_logits"]:
+            logs["choices"] = expert_choices(output.extra["router_logits"], self.experts_per_token)
         return loss, logs
 
     def balance(self, output: Output, batch: Batch) -> Tensor:

@@ -20,7 +20,7 @@ from polymodal.models.card import Dropped, ModelCard
 from polymodal.parallel import expert, memory, ops, tensor, uniform
 from polymodal.parallel.batches import attention_heads, context
 from polymodal.parallel.context import ulysses_size
-from polymodal.parallel.cuts import SCHEDULES
+from polymodal.parallel.cuts import SCHEDULES, Kind
 from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Parallel, Recipe
 
@@ -123,8 +123,9 @@ def _contradictions(parallel: Parallel) -> list[PolymodalError]:
     if parallel.compile and "activations" in parallel.offload:
         cause = "parallel.offload of activations cannot see what compiled blocks save."
         reasons.append(PolymodalError(cause, "Leave it out, or set parallel.compile to false."))
-    if parallel.zero < 3 and parallel.reshard_after_forward:
-        cause = f"parallel.zero = {parallel.zero} keeps parameters whole over a step, parallel.reshard_after_forward would free them."
+    kind = SCHEDULES[parallel.pp_schedule] if parallel.pp > 1 else Kind()
+    if parallel.zero_stage < 3 and parallel.reshard_after_forward and not kind.gathers:
+        cause = f"parallel.zero = {parallel.zero_stage} keeps parameters whole over a step, parallel.reshard_after_forward would free them."
         reasons.append(PolymodalError(cause, "Leave reshard_after_forward out, or set parallel.zero to 3."))
     if parallel.recompute_first and parallel.recompute_every:
         cause = "parallel.recompute_first and parallel.recompute_every are two ways to choose blocks."
@@ -136,16 +137,19 @@ def _contradictions(parallel: Parallel) -> list[PolymodalError]:
     if parallel.recompute_keep is not None and parallel.recompute != "selective":
         cause = f"parallel.recompute = {parallel.recompute} has no use for parallel.recompute_keep."
         reasons.append(PolymodalError(cause, "Set parallel.recompute to selective."))
-    if parallel.pp > 1:
-        kind, named = SCHEDULES[parallel.pp_schedule], f"parallel.pp_schedule = {parallel.pp_schedule}"
-        if kind.split_backward and parallel.compile:
-            cause = f"{named} takes the gradients of inputs and of weights apart, which compiled blocks give only together."
-            mend = "Set parallel.compile to false, or parallel.pp_schedule to Interleaved1F1B."
-            reasons.append(PolymodalError(cause, mend))
-        if kind.gathers and parallel.reshard_after_forward:
-            cause = f"{named} gathers and frees the parameters of whole stages, parallel.reshard_after_forward = true is not for it."
-            mend = "Leave out parallel.reshard_after_forward, or set parallel.pp_schedule to 1F1B."
-            reasons.append(PolymodalError(cause, mend))
+    named = f"parallel.pp_schedule = {parallel.pp_schedule}"
+    if kind.split_backward and parallel.compile:
+        cause = f"{named} takes the gradients of inputs and of weights apart, which compiled blocks give only together."
+        mend = "Set parallel.compile to false, or parallel.pp_schedule to Interleaved1F1B."
+        reasons.append(PolymodalError(cause, mend))
+    given = {
+        "reshard_after_forward = true": parallel.reshard_after_forward,
+        f"zero = {parallel.zero}": parallel.zero_stage > 1,
+    }
+    for key in (key for key, wrong in given.items() if kind.gathers and wrong):
+        cause = f"{named} gathers the parameters and reduces the gradients of whole stages, parallel.{key} is not for it."
+        mend = f"Leave out parallel.{key.split()[0]}, or set parallel.pp_schedule to 1F1B."
+        reasons.append(PolymodalError(cause, mend))
     return reasons
 
 
@@ -304,7 +308,7 @@ def _shard(
             if hasattr(module, "set_reduce_scatter_unused_params"):
                 # A parameter that one rank's batch does not touch (an expert, a merger) still meets its peers.
                 module.set_reduce_scatter_unused_params(True)
-    memory.shard_by_stage(model, parallel.zero)
+    memory.shard_by_stage(model, parallel.zero_stage)
     inner = {id(module) for module in experts}
     units = [part for block in blocks for part in block.modules() if part is block or id(part) in inner]
     memory.prefetch(units, parallel.prefetch)

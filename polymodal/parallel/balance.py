@@ -47,3 +47,22 @@ def balance_loss(sums: Tensor, layers: int) -> Tensor:
     """
     share, probability = sums / layers
     return sums.shape[-1] * (share * probability).sum()
+
+
+@torch.no_grad()
+def expert_choices(router_logits: Sequence[Tensor], experts_per_token: int) -> Tensor:
+    """One [T, E] a layer -> [layers, E] float64: how many tokens chose each expert."""
+    logits = torch.stack([layer.reshape(-1, layer.shape[-1]) for layer in router_logits])
+    chosen = logits.topk(experts_per_token, dim=-1).indices.flatten(1)
+    counts = logits.new_zeros(len(logits), logits.shape[-1], dtype=torch.float64)
+    return counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float64))
+
+
+def load_figures(choices: Tensor) -> dict[str, float]:
+    """What a log says of choices [layers, E]: the busiest expert's load over its layer's mean, and the share of experts
+    that no token chose. Layers without any choice (of other pipeline stages) are left out."""
+    seen = choices[choices.sum(dim=1) > 0]
+    if not len(seen):
+        return {}
+    busiest = (seen.max(dim=1).values / seen.mean(dim=1)).max()
+    return {"experts/busiest": float(busiest), "experts/idle": float((seen == 0).to(torch.float64).mean())}

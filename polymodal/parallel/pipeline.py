@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 from torch.distributed.tensor import DTensor
@@ -88,6 +89,27 @@ def _fill(tensor: Tensor, spec: Tensor) -> Tensor:
     return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
+class _Stage(PipelineStage):
+    """torch's stage keeps gathered parameters and whole gradients to the last micro-batch (ZeRO-1) and reduces then.
+
+    Under ZeRO-2 and 3 gradients are reduced in every backward, and under 3 parameters freed after it.
+    """
+
+    def backward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.submod
+        stage = getattr(module, "zero_stage", 1)
+        if not isinstance(module, FSDPModule) or stage == 1:
+            return super().backward_maybe_with_nosync(*args, **kwargs)
+        module.set_is_last_backward(False)
+        module.set_reshard_after_backward(stage == 3)
+        module.set_requires_all_reduce(False)  # over replicas, once a step
+        self.submod = nn.Identity()  # torch would set FSDP2 to its own way
+        try:
+            return super().backward_maybe_with_nosync(*args, **kwargs)
+        finally:
+            self.submod = module
+
+
 def build_schedule(
     parts: Sequence[Part],
     wire: Callable[[int], Carry],
@@ -110,7 +132,7 @@ def build_schedule(
         entering = () if stage.first else tuple(wire(stage.index - 1).values())
         leaving = (torch.empty((), device="meta"),) if stage.last else tuple(wire(stage.index).values())
         made.append(
-            PipelineStage(
+            _Stage(
                 part.model,
                 stage.index,
                 stage.stages,

@@ -203,7 +203,7 @@ def _held(
             units = 2 * max(blocks) if recipe.parallel.reshards else sum(blocks)
             out.gathered += (root + units) * width // sizes.tp
             if out.gradients:
-                at_the_end = sizes.pp > 1 or recipe.parallel.zero == 1
+                at_the_end = recipe.parallel.zero_stage == 1
                 largest = sum(blocks) + root if at_the_end else max(*blocks, root)
                 out.gathered += 4 * largest // sizes.tp
     return out

@@ -50,9 +50,16 @@ def inverse_weights(
 
 
 class Tally:
-    """Logs of a step, added over micro-batches and, as one vector on the CPU, over ranks. parts: the objective's."""
+    """Logs of a step, added over micro-batches and, as one vector on the CPU, over ranks. parts: the objective's.
 
-    def __init__(self, parts: Sequence[str] = (), extra: Sequence[str] = ()):
+    routers: layers with experts, and experts of each: `choices` is then summed too. A pipeline stage knows its own
+    layers, the last ones.
+    """
+
+    def __init__(
+        self, parts: Sequence[str] = (), extra: Sequence[str] = (), routers: tuple[int, int] = (0, 0)
+    ):
+        self.choices = torch.zeros(routers, dtype=torch.float64)
         self.keys = ("loss", "balance", *(f"{k}/{p}" for p in parts for k in ("nll", "tokens")), *extra)
         self.values: dict[str, float | Tensor] = {}
 
@@ -61,10 +68,16 @@ class Tally:
             self.values[key] = self.values[key] + value if key in self.values else value
 
     def total(self, group: dist.ProcessGroup | None) -> dict[str, float]:
-        vector = torch.tensor([float(self.values.get(k, 0.0)) for k in self.keys], dtype=torch.float64)
+        numbers = torch.tensor([float(self.values.get(k, 0.0)) for k in self.keys], dtype=torch.float64)
+        table = torch.zeros_like(self.choices)
+        mine = self.values.get("choices")
+        if isinstance(mine, Tensor) and len(table):
+            table[-len(mine) :] = mine.cpu()
+        vector = torch.cat([numbers, table.flatten()])
         if group is not None:
             dist.all_reduce(vector, group=group)
-        return dict(zip(self.keys, vector.tolist(), strict=True))
+        self.choices = vector[len(numbers) :].view_as(table)
+        return dict(zip(self.keys, vector[: len(numbers)].tolist(), strict=True))
 
 
 class Runner:

@@ -21,6 +21,7 @@ from polymodal.data.schedule import Position
 from polymodal.errors import PolymodalError
 from polymodal.launch import Runtime, runtime
 from polymodal.models import catalog, lora, storage, weights
+from polymodal.parallel.balance import load_figures
 from polymodal.parallel.batches import BatchLayout
 from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Recipe
@@ -273,7 +274,8 @@ class Trainer:
         batches = self.objective.prepare(self.task.actors, batch.micro_batches)
         inverse = inverse_weights(self.objective, batches, self.weights_group)
         batches = self.lay_out(batches)
-        tally = Tally(self.objective.parts, ("samples", "seqtokens", "media", "flops", "wait"))
+        extra = ("samples", "seqtokens", "media", "flops", "wait")
+        tally = Tally(self.objective.parts, extra, self.family.routers())
         forward_backward(self.model.runner, self.objective, batches, inverse, tally, self.scaler.scale)
         stats = batch.stats
         once = self.model.runner.speaks and self.mesh.at["cp"] == 0  # other ranks of these axes read the same
@@ -281,7 +283,7 @@ class Trainer:
             "samples": stats.samples * once, "seqtokens": stats.tokens * once, "media": stats.media * once, "flops": stats.flops * once,
             "wait": stats.wait_seconds,
         })  # fmt: skip
-        total = tally.total(self.log_group)
+        total = tally.total(self.log_group) | load_figures(tally.choices)
         norm = self.model.gradients(self.scaler.scale)
         accepted, why = self.guard.accept(step, total["loss"], float(norm))
         self.scaler.update(math.isfinite(float(norm)))
@@ -330,6 +332,7 @@ class Trainer:
                 values[f"loss/{name}"] = total[f"nll/{name}"] / total[f"tokens/{name}"]
         if self.objective.aux_weight:
             values["balance"] = total["balance"]
+        values |= {key: value for key, value in total.items() if key.startswith("experts/")}
         if self.peak:
             values["mfu"] = 3 * total["flops"] / seconds / self.rt.world / self.peak
         if self.scaler.enabled:

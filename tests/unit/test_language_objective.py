@@ -9,7 +9,7 @@ from polymodal.data.sample import IGNORE, Measure, Sample, pack
 from polymodal.models.card import Output
 from polymodal.objectives import language
 from polymodal.objectives.language import LanguageObjective, head_loss, token_weights
-from polymodal.parallel.balance import balance_loss, router_sums
+from polymodal.parallel.balance import balance_loss, expert_choices, load_figures, router_sums
 
 torch.manual_seed(0)
 VOCABULARY, WIDTH = 37, 12
@@ -158,3 +158,16 @@ def test_without_gradients_none_are_made(monkeypatch):
     head_loss(hidden, HEAD, labels, weights)
     assert asked == [False, True]
     torch.testing.assert_close(loss, F.cross_entropy(HEAD(hidden), labels, reduction="sum").detach())
+
+
+def test_choices_of_experts_are_counted_by_layer():
+    """4 tokens of 2 layers choose 2 of 4 experts; in the second layer all choose the same two."""
+    even = torch.tensor([[2.0, 1, 0, 0], [0, 2, 1, 0], [0, 0, 2, 1], [1, 0, 0, 2]])
+    choices = expert_choices([even, torch.tensor([[2.0, 1, 0, 0]]).expand(4, 4)], 2)
+    assert choices.tolist() == [[2, 2, 2, 2], [4, 4, 0, 0]]
+    assert load_figures(choices) == {"experts/busiest": 2.0, "experts/idle": 0.25}
+    assert load_figures(torch.cat([torch.zeros(3, 4), choices[:1]])) == {
+        "experts/busiest": 1.0,
+        "experts/idle": 0.0,
+    }
+    assert load_figures(torch.zeros(0, 0)) == {}

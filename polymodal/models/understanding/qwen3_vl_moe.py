@@ -56,6 +56,9 @@ class Qwen3VLMoe(Qwen3VL):
         layers = range(text.num_hidden_layers)
         return sum(i not in text.mlp_only_layers and (i + 1) % text.decoder_sparse_step == 0 for i in layers)
 
+    def routers(self) -> tuple[int, int]:
+        return self.sparse_layers(self.config.text_config), self.config.text_config.num_experts
+
     def mlp_weights(self, text: Any) -> float:
         sparse = self.sparse_layers(text)
         dense = 3 * text.hidden_size * text.intermediate_size * (text.num_hidden_layers - sparse)
