@@ -240,10 +240,8 @@ def write(path: Path, content: str, force: bool = False) -> None:
 
 
 def folder(card: ModelCard) -> str:
-    """Directory under recipes/: the file that a card's line of models shares, or the card's own."""
-    rooms = tuple(f"polymodal.models.{room}." for room in catalog.ROOMS)
-    line = [kind for kind in card.family.__mro__ if kind.__module__.startswith(rooms)]
-    return line[-1].__module__.rpartition(".")[2].replace("_", "-")
+    """Directory under recipes/: that of a card's line of models, or the card's own file."""
+    return card.family.line or card.family.__module__.rpartition(".")[2].replace("_", "-")
 
 
 def standard() -> dict[str, str]:

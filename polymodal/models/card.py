@@ -143,6 +143,7 @@ class Family:
     """The calls that differ between families. One instance a run; holds the config and the card, no weights."""
 
     layout: Literal["packed", "padded", "uniform"] = "packed"
+    line: str = ""  # what several cards have in common, as the directory of their recipes is called
 
     def __init__(self, card: ModelCard, config: Any, source: str):
         self.card = card

@@ -42,10 +42,37 @@ WAN5 = {
     "in_channels": 48,
     "out_channels": 48,
 }
+SANA = {
+    "num_layers": 28,
+    "num_attention_heads": 36,
+    "num_cross_attention_heads": 16,
+    "cross_attention_head_dim": 72,
+    "cross_attention_dim": 1152,
+}
+LUMINA2 = {"cap_feat_dim": 2304, "axes_dim_rope": (32, 32, 32), "axes_lens": (300, 512, 512)}
+HUNYUAN_DIT = {
+    "num_layers": 40, "hidden_size": 1408, "in_channels": 4, "patch_size": 2, "sample_size": 128, "mlp_ratio": 4.3637,
+    "use_style_cond_and_image_meta_size": False,
+}  # fmt: skip
+HIDREAM = {
+    "patch_size": 2,
+    "in_channels": 16,
+    "caption_channels": [4096, 4096],
+    "axes_dims_rope": (64, 32, 32),
+    "llama_layers": [*range(32), *[31] * 16],
+}
 PUBLISHED = {
     ("wan2.2", "5b"): ("WanTransformer3DModel", WAN5),
     ("wan2.2", "t2v-a14b"): ("WanTransformer3DModel", WAN),
     ("wan2.2", "i2v-a14b"): ("WanTransformer3DModel", {**WAN, "in_channels": 36}),
+    ("sana", "0.6b"): ("SanaTransformer2DModel", SANA),
+    ("sana", "1.6b"): ("SanaTransformer2DModel", {}),
+    ("lumina2", "2b"): ("Lumina2Transformer2DModel", LUMINA2),
+    ("qwen-image", "20b"): ("QwenImageTransformer2DModel", {}),
+    ("hunyuan-dit", "1.2"): ("HunyuanDiT2DModel", HUNYUAN_DIT),
+    ("hidream", "full"): ("HiDreamImageTransformer2DModel", HIDREAM),
+    ("flux2", "dev"): ("Flux2Transformer2DModel", {}),
+    ("hunyuan-video", "13b"): ("HunyuanVideoTransformer3DModel", {}),
     ("flux.1", "dev"): ("FluxTransformer2DModel", FLUX),
     ("flux.1", "schnell"): ("FluxTransformer2DModel", {**FLUX, "guidance_embeds": False}),
     ("sd3", "2b"): ("SD3Transformer2DModel", SD3),

@@ -5,6 +5,7 @@ Shared by the tests of generating models. Weights are random but fixed; a pipeli
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -125,11 +126,11 @@ def wan_i2v(last_frame: bool = False) -> Any:
     )  # fmt: skip
 
 
-def kl_vae(z: int = 4, scaling: float = 0.5, shift: float | None = 0.1) -> Any:
+def kl_vae(z: int = 4, scaling: float = 0.5, shift: float | None = 0.1, stages: int = 3) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, block_out_channels=[4, 8, 8],
+        down_block_types=["DownEncoderBlock2D"] * stages, up_block_types=["UpDecoderBlock2D"] * stages, block_out_channels=[4, 8, 8, 8][:stages],
         layers_per_block=1, norm_num_groups=4, latent_channels=z, scaling_factor=scaling, shift_factor=shift,
         use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
@@ -141,11 +142,11 @@ def t5(width: int = 16) -> Any:
     return T5EncoderModel(T5Config(vocab_size=48, d_model=width, d_kv=8, d_ff=24, num_layers=1, num_heads=2))
 
 
-def clip_text(width: int = 16, projected: bool = False) -> Any:
+def clip_text(width: int = 16, projected: bool = False, positions: int = 77) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
-        vocab_size=48, hidden_size=width, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=77,
+        vocab_size=48, hidden_size=width, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=positions,
         projection_dim=width, eos_token_id=1, bos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
@@ -256,10 +257,211 @@ def wan22_5b() -> Any:
     )  # fmt: skip
 
 
+def gemma2(width: int = 16) -> Any:
+    from transformers import Gemma2Config, Gemma2Model
+
+    return Gemma2Model(
+        Gemma2Config(vocab_size=48, hidden_size=width, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
+    )  # fmt: skip
+
+
+def sana() -> Any:
+    from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+
+    vae = AutoencoderDC(
+        in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8, 8),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"), decoder_block_out_channels=(8, 8), encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)), encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), downsample_block_type="conv",
+        upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.41,
+    )  # fmt: skip
+    denoiser = SanaTransformer2DModel(
+        patch_size=1, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8, num_cross_attention_heads=2,
+        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16, sample_size=16,
+    )  # fmt: skip
+    return SanaPipeline(
+        tokenizer=tokenizer(), text_encoder=gemma2(), vae=vae, transformer=denoiser, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)
+    )  # fmt: skip
+
+
+def lumina2() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+
+    denoiser = Lumina2Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, hidden_size=16, num_layers=2, num_refiner_layers=1, num_attention_heads=1, num_kv_heads=1,
+        multiple_of=4, axes_dim_rope=(4, 8, 4), axes_lens=(600, 32, 32), cap_feat_dim=16,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
+    return Lumina2Pipeline(
+        transformer=denoiser,
+        scheduler=scheduler,
+        vae=kl_vae(stages=4),
+        text_encoder=gemma2(),
+        tokenizer=tokenizer(),
+    )
+
+
+def qwen_image() -> Any:
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    vae = AutoencoderKLQwenImage(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True],
+        latents_mean=[0.1 * i for i in range(4)], latents_std=[1.0 + 0.5 * i for i in range(4)],
+    )  # fmt: skip
+    denoiser = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
+        axes_dims_rope=(4, 2, 2),
+    )  # fmt: skip
+    text = {
+        "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 16}
+    encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=40, video_token_id=41, vision_start_token_id=42, vision_end_token_id=43)
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_image_seq_len=256,
+        max_image_seq_len=8192,
+        base_shift=0.5,
+        max_shift=0.9,
+    )
+    return QwenImagePipeline(
+        scheduler=scheduler, vae=vae, text_encoder=encoder, tokenizer=tokenizer(), transformer=denoiser
+    )
+
+
+def llama(causal: bool = False, width: int = 16, layers: int = 3) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
+    config = LlamaConfig(
+        vocab_size=48, hidden_size=width, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2, bos_token_id=0, eos_token_id=1,
+        pad_token_id=0, attn_implementation="eager",
+    )  # fmt: skip
+    return (LlamaForCausalLM if causal else LlamaModel)(config)
+
+
+def hunyuan_video() -> Any:
+    from diffusers import (
+        AutoencoderKLHunyuanVideo,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
+
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, mid_block_add_attention=False
+    )  # fmt: skip
+    denoiser = HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1, num_refiner_layers=1,
+        patch_size=1, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
+    )  # fmt: skip
+    return HunyuanVideoPipeline(
+        text_encoder=llama(), tokenizer=tokenizer(512), transformer=denoiser, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=clip_text(8), tokenizer_2=tokenizer(77),
+    )  # fmt: skip
+
+
+def hunyuan_dit() -> Any:
+    from diffusers import DDPMScheduler, HunyuanDiT2DModel, HunyuanDiTPipeline
+    from transformers import BertConfig, BertModel
+
+    bert = BertModel(
+        BertConfig(vocab_size=48, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    )  # fmt: skip
+    denoiser = HunyuanDiT2DModel(
+        sample_size=16, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4, cross_attention_dim=16,
+        cross_attention_dim_t5=16, pooled_projection_dim=16, hidden_size=16,
+    )  # fmt: skip
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.02, beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False, steps_offset=1,
+        timestep_spacing="trailing",
+    )  # fmt: skip
+    return HunyuanDiTPipeline(
+        vae=kl_vae(stages=4, shift=None), text_encoder=bert, tokenizer=tokenizer(77), transformer=denoiser, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False, text_encoder_2=t5(), tokenizer_2=tokenizer(256),
+    )  # fmt: skip
+
+
+def flux2() -> Any:
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2Pipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=2,
+        latent_channels=4, layers_per_block=1, sample_size=32,
+    )  # fmt: skip
+    vae.bn.running_mean.uniform_(-0.2, 0.2)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    denoiser = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24,
+        timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+    )  # fmt: skip
+    text = {
+        "model_type": "mistral", "vocab_size": 48, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 31, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 4,
+    }  # fmt: skip
+    vision = {"model_type": "pixtral", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    encoder = Mistral3ForConditionalGeneration(
+        Mistral3Config(text_config=text, vision_config=vision, image_token_index=40)
+    )
+    words = copy.deepcopy(tokenizer())
+    words.chat_template = (
+        "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }} {% endfor %}{% endfor %}"
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+        base_shift=0.5,
+        max_shift=1.15,
+    )
+    return Flux2Pipeline(
+        scheduler=scheduler, vae=vae, text_encoder=encoder, tokenizer=words, transformer=denoiser
+    )
+
+
+def hidream() -> Any:
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        HiDreamImagePipeline,
+        HiDreamImageTransformer2DModel,
+    )
+
+    denoiser = HiDreamImageTransformer2DModel(
+        patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        caption_channels=[16, 16], text_emb_dim=32, num_routed_experts=2, num_activated_experts=1, axes_dims_rope=(4, 2, 2), max_resolution=(128, 128),
+        llama_layers=[0, 1],
+    )  # fmt: skip
+    return HiDreamImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=kl_vae(stages=2), text_encoder=clip_text(projected=True, positions=218), tokenizer=tokenizer(218),
+        text_encoder_2=clip_text(projected=True, positions=218), tokenizer_2=tokenizer(218), text_encoder_3=t5(), tokenizer_3=tokenizer(),
+        text_encoder_4=llama(causal=True), tokenizer_4=tokenizer(), transformer=denoiser,
+    )  # fmt: skip
+
+
 MAKERS = {
     "wan2.2-5b": wan22_5b,
     "wan2.2-a14b": wan22,
     "wan2.2-i2v-a14b": lambda: wan22(True),
+    "sana": sana,
+    "lumina2": lumina2,
+    "qwen-image": qwen_image,
+    "hunyuan-dit": hunyuan_dit,
+    "flux2": flux2,
+    "hidream": hidream,
+    "hunyuan-video": hunyuan_video,
     "sd3": sd3,
     "sd3.5": lambda: sd3(True),
     "sdxl": sdxl,
@@ -283,7 +485,7 @@ def pipeline(name: str, directory: str | Path) -> Path:
     return Path(directory)
 
 
-SIZES: dict[str, tuple[int, int]] = {}
+SIZES: dict[str, tuple[int, int]] = {"sana": (64, 96), "hidream": (256, 256)}
 """Frames of a card's tests, (height, width), where not 32 x 32."""
 
 FRAMES = {2: 5}

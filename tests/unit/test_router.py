@@ -91,7 +91,7 @@ def test_named_models(wish, name, size):
 
 @pytest.mark.parametrize(
     "wish, first",
-    [("fine-tune InternVL3", "internvl3"), ("qwen2.5-omni", "qwen2.5-omni"), ("Qwen3 TTS", "qwen3-tts"), ("hunyuanvideo", "hunyuan-video"), ("train sana", "sana")],
+    [("fine-tune InternVL3", "internvl3"), ("qwen2.5-omni", "qwen2.5-omni"), ("Qwen3 TTS", "qwen3-tts"), ("hunyuanvideo 1.5", "hunyuan-video-1.5"), ("train step-video", "step-video")],
 )  # fmt: skip
 def test_models_still_to_come_are_named_as_such(wish, first):
     answer = ask(wish)
@@ -119,8 +119,8 @@ def test_tasks(wish, task):
 
 def test_text_to_video_and_text_to_image_differ():
     video, image = ask("train a text to video model"), ask("train a text to image model")
-    assert "step-video" in {f.name for f in video.coming} and "sana" not in {f.name for f in video.coming}
-    assert "sana" in {f.name for f in image.coming} and "step-video" not in {f.name for f in image.coming}
+    assert "step-video" in {f.name for f in video.coming} and "lumina" not in {f.name for f in video.coming}
+    assert "lumina" in {f.name for f in image.coming} and "step-video" not in {f.name for f in image.coming}
     assert any(stage.title == "Extract features" for stage in video.stages)
     assert {f.name for f in ask("transcribe speech").coming} == {"whisper", "fun-asr", "qwen3-asr"}
     assert {f.name for f in ask("text to speech").coming} == {"cosyvoice3", "qwen3-tts"}

@@ -44,9 +44,7 @@ class Flux(Pictures):
 
     def arguments(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Without a distilled guidance the scale is classifier-free guidance, against the empty prompt if no other."""
-        if self.config.get("guidance_embeds"):
-            return asked
-        scale = asked.pop("guidance_scale", None)
+        scale = None if self.config.get("guidance_embeds") else asked.pop("guidance_scale", None)
         if scale is not None and scale > 1:
             asked.setdefault("negative_prompt", [""] * len(asked["prompt"]))
             asked["true_cfg_scale"] = scale

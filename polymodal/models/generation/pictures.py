@@ -63,6 +63,7 @@ def positions(height: int, width: int, device: torch.device) -> Tensor:
 class Pictures(Generation):
     """A denoiser of pictures in the latents of an AutoencoderKL."""
 
+    line = "pictures"
     patch = 2
 
     def grid(self) -> LatentGrid:
@@ -86,3 +87,14 @@ class Pictures(Generation):
         vae = pipeline.vae
         scale, shift = self._scale(vae)
         return vae.decode((latents / scale + shift).to(vae.dtype), return_dict=False)[0][:, :, None]
+
+
+def unbuilt(**others: str) -> dict[str, str]:
+    """limits of a card whose denoiser is laid out by FSDP2 only; others: reasons of its own."""
+    return {
+        "tp": "its tensor plan is not built",
+        "ep": "it has no experts",
+        "cp": "the cut of its sequence over ranks is not built",
+        "pp": "its stages are not built",
+        **others,
+    }

@@ -17,6 +17,7 @@ from polymodal.models.diffusion import Generation, LatentGrid
 
 
 class Wan(Generation):
+    line = "wan"
     documented = {
         "latents": "video",
         "encoder_hidden_states": "prompt_ids",

@@ -120,6 +120,7 @@ class PatchEmbedding(nn.Conv3d):
 class QwenVL(Sampling):
     """Qwen2-VL, Qwen2.5-VL, Qwen3-VL dense and MoE. `attention` and `experts` are the recipe's model.* choices."""
 
+    line = "qwen-vl"
     layout = "packed"
     media: type[QwenVLMedia] = QwenVLMedia
     rope = ""  # transformers' class that holds get_rope_index

@@ -1,0 +1,95 @@
+"""FLUX.2: text to image with a vision-language model as its text encoder.
+
+Facts, and the arguments of diffusers' Flux2Transformer2DModel and Flux2Pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polymodal.data.sample import Batch
+from polymodal.models.card import ModelCard, Process, Size
+from polymodal.models.diffusion import Generation, LatentGrid
+from polymodal.models.generation.pictures import flow_process, unbuilt
+
+
+class Flux2(Generation):
+    """Two by two cells of the VAE are one latent, scaled by the running statistics that the VAE holds."""
+
+    zero = ("proj_out.*",)
+
+    def grid(self) -> LatentGrid:
+        vae = self.component_config("vae")
+        space = 2 ** (len(vae.get("block_out_channels", (1, 1, 1, 1))) - 1)
+        return LatentGrid(4 * int(vae.get("latent_channels", 32)), 1, 2 * space, still=True)
+
+    def process(self) -> Process:
+        return flow_process(self.component_config("scheduler"), scale=1.0)
+
+    def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+        embeddings, _ = pipeline.encode_prompt(list(captions))
+        return {"encoder_hidden_states": embeddings}
+
+    def encode_media(self, pipeline: Any, pixels: Tensor) -> dict[str, Tensor]:
+        cells = pipeline.vae.encode(pixels[:, :, 0].to(pipeline.vae.dtype)).latent_dist.mode()
+        mean, std = self._statistics(pipeline.vae, cells)
+        return {"latents": (pipeline._patchify_latents(cells) - mean) / std}
+
+    def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
+        mean, std = self._statistics(pipeline.vae, latents)
+        cells = pipeline._unpatchify_latents(latents * std + mean)
+        return pipeline.vae.decode(cells.to(pipeline.vae.dtype), return_dict=False)[0][:, :, None]
+
+    @staticmethod
+    def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+        return vae.bn.running_mean.view(1, -1, 1, 1).to(like), std.view(1, -1, 1, 1).to(like)
+
+    def denoise(self, model: nn.Module, latents: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        from diffusers import Flux2Pipeline
+
+        given = self.conditions(model, batch, self.text)
+        shape = latents.shape
+        if self.config.get("guidance_embeds", True):
+            given["guidance"] = torch.ones(len(latents), device=latents.device)
+        (prediction,) = self.forward(model)(
+            latents.flatten(2).transpose(1, 2), timestep=timestep, return_dict=False,
+            txt_ids=Flux2Pipeline._prepare_text_ids(given["encoder_hidden_states"]).to(latents.device),
+            img_ids=Flux2Pipeline._prepare_latent_ids(latents).to(latents.device), **given,
+        )  # fmt: skip
+        return prediction.transpose(1, 2).reshape(shape)
+
+
+CARD = ModelCard(
+    name="flux2",
+    title="FLUX.2",
+    family=Flux2,
+    architectures=("Flux2Pipeline",),
+    kind="generation",
+    tasks=("text-to-image",),
+    blocks=("transformer_blocks.*", "single_transformer_blocks.*"),
+    towers={
+        "blocks": ("transformer_blocks", "single_transformer_blocks"),
+        "embedders": (
+            "x_embedder",
+            "context_embedder",
+            "time_guidance_embed",
+            "double_stream_modulation_img",
+            "double_stream_modulation_txt",
+            "single_stream_modulation",
+        ),
+        "output": ("norm_out", "proj_out"),
+    },
+    head="proj_out",
+    pipelines={"text-to-image": "Flux2Pipeline"},
+    limits=unbuilt(),
+    sizes={"dev": Size("black-forest-labs/FLUX.2-dev", 32.22, 56, devices=16, layout={"dp_shard": -1})},
+    verified="tiny models of the class: trained, exported, opened and sampled by diffusers' pipeline",
+    keywords=("text to image", "image generation"),
+    aliases=("flux.2", "flux-2"),
+    seeds=("dev",),
+)

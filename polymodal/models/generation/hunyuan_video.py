@@ -1,0 +1,99 @@
+"""HunyuanVideo: text to video with a distilled guidance scale as an input.
+
+Facts, and the arguments of diffusers' HunyuanVideoTransformer3DModel and HunyuanVideoPipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polymodal.data.sample import Batch
+from polymodal.errors import PolymodalError
+from polymodal.models.card import ModelCard, Process, Size
+from polymodal.models.diffusion import Generation, LatentGrid
+from polymodal.models.generation.pictures import flow_process, unbuilt
+
+GUIDANCE = 1000.0
+"""The guidance that training shows the model: a scale of 1, times 1,000 as the pipeline hands it over."""
+
+
+class HunyuanVideo(Generation):
+    text = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
+    documented = {
+        "latents": "video",
+        "encoder_hidden_states": "prompt_ids",
+        "encoder_attention_mask": "prompt_mask",
+        "pooled_projections": "prompt_ids_2",
+    }
+    zero = ("proj_out.*",)
+
+    def check(self) -> None:
+        super().check()
+        kind = self.config.get("image_condition_type")
+        if kind:
+            raise PolymodalError(
+                f"{self.source} is trained on a first frame ({kind}), whose caption is encoded together with it; that is not built.",
+                "Use the text-to-video checkpoint.",
+            )
+
+    def grid(self) -> LatentGrid:
+        vae = self.component_config("vae")
+        patch, joined = int(self.config["patch_size"]), int(self.config["patch_size_t"])
+        return LatentGrid(
+            int(vae.get("latent_channels", 16)), int(vae.get("temporal_compression_ratio", 4)),
+            int(vae.get("spatial_compression_ratio", 8)), (joined, patch, patch),
+        )  # fmt: skip
+
+    def process(self) -> Process:
+        return flow_process(self.component_config("scheduler"))
+
+    def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+        embeddings, pooled, mask = pipeline.encode_prompt(list(captions))
+        return {
+            "encoder_hidden_states": embeddings,
+            "encoder_attention_mask": mask,
+            "pooled_projections": pooled,
+        }
+
+    def encode_media(self, pipeline: Any, pixels: Tensor) -> dict[str, Tensor]:
+        vae = pipeline.vae
+        return {"latents": vae.encode(pixels.to(vae.dtype)).latent_dist.mode() * vae.config.scaling_factor}
+
+    def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
+        vae = pipeline.vae
+        return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+
+    def denoise(self, model: nn.Module, latents: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        given = self.conditions(model, batch, self.text)
+        if self.config.get("guidance_embeds"):
+            given["guidance"] = torch.full((len(latents),), GUIDANCE, device=latents.device)
+        (prediction,) = self.forward(model)(latents, timestep=timestep, return_dict=False, **given)
+        return prediction
+
+
+CARD = ModelCard(
+    name="hunyuan-video",
+    title="HunyuanVideo",
+    family=HunyuanVideo,
+    architectures=("HunyuanVideoPipeline",),
+    kind="generation",
+    tasks=("text-to-video",),
+    blocks=("transformer_blocks.*", "single_transformer_blocks.*"),
+    towers={
+        "blocks": ("transformer_blocks", "single_transformer_blocks"),
+        "embedders": ("x_embedder", "context_embedder", "time_text_embed"),
+        "output": ("norm_out", "proj_out"),
+    },
+    head="proj_out",
+    pipelines={"text-to-video": "HunyuanVideoPipeline"},
+    limits=unbuilt(),
+    sizes={"13b": Size("hunyuanvideo-community/HunyuanVideo", 12.82, 60, devices=8, layout={"dp_shard": -1})},
+    verified="tiny models of the class: trained, exported, opened and sampled by diffusers' pipeline",
+    keywords=("text to video", "video generation"),
+    aliases=("hunyuanvideo",),
+    seeds=("13b",),
+)
