@@ -209,3 +209,8 @@ def compare(key, ours, theirs):
         assert torch.allclose(ours.float(), theirs.float(), atol=1e-3), key
     elif theirs is not None or not isinstance(ours, torch.Tensor) or not bool((ours == 1).all()):
         assert ours == theirs, (key, ours, theirs)  # a mask of ones may be left out
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("wan")])
+def test_pipelines_of_one_class_are_told_apart_by_their_index(opened, name):
+    assert opened(name)[0].card.name == ("wan2.2" if name.startswith("wan2.2") else "wan2.1")
