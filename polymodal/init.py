@@ -250,6 +250,8 @@ def standard() -> dict[str, str]:
     for card in catalog.cards().values():
         for key in card.sizes:
             for task in ("sft", "lora"):
+                if task in card.limits:
+                    continue
                 chosen = plan(f"{card.name}-{key}", task, None, None)
                 path = f"{folder(card)}/{card.name}-{key}-{task}.yaml"
                 out[path] = text(chosen, "data/train.json", base="../base.yaml", file=f"recipes/{path}")

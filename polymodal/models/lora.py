@@ -63,6 +63,10 @@ def attach(model: nn.Module, lora: Lora, card: ModelCard) -> list[str]:
             f"model.lora.init = {lora.init} is not done: {REFUSED_STARTS[lora.init]}, and shards cannot be decomposed alone.",
             "Use default or gaussian.",
         )
+    if "lora" in card.limits:
+        raise PolymodalError(
+            f"model.lora: {card.name} takes no adapters: {card.limits['lora']}.", "Leave it out."
+        )
     linear, stacks = layers(model, lora, card)
     config = config_of(
         lora, _selector(linear, _names(model)), stacks=stacked.selector(stacks, model) if stacks else None
