@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
-from pathlib import Path
 
 import ground
 
@@ -23,25 +21,16 @@ WANTED = 1.03
 SKIPPED = 2
 
 
-def measure(root: Path, data: Path, steps: int, precision: str, out: Path) -> list[tuple[float, float]]:
+def measure(args: argparse.Namespace) -> list[tuple[float, float]]:
     """(seconds of our step, seconds of the bare one) of each batch."""
-    recipe = ground.recipe(root, data, out, steps, precision, workers=0)
-    from polymodal.device import apply_environment
-
-    apply_environment(recipe.device)
-    import torch
-
-    from polymodal.launch import runtime
-    from polymodal.train.step import inverse_weights
-    from polymodal.train.trainer import Trainer
-
     found = []
-    with runtime(recipe) as rt:
-        torch.set_num_threads(1)
-        trainer = Trainer(recipe, rt)
-        batches = list(trainer.feed.loader(stop_after=steps))
+    with ground.trainer(args) as (trainer, batches):
+        import torch
+
+        from polymodal.train.step import inverse_weights
+
         laid_out = [trainer.lay_out(step.micro_batches) for step in batches]
-        model, objective = trainer.model, trainer.objective
+        model, objective = trainer.model.models[0], trainer.objective
         parameters = list(trainer.trainable.values())
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
@@ -65,24 +54,12 @@ def measure(root: Path, data: Path, steps: int, precision: str, out: Path) -> li
             seconds = [loop(number, step) for loop in (ours, bare, bare, ours)]
             if number >= SKIPPED:
                 found.append((min(seconds[0], seconds[3]), min(seconds[1], seconds[2])))
-        trainer.close()
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=10, help="the first two are not counted")
-    parser.add_argument("--rows", type=int, default=300)
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        root = Path(place)
-        ground.write_checkpoint(root / "model")
-        data = ground.write_data(root / "mixed", args.rows)
-        pairs = measure(root, data, args.steps, args.precision, root / "run")
+    args = ground.one_rank("bare_loop.py", __doc__)
+    pairs = measure(args)
     ratio = sum(a for a, _ in pairs) / sum(b for _, b in pairs)
     single = [a / b for a, b in pairs]
     print(

@@ -11,9 +11,7 @@ kind of work less what its FLOPs would take at the best rate; the largest three 
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import ground
@@ -58,29 +56,18 @@ def kind(event: Any) -> str:
     return "other element-wise work, dispatch and memory"
 
 
-def measure(root: Path, data: Path, steps: int, precision: str, out: Path) -> dict[str, Any]:
-    recipe = ground.recipe(root, data, out, steps, precision, workers=0)
-    from polymodal.device import apply_environment
-
-    apply_environment(recipe.device)
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from polymodal.launch import runtime
-    from polymodal.train.trainer import Trainer
-
-    with runtime(recipe) as rt:
-        torch.set_num_threads(1)
-        trainer = Trainer(recipe, rt)
-        batches = list(trainer.feed.loader(stop_after=steps))
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    with ground.trainer(args) as (trainer, batches):
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+        from torch.utils.flop_counter import FlopCounterMode
 
         def run(step: Any) -> float:
             began = time.process_time()
             trainer._step(trainer.state.step + 1, step, time.perf_counter())
             return time.process_time() - began
 
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
         peak = best_rate(dtype)
         seconds = [run(step) for step in batches][SKIPPED:]
         peak = max(peak, best_rate(dtype))  # before and after: the machine may not be alone
@@ -90,7 +77,6 @@ def measure(root: Path, data: Path, steps: int, precision: str, out: Path) -> di
             run(last)
         with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiled:
             profiled_seconds = run(last)
-        trainer.close()
     spent: dict[str, float] = {}
     for event in profiled.events():
         spent[kind(event)] = (
@@ -104,26 +90,15 @@ def measure(root: Path, data: Path, steps: int, precision: str, out: Path) -> di
         "ratio": sum(flops) / sum(seconds) / peak,
         "best_step": max(f / s for f, s in zip(flops, seconds, strict=True)) / peak,
         "counted_over_formula": counter.get_total_flops() / (3 * last.stats.flops),
-        "wanted": WANTED[precision],
+        "wanted": WANTED[args.precision],
         "losses": lost,
         "profiled_seconds": profiled_seconds,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=10, help="the first two are not counted")
-    parser.add_argument("--rows", type=int, default=300)
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        root = Path(place)
-        ground.write_checkpoint(root / "model")
-        data = ground.write_data(root / "mixed", args.rows)
-        out = measure(root, data, args.steps, args.precision, root / "run")
+    args = ground.one_rank("flops.py", __doc__)
+    out = measure(args)
     wanted = f" (wanted >= {out['wanted']})" if out["wanted"] else ""
     print(
         f"{args.precision}: {out['model_gflops']:.0f} of {out['best_gflops']:.0f} GFLOP/s = {out['ratio']:.2f}{wanted}; best step {out['best_step']:.2f}; "

@@ -7,13 +7,16 @@ text-only rows and rows with one to four pictures has them.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,6 @@ PICTURES, SHARES = (0, 1, 2, 4), (3, 4, 2, 1)  # how many a row has, and how oft
 
 def words() -> list[str]:
     """Real words in real order: the sources of a few modules of Python."""
-    import argparse
     import inspect
     import logging
     import typing
@@ -115,6 +117,41 @@ def recipe(
         "train": {"steps": steps, "global_batch_size": packs, "precision": precision}, "optim": {"lr": 1e-4},
         "checkpoint": {"dir": str(out), "every": 0, "save": "weights", "resume": "never"}, "monitor": {"trackers": []},
     })  # fmt: skip
+
+
+def one_rank(name: str, title: str | None) -> argparse.Namespace:
+    """Options of a benchmark of one training step in one process."""
+    parser = argparse.ArgumentParser(
+        name, description=title, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=10, help="the first two are not counted")
+    parser.add_argument("--rows", type=int, default=300)
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+@contextmanager
+def trainer(args: argparse.Namespace) -> Iterator[tuple[Any, list[Any]]]:
+    """The trainer of the small model on one core, and the steps of its first batches, made beforehand."""
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        write_checkpoint(root / "model")
+        data = write_data(root / "mixed", args.rows)
+        chosen = recipe(root, data, root / "run", args.steps, args.precision, workers=0)
+        from polymodal.device import apply_environment
+
+        apply_environment(chosen.device)
+        import torch
+
+        from polymodal.launch import runtime
+        from polymodal.train.trainer import Trainer
+
+        with runtime(chosen) as rt:
+            torch.set_num_threads(1)
+            made = Trainer(chosen, rt)
+            yield made, list(made.feed.loader(stop_after=args.steps))
+            made.close()
 
 
 def alternate(
