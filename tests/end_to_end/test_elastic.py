@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.end_to_end.processes import workers
 from tests.end_to_end.test_training import ENVIRONMENT, assert_same, curve, ground, straight, words  # noqa: F401
 
 pytestmark = pytest.mark.slow
@@ -22,26 +23,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def children(pid: int) -> list[int]:
-    """Processes that `pid` started and that still are."""
-    try:
-        return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
-
-
-def workers(pid: int) -> list[int]:
-    """Of those, the ones that train: they hold rank and world in their environment."""
-    found = []
-    for child in children(pid):
-        try:
-            if b"LOCAL_RANK=" in Path(f"/proc/{child}/environ").read_bytes():
-                found.append(child)
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-    return found
 
 
 def wait_for_step(run: Path, step: int, processes: list[subprocess.Popen], seconds: float = 200) -> None:

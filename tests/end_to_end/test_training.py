@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.end_to_end.processes import workers
 from tests.models import tiny
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -155,7 +156,11 @@ def test_kill_9_and_resume_on_another_number_of_processes(ground, straight, tmp_
     while not (run / "checkpoints" / "step-00000003").is_dir():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    for pid in (
+        *workers(process.pid),
+        process.pid,
+    ):  # workers first: they end by themselves after their launcher
+        os.kill(pid, signal.SIGKILL)
     process.wait()
     assert not (run / "summary.json").exists()
     train(ground, run, nproc=1)
