@@ -142,9 +142,6 @@ def _contradictions(parallel: Parallel) -> list[PolymodalError]:
         cause = f"{named} takes the gradients of inputs and of weights apart, which compiled blocks give only together."
         mend = "Set parallel.compile to false, or parallel.pp_schedule to Interleaved1F1B."
         reasons.append(PolymodalError(cause, mend))
-    if parallel.pp > 1 and parallel.zero_stage == 3 and not kind.gathers:
-        cause = "parallel.zero = 3 under a pipeline is not built for every model: some stop in a collective."
-        reasons.append(PolymodalError(cause, "Set parallel.zero to 1 or 2."))
     given = {
         "reshard_after_forward = true": parallel.reshard_after_forward,
         f"zero = {parallel.zero}": parallel.zero_stage > 1,

@@ -103,6 +103,9 @@ class _Stage(PipelineStage):
         module.set_is_last_backward(False)
         module.set_reshard_after_backward(stage == 3)
         module.set_requires_all_reduce(False)  # over replicas, once a step
+        # FSDP2 gathers the root's weights when a gradient meets its output. That is a tensor of its own if it was
+        # filled up, else its last block's, whose own hook is first: ranks would gather in different orders.
+        module.unshard()
         self.submod = nn.Identity()  # torch would set FSDP2 to its own way
         try:
             return super().backward_maybe_with_nosync(*args, **kwargs)

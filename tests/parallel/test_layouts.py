@@ -26,6 +26,7 @@ QUICK = {
         Layout("LoRA, TP 2 + SP", 2, {"tp": 2}, lora=True),
         Layout("PP 2 x 2 virtual, vision tower over three stages", 2, {"pp": 2, **VIRTUAL_CUT}),
         Layout("HSDP 2 x 2", 4, {"dp_replicate": 2}),
+        Layout("PP 2, ZeRO-3 x 2, full recompute", 4, {"pp": 2, "zero": 3, "recompute": "full"}),
     ],
     "qwen3-vl": [
         Layout("TP 2", 2, {"tp": 2, "sp": False}),
