@@ -271,56 +271,6 @@ def chat(
     )
 
 
-@command(app, "polymodal evaluate runs/mine ai2d --data AI2D_TEST.tsv", "polymodal evaluate runs/mine custom --data questions.jsonl --metric contains --nproc 8")
-def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="Hub id, directory, run or checkpoint of a run.", show_default=False)],
-    benchmark: Annotated[str, typer.Argument(help="ai2d, mmmu, chartqa, docvqa, or custom.", show_default=False)],
-    data: Annotated[str, typer.Option(metavar="FILE", help="VLMEvalKit TSV, CSV, JSON or JSON lines.", show_default=False)],
-    metric: Annotated[str | None, typer.Option(help="exact, contains, anls, relaxed, choice, open or likelihood.", show_default="the benchmark's")] = None,
-    out: Annotated[str | None, typer.Option(metavar="DIR", help="Answers, result and page.", show_default="evaluations/...")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many questions.")] = None,
-    nproc: Processes = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer in tokens.", show_default="the benchmark's")] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions answered together.")] = 16,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
-    media_dir: MediaDir = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Forget earlier answers in the output directory.")] = False,
-    html: Annotated[int, typer.Option(help="Samples in report.html; 0 = no page.")] = 300,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    ema: Ema = False,
-    base: Base = None,
-    revision: Revision = None,
-) -> int:
-    """Measure a checkpoint on a benchmark file; on any number of processes, goes on where it stopped."""
-
-    def here() -> int:
-        from polymodal.evaluate import run
-
-        run.main(
-            checkpoint,
-            benchmark,
-            data,
-            metric=metric,
-            out=out,
-            device=device,
-            dtype=dtype,
-            ema=ema,
-            base=base,
-            revision=revision,
-            limit=limit,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            system=system,
-            media_dir=media_dir,
-            restart=restart,
-            html=html,
-        )
-        return 0
-
-    return spread(nproc, None, here, device)
-
-
 @command(app, "polymodal export runs/mine out/my-model --merge-lora --dtype bf16")
 def export(
     source: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="Run, or one of its checkpoints.", show_default=False)],
@@ -449,6 +399,7 @@ def docs() -> int:
 
 
 import polymodal.cli_convert  # noqa: E402  (its command joins the app)
+import polymodal.cli_evaluate  # noqa: E402  (its command joins the app)
 import polymodal.cli_generation  # noqa: E402, F401  (its commands join the app)
 
 command(app, "polymodal plan recipe.yaml --world 512 --device h100", "polymodal plan recipe.yaml --world 64 --device 910b --search -o best.yaml")(cli_cluster.plan)

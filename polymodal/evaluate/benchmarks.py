@@ -54,6 +54,7 @@ class Benchmark:
     labelled: bool = False  # "Question: ..." in front, as the choice prompts of VLMEvalKit have it
     lists: bool = False
     aliases: tuple[str, ...] = ()
+    samples: int = 0  # of each prompt, for models that generate; 0: questions to a model that answers
 
 
 SHORT = "Answer the question using a single word or phrase."
@@ -68,6 +69,8 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("chartqa", "relaxed", 64, "ChartQA: charts, numbers may be 5 % off", SHORT, aliases=("chartqa_test",)),
     Benchmark("docvqa", "anls", 64, "DocVQA: documents, ANLS with threshold 0.5", SHORT, lists=True, aliases=("docvqa_val", "docvqa_test")),
     Benchmark("custom", None, 128, "your own JSON, JSONL, TSV or CSV: question and answer, or conversations", aliases=("jsonl", "json", "tsv", "csv")),
+    Benchmark("generation", None, 0, "your own prompts, for models that generate pictures or clips", aliases=("pictures", "clips"), samples=1),
+    Benchmark("vbench", None, 0, "VBench: its prompts (VBench_full_info.json), its layout of clips", aliases=("vbench_i2v",), samples=5),
 )  # fmt: skip
 
 

@@ -8,72 +8,20 @@ another one generates nothing. Sees generate, data, device and errors.
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from polymodal import __version__
 from polymodal.errors import PolymodalError
-from polymodal.evaluate import benchmarks, report
+from polymodal.evaluate import benchmarks, results
 from polymodal.evaluate.benchmarks import Question, Questions
 from polymodal.evaluate.metrics import METRICS
-from polymodal.evaluate.store import Memory, Progress, Ranks, Store, replace_file
+from polymodal.evaluate.results import Judged, Result
+from polymodal.evaluate.store import Memory, Progress, Ranks, Store
 from polymodal.generate.engine import Answer, Engine, Sampling
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One question with its answer and its score; index: its place in the data, from 0; score None: not scored."""
-
-    index: int
-    id: str
-    where: str
-    question: str
-    expected: tuple[str, ...]
-    options: Mapping[str, str]
-    groups: Mapping[str, str]
-    answer: str
-    extracted: str = ""
-    score: float | None = None
-    parsed: bool = True
-    finished: bool = True
-    tokens: int = 0
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """score: mean over scored questions, 0..1 (None when none has an answer to compare with).
-
-    errors: questions that could not be asked (a broken picture); they count as wrong. unparsed: answers without a
-    readable choice. cut: answers that max_new_tokens ended. by: group -> value -> {"score", "n"}.
-    """
-
-    name: str
-    benchmark: str
-    metric: str
-    score: float | None
-    n: int
-    scored: int
-    errors: int
-    unparsed: int
-    cut: int
-    by: Mapping[str, Mapping[str, Mapping[str, float]]]
-    seconds: float
-    resumed: int
-    settings: Mapping[str, Any]
-    samples: Sequence[Judged] = field(default=(), repr=False)
-    out: str | None = None
-
-    def summary(self) -> dict[str, Any]:
-        """What result.json holds."""
-        fields = {k: v for k, v in self.__dict__.items() if k not in ("samples", "out")}
-        return {**fields, "version": __version__}
-
 
 # --- the evaluation ------------------------------------------------------------------------------------------------
 
@@ -125,6 +73,10 @@ def evaluate(
     world = Ranks(alone)
     try:
         facts = benchmarks.find(benchmark)
+        if facts.samples:
+            raise PolymodalError(
+                f"`{facts.name}` is for models that generate.", "Use `custom` for questions of your own."
+            )
         if metric is not None and metric not in METRICS:
             raise PolymodalError(f"There is no metric `{metric}`.", f"Use one of: {', '.join(METRICS)}.")
         questions = benchmarks.read(rows, facts, media_dir)
@@ -152,7 +104,7 @@ def evaluate(
             )
         store = Store(Path(out), settings) if out is not None else Memory()
         began = time.perf_counter()
-        done = _opened(store, world, restart)
+        done = opened(store, world, restart)
         todo = [i for i in range(count) if questions.ids[i] not in done]
         mine = deal([_cost(questions.key(i)) for i in todo], world.size)[world.rank]
         _answer(
@@ -175,7 +127,7 @@ def evaluate(
         )
         if out is not None:
             result = replace(result, out=str(out))
-            _results(Path(out), result, questions, html, label)
+            results.write(Path(out), result, lambda i: _shown(questions[i]), html, label)
         return result
     finally:
         world.close()
@@ -191,7 +143,7 @@ def _engine(model: Any) -> Engine:
     return open_engine(model)
 
 
-def _opened(store: Store, world: Ranks, restart: bool) -> dict[str, dict[str, Any]]:
+def opened(store: Store, world: Ranks, restart: bool) -> dict[str, dict[str, Any]]:
     """Open the directory and read what is answered; every rank sees the same, before any of them writes."""
     error: PolymodalError | None = None
     done: dict[str, dict[str, Any]] = {}
@@ -209,6 +161,10 @@ def _opened(store: Store, world: Ranks, restart: bool) -> dict[str, dict[str, An
         error = caught
     world.agree(error)
     return done
+
+
+def _shown(question: Question) -> list[Any]:
+    return [part for message in question.messages for part in message.content if not isinstance(part, str)]
 
 
 def _cost(question: Question) -> float:
@@ -258,7 +214,7 @@ def _answer(
             bar.update()
 
 
-# --- judging and writing -------------------------------------------------------------------------------------------
+# --- judging -------------------------------------------------------------------------------------------------------
 
 
 def _judge(
@@ -289,120 +245,12 @@ def _judge(
             )
         )
     scored = [s for s in samples if s.score is not None]
-    by: dict[str, dict[str, dict[str, float]]] = {}
-    for group in ("split", "category"):
-        values: dict[str, list[float]] = {}
-        for s in scored:
-            if group in s.groups:
-                values.setdefault(s.groups[group], []).append(s.score or 0.0)
-        if values:
-            by[group] = {
-                value: {"score": sum(v) / len(v), "n": len(v)} for value, v in sorted(values.items())
-            }
+    by = results.by_group(scored, ("split", "category"))
     return Result(
         name, benchmark, metric, sum(s.score or 0.0 for s in scored) / len(scored) if scored else None, len(samples), len(scored),
         sum(s.error is not None for s in samples), sum(not s.parsed for s in scored), sum(not s.finished for s in samples),
         by, round(seconds, 2), resumed, settings, samples,
     )  # fmt: skip
-
-
-def _results(out: Path, result: Result, questions: Questions, html: int, label: str) -> None:
-    lines = [
-        json.dumps({**asdict(s), "expected": list(s.expected)}, ensure_ascii=False) for s in result.samples
-    ]
-    replace_file(out / "samples.jsonl", "\n".join(lines) + "\n")
-    if html:
-        replace_file(out / "report.html", _page(result, questions, html, label))
-    replace_file(out / "result.json", json.dumps(result.summary(), indent=1, ensure_ascii=False))
-
-
-def percent(score: float | None) -> str:
-    return "not scored" if score is None else f"{100 * score:.1f} %"
-
-
-def lines_of(result: Result) -> Iterator[tuple[str, str, int]]:
-    """Rows of the table: (what, score, questions)."""
-    yield "all", percent(result.score), result.scored
-    for group, values in result.by.items():
-        if len(values) > 1:
-            for value, part in values.items():
-                yield f"{group}: {value}", percent(part["score"]), int(part["n"])
-
-
-def cards(result: Result, questions: Questions, most: int, label: str = "answer") -> list[report.Shown]:
-    """Samples with thumbnails for a grid: at most `most`, evenly spread over the right and over the others."""
-    right = [i for i, s in enumerate(result.samples) if s.score == 1]
-    other = [i for i, s in enumerate(result.samples) if s.score != 1]
-    half = max(most // 2, most - len(right), 0)
-    chosen = _spread(other, half)
-    chosen = sorted(chosen + _spread(right, most - len(chosen)))
-    shown = []
-    for i in chosen:
-        s = result.samples[i]
-        try:
-            media = [
-                m for message in questions[i].messages for m in message.content if not isinstance(m, str)
-            ]
-        except PolymodalError:
-            media = []
-        text = s.error or (
-            f"{s.answer}  →  {s.extracted}"
-            if s.extracted and s.extracted.strip().lower() != s.answer.strip().lower()
-            else s.answer
-        )
-        question = s.question + "".join(f"\n{k}. {v}" for k, v in s.options.items())
-        note = "" if s.finished else "cut by max_new_tokens"
-        shown.append(
-            report.Shown(
-                question,
-                [(label, text, s.score)],
-                " | ".join(s.expected),
-                [report.thumbnail(m) for m in media],
-                note,
-                {"id": s.id, **s.groups},
-            )
-        )
-    return shown
-
-
-def _spread(positions: list[int], most: int) -> list[int]:
-    if len(positions) <= most:
-        return positions
-    return [positions[i * len(positions) // most] for i in range(most)]
-
-
-def _page(result: Result, questions: Questions, most: int, label: str) -> str:
-    shown = cards(result, questions, most, label)
-    facts = [
-        ("questions", result.n),
-        ("not asked (errors, counted as wrong)", result.errors),
-        ("without a readable choice", result.unparsed),
-        ("cut by max_new_tokens", result.cut),
-    ]
-    sections = [
-        report.table(("", "score", "questions"), list(lines_of(result))),
-        report.table(("", "count"), [f for f in facts if f[1]]),
-        f"<details><summary>settings</summary>{report.table(('key', 'value'), [(k, json.dumps(v, ensure_ascii=False)) for k, v in result.settings.items()])}</details>",
-        f"<h2>Questions</h2><p class=dim>{len(shown)} of {result.n}; all of them are in samples.jsonl</p>",
-        report.grid(shown),
-    ]
-    return report.page(
-        f"{result.name}: {result.benchmark}",
-        sections,
-        f"{percent(result.score)} by {result.metric} over {result.scored} questions",
-    )
-
-
-def table(result: Result) -> Any:
-    """The result as a rich table."""
-    from rich.table import Table
-
-    out = Table(title=f"{result.name}: {result.benchmark} ({result.metric})", title_justify="left")
-    for name in ("", "score", "questions"):
-        out.add_column(name, justify="left" if not name else "right")
-    for row in lines_of(result):
-        out.add_row(*map(str, row))
-    return out
 
 
 def main(
@@ -450,7 +298,7 @@ def main(
         )
     if result is not None:
         console = Console()
-        console.print(table(result))
+        console.print(results.table(result))
         notes = [
             f"{n} {what}"
             for n, what in (

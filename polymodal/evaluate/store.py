@@ -49,6 +49,16 @@ class Ranks:
         if first is not None:
             raise first
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank."""
+        found = [value]
+        if self.group is not None:
+            import torch.distributed as dist
+
+            found = [None] * self.size
+            dist.all_gather_object(found, value, group=self.group)
+        return found
+
     def close(self) -> None:
         if self.group is not None:
             import torch.distributed as dist

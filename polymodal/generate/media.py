@@ -6,6 +6,7 @@ Sees generate/pipeline.py, launch and errors. Prompts are dealt out to ranks; a 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -70,6 +71,20 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
         container.mux(stream.encode())
 
 
+def save(folder: Path, number: int, frames: np.ndarray, fps: float) -> str:
+    """uint8 [F, H, W, 3] as NNNN.mp4, or NNNN.png of one frame; there whole or not at all. Returns the file's name."""
+    from PIL import Image
+
+    name = f"{number:04d}.{'mp4' if len(frames) > 1 else 'png'}"
+    partial = folder / f".{os.getpid()}-{name}"
+    if len(frames) > 1:
+        write_video(partial, frames, fps)
+    else:
+        Image.fromarray(frames[0]).save(partial)
+    os.replace(partial, folder / name)
+    return name
+
+
 def sheet(samples: Sequence[np.ndarray], columns: int | None = None) -> np.ndarray:
     """Pictures side by side; of clips each row is one, with up to six of its frames. uint8 [H, W, 3]."""
     clips = any(len(s) > 1 for s in samples)
@@ -106,8 +121,6 @@ def main(
     revision: str | None = None,
 ) -> int:
     """The command, in one of its processes: writes NNNN.mp4 or NNNN.png, sheet.png and samples.json. Returns the exit code."""
-    from PIL import Image
-
     from polymodal import launch
     from polymodal import recipe as recipes
 
@@ -125,7 +138,7 @@ def main(
         part = folder / f".part-{rt.rank}.jsonl"
         mine = list(range(rt.rank, len(prompts), rt.world))
         with open(part, "w", encoding="utf-8") as listing:
-            for group in _groups(mine, prompts, batch_size):
+            for group in groups(mine, prompts, batch_size):
                 chosen = [prompts[i] for i in group]
                 numbered = [
                     Prompt(
@@ -140,17 +153,14 @@ def main(
                     group, numbered, generator.sample(numbered, settings), strict=True
                 ):
                     wrong = suspicion(frames)
-                    name = f"{number:04d}.{'mp4' if len(frames) > 1 else 'png'}"
+                    name = None
                     if frames.dtype == np.uint8:
-                        if len(frames) > 1:
-                            write_video(folder / name, frames, fps)
-                        else:
-                            Image.fromarray(frames[0]).save(folder / name)
+                        name = save(folder, number, frames, fps)
                         if number < SHEET:
                             np.save(folder / f".sheet-{number:04d}.npy", frames)
                     row = {
                         "number": number,
-                        "file": name if frames.dtype == np.uint8 else None,
+                        "file": name,
                         **asdict(given),
                     }
                     row |= {
@@ -168,7 +178,7 @@ def main(
     return 0
 
 
-def _groups(mine: list[int], prompts: Sequence[Prompt], size: int) -> list[list[int]]:
+def groups(mine: list[int], prompts: Sequence[Prompt], size: int) -> list[list[int]]:
     """Batches of prompts that have the same kinds of conditions; a prompt with a picture or clip goes alone."""
     out: list[list[int]] = []
     for number in mine:

@@ -378,18 +378,15 @@ def _way_of_generation(card: ModelCard, key: str, task: Task, devices: int | Non
     merge = " --merge-lora" if method == "lora" else ""
     stages += [
         Stage("Sample", f'polymodal generate runs/{run} --prompt "a cat runs" --out samples/{run}', reads=f"runs/{run}/", writes=f"samples/{run}/ (mp4 or png, sheet.png, samples.json)"),
+        Stage("Evaluate", f"polymodal evaluate runs/{run} generation --data prompts.jsonl --clip weights/clip --nproc {nproc}", reads=f"runs/{run}/, prompts.jsonl", writes=f"evaluations/{run}-generation/"),
         Stage("Export", f"polymodal export runs/{run} out/{run}{merge}", reads=f"runs/{run}/", writes=f"out/{run}/ (diffusers' layout)"),
     ]  # fmt: skip
-    if task in ("chat", "evaluate"):
-        return (
-            *stages[:2],
-            Stage(
-                "Sample",
-                f'polymodal generate {weights} --prompt "a cat runs" --out samples',
-                f"{weights}/",
-                "samples/",
-            ),
-        )
+    if task == "chat":
+        command = f'polymodal generate {weights} --prompt "a cat runs" --out samples'
+        return (*stages[:2], Stage("Sample", command, f"{weights}/", "samples/"))
+    if task == "evaluate":
+        command = f"polymodal evaluate {weights} generation --data prompts.jsonl --clip weights/clip"
+        return (*stages[:2], Stage("Evaluate", command, f"{weights}/, prompts.jsonl", "evaluations/"))
     return tuple(stages)
 
 

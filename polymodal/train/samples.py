@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from polymodal.errors import PolymodalError
-from polymodal.generate.media import sheet, write_video
+from polymodal.generate.media import save, sheet
 from polymodal.generate.pipeline import Generator, Prompt, Settings, suspicion
 from polymodal.parallel.mesh import Mesh
 from polymodal.recipe import Recipe
@@ -122,17 +122,12 @@ class Sampler:
         return folder
 
     def _keep(self, folder: Path, number: int, made: np.ndarray) -> None:
-        from PIL import Image
-
         wrong = suspicion(made)
         if wrong:
             print(f"warning: sample {number} {wrong}", flush=True)
         if made.dtype != np.uint8:
             return
-        if len(made) > 1:
-            write_video(folder / f"{number:04d}.mp4", made, self.asked.fps)
-        else:
-            Image.fromarray(made[0]).save(folder / f"{number:04d}.png")
+        save(folder, number, made, self.asked.fps)
         np.save(folder / f".{number:04d}.npy", made)
 
     def _sheet(self, folder: Path, step: int, metrics: Any) -> None:

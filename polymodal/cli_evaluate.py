@@ -1,0 +1,83 @@
+"""The command that measures a checkpoint, one that answers or one that generates. Part of the one command; see cli.py for its rules."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from polymodal.cli import Base, Device, Dtype, Ema, MediaDir, Processes, Revision, app, command, spread
+
+MAKES = "Models that generate"
+# One line an option reads best.
+# fmt: off
+
+
+@command(app, "polymodal evaluate runs/mine ai2d --data AI2D_TEST.tsv", "polymodal evaluate runs/mine custom --data questions.jsonl --metric contains --nproc 8", "polymodal evaluate runs/flux generation --data prompts.jsonl --clip weights/clip --real photos --features weights/dinov2 --nproc 8")
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="Hub id, directory, run, checkpoint of a run, or adapter.", show_default=False)],
+    benchmark: Annotated[str, typer.Argument(help="ai2d, mmmu, chartqa, docvqa, custom; generation, vbench.", show_default=False)],
+    data: Annotated[str, typer.Option(metavar="FILE", help="VLMEvalKit TSV, CSV, JSON or JSON lines; prompts also as .txt.", show_default=False)],
+    metric: Annotated[str | None, typer.Option(help="exact, contains, anls, relaxed, choice, open or likelihood.", show_default="the benchmark's")] = None,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Answers or samples, result and page.", show_default="evaluations/...")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
+    nproc: Processes = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer in tokens.", show_default="the benchmark's")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows taken together.", show_default="16 questions, 1 sample")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
+    media_dir: MediaDir = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget earlier answers in the output directory.")] = False,
+    html: Annotated[int, typer.Option(help="Samples in report.html; 0 = no page.")] = 300,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    ema: Ema = False,
+    base: Base = None,
+    revision: Revision = None,
+    clip: Annotated[str | None, typer.Option(metavar="DIR", help="CLIP or SigLIP checkpoint: likeness of prompt and sample.", rich_help_panel=MAKES)] = None,
+    real: Annotated[str | None, typer.Option(metavar="DIR", help="Real pictures or clips, for the Frechet distance.", rich_help_panel=MAKES)] = None,
+    features: Annotated[str | None, typer.Option(metavar="DIR", help="Vision model: features of that distance, consistency of frames.", rich_help_panel=MAKES)] = None,
+    classifier: Annotated[str | None, typer.Option(metavar="DIR", help="Image classifier, for rows with a label.", rich_help_panel=MAKES)] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples of each prompt.", show_default="the benchmark's", rich_help_panel=MAKES)] = None,
+    negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What not to make.", rich_help_panel=MAKES)] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the pipeline's", rich_help_panel=MAKES)] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the pipeline's", rich_help_panel=MAKES)] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the pipeline's", rich_help_panel=MAKES)] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the pipeline's", rich_help_panel=MAKES)] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a clip.", show_default="the pipeline's", rich_help_panel=MAKES)] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames a second of the mp4.", show_default="16", rich_help_panel=MAKES)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise.", show_default="42", rich_help_panel=MAKES)] = None,
+) -> int:
+    """Measure a checkpoint on a benchmark file, or what it generates; on any number of processes, goes on where it stopped."""
+    from polymodal.errors import PolymodalError
+    from polymodal.evaluate import benchmarks
+
+    answers = {"--metric": metric, "--max-new-tokens": max_new_tokens, "--system": system}
+    makes = {
+        "--clip": clip, "--real": real, "--features": features, "--classifier": classifier, "--samples": samples, "--negative": negative,
+        "--steps": steps, "--guidance": guidance, "--height": height, "--width": width, "--frames": frames, "--fps": fps, "--seed": seed,
+    }
+    facts = benchmarks.find(benchmark)
+    foreign = [name for name, value in (answers if facts.samples else makes).items() if value is not None]
+    if foreign:
+        what = "generate" if facts.samples else "answer"
+        raise PolymodalError(f"`{facts.name}` is for models that {what}, it has no {foreign[0]}.", "Leave that option out.")
+    opened: dict[str, Any] = {"device": device, "dtype": dtype, "ema": ema, "base": base, "revision": revision}
+    common: dict[str, Any] = {"out": out, "limit": limit, "media_dir": media_dir, "restart": restart, "html": html}
+
+    def here() -> int:
+        if facts.samples:
+            from polymodal.evaluate import generation
+            from polymodal.generate.pipeline import Settings
+
+            settings = Settings(steps, guidance, height, width, frames, None, 42 if seed is None else seed)
+            generation.main(
+                checkpoint, facts.name, data, settings=settings, samples=samples, negative=negative, fps=fps or 16.0, real=real, clip=clip,
+                features=features, classifier=classifier, batch_size=batch_size or 1, **opened, **common,
+            )
+        else:
+            from polymodal.evaluate import run
+
+            run.main(checkpoint, benchmark, data, metric=metric, max_new_tokens=max_new_tokens, batch_size=batch_size or 16, system=system, **opened, **common)
+        return 0
+
+    return spread(nproc, None, here, device)
