@@ -54,6 +54,8 @@ def generate(
     image: Annotated[str | None, typer.Option(metavar="FILE", help="First frame, or picture to start from.")] = None,
     last_image: Annotated[str | None, typer.Option(metavar="FILE", help="Last frame.")] = None,
     video: Annotated[str | None, typer.Option(metavar="FILE", help="Clip to start from.")] = None,
+    mask: Annotated[str | None, typer.Option(metavar="FILE", help="White where that clip is made anew: a picture or a clip.")] = None,
+    reference: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Picture of what is to be seen; may repeat.")] = None,
     strength: Annotated[float | None, typer.Option(help="How far to go from that clip, 0 to 1.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the pipeline's")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the pipeline's")] = None,
@@ -77,7 +79,7 @@ def generate(
         from polymodal.generate.pipeline import Prompt, Settings
 
         listed = room.read_prompts(prompts) if prompts else []
-        listed += [Prompt(text, None, image, last_image, video) for text in prompt or ()]
+        listed += [Prompt(text, None, image, last_image, video, mask, reference) for text in prompt or ()]
         for one in listed:
             one.negative_prompt = one.negative_prompt if one.negative_prompt is not None else negative
         settings = Settings(steps, guidance, height, width, frames, strength, seed)

@@ -2,7 +2,8 @@
 
 Part of the data room: sees errors, recipe, references and sample. The documented rows are {path, cap, num_frames, fps,
 resolution}; the captions that others use are known by their names. A row becomes a Record whose user says the first
-caption and whose assistant answers with the medium; all captions are in `extra["captions"]`.
+caption and whose assistant answers with the medium; all captions are in `extra["captions"]`. What the medium is to be
+made from (a source, its mask, pictures to refer to) the user shows before the caption; `extra["given"]` says which is which.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ from polymodal.errors import PolymodalError
 from polymodal.recipe import Attr
 
 MEDIA = ("path", "video", "image", "file", "file_name", "media_path", "videos", "images")
+GIVEN = {
+    "source": ("src_video", "src_image"),
+    "mask": ("src_video_mask", "src_mask"),
+    "references": ("src_ref_images", "ref_images"),
+}
+"""Roles of what a medium is made from, and the columns that name it. Only `references` may be several pictures."""
 CAPTIONS = ("cap", "caption", "captions", "text", "prompt")
 
 
@@ -60,8 +67,30 @@ def caption_record(row: Mapping[str, Any], where: str, attr: Attr, references: R
     extra = {
         k: v for k, v in row.items() if isinstance(v, (str, int, float, dict)) and not k.startswith("__")
     }
-    messages = (Message("user", (captions[0],)), Message("assistant", (medium,)))
-    return Record(messages, where, extra={**extra, "captions": tuple(captions)})
+    given = _given(row, where, references)
+    shown = [m for group in given.values() for m in group]
+    messages = (Message("user", (*shown, captions[0])), Message("assistant", (medium,)))
+    return Record(messages, where, extra={**extra, "captions": tuple(captions), "given": given})
+
+
+def _given(row: Mapping[str, Any], where: str, references: References) -> dict[str, tuple[Media, ...]]:
+    """Role -> its media, of those that the row names; null and empty lists name none."""
+    found = {}
+    for role, names in GIVEN.items():
+        value, key = first(row, None, names)
+        value = listed(value)
+        if value is None or (isinstance(value, (str, list)) and not value):
+            continue
+        several = role == "references"
+        entries = value if isinstance(value, list) and several else [value]
+        media = tuple(references.medium(_kind(e, key, where), e, where, key) for e in entries)
+        odd = next((m for m in media if several and m.kind != "image"), None)
+        if odd is not None:
+            raise PolymodalError(
+                f"{where}: `{key}` names a video, references are pictures.", "Name pictures there."
+            )
+        found[role] = media
+    return found
 
 
 def _kind(value: Any, key: str, where: str) -> Any:
@@ -72,9 +101,9 @@ def _kind(value: Any, key: str, where: str) -> Any:
     ending = os.path.splitext(name)[1].lower().removeprefix(".") if isinstance(name, str) else ""
     if ending in VIDEO or ending == "gif":
         return "video"
-    if ending in IMAGE or key.startswith("image"):
+    if ending in IMAGE or key.startswith(("image", "src_image", "src_ref", "ref")):
         return "image"
-    if key.startswith("video"):
+    if key.startswith(("video", "src_video")):
         return "video"
     raise PolymodalError(
         f"{where}: `{key}` = {str(value)[:60]} is neither a known picture nor a known video by its ending.",

@@ -28,12 +28,12 @@ NARROWEST = 4.0
 class Clips:
     """Records -> buckets and frames. Picklable.
 
-    grid: the family's LatentGrid (side, fits, tokens). Raises PolymodalError for sizes and lengths that the latents
-    do not divide.
+    grid: the family's LatentGrid (side, fits, tokens); given: the roles of what a row's medium is made from that the
+    family takes. Raises PolymodalError for sizes and lengths that the latents do not divide.
     """
 
-    def __init__(self, clip: Clip, grid: Any):
-        self.clip, self.grid = clip, grid
+    def __init__(self, clip: Clip, grid: Any, given: Sequence[str] = ()):
+        self.clip, self.grid, self.roles = clip, grid, tuple(given)
         still = grid.still
         for frames in clip.frames:
             if not still and not grid.fits(frames):
@@ -53,6 +53,7 @@ class Clips:
         self.lengths = [1] if still else sorted(set(clip.frames))
         self.sizes = [(h, w) for h, w in clip.sizes] or _sizes(clip.pixels, grid.side)
         keys = [clip.model_dump(mode="json"), grid.channels, grid.time, grid.space, list(grid.patch)]
+        keys += [list(self.roles), grid.references] if self.roles else []
         self.fingerprint = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
 
     # ------------------------------------------------------------------ measuring, from headers
@@ -90,6 +91,15 @@ class Clips:
             header = media.video_header(medium.source, self.clip.fps or 24.0)
             height, width = header.height, header.width
             have = len(self._times(header))
+            for role, shown in self._given(record).items():
+                if shown[0].kind == "video":
+                    less = len(self._times(media.video_header(shown[0].source, self.clip.fps or 24.0)))
+                    if less < min(have, self.lengths[0]):
+                        raise PolymodalError(
+                            f"the {role} {media.label(shown[0].source)} has {less} frames, fewer than the shortest length {self.lengths[0]}.",
+                            "A clip and what it is made from have the same length: mend or remove the row.",
+                        )
+                    have = min(have, less)
             fitting = [f for f in self.lengths if f <= have]
             if not fitting:
                 rate = f" at {self.clip.fps:g} a second" if self.clip.fps else ""
@@ -100,8 +110,16 @@ class Clips:
             frames = fitting[-1]
         ratio = math.log(height / width)
         height, width = min(self.sizes, key=lambda s: (abs(math.log(s[0] / s[1]) - ratio), -s[0] * s[1]))
+        frames += self.grid.time * self._references(record)
         tokens = self.grid.tokens(frames, height, width)
         return Measure(tokens, tokens, (frames, height, width))
+
+    def _given(self, record: Record) -> dict[str, tuple[Media, ...]]:
+        return {r: m for r, m in record.extra.get("given", {}).items() if r in self.roles}
+
+    def _references(self, record: Record) -> int:
+        """Pictures that stand as latent frames of their own before the clip's, where the family has them so."""
+        return len(self._given(record).get("references", ())) if self.grid.references else 0
 
     def _times(self, header: media.VideoHeader) -> list[int]:
         """Numbers of all frames that are taken at the asked rate; a slower video gives every frame."""
@@ -112,8 +130,39 @@ class Clips:
 
     def frames(self, record: Record, measure: Measure) -> np.ndarray:
         """The medium in its bucket's size: uint8 [F, H, W, 3]. Raises PolymodalError with the row's place."""
-        medium = medium_of(record)
-        count, height, width = measure.patches
+        count = measure.patches[0] - self.grid.time * self._references(record)
+        return self._decoded(medium_of(record), record, count, *measure.patches[1:])
+
+    def given(self, record: Record, measure: Measure) -> dict[str, np.ndarray]:
+        """What the medium is made from, by role, uint8: source and mask [F, H, W, 3] at the medium's own times (a
+        picture stands for all of them), references [N, H, W, 3], whole, on white. Raises PolymodalError."""
+        height, width = measure.patches[1:]
+        count = measure.patches[0] - self.grid.time * self._references(record)
+        out = {}
+        for role, shown in self._given(record).items():
+            if role == "references":
+                out[role] = np.stack([self._whole(m, record, height, width) for m in shown])
+                continue
+            found = self._decoded(shown[0], record, count, height, width)
+            out[role] = np.repeat(found, count, axis=0) if len(found) < count else found
+        return out
+
+    def _whole(self, medium: Media, record: Record, height: int, width: int) -> np.ndarray:
+        """A picture scaled to lie within the size, in the middle of white."""
+        try:
+            picture = media.image(_source(medium))
+        except PolymodalError as error:
+            raise PolymodalError(f"{record.where}: {error.message}", error.hint) from None
+        scale = min(height / picture.height, width / picture.width)
+        size = max(1, int(picture.height * scale)), max(1, int(picture.width * scale))
+        if (picture.height, picture.width) != size:
+            picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
+        out = np.full((height, width, 3), 255, np.uint8)
+        top, left = (height - size[0]) // 2, (width - size[1]) // 2
+        out[top : top + size[0], left : left + size[1]] = np.asarray(picture)
+        return out
+
+    def _decoded(self, medium: Media, record: Record, count: int, height: int, width: int) -> np.ndarray:
         try:
             if medium.kind == "image":
                 return self._fit(media.image(_source(medium)), height, width)[None]
@@ -143,14 +192,15 @@ class Clips:
 
 
 def medium_of(record: Record) -> Media:
-    """The one picture or clip of a caption's record. Raises PolymodalError."""
-    if len(record.media) != 1 or "captions" not in record.extra:
+    """The one picture or clip that a caption's record asks for. Raises PolymodalError."""
+    if "captions" not in record.extra:
         raise PolymodalError(
             "the row is no picture or clip with a caption, which a generating model learns from.",
             'Write rows as {"path": "clip.mp4", "cap": "what it shows"}, or set format: caption.',
         )
-    media.refuse_audio(record.media[0])
-    return record.media[0]
+    medium = record.media[-1]
+    media.refuse_audio(medium)
+    return medium
 
 
 def _source(medium: Media) -> str | bytes:

@@ -41,12 +41,20 @@ class Part(NamedTuple):
 # ---- names and identities -------------------------------------------------------------------------------------------
 
 
-def identity(record: Record) -> dict[str, Any]:
-    """What a sample's features depend on besides the settings: its medium's file and its captions."""
-    source = record.media[0].source
-    names = (source,) if isinstance(source, (str, bytes)) else source
-    files = []
-    for name in names:
+def _sources(record: Record, given: Sequence[str]) -> list[str | bytes]:
+    """Files of the medium, then those of what it is made from, of the roles `given`."""
+    media = [record.media[-1]]
+    media += [m for role, group in record.extra.get("given", {}).items() if role in given for m in group]
+    return [name for m in media for name in ((m.source,) if isinstance(m.source, (str, bytes)) else m.source)]
+
+
+def identity(record: Record, given: Sequence[str] = ()) -> dict[str, Any]:
+    """What a sample's features depend on besides the settings: its medium's file, what it is made from, its captions.
+
+    given: the roles that the family takes.
+    """
+    files: list[list[Any]] = []
+    for name in _sources(record, given):
         if isinstance(name, bytes):
             files.append(["bytes", len(name), hashlib.blake2b(name, digest_size=8).hexdigest()])
             continue
@@ -57,7 +65,8 @@ def identity(record: Record) -> dict[str, Any]:
                 f"{record.where}: {name} cannot be read: {error.strerror}.", "Check the path."
             ) from None
         files.append([name, info.st_size, info.st_mtime_ns])
-    return {"files": files, "captions": list(record.extra["captions"])}
+    roles = {r: len(m) for r, m in record.extra.get("given", {}).items() if r in given}
+    return {"files": files, "captions": list(record.extra["captions"]), **({"given": roles} if roles else {})}
 
 
 def file_name(who: Mapping[str, Any], ending: str) -> str:
@@ -74,11 +83,10 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
-def content_hash(record: Record) -> str:
-    """Hash of the medium's bytes."""
-    source = record.media[0].source
+def content_hash(record: Record, given: Sequence[str] = ()) -> str:
+    """Hash of the bytes of the medium and of what it is made from."""
     digest = hashlib.blake2b(digest_size=16)
-    for name in (source,) if isinstance(source, (str, bytes)) else source:
+    for name in _sources(record, given):
         if isinstance(name, bytes):
             digest.update(name)
             continue
@@ -255,6 +263,12 @@ class Features:
 
     def _shape(self, row: Mapping[str, Any], where: str) -> tuple[int, int, int]:
         size = row.get("sample_size")
+        if size is None and isinstance(row.get("file"), str):  # the documented lists of VACE say no sizes
+            latents = read_sample(self.directory / self._file(row, where), self.names)[0].get("latents")
+            if latents is not None and latents.ndim == 4:
+                frames, height, width = latents.shape[1:]
+                space = self.grid.space
+                return (frames - 1) * self.grid.time + 1, height * space, width * space
         try:
             frames, height, width = (int(x) for x in (size.split("x") if isinstance(size, str) else size))  # type: ignore[union-attr]
             return frames, height, width

@@ -90,6 +90,7 @@ def _stacked(parts: list[Tensor], text: bool) -> Tensor:
 class ClipMaker:
     """Task -> batch of frames: pixels uint8 [B, F, H, W, 3], captions in groups, to be encoded on the device. Picklable.
 
+    groups["given"] has a mapping of Clips.given an item; where references are frames of the bucket, pixels are black.
     A broken sample is fatal, or (data.on_error: skip) black frames of weight 0: it is named, and no other takes its place.
     """
 
@@ -111,6 +112,7 @@ class ClipMaker:
         pixels: list[Tensor | None] = []
         captions: list[str] = []
         broken: list[tuple[int, str]] = []
+        given: list[dict[str, Tensor]] = []
         shape: tuple[int, ...] = ()
         for id, number, _, _ in task.samples:
             record: Record = self.corpus[number]
@@ -121,12 +123,17 @@ class ClipMaker:
                         f"{record.where}: its size changed after it was measured.", "Measure again."
                     )
                 shape = measure.patches
-                pixels.append(torch.tensor(self.clips.frames(record, measure)))
+                shown = {r: torch.tensor(f) for r, f in self.clips.given(record, measure).items()}
+                frames = torch.tensor(self.clips.frames(record, measure))
+                ahead = frames.new_zeros(shape[0] - len(frames), *frames.shape[1:])  # where references stand
+                pixels.append(torch.cat([ahead, frames]))
+                given.append(shown)
             except PolymodalError as error:
                 if self.on_error == "fail":
                     raise
                 broken.append((id, error.message))
                 pixels.append(None)
+                given.append({})
             said = record.extra["captions"]
             captions.append(said[key_of(self.seed, 6, task.epoch, id) % len(said)])
         shape = shape or (1, self.clips.grid.side, self.clips.grid.side)
@@ -134,5 +141,5 @@ class ClipMaker:
         tensors = {"pixels": torch.stack([black if p is None else p for p in pixels])}
         weight = [0.0 if p is None else 1.0 for p in pixels]
         batch = _batch(tensors, task, self.seed, shape, task.samples[0][3], weight)
-        batch.groups["captions"] = tuple(captions)
+        batch.groups |= {"captions": tuple(captions), "given": tuple(given)}
         return batch, _notes(batch, began, broken)

@@ -183,13 +183,14 @@ def groups(mine: list[int], prompts: Sequence[Prompt], size: int) -> list[list[i
     out: list[list[int]] = []
     for number in mine:
         p = prompts[number]
-        alone = bool(p.image or p.last_image or p.video)
+        alone = bool(p.image or p.last_image or p.video or p.references)
         if (
             not alone
             and out
             and len(out[-1]) < size
             and not prompts[out[-1][0]].image
             and not prompts[out[-1][0]].video
+            and not prompts[out[-1][0]].references
         ):
             out[-1].append(number)
         else:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from polymodal import recipe as recipes
+from polymodal.data.files import VIDEO
 from polymodal.errors import PolymodalError
 from polymodal.generate.opening import DTYPES, assemble, fingerprint, kind_of
 from polymodal.models import catalog, pipelines, weights
@@ -28,13 +29,15 @@ MARKER = "polymodal_export.json"
 
 @dataclass
 class Prompt:
-    """One sample to be made. None: the pipeline's own default. image, last_image, video: files."""
+    """One sample to be made. None: the pipeline's own default. image, last_image, video, mask, references: files."""
 
     prompt: str
     negative_prompt: str | None = None
     image: str | None = None
     last_image: str | None = None
     video: str | None = None
+    mask: str | None = None
+    references: list[str] | None = None
     seed: int | None = None
 
 
@@ -66,6 +69,8 @@ class Generator:
 
         A sample's noise comes from its seed, or from (settings.seed, its number): batches and ranks change nothing.
         """
+        if self.family.alone and len(prompts) > 1:
+            return [s for i, p in enumerate(prompts) for s in self.sample([p], settings, first + i)]
         asked: dict[str, Any] = {
             "prompt": [p.prompt for p in prompts],
             "num_inference_steps": settings.steps, "guidance_scale": settings.guidance, "height": settings.height,
@@ -73,7 +78,7 @@ class Generator:
         }  # fmt: skip
         if any(p.negative_prompt is not None for p in prompts):
             asked["negative_prompt"] = [p.negative_prompt or "" for p in prompts]
-        for key in ("image", "last_image", "video"):
+        for key in ("image", "last_image", "video", "mask", "references"):
             given = [getattr(p, key) for p in prompts]
             if any(given):
                 asked[key] = (
@@ -95,7 +100,8 @@ class Generator:
         draws = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         try:
             with torch.no_grad():
-                out = self.pipeline(**asked, generator=draws, output_type="np")
+                draw = draws[0] if len(draws) == 1 else draws
+                out = self.pipeline(**asked, generator=draw, output_type="np")
         except ValueError as error:  # what the pipeline checks: sizes, conditions
             raise PolymodalError(
                 f"{type(self.pipeline).__name__}: {str(error).strip().splitlines()[0]}", "Change that option."
@@ -103,14 +109,18 @@ class Generator:
         made = out.frames if hasattr(out, "frames") else np.asarray(out.images)[:, None]
         return [_pixels(np.asarray(one)) for one in made]
 
-    def _medium(self, key: str, path: str | None, settings: Settings) -> Any:
+    def _medium(self, key: str, path: Any, settings: Settings) -> Any:
         from PIL import Image
 
         from polymodal.data import media
 
         if path is None:
             raise PolymodalError(f"Not every prompt has its `{key}`.", "Give one to each.")
-        if key != "video":
+        if key == "references":
+            return [media.image(one) for one in path]
+        if key == "mask" and not path.lower().endswith(tuple(f".{e}" for e in VIDEO)):
+            return media.image(path)
+        if key not in ("video", "mask"):
             picture = media.image(path)
             if settings.height and settings.width:
                 picture = picture.resize((settings.width, settings.height), Image.Resampling.BICUBIC)

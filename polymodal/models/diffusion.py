@@ -31,6 +31,9 @@ class LatentGrid:
     patch: tuple[int, int, int] = (1, 1, 1)  # latent cells that one token holds (frames, height, width)
     still: bool = False  # pictures only: latents have no axis of frames
     least: int = 1  # frames that a sample must have: more than one where a picture does not do
+    references: bool = (
+        False  # pictures that are referred to are latent frames of their own, before the clip's
+    )
 
     @property
     def side(self) -> int:
@@ -68,6 +71,8 @@ class Generation(Family):
     denoisers: tuple[str, ...] = ()  # all of the pipeline's, where there are more than `part`
     text: tuple[str, ...] = ("encoder_hidden_states",)  # made of a caption, dropped for guidance
     media: tuple[str, ...] = ()  # made of pixels besides the latents
+    given: tuple[str, ...] = ()  # roles of what a sample is made from that encode_media takes, by name
+    alone: bool = False  # the pipeline makes one sample at a time
     documented: Mapping[str, str] = {}  # our name -> the name in the documented features/*.pt
     zero: tuple[
         str, ...
@@ -138,8 +143,12 @@ class Generation(Family):
         """Captions -> the tensors of `text`, batch-first, on the pipeline's device."""
         raise NotImplementedError
 
-    def encode_media(self, pipeline: Any, pixels: Tensor) -> dict[str, Tensor]:
-        """Pixels [B, 3, F, H, W] in -1..1 -> `latents` as the denoiser sees them (normalised), and the tensors of `media`."""
+    def encode_media(self, pipeline: Any, pixels: Tensor, **given: Tensor) -> dict[str, Tensor]:
+        """Pixels [B, 3, F, H, W] in -1..1 -> `latents` as the denoiser sees them (normalised), and the tensors of `media`.
+
+        given: of the roles of `given` those that a sample has, alike in shape and range (references: F pictures); B is
+        then 1.
+        """
         raise NotImplementedError
 
     def decode(self, pipeline: Any, latents: Tensor) -> Tensor:

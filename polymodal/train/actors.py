@@ -6,6 +6,7 @@ gradients.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +28,28 @@ class Encoders:
         self.pipeline = pipelines.open_pipeline(family.source, without=without, dtype=dtype, device=device)
 
     @torch.no_grad()
-    def media(self, pixels: Tensor) -> dict[str, Tensor]:
-        """uint8 [B, F, H, W, 3] -> latents and image conditions, batch-first, on the device."""
-        moved = pixels.to(self.device).permute(0, 4, 1, 2, 3).to(self.dtype) / 127.5 - 1
+    def media(
+        self, pixels: Sequence[Tensor] | Tensor, given: Sequence[Mapping[str, Tensor]] = ()
+    ) -> dict[str, Tensor]:
+        """uint8 [B, F, H, W, 3] -> latents and image conditions, batch-first, on the device.
+
+        given: for each sample what it is made from, uint8 [F, H, W, 3] by role; then pixels may differ in length and
+        samples are encoded one by one.
+        """
+        if self.family.given:
+            made = [
+                self.family.encode_media(
+                    self.pipeline, self._moved(p[None]), **{r: self._moved(t[None]) for r, t in g.items()}
+                )
+                for p, g in zip(pixels, given, strict=True)
+            ]
+            return {n: torch.cat([one[n] for one in made]).to(self.dtype) for n in made[0]}
+        moved = self._moved(pixels if isinstance(pixels, Tensor) else torch.stack(list(pixels)))
         return {n: t.to(self.dtype) for n, t in self.family.encode_media(self.pipeline, moved).items()}
+
+    def _moved(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, F, H, W, 3] -> [B, 3, F, H, W] in -1..1 on the device."""
+        return pixels.to(self.device).permute(0, 4, 1, 2, 3).to(self.dtype) / 127.5 - 1
 
     @torch.no_grad()
     def text(self, captions: list[str]) -> dict[str, Tensor]:
@@ -45,7 +64,13 @@ class Encoders:
         if "pixels" not in batch.tensors:
             return batch
         tensors = {n: t for n, t in batch.tensors.items() if n != "pixels"}
-        tensors |= self.media(batch["pixels"]) | self.text(list(batch.groups["captions"]))
+        pixels: Any = batch["pixels"]
+        given = batch.groups.get("given", ())
+        if self.family.given:
+            grid = self.family.grid()
+            ahead = [grid.time * len(g.get("references", ())) if grid.references else 0 for g in given]
+            pixels = [p[n:] for p, n in zip(pixels, ahead, strict=True)]
+        tensors |= self.media(pixels, given) | self.text(list(batch.groups["captions"]))
         axes: dict[str, Any] = {
             n: batch.axes.get(n, ("batch", *["none"] * (t.ndim - 1))) for n, t in tensors.items()
         }

@@ -79,6 +79,10 @@ def run(recipe: recipes.Recipe) -> int:
     return 0
 
 
+_Ready = tuple[_Job, Tensor, dict[str, Tensor]]
+"""What is decoded: the job, its frames, and what they are made from by role; uint8 [F, H, W, 3]."""
+
+
 class Encoding:
     """One section of data into one directory. `encoders` is filled when the first sample has to be made."""
 
@@ -88,7 +92,7 @@ class Encoding:
         self.recipe, self.family, self.rt, self.section = recipe, family, rt, section
         self.data = recipe.data
         self.directory = features_directory(recipe, section)
-        self.clips = Clips(self.data.clip, family.grid())
+        self.clips = Clips(self.data.clip, family.grid(), family.given)
         self.settings = wanted_settings(recipe, family)
         self.encoders = encoders
         self.batch = self.data.encode_batch
@@ -220,7 +224,7 @@ class Encoding:
         try:
             record = corpus[number]
             measure = self.clips.bucket(record)
-            who = store.identity(record)
+            who = store.identity(record, self.family.given)
         except PolymodalError as error:
             where = corpus.where(number)
             text = error.message if error.message.startswith(where) else f"{where}: {error.message}"
@@ -228,7 +232,7 @@ class Encoding:
             return None
         name = store.file_name({**who, "shape": measure.patches}, self.data.feature_files)
         frames, height, width = measure.patches
-        given = {k: v for k, v in record.extra.items() if k != "captions"}
+        given = {k: v for k, v in record.extra.items() if k not in ("captions", "given")}
         row = {
             **given, "cap": list(record.extra["captions"]), "file": name, "sample_size": f"{frames}x{height}x{width}",
             "sample_num_frames": frames, "record": number, "dataset": dataset,
@@ -256,16 +260,16 @@ class Encoding:
         def look_ahead(at: int) -> None:
             for job in order[at : at + ahead]:
                 if job.number not in decoding:
-                    decoding[job.number] = pool.submit(self.clips.frames, job.record, job.measure)
+                    decoding[job.number] = pool.submit(self._decode, job)
 
         at = 0
         while at < len(order):
             look_ahead(at)
             group = [j for j in order[at : at + self.batch] if j.measure.patches == order[at].measure.patches]
-            ready: list[tuple[_Job, Tensor]] = []
+            ready: list[_Ready] = []
             for job in group:
                 try:
-                    ready.append((job, torch.tensor(decoding[job.number].result())))
+                    ready.append((job, *decoding[job.number].result()))
                 except PolymodalError as error:
                     self._broken(error.message, error.hint)
                     failed.add(job.number)
@@ -279,25 +283,30 @@ class Encoding:
         gone = {order_job.path for order_job in order if order_job.number in failed}
         return failed | {job.number for job in jobs if job.path in gone}
 
-    def _encode(self, ready: list[tuple[_Job, Tensor]]) -> None:
+    def _decode(self, job: _Job) -> tuple[Tensor, dict[str, Tensor]]:
+        given = self.clips.given(job.record, job.measure)
+        frames = self.clips.frames(job.record, job.measure)
+        return torch.tensor(frames), {role: torch.tensor(shown) for role, shown in given.items()}
+
+    def _encode(self, ready: list[_Ready]) -> None:
         """Through the encoders and to disk. Out of memory: a smaller batch, then tiles, then an error that says what to cut."""
         began = time.perf_counter()
         encoders = self._encoders()
         try:
-            media = encoders.media(torch.stack([pixels for _, pixels in ready]))
+            media = encoders.media([pixels for _, pixels, _ in ready], [given for _, _, given in ready])
         except torch.OutOfMemoryError:
             self._relieve(ready)
             return
-        for i, (job, _) in enumerate(ready):
+        for i, (job, _, _) in enumerate(ready):
             captions = [self._text(c) for c in job.record.extra["captions"]]
             names = self.family.documented if job.path.suffix == ".pt" else {}
             store.write_sample(job.path, {n: t[i].cpu() for n, t in media.items()}, captions, names)
-            job.row["hash"] = store.content_hash(job.record)
+            job.row["hash"] = store.content_hash(job.record, self.family.given)
             self.done.made += 1
             self.done.frames += job.measure.patches[0]
         self.done.encoding += time.perf_counter() - began
 
-    def _relieve(self, ready: list[tuple[_Job, Tensor]]) -> None:
+    def _relieve(self, ready: list[_Ready]) -> None:
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
         vae = self._encoders().pipeline.vae

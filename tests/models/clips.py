@@ -31,6 +31,34 @@ def write_video(path: Path, pixels: np.ndarray, fps: int = 16) -> Path:
     return path
 
 
+def edits(directory: Path, length: int = 9) -> Path:
+    """Two clips: one made from a source, a mask and two pictures, one from nothing; returns the data file."""
+    folder = directory / "edits"
+    mask = np.zeros((length, 48, 64, 3), np.uint8)
+    mask[:, :, 32:] = 255
+    made = {
+        "target": frames("red", "left", length),
+        "source": frames("blue", "left", length),
+        "mask": mask,
+    }
+    paths = {
+        name: str(write_video(folder / f"{name}.mp4", pixels).relative_to(directory))
+        for name, pixels in made.items()
+    }
+    for colour in ("red", "green"):
+        Image.fromarray(frames(colour, "left", 2, 40, 40)[0]).save(folder / f"{colour}.png")
+    rows = [
+        {
+            "video": paths["target"], "cap": "a red square moving left", "src_video": paths["source"], "src_video_mask": paths["mask"],
+            "src_ref_images": ["edits/red.png", "edits/green.png"],
+        },
+        {"video": paths["source"], "cap": "a blue square", "src_video": None, "src_video_mask": None, "src_ref_images": None},
+    ]  # fmt: skip
+    file = directory / "edits.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
 def data(directory: Path, clips: int = 4, pictures: int = 0, length: int = 9) -> Path:
     """`clips` videos (one in two upright) and pictures in sub-folders, and data.json; returns the data file."""
     rows = []

@@ -28,16 +28,22 @@ FAMILIES = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return clips.data(tmp_path_factory.mktemp("clips"), clips=2, pictures=1, length=9)
+    directory = tmp_path_factory.mktemp("clips")
+    clips.edits(directory)
+    return clips.data(directory, clips=2, pictures=1, length=9)
 
 
 @pytest.fixture(scope="module")
 def stills(tmp_path_factory):
-    return clips.data(tmp_path_factory.mktemp("stills"), clips=0, pictures=3)
+    directory = tmp_path_factory.mktemp("stills")
+    clips.edits(directory)
+    return clips.data(directory, clips=0, pictures=3)
 
 
 def recipe(source, family, data, stills, run, **model):
     still = family.grid().still
+    if family.given:
+        data = data.parent / "edits.json"
     return recipes.validate(
         {
             "name": "tiny",
@@ -46,7 +52,7 @@ def recipe(source, family, data, stills, run, **model):
                 "datasets": [{"path": str(stills if still else data)}], "workers": 0, "on_error": "skip", "features": str(run / "features"),
                 "clip": {"frames": [tiny_pipelines.FRAMES.get(family.config.get("patch_size_t"), 9)], "sizes": [tiny_pipelines.SIZES.get(family.card.name, (32, 32))]},
             },
-            "train": {"steps": 3, "global_batch_size": 2, "micro_batch_size": 2, "precision": "fp32", "ema": 0.5},
+            "train": {"steps": 3, "global_batch_size": 2, "micro_batch_size": 1 if family.given else 2, "precision": "fp32", "ema": 0.5},
             "optim": {"lr": 1e-2, "schedule": {"name": "constant", "warmup": 0}},
             "checkpoint": {"dir": str(run / "run"), "asynchronous": False},
             "monitor": {"trackers": []},
@@ -85,12 +91,30 @@ def test_a_family_trains_and_its_export_is_diffusers(name, data, stills, tmp_pat
         image if conditioned else None,
         image if getattr(family, "last_frame", False) else None,
     )
+    if family.given:
+        shown = {name: str(stills.parent / "edits" / f"{name}.mp4") for name in ("source", "mask")}
+        prompt.video, prompt.mask, prompt.references = shown["source"], shown["mask"], [image]
     samples = [
         open_generator(tmp_path / place).sample([prompt], settings(family))[0] for place in ("run", "out")
     ]
     assert np.array_equal(*samples) and samples[0].dtype == np.uint8
     other = open_generator(tmp_path / "run", ema=True).sample([prompt], settings(family))[0]
     assert not np.array_equal(samples[0], other)
+
+
+def test_what_a_clip_is_made_from_is_encoded_alike_before_and_while_training(data, stills, tmp_path):
+    source = tiny_pipelines.pipeline("vace", tmp_path / "pipeline")
+    family = catalog.family(recipes.Model(source=str(source)))
+    losses = {}
+    for way in ("cached", "online"):
+        made = recipe(source, family, data, stills, tmp_path / way)
+        made.data.encode = way
+        if way == "cached":
+            encode.run(made)
+        trainer.run(made)
+        lines = (tmp_path / way / "run" / "metrics.jsonl").read_text().splitlines()
+        losses[way] = [json.loads(line).get("loss") for line in lines]
+    assert losses["online"] == pytest.approx(losses["cached"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

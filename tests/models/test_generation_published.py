@@ -61,7 +61,15 @@ HIDREAM = {
     "axes_dims_rope": (64, 32, 32),
     "llama_layers": [*range(32), *[31] * 16],
 }
+VACE13 = {
+    "num_attention_heads": 12,
+    "ffn_dim": 8960,
+    "num_layers": 30,
+    "vace_layers": list(range(0, 30, 2)),
+}
 PUBLISHED = {
+    ("vace", "1.3b"): ("WanVACETransformer3DModel", VACE13),
+    ("vace", "14b"): ("WanVACETransformer3DModel", {}),
     ("wan2.2", "5b"): ("WanTransformer3DModel", WAN5),
     ("wan2.2", "t2v-a14b"): ("WanTransformer3DModel", WAN),
     ("wan2.2", "i2v-a14b"): ("WanTransformer3DModel", {**WAN, "in_channels": 36}),

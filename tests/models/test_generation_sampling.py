@@ -33,6 +33,23 @@ def opened(tmp_path_factory):
     return get
 
 
+def picture(family, seed=0):
+    height, width = size(family)
+    return np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+
+
+def edit(family):
+    """What a clip is made from, as Clips gives it: uint8 by role; references [N, H, W, 3], else [F, H, W, 3]."""
+    frames = [picture(family, i) for i in range(length(family))]
+    mask = np.zeros_like(np.stack(frames))
+    mask[2:, 16:] = 255
+    return {
+        "source": np.stack(frames),
+        "mask": mask,
+        "references": np.stack([picture(family, i) for i in (50, 60)]),
+    }
+
+
 def length(family):
     """Frames of a clip that becomes whole latents and tokens."""
     grid = family.grid()
@@ -60,9 +77,11 @@ def call(family, pipe, steps):
         "num_frames": length(family) if not family.grid().still else None, "generator": torch.Generator().manual_seed(3), "output_type": "latent",
     }  # fmt: skip
     if getattr(family, "conditioned", False):
-        picture = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
-        asked["image"] = Image.fromarray(picture)
+        asked["image"] = Image.fromarray(picture(family))
         asked["last_image"] = asked["image"] if getattr(family, "last_frame", False) else None
+    if family.given:
+        names = {"source": "video", "mask": "mask", "references": "references"}
+        asked |= {names[role]: [Image.fromarray(f) for f in shown] for role, shown in edit(family).items()}
     if "use_resolution_binning" in inspect.signature(type(pipe).__call__).parameters:
         asked["use_resolution_binning"] = False  # the size asked for, not the nearest of the library's table
     asked = family.arguments(asked)
@@ -153,13 +172,11 @@ def test_the_denoiser_is_given_what_the_pipeline_gives_it(opened, name):
     latents = torch.zeros(1, *family.grid().shape(frames, height, width))
     extra = {}
     if family.media:
-        picture = torch.from_numpy(
-            np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
-        )
-        clip = (picture.permute(2, 0, 1).float() / 127.5 - 1)[None, :, None].repeat(1, 1, frames, 1, 1)
+        clip = moved(picture(family)[None]).repeat(1, 1, frames, 1, 1)
+        shown = {r: moved(s) for r, s in edit(family).items()} if family.given else {}
         with torch.no_grad():
-            extra = family.encode_media(pipe, clip)
-        extra.pop("latents")
+            extra = family.encode_media(pipe, clip, **shown)
+        latents = torch.zeros_like(extra.pop("latents"))
     batch = Batch(
         {**text, **extra, "noisy": latents, "timestep": time(theirs_args, theirs).reshape(-1).float()}, {}
     )
@@ -194,6 +211,11 @@ def test_the_denoiser_is_given_what_the_pipeline_gives_it(opened, name):
         compare(key, ours_named.get(key), given.get(key))
 
 
+def moved(frames):
+    """uint8 [F, H, W, 3] -> [1, 3, F, H, W] in -1..1."""
+    return (torch.from_numpy(frames).float() / 127.5 - 1).permute(3, 0, 1, 2)[None]
+
+
 def compare(key, ours, theirs):
     if isinstance(theirs, dict):
         assert ours.keys() == theirs.keys(), key
@@ -211,6 +233,7 @@ def compare(key, ours, theirs):
         assert ours == theirs, (key, ours, theirs)  # a mask of ones may be left out
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("wan")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("wan", "vace"))])
 def test_pipelines_of_one_class_are_told_apart_by_their_index(opened, name):
-    assert opened(name)[0].card.name == ("wan2.2" if name.startswith("wan2.2") else "wan2.1")
+    wanted = "wan2.2" if name.startswith("wan2.2") else "vace" if name.startswith("vace") else "wan2.1"
+    assert opened(name)[0].card.name == wanted

@@ -243,6 +243,23 @@ def wan22(image: bool = False) -> Any:
     )  # fmt: skip
 
 
+def vace(experts: bool = False) -> Any:
+    from diffusers import UniPCMultistepScheduler, WanVACEPipeline, WanVACETransformer3DModel
+
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    config = {
+        "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16,
+        "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "cross_attn_norm": True, "rope_max_seq_len": 32, "vace_layers": [0, 1],
+        "vace_in_channels": 4 + 4 + 64,
+    }  # fmt: skip
+    more = {"transformer_2": WanVACETransformer3DModel(**config), "boundary_ratio": 0.875} if experts else {}
+    return WanVACEPipeline(
+        tokenizer=tokenizer(), text_encoder=umt5(), vae=wan_vae(), scheduler=scheduler, transformer=WanVACETransformer3DModel(**config), **more
+    )  # fmt: skip
+
+
 def wan22_5b() -> Any:
     from diffusers import UniPCMultistepScheduler, WanPipeline
 
@@ -452,6 +469,8 @@ def hidream() -> Any:
 
 
 MAKERS = {
+    "vace": vace,
+    "vace-a14b": lambda: vace(True),
     "wan2.2-5b": wan22_5b,
     "wan2.2-a14b": wan22,
     "wan2.2-i2v-a14b": lambda: wan22(True),
