@@ -182,7 +182,7 @@ def _warn_of_drift(made: tree.Tree) -> None:
         ]
         made.flat.read(copy.used, copy.used_box, pair[0])
         made.flat.read(copy.other, copy.other_box, pair[1])
-        if not torch.equal(writing._raw(pair[0]), writing._raw(pair[1])):
+        if not writing.equal(*pair):
             apart += 1
             first = first or f"{copy.other} from {copy.used}"
     if apart:

@@ -20,8 +20,8 @@ from polymodal.convert import reading, tree, writing
 from polymodal.convert.engine import Opened, items_of, opened_dcp, renamed
 from polymodal.convert.operations import Facts
 from polymodal.convert.options import Settings
-from polymodal.convert.source import Flat, Mapped, Source, Union
-from polymodal.convert.table import Table
+from polymodal.convert.source import Mapped, Source, Union
+from polymodal.convert.table import Table, cut_of
 from polymodal.convert.tree import Parallel
 from polymodal.convert.writing import Item, Spec
 from polymodal.errors import PolymodalError
@@ -35,19 +35,19 @@ SHARD = 5 << 30
 
 @dataclass
 class Report:
-    """What was written. seconds: of writing; verified: of reading back (0: not done)."""
+    """What was written. seconds: of writing, and of reading back when verified."""
 
     directory: Path
     files: int = 0
     tensors: int = 0
     bytes: int = 0
     seconds: float = 0.0
-    verified: float = 0.0
+    verified: bool = False
     lines: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         rate = f", {self.bytes / self.seconds / 1e9:.2f} GB/s" if self.seconds > 0.05 else ""
-        proof = f", read back and compared in {self.verified:.1f} s" if self.verified else ""
+        proof = ", read back and compared" if self.verified else ""
         return f"{self.directory}: {self.tensors} tensors in {self.files} files, {self.bytes / 1e9:.2f} GB{rate}{proof}"
 
 
@@ -113,33 +113,26 @@ def to_tree(opened: Opened, parallel: Parallel, root: Path, settings: Settings) 
     with writing.released(root, tree.TRACKER, tree.RELEASE) as partial:
         began = time.perf_counter()
         items: list[Item] = []
+        # ranks that take columns of the same rows write together, so that the rows are read once
+        columns = {
+            label: stored.pieces[0].key
+            for label, stored in cut.layout.items()
+            if cut_of(table, stored.pieces[0].key).dim == 1
+        }
         for name, slots in specs.items():
             (partial / name).mkdir()
             places = writing.torch_frame(
                 partial / name / tree.FILE, slots, {"checkpoint_version": tree.VERSION}
             )
             items += [
-                Item(f"{name}/{slot}:{key}", key, spot)
-                for slot, held in places.items()
-                for key, spot in held.items()
+                Item(f"{name}/{key}", key, spot, columns.get(f"{name}/{key}", ""))
+                for key, spot in places.items()
             ]
-        writing.fill(items, cut, settings.threads)
-        report.seconds = time.perf_counter() - began
+        writing.fill(items, cut, settings.threads, settings.verify)
         if settings.verify:
-            began = time.perf_counter()
-            written: dict[str, Source] = {}
-            for name, slots in specs.items():
-                table_of = reading.torch_file(partial / name / tree.FILE)
-                for slot in slots:
-                    flat = Flat(
-                        {
-                            key: reading.place(partial / name / tree.FILE, tensor)
-                            for key, tensor in table_of[slot].items()
-                        }
-                    )
-                    written |= {f"{name}/{slot}:{key}": flat for key in flat.shapes}
-            writing.compare(items, written, cut, settings.threads)
-            report.verified = time.perf_counter() - began
+            paths = {partial / name / tree.FILE: slots for name, slots in specs.items()}
+            writing.apart(items, {path: writing.torch_places(path, slots) for path, slots in paths.items()})
+        report.seconds, report.verified = time.perf_counter() - began, settings.verify
     return report
 
 
@@ -182,7 +175,7 @@ def to_hub(
         for name, keys in homes.items():
             places = writing.safetensors_frame(partial / name, {key: spec[key] for key in keys})
             items += [Item(key, key, spot) for key, spot in places.items()]
-        writing.fill(items, source, settings.threads)
+        writing.fill(items, source, settings.threads, settings.verify)
         if len(homes) > 1:
             index = {
                 "metadata": {"total_size": report.bytes},
@@ -190,14 +183,9 @@ def to_hub(
             }
             own = re.sub(r"-\d+-of-\d+\.safetensors$", "", next(iter(homes)))
             (partial / f"{own}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        report.seconds = time.perf_counter() - began
         if settings.verify:
-            began = time.perf_counter()
-            written: dict[str, Source] = {}
-            for name, keys in homes.items():
-                written |= dict.fromkeys(keys, writing.reopened(partial / name))
-            writing.compare(items, written, source, settings.threads)
-            report.verified = time.perf_counter() - began
+            writing.apart(items, {partial / n: reading.hub_files(partial / n)[0].places for n in homes})
+        report.seconds, report.verified = time.perf_counter() - began, settings.verify
         (partial / MARKER).write_text(
             json.dumps(
                 {
@@ -279,9 +267,7 @@ def to_dcp(source: Source, root: Path, settings: Settings, prefix: str = "model.
         began = time.perf_counter()
         save(source, partial, prefix, settings.threads)
         report.files = len(list(partial.glob("*.distcp")))
-        report.seconds = time.perf_counter() - began
         if settings.verify:
-            began = time.perf_counter()
             again = opened_dcp(partial, prefix)
             if odd := again.shapes.keys() ^ source.shapes.keys():
                 raise PolymodalError(
@@ -290,7 +276,7 @@ def to_dcp(source: Source, root: Path, settings: Settings, prefix: str = "model.
             writing.compare(
                 items_of(source, source.shapes), dict.fromkeys(source.shapes, again), source, settings.threads
             )
-            report.verified = time.perf_counter() - began
+        report.seconds, report.verified = time.perf_counter() - began, settings.verify
     return report
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -27,6 +28,8 @@ Layout = Mapping[str, Stored]
 
 WINDOW = 4 << 20
 """Bytes that one thread reads at once when a box does not lie in one piece."""
+FEW = 16
+"""Pieces of a tensor that are gone through one by one."""
 
 
 class Source(Protocol):
@@ -97,23 +100,37 @@ class Flat:
         )
         if packed and into.is_contiguous():
             self._bytes(place.path, at, memory(into))
-        elif span * size <= WINDOW or max(sizes) == 1:
-            scratch = self._scratch(span * size)
-            self._bytes(place.path, at, memory(scratch))
-            into.copy_(scratch.view(place.dtype).as_strided(sizes, place.stride))
-        else:
-            dim = max((d for d, n in enumerate(sizes) if n > 1), key=lambda d: place.stride[d])
-            half = sizes[dim] // 2
-            for begin, count in ((0, half), (half, sizes[dim] - half)):
-                start = box[dim].start + begin
-                part = (*box[:dim], slice(start, start + count), *box[dim + 1 :])
-                self.read(key, part, into.narrow(dim, begin, count))
+            return
+        dim = max((d for d, n in enumerate(sizes) if n > 1), key=lambda d: place.stride[d], default=None)
+        begin, end = first, first + span
+        if dim is not None:
+            # whole rows of the outermost dimension: the other parts of them are asked for next
+            extent = 1 + sum((n - 1) * step for n, step in zip(place.shape, place.stride, strict=True))
+            steps = zip(box, place.stride, strict=True)
+            begin = sum(b.start * step for b, step in steps if step >= place.stride[dim])
+            end = max(end, min(begin + sizes[dim] * place.stride[dim], extent))
+        if (end - begin) * size > WINDOW:
+            begin, end = first, first + span
+        if span * size <= WINDOW or dim is None:
+            window = self._window(place.path, place.offset + begin * size, (end - begin) * size)
+            into.copy_(window.view(place.dtype).as_strided(sizes, place.stride, first - begin))
+            return
+        half = sizes[dim] // 2
+        for start, count in ((0, half), (half, sizes[dim] - half)):
+            low = box[dim].start + start
+            part = (*box[:dim], slice(low, low + count), *box[dim + 1 :])
+            self.read(key, part, into.narrow(dim, start, count))
 
-    def _scratch(self, count: int) -> Tensor:
-        held = getattr(self._local, "buffer", None)
-        if held is None or held.numel() < count:
-            held = self._local.buffer = torch.empty(max(count, WINDOW), dtype=torch.uint8)
-        return held[:count]
+    def _window(self, path: Path, at: int, count: int) -> Tensor:
+        """Bytes of a file; the last window of a thread is kept, since its neighbours are asked for next."""
+        held = self._local
+        if getattr(held, "where", None) != (path, at, count):
+            held.where = None
+            if getattr(held, "buffer", None) is None or held.buffer.numel() < count:
+                held.buffer = torch.empty(max(count, WINDOW), dtype=torch.uint8)
+            self._bytes(path, at, memory(held.buffer[:count]))
+            held.where = (path, at, count)
+        return held.buffer[:count]
 
     def _bytes(self, path: Path, at: int, into: memoryview) -> None:
         handle = self._open.get(path)
@@ -137,6 +154,7 @@ class Mapped:
 
     def __init__(self, source: Source, layout: Layout):
         self.source, self.layout = source, dict(layout)
+        self._sorted: dict[str, tuple[list[int], int, list[Piece]]] = {}
         self.shapes = {key: tuple(stored.shape) for key, stored in layout.items()}
         self.dtypes = {key: self._dtype(key, stored) for key, stored in layout.items()}
 
@@ -150,8 +168,22 @@ class Mapped:
             )
         return kinds.pop()
 
-    def read(self, key: str, box: Box, into: Tensor) -> None:
+    def _near(self, key: str, rows: slice) -> Stored:
+        """A tensor with those of its pieces that may lie in some rows, where it has many."""
         stored = self.layout[key]
+        if len(stored.pieces) <= FEW:
+            return stored
+        held = self._sorted.get(key)
+        if held is None:
+            pieces = sorted(stored.pieces, key=lambda piece: piece.offset[0])
+            held = [one.offset[0] for one in pieces], max(one.size[0] for one in pieces), pieces
+            self._sorted[key] = held
+        starts, longest, pieces = held
+        low = bisect_right(starts, rows.start - longest)
+        return Stored(stored.shape, pieces[low : bisect_left(starts, rows.stop)])
+
+    def read(self, key: str, box: Box, into: Tensor) -> None:
+        stored = self._near(key, box[0]) if box else self.layout[key]
         for dim, part in enumerate(box):
             if part.stop - part.start != stored.shape[dim]:
                 stored = stored.narrow(dim, part.start, part.stop - part.start)

@@ -1,8 +1,7 @@
 """Files out: the formats' frames first, then the tensors straight into their places, from several threads.
 
-A frame is a whole, valid file whose tensor bytes are holes; values come from a source in slabs of two megabytes, which
-stay in the processor's cache, so that memory does not grow with the model. Every byte is read back and compared before
-a tree gets its name.
+A frame is a whole, valid file whose tensor bytes are holes; values come from a source in slabs that stay in the
+processor's cache, so that memory does not grow with the model. Every byte is read back from its file and compared.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import os
 import shutil
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,14 +19,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from polymodal.convert import reading
-from polymodal.convert.source import Flat, Place, Source, dense, memory
+from polymodal.convert.source import Place, Source, dense, memory
 from polymodal.errors import PolymodalError
 
-SLAB = 2 << 20
-"""Bytes that a thread holds of a tensor at a time."""
+SLAB = 512 << 10
+"""Bytes that a thread holds of a tensor at a time: they stay in its processor's cache."""
+TASK = 8 << 20
+"""Bytes that a thread takes at a time."""
 DIRECTORY, PLAIN = 0o750, 0o640
 """Permissions of what is written."""
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}  # fmt: skip
@@ -35,11 +37,14 @@ NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch
 
 @dataclass(frozen=True)
 class Item:
-    """A tensor to be written: its key in the source, its name in the file, and where its bytes go."""
+    """A tensor to be written: its key in the source, its name in the file, and where its bytes go.
+
+    group: tensors of one group are made of the same rows of the source, and written together."""
 
     key: str
     name: str
     place: Place
+    group: str = ""
 
     @property
     def bytes(self) -> int:
@@ -75,9 +80,7 @@ def safetensors_frame(path: Path, spec: Spec) -> dict[str, Place]:
     }
 
 
-def torch_frame(
-    path: Path, slots: Mapping[str, Spec], extra: Mapping[str, Any]
-) -> dict[str, dict[str, Place]]:
+def torch_frame(path: Path, slots: Mapping[str, Spec], extra: Mapping[str, Any]) -> dict[str, Place]:
     """Write a torch file {slot: {name: tensor}, **extra} without its values; where each tensor's bytes go."""
     table: dict[str, Any] = {
         slot: {
@@ -87,28 +90,46 @@ def torch_frame(
     }
     with torch.serialization.skip_data():
         torch.save({**table, **extra}, path)
+    return torch_places(path, slots)
+
+
+def torch_places(path: Path, slots: Iterable[str]) -> dict[str, Place]:
+    """Where the tensors of a torch file lie, by torch's own reader, under slot:name."""
     made = reading.torch_file(path)
     return {
-        slot: {name: reading.place(path, tensor) for name, tensor in made[slot].items()} for slot in slots
+        f"{slot}:{name}": reading.place(path, tensor) for slot in slots for name, tensor in made[slot].items()
     }
 
 
 # ------------------------------------------------------------------------------------------------------------- values
 
 
-def _slabs(item: Item) -> Iterator[tuple[tuple[slice, ...], int]]:
-    """(box, first byte) of parts of a tensor that are at most SLAB bytes, or one row, and lie in one piece."""
-    shape = item.place.shape
-    dim = next((d for d, n in enumerate(shape) if n > 1), None)
-    if dim is None or prod(shape) == 0:
-        yield tuple(slice(0, n) for n in shape), item.place.offset
-        return
-    row = prod(shape[dim + 1 :]) * item.place.dtype.itemsize
-    step = max(1, SLAB // row)
-    for begin in range(0, shape[dim], step):
-        end = min(begin + step, shape[dim])
-        box = tuple(slice(begin, end) if d == dim else slice(0, n) for d, n in enumerate(shape))
-        yield box, item.place.offset + begin * row
+def _rows(item: Item) -> tuple[int, int]:
+    """(number, bytes) of a tensor's rows: along its first dimension of more than one value."""
+    dim = next((d for d, n in enumerate(item.place.shape) if n > 1), None)
+    if dim is None or item.bytes == 0:
+        return 1, item.bytes
+    return item.place.shape[dim], item.bytes // item.place.shape[dim]
+
+
+Slab = tuple[Item, tuple[slice, ...], int]
+"""A part of a tensor that lies in one piece: the tensor, its slices, the file's byte where it begins."""
+
+
+def _slabs(group: list[Item]) -> Iterator[Slab]:
+    """Parts of at most SLAB bytes (or one row) of the tensors of a group, by turns."""
+    rows = max(_rows(item)[0] for item in group)
+    step = max(1, SLAB // max(1, *(_rows(item)[1] for item in group)))
+    for begin in range(0, rows, step):
+        for item in group:
+            count, size = _rows(item)
+            end = min(begin + step, count)
+            if begin < end:
+                dim = next((d for d, n in enumerate(item.place.shape) if n > 1), -1)
+                box = tuple(
+                    slice(begin, end) if d == dim else slice(0, n) for d, n in enumerate(item.place.shape)
+                )
+                yield item, box, item.place.offset + begin * size
 
 
 class _Buffers(threading.local):
@@ -125,31 +146,59 @@ class _Buffers(threading.local):
         return self.held[number][:count].view(dtype).view(sizes)
 
 
-def _tasks(items: list[Item]) -> list[tuple[Item, tuple[slice, ...], int]]:
-    """All slabs; files take turns, so that threads seldom write to the same one."""
-    queues: dict[Path, list] = {}
+def _tasks(items: list[Item]) -> list[list[Slab]]:
+    """All slabs, in tasks of about TASK bytes; files take turns, so that threads seldom write to the same one."""
+    groups: dict[tuple[str, str], list[Item]] = {}
     for item in items:
-        queues.setdefault(item.place.path, []).extend((item, *slab) for slab in _slabs(item))
+        groups.setdefault((item.group, "") if item.group else (str(item.place.path), item.name), []).append(
+            item
+        )
+    queues: dict[Path, list[list[Slab]]] = {}
+    for group in groups.values():
+        queue = queues.setdefault(group[0].place.path, [])
+        task: list[Slab] = []
+        held = 0
+        for slab in _slabs(group):
+            task.append(slab)
+            held += prod(part.stop - part.start for part in slab[1]) * slab[0].place.dtype.itemsize
+            if held >= TASK:
+                queue.append(task)
+                task, held = [], 0
+        if task:
+            queue.append(task)
     lists = list(queues.values())
     return [one[at] for at in range(max(map(len, lists), default=0)) for one in lists if at < len(one)]
 
 
-def fill(
-    items: list[Item], source: Source, workers: int, progress: Callable[[int], None] = lambda count: None
-) -> None:
-    """Write every tensor's values into its place."""
+def put(handle: int, data: memoryview, at: int) -> None:
+    """Write bytes at a place of a file."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(handle, data[done:], at + done)
+
+
+def fill(items: list[Item], source: Source, workers: int, verify: bool = True) -> None:
+    """Write every tensor's values into its place.
+
+    verify: read each part back from the file as soon as it is written, and compare it with what it was written from.
+    Raises PolymodalError for the first that differs.
+    """
     buffers = _Buffers()
     handles = {path: os.open(path, os.O_RDWR) for path in dict.fromkeys(item.place.path for item in items)}
 
-    def one(task: tuple[Item, tuple[slice, ...], int]) -> None:
-        item, box, at = task
-        values = buffers.view(0, box, item.place.dtype)
-        source.read(item.key, box, values)
-        data = memory(values)
-        done = 0
-        while done < len(data):
-            done += os.pwrite(handles[item.place.path], data[done:], at + done)
-        progress(len(data))
+    def one(task: list[Slab]) -> None:
+        for item, box, at in task:
+            values = buffers.view(0, box, item.place.dtype)
+            source.read(item.key, box, values)
+            data, handle = memory(values), handles[item.place.path]
+            put(handle, data, at)
+            if verify:
+                again = buffers.view(1, box, item.place.dtype)
+                back, done = memory(again), 0
+                while done < len(back) and (count := os.preadv(handle, [back[done:]], at + done)):
+                    done += count
+                if done < len(back) or not equal(values, again):
+                    raise _differs(item)
 
     try:
         _run(one, _tasks(items), workers)
@@ -158,34 +207,56 @@ def fill(
             os.close(handle)
 
 
-def _raw(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
+def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one type have the same bits."""
+    return np.array_equal(*(tensor.reshape(-1).view(torch.uint8).numpy() for tensor in (one, other)))
 
 
-def compare(
-    items: list[Item],
-    written: Mapping[str, Source],
-    source: Source,
-    workers: int,
-    progress: Callable[[int], None] = lambda count: None,
-) -> None:
-    """Read every tensor back (written: key -> what reads it, under the item's name) and compare it, bit by bit.
+def _differs(item: Item) -> PolymodalError:
+    return PolymodalError(
+        f"{item.place.path}: {item.name} is not what was written.",
+        "The disk or its memory is at fault: write to another one.",
+    )
+
+
+def apart(items: list[Item], found: Mapping[Path, Mapping[str, Place]]) -> None:
+    """Check what the formats' own readers found in the files (file -> tensor -> its place) after the values came.
+
+    Raises PolymodalError when they would read other bytes than those that were written and compared.
+    """
+    if sorted(map(_range, items)) != sorted(
+        _range(Item("", name, place)) for held in found.values() for name, place in held.items()
+    ):
+        raise PolymodalError(
+            f"{items[0].place.path.parent}: a file does not hold what was written.",
+            "The disk or its memory is at fault: write to another one.",
+        )
+    ends: dict[Path, int] = {}
+    for path, begin, end, *_ in sorted(map(_range, items)):
+        if begin < ends.get(path, 0):
+            raise PolymodalError(f"{path}: two tensors overlap.", "This is a defect: please report it.")
+        ends[path] = max(end, ends.get(path, 0))
+
+
+def _range(item: Item) -> tuple[Path, int, int, str, tuple[int, ...], str]:
+    place = item.place
+    return place.path, place.offset, place.offset + item.bytes, item.name, place.shape, str(place.dtype)
+
+
+def compare(items: list[Item], written: Mapping[str, Source], source: Source, workers: int) -> None:
+    """Read tensors from `written` (key -> what reads it, under the item's name) and from their source, and compare them.
 
     Raises PolymodalError for the first that differs.
     """
     buffers = _Buffers()
 
-    def one(task: tuple[Item, tuple[slice, ...], int]) -> None:
-        item, box, _ = task
-        want, have = (buffers.view(number, box, item.place.dtype) for number in (0, 1))
-        source.read(item.key, box, want)
-        written[item.key].read(item.name, box, have)
-        if not torch.equal(_raw(want), _raw(have)):
-            raise PolymodalError(
-                f"{item.place.path}: {item.name} is not what was written.",
-                "The disk or its memory is at fault: write to another one.",
-            )
-        progress(want.nbytes)
+    def one(task: list[Slab]) -> None:
+        for item, box, _ in task:
+            want, have = (buffers.view(number, box, item.place.dtype) for number in (0, 1))
+            source.read(item.key, box, want)
+            written[item.key].read(item.name, box, have)
+            if not equal(want, have):
+                raise _differs(item)
 
     _run(one, _tasks(items), workers)
 
@@ -280,8 +351,3 @@ def released(root: Path, tracker: str, release: str) -> Iterator[Path]:
         for one in made:
             if one.is_dir() and not any(one.iterdir()):
                 one.rmdir()
-
-
-def reopened(path: Path) -> Flat:
-    """A safetensors file that was written, by the library's own reader."""
-    return reading.hub_files(path)[0]

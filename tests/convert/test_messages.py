@@ -215,18 +215,31 @@ def test_a_disk_that_is_too_small(here, capsys, monkeypatch):
 
 
 def test_verification_finds_a_byte_that_changed(here, capsys, monkeypatch):
+    put = writing.put
+
+    def and_spoil(handle, data, at):
+        put(handle, data, at)
+        put(handle, memoryview(b"\xff" if data[0] != 0xFF else b"\x00"), at)
+
+    monkeypatch.setattr(writing, "put", and_spoil)
+    refused(capsys, QWEN, "is not what was written")
+    assert not (here / "mm").exists()
+    assert run(f"{QWEN} --no-verify") == 0
+
+
+def test_verification_finds_a_file_that_changed_around_its_values(here, capsys, monkeypatch):
     fill = writing.fill
 
     def and_spoil(items, *rest):
         fill(items, *rest)
-        with open(items[5].place.path, "r+b") as file:
-            file.seek(items[5].place.offset)
-            file.write(b"\xff")
+        path = items[0].place.path
+        content = torch.load(path, weights_only=True)
+        content["model"].popitem()
+        torch.save(content, path)
 
     monkeypatch.setattr(writing, "fill", and_spoil)
-    refused(capsys, QWEN, "is not what was written")
+    refused(capsys, QWEN, "a file does not hold what was written")
     assert not (here / "mm").exists()
-    assert run(f"{QWEN} --no-verify") == 0
 
 
 def test_a_failure_while_writing_leaves_the_old_tree(here, capsys, monkeypatch):

@@ -155,13 +155,13 @@ def test_frames_are_the_bytes_that_the_libraries_write(tmp_path):
     spec = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
     for places in (
         writing.safetensors_frame(tmp_path / "f.safetensors", spec),
-        writing.torch_frame(tmp_path / "f.pt", {"model": spec}, {"n": 1})["model"],
+        writing.torch_frame(tmp_path / "f.pt", {"model": spec}, {"n": 1}),
     ):
         path = next(iter(places.values())).path
         with open(path, "r+b") as file:
             for key, place in places.items():
                 file.seek(place.offset)
-                file.write(state[key].reshape(-1).view(torch.uint8).numpy().tobytes())
+                file.write(state[key.removeprefix("model:")].reshape(-1).view(torch.uint8).numpy().tobytes())
     layouts.same(load_file(tmp_path / "f.safetensors"), state)
     layouts.same(torch.load(tmp_path / "f.pt", weights_only=True)["model"], state)
     layouts.same(torch.load(tmp_path / "f.pt", weights_only=True, mmap=True)["model"], state)
