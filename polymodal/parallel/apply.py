@@ -186,11 +186,6 @@ def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.M
     _set_dtypes(model, precision)
     tp, ep = mesh.view("tp"), mesh.view("ep")
     spread = expert.resolve(model, card) if ep is not None else {}
-    if (tp is not None or ep is not None) and any(hasattr(m, "parameter_name") for m in model.modules()):
-        raise PolymodalError(
-            "model.lora.targets names stacked experts; their adapters are added to whole stacks, which tensor and expert parallelism cut.",
-            "Set parallel.tp and parallel.ep to 1, or adapt linear layers only.",
-        )
     if tp is not None:
         sequence = parallel.sp if parallel.sp is not None else True
         tensor.apply(model, card, list(blocks), tp, sequence, spread)

@@ -2,8 +2,8 @@
 
 This room turns a card's `expert_plan` into DTensor parameters and patched forwards of module instances; names stay.
 The exchange is transformers' own (`AllToAllEP`): tokens are sorted by expert, sent by one all-to-all, computed with the
-library's grouped products, and sent back by another. It sees styles.py,
-ops.py, sequence.py and models/card.py.
+library's grouped products, and sent back by another. It sees styles.py, adapters.py, ops.py, sequence.py and
+models/card.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from polymodal.errors import PolymodalError
 from polymodal.models.card import ModelCard
-from polymodal.parallel import ops
+from polymodal.parallel import adapters, ops
 from polymodal.parallel.mesh import ParallelSizes
 from polymodal.parallel.sequence import Stream
 from polymodal.parallel.styles import on_first, pattern_of, see_local
@@ -91,7 +91,8 @@ def apply(model: nn.Module, styles: dict[str, str], mesh: DeviceMesh) -> list[nn
     Afterwards their parameters are DTensors on `mesh`, cut by expert, and their forward takes global expert numbers:
     (hidden [N, D], index [N, k], weights [N, k]) of this rank's tokens -> [N, D]. N may differ between ranks and be 0.
     Collective in forward and backward: every rank of the group runs every such module equally often.
-    Raises PolymodalError for experts that are not whole stacks (adapters on them).
+    Adapters on them stay as they are: a rank adds those of its experts. Raises PolymodalError for experts that are
+    not whole stacks.
     """
     from transformers.distributed.expert_parallel import AllToAllEP
 
@@ -102,7 +103,8 @@ def apply(model: nn.Module, styles: dict[str, str], mesh: DeviceMesh) -> list[nn
 
     spread = []
     for name in (name for name, style in styles.items() if style == "dispatched"):
-        experts: Any = model.get_submodule(name)
+        experts: Any
+        experts, wrappers = adapters.wrapped(model.get_submodule(name))
         keys = [key for key, value in experts._parameters.items() if value is not None]
         whole = getattr(experts, "num_experts", None)
         if (
@@ -112,13 +114,15 @@ def apply(model: nn.Module, styles: dict[str, str], mesh: DeviceMesh) -> list[nn
         ):
             raise PolymodalError(
                 f"The experts of `{name}` cannot be spread over an expert-parallel group.",
-                "Set parallel.ep to 1; adapters on experts need that too.",
+                "Set parallel.ep to 1.",
             )
         for key in keys:
             parameter = experts._parameters[key]
             value = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
             experts._parameters[key] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-        experts.num_experts = whole // mesh.size()
+        experts.num_experts = held = whole // mesh.size()
+        if wrappers:
+            adapters.add_own(experts, wrappers, held * mesh.get_local_rank(), held)
         see_local(experts, dict.fromkeys(keys))
         experts.forward = _dispatched(AllToAll(experts))
         spread.append(experts)

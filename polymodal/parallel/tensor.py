@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from polymodal.errors import PolymodalError
 from polymodal.models.card import Dropped, ModelCard
-from polymodal.parallel import expert, ops
+from polymodal.parallel import adapters, expert, ops
 from polymodal.parallel.sequence import Stream
 from polymodal.parallel.styles import STYLES, on_first, resolve, see_local
 
@@ -296,7 +296,8 @@ class _Layout:
 
     def experts(self, name: str) -> None:
         """[E, ...] parameters cut by expert; choices of other ranks' experts become the library's sentinel E / size."""
-        module = self.modules[name]
+        module: Any
+        module, wrappers = adapters.wrapped(self.modules[name])
         count = getattr(module, "num_experts", None)
         keys = [key for key, value in module._parameters.items() if value is not None]
         if (
@@ -306,13 +307,15 @@ class _Layout:
         ):
             raise PolymodalError(
                 f"The experts of `{name}` cannot be cut over a tensor-parallel group.",
-                "Set parallel.tp to 1; adapters on experts need that too.",
+                "Set parallel.tp to 1.",
             )
         self.divisible(name, "experts", count)
-        self.done.add(name)
+        self.done.add(self.innermost(name))
         held = count // self.size
         start = held * self.rank
         module.num_experts, module._is_expert_parallel = held, True
+        if wrappers:
+            adapters.add_own(module, wrappers, start, held)
         self.local(module, dict.fromkeys(keys, Shard(0)), {})
         forward = module.forward
 
@@ -328,6 +331,11 @@ class _Layout:
             return out
 
         module.forward = experts
+
+    def innermost(self, name: str) -> str:
+        """Name of the module inside of its adapters."""
+        inner, _ = adapters.wrapped(self.modules[name])
+        return next(other for other, module in self.modules.items() if module is inner)
 
     def router(self, name: str) -> None:
         module = self.modules[name]
@@ -356,7 +364,7 @@ class _Layout:
             elif style in ("embedding", "head", "experts", "router", "exit"):
                 getattr(self, style)(name)
             elif style == "dispatched":
-                self.done.add(name)
+                self.done.add(self.innermost(name))
         for name, module in self.modules.items():
             if name not in self.done and any(p is not None for p in module._parameters.values()):
                 self.replicate(module, self.partial(name))

@@ -9,7 +9,7 @@ import contextlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -38,15 +38,15 @@ TARGETS = r"model\..*\.(q_proj|v_proj|o_proj|up_proj|down_proj|qkv|proj|linear_f
 class Layout:
     """A way to lay a model out, and what else is asked of it.
 
-    parallel: the recipe's keys; frozen: prefixes of parameters that are not trained; lora: adapters instead of weights;
-    only: the models that can be laid out so (all, if empty).
+    parallel: the recipe's keys; frozen: prefixes of parameters that are not trained; lora: adapters instead of weights,
+    on linear layers or on stacked experts too; only: the models that can be laid out so (all, if empty).
     """
 
     name: str
     world: int
     parallel: dict[str, Any] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
-    lora: bool = False
+    lora: bool | Literal["experts"] = False
     precision: str = "fp32"
     only: tuple[str, ...] = ()
 
@@ -93,10 +93,15 @@ def build(family: Family, layout: Layout, dtype: torch.dtype) -> nn.Module:
     if layout.lora:
         from peft import LoraConfig, inject_adapter_in_model
 
-        settings = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False)
+        stacks = ["experts.gate_up_proj", "experts.down_proj"] if layout.lora == "experts" else None
+        settings = LoraConfig(
+            r=4, lora_alpha=8, target_modules=TARGETS, target_parameters=stacks, init_lora_weights=False
+        )
         inject_adapter_in_model(settings, model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith(layout.frozen) and ("lora_" in name) >= layout.lora)
+        parameter.requires_grad_(
+            not name.startswith(layout.frozen) and ("lora_" in name) >= bool(layout.lora)
+        )
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
     return model.train()
