@@ -97,6 +97,12 @@ class Generator:
                     f"{type(self.pipeline).__name__} takes no `{key}`.",
                     "Leave that option out for this model.",
                 )
+        lacking = [k for k, p in known.items() if p.default is p.empty and k not in asked and k != "self"]
+        if lacking:
+            raise PolymodalError(
+                f"{type(self.pipeline).__name__} needs `{lacking[0]}`.",
+                f"Give it with --{lacking[0].replace('_', '-')}, or in the file of prompts.",
+            )
         draws = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         try:
             with torch.no_grad():

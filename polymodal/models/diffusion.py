@@ -72,6 +72,7 @@ class Generation(Family):
     text: tuple[str, ...] = ("encoder_hidden_states",)  # made of a caption, dropped for guidance
     media: tuple[str, ...] = ()  # made of pixels besides the latents
     given: tuple[str, ...] = ()  # roles of what a sample is made from that encode_media takes, by name
+    sees: bool = False  # captions are encoded together with the first frame
     alone: bool = False  # the pipeline makes one sample at a time
     documented: Mapping[str, str] = {}  # our name -> the name in the documented features/*.pt
     zero: tuple[
@@ -140,8 +141,17 @@ class Generation(Family):
     # ------------------------------------------------------------------ encoding, by the pipeline's own code
 
     def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Captions -> the tensors of `text`, batch-first, on the pipeline's device."""
+        """Captions -> the tensors of `text`, batch-first, on the pipeline's device.
+
+        A family that `sees` takes `pixels` [B, 3, F, H, W] in -1..1 besides; without them the frame is black.
+        """
         raise NotImplementedError
+
+    @staticmethod
+    def shown(frames: Tensor) -> list[Any]:
+        """Frames [B, 3, H, W] in -1..1 -> uint8 arrays [H, W, 3], as image processors take them."""
+        moved = (frames.float().permute(0, 2, 3, 1) + 1) * 127.5
+        return list(moved.round().clamp(0, 255).byte().cpu().numpy())
 
     def encode_media(self, pipeline: Any, pixels: Tensor, **given: Tensor) -> dict[str, Tensor]:
         """Pixels [B, 3, F, H, W] in -1..1 -> `latents` as the denoiser sees them (normalised), and the tensors of `media`.

@@ -99,6 +99,8 @@ class DiffusionObjective:
             raise _misfit("shift", settings.shift, "has discrete timesteps")
         if not flow and self.weighting in ("gaussian", "sigma_sqrt"):
             raise _misfit("weighting", self.weighting, "has discrete timesteps")
+        if settings.first_frame and process.first_frame:
+            raise _misfit("first_frame", settings.first_frame, "always has its first frame given")
         if settings.first_frame and not process.per_token:
             raise _misfit("first_frame", settings.first_frame, "has one timestep for all tokens")
         if self.shift == "dynamic" and not process.dynamic:
@@ -169,10 +171,9 @@ class DiffusionObjective:
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in draws]).to(latents.device)
         s, timestep, weight = self._levels(u, batch.groups["tokens"][0])
         mixed, target = self._mixed(latents, noise, s.to(latents.device))
-        if self.settings.first_frame and latents.ndim == 5 and latents.shape[2] > 1:
-            given = torch.tensor(
-                [float(torch.rand((), generator=g)) < self.settings.first_frame for g in draws]
-            )
+        share = 1.0 if self.process.first_frame else self.settings.first_frame
+        if share and latents.ndim == 5 and latents.shape[2] > 1:
+            given = torch.tensor([float(torch.rand((), generator=g)) < share for g in draws])
             tensors["clean"] = torch.zeros(len(draws), 1, *latents.shape[2:], device=latents.device)
             tensors["clean"][given.to(latents.device), :, 0] = 1
         clean = tensors.get("clean")  # cells that are given, not generated: no noise, no loss

@@ -52,11 +52,12 @@ class Encoders:
         return pixels.to(self.device).permute(0, 4, 1, 2, 3).to(self.dtype) / 127.5 - 1
 
     @torch.no_grad()
-    def text(self, captions: list[str]) -> dict[str, Tensor]:
-        """Captions -> text tensors, batch-first, on the device."""
+    def text(self, captions: list[str], pixels: Tensor | None = None) -> dict[str, Tensor]:
+        """Captions -> text tensors, batch-first, on the device. pixels: of the clips, for families that look at them."""
+        shown = {"pixels": self._moved(pixels)} if self.family.sees and pixels is not None else {}
         return {
             n: t.to(self.dtype) if t.is_floating_point() else t
-            for n, t in self.family.encode_text(self.pipeline, captions).items()
+            for n, t in self.family.encode_text(self.pipeline, captions, **shown).items()
         }
 
     def encode(self, batch: Batch) -> Batch:
@@ -70,7 +71,7 @@ class Encoders:
             grid = self.family.grid()
             ahead = [grid.time * len(g.get("references", ())) if grid.references else 0 for g in given]
             pixels = [p[n:] for p, n in zip(pixels, ahead, strict=True)]
-        tensors |= self.media(pixels, given) | self.text(list(batch.groups["captions"]))
+        tensors |= self.media(pixels, given) | self.text(list(batch.groups["captions"]), batch["pixels"])
         axes: dict[str, Any] = {
             n: batch.axes.get(n, ("batch", *["none"] * (t.ndim - 1))) for n, t in tensors.items()
         }

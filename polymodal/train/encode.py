@@ -297,8 +297,8 @@ class Encoding:
         except torch.OutOfMemoryError:
             self._relieve(ready)
             return
-        for i, (job, _, _) in enumerate(ready):
-            captions = [self._text(c) for c in job.record.extra["captions"]]
+        for i, (job, pixels, _) in enumerate(ready):
+            captions = [self._text(c, pixels) for c in job.record.extra["captions"]]
             names = self.family.documented if job.path.suffix == ".pt" else {}
             store.write_sample(job.path, {n: t[i].cpu() for n, t in media.items()}, captions, names)
             job.row["hash"] = store.content_hash(job.record, self.family.given)
@@ -326,7 +326,9 @@ class Encoding:
                 "Lower data.clip.pixels or data.clip.frames, or start fewer processes on a device.",
             )
 
-    def _text(self, caption: str) -> dict[str, Tensor]:
+    def _text(self, caption: str, pixels: Tensor) -> dict[str, Tensor]:
+        if self.family.sees:
+            return {n: t[0].cpu() for n, t in self._encoders().text([caption], pixels[None]).items()}
         if caption not in self._texts:
             if len(self._texts) > 512:
                 self._texts.clear()

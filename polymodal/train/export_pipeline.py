@@ -137,7 +137,7 @@ def example(family: Any, pipeline: Any) -> Batch:
     draw = torch.Generator().manual_seed(0)
     pixels = torch.rand(1, 3, frames, 2 * grid.side, 2 * grid.side, generator=draw) * 2 - 1
     tensors: dict[str, Tensor] = {
-        **family.encode_text(pipeline, ["a red circle"]),
+        **family.encode_text(pipeline, ["a red circle"], **({"pixels": pixels} if family.sees else {})),
         **family.encode_media(pipeline, pixels),
     }
     latents = tensors.pop("latents").float()

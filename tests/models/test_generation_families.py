@@ -84,7 +84,7 @@ def test_a_family_trains_and_its_export_is_diffusers(name, data, stills, tmp_pat
     trained, base = (getattr(p, family.part).state_dict() for p in (opened, before))
     assert trained.keys() == base.keys() and any(not torch.equal(trained[k], base[k]) for k in base)
     image = str(next(stills.parent.glob("pictures/*.png")))
-    conditioned = "image" in type(opened).__call__.__annotations__ and family.media != ()
+    conditioned = getattr(family, "conditioned", False)
     prompt = Prompt(
         "a red square moving left",
         None,
@@ -98,6 +98,9 @@ def test_a_family_trains_and_its_export_is_diffusers(name, data, stills, tmp_pat
         open_generator(tmp_path / place).sample([prompt], settings(family))[0] for place in ("run", "out")
     ]
     assert np.array_equal(*samples) and samples[0].dtype == np.uint8
+    if conditioned:
+        with pytest.raises(PolymodalError, match="needs `image`"):
+            open_generator(tmp_path / "out").sample([Prompt("a red square")], settings(family))
     other = open_generator(tmp_path / "run", ema=True).sample([prompt], settings(family))[0]
     assert not np.array_equal(samples[0], other)
 

@@ -42,6 +42,10 @@ WORDS = [
 ]
 
 
+IMAGE = 47
+"""Id of the token that pictures take the place of."""
+
+
 @functools.cache
 def tokenizer(length: int = 512) -> Any:
     """A word-level tokenizer with T5's special tokens."""
@@ -385,6 +389,60 @@ def hunyuan_video() -> Any:
     )  # fmt: skip
 
 
+def llava() -> Any:
+    """CLIP of 576 patches before a small Llama, as HunyuanVideo's image-to-video pipeline counts them."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=336, patch_size=14
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, pad_token_id=0, max_position_embeddings=2048
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, pad_token_id=0)
+    )
+
+
+def llava_tokenizer() -> Any:
+    """Words and letters: the template's system message comes to as many tokens as Llama 3's and more."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    marks = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>"]
+    vocabulary = {"<pad>": 0, "<unk>": 1, **{w: i + 2 for i, w in enumerate(WORDS)}}
+    vocabulary |= {mark: IMAGE - 3 + i for i, mark in enumerate(marks)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", additional_special_tokens=marks, model_max_length=512
+    )  # fmt: skip
+
+
+def hunyuan_video_i2v(kind: str) -> Any:
+    from diffusers import (
+        AutoencoderKLHunyuanVideo,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoImageToVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
+    from transformers import CLIPImageProcessor
+
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, mid_block_add_attention=False
+    )  # fmt: skip
+    denoiser = HunyuanVideoTransformer3DModel(
+        in_channels=9 if kind == "latent_concat" else 4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1,
+        num_single_layers=1, num_refiner_layers=1, patch_size=1, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
+        image_condition_type=kind, guidance_embeds=kind == "token_replace",
+    )  # fmt: skip
+    return HunyuanVideoImageToVideoPipeline(
+        text_encoder=llava(), tokenizer=llava_tokenizer(), transformer=denoiser, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=clip_text(8), tokenizer_2=tokenizer(77),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
+    )  # fmt: skip
+
+
 def hunyuan_dit() -> Any:
     from diffusers import DDPMScheduler, HunyuanDiT2DModel, HunyuanDiTPipeline
     from transformers import BertConfig, BertModel
@@ -481,6 +539,8 @@ MAKERS = {
     "flux2": flux2,
     "hidream": hidream,
     "hunyuan-video": hunyuan_video,
+    "hunyuan-video-i2v": lambda: hunyuan_video_i2v("token_replace"),
+    "hunyuan-video-i2v-33ch": lambda: hunyuan_video_i2v("latent_concat"),
     "sd3": sd3,
     "sd3.5": lambda: sd3(True),
     "sdxl": sdxl,

@@ -269,3 +269,15 @@ def test_the_first_frame_is_given_to_the_asked_share_of_clips():
         PolymodalError, match="first_frame = 0.5 does not fit this model, which has one timestep"
     ):
         objective(first_frame=0.5)
+
+
+def test_a_model_that_always_has_its_first_frame_given_learns_the_others_alone():
+    o = objective(Process(first_frame=True))
+    (made,) = o.prepare(None, [batch()])
+    assert torch.equal(made["noisy"][:, :, 0], batch()["latents"][:, :, 0])
+    assert (made["clean"][:, :, 0] == 1).all() and (made["clean"][:, :, 1:] == 0).all()
+    wrong = made["target"].clone()
+    wrong[:, :, 0] += 100  # what is said of the given frame does not count
+    assert float(o.loss(Output(wrong), made, {"diffusion": 1.0})[0]) == 0
+    with pytest.raises(PolymodalError, match="which always has its first frame given"):
+        objective(Process(first_frame=True), first_frame=0.5)

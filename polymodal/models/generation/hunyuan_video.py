@@ -36,8 +36,8 @@ class HunyuanVideo(Generation):
         kind = self.config.get("image_condition_type")
         if kind:
             raise PolymodalError(
-                f"{self.source} is trained on a first frame ({kind}), whose caption is encoded together with it; that is not built.",
-                "Use the text-to-video checkpoint.",
+                f"{self.source} has a denoiser that sees a first frame ({kind}) in a pipeline that makes clips from text alone.",
+                "Use HunyuanVideoImageToVideoPipeline, or the text-to-video denoiser.",
             )
 
     def grid(self) -> LatentGrid:
@@ -73,6 +73,15 @@ class HunyuanVideo(Generation):
             given["guidance"] = torch.full((len(latents),), GUIDANCE, device=latents.device)
         (prediction,) = self.forward(model)(latents, timestep=timestep, return_dict=False, **given)
         return prediction
+
+    def arguments(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """The guidance of a denoiser that has it as an input is a number, and leads away from no prompt."""
+        if self.config.get("guidance_embeds") and asked.get("negative_prompt"):
+            raise PolymodalError(
+                f"{self.card.name} was distilled for guidance: it takes no negative prompt.",
+                "Leave the negative prompt out.",
+            )
+        return asked
 
 
 CARD = ModelCard(

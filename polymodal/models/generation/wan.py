@@ -84,11 +84,7 @@ class Wan(Generation):
         if "encoder_hidden_states_image" in self.media:
             shown = [pixels[:, :, 0]] if last is None else [pixels[:, :, 0], last]
             pictures = torch.stack(shown, dim=1).flatten(0, 1)  # a sample's pictures stand together
-            images = [
-                ((p.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
-                for p in pictures.float()
-            ]
-            seen = pipeline.encode_image(images)
+            seen = pipeline.encode_image(self.shown(pictures))
             made["encoder_hidden_states_image"] = seen.view(len(pixels), -1, seen.shape[-1])
         return made
 

@@ -1,0 +1,118 @@
+"""HunyuanVideo from a first frame, in both its forms; captions are encoded together with that frame.
+
+Facts, and the arguments of diffusers' HunyuanVideoImageToVideoPipeline. latent_concat: the frame and a mask are channels
+beside the noise. token_replace: the first latent frame is the picture, without noise, and its tokens have timestep 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polymodal.data.sample import Batch
+from polymodal.models.card import Process, Size
+from polymodal.models.diffusion import Generation, LatentGrid
+from polymodal.models.generation.hunyuan_video import CARD as TEXT_TO_VIDEO
+from polymodal.models.generation.hunyuan_video import HunyuanVideo
+
+
+class HunyuanVideoI2V(HunyuanVideo):
+    line = "hunyuan-video"
+    conditioned = True
+    sees = True
+    alone = True
+
+    def check(self) -> None:
+        Generation.check(self)
+
+    @property
+    def concat(self) -> bool:
+        return self.config.get("image_condition_type") == "latent_concat"
+
+    @property
+    def media(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("condition",) if self.concat else ()
+
+    def grid(self) -> LatentGrid:
+        return replace(super().grid(), least=2)
+
+    def process(self) -> Process:
+        return replace(super().process(), first_frame=not self.concat)
+
+    def encode_text(
+        self, pipeline: Any, captions: Sequence[str], pixels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Captions, and the clips whose first frames they are encoded with; without clips, black frames."""
+        from PIL import Image
+
+        black = Image.new("RGB", (336, 336))
+        frames = (
+            [black] * len(captions)
+            if pixels is None
+            else [Image.fromarray(f) for f in self.shown(pixels[:, :, 0])]
+        )
+        interleave = (
+            2 if self.concat else 4
+        )  # every so-manieth token of the picture, as the pipeline takes them
+        made = [
+            pipeline.encode_prompt(frame, [caption], image_embed_interleave=interleave)
+            for frame, caption in zip(frames, captions, strict=True)
+        ]
+        embeddings, pooled, masks = (torch.cat(parts) for parts in zip(*made, strict=True))
+        return {
+            "encoder_hidden_states": embeddings,
+            "encoder_attention_mask": masks,
+            "pooled_projections": pooled,
+        }
+
+    def encode_media(self, pipeline: Any, pixels: Tensor, **given: Tensor) -> dict[str, Tensor]:
+        made = super().encode_media(pipeline, pixels)
+        if self.concat:
+            latents = made["latents"]
+            first = super().encode_media(pipeline, pixels[:, :, :1])["latents"]
+            condition = latents.new_zeros(len(latents), latents.shape[1] + 1, *latents.shape[2:])
+            condition[:, :, :1] = torch.cat([first, torch.ones_like(first[:, :1])], dim=1)
+            made["condition"] = condition
+        return made
+
+    def denoise(self, model: nn.Module, latents: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        if self.concat:
+            condition = self.conditions(model, batch, self.media)["condition"]
+            latents = torch.cat([latents, condition], dim=1)
+        return super().denoise(model, latents, timestep, batch)
+
+    def arguments(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Without guidance as an input, guidance leads away from the negative prompt."""
+        out = {  # one prompt a call: captions are encoded with their own picture
+            k: v[0] if k in ("prompt", "negative_prompt") and isinstance(v, list) else v
+            for k, v in super().arguments(asked).items()
+        }
+        if not self.config.get("guidance_embeds"):
+            out["true_cfg_scale"] = out.pop("guidance_scale", None)
+            if out["true_cfg_scale"] is not None:
+                out["negative_prompt"] = out.get("negative_prompt") or ""
+        return out
+
+
+CARD = replace(
+    TEXT_TO_VIDEO,
+    name="hunyuan-video-i2v",
+    title="HunyuanVideo I2V",
+    family=HunyuanVideoI2V,
+    architectures=("HunyuanVideoImageToVideoPipeline",),
+    tasks=("image-to-video",),
+    pipelines={"image-to-video": "HunyuanVideoImageToVideoPipeline"},
+    sizes={
+        "13b": Size("hunyuanvideo-community/HunyuanVideo-I2V", 12.82, 60, devices=8, layout={"dp_shard": -1}),
+        "13b-33ch": Size(
+            "hunyuanvideo-community/HunyuanVideo-I2V-33ch", 12.82, 60, devices=8, layout={"dp_shard": -1}
+        ),
+    },
+    keywords=("image to video", "video generation"),
+    aliases=("hunyuanvideo-i2v",),
+    seeds=("13b",),
+)
