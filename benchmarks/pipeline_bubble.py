@@ -1,12 +1,17 @@
 """The idle time of every pipeline schedule on four stages, measured with stages that sleep, against its formula.
 
-    python benchmarks/pipeline_bubble.py [--micro-batches 8] [--seconds 0.02] [--json FILE]
+    python benchmarks/pipeline_bubble.py [--micro-batches 8] [--seconds 0.02 0.1] [--json FILE]
 
 Four gloo processes run the house's own Pipeline over a model whose blocks sleep: one unit forward, one for gradients of
-inputs and one for gradients of weights in each rank's share of the layers. Idle is what a step takes beyond a rank's
-own work, as a share of that work. Formulas (p ranks, v stages a rank, m micro-batches, equal forward, input and weight
-units): GPipe and 1F1B (p - 1) / m; interleaved (p - 1) / (v m) (Narayanan et al. 2021); zero bubble (p - 1) / (3 m) for one
-stage a rank (ZB-H1, Qi et al. 2023), none for ZB-V.
+inputs and one for gradients of weights in each rank's share of the layers. A step is timed from a barrier to its end on
+the last rank; idle is what it takes beyond a rank's own work, as a share of that work. Every action (a stage's pass over
+a micro-batch) also costs Python, autograd and a message, whatever it sleeps: with two lengths of the unit, the idle share
+is what a longer unit adds, and the rest is that cost, given in milliseconds an action.
+
+Formulas, of one step on its own (p ranks, v stages a rank, m micro-batches, equal forward, input and weight units): GPipe
+and 1F1B (p - 1) / m; interleaved (p - 1) / (v m) (Narayanan et al. 2021); ZB-H1, zero bubble with one stage a rank,
+(p - 1) / (3 m); ZB-V (p - 1) / (6 m): no rank waits between its first and its last action, but the last rank begins
+p - 1 forwards of half a unit after the first, which only a step that follows at once can hide (Qi et al. 2023).
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ CASES = {
     "1F1B": ({}, lambda p, v, m: (p - 1) / m),
     "Interleaved1F1B": ({"pp_virtual": 2}, lambda p, v, m: (p - 1) / (v * m)),
     "InterleavedZeroBubble": ({"pp_virtual": 1}, lambda p, v, m: (p - 1) / (3 * m)),
-    "ZBVZeroBubble": ({}, lambda p, v, m: 0.0),
+    "ZBVZeroBubble": ({}, lambda p, v, m: (p - 1) / (6 * m)),
 }
 
 
@@ -130,35 +135,51 @@ def measured(
     return out[1:]
 
 
+def row(name: str, m: int, units: list[float], steps: int) -> dict[str, Any]:
+    """The shortest of some steps for each length of the unit, and what a line through them says."""
+    options, formula = CASES[name]
+    parallel = Parallel(pp=RANKS, pp_schedule=name, **options)  # type: ignore[arg-type]
+    v = cuts.rounds(parallel)
+    taken = []
+    for unit in units:
+        seconds = run(RANKS, measured, name, options, m, unit, steps)
+        taken.append(min(max(times) for times in zip(*seconds, strict=True)))
+    short, long = units[0], units[-1]
+    slope = (taken[-1] - taken[0]) / (long - short)
+    actions = m * v * (3 if cuts.SCHEDULES[name].split_backward else 2)
+    return {
+        "schedule": name, "stages": v, "formula": formula(RANKS, v, m), "idle": slope / (3 * m) - 1,
+        "measured": [step / (3 * m * unit) - 1 for step, unit in zip(taken, units, strict=True)],
+        "milliseconds_an_action": 1000 * (taken[0] - slope * short) / actions,
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument(
-        "--seconds", type=float, default=0.02, help="of one unit: a pass over a rank's layers"
+        "--seconds", type=float, nargs=2, default=[0.02, 0.1], help="of a unit: a pass over a rank's layers"
     )
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    m, unit = asked.micro_batches, asked.seconds
+    m, units = asked.micro_batches, sorted(asked.seconds)
+    if units[0] == units[1]:
+        parser.error("--seconds needs two lengths of a unit that differ")
     rows = []
-    print(
-        f"{RANKS} stages' ranks, {m} micro-batches, {unit * 1000:.0f} ms a unit; idle as a share of a rank's work"
-    )
-    print(f"{'schedule':24}{'stages a rank':>14}{'measured':>10}{'formula':>10}")
-    for name, (options, formula) in CASES.items():
-        v = cuts.rounds(Parallel(pp=RANKS, pp_schedule=name, **options))  # type: ignore[arg-type]
-        seconds = run(RANKS, measured, name, options, m, unit, asked.steps)
-        step = min(max(times) for times in zip(*seconds, strict=True))
-        row = {
-            "schedule": name,
-            "stages": v,
-            "measured": step / (3 * m * unit) - 1,
-            "formula": formula(RANKS, v, m),
-        }
-        rows.append(row)
-        print(f"{name:24}{v:14}{row['measured']:10.3f}{row['formula']:10.3f}", flush=True)
+    print(f"{RANKS} ranks, {m} micro-batches; idle as a share of a rank's work")
+    at = "".join(f"{f'at {unit * 1000:.0f} ms':>11}" for unit in units)
+    print(f"{'schedule':24}{'stages a rank':>14}{at}{'idle':>8}{'formula':>9}{'ms an action':>14}")
+    for name in CASES:
+        found = row(name, m, units, asked.steps)
+        rows.append(found)
+        each = "".join(f"{share:11.3f}" for share in found["measured"])
+        print(
+            f"{name:24}{found['stages']:14}{each}{found['idle']:8.3f}{found['formula']:9.3f}{found['milliseconds_an_action']:14.2f}",
+            flush=True,
+        )
     if asked.json:
-        asked.json.write_text(json.dumps({"micro_batches": m, "seconds": unit, "rows": rows}, indent=1))
+        asked.json.write_text(json.dumps({"micro_batches": m, "seconds": units, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -138,8 +138,8 @@ def context_attention(r: dict) -> list[Row]:
 def pipeline_bubble(r: dict) -> list[Row]:
     return [
         (
-            f"idle share of a pipeline of 4 ranks, {row['stages']} stages each, {r['micro_batches']} micro-batches, {row['schedule']}: measured (formula {row['formula']:.3f})",
-            f"{row['measured']:.3f}", "-", None,
+            f"idle share of a pipeline of 4 ranks, {row['stages']} stages each, {r['micro_batches']} micro-batches, {row['schedule']}: what longer units add (formula {row['formula']:.3f}); an action costs {row['milliseconds_an_action']:.1f} ms besides",
+            f"{row['idle']:.3f}", "-", None,
         )
         for row in r["rows"]
     ]  # fmt: skip

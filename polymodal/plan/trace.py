@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.pipelining.schedules import _PipelineSchedule
 
 from polymodal import device as devices
 from polymodal import fused_attention
@@ -129,8 +130,19 @@ def _paths_of(kind: str, family: Family, cp: int) -> Iterator[None]:
     """
     kept = devices.packed_attention, fused_attention.kernel, dist.get_backend, media.gather
     blocks = dict(language.BLOCK_ELEMENTS)
+    pretended, warm_up = dist.get_backend, _PipelineSchedule._warmup_p2p
+
+    def alone(schedule: Any, *args: Any) -> None:
+        """torch's schedules ask the other stages for shapes, unless they see that a group is pretended."""
+        said, dist.get_backend = dist.get_backend, pretended
+        try:
+            warm_up(schedule, *args)
+        finally:
+            dist.get_backend = said
+
     if kind == CPU:
         dist.get_backend = lambda group=None: "gloo"
+        _PipelineSchedule._warmup_p2p = alone  # type: ignore[method-assign, assignment]
     else:
         flash = fused_attention.Kernel(fused_attention._flash_forward, fused_attention._flash_backward)
         language.BLOCK_ELEMENTS.clear()
@@ -145,6 +157,7 @@ def _paths_of(kind: str, family: Family, cp: int) -> Iterator[None]:
         yield
     finally:
         devices.packed_attention, fused_attention.kernel, dist.get_backend, media.gather = kept
+        _PipelineSchedule._warmup_p2p = warm_up  # type: ignore[method-assign]
         language.BLOCK_ELEMENTS.update(blocks)
 
 

@@ -175,6 +175,11 @@ class Tracker(TorchDispatchMode):
         for tensor in made:
             if tensor.device.type != "meta":
                 self._born(tensor.untyped_storage())
+        if size := _workspace(func, given):
+            number = len(self.lives)
+            self.lives.append(_Life(0, self.phase, self._backward(), "temporary"))
+            self._change(number, size)
+            self._change(number, 0)
         if name in COLLECTIVES and func.namespace in ("c10d", "_c10d_functional"):
             self._collective(COLLECTIVES[name], func, args, kwargs, given, made)
         else:
@@ -335,6 +340,23 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> float:
         return (2.5 if backward else 1.0) * (2 if causal else 4) * query.numel() * key.shape[-2]
     packet = func._overloadpacket
     return float(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0.0
+
+
+def _workspace(func: Any, given: list[Tensor]) -> int:
+    """Bytes that torch's attention kernel for CPUs allocates for itself on one thread: a tile of scores and its sums,
+    in float32 and, for half precision, a copy (ATen/native/cpu/FlashAttentionKernel.cpp)."""
+    name = func._schema.name
+    if not name.startswith("aten::_scaled_dot_product_flash_attention_for_cpu"):
+        return 0
+    backward = name.endswith("backward")
+    query, key = given[1:3] if backward else given[:2]
+    length, width = query.shape[-2:]
+    rows = min(length, 256 if length >= 768 else 64 if length >= 192 else 32)
+    tile = rows * min(key.shape[-2], 512)
+    copy = query.element_size() if query.element_size() < 4 else 0
+    if backward:
+        return 2 * tile * (4 + copy) + rows * 4
+    return tile * (4 + copy) + rows * (2 + width) * 4
 
 
 def _ranks(func: Any, args: Any, kwargs: Any) -> tuple[int, ...]:
