@@ -52,9 +52,9 @@ def _table(cards: dict[str, ModelCard], console: Any) -> None:
 
     table = Table(title="Models", title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("model", no_wrap=True)
-    table.add_column("sizes", max_width=15)
+    table.add_column("sizes", max_width=13)
     table.add_column("tasks", min_width=19, max_width=19)
-    table.add_column("parallel")
+    table.add_column("parallel", max_width=13)
     table.add_column("status", min_width=8, no_wrap=True)
     for card in cards.values():
         able = [
