@@ -33,7 +33,11 @@ Section = Literal["datasets", "validation"]
 
 @dataclass
 class Feed:
-    """A section of data, planned. loader(dp_rank=, dp_size=, start=, stop_after=, workers=None) opens it."""
+    """A section of data, planned. loader(dp_rank=, dp_size=, start=, stop_after=, workers=None, first=True) opens it.
+
+    first: whether the first stage of a pipeline is here, which alone looks at pictures; targets of diffusion are
+    made of them, and so needed on all.
+    """
 
     schedule: Schedule
     loader: Callable[..., Loader]
@@ -75,8 +79,9 @@ class Language:
         index = build_index(corpus, chat, data, rank=rank)
         schedule = Schedule(index, corpus.parts, data, recipe.train, self.family.cost)
 
-        def loader(workers: int | None = None, **options: Any) -> Loader:
-            return Loader(schedule, corpus, chat, _workers(data, workers), rows=chat.media.rows, **options)
+        def loader(workers: int | None = None, first: bool = True, **options: Any) -> Loader:
+            plain = {"rows": chat.media.rows, "pixels": first, **options}
+            return Loader(schedule, corpus, chat, _workers(data, workers), **plain)
 
         return Feed(schedule, loader)
 
@@ -129,7 +134,7 @@ class Diffusion:
         schedule = Schedule(features, features.parts, data, recipe.train, family.cost)
         make = FeatureMaker(features, recipe.train.seed, family.text, _factors(recipe, section))
 
-        def loader(workers: int | None = None, **options: Any) -> Loader:
+        def loader(workers: int | None = None, first: bool = True, **options: Any) -> Loader:
             return Loader(schedule, features, None, _workers(data, workers), make=make, **options)
 
         return Feed(schedule, loader)
@@ -146,7 +151,7 @@ class Diffusion:
         schedule = Schedule(index, corpus.parts, data, recipe.train, family.cost)
         make = ClipMaker(corpus, clips, data, recipe.train.seed, _factors(recipe, section))
 
-        def loader(workers: int | None = None, **options: Any) -> Loader:
+        def loader(workers: int | None = None, first: bool = True, **options: Any) -> Loader:
             return Loader(schedule, corpus, clips, _workers(data, workers), make=make, **options)
 
         return Feed(schedule, loader)
