@@ -56,6 +56,10 @@ class ModelCard:
     tasks: tuple[str, ...]  # "image-text-to-text", "video-text-to-text", ...
     blocks: tuple[str, ...]  # FSDP unit = recompute unit = compile unit
     towers: Mapping[str, tuple[str, ...]]  # {"vision": ("model.visual",), ...}: freeze, lr, LoRA, balance
+    streams: tuple[str, ...] = ("hidden_states",)
+    """Arguments of blocks that are handed on from block to block, in the order in which blocks give them back."""
+    leading: str = ""
+    """Argument of blocks that counts rows at the beginning of the stream which are treated apart, if there is one."""
     pipeline: Mapping[str, Chain] = field(default_factory=dict)
     """What pipeline stages are cut from: tower -> its chain of blocks, in the order of the forward pass."""
     sequence_plan: Mapping[str, Mapping[str | int, int]] = field(default_factory=dict)
@@ -79,7 +83,6 @@ class ModelCard:
     )  # generation: task -> diffusers' pipeline class
     verified: str = ""  # how it is checked here: "logits, gradients, keys on tiny models of the class"
     seeds: tuple[str, ...] = ()  # sizes named by the documents this follows
-    methods: tuple[str, ...] = ()  # recipes besides sft and lora: "dreambooth"
 
     @property
     def main(self) -> str:

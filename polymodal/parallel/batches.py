@@ -7,7 +7,7 @@ the denominators of its loss were counted on whole ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from polymodal.recipe import Parallel
 
 def attention_heads(config: Any) -> int:
     """Query heads of a model's (language) layers, from its transformers or diffusers config; 1 when it does not say."""
+    if isinstance(config, Mapping):  # diffusers
+        return config.get("num_attention_heads") or 1
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "num_attention_heads", None) or getattr(text, "num_heads", None) or 1
 

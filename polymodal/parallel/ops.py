@@ -7,7 +7,7 @@ that wall, and its backward is the way back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -211,18 +211,22 @@ def gather_last(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _GatherLast.apply(tensor, group)
 
 
-def fused_exchange(rows: int, parts: int, size: int, rank: int) -> tuple[list[int], list[int], list[int]]:
+def fused_exchange(parts: Sequence[int], size: int, rank: int) -> tuple[list[int], list[int], list[int]]:
     """How to turn a contiguous cut of fused rows into one cut of each part.
 
-    A fused weight has `rows` rows: parts (q, k, v) of rows / parts each. It is kept as the natural cut (rank s holds
-    rows [s, s + 1) * rows / size), and computed with as rank r's share of every part. Returns (local rows in the
+    A fused weight has sum(parts) rows: those of q, then k, then v. It is kept as the natural cut (rank s holds rows
+    [s, s + 1) * sum(parts) / size), and computed with as rank r's share of every part. Returns (local rows in the
     order they are sent, number sent to each rank, number received from each rank); what is received, in rank order,
     is already in the order of the parts.
     """
-    held, part, share = rows // size, rows // parts, rows // parts // size
+    held = sum(parts) // size
+    starts = [sum(parts[:at]) for at in range(len(parts))]
 
     def overlap(source: int, target: int) -> list[int]:
-        wanted = [range(p * part + target * share, p * part + (target + 1) * share) for p in range(parts)]
+        wanted = [
+            range(begin + target * part // size, begin + (target + 1) * part // size)
+            for begin, part in zip(starts, parts, strict=True)
+        ]
         start, stop = source * held, (source + 1) * held
         return [i - start for w in wanted for i in range(max(w.start, start), min(w.stop, stop))]
 
@@ -262,6 +266,20 @@ def exchange_rows(
 ) -> Tensor:
     """Rows moved between ranks as `fused_exchange` says; gradients move back."""
     return _Exchange.apply(tensor, index, sent, received, group)
+
+
+def rms_norm_across(hidden: Tensor, weight: Tensor, eps: float | None, group: dist.ProcessGroup) -> Tensor:
+    """Root-mean-square norm over features that are cut over the group: hidden [..., D / size] with weight [D / size].
+
+    x / sqrt(mean(x^2) + eps) * weight over all D (Zhang and Sennrich 2019, arXiv:1910.07467). The mean square is summed
+    over ranks, and so is its gradient on the way back: every rank's output depends on it. eps None: that of the dtype.
+    """
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    own = wide.square().sum(dim=-1, keepdim=True)
+    total = copy_to_region(reduce_from_region(own, group), group)
+    mean = total / (hidden.shape[-1] * group.size())
+    scaled = wide * torch.rsqrt(mean + (torch.finfo(hidden.dtype).eps if eps is None else eps))
+    return scaled.to(hidden.dtype) * weight
 
 
 def embed(ids: Tensor, weight: Tensor, rows: int, padding: int | None, group: dist.ProcessGroup) -> Tensor:

@@ -6,36 +6,85 @@ Lengths are arbitrary: every rank holds ceil(T / size) rows, zeros after the las
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from polymodal.parallel import ops
+
+HIDDEN = "hidden_states"
+"""The stream of a tower that has one; of diffusion transformers the latents' rows."""
 
 
 @dataclass
 class Stream:
     """One tower's residual stream. With `sequence` it is cut over the group, without it every rank holds it whole.
 
-    length: rows of the whole stream in the forward that is running (recompute sets it again, block by block).
+    names: the arguments of blocks that it consists of, in the order in which blocks give them back and joined layers
+    have them: latents and text of a diffusion transformer travel side by side, each cut by itself.
+    lengths: rows of each, whole, in the forward that is running (recompute sets them again, block by block).
     """
 
     group: dist.ProcessGroup
     sequence: bool
-    length: int = 0
+    names: tuple[str, ...] = (HIDDEN,)
+    lengths: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
-    def cut(self, hidden: Tensor) -> Tensor:
+    @property
+    def length(self) -> int:
+        """Rows of the main stream; 0 before a block was run, in a pipeline stage that throws away what comes so early."""
+        return self.lengths[HIDDEN]
+
+    def cut(self, hidden: Tensor, name: str = HIDDEN) -> Tensor:
         """Whole [..., T, D] -> what a rank carries from block to block."""
-        self.length = hidden.shape[-2]
+        self.lengths[name] = hidden.shape[-2]
         return ops.cut_sequence(hidden, self.group) if self.sequence else hidden
 
-    def enter(self, hidden: Tensor) -> Tensor:
+    def enter(self, hidden: Tensor, name: str = HIDDEN) -> Tensor:
         """Stream -> whole input of a region, whose gradients are partial."""
         if self.sequence:
-            return ops.gather_sequence(hidden, self.length, self.group, partial=True)
+            return ops.gather_sequence(hidden, self.lengths[name], self.group, partial=True)
         return ops.copy_to_region(hidden, self.group)
+
+    def enter_rows(self, hidden: Tensor) -> Tensor:
+        """As `enter`, for a region that looks at rows one by one: of any stream, in any order, fillers among them."""
+        if self.sequence:
+            rows = hidden.shape[-2] * self.group.size()
+            return ops.gather_sequence(hidden, rows, self.group, partial=True)
+        return ops.copy_to_region(hidden, self.group)
+
+    def enter_joined(self, hidden: Tensor) -> Tensor:
+        """As `enter`, for all streams joined along their rows: what comes out is whole stream after whole stream."""
+        gathered = self.enter_rows(hidden)
+        return gathered.index_select(-2, self._joined(gathered.device)) if self.sequence else gathered
+
+    def leave_joined(self, partial: Tensor) -> Tensor:
+        """The way back: joined whole streams, partial -> this rank's rows of each, joined."""
+        if not self.sequence:
+            return ops.reduce_from_region(partial, self.group)
+        rows = sum(self._rows().values()) * self.group.size()
+        spread = partial.new_zeros(*partial.shape[:-2], rows, partial.shape[-1])
+        spread = spread.index_copy(-2, self._joined(partial.device), partial)
+        return ops.reduce_scatter_sequence(spread, self.group)
+
+    def _rows(self) -> dict[str, int]:
+        """Rows of each stream on a rank."""
+        return {name: ops.rows_per_rank(self.lengths[name], self.group.size()) for name in self.names}
+
+    def _joined(self, device: torch.device) -> Tensor:
+        """Where the rows of whole joined streams lie among those gathered from ranks, each of which joined its own."""
+        rows = self._rows()
+        held, start, places = sum(rows.values()), 0, []
+        for name in self.names:
+            row = torch.arange(self.lengths[name], device=device)
+            places.append(row // rows[name] * held + start + row % rows[name])
+            start += rows[name]
+        return torch.cat(places)
 
     def leave(self, partial: Tensor) -> Tensor:
         """Partial output of a region -> stream."""
@@ -51,18 +100,33 @@ class Stream:
         """This rank's rows -> stream."""
         return rows if self.sequence else ops.gather_sequence(rows, self.length, self.group, partial=False)
 
-    def gather(self, hidden: Tensor) -> Tensor:
+    def gather(self, hidden: Tensor, name: str = HIDDEN) -> Tensor:
         """Stream -> whole, for what is computed alike on every rank."""
         if self.sequence:
-            return ops.gather_sequence(hidden, self.length, self.group, partial=False)
+            return ops.gather_sequence(hidden, self.lengths[name], self.group, partial=False)
         return hidden
 
-    def note_length(self, kwargs: dict[str, Any]) -> None:
-        """Remember T from the rotary tables that a block is given; these are never cut."""
-        tables = kwargs.get("position_embeddings")
-        if tables is not None:
-            first = tables[0] if isinstance(tables, (tuple, list)) else tables
-            self.length = first.shape[-2]
+    def modulation(self, value: Tensor) -> Tensor:
+        """What shifts and scales the rows of a block, whole: [B, ...] for all rows alike, or [B, T, ...] a row.
+
+        Rows of a cut stream hand back their part of its gradient only.
+        """
+        if not self.sequence:
+            return value
+        if value.ndim > 3:  # a timestep a token
+            return ops.cut_sequence(value.flatten(2), self.group).unflatten(-1, value.shape[2:])
+        return ops.copy_to_region(value, self.group)
+
+    def leading(self, count: int) -> int:
+        """Of so many rows at the beginning of the whole main stream, those that this rank holds."""
+        if not self.sequence:
+            return count
+        rows = ops.rows_per_rank(self.length, self.group.size())
+        return min(max(count - rows * self.group.rank(), 0), rows)
+
+    def note(self, lengths: Mapping[str, int]) -> None:
+        """Rows of the whole streams, as a block was told when it was called first."""
+        self.lengths.update(lengths)
 
     def cut_deepstack(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a language model whose layers add vision features to the stream: only this rank's rows.

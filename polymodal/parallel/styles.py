@@ -5,6 +5,7 @@ This room knows modules and names only; tensor.py and expert.py give the styles 
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -17,9 +18,16 @@ from polymodal.errors import PolymodalError
 from polymodal.models.card import Dropped, ModelCard
 
 STYLES = {
-    "stream": "a tower: its blocks carry one residual stream, cut along the sequence under sequence parallelism",
-    "attention": "a region whose heads are spread: input enters, output is summed, head counts are divided",
+    "stream": "a tower (`` is the model): its blocks carry a residual stream, the card's `streams`, cut along the sequence under sequence parallelism",
+    "attention": "a region whose heads are spread: input enters (a context of keys, whole, too), output is summed, head counts are divided",
+    "joint_attention": "such a region over two streams at once, `hidden_states` and `encoder_hidden_states`: both enter, both outputs are summed",
+    "joint_heads": "such a region over two streams whose output projection comes later, in a joined_rowwise layer",
+    "joined_heads": "the same over the streams joined in one",
+    "norm_across_heads": "a root-mean-square norm of queries or keys over all heads: its statistics are summed over ranks",
     "mlp": "a region: input enters, output is summed (dense, or router and experts)",
+    "feed_forward": "a region of rows one by one, of any stream or of several joined",
+    "joined_colwise": "a linear layer beside attention over the same joined streams, cut by output features",
+    "joined_rowwise": "a linear layer over attention's heads and a joined_colwise layer's features, cut by both; its output is summed",
     "merger": "a region that ends the stream: its output is whole on every rank",
     "colwise": "a linear layer cut by output features",
     "fused_colwise": "a linear layer of three fused parts (q, k, v), each cut by heads; kept in its natural order",
@@ -30,6 +38,7 @@ STYLES = {
     "sparse_router": "the router of such a region: its logits are made whole for the balance loss",
     "dispatched": "the experts of such a region, laid out by expert.py",
     "exit": "the norm that ends the stream: its output is whole on every rank",
+    "end": "what comes after the stream: its input is whole on every rank",
     "embedding": "a table cut by rows of the vocabulary",
     "head": "an output projection cut by the vocabulary; objectives multiply by its local rows",
 }
@@ -92,6 +101,23 @@ def see_local(module: nn.Module, gradients: Mapping[str, Placement | None]) -> N
                 module.__dict__.pop(key, None)
 
     module.forward = with_local_parameters
+
+
+def on_argument(
+    module: nn.Module,
+    name: str,
+    change: Callable[[Any], Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> tuple[tuple, dict[str, Any]]:
+    """Change one of the arguments of a module's forward by its name there; as they are when it is not given."""
+    if name in kwargs:
+        return args, {**kwargs, name: change(kwargs[name])} if kwargs[name] is not None else kwargs
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    at = names.index(name) if name in names else len(args)
+    if at < len(args) and args[at] is not None:
+        args = (*args[:at], change(args[at]), *args[at + 1 :])
+    return args, kwargs
 
 
 def on_first(

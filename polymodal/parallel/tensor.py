@@ -1,7 +1,7 @@
 """Tensor parallelism by name pattern: which weights are cut over the tp group, and how activations pass them.
 
 This room turns a card's `tensor_plan` into DTensor parameters and patched forwards of module instances; names stay.
-It sees ops.py, sequence.py and models/card.py. Weights are DTensors (so that checkpoints and FSDP2 know where each
+It sees ops.py, sequence.py, linears.py and models/card.py. Weights are DTensors (so that checkpoints and FSDP2 know where each
 piece belongs) but modules compute with plain local tensors: inside a region (an attention, an MLP) every rank has the
 whole input and its own heads or columns, and gradients are partial sums; at the region's end outputs are summed.
 """
@@ -10,54 +10,46 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from functools import wraps
+from collections.abc import Mapping
+from functools import partial, wraps
+from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Shard
 
 from polymodal.errors import PolymodalError
 from polymodal.models.card import Dropped, ModelCard
 from polymodal.parallel import adapters, expert, ops
+from polymodal.parallel.linears import LINEAR, Linears
 from polymodal.parallel.sequence import Stream
-from polymodal.parallel.styles import STYLES, on_first, resolve, see_local
+from polymodal.parallel.styles import STYLES, on_argument, on_first, resolve
 
 __all__ = ["STYLES", "apply", "check", "counts", "resolve"]
 
-REGIONS = ("attention", "mlp", "merger")
-HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
-FUSED_PARTS = 3
+ATTENTIONS = ("attention", "joint_attention", "joint_heads", "joined_heads")
+REGIONS = (*ATTENTIONS, "mlp", "feed_forward", "merger")
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "heads")
+CONTEXT = "encoder_hidden_states"
+MODULATION = ("temb", "token_replace_emb")
+"""Arguments of diffusers' blocks that shift and scale their rows."""
+LENGTHS = "polymodal_stream_lengths"
+"""Argument that tells a block how long the whole streams are; taken off before its own forward."""
 
 
-class _Layout:
+class _Layout(Linears):
     """Applies styles to one model; holds what every patched forward needs."""
 
     def __init__(
-        self, model: nn.Module, styles: dict[str, str], blocks: list[str], mesh: DeviceMesh, sequence: bool
-    ):
-        self.modules = dict(model.named_modules())
-        self.styles = styles
-        self.mesh = mesh
-        self.group = mesh.get_group()
-        self.size = mesh.size()
-        self.rank = mesh.get_local_rank()
-        self.sequence = sequence
-        self.blocks = blocks
-        self.streams = {n: Stream(self.group, sequence) for n, style in styles.items() if style == "stream"}
-        # by id, old and new: tied weights stay tied
-        self.placed: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
-        self.done: set[str] = set()
+        self, model: nn.Module, card: ModelCard, styles: dict[str, str], blocks: list[str], mesh: DeviceMesh, sequence: bool
+    ):  # fmt: skip
+        super().__init__(model, styles, blocks, mesh)
+        self.sequence, self.leading = sequence, card.leading
+        names = card.streams
+        self.streams = {n: Stream(self.group, sequence, names) for n, s in styles.items() if s == "stream"}
 
     # Where a module lies
-
-    def above(self, name: str) -> Iterator[str]:
-        """The module itself and its ancestors, innermost first."""
-        while name:
-            yield name
-            name = name.rpartition(".")[0]
 
     def stream(self, name: str) -> Stream:
         for path in self.above(name):
@@ -84,143 +76,63 @@ class _Layout:
         """Is this a dropped merger that ends a stream whose blocks are here? The stream leaves whole through it."""
         return style == "merger" and self.carries(name)
 
-    # Parameters
-
-    def place(self, module: nn.Module, key: str, placement: Placement) -> None:
-        """Replace a parameter by a DTensor; every rank is assumed to hold the same values (or meta)."""
-        parameter = module._parameters[key]
-        if parameter is None or isinstance(parameter, DTensor):
-            return
-        if id(parameter) not in self.placed:
-            value = distribute_tensor(parameter.data, self.mesh, [placement], src_data_rank=None)
-            self.placed[id(parameter)] = (
-                parameter,
-                nn.Parameter(value, requires_grad=parameter.requires_grad),
-            )
-        new = self.placed[id(parameter)][1]
-        module._parameters[key] = new
-
-    def local(
-        self, module: nn.Module, placements: dict[str, Placement], gradients: dict[str, Placement]
-    ) -> None:
-        """Cut a module's own parameters, and let its forward see plain local tensors under their names."""
-        for key in placements:
-            self.place(module, key, placements[key])
-        keys = [key for key in placements if module._parameters.get(key) is not None]
-        if keys:
-            see_local(module, {key: gradients.get(key) for key in keys})
-
-    def replicate(self, module: nn.Module, partial: bool) -> None:
-        own = [key for key, value in module._parameters.items() if value is not None]
-        gradient: Placement = Partial() if partial else Replicate()
-        self.local(module, dict.fromkeys(own, Replicate()), dict.fromkeys(own, gradient))
-
-    # Linear layers, with or without an adapter
-
-    def linear(self, name: str, style: str) -> None:
-        module = self.modules[name]
-        if hasattr(module, "base_layer"):
-            self.adapter(name, module, style)
-            return
-        if not isinstance(module, nn.Linear):
-            raise PolymodalError(
-                f"The tensor_plan says {style} for `{name}`, which is a {type(module).__name__}."
-            )
-        self.done.add(name)
-        if style == "rowwise":
-            self.divisible(name, "input features", module.in_features)
-            if module.bias is not None and self.rank:
-                self.without_bias(module)
-            self.local(module, {"weight": Shard(1), "bias": Replicate()}, {"bias": Partial()})
-        else:
-            parts = FUSED_PARTS if style == "fused_colwise" else 1
-            self.divisible(name, "output features", module.out_features, parts)
-            if parts > 1:
-                self.fused(module, module.out_features, parts)
-            self.local(module, {"weight": Shard(0), "bias": Shard(0)}, {})
-
-    def without_bias(self, module: nn.Module) -> None:
-        """Of the partial sums of a rowwise layer only rank 0's holds the bias; the others give it a zero gradient."""
-        forward = module.forward
-
-        @wraps(forward)
-        def zero_bias(*args: Any, **kwargs: Any) -> Any:
-            module.__dict__["bias"] = module.__dict__["bias"] * 0
-            return forward(*args, **kwargs)
-
-        module.forward = zero_bias
-
-    def fused(self, module: nn.Module, rows: int, parts: int) -> None:
-        """Before the forward: the natural cut of fused rows becomes a cut of each part (an exchange of rows)."""
-        order, sent, received = ops.fused_exchange(rows, parts, self.size, self.rank)
-        index: dict[torch.device, Tensor] = {}
-        forward = module.forward
-
-        @wraps(forward)
-        def exchanged(*args: Any, **kwargs: Any) -> Any:
-            for key in ("weight", "bias"):
-                value = module.__dict__.get(key)
-                if value is not None:
-                    if value.device not in index:
-                        index[value.device] = torch.tensor(order, device=value.device)
-                    module.__dict__[key] = ops.exchange_rows(
-                        value, index[value.device], sent, received, self.group
-                    )
-            return forward(*args, **kwargs)
-
-        module.forward = exchanged
-
-    def adapter(self, name: str, module: nn.Module, style: str) -> None:
-        """A LoRA layer of peft: y = W x + s B A x. Cut like W: colwise cuts B's rows, rowwise cuts A's columns."""
-        for child, part in list(self.modules.items()):
-            if not child.startswith(name + "."):
-                continue
-            inner = child.removeprefix(name + ".")
-            if inner == "base_layer":
-                self.linear(child, style)
-            elif isinstance(part, nn.Linear):
-                wide = inner.startswith("lora_B") if style != "rowwise" else inner.startswith("lora_A")
-                if wide:
-                    self.linear(child, style)
-                else:  # the narrow side is whole on every rank, its gradient partial
-                    self.replicate(part, partial=True)
-                    self.done.add(child)
-            elif any(value is not None for value in part._parameters.values()):
-                raise PolymodalError(
-                    f"The adapter of `{name}` ({inner}) cannot be cut over a tensor-parallel group.",
-                    "Use plain LoRA, or set parallel.tp to 1 (FSDP shards any adapter).",
-                )
-
-    def divisible(self, name: str, what: str, count: int, parts: int = 1) -> None:
-        if count % (self.size * parts):
-            raise PolymodalError(
-                f"parallel.tp = {self.size} does not divide the {count} {what} of `{name}`"
-                + (f" in {parts} parts." if parts > 1 else "."),
-                f"Choose a divisor of {count // parts}.",
-            )
-
     # Modules with a style of their own
 
     def region(self, name: str, style: str) -> None:
         module, stream = self.modules[name], self.stream(name)
-        if style == "attention":
+        if style in ATTENTIONS:
             for key in HEAD_COUNTS:
                 if isinstance(module.__dict__.get(key), int):
                     self.divisible(name, key, getattr(module, key))
                     setattr(module, key, getattr(module, key) // self.size)
             self.whole_heads(name, module)
         forward = module.forward
-        leave = ops.reduce_from_region if style == "merger" else None
+        joint = style in ("joint_attention", "joint_heads")
+        enter = {"feed_forward": stream.enter_rows, "joined_heads": stream.enter_joined}.get(style, stream.enter)  # fmt: skip
+
+        def context(hidden: Tensor) -> Tensor:
+            return stream.enter(hidden, CONTEXT) if joint else ops.copy_to_region(hidden, self.group)
+
+        def leave(out: Tensor) -> Tensor:
+            return ops.reduce_from_region(out, self.group) if style == "merger" else stream.leave(out)
 
         @wraps(forward)
         def region(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = on_first(stream.enter, args, kwargs)
+            args, kwargs = on_first(enter, args, kwargs)
+            if style in ATTENTIONS:
+                args, kwargs = on_argument(module, CONTEXT, context, args, kwargs)
             out = forward(*args, **kwargs)
-            partial = out[0] if isinstance(out, tuple) else out
-            whole = leave(partial, self.group) if leave is not None else stream.leave(partial)
-            return (whole, *out[1:]) if isinstance(out, tuple) else whole
+            if style in ("joint_heads", "joined_heads"):
+                return out
+            if not isinstance(out, tuple):
+                return leave(out)
+            return (leave(out[0]), *(leave(part) if joint else part for part in out[1:]))
 
         module.forward = region
+
+    def joined(self, name: str, style: str) -> None:
+        """The layers of a block that joins its streams: before and after the attention beside them."""
+        module, stream = self.modules[name], self.stream(name)
+        forward = module.forward
+        if style == "joined_colwise":
+            module.forward = wraps(forward)(lambda hidden: forward(stream.enter_joined(hidden)))
+        else:
+            module.forward = wraps(forward)(lambda hidden: stream.leave_joined(forward(hidden)))
+
+    def norm_across_heads(self, name: str) -> None:
+        module = self.modules[name]
+        weight, eps = module._parameters.get("weight"), getattr(module, "eps", None)
+        if type(module).__name__ != "RMSNorm" or weight is None or module._parameters.get("bias") is not None:
+            raise PolymodalError(
+                f"`{name}` is a {type(module).__name__} over all heads, only a root-mean-square norm with a weight can be cut.",
+                "Set parallel.tp to 1.",
+            )
+        self.divisible(name, "features", len(weight))
+        self.done.add(name)
+        module.forward = lambda hidden: ops.rms_norm_across(
+            hidden, module.__dict__["weight"], eps, self.group
+        )
+        self.local(module, {"weight": Shard(0)}, {})
 
     def whole_heads(self, name: str, module: nn.Module) -> None:
         """A cut between two halves of a head would have the right size and the wrong meaning."""
@@ -231,18 +143,40 @@ class _Layout:
                 part = getattr(part, "base_layer", part)
                 self.divisible(child, "heads", part.out_features // size)
 
-    def block(self, name: str, first: bool) -> None:
+    def block(self, name: str, first: bool, last: bool) -> None:
+        """first: here the streams are cut; last: here they are made whole, for what another pipeline stage holds."""
         module, stream = self.modules[name], self.stream(name)
-        forward = module.forward
+        forward, several = module.forward, len(stream.names) > 1
+
+        def cut(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            if not several:
+                return on_first(stream.cut, args, kwargs)
+            for each in stream.names:
+                args, kwargs = on_argument(module, each, partial(stream.cut, name=each), args, kwargs)
+            return args, kwargs
 
         @wraps(forward)
         def block(*args: Any, **kwargs: Any) -> Any:
-            stream.note_length(kwargs)
+            stream.note(kwargs.pop(LENGTHS, {}))
             if first:
-                args, kwargs = on_first(stream.cut, args, kwargs)
-            return forward(*args, **kwargs)
+                args, kwargs = cut(args, kwargs)
+            for each in MODULATION if stream.sequence else ():
+                args, kwargs = on_argument(module, each, stream.modulation, args, kwargs)
+            if self.leading:
+                args, kwargs = on_argument(module, self.leading, stream.leading, args, kwargs)
+            out = forward(*args, **kwargs)
+            if not last:
+                return out
+            if not several:
+                return stream.gather(out)
+            return tuple(stream.gather(part, each) for each, part in zip(stream.names, out, strict=True))
 
         module.forward = block
+        if stream.sequence and not first:
+            # a hook, which recompute does not repeat: other batches may have other lengths by then
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: (args, {**kwargs, LENGTHS: dict(stream.lengths)}), with_kwargs=True
+            )
 
     def exit(self, name: str) -> None:
         module, stream = self.modules[name], self.stream(name)
@@ -251,6 +185,19 @@ class _Layout:
         if self.carries(name):
             forward = module.forward
             module.forward = wraps(forward)(lambda *args, **kwargs: stream.gather(forward(*args, **kwargs)))
+
+    def end(self, name: str) -> None:
+        module, stream = self.modules[name], self.stream(name)
+        if not self.carries(name):
+            return
+        forward = module.forward
+
+        @wraps(forward)
+        def end(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = on_first(stream.gather, args, kwargs)
+            return forward(*args, **kwargs)
+
+        module.forward = end
 
     def tower(self, name: str) -> None:
         module, stream = self.modules[name], self.streams[name]
@@ -352,6 +299,9 @@ class _Layout:
         module.forward = router
 
     def run(self) -> None:
+        self.goes_on = any(
+            s == "end" and isinstance(self.modules[n], Dropped) for n, s in self.styles.items()
+        )
         # What another pipeline stage holds is handed through; only the end of a stream still has to gather.
         self.styles = {
             name: style
@@ -359,9 +309,9 @@ class _Layout:
             if style == "exit" or not isinstance(self.modules[name], Dropped) or self.leaves(name, style)
         }
         for name, style in self.styles.items():
-            if style in ("colwise", "rowwise", "fused_colwise"):
+            if style in LINEAR:
                 self.linear(name, style)
-            elif style in ("embedding", "head", "experts", "router", "exit"):
+            elif style in ("embedding", "head", "experts", "router", "exit", "norm_across_heads"):
                 getattr(self, style)(name)
             elif style == "dispatched":
                 self.done.add(self.innermost(name))
@@ -373,6 +323,10 @@ class _Layout:
                 self.exit(name)
             elif style in REGIONS:
                 self.region(name, style)
+            elif style in ("joined_colwise", "joined_rowwise"):
+                self.joined(name, style)
+            elif style == "end":
+                self.end(name)
             elif style == "sparse":
                 routers = [
                     n for n, s in self.styles.items() if s == "sparse_router" and n.rpartition(".")[0] == name
@@ -383,7 +337,7 @@ class _Layout:
         entered: set[int] = set()
         for name in self.blocks:
             stream = self.stream(name)
-            self.block(name, first=id(stream) not in entered)
+            self.block(name, first=id(stream) not in entered, last=name in self.blocks[-1:] and self.goes_on)
             entered.add(id(stream))
         for name in self.streams:
             self.tower(name)
@@ -392,6 +346,8 @@ class _Layout:
 def counts(config: Any) -> dict[str, int]:
     """What tensor parallelism divides, by its key in config.json: heads, widths, vocabulary, experts."""
     found: dict[str, int] = {}
+    if isinstance(config, Mapping):  # diffusers
+        config = SimpleNamespace(**config)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     vision = getattr(config, "vision_config", None)
     experts = getattr(text, "num_experts", 0)
@@ -451,4 +407,4 @@ def apply(
     styles, spread = resolve(model, card), spread or {}
     regions = tuple(f"{name}." for name, style in spread.items() if style == "sparse")
     styles = {name: style for name, style in styles.items() if not name.startswith(regions)} | dict(spread)
-    _Layout(model, styles, blocks, mesh, sequence).run()
+    _Layout(model, card, styles, blocks, mesh, sequence).run()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -27,11 +27,13 @@ from polymodal.recipe import Data, Model, Parallel, Recipe, Train
 from polymodal.train.model import LaidOut
 from polymodal.train.step import Runner, Tally, bind, forward_backward, inverse_weights
 from tests.models import tiny
+from tests.parallel import dits
 from tests.parallel.exact import float64
 
 MICRO_BATCHES = 4  # of a global batch; one of them has no picture
 STEPS = 5  # of AdamW, after the gradients were compared
 TARGETS = r"model\..*\.(q_proj|v_proj|o_proj|up_proj|down_proj|qkv|proj|linear_fc1|linear_fc2|fc1|fc2)"
+DENOISER_TARGETS = r".*blocks\..*\.(to_q|to_v|to_out\.0|proj_mlp|proj_out|net\.0\.proj|net\.2)"
 
 
 @dataclass(frozen=True)
@@ -83,25 +85,21 @@ def batches(family: Family) -> list[Batch]:
     ]
 
 
-def seen(batch: Batch, first: bool) -> Batch:
-    """What the loader gives: pictures for the first stage of a pipeline only."""
-    kept = {name: tensor for name, tensor in batch.tensors.items() if first or name != "pixel_values"}
-    return replace(batch, tensors=kept)
-
-
 def build(family: Family, layout: Layout, dtype: torch.dtype) -> nn.Module:
     """The model on meta in `dtype`, adapters attached, frozen where the layout says."""
     model = family.build().trained
-    if dtype == torch.float64 and getattr(family.config.get_text_config(), "num_experts", 0):
+    packed = family.layout == "packed"
+    if packed and dtype == torch.float64 and getattr(family.config.get_text_config(), "num_experts", 0):
         model.set_experts_implementation("eager")  # torch's grouped product knows no float64
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     if layout.lora:
         from peft import LoraConfig, inject_adapter_in_model
 
+        targets = TARGETS if packed else DENOISER_TARGETS
         stacks = ["experts.gate_up_proj", "experts.down_proj"] if layout.lora == "experts" else None
         settings = LoraConfig(
-            r=4, lora_alpha=8, target_modules=TARGETS, target_parameters=stacks, init_lora_weights=False
+            r=4, lora_alpha=8, target_modules=targets, target_parameters=stacks, init_lora_weights=False
         )
         inject_adapter_in_model(settings, model)
     for name, parameter in model.named_parameters():
@@ -149,14 +147,19 @@ def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps
     def make() -> nn.Module:
         return build(family, layout, dtype)
 
-    data = batches(family)
-    objective = LanguageObjective("per_token", **family.balance(None))
+    objective: Any
+    if family.layout == "packed":
+        data = batches(family)
+        objective = LanguageObjective("per_token", **family.balance(None))
+    else:
+        data = dits.batches(directory, family, dtype)
+        objective = dits.objective(family)
     if world > 1 or layout.world > 1 or layout.precision != "fp32" or layout.parallel:
         mesh = Mesh(ParallelSizes.of(recipe.parallel, world), "cpu", rank)
         model = LaidOut(make, family, mesh, recipe, torch.device("cpu"))
         while len(data) % mesh.sizes.dp:  # equal work a rank, as the schedule gives it
-            data.append(pack([hole(rows=4)]))
-        mine = [seen(batch, model.first) for batch in data[mesh.dp_rank :: mesh.sizes.dp]]
+            data.append(pack([hole(rows=4)]) if family.layout == "packed" else dits.filler(data[0]))
+        mine = data[mesh.dp_rank :: mesh.sizes.dp]
         lay_out = BatchLayout(family, mesh, recipe.parallel)
         inverse = inverse_weights(objective, mine, lay_out.weights_group)
         mine = lay_out(mine)

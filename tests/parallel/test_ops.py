@@ -74,7 +74,7 @@ def _exchange(rank: int) -> None:
     weight = _draw(rows, 4)
     held = rows // size
     own = weight[held * rank : held * (rank + 1)].clone().requires_grad_()
-    order, sent, received = ops.fused_exchange(rows, parts, size, rank)
+    order, sent, received = ops.fused_exchange([rows // parts] * parts, size, rank)
     got = ops.exchange_rows(own, torch.tensor(order), sent, received, group)
     share = rows // parts // size
     wanted = weight.view(parts, size, share, 4)[:, rank].reshape(-1, 4)
@@ -96,19 +96,21 @@ def test_collectives_are_the_single_process(world: int):
     run(world, _collectives)
 
 
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5))
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 4))
 @settings(max_examples=40, deadline=None)
-def test_every_fused_row_is_sent_once_and_received_in_order(parts: int, size: int, share: int):
-    rows = parts * size * share
-    plans = [ops.fused_exchange(rows, parts, size, rank) for rank in range(size)]
-    held = rows // size
+def test_every_fused_row_is_sent_once_and_received_in_order(shares: list[int], size: int):
+    parts = [share * size for share in shares]
+    plans = [ops.fused_exchange(parts, size, rank) for rank in range(size)]
+    held = sum(parts) // size
     for target in range(size):
         got = []
         for source, (order, sent, _) in enumerate(plans):
             start = sum(sent[:target])
             got += [source * held + i for i in order[start : start + sent[target]]]
             assert sent[target] == plans[target][2][source]
-        assert got == [p * size * share + target * share + i for p in range(parts) for i in range(share)]
+        starts = [sum(parts[:at]) for at in range(len(parts))]
+        wanted = zip(starts, shares, strict=True)
+        assert got == [start + target * share + i for start, share in wanted for i in range(share)]
 
 
 def _mixed(rank: int) -> tuple[float, float, float, float]:

@@ -116,6 +116,19 @@ CARD = ModelCard(
         "embedders": ("patch_embed", "time_embedding", "ofs_embedding"),
         "output": ("norm_final", "norm_out", "proj_out"),
     },
+    streams=("hidden_states", "encoder_hidden_states"),
+    tensor_plan={
+        "": "stream",
+        "transformer_blocks.*.attn1": "joint_attention",
+        "transformer_blocks.*.attn1.to_q": "colwise",
+        "transformer_blocks.*.attn1.to_k": "colwise",
+        "transformer_blocks.*.attn1.to_v": "colwise",
+        "transformer_blocks.*.attn1.to_out.0": "rowwise",
+        "transformer_blocks.*.ff": "feed_forward",
+        "transformer_blocks.*.ff.net.0.proj": "colwise",
+        "transformer_blocks.*.ff.net.2": "rowwise",
+        "norm_final": "end",
+    },
     head="proj_out",
     pipelines={
         "text-to-video": "CogVideoXPipeline",
@@ -123,7 +136,6 @@ CARD = ModelCard(
         "video-to-video": "CogVideoXVideoToVideoPipeline",
     },
     limits={
-        "tp": "its tensor plan is not built",
         "ep": "it has no experts",
         "cp": "the cut of its sequence over ranks is not built",
         "pp": "its stages are not built",

@@ -15,7 +15,7 @@ from polymodal.data.sample import Batch
 from polymodal.errors import PolymodalError
 from polymodal.models.card import ModelCard, Process, Size
 from polymodal.models.diffusion import Generation, LatentGrid
-from polymodal.models.generation.pictures import flow_process, unbuilt
+from polymodal.models.generation.pictures import flow_process
 
 GUIDANCE = 1000.0
 """The guidance that training shows the model: a scale of 1, times 1,000 as the pipeline hands it over."""
@@ -97,9 +97,40 @@ CARD = ModelCard(
         "embedders": ("x_embedder", "context_embedder", "time_text_embed"),
         "output": ("norm_out", "proj_out"),
     },
+    streams=("hidden_states", "encoder_hidden_states"),
+    leading="num_tokens",
+    tensor_plan={
+        "": "stream",
+        "transformer_blocks.*.attn": "joint_attention",
+        "transformer_blocks.*.attn.to_q": "colwise",
+        "transformer_blocks.*.attn.to_k": "colwise",
+        "transformer_blocks.*.attn.to_v": "colwise",
+        "transformer_blocks.*.attn.add_q_proj": "colwise",
+        "transformer_blocks.*.attn.add_k_proj": "colwise",
+        "transformer_blocks.*.attn.add_v_proj": "colwise",
+        "transformer_blocks.*.attn.to_out.0": "rowwise",
+        "transformer_blocks.*.attn.to_add_out": "rowwise",
+        "transformer_blocks.*.ff": "feed_forward",
+        "transformer_blocks.*.ff.net.0.proj": "colwise",
+        "transformer_blocks.*.ff.net.2": "rowwise",
+        "transformer_blocks.*.ff_context": "feed_forward",
+        "transformer_blocks.*.ff_context.net.0.proj": "colwise",
+        "transformer_blocks.*.ff_context.net.2": "rowwise",
+        "single_transformer_blocks.*.attn": "joint_heads",
+        "single_transformer_blocks.*.attn.to_q": "colwise",
+        "single_transformer_blocks.*.attn.to_k": "colwise",
+        "single_transformer_blocks.*.attn.to_v": "colwise",
+        "single_transformer_blocks.*.proj_mlp": "joined_colwise",
+        "single_transformer_blocks.*.proj_out": "joined_rowwise",
+        "norm_out": "end",
+    },
     head="proj_out",
     pipelines={"text-to-video": "HunyuanVideoPipeline"},
-    limits=unbuilt(),
+    limits={
+        "ep": "it has no experts",
+        "cp": "the cut of its sequence over ranks is not built",
+        "pp": "its stages are not built",
+    },
     sizes={"13b": Size("hunyuanvideo-community/HunyuanVideo", 12.82, 60, devices=8, layout={"dp_shard": -1})},
     verified="tiny models of the class: trained, exported, opened and sampled by diffusers' pipeline",
     keywords=("text to video", "video generation"),
