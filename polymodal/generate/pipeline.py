@@ -89,7 +89,7 @@ class Generator:
         seeds = [
             settings.seed * 1_000_003 + first + i if p.seed is None else p.seed for i, p in enumerate(prompts)
         ]
-        asked = {k: v for k, v in self.family.arguments(asked).items() if v is not None}
+        asked = {k: v for k, v in self.family.tune(self.pipeline, asked).items() if v is not None}
         known = inspect.signature(type(self.pipeline).__call__).parameters
         for key in asked:
             if key not in known:

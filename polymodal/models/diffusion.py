@@ -205,6 +205,10 @@ class Generation(Family):
         """Options of `polymodal generate` -> arguments of the pipeline's call."""
         return asked
 
+    def tune(self, pipeline: Any, asked: dict[str, Any]) -> dict[str, Any]:
+        """The same, where some options are settings of the pipeline's parts, or depend on them."""
+        return self.arguments(asked)
+
     # ------------------------------------------------------------------ cost
 
     def cost(self, measure: Measure) -> float:

@@ -41,7 +41,6 @@ COMING: tuple[Coming, ...] = (
     Coming("janus-pro", "understanding", ("image-text-to-text", "text-to-image"), (), ("janus", "januspro")),
     Coming("ming", "omni", ("any-to-text",), (), ()),
     Coming("bagel", "omni", ("image-text-to-text", "text-to-image"), (), ()),
-    Coming("hunyuan-video-1.5", "generation", ("text-to-video", "image-to-video"), (), ("hunyuanvideo1.5",)),
     Coming("opensora-plan", "generation", ("text-to-video", "image-to-video"), ("8.6b",), ("opensoraplan", "opensora", "open-sora"), True),
     Coming("step-video", "generation", ("text-to-video",), (), ("stepvideo",), True),
     Coming("ltx-2", "generation", ("text-to-video",), (), ("ltx", "ltx2"), True),

@@ -81,6 +81,8 @@ PUBLISHED = {
     ("hidream", "full"): ("HiDreamImageTransformer2DModel", HIDREAM),
     ("flux2", "dev"): ("Flux2Transformer2DModel", {}),
     ("hunyuan-video", "13b"): ("HunyuanVideoTransformer3DModel", {}),
+    ("hunyuan-video-1.5", "t2v"): ("HunyuanVideo15Transformer3DModel", {}),
+    ("hunyuan-video-1.5", "i2v"): ("HunyuanVideo15Transformer3DModel", {}),
     ("hunyuan-video-i2v", "13b"): ("HunyuanVideoTransformer3DModel", {"image_condition_type": "token_replace"}),
     ("hunyuan-video-i2v", "13b-33ch"): ("HunyuanVideoTransformer3DModel", {"in_channels": 33, "guidance_embeds": False, "image_condition_type": "latent_concat"}),
     ("flux.1", "dev"): ("FluxTransformer2DModel", FLUX),

@@ -84,7 +84,7 @@ def call(family, pipe, steps):
         asked |= {names[role]: [Image.fromarray(f) for f in shown] for role, shown in edit(family).items()}
     if "use_resolution_binning" in inspect.signature(type(pipe).__call__).parameters:
         asked["use_resolution_binning"] = False  # the size asked for, not the nearest of the library's table
-    asked = family.arguments(asked)
+    asked = family.tune(pipe, {k: v for k, v in asked.items() if v is not None})
     out = pipe(**{k: v for k, v in asked.items() if v is not None})
     return out.frames if hasattr(out, "frames") else out.images
 

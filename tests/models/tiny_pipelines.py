@@ -443,6 +443,57 @@ def hunyuan_video_i2v(kind: str) -> Any:
     )  # fmt: skip
 
 
+def chatting(words: Any, lead: int) -> Any:
+    """The tokenizer with a template that says `lead` words, all messages, and one word at the end."""
+    words = copy.deepcopy(words)
+    words.chat_template = "a " * lead + "{% for m in messages %}{{ m['content'] }} {% endfor %}a"
+    return words
+
+
+def hunyuan_video15(image: bool = False) -> Any:
+    import diffusers
+    from diffusers import (
+        AutoencoderKLHunyuanVideo15,
+        ClassifierFreeGuidance,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideo15Transformer3DModel,
+    )
+    from transformers import (
+        Qwen2_5_VLTextConfig,
+        Qwen2_5_VLTextModel,
+        SiglipImageProcessor,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+    )
+
+    vae = AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1, spatial_compression_ratio=16, temporal_compression_ratio=4
+    )  # fmt: skip
+    denoiser = HunyuanVideo15Transformer3DModel(
+        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=2, num_refiner_layers=1, text_embed_dim=16,
+        text_embed_2_dim=16, image_embed_dim=16, rope_axes_dim=(2, 4, 4), target_size=32, task_type="i2v" if image else "t2v",
+    )  # fmt: skip
+    text = Qwen2_5_VLTextModel(
+        Qwen2_5_VLTextConfig(
+            vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        )
+    )  # fmt: skip
+    parts = {  # what is said before the prompt has the 108 tokens that the pipeline cuts off
+        "text_encoder": text, "tokenizer": chatting(tokenizer(), 18), "transformer": denoiser, "vae": vae,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0), "text_encoder_2": t5(), "tokenizer_2": tokenizer(256),
+        "guider": ClassifierFreeGuidance(guidance_scale=6.0),
+    }  # fmt: skip
+    if not image:
+        return diffusers.HunyuanVideo15Pipeline(**parts)
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=42, patch_size=14
+    )  # fmt: skip
+    return diffusers.HunyuanVideo15ImageToVideoPipeline(
+        **parts, image_encoder=SiglipVisionModel(vision), feature_extractor=SiglipImageProcessor(size={"height": 42, "width": 42})
+    )  # fmt: skip
+
+
 def hunyuan_dit() -> Any:
     from diffusers import DDPMScheduler, HunyuanDiT2DModel, HunyuanDiTPipeline
     from transformers import BertConfig, BertModel
@@ -539,6 +590,8 @@ MAKERS = {
     "flux2": flux2,
     "hidream": hidream,
     "hunyuan-video": hunyuan_video,
+    "hunyuan-video-1.5": hunyuan_video15,
+    "hunyuan-video-1.5-i2v": lambda: hunyuan_video15(True),
     "hunyuan-video-i2v": lambda: hunyuan_video_i2v("token_replace"),
     "hunyuan-video-i2v-33ch": lambda: hunyuan_video_i2v("latent_concat"),
     "sd3": sd3,
@@ -564,7 +617,7 @@ def pipeline(name: str, directory: str | Path) -> Path:
     return Path(directory)
 
 
-SIZES: dict[str, tuple[int, int]] = {"sana": (64, 96), "hidream": (256, 256)}
+SIZES: dict[str, tuple[int, int]] = {"sana": (64, 96), "hidream": (256, 256), "hunyuan-video-1.5": (32, 32)}
 """Frames of a card's tests, (height, width), where not 32 x 32."""
 
 FRAMES = {2: 5}
