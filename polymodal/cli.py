@@ -211,7 +211,7 @@ def models(
 @command(app, "polymodal init qwen2.5-vl --task lora --size 7b --devices 8 -o recipe.yaml")
 def init(
     model: Annotated[str, typer.Argument(help="Model, model with size, hub id or directory.", show_default=False)],
-    task: Annotated[str, typer.Option(help="sft, lora or pretrain.")] = "sft",
+    task: Annotated[str, typer.Option(help="sft, lora, pretrain or dreambooth.")] = "sft",
     size: Annotated[str | None, typer.Option(help="Size, when MODEL names none.")] = None,
     devices: Annotated[int | None, typer.Option(metavar="N", min=1, help="Accelerators of the run.", show_default="recommended")] = None,
     data: Annotated[str, typer.Option(metavar="FILE", help="Data file.")] = "data/train.json",

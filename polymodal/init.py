@@ -22,7 +22,14 @@ from polymodal.errors import PolymodalError
 from polymodal.models import catalog, router
 from polymodal.models.card import ModelCard
 
-TASKS = {"sft": "full fine-tuning", "lora": "LoRA fine-tuning", "pretrain": "pretraining from random weights"}
+TASKS = {
+    "sft": "full fine-tuning",
+    "lora": "LoRA fine-tuning",
+    "pretrain": "pretraining from random weights",
+    "dreambooth": "DreamBooth, LoRA on a few pictures of one subject",
+}
+ADAPTERS = ("lora", "dreambooth")
+DATA = "data/train.json"
 DEVICE_GIB = 64
 """Memory of the accelerators that recommendations are made for."""
 FULL_BYTES = 16
@@ -63,20 +70,23 @@ def plan(model: str, task: str, size: str | None, devices: int | None) -> Plan:
             found = begins[0]
         key = found
     key = key or router.middle(card)
+    if task == "dreambooth" and task not in card.methods:
+        does = ", ".join(c.name for c in catalog.cards().values() if task in c.methods)
+        raise PolymodalError(f"{card.name} has no recipe for DreamBooth.", f"These have: {does}.")
     facts = card.sizes[key]
-    count = devices or (facts.devices if task != "lora" else max(1, min(8, facts.devices // 2)))
+    count = devices or (facts.devices if task not in ADAPTERS else max(1, min(8, facts.devices // 2)))
     layout = {
         axis: n
         for axis, n in facts.layout.items()
         if axis != "dp_shard" and n != 1 and axis not in card.limits
     }
-    if task == "lora" and facts.parameters * FROZEN_BYTES < 0.6 * DEVICE_GIB * count:
+    if task in ADAPTERS and facts.parameters * FROZEN_BYTES < 0.6 * DEVICE_GIB * count:
         layout.pop("tp", None)  # frozen weights are small enough for FSDP alone
     if "tp" in layout:
         layout["tp"] = math.gcd(int(layout["tp"]), count)
         if layout["tp"] == 1:
             del layout["tp"]
-    each = FROZEN_BYTES if task == "lora" else FULL_BYTES
+    each = FROZEN_BYTES if task in ADAPTERS else FULL_BYTES
     state = facts.parameters * 1e9 * each / count / 2**30
     dense = facts.active or facts.parameters
     hidden = math.sqrt(dense * 1e9 / facts.layers / 12)  # a layer has about 12 x hidden^2 weights
@@ -137,7 +147,7 @@ def text(
         "model:",
         f"  source: {_scalar(plan.source)}  # hub id, or the directory of its files",
     ]
-    if plan.task == "lora":
+    if plan.task in ADAPTERS:
         lines += [
             f"  lora: {{rank: 16, alpha: 32, towers: [{plan.card.main}]}}  # towers: {', '.join(plan.card.towers)}"
         ]
@@ -146,7 +156,10 @@ def text(
             "  init: random  # weights from the config and the seed; shrink with config: {text_config.num_hidden_layers: 4}"
         ]
     generation = plan.card.kind == "generation"
-    lines += _clips(plan, data, file) if generation else _chats(plan, data, base)
+    if plan.task == "dreambooth":
+        lines += _subject(plan, data, file)
+    else:
+        lines += _clips(plan, data, file) if generation else _chats(plan, data, base)
     if plan.layout:
         lines += [
             f"parallel:  # weights, gradients, optimizer: about {plan.state_gib:.1f} GiB a device{fits}"
@@ -157,15 +170,17 @@ def text(
             f"parallel: {{dp_shard: -1}}  # FSDP2: weights, gradients, optimizer: about {plan.state_gib:.1f} GiB a device{fits}"
         ]
     lines += ["train:"]
+    if plan.task == "dreambooth":
+        lines += ["  steps: 500"]
+    elif not base:
+        lines += ["  epochs: 1"]
     if not base:
-        lines += ["  epochs: 1", "  precision: bf16"]
+        lines += ["  precision: bf16"]
     what = "samples" if generation else "packed sequences of max_length tokens"
-    lines += [
-        f"  global_batch_size: {max(32, 2 ** math.ceil(math.log2(plan.devices)))}  # {what}, over all devices"
-    ]
+    lines += [f"  global_batch_size: {_batch(plan)}  # {what}, over all devices"]
     if plan.task == "sft":
         lines += [f"  freeze: []  # any of {', '.join(plan.card.towers)}"]
-    rate = {"sft": "1.0e-5", "lora": "1.0e-4", "pretrain": "3.0e-4"}[plan.task]
+    rate = {"sft": "1.0e-5", "lora": "1.0e-4", "pretrain": "3.0e-4", "dreambooth": "1.0e-4"}[plan.task]
     lines += ["optim:", f"  lr: {rate}"]
     if plan.task == "sft" and "vision" in plan.card.towers:
         lines += ["  groups: [{match: vision, lr_scale: 0.2}]  # the tower learns slower"]
@@ -179,7 +194,7 @@ def text(
             "  every: 500",
             "  keep: 2",
         ]
-    if facts.active is not None and plan.task != "lora":
+    if facts.active is not None and plan.task not in ADAPTERS:
         lines[lines.index("train:") + 1 : lines.index("train:") + 1] = [
             "  router_aux_loss: 0.001  # balance of the experts"
         ]
@@ -208,6 +223,23 @@ def _clips(plan: Plan, data: str, file: str) -> list[str]:
         f"  datasets: [{{path: {_scalar(data)}}}]  # rows of path and cap, or a data.txt of folder,annotation lines",
         f"  clip: {shape}  # sizes of about so many pixels, for every aspect ratio",
     ]
+
+
+def _subject(plan: Plan, data: str, file: str) -> list[str]:
+    """The data section of DreamBooth: the subject's pictures, and pictures of its class that keep the class as it is."""
+    place = "data/subject" if data == DATA else data
+    return [
+        f"data:  # polymodal encode {file} --nproc {min(8, plan.devices)}, before training: it also draws the pictures of the class",
+        "  datasets:  # equal weights: as many samples of the one as of the other",
+        f"    - {{path: {_scalar(place)}, caption: a photo of sks dog, weight: 1}}  # directory of 4 to 20 pictures; sks: a word without a meaning",
+        "    - {path: data/class, caption: a photo of a dog, weight: 1, generate: 100, loss_weight: 1.0}  # the class; remove for none",
+        "  clip: {pixels: 262144}  # sizes of about so many pixels, for every aspect ratio",
+    ]
+
+
+def _batch(plan: Plan) -> int:
+    least = 4 if plan.task == "dreambooth" else 32
+    return max(least, 2 ** math.ceil(math.log2(plan.devices)))
 
 
 def _scalar(value: str) -> str:
@@ -249,12 +281,12 @@ def standard() -> dict[str, str]:
     out = {}
     for card in catalog.cards().values():
         for key in card.sizes:
-            for task in ("sft", "lora"):
+            for task in ("sft", "lora", *card.methods):
                 if task in card.limits:
                     continue
                 chosen = plan(f"{card.name}-{key}", task, None, None)
                 path = f"{folder(card)}/{card.name}-{key}-{task}.yaml"
-                out[path] = text(chosen, "data/train.json", base="../base.yaml", file=f"recipes/{path}")
+                out[path] = text(chosen, DATA, base="../base.yaml", file=f"recipes/{path}")
     return out
 
 

@@ -110,6 +110,12 @@ class Dataset(Section):
     """Use only the first so many rows (fewer in the file is no error)."""
     attr: Attr | None = None
     """Field names of this file; keys not given come from data.attr."""
+    caption: Annotated[str, Field(min_length=1)] | None = None
+    """Models that generate: what each medium shows whose row says nothing; path may then be a directory of pictures or clips."""
+    loss_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Models that generate: factor of these samples' loss; the mean stays one over samples (DreamBooth: weight of the prior)."""
+    generate: Annotated[int, Field(ge=0)] = 0
+    """Picture models: pictures that path must hold; those that it lacks the untrained model draws from caption, once, before encoding."""
 
 
 class Image(Section):

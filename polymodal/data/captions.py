@@ -8,11 +8,12 @@ made from (a source, its mask, pictures to refer to) the user shows before the c
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from polymodal.data.files import IMAGE, VIDEO
+from polymodal.data.files import IMAGE, VIDEO, Rows
 from polymodal.data.references import References, first, listed
 from polymodal.data.sample import Media, Message, Record
 from polymodal.errors import PolymodalError
@@ -109,6 +110,57 @@ def _kind(value: Any, key: str, where: str) -> Any:
         f"{where}: `{key}` = {str(value)[:60]} is neither a known picture nor a known video by its ending.",
         f"Known: {', '.join(sorted(IMAGE | VIDEO))}.",
     )
+
+
+class Folder(Rows):
+    """The pictures and clips in a directory and below, as rows {path}; hidden ones and partial files are passed over."""
+
+    unit = "file"
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        self.files = sorted(
+            os.path.relpath(os.path.join(place, name), path)
+            for place, _, names in os.walk(path)
+            for name in names
+            if not name.startswith(".")
+            and os.path.splitext(name)[1].lower().removeprefix(".") in IMAGE | VIDEO
+        )
+        digest = hashlib.blake2b(digest_size=16)
+        for name in self.files:
+            digest.update(f"{name} {os.path.getsize(os.path.join(path, name))}\n".encode())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"path": self.files[i]}
+
+    def where(self, i: int) -> str:
+        return os.path.join(self.path, self.files[i])
+
+
+class Captioned(Rows):
+    """Rows whose media say nothing of themselves, with one caption for all of these."""
+
+    def __init__(self, rows: Rows, caption: str, attr: Attr):
+        super().__init__(rows.path)
+        self.rows, self.caption, self.names = rows, caption, attr
+        self.fingerprint = hashlib.blake2b(
+            f"{rows.fingerprint} {caption}".encode(), digest_size=16
+        ).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        row = self.rows[i]
+        said, _ = first(row, self.names.prompt, CAPTIONS)
+        return row if said not in (None, "", []) else {**row, self.names.prompt or CAPTIONS[0]: self.caption}
+
+    def where(self, i: int) -> str:
+        return self.rows.where(i)
 
 
 def listing(path: str) -> list[tuple[str, str]]:

@@ -214,11 +214,14 @@ class ChatProcessor:
                 out[n] = Measure(tokens, trained, tuple([n for s in spans for n in s.frames]))
         return out
 
-    def sample(self, record: Record, id: int = -1) -> Sample:
-        """The tensors of a record, pixels decoded. Raises PolymodalError with the record's place."""
+    def sample(self, record: Record, id: int = -1, pixels: bool = True) -> Sample:
+        """The tensors of a record; pixels: decoded, or only their grids from the media's headers, no pixel_values.
+
+        Raises PolymodalError with the record's place.
+        """
         try:
             layout = self._layout(record)
-            return self._sample(record, id, layout, self._regions(record, layout))
+            return self._sample(record, id, layout, self._regions(record, layout), pixels)
         except PolymodalError as error:
             raise PolymodalError(f"{record.where}: {error.message}", error.hint) from None
 
@@ -235,7 +238,12 @@ class ChatProcessor:
             raise PolymodalError(f"{record.where}: {error.message}", error.hint) from None
 
     def _sample(
-        self, record: Record, id: int, layout: Layout, regions: list[tuple[int, int, float]]
+        self,
+        record: Record,
+        id: int,
+        layout: Layout,
+        regions: list[tuple[int, int, float]],
+        decode: bool = True,
     ) -> Sample:
         encoding = self.backend.encode(layout.text, add_special_tokens=False)
         ids = np.asarray(encoding.ids, np.int64)
@@ -255,7 +263,8 @@ class ChatProcessor:
             pieces += [ids[at:a], np.asarray(span.ids, np.int64)]
             kept += [weights[at:a], np.zeros(len(span.ids), np.float32)]
             at = b
-            pixels.append(self._pixels(media[number], span, header, clip))
+            if decode:
+                pixels.append(self._pixels(media[number], span, header, clip))
             spans.append(span)
             kinds.append(media[number].kind)
             seconds.append(self.multiple / clip.fps if clip else 0.0)
@@ -272,7 +281,8 @@ class ChatProcessor:
             "position_ids": self.media.position_ids(tokens, kinds, [s.grid for s in spans], seconds),
         }
         if spans:
-            tensors["pixel_values"] = torch.cat(pixels)
+            if decode:
+                tensors["pixel_values"] = torch.cat(pixels)
             tensors["grid_thw"] = torch.tensor([s.grid for s in spans])
         measure = Measure(
             len(tokens), int((labels != IGNORE).sum()), tuple(n for s in spans for n in s.frames)

@@ -253,7 +253,7 @@ class Features:
             self.bytes[i] = row.get("bytes", 0) or 4 * int(np.prod(grid.shape(*(int(x) for x in shapes[i]))))
             datasets[i] = row.get("dataset", 0)
             self.files.append(self._file(row, rows.where(i)))
-        self.shapes = shapes
+        self.shapes, self.datasets = shapes, datasets
         self.buckets, self.bucket = np.unique(shapes, axis=0, return_inverse=True)
         self.bucket = self.bucket.reshape(-1).astype(np.int32)
         self.patches, self.trained = np.zeros(count, np.int32), self.tokens

@@ -7,6 +7,8 @@ noise) come from (seed, epoch, sample id) alone. A filler is a sample of the ste
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,8 +54,10 @@ class FeatureMaker:
 
     copies = True
 
-    def __init__(self, features: Features, seed: int, text: tuple[str, ...]):
+    def __init__(self, features: Features, seed: int, text: tuple[str, ...], factors: Sequence[float] = ()):
         self.features, self.seed, self.text = features, seed, text
+        self.factors = factors
+        """Factor of the loss of each dataset's samples; () = 1."""
 
     def bytes(self, index: Any, task: Task) -> int:
         return int(index.bytes[[s[0] for s in task.samples]].sum())
@@ -75,6 +79,9 @@ class FeatureMaker:
                 "Encode all data with one recipe.",
             )
         tensors = {n: _stacked([row[n] for row in rows], n in self.text) for n in sorted(names)}
+        if self.factors:
+            datasets = self.features.datasets[[record for _, record, _, _ in task.samples]]
+            tensors["loss_weight"] = torch.tensor([self.factors[d] for d in datasets])
         shape = self.features.shapes[task.samples[0][1]]
         batch = _batch(tensors, task, self.seed, shape, task.samples[0][3], [1.0] * len(rows))
         return batch, _notes(batch, began, [])
@@ -96,8 +103,10 @@ class ClipMaker:
 
     copies = True
 
-    def __init__(self, corpus: Any, clips: Clips, data: Data, seed: int):
+    def __init__(self, corpus: Any, clips: Clips, data: Data, seed: int, factors: Sequence[float] = ()):
         self.corpus, self.clips, self.seed = corpus, clips, seed
+        self.factors = factors
+        """Factor of the loss of each dataset's samples; () = 1."""
         self.on_error = data.on_error
 
     def bytes(self, index: Any, task: Task) -> int:
@@ -139,6 +148,10 @@ class ClipMaker:
         shape = shape or (1, self.clips.grid.side, self.clips.grid.side)
         black = torch.zeros(*shape, 3, dtype=torch.uint8)
         tensors = {"pixels": torch.stack([black if p is None else p for p in pixels])}
+        if self.factors:
+            starts = [part.start for part in self.corpus.parts]
+            datasets = [bisect_right(starts, number) - 1 for _, number, _, _ in task.samples]
+            tensors["loss_weight"] = torch.tensor([self.factors[d] for d in datasets])
         weight = [0.0 if p is None else 1.0 for p in pixels]
         batch = _batch(tensors, task, self.seed, shape, task.samples[0][3], weight)
         batch.groups |= {"captions": tuple(captions), "given": tuple(given)}

@@ -80,13 +80,14 @@ class Maker:
     and so does not depend on the worker, the rank or the world.
     """
 
-    def __init__(self, corpus: Any, chat: Any, data: Data, seed: int, rows: int):
+    def __init__(self, corpus: Any, chat: Any, data: Data, seed: int, rows: int, pixels: bool = True):
         self.corpus = corpus
         self.chat = chat
         self.on_error = data.on_error
         self.seed = seed
         self.rows = rows
-        self._patch_bytes = _PATCH_BYTES
+        self.pixels = pixels
+        self._patch_bytes = _PATCH_BYTES if pixels else 0
 
     copies = False
     """Whether a filler is a sample of the step once more, without weight; else it is a hole."""
@@ -137,7 +138,7 @@ class Maker:
             row = pieces[min(piece, len(pieces) - 1)]
         row = replace(row, extra={**row.extra, "seed": key_of(self.seed, 5, epoch, id)})
         try:
-            sample = self.chat.sample(row, id)
+            sample = self.chat.sample(row, id, self.pixels)
         except MemoryError:
             raise PolymodalError(
                 f"{row.where}: too little memory to decode it.",
@@ -164,8 +165,9 @@ class _Step:
 class Loader:
     """Iterates over RankStep for one data-parallel rank, in the plan's order, prepared ahead. Also a context manager.
 
-    start: the first step; stop_after: steps to give (None: for ever); rows: rows of position_ids (for holes); make: what
-    makes batches of tasks in place of the packed text's Maker.
+    start: the first step; stop_after: steps to give (None: for ever); rows: rows of position_ids (for holes); pixels:
+    whether media are decoded, or only their sizes read; make: what makes batches of tasks in place of the packed text's
+    Maker.
     Ahead of the step that is due, at most data.prefetch steps and data.memory_budget MiB are prepared or in work.
     Raises PolymodalError from __next__: a broken sample (data.on_error: fail), a dead worker.
     """
@@ -182,6 +184,7 @@ class Loader:
         start: Position = Position(),
         stop_after: int | None = None,
         rows: int = 1,
+        pixels: bool = True,
         make: Any = None,
     ):
         self.schedule = schedule
@@ -199,7 +202,7 @@ class Loader:
         self._planned = self._taken = 0  # steps; each is written by one thread only
         self._made_bytes = self._taken_bytes = 0
         self._wake_read, self._wake_write = Pipe(duplex=False)
-        self._make = make if make is not None else Maker(corpus, chat, data, schedule.seed, rows)
+        self._make = make if make is not None else Maker(corpus, chat, data, schedule.seed, rows, pixels)
         self._pool = Pool(self._make, data.workers, self._about) if data.workers else Inline(self._make)
         self._thread = threading.Thread(target=self._run, name="polymodal-loader", daemon=True)
         self._thread.start()

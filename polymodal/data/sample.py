@@ -132,7 +132,8 @@ AXES: dict[str, tuple[Axis, ...]] = {
 def pack(samples: Sequence[Sample]) -> Batch:
     """Concatenate samples into one packed micro-batch [1, T]; attention is bounded by segments["text"].
 
-    Media are concatenated in reading order; the batch has no pixel_values when no sample has media.
+    Media are concatenated in reading order; the batch has no pixel_values when no sample has media, or when samples
+    were made without. `groups` says of each sample its modality, its number of media and whether it is broken.
     """
     if not samples:
         raise ValueError("a micro-batch needs at least one sample")
@@ -148,8 +149,41 @@ def pack(samples: Sequence[Sample]) -> Batch:
             tensors[name] = torch.cat(parts)
     cu = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     cu[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-    groups = {"modality": tuple(s.modality for s in samples)}
+    groups = {
+        "modality": tuple(s.modality for s in samples),
+        "media": tuple(len(s.tensors.get("grid_thw", ())) for s in samples),
+        "broken": tuple(s.broken is not None for s in samples),
+    }
     return Batch(tensors, {k: AXES[k] for k in tensors}, tuple(s.id for s in samples), {"text": cu}, groups)
+
+
+def without(batch: Batch, gone: Sequence[bool]) -> tuple[Batch, list[Measure]]:
+    """(a packed batch with holes in place of the samples that are gone, the lengths of what was there)."""
+    cu, media = batch.segments["text"].tolist(), batch.groups["media"]
+    grids, first = batch.get("grid_thw"), [0]
+    for number in media:
+        first.append(first[-1] + number)
+    patches = [0, *(grids.prod(dim=1).cumsum(0).tolist() if grids is not None else ())]
+    samples, lost = [], []
+    for at, id in enumerate(batch.samples):
+        text = slice(cu[at], cu[at + 1])
+        tensors = {name: batch[name][0, text] for name in ("input_ids", "labels", "weights")}
+        tensors["position_ids"] = batch["position_ids"][:, 0, text]
+        own = slice(first[at], first[at + 1])
+        if grids is not None and media[at]:
+            tensors["grid_thw"] = grids[own]
+            if "pixel_values" in batch.tensors:
+                tensors["pixel_values"] = batch["pixel_values"][patches[own.start] : patches[own.stop]]
+        broken = "" if batch.groups["broken"][at] else None
+        sample = Sample(
+            id, tensors, Measure(text.stop - text.start, 0), "", broken, batch.groups["modality"][at]
+        )
+        if gone[at] and broken is None:
+            trained = int((tensors["weights"] != 0).sum())
+            lost.append(Measure(sample.measure.tokens, trained, (1,) * media[at]))
+            sample = hole(min(2, sample.measure.tokens), len(tensors["position_ids"]), id, broken="")
+        samples.append(sample)
+    return pack(samples), lost
 
 
 def hole(

@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from polymodal.data.captions import listing
+from polymodal.data.captions import Captioned, Folder, listing
 from polymodal.data.files import OPENERS, Rows, open_rows
 from polymodal.data.formats import RowReader
 from polymodal.data.sample import Record
@@ -96,11 +96,7 @@ def expand(path: str, key: str = "data.datasets.path") -> list[str]:
             "Download it first, for example with `huggingface-cli download --repo-type dataset`.",
         )
     if os.path.isdir(text):
-        found = sorted(
-            os.path.join(text, f)
-            for f in os.listdir(text)
-            if os.path.splitext(f)[1].lower() in OPENERS and not f.startswith(".")
-        )
+        found = sorted(os.path.join(text, f) for f in os.listdir(text) if _is_data(f))
         if not found:
             raise PolymodalError(
                 f"{key} = {path}: the directory holds no data file ({', '.join(OPENERS)}).",
@@ -137,6 +133,23 @@ def _annotated(paths: list[str]) -> list[tuple[str, str | None]]:
     return found
 
 
+def _opened(dataset: Dataset, names: Attr, key: str) -> Iterator[tuple[Rows, str | None]]:
+    """(rows, folder of their media or None) of a dataset's files; of a directory of pictures, when it has a caption."""
+    root = os.path.expanduser(dataset.path)
+    if dataset.caption is None:
+        for path, folder in _annotated(expand(dataset.path, key)):
+            yield open_rows(path), folder
+    elif os.path.isdir(root) and not any(_is_data(name) for name in os.listdir(root)):
+        yield Captioned(Folder(root), dataset.caption, names), root
+    else:
+        for path, folder in _annotated(expand(dataset.path, key)):
+            yield Captioned(open_rows(path), dataset.caption, names), folder
+
+
+def _is_data(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in OPENERS and not name.startswith(".")
+
+
 def _merged(own: Attr | None, common: Attr) -> Attr:
     if own is None:
         return common
@@ -165,8 +178,8 @@ def open_corpus(datasets: Sequence[Dataset], attr: Attr | None = None, key: str 
             json.dumps([dataset.format, names.model_dump(), dataset.media_dir], sort_keys=True).encode()
         )
         stop, limit = start, dataset.max_samples or 1 << 62
-        for path, folder in _annotated(expand(dataset.path, f"{at}.path")):
-            rows = open_rows(path)
+        for rows, folder in _opened(dataset, names, f"{at}.path"):
+            path = rows.path
             take = min(len(rows), start + limit - stop)
             if take > 0:
                 reader = RowReader(dataset.format, names, path, folder or dataset.media_dir)

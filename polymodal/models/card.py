@@ -83,6 +83,7 @@ class ModelCard:
     )  # generation: task -> diffusers' pipeline class
     verified: str = ""  # how it is checked here: "logits, gradients, keys on tiny models of the class"
     seeds: tuple[str, ...] = ()  # sizes named by the documents this follows
+    methods: tuple[str, ...] = ()  # recipes besides sft and lora: "dreambooth"
 
     @property
     def main(self) -> str:

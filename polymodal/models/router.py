@@ -13,7 +13,7 @@ from typing import Literal
 from polymodal.models.card import ModelCard
 
 Kind = Literal["understanding", "generation", "omni", "audio"]
-Task = Literal["sft", "lora", "pretrain", "dpo", "grpo", "chat", "evaluate"]
+Task = Literal["sft", "lora", "dreambooth", "pretrain", "dpo", "grpo", "chat", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ WORKS: dict[str, dict[str, int]] = {  # what a family must do: tasks of cards an
 METHODS: dict[Task, tuple[str, ...]] = {
     "dpo": ("dpo", "preference", "preferences", "preference alignment", "human feedback", "偏好"),
     "grpo": ("grpo", "rlhf", "reinforcement", "reinforcement learning", "reward", "强化学习", "奖励"),
+    "dreambooth": ("dreambooth", "dream booth", "subject driven", "my own subject"),
     "lora": ("lora", "qlora", "adapter", "adapters", "peft", "parameter efficient", "低秩", "适配器"),
     "pretrain": (
         "pretrain",
@@ -360,20 +361,23 @@ def way(card: ModelCard, size: str | None, task: Task, devices: int | None = Non
 def _way_of_generation(card: ModelCard, key: str, task: Task, devices: int | None) -> tuple[Stage, ...]:
     """The same for a model that generates: its clips or pictures are encoded once, before training."""
     facts = card.sizes[key]
-    method = task if task in ("sft", "lora", "pretrain") else "sft"
+    method = task if task in ("sft", "lora", "pretrain", *card.methods) else "sft"
     count, run = devices or facts.devices, f"{card.name}-{key}-{method}"
     weights, nproc = f"model_from_hf/{facts.hub.rpartition('/')[2]}", min(count, 8)
+    subject = method == "dreambooth"  # a directory of pictures, and captions in the recipe
+    data = "pictures/subject" if subject else "dataset/data.json"
+    looked = [] if subject else [Stage("Look at the data", f"polymodal data check {data}", reads="dataset/data.json (path, cap), dataset/videos/ or images/", note="json, jsonl, csv, parquet; data.txt of folder,annotation lines")]  # fmt: skip
     stages = [
         Stage("Check the machine", "polymodal doctor"),
         Stage("Fetch the weights", f"polymodal download {facts.hub} --to {weights}", writes=f"{weights}/", note="diffusers' layout, used as it is: no conversion"),
-        Stage("Look at the data", "polymodal data check dataset/data.json", reads="dataset/data.json (path, cap), dataset/videos/ or images/", note="json, jsonl, csv, parquet; data.txt of folder,annotation lines"),
-        Stage("Write the recipe", f"polymodal init {weights} --size {key} --task {method} --devices {count} --data dataset/data.json -o {run}.yaml", reads=f"{weights}/model_index.json", writes=f"{run}.yaml"),
+        *looked,
+        Stage("Write the recipe", f"polymodal init {weights} --size {key} --task {method} --devices {count} --data {data} -o {run}.yaml", reads=f"{weights}/model_index.json", writes=f"{run}.yaml"),
         Stage("Extract features", f"polymodal encode {run}.yaml --nproc {nproc}", reads=f"{weights}/, dataset/", writes=f"runs/{run}/features/ (latents and text embeddings)", note="VAE and text encoder run once; the same command again makes only what is missing"),
         Stage("Train", f"polymodal train {run}.yaml --nproc {nproc}", reads=f"{weights}/, runs/{run}/features/", writes=f"runs/{run}/"),
     ]  # fmt: skip
     if task in NOT_YET:
         stages.append(Stage(task.upper(), note=NOT_YET[task], reads=f"runs/{run}/", here=False))
-    merge = " --merge-lora" if method == "lora" else ""
+    merge = " --merge-lora" if method in ("lora", "dreambooth") else ""
     stages += [
         Stage("Sample", f'polymodal generate runs/{run} --prompt "a cat runs" --out samples/{run}', reads=f"runs/{run}/", writes=f"samples/{run}/ (mp4 or png, sheet.png, samples.json)"),
         Stage("Evaluate", f"polymodal evaluate runs/{run} generation --data prompts.jsonl --clip weights/clip --nproc {nproc}", reads=f"runs/{run}/, prompts.jsonl", writes=f"evaluations/{run}-generation/"),

@@ -71,8 +71,8 @@ class DiffusionObjective:
     """Mean squared error of the prediction: mean over a sample's elements, weighted mean over samples.
 
     process: what the family was trained with; settings: the recipe's train.diffusion; tokens: latent tokens of a
-    batch's samples, for the dynamic shift. Batches bring `latents` [B, ...], `weight` [B] (0 for a filler), and in
-    groups `seeds` (one an item, from (seed, epoch, sample)) and `tokens`. Raises PolymodalError for settings that do
+    batch's samples, for the dynamic shift. Batches bring `latents` [B, ...], `weight` [B] (0 for a filler), `loss_weight`
+    [B] where datasets have one, and in groups `seeds` (one an item, from (seed, epoch, sample)) and `tokens`. Raises PolymodalError for settings that do
     not fit the process.
     """
 
@@ -179,7 +179,10 @@ class DiffusionObjective:
         clean = tensors.get("clean")  # cells that are given, not generated: no noise, no loss
         if clean is not None:
             mixed = torch.where(clean.bool(), latents, mixed)
-        # one weight for the sum over the batch, one for the level: only the first is in the denominator
+        factor = tensors.pop("loss_weight", None)
+        if factor is not None:
+            weight = weight * factor
+        # one weight for the sum over the batch, one for level and dataset: only the first is in the denominator
         tensors |= {"noisy": mixed, "target": target, "timestep": timestep, "level_weight": weight}
         del tensors["latents"]
         axes = {

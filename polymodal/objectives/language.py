@@ -18,7 +18,7 @@ from polymodal.models.card import Output
 from polymodal.parallel.balance import balance_loss, expert_choices, router_sums
 
 Weighting = Literal["per_token", "per_sample", "per_micro_batch"]
-CHUNK_BYTES = 128 << 20
+CHUNK_BYTES = 512 << 20
 """Logits held at a time, in the dtype of the arithmetic."""
 BLOCK_ELEMENTS = {"cpu": 1 << 21}
 """Logits that are worked on at a time in float32: few enough for a CPU's cache, 2^24 for other devices' kernels."""
@@ -49,9 +49,11 @@ class _HeadLoss(torch.autograd.Function):
     """sum_i w_i * (logsumexp(h_i W^T) - h_i W^T[y_i]), vocabulary optionally cut over a process group.
 
     The gradient of softmax cross entropy, (p - onehot) w, is formed while a chunk's logits exist; backward only
-    scales it. A chunk of rows goes twice over the vocabulary in blocks: for the sum of exponentials as flash attention
-    does it (Milakov and Gimelshein 2018), then for the gradients. hidden [N, D]; weight [V_local, D]; bias [V_local]
-    or None; labels [N] (global ids); w [N] float32.
+    scales it. A chunk of rows goes over the vocabulary in blocks. Of each block its softmax and the logarithm of its sum
+    are kept; what a block's softmax lacks to that of the whole vocabulary is one factor a row (Milakov and Gimelshein
+    2018), and rows are scaled in hidden states, not in logits. The label's own column is zero in a block and taken
+    apart, since p - 1 is lost where p is held in 16 bits. hidden [N, D]; weight [V_local, D]; bias [V_local] or None;
+    labels [N] (global ids); w [N] float32.
     """
 
     @staticmethod
@@ -60,6 +62,7 @@ class _HeadLoss(torch.autograd.Function):
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         need_bias = bias is not None and ctx.needs_input_grad[2]
+        needed = need_hidden or need_weight or need_bias
         chunks = -(-count // rows)
         rows = -(-count // chunks)
         block = max(1, BLOCK_ELEMENTS.get(hidden.device.type, 1 << 24) // rows)
@@ -72,57 +75,62 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
             h, y = hidden[part], labels[part] - offset
-            logits: list[Tensor] = []
-            peak = torch.full((len(h),), -torch.inf, dtype=accumulate, device=h.device)
-            total, target = torch.zeros_like(peak), torch.zeros_like(peak)
+            mine, y = (y >= 0) & (y < vocabulary), y.clamp(0, vocabulary - 1)
+            shares, logs = [], []  # of each block: its softmax, and log of its sum of exponentials
+            target = torch.zeros(len(h), dtype=accumulate, device=h.device)
             for a, b in cuts:
                 raw = h @ weight[a:b].t() if bias is None else torch.addmm(bias[a:b], h, weight[a:b].t())
-                if need_hidden or need_weight or need_bias:
-                    logits.append(raw)
-                higher = torch.maximum(peak, raw.amax(dim=1).to(accumulate))
-                here = (y >= a) & (y < b)
-                found = raw.gather(1, (y - a).clamp(0, b - a - 1)[:, None])[:, 0].to(accumulate)
-                target = torch.where(here, found, target)
-                wide = raw.to(
-                    accumulate, copy=True
-                )  # before the difference: a mixed one is several times slower
-                total.mul_((peak - higher).exp_()).add_(wide.sub_(higher[:, None]).exp_().sum(dim=1))
-                peak = higher
+                inside = (mine & (y >= a) & (y < b))[:, None]
+                column = (y - a).clamp(0, b - a - 1)[:, None]
+                target = torch.where(inside[:, 0], raw.gather(1, column)[:, 0].to(accumulate), target)
+                peak = raw.amax(dim=1).to(accumulate)
+                share = torch.softmax(raw, dim=1, dtype=accumulate)
+                logs.append(peak - share.amax(dim=1).log_())  # the largest share is one over the sum
+                if needed:
+                    share = share.to(hidden.dtype)
+                    shares.append(share.scatter_(1, column, share.gather(1, column).masked_fill_(inside, 0)))
+            parts = torch.stack(logs, dim=1)
+            normal = parts.logsumexp(dim=1)
+            target.masked_fill_(~mine, 0)
             if group is not None:
-                own = peak.clone()
-                dist.all_reduce(peak, dist.ReduceOp.MAX, group)
-                both = torch.stack([total * (own - peak).exp_(), target])
+                highest = normal.clone()
+                dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+                both = torch.stack([(normal - highest).exp_(), target])
                 dist.all_reduce(both, dist.ReduceOp.SUM, group)
-                total, target = both[0], both[1]
-            losses[part] = total.log() + peak - target
-            if not logits:
+                normal, target = both[0].log() + highest, both[1]
+            losses[part] = normal - target
+            if not needed:
                 continue
             scale = w[part].to(accumulate)
-            normal = (total.log() + peak)[:, None]
+            factors = (parts - normal[:, None]).exp_().mul_(scale[:, None])
+            own = torch.expm1(target - normal).mul_(scale).masked_fill_(~mine, 0)[:, None]
+            wide = h.to(accumulate)
             into_hidden = torch.zeros(h.shape, dtype=accumulate, device=h.device)
-            for (a, b), raw in zip(cuts, logits, strict=True):
-                slope = raw.to(accumulate).sub_(normal).exp_()
-                slope.mul_(scale[:, None])
-                here = (y >= a) & (y < b)
-                slope.scatter_add_(
-                    1, (y - a).clamp(0, b - a - 1)[:, None], torch.where(here, -scale, 0)[:, None]
-                )
-                if need_bias:
-                    grad_bias[a:b] += slope.sum(dim=0)
-                slope = slope.to(hidden.dtype)
+            for number, ((a, b), share) in enumerate(zip(cuts, shares, strict=True)):
+                factor = factors[:, number, None]
                 if need_hidden:
-                    into_hidden += slope @ weight[a:b]
+                    into_hidden += (share @ weight[a:b]).to(accumulate).mul_(factor)
                 if need_weight:
+                    scaled = (wide * factor).to(hidden.dtype)
                     if start == 0 and sums == hidden.dtype:
-                        torch.mm(slope.t(), h, out=grad_weight[a:b])
+                        torch.mm(share.t(), scaled, out=grad_weight[a:b])
                     elif start == 0:
-                        grad_weight[a:b] = slope.t() @ h
+                        grad_weight[a:b] = share.t() @ scaled
                     elif sums == hidden.dtype:
-                        grad_weight[a:b].addmm_(slope.t(), h)
+                        grad_weight[a:b].addmm_(share.t(), scaled)
                     else:
-                        grad_weight[a:b] += slope.t() @ h
+                        grad_weight[a:b] += share.t() @ scaled
+                if need_bias:
+                    grad_bias[a:b] += share.to(accumulate).t() @ factor[:, 0]
             if need_hidden:
-                grad_hidden[part] = into_hidden
+                grad_hidden[part] = into_hidden.addcmul_(own, weight[y].to(accumulate))
+            if need_weight:  # summed a label first: many small terms would be lost in a 16-bit sum
+                found, place = y.unique(return_inverse=True)
+                label = torch.zeros(len(found), h.shape[1], dtype=accumulate, device=h.device)
+                label.index_add_(0, place, wide * own)
+                grad_weight.index_add_(0, found, label.to(sums))
+            if need_bias:
+                grad_bias.index_add_(0, y, own[:, 0])
         if group is not None and need_hidden:
             dist.all_reduce(grad_hidden, dist.ReduceOp.SUM, group)
         ctx.save_for_backward(

@@ -258,6 +258,15 @@ def load(
             v.to_local().copy_(cast(DTensor, targets[k]).redistribute(placements=v.placements).to_local())
 
 
+class _Reader(dcp.FileSystemReader):
+    """Reads the list of all tensors once, not once a tensor: it grows with the model."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self, "_listing"):
+            self._listing = super().read_metadata(*args, **kwargs)
+        return self._listing
+
+
 def read_model(checkpoint: Path, prefix: str = "model.") -> Iterator[tuple[str, Tensor]]:
     """Full tensors on the CPU, one at a time, in one process: what export and chat read.
 
@@ -270,8 +279,9 @@ def read_model(checkpoint: Path, prefix: str = "model.") -> Iterator[tuple[str, 
             f"The checkpoint {checkpoint} holds no `{prefix[:-1]}` tensors.",
             "Averages exist only in runs with train.ema." if prefix == "ema." else "",
         )
+    reader = _Reader(checkpoint)
     for key in names:
         info = have[key]
         target = {key: torch.empty(info.size, dtype=info.properties.dtype)}
-        dcp.load(target, checkpoint_id=checkpoint, no_dist=True)
+        dcp.load(target, storage_reader=reader, no_dist=True)
         yield key[len(prefix) :], target[key]

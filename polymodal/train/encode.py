@@ -29,6 +29,7 @@ from polymodal.data.source import Corpus, open_corpus
 from polymodal.errors import PolymodalError
 from polymodal.launch import runtime
 from polymodal.models import catalog
+from polymodal.train import prior
 from polymodal.train.actors import Encoders
 from polymodal.train.tasks import Section, dtype_of, features_directory, wanted_settings
 
@@ -71,6 +72,7 @@ def run(recipe: recipes.Recipe) -> int:
                 "The recipe has no data.datasets.",
                 "Add at least one, e.g. data.datasets: [{path: data.json}].",
             )
+        prior.make(recipe, family, rt.device.torch)
         encoders: list[Encoders] = []
         for section in ("datasets", "validation"):
             if getattr(recipe.data, section):

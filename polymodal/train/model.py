@@ -83,6 +83,11 @@ class LaidOut:
     def models(self) -> list[nn.Module]:
         return [part.model for part in self.parts]
 
+    @property
+    def first(self) -> bool:
+        """Whether the first stage of the pipeline is here, or all of the model."""
+        return any(part.stage.first for part in self.parts)
+
     def fill(self, load: Callable[[nn.Module], Any]) -> None:
         """Give every part its values: weights.load, weights.initialise or the like, then tied copies their owners'."""
         for model in self.models:

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from polymodal.data.sample import Batch
+from polymodal.data.loader import RankStep
+from polymodal.data.sample import Batch, without
 from polymodal.models.card import Family, Output
 from polymodal.parallel.memory import before_backward
 
@@ -47,6 +48,33 @@ def inverse_weights(
     if group is not None:
         dist.all_reduce(totals, group=group)
     return {n: (1.0 / t if t > 0 else 0.0) for n, t in zip(names, totals.tolist(), strict=True)}
+
+
+def agree(step: RankStep, line: dist.ProcessGroup | None) -> list[Batch]:
+    """A step's micro-batches, where a sample that some stage of a pipeline could not read is a hole on all of them.
+
+    Stages that do not decode pictures do not see that one is broken. line: the ranks of one pipeline, which read the
+    same samples; None without one. step.stats is set right.
+    """
+    if line is None:
+        return step.micro_batches
+    known = [flag for batch in step.micro_batches for flag in batch.groups["broken"]]
+    broken = torch.tensor(known, dtype=torch.int32)
+    dist.all_reduce(broken, dist.ReduceOp.MAX, group=line)
+    if broken.tolist() == known:
+        return step.micro_batches
+    batches, stats = [], step.stats
+    for batch, gone in zip(
+        step.micro_batches, broken.bool().split([len(b.samples) for b in step.micro_batches]), strict=True
+    ):
+        whole, lost = without(batch, gone.tolist())
+        batches.append(whole)
+        stats.samples -= len(lost)
+        stats.tokens -= sum(measure.tokens for measure in lost)
+        stats.trained -= sum(measure.trained for measure in lost)
+        stats.media -= sum(len(measure.patches) for measure in lost)
+        stats.broken += ["another stage of the pipeline could not read it"] * len(lost)
+    return batches
 
 
 class Tally:

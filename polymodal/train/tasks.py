@@ -26,13 +26,18 @@ from polymodal.objectives.diffusion import DiffusionObjective
 from polymodal.objectives.language import LanguageObjective
 from polymodal.parallel.apply import COMPUTE_DTYPE
 from polymodal.recipe import Data, Dataset, Recipe
+from polymodal.train import prior
 
 Section = Literal["datasets", "validation"]
 
 
 @dataclass
 class Feed:
-    """A section of data, planned. loader(dp_rank=, dp_size=, start=, stop_after=, workers=None) opens it."""
+    """A section of data, planned. loader(dp_rank=, dp_size=, start=, stop_after=, workers=None, first=True) opens it.
+
+    first: whether the first stage of a pipeline is here, which alone looks at pictures; targets of diffusion are
+    made of them, and so needed on all.
+    """
 
     schedule: Schedule
     loader: Callable[..., Loader]
@@ -56,14 +61,27 @@ class Language:
     def feed(self, section: Section, rank: int) -> Feed:
         """Index and plan a section. Raises PolymodalError."""
         recipe = self.recipe
+        for number, dataset in enumerate(getattr(recipe.data, section)):
+            used = {
+                "caption": dataset.caption,
+                "generate": dataset.generate,
+                "loss_weight": dataset.loss_weight != 1,
+            }
+            key = next((k for k, v in used.items() if v), None)
+            if key is not None:
+                raise PolymodalError(
+                    f"data.{section}.{number}.{key} is for models that generate, {self.family.card.name} answers.",
+                    "Leave it out.",
+                )
         data = _section_data(recipe, section)
         chat = ChatProcessor(self.family.media_processor(recipe.data), recipe.data)
         corpus = open_corpus(_datasets(recipe, section), data.attr)
         index = build_index(corpus, chat, data, rank=rank)
         schedule = Schedule(index, corpus.parts, data, recipe.train, self.family.cost)
 
-        def loader(workers: int | None = None, **options: Any) -> Loader:
-            return Loader(schedule, corpus, chat, _workers(data, workers), rows=chat.media.rows, **options)
+        def loader(workers: int | None = None, first: bool = True, **options: Any) -> Loader:
+            plain = {"rows": chat.media.rows, "pixels": first, **options}
+            return Loader(schedule, corpus, chat, _workers(data, workers), **plain)
 
         return Feed(schedule, loader)
 
@@ -81,6 +99,7 @@ class Diffusion:
         if self.recipe.data.encode == "online":
             from polymodal.train.actors import Encoders
 
+            prior.make(self.recipe, self.family, device)
             self.actors = Encoders(self.family, dtype_of(self.recipe), device)
             if self.recipe.train.diffusion.drop:
                 self.objective.unconditional = {n: t.cpu() for n, t in self.actors.text([""]).items()}
@@ -113,9 +132,9 @@ class Diffusion:
                 )
         data = _section_data(recipe, section)
         schedule = Schedule(features, features.parts, data, recipe.train, family.cost)
-        make = FeatureMaker(features, recipe.train.seed, family.text)
+        make = FeatureMaker(features, recipe.train.seed, family.text, _factors(recipe, section))
 
-        def loader(workers: int | None = None, **options: Any) -> Loader:
+        def loader(workers: int | None = None, first: bool = True, **options: Any) -> Loader:
             return Loader(schedule, features, None, _workers(data, workers), make=make, **options)
 
         return Feed(schedule, loader)
@@ -124,14 +143,15 @@ class Diffusion:
         recipe, family = self.recipe, self.family
         data = _section_data(recipe, section).model_copy(update={"max_length": 1 << 30, "overlong": "drop"})
         clips = Clips(data.clip, family.grid(), family.given)
+        prior.require(recipe, section)
         corpus = open_corpus(_datasets(recipe, section), data.attr)
         index: Any = build_index(corpus, clips, data, rank=rank)
         _, bucket = _buckets(index.shapes())
         index.bucket = bucket
         schedule = Schedule(index, corpus.parts, data, recipe.train, family.cost)
-        make = ClipMaker(corpus, clips, data, recipe.train.seed)
+        make = ClipMaker(corpus, clips, data, recipe.train.seed, _factors(recipe, section))
 
-        def loader(workers: int | None = None, **options: Any) -> Loader:
+        def loader(workers: int | None = None, first: bool = True, **options: Any) -> Loader:
             return Loader(schedule, corpus, clips, _workers(data, workers), make=make, **options)
 
         return Feed(schedule, loader)
@@ -160,6 +180,12 @@ def _datasets(recipe: Recipe, section: Section) -> list[Dataset]:
             "Add at least one, e.g. data.datasets: [{path: train.json}].",
         )
     return found
+
+
+def _factors(recipe: Recipe, section: Section) -> tuple[float, ...]:
+    """Factor of each dataset's loss; () where all are 1."""
+    found = tuple(d.loss_weight for d in getattr(recipe.data, section))
+    return found if any(f != 1 for f in found) else ()
 
 
 def _section_data(recipe: Recipe, section: Section) -> Data:

@@ -27,7 +27,7 @@ from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Recipe
 from polymodal.train import checkpoint, monitor, optim
 from polymodal.train.model import LaidOut
-from polymodal.train.step import Tally, forward_backward, inverse_weights
+from polymodal.train.step import Tally, agree, forward_backward, inverse_weights
 from polymodal.train.tasks import task_of
 
 
@@ -82,6 +82,8 @@ class Trainer:
         self.model = LaidOut(self._whole, family, self.mesh, recipe, self.device, self.schedule.typical())
         self.lay_out = BatchLayout(family, self.mesh, recipe.parallel)
         self.weights_group = self.lay_out.weights_group if self.rt.world > 1 else None
+        packed = self.family.layout == "packed"
+        self.line = self.mesh.world["pp"].get_group() if packed and self.mesh.sizes.pp > 1 else None
 
         def load(model: torch.nn.Module) -> None:
             if recipe.model.init == "random":
@@ -225,7 +227,7 @@ class Trainer:
         recipe, state = self.recipe, self.state
         loader = self.feed.loader(
             dp_rank=self.mesh.dp_rank, dp_size=self.mesh.sizes.dp, start=Position(**state.position),
-            stop_after=self.steps - state.step,
+            stop_after=self.steps - state.step, first=self.model.first,
         )  # fmt: skip
         saved = state.step
         began = time.perf_counter()
@@ -271,7 +273,7 @@ class Trainer:
         recipe, state = self.recipe, self.state
         # Dropout is the only randomness left in a step; it depends on (seed, step, data rank), so resume needs no RNG.
         torch.manual_seed((recipe.train.seed * 1_000_003 + step) * 1_009 + self.mesh.dp_rank)
-        batches = self.objective.prepare(self.task.actors, batch.micro_batches)
+        batches = self.objective.prepare(self.task.actors, agree(batch, self.line))
         inverse = inverse_weights(self.objective, batches, self.weights_group)
         batches = self.lay_out(batches)
         extra = ("samples", "seqtokens", "media", "flops", "wait")
@@ -351,13 +353,14 @@ class Trainer:
         loader = self.validation.loader(
             workers=0,  # starting workers costs seconds
             dp_rank=self.mesh.dp_rank, dp_size=self.mesh.sizes.dp, start=Position(0, 0, 0), stop_after=count,
+            first=self.model.first,
         )  # fmt: skip
         self.model.train(False)
         tally, weight = Tally(objective.parts), 0.0
         loss = 0.0
         try:
             for batch in loader:
-                batches = objective.prepare(self.task.actors, batch.micro_batches)
+                batches = objective.prepare(self.task.actors, agree(batch, self.line))
                 inverse = inverse_weights(objective, batches, self.weights_group)
                 part, batches = Tally(objective.parts), self.lay_out(batches)
                 forward_backward(self.model.runner, objective, batches, inverse, part, backward=False)

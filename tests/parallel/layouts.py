@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -85,6 +85,12 @@ def batches(family: Family) -> list[Batch]:
     ]
 
 
+def seen(batch: Batch, first: bool) -> Batch:
+    """What the loader gives: pictures for the first stage of a pipeline only."""
+    kept = {name: tensor for name, tensor in batch.tensors.items() if first or name != "pixel_values"}
+    return replace(batch, tensors=kept)
+
+
 def build(family: Family, layout: Layout, dtype: torch.dtype) -> nn.Module:
     """The model on meta in `dtype`, adapters attached, frozen where the layout says."""
     model = family.build().trained
@@ -159,7 +165,7 @@ def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps
         model = LaidOut(make, family, mesh, recipe, torch.device("cpu"))
         while len(data) % mesh.sizes.dp:  # equal work a rank, as the schedule gives it
             data.append(pack([hole(rows=4)]) if family.layout == "packed" else dits.filler(data[0]))
-        mine = data[mesh.dp_rank :: mesh.sizes.dp]
+        mine = [seen(batch, model.first) for batch in data[mesh.dp_rank :: mesh.sizes.dp]]
         lay_out = BatchLayout(family, mesh, recipe.parallel)
         inverse = inverse_weights(objective, mine, lay_out.weights_group)
         mine = lay_out(mine)

@@ -124,6 +124,12 @@ MATRIX = [
     Layout("PP 4", 4, {"pp": 4}),
     Layout("PP 2, language 1 + 2", 2, {"pp": 2, "pp_layers": {"language": [1, 2]}}),
     Layout("PP 2, vision alone, then language", 2, {"pp": 2, "pp_layers": {"language": [0, 3]}}),
+    Layout("PP 2, vision alone, then language, FSDP2 x 2", 4, {"pp": 2, "pp_layers": {"language": [0, 3]}}),
+    Layout(
+        "PP 4, vision alone, language on the other three",
+        4,
+        {"pp": 4, "pp_layers": {"vision": [4, 0, 0, 0], "language": [0, 1, 1, 1]}},
+    ),
     Layout("PP 2, the head alone at the end", 2, {"pp": 2, "pp_layers": {"language": [3, 0]}}),
     Layout("PP 2, vision tower 3 + 1", 2, {"pp": 2, "pp_layers": VISION_CUT}),
     Layout("PP 2 x 2 virtual, vision tower over three stages", 2, {"pp": 2, **VIRTUAL_CUT}),
@@ -155,6 +161,11 @@ MATRIX = [
     Layout("PP 2, ZBVZeroBubble, TP 2 + SP", 4, {"pp": 2, "tp": 2, "pp_schedule": "ZBVZeroBubble"}),
     Layout("PP 2, Ulysses 2", 4, {"pp": 2, "cp": 2}),
     Layout("PP 2, Ulysses 2, vision tower 3 + 1", 4, {"pp": 2, "cp": 2, "pp_layers": VISION_CUT}),
+    Layout(
+        "PP 2, FSDP2 x 2, vision tower 3 + 1, pictures dealt out",
+        4,
+        {"pp": 2, "balance_media": True, "pp_layers": VISION_CUT},
+    ),
     Layout(
         "PP 2, LoRA, FSDP2 x 2, ZBVZeroBubble, full recompute",
         4,

@@ -88,7 +88,7 @@ class CountingChat:
             n -= take
         return out
 
-    def sample(self, record, id):
+    def sample(self, record, id, pixels=True):
         row = record.extra
         time.sleep(row.get("slow", 0))
         if row.get("exit"):
@@ -109,7 +109,8 @@ class CountingChat:
         media = row.get("media", ())
         if media:
             chance = random.Random(row["seed"]).random()
-            tensors["pixel_values"] = torch.full((sum(media), WIDTH), chance)
+            if pixels:
+                tensors["pixel_values"] = torch.full((sum(media), WIDTH), chance)
             tensors["grid_thw"] = torch.tensor([[1, 1, m] for m in media])
         return Sample(id, tensors, Measure(n, n - n // 2, tuple(media)), record.where)
 

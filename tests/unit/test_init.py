@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from polymodal import init, recipe
 from polymodal.errors import PolymodalError
@@ -14,7 +15,13 @@ from polymodal.parallel.mesh import ParallelSizes
 
 ROOT = Path(__file__).parents[2]
 CARDS = catalog.cards()
-EVERY = [(card.name, key, task) for card in CARDS.values() for key in card.sizes for task in init.TASKS]
+EVERY = [
+    (card.name, key, task)
+    for card in CARDS.values()
+    for key in card.sizes
+    for task in init.TASKS
+    if task != "dreambooth" or task in card.methods
+]
 
 
 @pytest.mark.parametrize("name, size, task", EVERY, ids=["-".join(row) for row in EVERY])
@@ -26,13 +33,23 @@ def test_what_is_written_validates_and_its_layout_divides(tmp_path, name, size, 
     chosen = init.plan(name, task, size, devices)
     assert r.model.source == CARDS[name].sizes[size].hub and r.data.datasets[0].path == "data/my file: 1.json"
     assert ParallelSizes.of(r.parallel, chosen.devices).world == chosen.devices
-    assert (r.model.lora is not None) == (task == "lora") and (r.model.init == "random") == (
+    assert (r.model.lora is not None) == (task in init.ADAPTERS) and (r.model.init == "random") == (
         task == "pretrain"
     )
     assert r.model.lora is None or set(r.model.lora.towers) <= set(CARDS[name].towers)
     assert all(group.match in CARDS[name].towers for group in r.optim.groups)
     for axis in CARDS[name].limits:
         assert getattr(r.parallel, axis, 1) in (1, None)
+
+
+def test_dreambooth_is_written_for_the_cards_that_have_it():
+    written = recipe.validate(yaml.safe_load(init.text(init.plan("sdxl", "dreambooth", None, 1), init.DATA)))
+    subject, prior = written.data.datasets
+    assert subject.path == "data/subject" and subject.caption == "a photo of sks dog" and not subject.generate
+    assert prior.generate == 100 and prior.loss_weight == 1.0 and prior.weight == subject.weight
+    assert written.train.steps == 500 and written.model.lora is not None
+    with pytest.raises(PolymodalError, match="wan2.1 has no recipe for DreamBooth"):
+        init.plan("wan2.1", "dreambooth", None, None)
 
 
 def test_comments_are_true(tmp_path):

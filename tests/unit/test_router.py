@@ -120,6 +120,12 @@ def test_tasks(wish, task):
         )
 
 
+def test_dreambooth_is_a_task_of_picture_models():
+    answer = ask("dreambooth with flux.1 dev")
+    assert answer.task == "dreambooth" and answer.card.name == "flux.1"
+    assert any("--task dreambooth" in stage.command for stage in answer.stages)
+
+
 def test_text_to_video_and_text_to_image_differ():
     video, image = ask("train a text to video model"), ask("train a text to image model")
     assert "step-video" in {f.name for f in video.coming} and "lumina" not in {f.name for f in video.coming}
@@ -166,7 +172,7 @@ def known_command(words: list[str]) -> bool:
     return all(word in options for word in rest if word.startswith("-"))
 
 
-@pytest.mark.parametrize("task", ["sft", "lora", "pretrain", "dpo", "grpo", "chat", "evaluate"])
+@pytest.mark.parametrize("task", ["sft", "lora", "dreambooth", "pretrain", "dpo", "grpo", "chat", "evaluate"])
 @pytest.mark.parametrize("name", list(CARDS))
 def test_every_stage_is_a_command_that_exists(name, task):
     stages = router.way(CARDS[name], None, task)

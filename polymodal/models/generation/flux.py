@@ -111,4 +111,5 @@ CARD = ModelCard(
     aliases=("flux", "flux1"),
     verified="tiny models of the class: trained, exported, opened and sampled by diffusers' pipeline",
     seeds=("dev",),
+    methods=("dreambooth",),
 )

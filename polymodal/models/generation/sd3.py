@@ -90,4 +90,5 @@ CARD = ModelCard(
     aliases=("sd3.5", "stable-diffusion-3", "stable-diffusion-3.5"),
     verified="tiny models of the class: trained, exported, opened and sampled by diffusers' pipeline",
     seeds=("2b", "8.1b"),
+    methods=("dreambooth",),
 )

@@ -90,4 +90,5 @@ CARD = ModelCard(
     aliases=("stable-diffusion-xl",),
     verified="tiny models of the class: trained, exported, opened and sampled by diffusers' pipeline",
     seeds=("3.5b",),
+    methods=("dreambooth",),
 )

@@ -210,8 +210,7 @@ class QwenVL(Sampling):
 
     def carry_spec(self, batch: Batch, before: Mapping[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
         text, vision = self.config.text_config, self.config.vision_config
-        merge, pixels = vision.spatial_merge_size**2, batch.get("pixel_values")
-        seen = 0 if pixels is None else pixels.shape[0]
+        merge, seen = vision.spatial_merge_size**2, self.patches(batch)
         if batch.media is not None:
             seen = int(batch.media.grid.prod(dim=1).sum())
         patches, rows = seen or merge, max(1, self.received(batch))
@@ -247,8 +246,14 @@ class QwenVL(Sampling):
         """Media features that stand at tokens of this batch, on this rank."""
         if batch.media is not None:
             return batch.media.received
-        pixels = batch.get("pixel_values")
-        return 0 if pixels is None else pixels.shape[0] // self.config.vision_config.spatial_merge_size**2
+        return self.patches(batch) // self.config.vision_config.spatial_merge_size**2
+
+    def patches(self, batch: Batch) -> int:
+        """Patches of a batch's media; later stages of a pipeline know their grids only."""
+        pixels, grid = batch.get("pixel_values"), batch.get("grid_thw")
+        if pixels is not None:
+            return pixels.shape[0]
+        return 0 if grid is None else int(getattr(grid, "host", grid).prod(dim=1).sum())
 
     def media_parts(self, grid: Tensor) -> list[tuple[int, int, int]]:
         """Frames: a patch attends within its own."""
@@ -298,8 +303,9 @@ class QwenVL(Sampling):
             grid = batch.media.grid
             if patches is None:
                 pixels = batch.media.patches(pixels, width, device)
-            else:  # the tower began in another stage: only their number counts
-                pixels = torch.zeros((), device=device).expand(len(patches), width) if len(grid) else None
+        if patches is not None:  # the tower began in another stage: only their number counts
+            seen = grid is not None and len(grid)
+            pixels = torch.zeros((), device=device).expand(len(patches), width) if seen else None
         if pixels is None:
             side = vision.spatial_merge_size
             grid = torch.tensor([[1, side, side]])
