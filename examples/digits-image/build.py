@@ -87,7 +87,7 @@ def vae(pictures: Path, steps: int, seed: int = 0) -> tuple[Any, float]:
     from PIL import Image
 
     torch.manual_seed(seed)
-    torch.set_num_threads(min(2, os.cpu_count() or 1))  # this part is one process
+    torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))  # this part is one process
     model = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, block_out_channels=[16, 32, 32],
         layers_per_block=1, norm_num_groups=8, latent_channels=4, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False,
