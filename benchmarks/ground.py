@@ -132,26 +132,33 @@ def one_rank(name: str, title: str | None) -> argparse.Namespace:
 
 
 @contextmanager
+def opened(chosen: Any, steps: int) -> Iterator[tuple[Any, list[Any]]]:
+    """The trainer of a recipe on one core, and the steps of its first batches, made beforehand."""
+    from polymodal.device import apply_environment
+
+    apply_environment(chosen.device)
+    import torch
+
+    from polymodal.launch import runtime
+    from polymodal.train.trainer import Trainer
+
+    with runtime(chosen) as rt:
+        torch.set_num_threads(1)
+        made = Trainer(chosen, rt)
+        yield made, list(made.feed.loader(stop_after=steps))
+        made.close()
+
+
+@contextmanager
 def trainer(args: argparse.Namespace) -> Iterator[tuple[Any, list[Any]]]:
-    """The trainer of the small model on one core, and the steps of its first batches, made beforehand."""
+    """`opened` with the small language model and the options of one_rank."""
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         write_checkpoint(root / "model")
         data = write_data(root / "mixed", args.rows)
         chosen = recipe(root, data, root / "run", args.steps, args.precision, workers=0)
-        from polymodal.device import apply_environment
-
-        apply_environment(chosen.device)
-        import torch
-
-        from polymodal.launch import runtime
-        from polymodal.train.trainer import Trainer
-
-        with runtime(chosen) as rt:
-            torch.set_num_threads(1)
-            made = Trainer(chosen, rt)
-            yield made, list(made.feed.loader(stop_after=args.steps))
-            made.close()
+        with opened(chosen, args.steps) as found:
+            yield found
 
 
 def alternate(

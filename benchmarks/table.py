@@ -88,6 +88,26 @@ def flops(r: dict) -> list[Row]:
     return rows
 
 
+def generation(r: dict) -> list[Row]:
+    what = "a small Wan 2.1, fp32, one core, CPU time: "
+    told = {
+        "encode": ("throughput of `encode`, from mp4 files to features, over bare encoder calls on decoded tensors", ">="),
+        "step": ("our step on features over a bare loop on the same batches", "<="),
+        "diffusers": ("samples a second, files to optimizer step, over the loop of diffusers' examples (accelerate)", ">="),
+        "online": ("a step that decodes and encodes its clips over one on features", ""),
+    }  # fmt: skip
+    rows: list[Row] = []
+    for name, (said, sign) in told.items():
+        one = r["measures"][name]
+        ratio, wanted = one["ratio"], one["wanted"]
+        met = None if not wanted else ratio >= wanted if sign == ">=" else ratio <= wanted
+        rows.append((what + said, f"{ratio:.3f}", f"{sign} {wanted}" if wanted else "-", met))
+    held = {mode: f"{count / 2**20:.1f} MiB" for mode, count in r["measures"]["memory"]["bytes"].items()}
+    said = f"weights of frozen encoders resident in training: on features (encoding online: {held['online']})"
+    rows.append((said, held["cached"], "0", r["measures"]["memory"]["bytes"]["cached"] == 0))
+    return rows
+
+
 def fsdp_memory(r: dict) -> list[Row]:
     held = f"bytes that a rank of {r['ranks']} holds under FSDP2 (parameters, gradients, optimizer) over one process"
     return [
@@ -172,6 +192,7 @@ WRITERS: dict[str, Callable[[Any], list[Row]]] = {
     "throughput_bf16": throughput,
     "bare_loop": bare_loop,
     "flops": flops,
+    "generation": generation,
     "fsdp_memory": fsdp_memory,
     "loss_memory": loss_memory,
     "load_memory": load_memory,
