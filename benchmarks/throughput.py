@@ -242,9 +242,8 @@ def main() -> None:
                 f"ours / {variant}: {ratio[variant]:.2f} (wanted >= {wanted}; runs within {spread[base]} and {spread[variant]})"
             )
     if args.json:
-        ground.add_to(
-            args.json, {"ratio": ratio, "rounds": rates, "spread": spread}, precision=args.precision
-        )
+        tables = {"ratio": ratio, "rounds": rates, "spread": spread}
+        ground.add_to(args.json, tables, precision=args.precision, clock=args.clock, threads=args.threads)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin stall each other on cores that others use
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall on cores that others use
 import build
 
 HERE = Path(__file__).parent
