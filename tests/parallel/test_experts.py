@@ -109,7 +109,7 @@ def test_kept_tokens_are_not_sent_again():
     assert sent_again == kept + 2  # to the experts and back
 
 
-def test_adapters_on_experts_are_refused():
+def test_experts_that_are_no_whole_stacks_are_refused():
     model = _model(torch.float32)
     model.mlp.experts.extra = nn.Parameter(torch.zeros(3, 8))
     with pytest.raises(PolymodalError, match="`mlp.experts` cannot be spread"):

@@ -2,129 +2,112 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import yaml
 
-from polymodal import device, launch
-from polymodal import recipe as recipes
-from polymodal.data import media
-from polymodal.errors import PolymodalError
-from polymodal.train import optim, trainer
-from tests.models import tiny
 from tests.parallel.harness import run
-
-STEPS = 4
-PIPELINE = "parallel.pp=2"
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run: overrides of the recipe, alike in one process and under a pipeline; scale: of an fp16 loss at the start."""
-
-    name: str
-    overrides: tuple[str, ...] = ()
-    scale: float | None = None
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a rank's run left: bytes of decoded pictures, and the error that ended it."""
-
-    decoded: int
-    error: str
+from tests.parallel.training import Job, Said, lines, make, runs, same
 
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory) -> Path:
-    """A tiny checkpoint; rows with and without pictures, of one the file is cut short; rows to validate on."""
-    root = tmp_path_factory.mktemp("ground")
-    tiny.checkpoint("qwen2.5-vl", root / "model")
-    rows = []
-    for i in range(24):
-        answer = {"role": "assistant", "content": f"It is {i % 7}, " * (1 + i % 3)}
-        row: dict[str, Any] = {"messages": [{"role": "user", "content": f"Say number {i % 7}."}, answer]}
-        if i % 2:
-            file = root / f"{i}.png"
-            tiny.picture(24 + 8 * (i % 3), 24, i).save(file)
-            row["messages"][0]["content"] = "<image>" + row["messages"][0]["content"]
-            row["images"] = [str(file)]
-        rows.append(row)
-    whole = (root / "5.png").read_bytes()
-    (root / "5.png").write_bytes(whole[: len(whole) - 40])  # its header is good: only decoding finds out
-    (root / "train.json").write_text(json.dumps(rows[:16]))
-    (root / "validation.json").write_text(json.dumps(rows[16:]))
-    data = {"max_length": 128, "pack_length": 128, "workers": 0, "on_error": "skip"}
-    recipe = {
-        "name": "t",
-        "model": {"source": str(root / "model")},
-        "data": {"datasets": [{"path": str(root / "train.json")}], **data},
-        "train": {"steps": STEPS, "global_batch_size": 3, "precision": "fp32"},
-        "optim": {"lr": 1e-3, "schedule": {"name": "constant", "warmup": 0}},
-        "monitor": {"trackers": []},
-    }
-    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return root
-
-
-def _runs(rank: int, world: int, root: Path, jobs: list[Job]) -> list[Said]:
-    return [_run(rank, world, root, job) for job in jobs]
-
-
-def _run(rank: int, world: int, root: Path, job: Job) -> Said:
-    decode, scaler, seen, error = media.image, optim.LossScaler, [0], ""
-
-    def counted(source: Any) -> Any:
-        picture = decode(source)
-        seen[0] += np.asarray(picture).nbytes
-        return picture
-
-    more = [PIPELINE] if world > 1 and not any("parallel." in word for word in job.overrides) else []
-    recipe = recipes.load(
-        root / "recipe.yaml", [f"checkpoint.dir={root / job.name}-{world}", *more, *job.overrides]
-    )
-    place = launch.Place(rank, world, rank, world, 0, 1)
-    rt = launch.Runtime(place, device.find("cpu", rank), 1)
-    media.image = counted
-    if job.scale is not None:
-        optim.LossScaler = partial(scaler, scale=job.scale)  # type: ignore[assignment,misc]
-    try:
-        made = trainer.Trainer(recipe, rt)
-        made.train()
-        made.close()
-    except PolymodalError as caught:
-        error = caught.message
-    finally:
-        media.image, optim.LossScaler = decode, scaler  # type: ignore[misc]
-    return Said(seen[0], error)
-
-
-def lines(root: Path, name: str) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
-
-
-def same(root: Path, name: str, rel: float = 1e-5, keys: tuple[str, ...] = ()) -> list[dict[str, float]]:
-    """The metrics of a run under a pipeline, which are those of one process."""
-    one, two = lines(root, f"{name}-1"), lines(root, f"{name}-2")
-    assert len(one) == len(two) > 0
-    for a, b in zip(one, two, strict=True):
-        wanted = [k for k in a if k in ("step", "loss", "grad_norm", "samples", "tokens", "skipped", *keys)]
-        wanted += [k for k in a if k.startswith("validation/")]
-        assert {k: b[k] for k in wanted} == pytest.approx({k: a[k] for k in wanted}, rel=rel), name
-    return two
+    return make(tmp_path_factory.mktemp("ground"), "qwen2.5-vl")
 
 
 def test_only_the_first_stage_decodes_and_all_know_what_is_broken(ground):
     jobs = [Job("plain")]
-    ((one,),) = run(1, _runs, 1, ground, jobs)
-    (first,), (second,) = run(2, _runs, 2, ground, jobs)
+    ((one,),) = run(1, runs, 1, ground, jobs)
+    (first,), (second,) = run(2, runs, 2, ground, jobs)
     assert first == one and first.decoded > 0 and not first.error
     assert second.decoded == 0
     found = same(ground, "plain")
     assert found[-1]["samples"] % 16 != 0, "the broken sample was met, and not counted"
+
+
+# ---- the rest of a run ----------------------------------------------------------------------------------------------
+
+LORA = ("model.lora={rank: 2, targets: [q_proj, down_proj]}", "optim.lr=0.01")
+
+
+@pytest.fixture(scope="module")
+def done(ground) -> dict[str, tuple[list[Said], list[Said]]]:
+    """Jobs in one process and on two stages, each world made once: name -> what its ranks said."""
+    validation = f"data.validation=[{{path: {ground / 'validation.json'}}}]"
+    jobs = [
+        Job("per_sample", ("train.loss=per_sample",)),
+        Job("per_micro_batch", ("train.loss=per_micro_batch",)),
+        Job("evaluated", ("evaluate.every=2", validation)),
+        Job("spikes", ("train.guard.spike=1.01", "train.steps=8", "optim.lr=1e-6")),
+        Job("half", ("train.precision=fp16", "train.steps=6"), scale=2.0**17),
+        Job("diverging", ("optim.lr=1e30",)),
+        Job("lora", (*LORA, "train.steps=6")),
+    ]
+    one, two = run(1, runs, 1, ground, jobs), run(2, runs, 2, ground, jobs)
+    return {job.name: ([of[at] for of in one], [of[at] for of in two]) for at, job in enumerate(jobs)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["per_sample", "per_micro_batch"])
+def test_weightings_of_the_loss(done, ground, loss):
+    found = same(ground, loss)
+    assert found[0]["loss"] != pytest.approx(lines(ground, "evaluated-2")[0]["loss"], rel=1e-5), (
+        "not per token"
+    )
+
+
+@pytest.mark.slow
+def test_validation_while_it_trains(done, ground):
+    found = same(ground, "evaluated")
+    assert [line["step"] for line in found if "validation/loss" in line] == [2, 4]
+
+
+@pytest.mark.slow
+def test_spikes_are_skipped_on_every_stage_alike(done, ground):
+    skipped = [line["skipped"] for line in same(ground, "spikes")]
+    assert True in skipped and False in skipped
+
+
+@pytest.mark.slow
+def test_a_scaled_loss_overflows_and_comes_down_alike(done, ground):
+    found = same(ground, "half", rel=0.02, keys=("loss_scale",))
+    assert found[0]["skipped"] and not found[-1]["skipped"] and found[-1]["loss_scale"] < 2.0**17
+
+
+@pytest.mark.slow
+def test_what_is_no_number_stops_every_stage(done):
+    (one,), stages = done["diverging"]
+    assert one.error.startswith("Step ") and "nan" in one.error
+    assert [said.error for said in stages] == [one.error] * 2
+
+
+@pytest.mark.slow
+def test_adapters_resume_across_pipelines_and_their_run_is_used_like_any(done, ground):
+    """PP 2, then one process, then a V of stages: one curve; exported, asked and evaluated as a run of one process is."""
+    from polymodal.data.sample import Message
+    from polymodal.evaluate.run import evaluate
+    from polymodal.generate.engine import Sampling
+    from polymodal.generate.opening import open_engine
+    from polymodal.train.export import export
+
+    place = f"checkpoint.dir={ground / 'resumed'}"
+    v = ("parallel.pp=2", "parallel.pp_schedule=ZBVZeroBubble")
+    for world, steps, more in ((2, 2, ()), (1, 4, ()), (2, 6, v)):
+        said = run(
+            world, runs, world, ground, [Job("resumed", (*LORA, f"train.steps={steps}", place, *more))]
+        )
+        assert not any(of[0].error for of in said)
+    straight, resumed = lines(ground, "lora-1"), lines(ground, "resumed")
+    assert [line["loss"] for line in resumed] == pytest.approx([line["loss"] for line in straight], rel=1e-5)
+    same(ground, "lora")
+    adapter = export(str(ground / "resumed"), str(ground / "adapter"))
+    merged = export(str(ground / "lora-2"), str(ground / "merged"), merge_lora=True)
+    assert (adapter.what, merged.what) == ("adapter", "merged")
+    asked, short = (Message("user", ("Say number 3.",)),), Sampling(max_new_tokens=6)
+    engines = [
+        open_engine(ground / name, device="cpu") for name in ("resumed", "adapter", "merged", "lora-1")
+    ]
+    (answer,) = {engine.answer(asked, short).text for engine in engines}
+    assert open_engine(ground / "model", device="cpu").answer(asked, short).text != answer
+    row = {"id": "a", "question": "Say number 3.", "answer": answer}
+    assert evaluate(engines[0], [row], "exact", max_new_tokens=6).score == 1

@@ -18,7 +18,7 @@ import torch
 
 from polymodal.data.index import build_index
 from polymodal.data.loader import Loader
-from polymodal.data.sample import IGNORE, hole, pack
+from polymodal.data.sample import IGNORE, hole, pack, without
 from polymodal.data.schedule import Position, Schedule
 from polymodal.data.workers import memory_files_work, receive, send
 from polymodal.errors import PolymodalError
@@ -158,6 +158,26 @@ def test_a_broken_sample_is_a_hole_or_the_end(tmp_path, caplog):
     assert error.value.hint == "Mend the file."
     assert list(loader) == []  # it has ended, and its thread with it
     assert not loader._thread.is_alive()
+
+
+@pytest.mark.parametrize("pixels", [True, False])
+def test_a_hole_in_a_packed_batch_is_what_it_would_have_been(tmp_path, pixels):
+    """What a pipeline stage does with a sample that another one could not read."""
+    rows = [{"n": 6, "media": [4]}, {"n": 7, "media": [4, 8]}, {"n": 5}, {"n": 8, "media": [2]}]
+    corpus, chat = LinesCorpus(write_rows(tmp_path / "rows.jsonl", rows)), CountingChat(64, rows=4)
+    samples = []
+    for i in range(4):
+        record = corpus[i]
+        record.extra["seed"] = i
+        samples.append(chat.sample(record, i, pixels))
+    made, lost = without(pack(samples), [False, True, False, True])
+    holes = [hole(2, 4, i, broken="cat.png") for i in range(4)]
+    wanted = pack([samples[0], holes[1], samples[2], holes[3]])
+    assert made.tensors.keys() == wanted.tensors.keys() and ("pixel_values" in made.tensors) == pixels
+    assert all(torch.equal(made[name], wanted[name]) for name in made.tensors)
+    assert torch.equal(made.segments["text"], wanted.segments["text"]) and made.groups == wanted.groups
+    assert [(m.tokens, m.trained, len(m.patches)) for m in lost] == [(7, 4, 2), (8, 4, 1)]
+    assert without(made, [False, True, False, False])[1] == [], "a hole already"
 
 
 def test_faults_of_worker_processes_are_told(tmp_path):
