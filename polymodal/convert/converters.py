@@ -56,6 +56,25 @@ HELP = {
     "allow_pickle": "read files that hold more than tensors; the rest is replaced by inert objects.",
 }
 """Options of every method: fields of Settings."""
+ARGUMENTS = {
+    "cfg": "what, where, how.",
+    "hf_dir": "directory of the hub checkpoint.",
+    "dcp_dir": "the DCP directory (towards the hub: release or iter_..., or the one above it).",
+    "load_dir": "the DCP directory (release or iter_...), or the one above it.",
+    "lora_dcp_dir": "DCP directory of the LoRA run.",
+    "save_dir": "where the result goes.",
+    "save_hf_dir": "where the hub checkpoint goes.",
+    "save_merged_hf_dir": "where the sum goes.",
+    "model_assets_dir": "the hub checkpoint that it came from: config, processor, cut into files.",
+    "origin_hf_dir": "the hub checkpoint that it came from.",
+    "base_hf_dir": "the base's hub checkpoint.",
+    "dcp_prefix": "what the directory's names begin with.",
+    "hf_prefix": "what the hub's names begin with instead.",
+    "tie_weight_mapping": "tensors that are written as copies: {\"lm_head.weight\": \"model.embed_tokens.weight\"}.",
+    "fused_linear_names": "expert tensors that lie one below the other in the directory, such as gate_up_proj.",
+    "max_shard_size": "largest weight file.",
+}  # fmt: skip
+"""Arguments that mean the same wherever they are taken."""
 
 
 def _method(function: Callable, names: tuple[str, ...]) -> Callable:
@@ -80,6 +99,8 @@ def _method(function: Callable, names: tuple[str, ...]) -> Callable:
     }  # type: ignore[attr-defined]
     text = inspect.cleandoc(function.__doc__ or "")
     text += "" if "Args:" in text else "\n\nArgs:"
+    shared = [p.name for p in own if p.name in ARGUMENTS and f"\n    {p.name}: " not in text]
+    text += "".join(f"\n    {name}: {ARGUMENTS[name]}" for name in shared)
     run.__doc__ = text + "".join(f"\n    {name}: {HELP[name]}" for name in names)
     return run
 
@@ -122,11 +143,7 @@ class Understanding:
 
     @writes
     def hf_to_mm(self, cfg: HubToTree, *, how: Settings) -> None:
-        """Hub checkpoint -> tree.
-
-        Args:
-            cfg: what, where, how.
-        """
+        """Hub checkpoint -> tree."""
         from polymodal.convert import changes, engine, output
 
         made, source = self._of(), Path(cfg.hf_config.hf_dir)
@@ -138,11 +155,7 @@ class Understanding:
 
     @reads
     def mm_to_hf(self, cfg: TreeToHub, *, how: Settings) -> None:
-        """Tree -> hub checkpoint.
-
-        Args:
-            cfg: what, where, how.
-        """
+        """Tree -> hub checkpoint."""
         from polymodal.convert import engine, output
 
         made, hub = self._of(), Path(cfg.hf_config.hf_dir)
@@ -154,11 +167,7 @@ class Understanding:
 
     @reads
     def resplit(self, cfg: Resplit, *, how: Settings) -> None:
-        """Tree -> the same tree, cut otherwise.
-
-        Args:
-            cfg: what, where, how.
-        """
+        """Tree -> the same tree, cut otherwise."""
         from polymodal.convert import changes, engine, output
 
         made = self._of()
@@ -187,11 +196,7 @@ class Adapters(Understanding):
 
     @writes
     def lora_hf_to_mm(self, cfg: AdapterToTree, *, how: Settings) -> None:
-        """Adapter -> tree.
-
-        Args:
-            cfg: what, where, how.
-        """
+        """Adapter -> tree."""
         from polymodal.convert import engine, lora, output, reading
 
         options, source = cfg.common_model_config, Path(cfg.hf_config.hf_dir)
@@ -210,11 +215,7 @@ class Adapters(Understanding):
 
     @reads
     def lora_mm_to_hf(self, cfg: TreeToAdapter, *, how: Settings) -> None:
-        """Tree of a LoRA run -> adapter in peft's format.
-
-        Args:
-            cfg: what, where, how.
-        """
+        """Tree of a LoRA run -> adapter in peft's format."""
         from polymodal.convert import engine, lora, output
 
         options, target = cfg.common_model_config, Path(cfg.save_hf_dir)

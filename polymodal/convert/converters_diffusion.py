@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +25,50 @@ def parallel(paths: Paths) -> Parallel:
     one = paths.target_parallel_config
     lists = counts("pp_layers", one.pp_layers)
     return Parallel(one.tp_size, one.ep_size, {"dit": lists} if lists else {})
+
+
+EXPERTS = ("transformer", "transformer_2")
+
+
+def parts(cfg: Paths) -> list[Paths]:
+    """What is converted, one by one: a pipeline's directory stands for its transformers (Wan 2.2 has two experts)."""
+    source = Path(cfg.source_path)
+    names = [name for name in EXPERTS if (source / name).is_dir()]
+    if not names or any(source.glob("*.safetensors")) or tree_at(source):
+        return [cfg]
+
+    def inside(path: str, name: str) -> str:
+        return str(Path(path) / name) if path and (Path(path) / name).is_dir() else path
+
+    return [
+        replace(
+            cfg, source_path=str(source / name), target_path=str(Path(cfg.target_path) / name),
+            hf_dir=inside(cfg.hf_dir, name), lora_path=inside(cfg.lora_path, name),
+        )
+        for name in names
+    ]  # fmt: skip
+
+
+def tree_at(directory: Path) -> bool:
+    from polymodal.convert import reading, tree
+
+    return tree.is_tree(directory) or reading.is_dcp(directory) or (directory / tree.TRACKER).is_file()
+
+
+def each(method: Callable) -> Callable:
+    """A method for one transformer, for every transformer of a pipeline; all are looked at before one is written."""
+
+    @functools.wraps(method)
+    def run(self: Any, cfg: Paths, *, how: Settings, **more: Any) -> None:
+        several = parts(cfg)
+        if len(several) > 1 and not how.dry_run:
+            with contextlib.redirect_stdout(io.StringIO()):
+                for one in several:
+                    method(self, one, how=replace(how, dry_run=True), **more)
+        for one in several:
+            method(self, one, how=how, **more)
+
+    return run
 
 
 class Generative:
@@ -67,12 +116,9 @@ class Generative:
         )
 
     @reads
+    @each
     def resplit(self, cfg: Paths, *, how: Settings) -> None:
-        """Tree -> the same tree, cut otherwise.
-
-        Args:
-            cfg: what, where, how.
-        """
+        """Tree -> the same tree, cut otherwise."""
         self._tree(cfg, self._opened(cfg, how), how)
 
 
@@ -80,21 +126,15 @@ class Hub(Generative):
     """hf_to_mm and mm_to_hf."""
 
     @writes
+    @each
     def hf_to_mm(self, cfg: Paths, *, how: Settings) -> None:
-        """Hub checkpoint -> tree.
-
-        Args:
-            cfg: what, where, how.
-        """
+        """Hub checkpoint -> tree."""
         self._to_mm(cfg, how)
 
     @reads
+    @each
     def mm_to_hf(self, cfg: Paths, *, how: Settings) -> None:
-        """Tree -> hub checkpoint.
-
-        Args:
-            cfg: what, where, how.
-        """
+        """Tree -> hub checkpoint."""
         self._to_hf(cfg, how)
 
 
@@ -106,11 +146,7 @@ class Original(Generative):
 
     @reads
     def source_to_mm(self, cfg: Paths, *, how: Settings) -> None:
-        """The original code's checkpoint (or a tree, cut again) -> tree.
-
-        Args:
-            cfg: what, where, how.
-        """
+        """The original code's checkpoint (or a tree, cut again) -> tree."""
         from polymodal.convert import engine, reading, tree
 
         source = Path(cfg.source_path)
@@ -122,11 +158,7 @@ class Original(Generative):
 
     @reads
     def mm_to_source(self, cfg: Paths, *, how: Settings) -> None:
-        """Tree -> the original code's names, as safetensors.
-
-        Args:
-            cfg: what, where, how.
-        """
+        """Tree -> the original code's names, as safetensors."""
         from polymodal.convert import engine, output
 
         made = self._of()
@@ -150,6 +182,7 @@ class Mergeable(Generative):
     _targets: tuple[str, ...] = ()
 
     @reads
+    @each
     def merge_lora_to_base(
         self, cfg: Paths, lora_rank: int = 8, lora_alpha: float = 16, *, how: Settings
     ) -> None:
@@ -189,17 +222,13 @@ class Mergeable(Generative):
 
 @offered
 class WanConverter(Hub, Mergeable):
-    """Wan 2.1 and 2.2 (each of the two experts of 2.2 by itself)."""
+    """Wan 2.1 and 2.2: a transformer, or a pipeline's directory with the two experts of 2.2."""
 
     _family = "wan"
 
     @writes
     def lora_hf_to_mm(self, cfg: Paths, *, how: Settings) -> None:
-        """Adapter (diffusers' or the original code's names) -> tree.
-
-        Args:
-            cfg: what, where, how.
-        """
+        """Adapter (diffusers' or the original code's names) -> tree."""
         from polymodal.convert import engine, lora, reading
         from polymodal.convert.families.vace import original
 
@@ -220,11 +249,7 @@ class WanConverter(Hub, Mergeable):
 
     @reads
     def lora_mm_to_hf(self, cfg: Paths, *, how: Settings) -> None:
-        """Tree of a LoRA run -> adapter as diffusers loads it.
-
-        Args:
-            cfg: what, where, how.
-        """
+        """Tree of a LoRA run -> adapter as diffusers loads it."""
         from polymodal.convert import engine, lora, output
 
         table = lora.adapters(self._of().table(), "transformer.")
@@ -243,23 +268,17 @@ class WanConverter(Hub, Mergeable):
         )
 
     @reads
+    @each
     def mm_to_dcp(self, cfg: Paths, *, how: Settings) -> None:
-        """Tree -> DCP directory.
-
-        Args:
-            cfg: what, where, how.
-        """
+        """Tree -> DCP directory."""
         from polymodal.convert import output
 
         said(output.to_dcp(self._opened(cfg, how).source, Path(cfg.target_path), how), how)
 
     @writes
+    @each
     def dcp_to_mm(self, cfg: Paths, *, how: Settings) -> None:
-        """DCP directory -> tree.
-
-        Args:
-            cfg: what, where, how.
-        """
+        """DCP directory -> tree."""
         from polymodal.convert import engine
 
         opened = engine.by_layers(
@@ -269,27 +288,24 @@ class WanConverter(Hub, Mergeable):
 
 
 @offered
-class HunyuanVideoConverter(Original, Mergeable):
-    """HunyuanVideo and HunyuanVideo 1.5."""
+class HunyuanVideoConverter(Hub, Original, Mergeable):
+    """HunyuanVideo and HunyuanVideo 1.5: hf_to_mm and mm_to_hf with diffusers' names."""
 
     def __init__(self, version: Literal["t2v", "i2v", "t2v-lora", "i2v-lora", "1.5"] = "t2v"):
         """
         Args:
             version: the task; -lora: an adapter of the original code; 1.5: HunyuanVideo 1.5.
         """
-        self._original = self._variant = "i2v" if version == "i2v" else ""
+        self._original = "i2v" if version == "i2v" else ""
+        adapter = version.endswith("-lora")
+        self._variant = "" if adapter else f"{self._original} diffusers".strip()
         self._family = {"1.5": "hunyuan-video-1.5"}.get(
-            version, "hunyuan-video-lora" if version.endswith("-lora") else "hunyuan-video"
+            version, "hunyuan-video-lora" if adapter else "hunyuan-video"
         )
-        self._version = version
 
     @writes
     def t2v_text_encoder(self, cfg: Paths, *, how: Settings) -> None:
-        """The language model of a LLaVA checkpoint, by itself, in fp16, with its tokenizer.
-
-        Args:
-            cfg: what, where.
-        """
+        """The language model of a LLaVA checkpoint, by itself, in fp16, with its tokenizer."""
         from polymodal.convert import changes, output
 
         source, config = changes.language_model(Path(cfg.source_path))
@@ -369,22 +385,16 @@ class VACEConverter(Hub):
     _family = "vace"
 
     @writes
+    @each
     def hf_diffusers_to_mm(self, cfg: Paths, *, how: Settings) -> None:
-        """Hub checkpoint with diffusers' names -> tree.
-
-        Args:
-            cfg: what, where, how.
-        """
+        """Hub checkpoint with diffusers' names -> tree."""
         self._variant = "diffusers"
         self._to_mm(cfg, how)
 
     @reads
+    @each
     def mm_to_hf_diffusers(self, cfg: Paths, *, how: Settings) -> None:
-        """Tree -> hub checkpoint with diffusers' names.
-
-        Args:
-            cfg: what, where, how.
-        """
+        """Tree -> hub checkpoint with diffusers' names."""
         self._variant = "diffusers"
         self._to_hf(cfg, how)
 

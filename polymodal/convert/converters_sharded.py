@@ -57,8 +57,6 @@ class Sharded:
         """Hub checkpoint -> DCP directory.
 
         Args:
-            hf_dir: directory of the hub checkpoint.
-            dcp_dir: where the DCP directory goes.
             tie_weight: write the head as a copy of the embedding.
             is_lora_base: names as the base of a LoRA run has them.
         """
@@ -72,9 +70,6 @@ class Sharded:
         """DCP directory -> hub checkpoint.
 
         Args:
-            load_dir: the DCP directory (release or iter_...), or the one above it.
-            save_dir: where the hub checkpoint goes.
-            model_assets_dir: the hub checkpoint that it came from: config, processor, cut into files.
             to_bf16: round floating values to bfloat16.
         """
         from polymodal.convert import changes, engine, output
@@ -87,12 +82,7 @@ class Sharded:
 
     @writes
     def lora_hf_to_dcp(self, hf_dir: str, dcp_dir: str, *, how: Settings) -> None:
-        """Adapter in peft's format -> DCP directory.
-
-        Args:
-            hf_dir: directory with adapter_model.safetensors.
-            dcp_dir: where the DCP directory goes.
-        """
+        """Adapter in peft's format -> DCP directory."""
         from polymodal.convert.shelf import family
 
         hub_to_dcp(family("adapter-dcp"), "", Path(hf_dir), Path(dcp_dir), how)
@@ -110,9 +100,6 @@ class Sharded:
         """DCP directory of a LoRA run -> adapter in peft's format.
 
         Args:
-            lora_dcp_dir: the DCP directory.
-            save_dir: where the adapter goes.
-            base_hf_dir: the base's hub checkpoint, for adapter_config.json.
             lora_alpha: for adapter_config.json; the rank, when left out.
         """
         from polymodal.convert import engine, lora, output
@@ -146,9 +133,6 @@ class Sharded:
         """Base + scaling * B A of a LoRA run -> hub checkpoint.
 
         Args:
-            base_hf_dir: the base's hub checkpoint.
-            lora_dcp_dir: DCP directory of the LoRA run.
-            save_merged_hf_dir: where the sum goes.
             lora_target_modules: names, with commas, of the modules whose adapters are added; all, when left out.
             scaling: alpha / rank.
         """
@@ -208,15 +192,7 @@ class Qwen35Converter:
         *,
         how: Settings,
     ) -> None:
-        """Hub checkpoint -> DCP directory.
-
-        Args:
-            hf_dir: directory of the hub checkpoint.
-            dcp_dir: where the DCP directory goes.
-            dcp_prefix: what the directory's names begin with.
-            hf_prefix: what the hub's names begin with instead.
-            tie_weight_mapping: tensors that are written as copies: {"lm_head.weight": "model.language_model.embed_tokens.weight"}.
-        """
+        """Hub checkpoint -> DCP directory."""
         hub_to_dcp(self._of(dcp_prefix, hf_prefix), "", Path(hf_dir), Path(dcp_dir), how, tie_weight_mapping)
 
     @writes
@@ -230,15 +206,7 @@ class Qwen35Converter:
         *,
         how: Settings,
     ) -> None:
-        """DCP directory -> hub checkpoint.
-
-        Args:
-            dcp_dir: the DCP directory.
-            save_hf_dir: where the hub checkpoint goes.
-            origin_hf_dir: the hub checkpoint that it came from.
-            dcp_prefix: what the directory's names begin with.
-            hf_prefix: what the hub's names begin with instead.
-        """
+        """DCP directory -> hub checkpoint."""
         dcp_to_hub(
             self._of(dcp_prefix, hf_prefix),
             "",
@@ -266,16 +234,7 @@ class GenericDCPConverter:
         *,
         how: Settings,
     ) -> None:
-        """Hub checkpoint -> DCP directory.
-
-        Args:
-            hf_dir: directory of the hub checkpoint.
-            dcp_dir: where the DCP directory goes.
-            dcp_prefix: what the directory's names begin with.
-            hf_prefix: what the hub's names begin with instead.
-            tie_weight_mapping: tensors that are written as copies: {"lm_head.weight": "model.embed_tokens.weight"}.
-            fused_linear_names: expert tensors that are laid one below the other, such as gate_up_proj.
-        """
+        """Hub checkpoint -> DCP directory."""
         from polymodal.convert.families.sharded import generic
 
         made = generic(dcp_prefix, hf_prefix, tuple(fused_linear_names or ()))
@@ -297,12 +256,6 @@ class GenericDCPConverter:
         """DCP directory -> hub checkpoint.
 
         Args:
-            load_dir: the DCP directory.
-            save_dir: where the hub checkpoint goes.
-            model_assets_dir: the hub checkpoint that it came from.
-            dcp_prefix: what the directory's names begin with.
-            hf_prefix: what the hub's names begin with instead.
-            fused_linear_names: expert tensors that lie one below the other.
             trust_remote_code: accepted for scripts that give it; no code of a checkpoint is ever run.
         """
         from polymodal.convert.families.sharded import generic
@@ -326,47 +279,24 @@ class ExpertMergeDcpConverter:
 
     @writes
     def hf_to_dcp(self, hf_dir: str, save_dir: str, *, how: Settings) -> None:
-        """Hub checkpoint -> DCP directory.
-
-        Args:
-            hf_dir: directory of the hub checkpoint.
-            save_dir: where the DCP directory goes.
-        """
+        """Hub checkpoint -> DCP directory."""
         hub_to_dcp(_experts(Path(hf_dir)), "", Path(hf_dir), Path(save_dir), how)
 
     @writes
     def dcp_to_hf(self, hf_dir: str, dcp_dir: str, save_dir: str, *, how: Settings) -> None:
-        """DCP directory -> hub checkpoint.
-
-        Args:
-            hf_dir: the hub checkpoint that it came from.
-            dcp_dir: the DCP directory.
-            save_dir: where the hub checkpoint goes.
-        """
+        """DCP directory -> hub checkpoint."""
         dcp_to_hub(
             _experts(Path(hf_dir)), "", Path(dcp_dir), Path(save_dir), Path(hf_dir), how, type(self).__name__
         )
 
     @writes
     def merge(self, hf_dir: str, save_dir: str, max_shard_size: str = "4GB", *, how: Settings) -> None:
-        """Hub checkpoint -> the same with the experts in one tensor.
-
-        Args:
-            hf_dir: directory of the hub checkpoint.
-            save_dir: where the new one goes.
-            max_shard_size: largest weight file.
-        """
+        """Hub checkpoint -> the same with the experts in one tensor."""
         _moe("merge", hf_dir, save_dir, max_shard_size, how)
 
     @writes
     def split(self, hf_dir: str, save_dir: str, max_shard_size: str = "4GB", *, how: Settings) -> None:
-        """Hub checkpoint with the experts in one tensor -> one tensor an expert.
-
-        Args:
-            hf_dir: directory of the merged checkpoint.
-            save_dir: where the new one goes.
-            max_shard_size: largest weight file.
-        """
+        """Hub checkpoint with the experts in one tensor -> one tensor an expert."""
         _moe("split", hf_dir, save_dir, max_shard_size, how)
 
 
@@ -384,9 +314,6 @@ def moe_expert(
 
     Args:
         style: merge or split.
-        hf_dir: directory of the hub checkpoint.
-        save_dir: where the new one goes.
-        max_shard_size: largest weight file.
     """
     _moe(style, hf_dir, save_dir, max_shard_size, how)
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from polymodal.convert.operations import Facts, Shape
 from polymodal.convert.table import Table
@@ -21,7 +21,8 @@ from polymodal.errors import PolymodalError
 class Family:
     """name: as in docs; architectures: names in config.json that it accepts; tables: variant -> table ("" is the usual
     one), or what makes it from the facts; facts: config.json -> numbers; counted: facts that are counted in the
-    checkpoint's keys (fact -> pattern with one group); stem: name of exported weight files."""
+    checkpoint's keys (fact -> pattern with one group); stem: name of exported weight files; kind: generative ones bear
+    the names of their trees in DCP directories too, others those of a table of kind "dcp"."""
 
     name: str
     title: str
@@ -30,6 +31,7 @@ class Family:
     facts: Callable[[dict[str, Any]], Facts] | None = None
     counted: Mapping[str, str] = field(default_factory=dict)
     stem: str = "model"
+    kind: Literal["language", "generative", "dcp"] = "language"
 
     @property
     def needs_config(self) -> bool:
@@ -71,9 +73,9 @@ def facts_of(family: Family, source: Path, required: bool = True) -> Facts:
         *(config.get("architectures") or ()),
         *filter(None, [config.get("_class_name"), config.get("model_type")]),
     ]
-    if config and family.architectures and not set(named) & set(family.architectures):
+    if named and family.architectures and not set(named) & set(family.architectures):
         raise PolymodalError(
-            f"{source / 'config.json'} is of {' / '.join(named) or 'no architecture'}, not of {family.title}.",
+            f"{source / 'config.json'} is of {' / '.join(named)}, not of {family.title}.",
             f"This converter takes {', '.join(family.architectures)}.",
         )
     try:

@@ -49,7 +49,7 @@ def rows(table: Table) -> str:
 
 
 def section(family: Family) -> str:
-    parts = []
+    parts, printed = [], dict[tuple, str]()
     for variant in family.tables:
         for chosen in VARIANTS.get(family.name, ({},)):
             facts = {**EXAMPLE, **{name: value for name, value in chosen.items() if name}}
@@ -57,7 +57,11 @@ def section(family: Family) -> str:
             heading = HEADINGS.get((family.name, variant)) or family.title + "".join(
                 f", {one}" for one in extra if one
             )
-            parts.append(f"### {heading}\n\n{rows(family.table(variant, facts))}\n")
+            table = family.table(variant, facts)
+            known = tuple((one.hub, one.other) for one in table.rows)
+            alike = printed.setdefault(known, heading)
+            body = rows(table) if alike == heading else f"As {alike}, not cut over TP."
+            parts.append(f"### {heading}\n\n{body}\n")
     return "\n".join(parts)
 
 

@@ -6,19 +6,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from polymodal.convert import engine, reading, shelf, tree, writing
 from polymodal.convert.engine import Opened
-from polymodal.convert.family import Family, facts_of, read_config
+from polymodal.convert.family import Family, read_config
 from polymodal.convert.options import Settings
 from polymodal.convert.source import Box, Source
-from polymodal.convert.table import Table, hub_shapes, row
+from polymodal.convert.table import Table, row
 from polymodal.errors import PolymodalError
 from polymodal.models import storage
 
@@ -59,21 +60,13 @@ def architectures(hub: Path) -> list[str]:
 
 def families_of(hub: Path) -> list[Family]:
     """Families of trees that take a hub checkpoint, then those of DCP directories."""
-    found = shelf.by_architecture(architectures(hub))
-    return sorted(
-        found, key=lambda family: not any(_has_towers(family, variant) for variant in family.tables)
-    )
-
-
-def _has_towers(family: Family, variant: str) -> bool:
-    made = family.tables[variant]
-    return not isinstance(made, Table) or bool(made.towers)
+    return sorted(shelf.by_architecture(architectures(hub)), key=lambda family: family.kind == "dcp")
 
 
 def tree_family(hub: Path) -> Family:
     """The family whose trees hold a model. Raises PolymodalError when no table knows it."""
     for family in families_of(hub):
-        if _has_towers(family, ""):
+        if family.kind != "dcp":
             return family
     raise PolymodalError(
         f"{hub / 'config.json'}: no converter knows trees of {' / '.join(architectures(hub)) or 'this model'}.",
@@ -81,33 +74,35 @@ def tree_family(hub: Path) -> Family:
     )
 
 
-def dcp_family(hub: Path) -> tuple[Family, str]:
-    """(family, variant) that names a model's tensors in DCP directories; any model's are the hub's behind a prefix."""
-    found = families_of(hub)
-    own = [family for family in found if not _has_towers(family, "")]
-    if own:
-        return own[0], ""
-    generative = [
-        family
-        for family in found
-        if isinstance(family.tables[""], Table) and family.tables[""].towers[0].name == "dit"
-    ]
-    return (generative[0], "") if generative else (IDENTITY, "model.")
+def dcp_family(hub: Path) -> Family | None:
+    """The family that names a model's tensors in DCP directories; None: they are the hub's behind a prefix."""
+    return next((family for family in reversed(families_of(hub)) if family.kind != "language"), None)
 
 
-def opened_tree(root: Path, hub: Path, settings: Settings) -> tuple[Family, str, Opened]:
-    """(family, variant, a tree under its own names): the first table that knows all of its tensors."""
-    family = tree_family(hub)
+Named = TypeVar("Named")
+
+
+def fitting(family: Family, attempt: Callable[[str], Named]) -> Named:
+    """What the first of a family's tables gives that fits; the error of the first one, when none does."""
     failed: PolymodalError | None = None
     for variant in family.tables:
         try:
-            opened = engine.opened_tree(family, variant, root, hub, None, settings)
-            hub_shapes(opened.table, opened.source.shapes, opened.facts, str(root))
-            return family, variant, opened
+            return attempt(variant)
         except PolymodalError as error:
             failed = failed or error
     assert failed is not None
     raise failed
+
+
+def opened_tree(root: Path, hub: Path, settings: Settings) -> tuple[Opened, Source]:
+    """A tree under its own names, and under those of the hub checkpoint that it came from."""
+    family = tree_family(hub)
+
+    def attempt(variant: str) -> tuple[Opened, Source]:
+        opened = engine.opened_tree(family, variant, root, hub, None, settings)
+        return opened, engine.unmapped(opened, root, hub).source
+
+    return fitting(family, attempt)
 
 
 def hub_names(directory: Path, hub: Path, settings: Settings) -> Source:
@@ -117,23 +112,22 @@ def hub_names(directory: Path, hub: Path, settings: Settings) -> Source:
     """
     kind = kind_of(directory)
     if kind == "mm":
-        _, _, opened = opened_tree(directory, hub, settings)
-        return engine.unmapped(opened, directory, hub).source
+        return opened_tree(directory, hub, settings)[1]
     if kind == "hf":
         return reading.hub_files(directory)[0]
     source = engine.opened_dcp(directory)
     failed: PolymodalError | None = None
     for family in [*reversed(families_of(hub)), IDENTITY]:
-        for variant in family.tables:
-            try:
-                return engine.unmapped(
-                    engine.under(replace(family, counted={}), variant, hub, source), directory, hub
-                ).source
-            except (PolymodalError, ValueError) as error:
-                failed = failed or (error if isinstance(error, PolymodalError) else None)
-    raise failed or PolymodalError(
-        f"{directory} does not hold the tensors of {hub}.", "Are they of the same model?"
-    )
+
+        def attempt(variant: str, family: Family = replace(family, counted={})) -> Source:
+            return engine.unmapped(engine.under(family, variant, hub, source), directory, hub).source
+
+        try:
+            return fitting(family, attempt)
+        except PolymodalError as error:
+            failed = failed or error
+    assert failed is not None
+    raise failed
 
 
 # ---------------------------------------------------------------------------------------------- for models and training
@@ -240,19 +234,21 @@ def run(
         said(output.to_hub(hub_names(source, hub, settings), target, settings, hub, stem, made), settings)
         return 0
     if to == "dcp":
-        family, variant = dcp_family(hub)
-        facts = facts_of(family, hub, family.needs_config)
-        opened = engine.mapped(
-            hub_names(source, hub, settings), family.table(variant, facts), facts, str(source)
-        )
+        named, family = hub_names(source, hub, settings), dcp_family(hub)
+        if family is None:
+            opened = engine.hub(IDENTITY, "model.", hub, named)
+        else:
+            opened = fitting(family, lambda variant: engine.hub(family, variant, hub, named))
         said(output.to_dcp(opened.source, target, settings), settings)
         return 0
-    family, variant = tree_family(hub), "canonical" if canonical else ""
     if kind == "mm":
-        _, variant, opened = opened_tree(source, hub, settings)
-        opened = changes.without_head(opened, known=True)
+        opened = changes.without_head(opened_tree(source, hub, settings)[0], known=True)
     else:
-        opened = engine.hub(family, variant, hub, hub_names(source, hub, settings))
+        made, named = tree_family(hub), hub_names(source, hub, settings)
+        if canonical:
+            opened = engine.hub(made, "canonical", hub, named)
+        else:
+            opened = fitting(made, lambda variant: engine.hub(made, variant, hub, named))
     given = {name: counts(f"--{name}-pp", lists(value)) for name, value in layers.items()}
     if given.get("pp"):
         last = opened.table.towers[-1].name if opened.table.towers else "dit"

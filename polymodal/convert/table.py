@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from polymodal.convert.operations import RENAME, WHOLE, Cut, Facts, Operation, Shape
@@ -226,9 +226,14 @@ def hub_shapes(table: Table, shapes: Mapping[str, Shape], facts: Facts, where: s
         names = _names(unit.row.hub, unit.values, experts)
         try:
             parts = unit.row.operation.parts([tuple(shapes[key]) for key in unit.other], facts)
+            out.update(zip(names, parts, strict=True))
         except KeyError as error:
             raise _lacks(error, where) from None
-        out.update(zip(names, parts, strict=True))
+        except (ValueError, IndexError, ZeroDivisionError):
+            raise PolymodalError(
+                f"{where + ': ' if where else ''}{unit.other[0]} {list(shapes[unit.other[0]])} does not fit its table ({unit.row.operation.label}).",
+                "The checkpoint is of another size than its config.",
+            ) from None
     return out
 
 
@@ -239,3 +244,22 @@ def cut_of(table: Table, key: str) -> Cut:
             if match(pattern, key) is not None:
                 return one.cut_of(position)
     return WHOLE
+
+
+def cut_alike(rows: Iterable[Row], table: Table) -> tuple[Row, ...]:
+    """Rows of one name on the other side each, cut over TP as another table cuts what bears that name."""
+    out: list[Row] = []
+    for one in rows:
+        (pattern,) = one.other
+        cuts = {
+            leaf: cut_of(table, fill(pattern, {"n": "0", "p": leaf, "x": "x"})) for leaf in ("weight", "bias")
+        }
+        if len(set(cuts.values())) == 1:
+            out.append(replace(one, cut=cuts["weight"]))
+            continue
+        for leaf, cut in cuts.items():
+            hub, other = (
+                tuple(p.replace("{p}", leaf) for p in patterns) for patterns in (one.hub, one.other)
+            )
+            out.append(replace(one, hub=hub, other=other, cut=cut))
+    return tuple(out)

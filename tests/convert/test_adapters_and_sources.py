@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.convert import hubs, layouts
+from tests.convert import keylists, layouts
 from tests.convert.hubs import HUBS, keys_only, understanding
 from tests.convert.layouts import tensors
 from tests.convert.test_command import run
@@ -190,7 +190,7 @@ def saved(keys, path, inside):
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_hunyuan_video_from_its_original_file(here, tp):
-    state = saved(hubs.hunyuan(), here / "hunyuan/mp_rank_00/model_states.pt", "module")
+    state = saved(keylists.hunyuan(), here / "hunyuan/mp_rank_00/model_states.pt", "module")
     line = f"mm-convert HunyuanVideoConverter --version t2v source_to_mm --cfg.source_path hunyuan/mp_rank_00/model_states.pt --cfg.target_path mm --cfg.target_parallel_config.tp_size={tp}"
     assert run(line) == 0
     tree = layouts.tree(here / "mm")
@@ -253,7 +253,7 @@ def test_hunyuan_video_adapter(here):
         )
         == 2
     )  # not there
-    base = saved(hubs.hunyuan(), here / "base.pt", "module")
+    base = saved(keylists.hunyuan(), here / "base.pt", "module")
     assert (
         run(
             "mm-convert HunyuanVideoConverter --version i2v source_to_mm --cfg.source_path base.pt --cfg.target_path base"
@@ -357,7 +357,7 @@ def test_cogvideox_by_both_of_its_names_is_one_tree(here):
 
 @pytest.mark.slow
 def test_positions_of_cogvideox_may_be_left_out(here):
-    saved(hubs.sat(), here / "sat.pt", "module")
+    saved(keylists.sat(), here / "sat.pt", "module")
     for flag, there in (("", True), ("--remove_pos_emb true", False)):
         assert (
             run(
@@ -370,7 +370,7 @@ def test_positions_of_cogvideox_may_be_left_out(here):
 
 @pytest.mark.slow
 def test_open_sora_plan_1_5_from_its_file(here):
-    state = saved(hubs.open_sora_plan_15(), here / "osp.pt", "ema_state_dict")
+    state = saved(keylists.open_sora_plan_15(), here / "osp.pt", "ema_state_dict")
     assert (
         run(
             "mm-convert OpenSoraPlanConverter --version v1.5 source_to_mm --cfg.source_path osp.pt --cfg.target_path mm --cfg.target_parallel_config.tp_size 2"

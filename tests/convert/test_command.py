@@ -160,6 +160,8 @@ CONVERTERS = {
         "dcp_to_mm",
     },
     "HunyuanVideoConverter": {
+        "hf_to_mm",
+        "mm_to_hf",
         "source_to_mm",
         "mm_to_source",
         "resplit",

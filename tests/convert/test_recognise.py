@@ -5,7 +5,7 @@ import torch
 from typer.testing import CliRunner
 
 from polymodal import cli
-from polymodal.convert import engine, output, recognise
+from polymodal.convert import command, engine, output, recognise
 from polymodal.convert.shelf import family
 from polymodal.convert.tree import Parallel
 from polymodal.models import storage, weights
@@ -25,16 +25,18 @@ def polymodal(line):
     return done.exit_code, done.output
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl experts", "wan t2v"])
+CUTS = {
+    "qwen2.5-vl": "--tp 2 --pp 1,3 --vit-pp 4,0",
+    "qwen3-vl experts": "--tp 2 --pp 1,2 --vit-pp 4,0 --ep 2",
+    "wan t2v": "--pp 2,3",
+    "hunyuan-video diffusers": "--tp 2",
+    "vace diffusers": "",
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
 def test_there_and_back_through_every_layout(here, name):
-    source = HUBS[name].make(here / "hf")
-    cut = (
-        "--pp 2,3"
-        if name.startswith("wan")
-        else "--tp 2 --pp 1,3 --vit-pp 4,0"
-        if name.startswith("qwen2.5")
-        else "--tp 2 --pp 1,2 --vit-pp 4,0 --ep 2"
-    )
+    source, cut = HUBS[name].make(here / "hf"), CUTS[name]
     for line in (
         f"convert hf mm --to mm {cut}",
         "convert mm again --to mm --hf-dir hf",  # cut otherwise
@@ -46,6 +48,20 @@ def test_there_and_back_through_every_layout(here, name):
         assert code == 0, text
     layouts.same(tensors(source), tensors(here / "out"))
     layouts.same(tensors(source), tensors(here / "direct"))
+
+
+@pytest.mark.parametrize("name", HUBS)
+def test_every_model_goes_to_dcp_and_comes_back(here, name):
+    """HF -> DCP -> HF is bit-exact; without a config, through the converter that takes any model."""
+    source = HUBS[name].make(here / "hf")
+    if (source / "config.json").is_file():
+        assert polymodal("convert hf dcp --to dcp")[0] == 0
+        assert polymodal("convert dcp out --to hf --hf-dir hf")[0] == 0
+    else:
+        command.main(["GenericDCPConverter", "hf_to_dcp", "--hf_dir", "hf", "--dcp_dir", "dcp"])
+        line = "GenericDCPConverter dcp_to_hf --load_dir dcp --save_dir out --model_assets_dir hf"
+        command.main(line.split())
+    layouts.same(layouts.tensors(source), layouts.tensors(here / "out"))
 
 
 def test_canonical_trees_are_recognised(here):

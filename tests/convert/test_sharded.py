@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
-from tests.convert import hubs, layouts
+from tests.convert import keylists, layouts
 from tests.convert.hubs import HUBS, keys_only
 from tests.convert.layouts import tensors
 from tests.convert.test_command import run
@@ -97,8 +97,8 @@ def test_an_adapter_goes_and_comes_and_is_added(here):
 
 @pytest.mark.parametrize("scheme", ["merge", "split"])
 def test_experts_merged_and_split(here, scheme):
-    keys = hubs.internvl_chat(experts=4)
-    source = keys_only(keys, hubs.chat_config(experts=4))(here / "hf")
+    keys = keylists.internvl_chat(experts=4)
+    source = keys_only(keys, keylists.chat_config(experts=4))(here / "hf")
     assert run("mm-convert moe_expert --style merge --hf_dir hf --save_dir merged --max_shard_size 20KB") == 0
     merged, hub, layer = (
         tensors(here / "merged"),
@@ -125,7 +125,7 @@ def thinker():
         "code2wav.x": (3,),
     }
     for e in range(4):
-        keys |= hubs._expert(f"thinker.model.layers.0.mlp.experts.{e}", 8, 4)
+        keys |= keylists.expert(f"thinker.model.layers.0.mlp.experts.{e}", 8, 4)
     return keys, {
         "architectures": ["Qwen3OmniMoeForConditionalGeneration"],
         "thinker_config": {"text_config": {"num_experts": 4}},
@@ -133,9 +133,9 @@ def thinker():
 
 
 def glm():
-    keys = {"lm_head.weight": (16, 8)} | hubs._expert("model.language_model.layers.0.mlp", 8, 12)
+    keys = {"lm_head.weight": (16, 8)} | keylists.expert("model.language_model.layers.0.mlp", 8, 12)
     for e in range(4):
-        keys |= hubs._expert(f"model.language_model.layers.1.mlp.experts.{e}", 8, 4)
+        keys |= keylists.expert(f"model.language_model.layers.1.mlp.experts.{e}", 8, 4)
     return keys, {
         "architectures": ["Glm4vMoeForConditionalGeneration"],
         "text_config": {"n_routed_experts": 4},
@@ -145,7 +145,7 @@ def glm():
 @pytest.mark.parametrize("which", ["internvl", "glm", "omni"])
 def test_expert_merge_dcp(here, which):
     keys, config = {
-        "internvl": lambda: (hubs.internvl_chat(experts=4), hubs.chat_config(experts=4)),
+        "internvl": lambda: (keylists.internvl_chat(experts=4), keylists.chat_config(experts=4)),
         "glm": glm,
         "omni": thinker,
     }[which]()
@@ -178,7 +178,7 @@ def test_qwen_3_5(here):
         "mtp.norm.weight": (8,),
     }
     for e in range(4):
-        keys |= hubs._expert(f"mtp.layers.0.mlp.experts.{e}", 8, 3)
+        keys |= keylists.expert(f"mtp.layers.0.mlp.experts.{e}", 8, 3)
     config = {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "text_config": {"num_experts": 4}}
     source = keys_only(keys, config)(here / "hf")
     assert (

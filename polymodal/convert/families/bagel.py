@@ -40,7 +40,11 @@ BAGEL = Family(
         )
     },
     stem="ema",
+    kind="generative",
 )
 LUMINA = Family(
-    "lumina", "Lumina-mGPT 2", {"": Table((row("{x}", "{x}"),), tensor_parallel=False, pipeline=False)}
+    "lumina",
+    "Lumina-mGPT 2",
+    {"": Table((row("{x}", "{x}"),), tensor_parallel=False, pipeline=False)},
+    kind="generative",
 )

@@ -97,4 +97,5 @@ ORIGINAL = Table(
 COGVIDEOX = Family(
     "cogvideox", "CogVideoX", {"": DIFFUSERS, "source": ORIGINAL}, ("CogVideoXTransformer3DModel",),
     lambda config: {"layers": int(config["num_layers"])}, {"layers": r"\b(?:transformer_blocks|transformer\.layers)\.(\d+)\."}, stem="diffusion_pytorch_model",
+    kind="generative",
 )  # fmt: skip

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from polymodal.convert.families.qwen2_vl import LLM, TIE
+from polymodal.convert.families.decoder import LLM, TIE, TOWER, gated, outer, vit
 from polymodal.convert.family import Family
-from polymodal.convert.operations import COLUMNS, GLU, ROWS, Concatenate, Facts
-from polymodal.convert.table import Table, Tower, row
+from polymodal.convert.operations import COLUMNS, ROWS, Concatenate, Facts
+from polymodal.convert.table import Table, row
 
 TEXT = "language.model.layers.{n}"
 EXPERT = "mlp.experts.{e}"
 LOCAL = f"{LLM}.mlp.experts.local_experts.{{e}}"
 
+ENCODER = "image_encoder.encoder"
 TOWERS = (
-    Tower(
-        "vit", "image_encoder.encoder.blocks.", ("image_encoder.encoder.patch_embed.", "image_encoder.encoder.pos_embed"),
-        ("image_encoder.encoder.norm.", "image_encoder.encoder.attn_pool.", "image_encoder.projector."), "image_encoder.",
-        "vision_layers",
+    vit(
+        f"{ENCODER}.blocks.",
+        (f"{ENCODER}.patch_embed.", f"{ENCODER}.pos_embed"),
+        (f"{ENCODER}.norm.", f"{ENCODER}.attn_pool."),
     ),
-    Tower(
-        "llm", "text_decoder.decoder.layers.", ("text_decoder.embedding.",),
-        ("text_decoder.decoder.final_layernorm.", "text_decoder.output_layer."), "text_decoder.",
-    ),
-)  # fmt: skip
+    TOWER,
+)
 
 
 def table(facts: Facts) -> Table:
@@ -35,7 +33,7 @@ def table(facts: Facts) -> Table:
         row("vision.{x}", "image_encoder.encoder.{x}"),
         row("projector.{x}", "image_encoder.projector.{x}"),
         *(row(name, name) for name in ("image_newline", "view_seperator", "tile_indicators")),
-        row("language.model.embed_tokens.weight", TIE[1], cut=ROWS),
+        *outer("language.model", "language.lm_head"),
         row(f"{TEXT}.input_layernorm.weight", f"{LLM}.input_layernorm.weight"),
         row(f"{TEXT}.post_attention_layernorm.weight", f"{LLM}.pre_mlp_layernorm.weight"),
         row(
@@ -49,18 +47,8 @@ def table(facts: Facts) -> Table:
         row(f"{TEXT}.self_attn.o_proj.weight", f"{LLM}.self_attention.linear_proj.weight", cut=COLUMNS),
         row(f"{TEXT}.mlp.gate.weight", f"{LLM}.mlp.router.weight"),
         row(f"{TEXT}.mlp.gate.e_score_correction_bias", f"{LLM}.mlp.router.expert_bias"),
-        row([f"{TEXT}.{EXPERT}.{x}_proj.weight" for x in ("gate", "up")], f"{LOCAL}.linear_fc1.weight", Concatenate(), GLU),
-        row(f"{TEXT}.{EXPERT}.down_proj.weight", f"{LOCAL}.linear_fc2.weight", cut=COLUMNS),
-        *(
-            made
-            for hub, other in (("mlp.shared_experts", "mlp.shared_experts"), ("mlp", "mlp"))
-            for made in (
-                row([f"{TEXT}.{hub}.{x}_proj.weight" for x in ("gate", "up")], f"{LLM}.{other}.linear_fc1.weight", Concatenate(), GLU),
-                row(f"{TEXT}.{hub}.down_proj.weight", f"{LLM}.{other}.linear_fc2.weight", cut=COLUMNS),
-            )
-        ),
-        row("language.model.norm.weight", "text_decoder.decoder.final_layernorm.weight"),
-        row("language.lm_head.weight", TIE[0], cut=ROWS),
+        *gated(TEXT, LOCAL, EXPERT),
+        *(made for mlp in ("mlp.shared_experts", "mlp") for made in gated(TEXT, f"{LLM}.{mlp}", mlp)),
     )  # fmt: skip
     everywhere = ("image_newline", "view_seperator", "tile_indicators")
     return Table(rows, TOWERS, TIE, "language.lm_head.weight", everywhere=everywhere)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from polymodal.convert.families.qwen2_vl import LLM, TIE
+from polymodal.convert.families.decoder import LLM, TIE, TOWER, fused_attention, layers, outer, vit
 from polymodal.convert.family import Family, attention, section
-from polymodal.convert.operations import COLUMNS, GLU, ROWS, Concatenate, Facts, QueryGroups
-from polymodal.convert.table import Table, Tower, row
+from polymodal.convert.operations import COLUMNS, GLU, Concatenate, Facts
+from polymodal.convert.table import Table, row
 
 BLOCK = "model.visual.blocks.{n}"
 VIT = "image_encoder.encoder.blocks.layers.{n}"
 TEXT = "model.language_model.layers.{n}"
+MLP = (
+    row(f"{TEXT}.mlp.gate_up_proj.weight", f"{LLM}.mlp.linear_fc1.weight", cut=GLU),
+    row(f"{TEXT}.mlp.down_proj.weight", f"{LLM}.mlp.linear_fc2.weight", cut=COLUMNS),
+)
 NORMS = {
     "input_layernorm": "input_layernorm", "post_attention_layernorm": "pre_mlp_layernorm",
     "post_self_attn_layernorm": "post_self_attn_layernorm", "post_mlp_layernorm": "post_mlp_layernorm",
@@ -39,32 +43,17 @@ ROWS_OF = (
     row("model.visual.post_layernorm.{p}", "image_encoder.encoder.blocks.final_layernorm.{p}"),
     row("model.visual.downsample.{p}", "image_encoder.encoder.downsample.{p}"),
     row("model.visual.merger.{x}", "image_encoder.projector.{x}"),
-    row("model.language_model.embed_tokens.weight", TIE[1], cut=ROWS),
-    row(
-        [f"{TEXT}.self_attn.{x}_proj.{{p}}" for x in "qkv"],
-        f"{LLM}.self_attention.linear_qkv.{{p}}",
-        QueryGroups(),
-        ROWS,
-    ),
-    row(f"{TEXT}.self_attn.o_proj.weight", f"{LLM}.self_attention.linear_proj.weight", cut=COLUMNS),
-    row(f"{TEXT}.mlp.gate_up_proj.weight", f"{LLM}.mlp.linear_fc1.weight", cut=GLU),
-    row(f"{TEXT}.mlp.down_proj.weight", f"{LLM}.mlp.linear_fc2.weight", cut=COLUMNS),
-    *(row(f"{TEXT}.{hub}.weight", f"{LLM}.{other}.weight") for hub, other in NORMS.items()),
-    row("model.language_model.norm.weight", "text_decoder.decoder.final_layernorm.weight"),
-    row("lm_head.weight", TIE[0], cut=ROWS),
+    *outer("model.language_model", "lm_head"),
+    *layers(TEXT, fused_attention(TEXT), MLP, NORMS),
 )
+ENCODER = "image_encoder.encoder"
 TOWERS = (
-    Tower(
-        "vit", "image_encoder.encoder.blocks.layers.",
-        ("image_encoder.encoder.patch_embed.", "image_encoder.encoder.post_conv_layernorm.", "image_encoder.encoder.embeddings."),
-        ("image_encoder.projector.", "image_encoder.encoder.blocks.final_layernorm.", "image_encoder.encoder.downsample."),
-        "image_encoder.", "vision_layers",
+    vit(
+        first=tuple(f"{ENCODER}.{name}." for name in ("patch_embed", "post_conv_layernorm", "embeddings")),
+        last=(f"{ENCODER}.blocks.final_layernorm.", f"{ENCODER}.downsample."),
     ),
-    Tower(
-        "llm", "text_decoder.decoder.layers.", ("text_decoder.embedding.",),
-        ("text_decoder.decoder.final_layernorm.", "text_decoder.output_layer."), "text_decoder.",
-    ),
-)  # fmt: skip
+    TOWER,
+)
 
 
 def facts(config: dict[str, Any]) -> Facts:

@@ -7,25 +7,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from polymodal.convert.families.qwen2_vl import LLM, TIE
+from polymodal.convert.families.decoder import LLM, TIE, TOWER, decoder, vit
 from polymodal.convert.family import Family, attention
-from polymodal.convert.operations import COLUMNS, GLU, ROWS, Concatenate, Facts, QueryGroups, Uneven
-from polymodal.convert.table import Row, Table, Tower, row
+from polymodal.convert.operations import COLUMNS, GLU, ROWS, Concatenate, Facts, Uneven
+from polymodal.convert.table import Row, Table, row
 
 VIT = "image_encoder.encoder.encoder.layers.{n}"
 QKV = Uneven(0, 3, "vision_heads")
 OUT = Uneven(1, 1, "vision_heads")
 VOCABULARY = Uneven(0)
 TOWERS = (
-    Tower(
-        "vit", "image_encoder.encoder.encoder.layers.", ("image_encoder.encoder.embeddings.",), ("image_encoder.projector.",),
-        "image_encoder.", "vision_layers",
-    ),
-    Tower(
-        "llm", "text_decoder.decoder.layers.", ("text_decoder.embedding.",),
-        ("text_decoder.decoder.final_layernorm.", "text_decoder.output_layer."), "text_decoder.",
-    ),
-)  # fmt: skip
+    vit("image_encoder.encoder.encoder.layers.", ("image_encoder.encoder.embeddings.",)),
+    TOWER,
+)
 
 
 def _vision(layer: str, names: dict[str, str], fused: bool) -> tuple[Row, ...]:
@@ -54,32 +48,6 @@ LIBRARY = {
     "q_norm": "attention.q_norm", "k_norm": "attention.k_norm", "proj": "attention.projection_layer",
     "norm1": "layernorm_before", "norm2": "layernorm_after", "ls1": "lambda_1", "ls2": "lambda_2",
 }  # fmt: skip
-
-
-def _language(model: str, head: str) -> tuple[Row, ...]:
-    """Qwen2 and Llama."""
-    layer = f"{model}.layers.{{n}}"
-    return (
-        row(f"{model}.embed_tokens.weight", TIE[1], cut=VOCABULARY),
-        row(
-            [f"{layer}.self_attn.{x}_proj.{{p}}" for x in "qkv"],
-            f"{LLM}.self_attention.linear_qkv.{{p}}",
-            QueryGroups(),
-            ROWS,
-        ),
-        row(f"{layer}.self_attn.o_proj.weight", f"{LLM}.self_attention.linear_proj.weight", cut=COLUMNS),
-        row(
-            [f"{layer}.mlp.{x}_proj.weight" for x in ("gate", "up")],
-            f"{LLM}.mlp.linear_fc1.weight",
-            Concatenate(),
-            GLU,
-        ),
-        row(f"{layer}.mlp.down_proj.weight", f"{LLM}.mlp.linear_fc2.weight", cut=COLUMNS),
-        row(f"{layer}.input_layernorm.weight", f"{LLM}.input_layernorm.weight"),
-        row(f"{layer}.post_attention_layernorm.weight", f"{LLM}.pre_mlp_layernorm.weight"),
-        row(f"{model}.norm.weight", "text_decoder.decoder.final_layernorm.weight"),
-        row(head, TIE[0], cut=VOCABULARY),
-    )
 
 
 def _internlm2() -> tuple[Row, ...]:
@@ -115,7 +83,7 @@ def table(facts: Facts) -> Table:
             *(row(f"multi_modal_projector.{hub}.{{p}}", f"image_encoder.projector.{ours}.{{p}}") for hub, ours in (
                 ("layer_norm", "norm"), ("linear_1", "linear_fc1"), ("linear_2", "linear_fc2"),
             )),
-            *_language("language_model.model", "language_model.lm_head.weight"),
+            *decoder("language_model.model", "language_model.lm_head", VOCABULARY),
         )  # fmt: skip
         return Table(rows, TOWERS, TIE, "language_model.lm_head.weight")
     outer = (
@@ -129,7 +97,7 @@ def table(facts: Facts) -> Table:
     if facts.get("internlm2"):
         return Table((*outer, *_internlm2()), TOWERS, TIE, "language_model.output.weight")
     return Table(
-        (*outer, *_language("language_model.model", "language_model.lm_head.weight")),
+        (*outer, *decoder("language_model.model", "language_model.lm_head", VOCABULARY)),
         TOWERS,
         TIE,
         "language_model.lm_head.weight",

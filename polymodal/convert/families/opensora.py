@@ -37,7 +37,7 @@ OPEN_SORA_TABLE = Table(
     tensor_parallel=False,
     pipeline=False,
 )
-OPEN_SORA = Family("open-sora", "Open-Sora 2.0", {"": OPEN_SORA_TABLE})
+OPEN_SORA = Family("open-sora", "Open-Sora 2.0", {"": OPEN_SORA_TABLE}, kind="generative")
 
 ATTENTION = {"to_q": "proj_q", "to_k": "proj_k", "to_v": "proj_v", "to_out.0": "proj_out"}
 
@@ -108,4 +108,5 @@ OPEN_SORA_PLAN = Family(
     },
     counted={"layers": r"\Atransformer_blocks\.(\d+)\."},
     stem="diffusion_pytorch_model",
+    kind="generative",
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from polymodal.convert.families.qwen2_vl import TIE, TOWERS, language, vision
+from polymodal.convert.families.decoder import TIE, decoder
+from polymodal.convert.families.qwen2_vl import TOWERS, vision
 from polymodal.convert.family import Family, attention
 from polymodal.convert.operations import COLUMNS, ROWS, Facts, QueryGroups
 from polymodal.convert.table import Table, Tower, row
@@ -59,7 +60,7 @@ QWEN2_5_OMNI = Family(
         "": Table(
             (
                 *vision("thinker.visual", split=True),
-                *language("thinker.model", "thinker.lm_head"),
+                *decoder("thinker.model", "thinker.lm_head"),
                 *AUDIO_ROWS,
             ),
             (*TOWERS, TOWER),

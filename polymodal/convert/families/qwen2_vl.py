@@ -4,67 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+from polymodal.convert.families.decoder import LLM, TIE, TOWER, decoder, layers, outer, vit
 from polymodal.convert.family import Family, attention, section
 from polymodal.convert.operations import COLUMNS, GLU, ROWS, Concatenate, Facts, QueryGroups
-from polymodal.convert.table import Row, Table, Tower, row
+from polymodal.convert.table import Row, Table, row
 
 VIT = "image_encoder.encoder.blocks.layers.{n}"
-LLM = "text_decoder.decoder.layers.{n}"
 VISUAL_QKV = QueryGroups("vision_heads", "vision_heads", fused=True)
 
-TOWERS = (
-    Tower(
-        "vit", "image_encoder.encoder.blocks.layers.", ("image_encoder.encoder.patch_embed.",), ("image_encoder.projector.",),
-        "image_encoder.", "vision_layers",
-    ),
-    Tower(
-        "llm", "text_decoder.decoder.layers.", ("text_decoder.embedding.",),
-        ("text_decoder.decoder.final_layernorm.", "text_decoder.output_layer."), "text_decoder.",
-    ),
-)  # fmt: skip
-TIE = ("text_decoder.output_layer.weight", "text_decoder.embedding.word_embeddings.weight")
+TOWERS = (vit(), TOWER)
 
 
-def language(hub: str = "model", head: str = "lm_head", fused: bool = True) -> tuple[Row, ...]:
-    """Rows of a Qwen2 language model whose keys begin with `hub`."""
-    layer = hub + ".layers.{n}"
-    attention_rows: tuple[Row, ...]
-    if fused:
-        attention_rows = (
-            row(
-                [f"{layer}.self_attn.{x}_proj.{{p}}" for x in "qkv"],
-                f"{LLM}.self_attention.linear_qkv.{{p}}",
-                QueryGroups(),
-                ROWS,
-            ),
-            row(
-                [f"{layer}.mlp.{x}_proj.weight" for x in ("gate", "up")],
-                f"{LLM}.mlp.linear_fc1.weight",
-                Concatenate(),
-                GLU,
-            ),
-        )
-    else:
-        attention_rows = (
-            *(
-                row(f"{layer}.self_attn.{x}_proj.{{p}}", f"{LLM}.self_attention.{x}_proj.{{p}}", cut=ROWS)
-                for x in "qkv"
-            ),
-            *(
-                row(f"{layer}.mlp.{x}_proj.weight", f"{LLM}.mlp.{x}_proj.weight", cut=ROWS)
-                for x in ("gate", "up")
-            ),
-        )
-    return (
-        row(f"{hub}.embed_tokens.weight", "text_decoder.embedding.word_embeddings.weight", cut=ROWS),
-        row(f"{layer}.input_layernorm.weight", f"{LLM}.input_layernorm.weight"),
-        *attention_rows,
-        row(f"{layer}.self_attn.o_proj.weight", f"{LLM}.self_attention.linear_proj.weight", cut=COLUMNS),
-        row(f"{layer}.post_attention_layernorm.weight", f"{LLM}.pre_mlp_layernorm.weight"),
-        row(f"{layer}.mlp.down_proj.weight", f"{LLM}.mlp.linear_fc2.weight", cut=COLUMNS),
-        row(f"{hub}.norm.weight", "text_decoder.decoder.final_layernorm.weight"),
-        row(f"{head}.weight", "text_decoder.output_layer.weight", cut=ROWS),
+def language(hub: str, head: str) -> tuple[Row, ...]:
+    """Rows of a Qwen2 language model with each of q, k, v, gate and up by itself."""
+    layer = f"{hub}.layers.{{n}}"
+    attention = tuple(
+        row(f"{layer}.self_attn.{x}_proj.{{p}}", f"{LLM}.self_attention.{x}_proj.{{p}}", cut=ROWS)
+        for x in "qkv"
     )
+    mlp = (
+        *(
+            row(f"{layer}.mlp.{x}_proj.weight", f"{LLM}.mlp.{x}_proj.weight", cut=ROWS)
+            for x in ("gate", "up")
+        ),
+        row(f"{layer}.mlp.down_proj.weight", f"{LLM}.mlp.linear_fc2.weight", cut=COLUMNS),
+    )
+    return (*outer(hub, head), *layers(layer, attention, mlp))
 
 
 def vision(
@@ -72,36 +37,19 @@ def vision(
 ) -> tuple[Row, ...]:
     """Rows of the vision tower. gated: its MLP is gate/up/down (2.5), not fc1/fc2; split: q, k, v lie apart on the hub."""
     block = hub + ".blocks.{n}"
-    mlp: tuple[Row, ...]
+    down = "down_proj" if gated else "fc2"
+    mlp: tuple[Row, ...] = (
+        row(f"{block}.mlp.{down}.weight", f"{VIT}.mlp.linear_fc2.weight", cut=COLUMNS),
+        row(f"{block}.mlp.{down}.bias", f"{VIT}.mlp.linear_fc2.bias"),
+    )
     if not gated:
-        mlp = (
-            row(f"{block}.mlp.fc1.{{p}}", f"{VIT}.mlp.linear_fc1.{{p}}", cut=ROWS),
-            row(f"{block}.mlp.fc2.weight", f"{VIT}.mlp.linear_fc2.weight", cut=COLUMNS),
-            row(f"{block}.mlp.fc2.bias", f"{VIT}.mlp.linear_fc2.bias"),
-        )
+        mlp = (row(f"{block}.mlp.fc1.{{p}}", f"{VIT}.mlp.linear_fc1.{{p}}", cut=ROWS), *mlp)
+    elif fused:
+        both = [f"{block}.mlp.{x}_proj.{{p}}" for x in ("gate", "up")]
+        mlp = (row(both, f"{VIT}.mlp.linear_fc1.{{p}}", Concatenate(), GLU), *mlp)
     else:
-        down = (
-            row(f"{block}.mlp.down_proj.weight", f"{VIT}.mlp.linear_fc2.weight", cut=COLUMNS),
-            row(f"{block}.mlp.down_proj.bias", f"{VIT}.mlp.linear_fc2.bias"),
-        )
-        if fused:
-            mlp = (
-                row(
-                    [f"{block}.mlp.{x}_proj.{{p}}" for x in ("gate", "up")],
-                    f"{VIT}.mlp.linear_fc1.{{p}}",
-                    Concatenate(),
-                    GLU,
-                ),
-                *down,
-            )
-        else:
-            mlp = (
-                *(
-                    row(f"{block}.mlp.{x}_proj.{{p}}", f"{VIT}.mlp.{x}_proj.{{p}}", cut=ROWS)
-                    for x in ("gate", "up")
-                ),
-                *down,
-            )
+        apart = ((f"{block}.mlp.{x}_proj.{{p}}", f"{VIT}.mlp.{x}_proj.{{p}}") for x in ("gate", "up"))
+        mlp = (*(row(hub_name, ours, cut=ROWS) for hub_name, ours in apart), *mlp)
     qkv = f"{VIT}.self_attention.linear_qkv.{{p}}"
     if split:
         attention_row = row(
@@ -138,7 +86,10 @@ def facts(config: dict[str, Any]) -> Facts:
 
 
 def _table(fused: bool, gated: bool) -> Table:
-    return Table((*vision(fused=fused, gated=gated), *language(fused=fused)), TOWERS, TIE, "lm_head.weight")
+    text = decoder if fused else language
+    return Table(
+        (*vision(fused=fused, gated=gated), *text("model", "lm_head")), TOWERS, TIE, "lm_head.weight"
+    )
 
 
 QWEN2_VL = Family(

@@ -5,35 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from polymodal.convert.families.decoder import LLM, TIE, TOWER, decoder, vit
 from polymodal.convert.family import Family, attention
 from polymodal.convert.operations import (
     COLUMNS,
     GLU,
     ROWS,
-    Concatenate,
     Facts,
     QueryGroups,
     Shape,
     Unstack,
 )
-from polymodal.convert.table import Row, Table, Tower, row
+from polymodal.convert.table import Row, Table, row
 
 TEXT = "model.language_model.layers.{n}"
-LLM = "text_decoder.decoder.layers.{n}"
 BLOCK = "model.visual.blocks.{n}"
 VIT = "image_encoder.encoder.blocks.layers.{n}"
-TIE = ("text_decoder.output_layer.weight", "text_decoder.embedding.word_embeddings.weight")
 TOWERS = (
-    Tower(
-        "vit", "image_encoder.encoder.blocks.layers.",
-        ("image_encoder.encoder.patch_embed.", "image_encoder.encoder.pos_embed."), ("image_encoder.projector.",),
-        "image_encoder.", "vision_layers",
-    ),
-    Tower(
-        "llm", "text_decoder.decoder.layers.", ("text_decoder.embedding.",),
-        ("text_decoder.decoder.final_layernorm.", "text_decoder.output_layer."), "text_decoder.",
-    ),
-)  # fmt: skip
+    vit(first=("image_encoder.encoder.patch_embed.", "image_encoder.encoder.pos_embed.")),
+    TOWER,
+)
 
 
 def _merger(hub: str, layernorm: str, linear: str) -> tuple[Row, ...]:
@@ -63,40 +54,13 @@ VISION = (
     row(f"{BLOCK}.mlp.linear_fc2.bias", f"{VIT}.mlp.linear_fc2.bias"),
     *_merger("model.visual.merger", "image_encoder.projector.layernorm", "image_encoder.projector.encoder"),
 )
+EXPERT = f"{LLM}.mlp.experts.local_experts.{{e}}"
 LANGUAGE = (
-    row("model.language_model.embed_tokens.weight", TIE[1], cut=ROWS),
-    row(f"{TEXT}.input_layernorm.weight", f"{LLM}.input_layernorm.weight"),
-    row(
-        [f"{TEXT}.self_attn.{x}_proj.{{p}}" for x in "qkv"],
-        f"{LLM}.self_attention.linear_qkv.{{p}}",
-        QueryGroups(),
-        ROWS,
-    ),
+    *decoder("model.language_model", "lm_head"),
     *(row(f"{TEXT}.self_attn.{x}_norm.weight", f"{LLM}.self_attention.{x}_layernorm.weight") for x in "qk"),
-    row(f"{TEXT}.self_attn.o_proj.weight", f"{LLM}.self_attention.linear_proj.weight", cut=COLUMNS),
-    row(f"{TEXT}.post_attention_layernorm.weight", f"{LLM}.pre_mlp_layernorm.weight"),
-    row(
-        [f"{TEXT}.mlp.{x}_proj.weight" for x in ("gate", "up")],
-        f"{LLM}.mlp.linear_fc1.weight",
-        Concatenate(),
-        GLU,
-    ),
-    row(f"{TEXT}.mlp.down_proj.weight", f"{LLM}.mlp.linear_fc2.weight", cut=COLUMNS),
     row(f"{TEXT}.mlp.gate.weight", f"{LLM}.mlp.router.weight"),
-    row(
-        f"{TEXT}.mlp.experts.gate_up_proj",
-        f"{LLM}.mlp.experts.local_experts.{{e}}.linear_fc1.weight",
-        Unstack(),
-        GLU,
-    ),
-    row(
-        f"{TEXT}.mlp.experts.down_proj",
-        f"{LLM}.mlp.experts.local_experts.{{e}}.linear_fc2.weight",
-        Unstack(),
-        COLUMNS,
-    ),
-    row("model.language_model.norm.weight", "text_decoder.decoder.final_layernorm.weight"),
-    row("lm_head.weight", TIE[0], cut=ROWS),
+    row(f"{TEXT}.mlp.experts.gate_up_proj", f"{EXPERT}.linear_fc1.weight", Unstack(), GLU),
+    row(f"{TEXT}.mlp.experts.down_proj", f"{EXPERT}.linear_fc2.weight", Unstack(), COLUMNS),
 )
 
 

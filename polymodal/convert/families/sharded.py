@@ -109,7 +109,14 @@ def merged(kind: str, prefix: str) -> Table:
 
 
 def of(kind: str, name: str, title: str, architectures: tuple[str, ...]) -> Family:
-    return Family(name, title, {"": merged(kind, "model."), "merged": merged(kind, "")}, architectures, facts)
+    return Family(
+        name,
+        title,
+        {"": merged(kind, "model."), "merged": merged(kind, "")},
+        architectures,
+        facts,
+        kind="dcp",
+    )
 
 
 INTERNVL_MOE = of("internvl", "internvl3.5", "InternVL 3.5", ("InternVLChatModel", "internvl_chat"))
@@ -128,20 +135,22 @@ QWEN3_VL_DCP = Family(
     },
     QWEN3_VL_NAMES,
     facts,
+    kind="dcp",
 )
 QWEN3_5_DCP = Family(
     "qwen3.5-dcp", "Qwen3.5", {"": qwen3_5()},
-    ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration", "qwen3_5", "qwen3_5_moe"), facts,
+    ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration", "qwen3_5", "qwen3_5_moe"), facts, kind="dcp",
 )  # fmt: skip
 MISTRAL3_DCP = Family(
     "mistral3-dcp", "Mistral3", {"": mistral3("model."), "lora base": mistral3("base_model.model.model."), "modules": mistral3("")},
-    ("Mistral3ForConditionalGeneration", "mistral3"), facts,
+    ("Mistral3ForConditionalGeneration", "mistral3"), facts, kind="dcp",
 )  # fmt: skip
 
 
 def generic(prefix: str, hub_prefix: str, names: tuple[str, ...]) -> Family:
-    """Any model: a prefix exchanged for another one, named experts flat."""
-    return Family("any", "any model", {"": Table(fused(names, hub_prefix, prefix, Flatten()))}, (), facts)
+    """Any model: a prefix exchanged for another one, named experts flat (how many there are, the config tells)."""
+    table = Table(fused(names, hub_prefix, prefix, Flatten()))
+    return Family("any", "any model", {"": table}, facts=facts if names else None, kind="dcp")
 
 
 def adapter(prefix: str, hub_prefix: str = "base_model.") -> Table:
@@ -154,4 +163,4 @@ def adapter(prefix: str, hub_prefix: str = "base_model.") -> Table:
     )
 
 
-ADAPTER_DCP = Family("adapter-dcp", "a LoRA adapter", {"": adapter("base_model.model.")})
+ADAPTER_DCP = Family("adapter-dcp", "a LoRA adapter", {"": adapter("base_model.model.")}, kind="dcp")

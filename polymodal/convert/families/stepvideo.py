@@ -44,4 +44,5 @@ def facts(config: dict[str, Any]) -> Facts:
 STEPVIDEO = Family(
     "stepvideo", "Step-Video", {"": TABLE}, ("StepVideoModel", "StepVideoTransformer3DModel"), facts,
     {"layers": r"\Atransformer_blocks\.(\d+)\."}, stem="diffusion_pytorch_model",
+    kind="generative",
 )  # fmt: skip

@@ -41,5 +41,6 @@ def _table(diffusers: bool) -> Table:
 
 VACE = Family(
     "vace", "Wan-VACE", {"": _table(False), "diffusers": _table(True)},
-    stem="diffusion_pytorch_model",
+    ("WanVACETransformer3DModel", "VaceWanModel", "VaceWanTransformer3DModel", "vace"),
+    stem="diffusion_pytorch_model", kind="generative",
 )  # fmt: skip

@@ -60,4 +60,5 @@ WAN = Family(
     lambda config: {"layers": int(config["num_layers"])},
     {"layers": r"\Ablocks\.(\d+)\."},
     stem="diffusion_pytorch_model",
+    kind="generative",
 )
