@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,46 +25,26 @@ def parallel(paths: Paths) -> Parallel:
     return Parallel(one.tp_size, one.ep_size, {"dit": lists} if lists else {})
 
 
-EXPERTS = ("transformer", "transformer_2")
-
-
-def parts(cfg: Paths) -> list[Paths]:
-    """What is converted, one by one: a pipeline's directory stands for its transformers (Wan 2.2 has two experts)."""
-    source = Path(cfg.source_path)
-    names = [name for name in EXPERTS if (source / name).is_dir()]
-    if not names or any(source.glob("*.safetensors")) or tree_at(source):
-        return [cfg]
-
-    def inside(path: str, name: str) -> str:
-        return str(Path(path) / name) if path and (Path(path) / name).is_dir() else path
-
-    return [
-        replace(
-            cfg, source_path=str(source / name), target_path=str(Path(cfg.target_path) / name),
-            hf_dir=inside(cfg.hf_dir, name), lora_path=inside(cfg.lora_path, name),
-        )
-        for name in names
-    ]  # fmt: skip
-
-
-def tree_at(directory: Path) -> bool:
-    from polymodal.convert import reading, tree
-
-    return tree.is_tree(directory) or reading.is_dcp(directory) or (directory / tree.TRACKER).is_file()
-
-
 def each(method: Callable) -> Callable:
-    """A method for one transformer, for every transformer of a pipeline; all are looked at before one is written."""
+    """A method for one transformer, for every transformer of a pipeline's directory."""
 
     @functools.wraps(method)
     def run(self: Any, cfg: Paths, *, how: Settings, **more: Any) -> None:
-        several = parts(cfg)
-        if len(several) > 1 and not how.dry_run:
-            with contextlib.redirect_stdout(io.StringIO()):
-                for one in several:
-                    method(self, one, how=replace(how, dry_run=True), **more)
-        for one in several:
-            method(self, one, how=how, **more)
+        from polymodal.convert import pipeline
+
+        def inside(path: str, name: str) -> str:
+            return str(pipeline.inside(Path(path), name)) if path else path
+
+        source, target = Path(cfg.source_path), Path(cfg.target_path)
+        several = [
+            replace(
+                cfg, source_path=str(source / name), target_path=str(target / name),
+                hf_dir=inside(cfg.hf_dir, name), lora_path=inside(cfg.lora_path, name),
+            )
+            for name in pipeline.parts(source)
+        ]  # fmt: skip
+        actions = [functools.partial(method, self, one, **more) for one in several or [cfg]]
+        pipeline.each([lambda how, act=act: act(how=how) for act in actions], how)
 
     return run
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from polymodal.convert import engine, reading, shelf, tree, writing
+from polymodal.convert import engine, pipeline, reading, shelf, tree, writing
 from polymodal.convert.engine import Opened
 from polymodal.convert.family import Family, read_config
 from polymodal.convert.options import Settings
@@ -211,11 +212,22 @@ def run(
     canonical: bool,
     settings: Settings,
 ) -> int:
-    """Convert whatever lies in `source`. hub: the hub checkpoint of the model, where the source is none itself."""
+    """Convert whatever lies in `source`. hub: the hub checkpoint of the model, where the source is none itself.
+
+    A pipeline's directory stands for its transformers; hub is then the pipeline's too.
+    """
     from polymodal.convert import changes, output
     from polymodal.convert.converters import said
     from polymodal.convert.tree import Parallel, counts
 
+    if names := pipeline.parts(source):
+
+        def one(how: Settings, name: str) -> None:
+            of = pipeline.inside(hub, name) if hub is not None else None
+            run(source / name, target / name, to, of, sizes, layers, canonical, how)
+
+        pipeline.each([partial(one, name=name) for name in names], settings)
+        return 0
     kind = kind_of(source)
     if kind == "hf":
         hub = source if source.is_dir() else source.parent

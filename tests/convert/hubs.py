@@ -103,6 +103,27 @@ def wan(directory: Path) -> torch.Tensor:
         )[0]  # fmt: skip
 
 
+def vace(directory: Path) -> torch.Tensor:
+    import diffusers
+
+    model = diffusers.WanVACETransformer3DModel.from_pretrained(directory).eval()
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        return model(
+            torch.randn(1, 4, 2, 4, 4, generator=g), torch.tensor([3]), torch.randn(1, 5, 16, generator=g),
+            control_hidden_states=torch.randn(1, 8, 2, 4, 4, generator=g), return_dict=False,
+        )[0]  # fmt: skip
+
+
+def thinker(directory: Path) -> torch.Tensor:
+    """What Qwen2.5-Omni's language model says: the part that a tree holds."""
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(input_ids=torch.arange(1, 9)[None]).logits
+
+
 def cogvideox(directory: Path) -> torch.Tensor:
     import diffusers
 
@@ -264,7 +285,9 @@ HUNYUAN_15 = {
     "image_embed_dim": 6,
 }
 HUBS |= {
-    "qwen2.5-omni": Hub("qwen2.5-omni", from_config("Qwen2_5OmniForConditionalGeneration", _omni)),
+    "qwen2.5-omni": Hub(
+        "qwen2.5-omni", from_config("Qwen2_5OmniForConditionalGeneration", _omni), run=thinker
+    ),
     "glm-4.1v": Hub("glm-4.1v", from_config("Glm4vForConditionalGeneration", _glm), run=logits),
     "internvl library": Hub(
         "internvl", from_config("InternVLForConditionalGeneration", _internvl), run=logits
@@ -283,6 +306,7 @@ HUBS |= {
         "vace",
         transformer("WanVACETransformer3DModel", **WAN, vace_layers=[0, 2], vace_in_channels=8),
         "diffusers",
+        vace,
     ),
 }
 

@@ -47,6 +47,19 @@ def test_a_pipeline_may_be_converted_in_its_own_place(pipeline):
     assert {p.name for p in pipeline.iterdir()} == {*EXPERTS, "model_index.json"}
 
 
+def test_a_pipeline_is_recognised(pipeline, here):  # noqa: F811
+    from tests.convert.test_recognise import polymodal
+
+    for line in (
+        "convert wan2.2 mm --to mm --pp 1,2",
+        "convert mm dcp --to dcp --hf-dir wan2.2",
+        "convert dcp out --to hf --hf-dir wan2.2",
+    ):
+        assert polymodal(line)[0] == 0
+    for name in EXPERTS:
+        layouts.same(tensors(pipeline / name), tensors(here / "out" / name))
+
+
 def test_nothing_is_written_when_the_second_expert_is_bad(pipeline, here, capsys):  # noqa: F811
     path = next((pipeline / "transformer_2").glob("*.safetensors"))
     save_file({**load_file(path), "odd": torch.ones(1)}, path)
