@@ -132,6 +132,7 @@ Processes = Annotated[str | None, typer.Option("--nproc", metavar="N", help="Pro
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, or the accelerator's kind.")]
 Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
+Other = Annotated[str | None, typer.Option("--with", metavar="RUN", help="Run of the other denoiser (Wan2.2 A14B).")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Ema = Annotated[bool, typer.Option("--ema", help="Use a run's averaged weights.")]
 Base = Annotated[str | None, typer.Option(metavar="DIR", help="Where the base model of an adapter or a run lies now.")]
@@ -279,12 +280,13 @@ def export(
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.", show_default="the base's")] = None,
     ema: Ema = False,
     base: Base = None,
+    other: Other = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing directory.")] = False,
 ) -> int:
     """Write a run as a hub checkpoint, and prove that the library opens it with the same outputs."""
     from polymodal.train import export as room
 
-    return room.run(source, directory, merge_lora=merge_lora, dtype=dtype, ema=ema, base=base, force=force)
+    return room.run(source, directory, merge_lora=merge_lora, dtype=dtype, ema=ema, base=base, other=other, force=force)
 
 
 @command(app, "polymodal download qwen2.5-vl-3b", "HF_ENDPOINT=https://mirror.example polymodal download Qwen/Qwen2.5-VL-3B-Instruct --to weights/qwen")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from polymodal.cli import Base, Device, Dtype, Ema, MediaDir, Processes, Revision, app, command, spread
+from polymodal.cli import Base, Device, Dtype, Ema, MediaDir, Other, Processes, Revision, app, command, spread
 
 MAKES = "Models that generate"
 # One line an option reads best.
@@ -46,6 +46,7 @@ def evaluate(
     frames: Annotated[int | None, typer.Option(help="Frames of a clip.", show_default="the pipeline's", rich_help_panel=MAKES)] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second of the mp4.", show_default="16", rich_help_panel=MAKES)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise.", show_default="42", rich_help_panel=MAKES)] = None,
+    other: Other = None,
 ) -> int:
     """Measure a checkpoint on a benchmark file, or what it generates; on any number of processes, goes on where it stopped."""
     from polymodal.errors import PolymodalError
@@ -54,7 +55,7 @@ def evaluate(
     answers = {"--metric": metric, "--max-new-tokens": max_new_tokens, "--system": system}
     makes = {
         "--clip": clip, "--real": real, "--features": features, "--classifier": classifier, "--samples": samples, "--negative": negative,
-        "--steps": steps, "--guidance": guidance, "--height": height, "--width": width, "--frames": frames, "--fps": fps, "--seed": seed,
+        "--steps": steps, "--guidance": guidance, "--height": height, "--width": width, "--frames": frames, "--fps": fps, "--seed": seed, "--with": other,
     }
     facts = benchmarks.find(benchmark)
     foreign = [name for name, value in (answers if facts.samples else makes).items() if value is not None]
@@ -72,7 +73,7 @@ def evaluate(
             settings = Settings(steps, guidance, height, width, frames, None, 42 if seed is None else seed)
             generation.main(
                 checkpoint, facts.name, data, settings=settings, samples=samples, negative=negative, fps=fps or 16.0, real=real, clip=clip,
-                features=features, classifier=classifier, batch_size=batch_size or 1, **opened, **common,
+                features=features, classifier=classifier, batch_size=batch_size or 1, other=other, **opened, **common,
             )
         else:
             from polymodal.evaluate import run

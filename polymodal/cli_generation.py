@@ -11,6 +11,7 @@ from polymodal.cli import (
     Device,
     Dtype,
     Ema,
+    Other,
     Overrides,
     Processes,
     RecipeFile,
@@ -70,6 +71,7 @@ def generate(
     dtype: Dtype = "auto",
     ema: Ema = False,
     base: Base = None,
+    other: Other = None,
     revision: Revision = None,
 ) -> int:
     """Sample clips or pictures: NNNN.mp4 or .png, sheet.png, and samples.json with how each was made."""
@@ -85,7 +87,7 @@ def generate(
         settings = Settings(steps, guidance, height, width, frames, strength, seed)
         return room.main(
             checkpoint, prompts=listed, settings=settings, out=out, fps=fps, batch_size=batch_size, device=device,
-            dtype=dtype, ema=ema, base=base, revision=revision,
+            dtype=dtype, ema=ema, base=base, other=other, revision=revision,
         )
 
     return spread(nproc, None, here, device)

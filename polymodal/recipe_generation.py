@@ -52,6 +52,8 @@ class Diffusion(Section):
     """Families with discrete timesteps: rescale the betas to end in pure noise (Lin et al. 2023); null = the scheduler's config."""
     drop: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of samples trained on an empty caption, which guidance needs."""
+    guidance: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """Guidance-distilled models (FLUX.1 dev, FLUX.2 dev, HunyuanVideo): the scale that training shows them; auto = 1, no guidance."""
     first_frame: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of clips whose first latent frame is given, without noise and loss (models with a timestep a token: Wan2.2 5B)."""
     quantiles: Annotated[int, Field(ge=1)] = 4

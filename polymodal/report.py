@@ -46,8 +46,34 @@ def read_metrics(run: Path) -> list[dict]:
         raise PolymodalError(f"{path} is damaged: {error}.") from None
 
 
-def curves(metrics: list[dict], resumed_at: int | None = None) -> list[Curve]:
-    """Loss, throughput and memory (and validation loss, when there is one) of a run."""
+SHEETS = 12
+"""Sheets of samples on a page at most: the first, the last, and evenly between."""
+
+
+def drawn(run: Path) -> list[tuple[int, Path]]:
+    """(step, contact sheet) of what a generating model drew while it trained (evaluate.samples), by step."""
+    found = sorted(Path(run).glob("samples/step-*/sheet.png"))
+    steps = [(int(sheet.parent.name.removeprefix("step-")), sheet) for sheet in found]
+    if len(steps) > SHEETS:
+        steps = [steps[round(i * (len(steps) - 1) / (SHEETS - 1))] for i in range(SHEETS)]
+    return steps
+
+
+def of_generation(run: Path, prompts: Sequence[str], resumed_at: int | None = None) -> str:
+    """The page of a generating model that trains: its curves, and what it drew of its prompts so far."""
+    metrics = read_metrics(run)
+    last = metrics[-1] if metrics else {}
+    numbers = {"step": str(last.get("step", 0)), "loss": _number(float(last.get("loss", math.nan)))}
+    lead = "Samples: " + " | ".join(prompts)
+    return page(
+        Path(run).name, lead, numbers, curves(metrics, resumed_at, "mean squared error"), drawn=drawn(run)
+    )
+
+
+def curves(
+    metrics: list[dict], resumed_at: int | None = None, unit: str = "nats per answer token"
+) -> list[Curve]:
+    """Loss (in `unit`), throughput and memory (and validation loss, when there is one) of a run."""
 
     def points(key: str) -> list[tuple[float, float]]:
         return [
@@ -58,10 +84,10 @@ def curves(metrics: list[dict], resumed_at: int | None = None) -> list[Curve]:
 
     marked: dict[str, Any] = {"mark": resumed_at, "mark_text": "stopped and resumed"} if resumed_at else {}
     charts = [
-        Curve("Loss", "nats per answer token", points("loss"), smooth=15, **marked),
+        Curve("Loss", unit, points("loss"), smooth=15, **marked),
         Curve("Throughput", "tokens per second", points("tokens_per_second"), smooth=15, zero=True, **marked),
         Curve("Memory", "GiB, peak of one process", points("memory_gib"), zero=True, **marked),
-        Curve("Validation loss", "nats per answer token", points("validation/loss"), **marked),
+        Curve("Validation loss", unit, points("validation/loss"), **marked),
     ]
     return [c for c in charts if c.points]
 
@@ -134,6 +160,7 @@ STYLE = """
 .charts h3{font-size:15px;margin:0}.charts h3 small{color:var(--dim);font-weight:400}.charts svg{width:100%;height:auto;display:block}.axis{stroke:var(--line)}
 .tick{font:11px system-ui,sans-serif;fill:var(--dim)}.stop{stroke:var(--dim);stroke-dasharray:4 3}.curve{fill:none;stroke:#2f6fd6;stroke-width:2;stroke-linejoin:round}
 .raw{fill:none;stroke:#2f6fd6;stroke-opacity:.3}.next pre{background:var(--card);border-radius:8px;padding:12px 14px;overflow-x:auto;font-size:14px}.next li{margin-bottom:8px}
+.drawn{display:flex;flex-wrap:wrap;gap:16px}.drawn figure{margin:0}.drawn img{max-width:100%;border-radius:4px}.drawn figcaption{color:var(--dim);font-size:13px}
 """
 
 
@@ -144,19 +171,26 @@ def page(
     charts: Sequence[Curve],
     shown: Sequence[parts.Shown] = (),
     steps: Sequence[tuple[str, str]] = (),
+    drawn: Sequence[tuple[int, Path]] = (),
 ) -> str:
-    """The whole page. shown: held-out pictures; steps: (what to try next, the command)."""
+    """The whole page. shown: held-out pictures; steps: (what to try next, the command); drawn: (step, sheet of samples)."""
     figures = "".join(
         f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in numbers.items()
     )
-    drawn = "".join(
+    charted = "".join(
         f"<section><h3>{html.escape(c.title)} <small>{html.escape(c.unit)}</small></h3>{chart(c)}</section>"
         for c in charts
     )
     sections = [
         f'<style>{STYLE}</style><dl class="numbers">{figures}</dl>',
-        f'<h2>Training</h2><div class="charts">{drawn}</div>',
+        f'<h2>Training</h2><div class="charts">{charted}</div>',
     ]
+    if drawn:
+        sheets = "".join(
+            f"<figure>{parts.thumbnail(str(sheet), 900)}<figcaption>step {step}</figcaption></figure>"
+            for step, sheet in drawn
+        )
+        sections.append(f'<h2>Samples while it trained</h2><div class="drawn">{sheets}</div>')
     if shown:
         sections.append("<h2>Held-out pictures</h2>" + parts.grid(shown))
     if steps:

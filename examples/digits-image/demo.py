@@ -130,7 +130,7 @@ def report(root: Path, result: dict, rows: list[dict], pictures: np.ndarray, nea
         "Coloured digits, from captions",
         lead,
         numbers,
-        pages.curves(pages.read_metrics(root / "run")),
+        pages.curves(pages.read_metrics(root / "run"), unit="mean squared error"),
         shown,
         steps,
     )

@@ -8,6 +8,7 @@ made from (a source, its mask, pictures to refer to) the user shows before the c
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Mapping
@@ -26,6 +27,9 @@ GIVEN = {
     "references": ("src_ref_images", "ref_images"),
 }
 """Roles of what a medium is made from, and the columns that name it. Only `references` may be several pictures."""
+TAKEN = {"cut": 2, "crop": 4}
+"""What of a medium a row takes: cut = [first frame, frame after the last], crop = [left, right, top, bottom] in pixels of
+the file, right and bottom excluded: the fields of Open-Sora Plan's lists."""
 CAPTIONS = ("cap", "caption", "captions", "text", "prompt")
 
 
@@ -69,9 +73,33 @@ def caption_record(row: Mapping[str, Any], where: str, attr: Attr, references: R
         k: v for k, v in row.items() if isinstance(v, (str, int, float, dict)) and not k.startswith("__")
     }
     given = _given(row, where, references)
+    taken = {
+        key: found for key, count in TAKEN.items() if (found := _numbers(row.get(key), count, key, where))
+    }
+    if taken and given:
+        raise PolymodalError(
+            f"{where}: `{next(iter(taken))}` cuts the row's medium alone, not what it is made from.",
+            "Cut the files themselves, and leave that column out.",
+        )
     shown = [m for group in given.values() for m in group]
     messages = (Message("user", (*shown, captions[0])), Message("assistant", (medium,)))
-    return Record(messages, where, extra={**extra, "captions": tuple(captions), "given": given})
+    return Record(messages, where, extra={**extra, **taken, "captions": tuple(captions), "given": given})
+
+
+def _numbers(value: Any, count: int, key: str, where: str) -> tuple[int, ...] | None:
+    """Whole numbers of `cut` or `crop`: a list, or its text in a table; None where there are none."""
+    value = listed(value)
+    if value is None or value in ("", []):
+        return None
+    if isinstance(value, list) and len(value) == count:
+        with contextlib.suppress(ValueError, TypeError):
+            found = tuple(int(v) for v in value)
+            if all(v == float(n) for v, n in zip(found, value, strict=True)):
+                return found
+    raise PolymodalError(
+        f"{where}: `{key}` = {str(value)[:60]} is no list of {count} whole numbers.",
+        "Write cut as [first frame, frame after the last], crop as [left, right, top, bottom] in pixels.",
+    )
 
 
 def _given(row: Mapping[str, Any], where: str, references: References) -> dict[str, tuple[Media, ...]]:

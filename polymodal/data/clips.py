@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from polymodal.data import media
+from polymodal.data.captions import GIVEN
 from polymodal.data.sample import Measure, Media, Record
 from polymodal.errors import PolymodalError
 from polymodal.recipe import Clip
@@ -29,11 +30,11 @@ class Clips:
     """Records -> buckets and frames. Picklable.
 
     grid: the family's LatentGrid (side, fits, tokens); given: the roles of what a row's medium is made from that the
-    family takes. Raises PolymodalError for sizes and lengths that the latents do not divide.
+    family takes; needed: those that every row must have. Raises PolymodalError for sizes and lengths that the latents do not divide.
     """
 
-    def __init__(self, clip: Clip, grid: Any, given: Sequence[str] = ()):
-        self.clip, self.grid, self.roles = clip, grid, tuple(given)
+    def __init__(self, clip: Clip, grid: Any, given: Sequence[str] = (), needed: Sequence[str] = ()):
+        self.clip, self.grid, self.roles, self.needed = clip, grid, tuple(given), tuple(needed)
         still = grid.still
         for frames in clip.frames:
             if not still and not grid.fits(frames):
@@ -52,7 +53,14 @@ class Clips:
                 )
         self.lengths = [1] if still else sorted(set(clip.frames))
         self.sizes = [(h, w) for h, w in clip.sizes] or _sizes(clip.pixels, grid.side)
-        keys = [clip.model_dump(mode="json"), grid.channels, grid.time, grid.space, list(grid.patch)]
+        keys = [
+            clip.model_dump(mode="json"),
+            grid.channels,
+            grid.time,
+            grid.space,
+            list(grid.patch),
+            "cut crop",
+        ]
         keys += [list(self.roles), grid.references] if self.roles else []
         self.fingerprint = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
 
@@ -75,13 +83,25 @@ class Clips:
     def bucket(self, record: Record) -> Measure:
         """Raises PolymodalError for a medium that cannot be read or is too short."""
         medium = medium_of(record)
+        lacking = next((role for role in self.needed if role not in self._given(record)), None)
+        if lacking is not None:
+            columns = " or ".join(f"`{name}`" for name in GIVEN[lacking])
+            raise PolymodalError(
+                f"the row has no {columns}, the {lacking} that its own medium is made from.",
+                "Name it in every row, or remove the row.",
+            )
         if medium.kind == "image":
             if self.grid.least > 1:
                 raise PolymodalError(
                     f"{media.label(medium.source)} is a picture, this model learns from clips of {self.grid.least} frames and more.",
                     "Remove the row, or name clips.",
                 )
-            (height, width), frames = media.image_size(_source(medium)), 1
+            if "cut" in record.extra:
+                raise PolymodalError(
+                    f"{media.label(medium.source)} is a picture, the row's `cut` is of frames.",
+                    "Leave it out.",
+                )
+            height, width, frames = *media.image_size(_source(medium)), 1
         elif self.grid.still:
             raise PolymodalError(
                 f"{media.label(medium.source)} is a video, this model makes pictures.",
@@ -90,7 +110,7 @@ class Clips:
         else:
             header = media.video_header(medium.source, self.clip.fps or 24.0)
             height, width = header.height, header.width
-            have = len(self._times(header))
+            have = len(self._times(header, record))
             for role, shown in self._given(record).items():
                 if shown[0].kind == "video":
                     less = len(self._times(media.video_header(shown[0].source, self.clip.fps or 24.0)))
@@ -108,6 +128,7 @@ class Clips:
                     "Add a shorter length to data.clip.frames, raise data.clip.fps, or remove the row.",
                 )
             frames = fitting[-1]
+        _, _, height, width = _region(record, height, width)
         ratio = math.log(height / width)
         height, width = min(self.sizes, key=lambda s: (abs(math.log(s[0] / s[1]) - ratio), -s[0] * s[1]))
         frames += self.grid.time * self._references(record)
@@ -121,10 +142,16 @@ class Clips:
         """Pictures that stand as latent frames of their own before the clip's, where the family has them so."""
         return len(self._given(record).get("references", ())) if self.grid.references else 0
 
-    def _times(self, header: media.VideoHeader) -> list[int]:
-        """Numbers of all frames that are taken at the asked rate; a slower video gives every frame."""
+    def _times(self, header: media.VideoHeader, record: Record | None = None) -> list[int]:
+        """Numbers of all frames that are taken at the asked rate; a slower video gives every frame. record: its `cut`."""
+        first, stop = (0, header.frames) if record is None else record.extra.get("cut", (0, header.frames))
+        if not 0 <= first < stop <= header.frames:
+            raise PolymodalError(
+                f"the row's `cut` [{first}, {stop}] does not lie in the video's {header.frames} frames.",
+                "Write [first frame, frame after the last].",
+            )
         step = max(1.0, header.fps / self.clip.fps) if self.clip.fps and not header.listed else 1.0
-        return [round(i * step) for i in range(int((header.frames - 1) / step) + 1)]
+        return [first + round(i * step) for i in range(int((stop - first - 1) / step) + 1)]
 
     # ------------------------------------------------------------------ decoding
 
@@ -163,19 +190,28 @@ class Clips:
         return out
 
     def _decoded(self, medium: Media, record: Record, count: int, height: int, width: int) -> np.ndarray:
+        own = record if medium is medium_of(record) else None
         try:
             if medium.kind == "image":
-                return self._fit(media.image(_source(medium)), height, width)[None]
+                picture = media.image(_source(medium))
+                if own is not None and "crop" in own.extra:
+                    top, left, tall, wide = _region(own, picture.height, picture.width)
+                    picture = picture.crop((left, top, left + wide, top + tall))
+                return self._fit(picture, height, width)[None]
             header = media.video_header(medium.source, self.clip.fps or 24.0)
-            size = self._cover(header.height, header.width, height, width)
-            found = media.video(medium.source, header, self._times(header)[:count], size)
+            top, left, tall, wide = _region(own, header.height, header.width)
+            cover = self._cover(tall, wide, height, width)
+            y, x = cover[0] / tall, cover[1] / wide  # the whole frame is scaled while it is decoded
+            size = round(header.height * y), round(header.width * x)
+            found = media.video(medium.source, header, self._times(header, own)[:count], size)
         except PolymodalError as error:
             raise PolymodalError(f"{record.where}: {error.message}", error.hint) from None
         if found.shape[1:3] != size:  # frames given as pictures
             found = np.stack(
                 [np.asarray(Image.fromarray(f).resize(size[::-1], Image.Resampling.BICUBIC)) for f in found]
             )
-        return _centre(found, height, width)
+        top, left = min(round(top * y), size[0] - cover[0]), min(round(left * x), size[1] - cover[1])
+        return _centre(found[:, top : top + cover[0], left : left + cover[1]], height, width)
 
     def _cover(self, height: int, width: int, to_height: int, to_width: int) -> tuple[int, int]:
         """The size a medium is scaled to before its centre is cut out."""
@@ -201,6 +237,20 @@ def medium_of(record: Record) -> Media:
     medium = record.media[-1]
     media.refuse_audio(medium)
     return medium
+
+
+def _region(record: Record | None, height: int, width: int) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of what a row takes of its medium's frames. Raises PolymodalError."""
+    crop = None if record is None else record.extra.get("crop")
+    if crop is None:
+        return 0, 0, height, width
+    left, right, top, bottom = crop
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise PolymodalError(
+            f"the row's `crop` {list(crop)} does not lie in its {height} x {width} pixels.",
+            "Write [left, right, top, bottom] in pixels of the file.",
+        )
+    return top, left, bottom - top, right - left
 
 
 def _source(medium: Media) -> str | bytes:

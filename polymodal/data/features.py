@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polymodal.data.captions import TAKEN
 from polymodal.data.files import JsonLines
 from polymodal.data.sample import Measure, Record
 from polymodal.errors import PolymodalError
@@ -66,7 +67,9 @@ def identity(record: Record, given: Sequence[str] = ()) -> dict[str, Any]:
             ) from None
         files.append([name, info.st_size, info.st_mtime_ns])
     roles = {r: len(m) for r, m in record.extra.get("given", {}).items() if r in given}
-    return {"files": files, "captions": list(record.extra["captions"]), **({"given": roles} if roles else {})}
+    taken = {key: list(record.extra[key]) for key in TAKEN if key in record.extra}
+    about = {"files": files, "captions": list(record.extra["captions"]), **taken}
+    return {**about, **({"given": roles} if roles else {})}
 
 
 def file_name(who: Mapping[str, Any], ending: str) -> str:

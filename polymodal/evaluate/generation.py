@@ -50,7 +50,7 @@ def asked_of(path: str, samples: int, media_dir: str | None, negative: str | Non
     """The rows of a file of prompts, `samples` of each, and the file's fingerprint. Raises PolymodalError.
 
     Rows: prompt (or prompt_en, caption, cap, text), and any of negative_prompt, image (or image_name), last_image,
-    video, seed, label, category, split, id. A .txt holds one prompt a line. Media start from media_dir, else the file.
+    video, mask, references, seed, label, category, split, id. A .txt holds one prompt a line. Media start from media_dir, else the file.
     """
     if not os.path.isfile(path):
         raise PolymodalError(f"The file of prompts {path} does not exist.", "Give it with --data.")
@@ -82,15 +82,18 @@ def asked_of(path: str, samples: int, media_dir: str | None, negative: str | Non
         seed = row.get("seed")
         if seed not in (None, "") and not str(seed).lstrip("-").isdigit():
             raise PolymodalError(f"{where}: `seed` = {seed} is no whole number.", "Give an integer, or none.")
-        files = {
+        files: dict[str, Any] = {
             name: os.path.join(root, str(value))
             for name, value in (
                 ("image", row.get("image") or row.get("image_name")),
                 ("last_image", row.get("last_image")),
                 ("video", row.get("video")),
+                ("mask", row.get("mask")),
             )
             if value
         }
+        if row.get("references"):
+            files["references"] = [os.path.join(root, str(r)) for r in row["references"]]
         about = {k: str(row[k]) for k in ("category", "split") if row.get(k) not in (None, "")}
         label = None if row.get("label") in (None, "") else str(row["label"])
         against = row.get("negative_prompt") or negative
@@ -265,11 +268,15 @@ def _made(
 def _unreadable(prompt: Prompt) -> str | None:
     """Why a row's conditions cannot be had, None when they can: such a row is named, the others go on."""
     try:
-        for path in (prompt.image, prompt.last_image):
+        for path in (prompt.image, prompt.last_image, *(prompt.references or ())):
             if path is not None:
                 media.image(path)
-        if prompt.video is not None:
-            media.video_header(prompt.video)
+        for path in (prompt.video, prompt.mask):
+            if path is not None:
+                if is_video(path):
+                    media.video_header(path)
+                else:
+                    media.image(path)
     except PolymodalError as error:
         return error.message
     return None
@@ -363,7 +370,7 @@ def _vbench(out: Path, asked: list[Asked], entries: dict[str, Any]) -> None:
 
 def main(
     checkpoint: str, benchmark: str, data: str, *, settings: Settings, out: str | None = None, device: str = "auto", dtype: str = "auto",
-    ema: bool = False, base: str | None = None, revision: str | None = None, **options: Any,
+    ema: bool = False, base: str | None = None, other: str | None = None, revision: str | None = None, **options: Any,
 ) -> Result | None:  # fmt: skip
     """The command in one of its processes; `options` are those of `evaluate`."""
     from rich.console import Console
@@ -379,7 +386,14 @@ def main(
     task = "video-to-video" if rows[0].prompt.video else None
     with launch.runtime(recipe) as rt:
         generator = open_generator(
-            checkpoint, task=task, revision=revision, device=rt.device.torch, dtype=dtype, ema=ema, base=base
+            checkpoint,
+            task=task,
+            revision=revision,
+            device=rt.device.torch,
+            dtype=dtype,
+            ema=ema,
+            base=base,
+            other=other,
         )
         result = evaluate(
             generator, data, where, benchmark=benchmark, settings=settings, progress=True, **options

@@ -118,6 +118,7 @@ def main(
     dtype: str = "auto",
     ema: bool = False,
     base: str | None = None,
+    other: str | None = None,
     revision: str | None = None,
 ) -> int:
     """The command, in one of its processes: writes NNNN.mp4 or NNNN.png, sheet.png and samples.json. Returns the exit code."""
@@ -132,7 +133,14 @@ def main(
         if task is None:
             task = "video-to-video" if prompts[0].video else None
         generator = open_generator(
-            checkpoint, task=task, revision=revision, device=rt.device.torch, dtype=dtype, ema=ema, base=base
+            checkpoint,
+            task=task,
+            revision=revision,
+            device=rt.device.torch,
+            dtype=dtype,
+            ema=ema,
+            base=base,
+            other=other,
         )
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".part-{rt.rank}.jsonl"

@@ -20,7 +20,7 @@ import torch
 from polymodal import recipe as recipes
 from polymodal.data.files import VIDEO
 from polymodal.errors import PolymodalError
-from polymodal.generate.opening import DTYPES, assemble, fingerprint, kind_of
+from polymodal.generate.opening import DTYPES, Assembled, assemble, fingerprint, kind_of
 from polymodal.models import catalog, pipelines, weights
 from polymodal.models.lora import DIFFUSERS_STEM
 
@@ -97,7 +97,11 @@ class Generator:
                     f"{type(self.pipeline).__name__} takes no `{key}`.",
                     "Leave that option out for this model.",
                 )
-        lacking = [k for k, p in known.items() if p.default is p.empty and k not in asked and k != "self"]
+        lacking = [
+            k
+            for k, p in known.items()
+            if p.default is p.empty and k not in asked and k != "self" and p.kind is p.POSITIONAL_OR_KEYWORD
+        ]
         if lacking:
             raise PolymodalError(
                 f"{type(self.pipeline).__name__} needs `{lacking[0]}`.",
@@ -165,11 +169,13 @@ def open_generator(
     dtype: str = "auto",
     ema: bool = False,
     base: str | None = None,
+    other: str | None = None,
 ) -> Generator:
     """Any checkpoint of a generating model: pipeline directory or hub id, export, run, one of its checkpoints, LoRA.
 
     task: "image-to-video", "video-to-video"...: the card's pipeline class for it; None: the checkpoint's own.
     dtype: auto (float32 on the CPU, else bf16), fp32, bf16, fp16. ema: a run's average. base: where a base lies now.
+    other: a run of the pipeline's other denoiser (Wan2.2 A14B has two), which takes its place too.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise PolymodalError(f"dtype = {dtype} is not known.", f"Use auto, {', '.join(DTYPES)}.")
@@ -212,14 +218,44 @@ def open_generator(
                 f"It does {', '.join(family.card.pipelines)}.",
             )
         cls = family.card.pipelines[task]
-    model = pipelines.cast(model.eval().requires_grad_(False), chosen).to(device)
-    pipeline = pipelines.open_pipeline(
-        family.source, parts={family.part: model}, dtype=chosen, device=device, cls=cls
-    )
+    parts = {family.part: model}
+    if other is not None:
+        second = other_denoiser(family, checkpoint, other, ema=ema, base=base)
+        parts[second.family.part] = second.model  # type: ignore[attr-defined]
+        identity += f" with {fingerprint(second.checkpoint)}"
+    parts = {n: pipelines.cast(m.eval().requires_grad_(False), chosen).to(device) for n, m in parts.items()}
+    pipeline = pipelines.open_pipeline(family.source, parts=parts, dtype=chosen, device=device, cls=cls)
     if adapter is not None:
         put_on(pipeline, adapter)
         identity += f" {adapter}"
     return Generator(pipeline, family, Path(os.fspath(checkpoint)).name, identity, device)
+
+
+def other_denoiser(
+    family: Any, checkpoint: Any, other: str, *, ema: bool = False, base: str | None = None
+) -> Assembled:
+    """The run of a pipeline's other denoiser, put together. Raises PolymodalError when the two do not belong together."""
+    if len(family.denoisers) < 2:
+        raise PolymodalError(
+            f"{checkpoint} is {family.card.name}, which has one denoiser.", "Leave out --with."
+        )
+    if kind_of(other) != "run":
+        raise PolymodalError(f"--with {other} is no run.", "Give the run of the other denoiser.")
+    made = assemble(other, ema=ema, base=base)
+    theirs: Any = made.family
+    if theirs.card.name != family.card.name or theirs.part == family.part:
+        what = theirs.card.name if theirs.card.name != family.card.name else f"{theirs.part} too"
+        raise PolymodalError(
+            f"{checkpoint} trained {family.part} of {family.card.name}, {other} trained {what}.",
+            f"Give a run with model.part: {next(d for d in family.denoisers if d != family.part)}.",
+        )
+    for part in ("vae", "text_encoder"):
+        if pipelines.fingerprint(family.source, part) != pipelines.fingerprint(theirs.source, part):
+            raise PolymodalError(
+                f"{checkpoint} and {other} were trained from different pipelines: their {part} differs.",
+                "Give runs of one model.source.",
+            )
+    return made
 
 
 def _only_generation(family: Any, checkpoint: Any) -> None:

@@ -113,6 +113,9 @@ class Process:
     alphas: tuple[float, ...] = ()  # a_t: cumulated products, as the scheduler has them
     range: tuple[float, float] = (0.0, 1.0)  # of s, where two models share the levels
     first_frame: bool = False  # the first latent frame of a clip is always given: no noise, no loss
+    guidance: float | None = (
+        None  # the scale that training shows a guidance-distilled model; None: no such input
+    )
     per_token: bool = False  # each token has its timestep: 0 where a cell is given
 
 

@@ -72,6 +72,7 @@ class Generation(Family):
     text: tuple[str, ...] = ("encoder_hidden_states",)  # made of a caption, dropped for guidance
     media: tuple[str, ...] = ()  # made of pixels besides the latents
     given: tuple[str, ...] = ()  # roles of what a sample is made from that encode_media takes, by name
+    needed: tuple[str, ...] = ()  # of these, those that every sample must have
     sees: bool = False  # captions are encoded together with the first frame
     alone: bool = False  # the pipeline makes one sample at a time
     documented: Mapping[str, str] = {}  # our name -> the name in the documented features/*.pt
@@ -188,6 +189,12 @@ class Generation(Family):
         dtype = self.dtype(model)
         found = {name: batch[name] for name in names if name in batch.tensors}
         return {n: t.to(dtype) if t.is_floating_point() else t for n, t in found.items()}
+
+    @staticmethod
+    def guidance(batch: Batch, latents: Tensor) -> Tensor:
+        """The scale shown to a guidance-distilled model, float32 [B]: the batch's, else 1."""
+        shown = batch.get("guidance")
+        return latents.new_ones(len(latents), dtype=torch.float32) if shown is None else shown.float()
 
     @staticmethod
     def forward(model: nn.Module) -> Any:

@@ -61,7 +61,10 @@ def empty(config: Mapping[str, Any]) -> nn.Module:
 
 
 def _class(library: str, name: str) -> Any:
-    module = importlib.import_module(library)
+    try:
+        module = importlib.import_module(library)
+    except ImportError:  # parts that a pipeline brings itself are listed under its own name
+        module = getattr(importlib.import_module("diffusers.pipelines"), library, None)  # type: ignore[assignment]
     found = getattr(module, name, None)
     if found is None:
         raise PolymodalError(

@@ -22,6 +22,7 @@ INPUTS = {
     "image-to-video": "image to video",
     "video-to-video": "video to video",
     "text-to-image": "text to image",
+    "image-to-image": "image to image",
 }
 
 

@@ -88,6 +88,9 @@ class DiffusionObjective:
         self.weighting = process.weighting if settings.weighting == "auto" else settings.weighting
         self.shift = process.shift if settings.shift == "auto" else settings.shift
         self.prediction = process.prediction if settings.prediction == "auto" else settings.prediction
+        self.guidance = process.guidance if settings.guidance == "auto" else settings.guidance
+        if self.guidance is not None and process.guidance is None:
+            raise _misfit("guidance", settings.guidance, "takes no guidance scale as an input")
         flow = process.kind == "flow"
         if flow and settings.prediction != "auto":
             raise _misfit("prediction", settings.prediction, "is trained by flow matching")
@@ -179,6 +182,8 @@ class DiffusionObjective:
         clean = tensors.get("clean")  # cells that are given, not generated: no noise, no loss
         if clean is not None:
             mixed = torch.where(clean.bool(), latents, mixed)
+        if self.guidance is not None:
+            tensors["guidance"] = torch.full((len(draws),), self.guidance, device=latents.device)
         factor = tensors.pop("loss_weight", None)
         if factor is not None:
             weight = weight * factor

@@ -94,7 +94,7 @@ class Encoding:
         self.recipe, self.family, self.rt, self.section = recipe, family, rt, section
         self.data = recipe.data
         self.directory = features_directory(recipe, section)
-        self.clips = Clips(self.data.clip, family.grid(), family.given)
+        self.clips = Clips(self.data.clip, family.grid(), family.given, family.needed)
         self.settings = wanted_settings(recipe, family)
         self.encoders = encoders
         self.batch = self.data.encode_batch

@@ -77,12 +77,14 @@ def export(
     ema: bool = False,
     force: bool = False,
     base: str | None = None,
+    other: str | None = None,
     max_shard_bytes: int = 5 << 30,
 ) -> Exported:
     """Write a run, one of its checkpoints, a hub checkpoint or a peft adapter as a hub directory.
 
     merge_lora: adapters are added into the weights; without it a LoRA run gives a peft adapter directory.
     dtype:      fp32, bf16, fp16; None: the base checkpoint's, fp32 for an adapter alone. ema: a run's average. base: where the base lies now.
+    other:      a run of the other denoiser of a pipeline that has two: both are written.
     force:      replace a directory that is not empty and no earlier export.
     Raises PolymodalError; nothing is left under `directory` then, an earlier export stays as it was.
     """
@@ -103,12 +105,19 @@ def export(
     if merge_lora and not adapted:
         raise PolymodalError(f"{source} has no adapters to merge.", "Leave out --merge-lora.")
     _refuse(final, made.family.source, force)
+    second = None
+    if other is not None:
+        if made.family.layout != "uniform":
+            raise PolymodalError(
+                f"{source} has no denoiser, --with is for models that generate.", "Leave out --with."
+            )
+        second = export_pipeline.second(made, source, other, ema, base, merge_lora)
     adapter = adapted and not merge_lora
     chosen = DTYPES[dtype] if dtype else torch.float32 if adapter else _dtype_of(made.family.config)
     with _partial(final) as partial:
         if made.family.layout == "uniform":
             what, tokens, difference, largest, computed = export_pipeline.write(
-                made, partial, DTYPES[dtype] if dtype else None, merge_lora, max_shard_bytes
+                made, partial, DTYPES[dtype] if dtype else None, merge_lora, max_shard_bytes, second
             )
             chosen = DTYPES[dtype] if dtype else export_pipeline.dtype_of(made.family, adapter)
         else:

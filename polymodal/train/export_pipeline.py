@@ -38,10 +38,30 @@ def dtype_of(family: Any, adapter: bool) -> torch.dtype:
     return stored_dtype(max(set(kinds), key=kinds.count))
 
 
+def second(made: Assembled, source: Any, other: str, ema: bool, base: str | None, merge: bool) -> Assembled:
+    """The run of the other denoiser, to be written with this one. Raises PolymodalError."""
+    from polymodal.generate.pipeline import other_denoiser
+
+    found = other_denoiser(made.family, source, other, ema=ema, base=base)
+    if not merge and (found.recipe.model.lora is not None or made.recipe.model.lora is not None):
+        raise PolymodalError(
+            "A LoRA file is of one denoiser.", "Add --merge-lora, or export each run by itself."
+        )
+    return found
+
+
 def write(
-    made: Assembled, partial: Path, dtype: torch.dtype | None, merge: bool, limit: int
+    made: Assembled,
+    partial: Path,
+    dtype: torch.dtype | None,
+    merge: bool,
+    limit: int,
+    other: Assembled | None = None,
 ) -> tuple[str, int, float, float, str]:
-    """Write into `partial` and prove it: (what, values compared, largest difference, largest value, arithmetic)."""
+    """Write into `partial` and prove it: (what, values compared, largest difference, largest value, arithmetic).
+
+    other: the pipeline's other denoiser, written and proven too.
+    """
     family: Any = made.family
     adapted = made.recipe.model.lora is not None
     chosen = dtype or dtype_of(family, adapted and not merge)
@@ -53,15 +73,21 @@ def write(
         )  # fmt: skip
         what = "adapter"
     else:
-        _take_over(Path(family.source), partial, family.part)
-        state = lora.merged_state(made.model) if merge else weights.gather(made.model)
-        _write_denoiser(state, family.config, partial / family.part, chosen, limit)
+        both = [made] if other is None else [made, other]
+        _take_over(Path(family.source), partial, {one.family.part for one in both})  # type: ignore[attr-defined]
+        for one in both:
+            own: Any = one.family
+            merged = one.recipe.model.lora is not None
+            state = lora.merged_state(one.model) if merged else weights.gather(one.model)
+            _write_denoiser(state, own.config, partial / own.part, chosen, limit)
         what = "merged" if merge else "model"
-    return what, *_prove(made, partial, what, chosen)
+    proofs = [_prove(one, partial, what, chosen) for one in ([made] if other is None else [made, other])]
+    worst = max(proofs, key=lambda proof: proof[1] / max(1.0, proof[2]))
+    return what, sum(proof[0] for proof in proofs), *worst[1:]
 
 
-def _take_over(source: Path, target: Path, part: str) -> None:
-    """All of a pipeline but its denoiser."""
+def _take_over(source: Path, target: Path, parts: set[str]) -> None:
+    """All of a pipeline but what was trained."""
 
     def put(origin: str, copy: str) -> None:
         try:
@@ -70,7 +96,7 @@ def _take_over(source: Path, target: Path, part: str) -> None:
             shutil.copyfile(origin, copy)
 
     for entry in sorted(source.iterdir()):
-        if entry.is_dir() and entry.name != part and not entry.name.startswith("."):
+        if entry.is_dir() and entry.name not in parts and not entry.name.startswith("."):
             shutil.copytree(entry, target / entry.name, copy_function=put)
         elif entry.is_file() and entry.suffix != ".safetensors" and entry.name != "polymodal_export.json":
             put(str(entry), str(target / entry.name))
@@ -138,7 +164,7 @@ def example(family: Any, pipeline: Any) -> Batch:
     pixels = torch.rand(1, 3, frames, 2 * grid.side, 2 * grid.side, generator=draw) * 2 - 1
     tensors: dict[str, Tensor] = {
         **family.encode_text(pipeline, ["a red circle"], **({"pixels": pixels} if family.sees else {})),
-        **family.encode_media(pipeline, pixels),
+        **family.encode_media(pipeline, pixels, **dict.fromkeys(family.needed, pixels)),
     }
     latents = tensors.pop("latents").float()
     tensors["noisy"] = 0.5 * latents + 0.5 * torch.randn(latents.shape, generator=draw)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from polymodal import report
 from polymodal.errors import PolymodalError
 from polymodal.generate.media import save, sheet
 from polymodal.generate.pipeline import Generator, Prompt, Settings, suspicion
@@ -88,7 +89,8 @@ class Sampler:
         return last or bool(self.asked.every and step % self.asked.every == 0)
 
     def after(self, step: int, metrics: Any = None) -> Path:
-        """Sample, and write NNNN.mp4 or .png and sheet.png under <run>/samples; metrics (rank 0) shows the sheet."""
+        """Sample, and write NNNN.mp4 or .png and sheet.png under <run>/samples, and the page <run>/report.html; metrics (rank 0) shows
+        the sheet."""
         folder = self.recipe.run_dir / "samples" / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         if self.encoders is None:
@@ -143,3 +145,6 @@ class Sampler:
                 metrics.picture(step, "samples", pixels)
         for path in shown:
             path.unlink()
+        run = self.recipe.run_dir
+        if (run / "metrics.jsonl").is_file():
+            report.write(run / "report.html", report.of_generation(run, self.asked.prompts))

@@ -142,7 +142,7 @@ class Diffusion:
     def _online(self, section: Section, rank: int) -> Feed:
         recipe, family = self.recipe, self.family
         data = _section_data(recipe, section).model_copy(update={"max_length": 1 << 30, "overlong": "drop"})
-        clips = Clips(data.clip, family.grid(), family.given)
+        clips = Clips(data.clip, family.grid(), family.given, family.needed)
         prior.require(recipe, section)
         corpus = open_corpus(_datasets(recipe, section), data.attr)
         index: Any = build_index(corpus, clips, data, rank=rank)

@@ -144,10 +144,10 @@ class Small:
     def __getattr__(self, name):
         return getattr(self._encoders, name)
 
-    def media(self, pixels):
+    def media(self, pixels, given=()):
         if not self._fits(len(pixels), self._encoders.pipeline.vae.use_tiling):
             raise torch.OutOfMemoryError("simulated")
-        return self._encoders.media(pixels)
+        return self._encoders.media(pixels, given)
 
 
 def test_out_of_memory_means_fewer_at_once_then_tiles_then_a_sentence(
@@ -380,6 +380,8 @@ def test_prompts_are_sampled_while_the_model_trains(wan, data, tmp_path):
     assert [f.name for f in folders] == ["step-00000002", "step-00000004"]
     for folder in folders:
         assert sorted(p.name for p in folder.iterdir()) == ["0000.mp4", "0001.mp4", "0002.mp4", "sheet.png"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("<figure><img") == 2 and "step 4<" in page and "mean squared error" in page
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"images": 0}).Reload()
@@ -436,10 +438,10 @@ def test_out_of_memory_lowers_the_batch_then_encodes_in_tiles_then_says_what_to_
 
     real, limit = Encoders.media, {"samples": 1, "tiles": False}
 
-    def small(self, pixels):
+    def small(self, pixels, given=()):
         if len(pixels) > limit["samples"] or (limit["tiles"] and not self.pipeline.vae.use_tiling):
             raise torch.OutOfMemoryError("too much")
-        return real(self, pixels)
+        return real(self, pixels, given)
 
     monkeypatch.setattr(Encoders, "media", small)
     made = recipe(wan, data, tmp_path, data__encode_batch=2)

@@ -50,6 +50,17 @@ def test_the_page_holds_everything_itself(page):
     assert "&lt;b&gt;is&lt;/b&gt;" in text and text.count("<svg") == 3 and "stopped and resumed" in text
 
 
+def test_sheets_of_samples_stand_by_step_and_are_not_too_many(tmp_path):
+    for step in range(1, 41):
+        (tmp_path / "samples" / f"step-{step:08d}").mkdir(parents=True)
+        Image.new("RGB", (80, 80), "red").save(tmp_path / "samples" / f"step-{step:08d}" / "sheet.png")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 40, "loss": 0.25}\n')
+    steps = [step for step, _ in pages.drawn(tmp_path)]
+    assert len(steps) == pages.SHEETS and steps[0] == 1 and steps[-1] == 40 and steps == sorted(steps)
+    text = pages.of_generation(tmp_path, ["a <cat>"])
+    assert text.count("<figure>") == pages.SHEETS and "a &lt;cat&gt;" in text and "step 40<" in text
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium here: the page was not opened in a browser")
 def test_a_browser_draws_it(page, tmp_path):

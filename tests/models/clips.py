@@ -59,6 +59,20 @@ def edits(directory: Path, length: int = 9) -> Path:
     return file
 
 
+def pairs(directory: Path) -> Path:
+    """Edit pairs of pictures, each with its source; returns the data file."""
+    rows = []
+    for i, (colour, wanted) in enumerate((("red", "blue"), ("green", "red"), ("blue", "green"))):
+        for name, shown in (("source", colour), ("result", wanted)):
+            path = directory / "pairs" / f"{name}{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(frames(shown, "left", 2)[0]).save(path)
+        rows.append({"path": f"pairs/result{i}.png", "src_image": f"pairs/source{i}.png", "cap": f"a {wanted} square"})  # fmt: skip
+    file = directory / "pairs.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
 def data(directory: Path, clips: int = 4, pictures: int = 0, length: int = 9) -> Path:
     """`clips` videos (one in two upright) and pictures in sub-folders, and data.json; returns the data file."""
     rows = []

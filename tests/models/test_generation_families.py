@@ -37,13 +37,14 @@ def data(tmp_path_factory):
 def stills(tmp_path_factory):
     directory = tmp_path_factory.mktemp("stills")
     clips.edits(directory)
+    clips.pairs(directory)
     return clips.data(directory, clips=0, pictures=3)
 
 
 def recipe(source, family, data, stills, run, **model):
     still = family.grid().still
     if family.given:
-        data = data.parent / "edits.json"
+        data, stills = data.parent / "edits.json", stills.parent / "pairs.json"
     return recipes.validate(
         {
             "name": "tiny",
@@ -91,7 +92,9 @@ def test_a_family_trains_and_its_export_is_diffusers(name, data, stills, tmp_pat
         image if conditioned else None,
         image if getattr(family, "last_frame", False) else None,
     )
-    if family.given:
+    if family.given and family.grid().still:
+        prompt.image = image
+    elif family.given:
         shown = {name: str(stills.parent / "edits" / f"{name}.mp4") for name in ("source", "mask")}
         prompt.video, prompt.mask, prompt.references = shown["source"], shown["mask"], [image]
     samples = [

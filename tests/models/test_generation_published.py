@@ -86,6 +86,8 @@ PUBLISHED = {
     ("hunyuan-video-i2v", "13b"): ("HunyuanVideoTransformer3DModel", {"image_condition_type": "token_replace"}),
     ("hunyuan-video-i2v", "13b-33ch"): ("HunyuanVideoTransformer3DModel", {"in_channels": 33, "guidance_embeds": False, "image_condition_type": "latent_concat"}),
     ("flux.1", "dev"): ("FluxTransformer2DModel", FLUX),
+    ("flux.1-kontext", "dev"): ("FluxTransformer2DModel", FLUX),
+    ("kolors", "2.6b"): ("UNet2DConditionModel", {**SDXL, "encoder_hid_dim": 4096, "encoder_hid_dim_type": "text_proj", "projection_class_embeddings_input_dim": 5632}),
     ("flux.1", "schnell"): ("FluxTransformer2DModel", {**FLUX, "guidance_embeds": False}),
     ("sd3", "2b"): ("SD3Transformer2DModel", SD3),
     ("sd3", "3.5-medium"): ("SD3Transformer2DModel", SD35M),

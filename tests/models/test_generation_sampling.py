@@ -43,11 +43,12 @@ def edit(family):
     frames = [picture(family, i) for i in range(length(family))]
     mask = np.zeros_like(np.stack(frames))
     mask[2:, 16:] = 255
-    return {
+    made = {
         "source": np.stack(frames),
         "mask": mask,
         "references": np.stack([picture(family, i) for i in (50, 60)]),
     }
+    return {role: made[role] for role in family.given}
 
 
 def length(family):
@@ -79,7 +80,9 @@ def call(family, pipe, steps):
     if getattr(family, "conditioned", False):
         asked["image"] = Image.fromarray(picture(family))
         asked["last_image"] = asked["image"] if getattr(family, "last_frame", False) else None
-    if family.given:
+    if family.given and family.grid().still:
+        asked["image"] = Image.fromarray(edit(family)["source"][0])
+    elif family.given:
         names = {"source": "video", "mask": "mask", "references": "references"}
         asked |= {names[role]: [Image.fromarray(f) for f in shown] for role, shown in edit(family).items()}
     if "use_resolution_binning" in inspect.signature(type(pipe).__call__).parameters:

@@ -184,21 +184,75 @@ def sd3(large: bool = False) -> Any:
     )  # fmt: skip
 
 
-def sdxl() -> Any:
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+def unet(**more: Any) -> Any:
+    from diffusers import UNet2DConditionModel
 
-    denoiser = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
         attention_head_dim=(2, 2), transformer_layers_per_block=(1, 1), cross_attention_dim=32, use_linear_projection=True,
         addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16,
+        **more,
     )  # fmt: skip
+
+
+def sdxl() -> Any:
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
     )
     return StableDiffusionXLPipeline(
         vae=kl_vae(scaling=0.13, shift=None), text_encoder=clip_text(), text_encoder_2=clip_text(projected=True), tokenizer=tokenizer(77),
-        tokenizer_2=tokenizer(77), unet=denoiser, scheduler=scheduler,
+        tokenizer_2=tokenizer(77), unet=unet(), scheduler=scheduler,
+    )  # fmt: skip
+
+
+def flux_kontext() -> Any:
+    from diffusers import FluxKontextPipeline
+
+    return FluxKontextPipeline(**flux(guidance=True).components)
+
+
+@functools.cache
+def chatglm_tokenizer() -> Any:
+    """The class of Kolors, over pieces learnt from the words of the tests."""
+    import contextlib
+    import io
+    import os
+    import tempfile
+
+    import sentencepiece
+    from diffusers.pipelines.kolors import ChatGLMTokenizer
+
+    pieces = io.BytesIO()
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([" ".join(WORDS)] * 50 + WORDS * 20), model_writer=pieces, vocab_size=80, model_type="bpe", minloglevel=2
+        )  # fmt: skip
+    file = Path(tempfile.mkdtemp()) / "tokenizer.model"
+    file.write_bytes(pieces.getvalue())
+    return ChatGLMTokenizer(str(file))
+
+
+def kolors() -> Any:
+    from diffusers import EulerDiscreteScheduler, KolorsPipeline
+    from diffusers.pipelines.kolors import ChatGLMModel
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
+
+    text = ChatGLMModel(
+        ChatGLMConfig(
+            num_layers=2, padded_vocab_size=96, hidden_size=16, ffn_hidden_size=24, kv_channels=8, num_attention_heads=2, seq_length=300,
+            multi_query_attention=True, multi_query_group_num=1, add_qkv_bias=True, original_rope=True,
+        )
+    )  # fmt: skip
+    for parameter in text.parameters():  # the class leaves them as memory was
+        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.2)
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.014, beta_schedule="scaled_linear", steps_offset=1, num_train_timesteps=1100
+    )  # fmt: skip
+    return KolorsPipeline(
+        vae=kl_vae(scaling=0.13, shift=None), text_encoder=text, tokenizer=chatglm_tokenizer(), unet=unet(encoder_hid_dim=16, encoder_hid_dim_type="text_proj"), scheduler=scheduler,
     )  # fmt: skip
 
 
@@ -603,6 +657,8 @@ MAKERS = {
     "cogvideox1.5-i2v": lambda: cogvideox(True, True),
     "flux": flux,
     "flux-guided": lambda: flux(True),
+    "flux-kontext": flux_kontext,
+    "kolors": kolors,
     "wan": wan,
     "wan-i2v": wan_i2v,
     "wan-flf2v": lambda: wan_i2v(True),

@@ -219,3 +219,63 @@ def test_two_samples_of_two_shapes_are_enough():
     assert len(batches) == 2 and all(sorted(batches[0].packs) == [(0,), (1,)] for _ in batches)
     ordered = list(plan([1, 0, 1], 2, 2, shuffle=False).batches(epochs=1))
     assert ordered[0].packs[0] == (0, 2)
+
+
+def test_a_row_takes_a_cut_and_a_crop_of_its_medium(tmp_path):
+    """Frames and pixels that tell their own place: the frame's number in red, the column in green, the row in blue."""
+    place = np.zeros((12, 48, 64, 3), np.uint8)
+    place[..., 0] = np.arange(12)[:, None, None] * 20
+    place[..., 1] = np.arange(64)[None, None, :] * 4
+    place[..., 2] = np.arange(48)[None, :, None] * 5
+    for i, frame in enumerate(place):
+        Image.fromarray(frame).save(tmp_path / f"{i:02d}.png")
+    listed = [f"{i:02d}.png" for i in range(12)]
+    rows = [
+        {"video": listed, "cap": "a", "cut": [3, 9], "crop": [16, 48, 8, 40]},
+        {"video": listed, "cap": "b"},
+        {"path": "05.png", "cap": "c", "crop": "[32, 64, 16, 48]"},
+    ]
+    cut, whole, picture = corpus(tmp_path, rows)
+    made = clips(sizes=[[32, 32]], fps=None)
+    measure = made.bucket(cut)
+    assert measure.patches == (5, 32, 32) and made.bucket(whole).patches[0] == 9
+    assert np.array_equal(made.frames(cut, measure), place[3:8, 8:40, 16:48])
+    assert np.array_equal(made.frames(picture, made.bucket(picture))[0], place[5, 16:48, 32:64])
+    half = clips(sizes=[[16, 16]], fps=None)
+    small = half.frames(cut, half.bucket(cut)).astype(int)
+    assert (
+        abs(small[0, 8, 8] - place[3, 24, 32]).max() <= 6
+        and abs(small[0, 0, 15] - place[3, 9, 46]).max() <= 12
+    )
+    for video, size in ((write_video(tmp_path / "v.mp4", place), (32, 32)), (tmp_path / "v.mp4", (16, 32))):
+        (row,) = corpus(tmp_path, [{"path": str(video), "cap": "d", "cut": [4, 12], "crop": [0, 64, 16, 48]}])
+        one = clips(frames=[5], sizes=[list(size)], fps=None)
+        found = one.frames(row, one.bucket(row)).astype(int)
+        assert found.shape == (5, *size, 3) and abs(found[0, :, :, 0].mean() - 80) < 12
+        assert abs(found[0, :, :, 2].mean() - place[0, 16:48, 0, 2].mean()) < 12
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"path": "wide.mp4", "cut": [0, 40]}, r"`cut` \[0, 40\] does not lie in the video's 12 frames"),
+        ({"path": "wide.mp4", "cut": [5, 5]}, "does not lie in"),
+        ({"path": "wide.mp4", "crop": [0, 80, 0, 48]}, r"`crop` \[0, 80, 0, 48\] does not lie in its 48 x 64 pixels"),
+        ({"path": "tall.png", "cut": [0, 1]}, "is a picture, the row's `cut` is of frames"),
+        ({"path": "wide.mp4", "cut": [0, 9, 3]}, "`cut` = .* is no list of 2 whole numbers"),
+        ({"path": "wide.mp4", "crop": [0, 1.5, 2, 3]}, "`crop` = .* is no list of 4 whole numbers"),
+        ({"path": "wide.mp4", "cut": [0, 9], "src_video": "wide.mp4"}, "`cut` cuts the row's medium alone"),
+    ],
+)  # fmt: skip
+def test_a_cut_or_a_crop_that_does_not_fit_is_said(folder, tmp_path, row, words):
+    with pytest.raises(PolymodalError, match=words):
+        (found,) = corpus(tmp_path, [{**row, "cap": "x"}], media_dir=str(folder))
+        clips().bucket(found)
+
+
+def test_two_cuts_of_a_clip_are_two_samples(folder, tmp_path):
+    from polymodal.data.features import file_name, identity
+
+    rows = [{"path": "wide.mp4", "cap": "x", "cut": [0, 6]}, {"path": "wide.mp4", "cap": "x", "cut": [6, 12]}]
+    names = {file_name(identity(r), "safetensors") for r in corpus(tmp_path, rows, media_dir=str(folder))}
+    assert len(names) == 2

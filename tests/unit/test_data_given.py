@@ -112,3 +112,15 @@ def test_the_documented_files_of_vace_are_read(tmp_path):
     media, captions = found.sample(0)
     assert set(media) == {"latents", "control_hidden_states"} and torch.equal(media["latents"], latents)
     assert captions[0]["encoder_hidden_states"].shape == (512, 8)
+
+
+def test_a_row_without_a_source_that_the_family_needs_is_named(tmp_path):
+    for name in ("a", "b"):
+        Image.new("RGB", (64, 48), "red").save(tmp_path / f"{name}.png")
+    (tmp_path / "rows.json").write_text(json.dumps([{"path": "a.png", "cap": "x", "src_image": "b.png"}, {"path": "a.png", "cap": "x"}]))  # fmt: skip
+    pair, lone = open_corpus([Dataset(path=str(tmp_path / "rows.json"))])
+    pictures = Clips(Clip(sizes=[(48, 64)]), LatentGrid(16, 1, 8, (1, 2, 2), still=True), ("source",), ("source",))  # fmt: skip
+    measure = pictures.bucket(pair)
+    assert pictures.given(pair, measure)["source"].shape == (1, 48, 64, 3)
+    with pytest.raises(PolymodalError, match="the row has no `src_video` or `src_image`, the source"):
+        pictures.bucket(lone)

@@ -281,3 +281,16 @@ def test_a_model_that_always_has_its_first_frame_given_learns_the_others_alone()
     assert float(o.loss(Output(wrong), made, {"diffusion": 1.0})[0]) == 0
     with pytest.raises(PolymodalError, match="which always has its first frame given"):
         objective(Process(first_frame=True), first_frame=0.5)
+
+
+def test_a_distilled_model_is_shown_the_guidance_that_the_recipe_says():
+    tensors = {"latents": torch.zeros(2, 4, 2, 2), "weight": torch.ones(2)}
+    batch = Batch(tensors, dict.fromkeys(tensors, ("batch",)), (0, 1), groups={"seeds": (1, 2), "tokens": (4, 4), "kind": "image"})  # fmt: skip
+    distilled = Process(scale=1.0, guidance=1.0)
+    for settings, wanted in ((Diffusion(drop=0.0), 1.0), (Diffusion(drop=0.0, guidance=3.5), 3.5)):
+        (made,) = DiffusionObjective(distilled, settings).prepare(None, [batch])
+        assert made["guidance"].tolist() == [wanted, wanted]
+    (plain,) = DiffusionObjective(Process(), Diffusion(drop=0.0)).prepare(None, [batch])
+    assert "guidance" not in plain.tensors
+    with pytest.raises(PolymodalError, match="guidance = 3.5 does not fit .* no guidance scale as an input"):
+        DiffusionObjective(Process(), Diffusion(guidance=3.5))

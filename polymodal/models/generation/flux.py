@@ -1,7 +1,7 @@
 """FLUX.1: facts, and the arguments of diffusers' FluxTransformer2DModel.
 
 Its latents go in as tokens of two by two cells with the places of each; the guidance-distilled ones (dev) also take a
-guidance scale, which training keeps at 1.
+guidance scale (train.diffusion.guidance).
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ class Flux(Pictures):
     zero = ("proj_out.*", "*.norm*.linear.*", "norm_out.linear.*")
 
     def process(self) -> Process:
-        return flow_process(self.component_config("scheduler"), scale=1.0)
+        return flow_process(
+            self.component_config("scheduler"),
+            scale=1.0,
+            guidance=1.0 if self.config.get("guidance_embeds") else None,
+        )
 
     def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
         longest = self._longest(self.component_config("tokenizer_2"))
@@ -35,12 +39,17 @@ class Flux(Pictures):
         height, width = latents.shape[2:]
         given = self.conditions(model, batch, self.text)
         words = given["encoder_hidden_states"].shape[1]
-        guidance = torch.ones_like(timestep) if self.config.get("guidance_embeds") else None
-        (tokens,) = self.forward(model)(
-            packed(latents), timestep=timestep, guidance=guidance, img_ids=positions(height // 2, width // 2, latents.device),
+        guidance = self.guidance(batch, latents) if self.config.get("guidance_embeds") else None
+        tokens, places = self.tokens(model, latents, batch)
+        (made,) = self.forward(model)(
+            tokens, timestep=timestep, guidance=guidance, img_ids=places,
             txt_ids=torch.zeros(words, 3, device=latents.device), return_dict=False, **given,
         )  # fmt: skip
-        return unpacked(tokens, height, width)
+        return unpacked(made[:, : height * width // 4], height, width)
+
+    def tokens(self, model: nn.Module, latents: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(tokens [B, L, C], their places [L, 3]): those of the latents first."""
+        return packed(latents), positions(latents.shape[2] // 2, latents.shape[3] // 2, latents.device)
 
     def arguments(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Without a distilled guidance the scale is classifier-free guidance, against the empty prompt if no other."""

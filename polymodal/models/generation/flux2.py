@@ -22,13 +22,19 @@ class Flux2(Generation):
 
     zero = ("proj_out.*",)
 
+    @property
+    def distilled(self) -> bool:
+        return bool(self.config.get("guidance_embeds", True))
+
     def grid(self) -> LatentGrid:
         vae = self.component_config("vae")
         space = 2 ** (len(vae.get("block_out_channels", (1, 1, 1, 1))) - 1)
         return LatentGrid(4 * int(vae.get("latent_channels", 32)), 1, 2 * space, still=True)
 
     def process(self) -> Process:
-        return flow_process(self.component_config("scheduler"), scale=1.0)
+        return flow_process(
+            self.component_config("scheduler"), scale=1.0, guidance=1.0 if self.distilled else None
+        )
 
     def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
         embeddings, _ = pipeline.encode_prompt(list(captions))
@@ -54,8 +60,8 @@ class Flux2(Generation):
 
         given = self.conditions(model, batch, self.text)
         shape = latents.shape
-        if self.config.get("guidance_embeds", True):
-            given["guidance"] = torch.ones(len(latents), device=latents.device)
+        if self.distilled:
+            given["guidance"] = self.guidance(batch, latents)
         (prediction,) = self.forward(model)(
             latents.flatten(2).transpose(1, 2), timestep=timestep, return_dict=False,
             txt_ids=Flux2Pipeline._prepare_text_ids(given["encoder_hidden_states"]).to(latents.device),

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from polymodal.data.sample import Batch
@@ -18,7 +17,7 @@ from polymodal.models.diffusion import Generation, LatentGrid
 from polymodal.models.generation.pictures import flow_process
 
 GUIDANCE = 1000.0
-"""The guidance that training shows the model: a scale of 1, times 1,000 as the pipeline hands it over."""
+"""What the pipeline multiplies a guidance scale by before it hands it over."""
 
 
 class HunyuanVideo(Generation):
@@ -49,7 +48,8 @@ class HunyuanVideo(Generation):
         )  # fmt: skip
 
     def process(self) -> Process:
-        return flow_process(self.component_config("scheduler"))
+        guidance = 1.0 if self.config.get("guidance_embeds") else None
+        return flow_process(self.component_config("scheduler"), guidance=guidance)
 
     def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
         embeddings, pooled, mask = pipeline.encode_prompt(list(captions))
@@ -70,7 +70,7 @@ class HunyuanVideo(Generation):
     def denoise(self, model: nn.Module, latents: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         given = self.conditions(model, batch, self.text)
         if self.config.get("guidance_embeds"):
-            given["guidance"] = torch.full((len(latents),), GUIDANCE, device=latents.device)
+            given["guidance"] = GUIDANCE * self.guidance(batch, latents)
         (prediction,) = self.forward(model)(latents, timestep=timestep, return_dict=False, **given)
         return prediction
 

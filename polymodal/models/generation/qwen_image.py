@@ -27,7 +27,11 @@ class QwenImage(Generation):
         return LatentGrid(int(vae.get("z_dim", 16)), 1, space, (1, 2, 2), still=True)
 
     def process(self) -> Process:
-        return flow_process(self.component_config("scheduler"), scale=1.0)
+        return flow_process(
+            self.component_config("scheduler"),
+            scale=1.0,
+            guidance=1.0 if self.config.get("guidance_embeds") else None,
+        )
 
     def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
         embeddings, mask = pipeline.encode_prompt(list(captions))
@@ -57,7 +61,7 @@ class QwenImage(Generation):
         given = self.conditions(model, batch, self.text)
         height, width = latents.shape[-2:]
         if self.config.get("guidance_embeds"):
-            given["guidance"] = torch.ones(len(latents), device=latents.device, dtype=latents.dtype)
+            given["guidance"] = self.guidance(batch, latents).to(latents.dtype)
         (prediction,) = self.forward(model)(
             packed(latents), timestep=timestep, img_shapes=[[(1, height // 2, width // 2)]] * len(latents), return_dict=False, **given
         )  # fmt: skip
