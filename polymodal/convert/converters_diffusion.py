@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -125,26 +126,36 @@ class Original(Generative):
     @reads
     def source_to_mm(self, cfg: Paths, *, how: Settings) -> None:
         """The original code's checkpoint (or a tree, cut again) -> tree."""
-        from polymodal.convert import engine, reading, tree
+        from polymodal.convert import engine, lora, reading, tree
 
         source = Path(cfg.source_path)
         if tree.is_tree(source):
             self._tree(cfg, self._opened(cfg, how), how)
             return
         flat = reading.any_file(source, *self._inside, allow_pickle=how.allow_pickle)
+        if found := lora.alphas(flat):
+            print(
+                f"{source}: alpha {', '.join(f'{alpha:g}' for alpha in found)} is not part of a tree: give it to merge_lora_to_base and mm_to_source",
+                file=sys.stderr,
+            )
         self._tree(cfg, engine.hub(self._of(), self._original, source, flat), how)
 
     @reads
     def mm_to_source(self, cfg: Paths, *, how: Settings) -> None:
         """Tree -> the original code's names, as safetensors."""
-        from polymodal.convert import engine, output
+        self._to_source(cfg, how)
+
+    def _to_source(self, cfg: Paths, how: Settings, alpha: float | None = None) -> None:
+        from polymodal.convert import engine, lora, output
 
         made = self._of()
         opened = engine.opened_tree(made, self._original, Path(cfg.source_path), None, None, how)
-        opened = engine.unmapped(opened, Path(cfg.source_path))
+        source = engine.unmapped(opened, Path(cfg.source_path)).source
+        if alpha is not None:
+            source = lora.with_alpha(source, alpha, cfg.source_path)
         said(
             output.to_hub(
-                opened.source,
+                source,
                 Path(cfg.target_path),
                 how,
                 stem=made.stem,
@@ -281,6 +292,15 @@ class HunyuanVideoConverter(Hub, Original, Mergeable):
             version, "hunyuan-video-lora" if adapter else "hunyuan-video"
         )
 
+    @reads
+    def mm_to_source(self, cfg: Paths, lora_alpha: float | None = None, *, how: Settings) -> None:
+        """Tree -> the original code's names, as safetensors.
+
+        Args:
+            lora_alpha: alpha of the adapters of a -lora version; readers take the rank for it when it is left out.
+        """
+        self._to_source(cfg, how, lora_alpha)
+
     @writes
     def t2v_text_encoder(self, cfg: Paths, *, how: Settings) -> None:
         """The language model of a LLaVA checkpoint, by itself, in fp16, with its tokenizer."""
@@ -314,7 +334,7 @@ class CogVideoConverter(Hub, Original, Mergeable):
             version: the task; the tensors tell, so that both are converted alike.
             remove_pos_emb: leave the table of positions out.
         """
-        self._version, self._without = version, ("pos_embed.",) if remove_pos_emb else ()
+        self._without = ("pos_embed.",) if remove_pos_emb else ()
 
     def _tree(self, cfg: Paths, opened: Opened, how: Settings) -> None:
         from polymodal.convert import changes
@@ -323,7 +343,7 @@ class CogVideoConverter(Hub, Original, Mergeable):
 
 
 @offered
-class OpenSoraPlanConverter(Generative):
+class OpenSoraPlanConverter(Hub, Original):
     """Open-Sora Plan 1.2, 1.3 and 1.5."""
 
     _family = "open-sora-plan"
@@ -334,12 +354,6 @@ class OpenSoraPlanConverter(Generative):
             version: v1.2 and v1.3 come from the hub, v1.5 from the original code's file.
         """
         self._variant = self._original = version
-
-    hf_to_mm = Hub.hf_to_mm
-    mm_to_hf = Hub.mm_to_hf
-    source_to_mm = Original.source_to_mm
-    mm_to_source = Original.mm_to_source
-    _inside = Original._inside
 
 
 @offered

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polymodal.convert.operations import WHOLE, Operation
-from polymodal.convert.source import Box, Source
+from polymodal.convert.source import Box, Held, Source, Union
 from polymodal.convert.table import Row, Table, row
 from polymodal.errors import PolymodalError
 
@@ -150,6 +150,26 @@ def pairs(
             "Look at the names of its tensors.",
         )
     return {key: (sides["A"], sides["B"]) for key, sides in found.items()}
+
+
+def alphas(source: Source) -> list[float]:
+    """The different alphas that lie beside adapters (`x.alpha`), which trees have no place for."""
+    found = set()
+    for key in source.shapes:
+        if key.endswith(".alpha"):
+            value = torch.empty(source.shapes[key], dtype=source.dtypes[key])
+            source.read(key, tuple(slice(0, n) for n in value.shape), value)
+            found.add(float(value))
+    return sorted(found)
+
+
+def with_alpha(source: Source, alpha: float, where: str) -> Source:
+    """With an alpha beside each pair of lora_down and lora_up."""
+    ends = ".lora_down.weight"
+    names = [key.removesuffix(ends) for key in source.shapes if key.endswith(ends)]
+    if not names:
+        raise PolymodalError(f"{where} has no adapters for lora_alpha.", "Leave lora_alpha out.")
+    return Union(source, Held({f"{name}.alpha": torch.tensor(float(alpha)) for name in names}))
 
 
 def config(source: Source, alpha: float | None, base: str, prefix: str) -> dict[str, Any]:

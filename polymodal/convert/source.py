@@ -205,6 +205,18 @@ class Union:
         self.home[key].read(key, box, into)
 
 
+class Held:
+    """Tensors in memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.tensors = dict(tensors)
+        self.shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+        self.dtypes = {key: value.dtype for key, value in tensors.items()}
+
+    def read(self, key: str, box: Box, into: Tensor) -> None:
+        into.copy_(self.tensors[key][box])
+
+
 @dataclass(frozen=True)
 class Copy:
     """A box that a layout holds twice: the tensor and its slices that are used, and the tensor and slices that are not."""

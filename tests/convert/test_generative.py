@@ -130,7 +130,15 @@ def test_hunyuan_video_1_5_bears_the_original_codes_names(here):  # noqa: F811
     layouts.same(hub, tensors(here / "out"))
 
 
-def test_an_adapter_of_hunyuan_video_comes_back(here):  # noqa: F811
+def test_an_alpha_without_adapters_is_refused(here, capsys):  # noqa: F811
+    saved(keylists.hunyuan(), here / "base.pt", "module")
+    line = "mm-convert HunyuanVideoConverter {} --cfg.source_path {} --cfg.target_path {}"
+    assert run(line.format("source_to_mm", "base.pt", "mm")) == 0
+    assert run(line.format("mm_to_source", "mm", "out") + " --lora_alpha 2") == 2
+    assert "mm has no adapters for lora_alpha" in capsys.readouterr().err
+
+
+def test_an_adapter_of_hunyuan_video_comes_back(here, capsys):  # noqa: F811
     prefix, keys = "Hunyuan_video_I2V_lora_", {}
     for name, rows, columns in (
         ("single_blocks_0_linear1", 144, 32),
@@ -141,9 +149,13 @@ def test_an_adapter_of_hunyuan_video_comes_back(here):  # noqa: F811
             f"{prefix}{name}.lora_up.weight": (rows, 4),
         }
     state = {key: torch.randn(shape) for key, shape in keys.items()}
-    save_file(state, here / "kohya.safetensors")
+    alpha = {
+        key.replace("lora_down.weight", "alpha"): torch.tensor(2.0) for key in state if "lora_down" in key
+    }
+    save_file(state | alpha, here / "kohya.safetensors")
     line = "mm-convert HunyuanVideoConverter --version i2v-lora {} --cfg.source_path {} --cfg.target_path {}"
     assert run(line.format("source_to_mm", "kohya.safetensors", "mm")) == 0
+    assert "alpha 2 is not part of a tree" in capsys.readouterr().err
     tree = layouts.tree(here / "mm")
     up = state[f"{prefix}single_blocks_0_linear1.lora_up.weight"]
     for half, part in (("qkv", up[:96]), ("mlp", up[96:])):
@@ -153,3 +165,5 @@ def test_an_adapter_of_hunyuan_video_comes_back(here):  # noqa: F811
     assert run(line.format("resplit", "mm", "again")) == 0
     assert run(line.format("mm_to_source", "again", "out")) == 0
     layouts.same(state, tensors(here / "out"))
+    assert run(line.format("mm_to_source", "again", "whole") + " --lora_alpha 2") == 0
+    layouts.same(state | alpha, tensors(here / "whole"))
