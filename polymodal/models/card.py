@@ -35,12 +35,13 @@ class Size:
 class Chain:
     """Blocks that run one after the other, and that a pipeline may be cut between.
 
-    blocks: their pattern; first, last: modules or parameters that lie with the first and with the last of them, the
-    first name of `last` being what takes the last block's output; carry: modules of `first` whose outputs every
-    block reads, so that they travel from stage to stage.
+    blocks: their pattern, or several, one kind of blocks after the other; first, last: modules or parameters that lie
+    with the first and with the last of them, the first name of `last` being what takes the last block's output; carry:
+    modules of `first` whose outputs every block reads, so that they travel from stage to stage. A name that not every
+    model of the card has ends in `?`.
     """
 
-    blocks: str
+    blocks: str | tuple[str, ...]
     first: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
     carry: tuple[str, ...] = ()

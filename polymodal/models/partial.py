@@ -1,15 +1,16 @@
 """A part of a model by its own forward: between the blocks that a pipeline stage holds, nothing of it copied.
 
 Ground floor of models/: sees card.py only. What comes before the blocks of a stage runs on stand-ins of the right
-shapes (`Hollow`), the stream enters at the first block that is here, and is taken out where a dropped module waits
+shapes (`Hollow`), the streams enter at the first block that is here, and are taken out where a dropped module waits
 for the last block's output.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,55 @@ from polymodal.data.sample import Batch
 from polymodal.models.card import Chain, Dropped, Family, Output
 
 HIDDEN = "hidden_states"
-"""Name of the stream in a carry."""
+"""Name of the stream in a carry; of several, the one that the model's end takes."""
+
+
+def arguments(module: nn.Module) -> list[str]:
+    """Names of a module's forward's arguments, in order."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def on_argument(
+    module: nn.Module, name: str, change: Callable[[Any], Any], args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Change one of the arguments of a module's forward by its name there; as they are when it is not given."""
+    if name in kwargs:
+        return args, {**kwargs, name: change(kwargs[name])} if kwargs[name] is not None else kwargs
+    names = arguments(module)
+    at = names.index(name) if name in names else len(args)
+    if at < len(args) and args[at] is not None:
+        args = (*args[:at], change(args[at]), *args[at + 1 :])
+    return args, kwargs
+
+
+class Passing(Dropped):
+    """Stands where a block of several streams was: hands them on as the block gives them back."""
+
+    def __init__(self, block: nn.Module, streams: tuple[str, ...]):
+        super().__init__()
+        self.names, self.streams = arguments(block), streams
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        return tuple(given[name] for name in self.streams)
+
+
+class _Beside(torch.autograd.Function):
+    """The first tensor; the others get a gradient of zeros, where a stage may not use all that comes to it."""
+
+    @staticmethod
+    def forward(ctx: Any, main: Tensor, *others: Tensor) -> Tensor:
+        ctx.others = [(tensor.shape, tensor.dtype) for tensor in others]
+        return main.view_as(main)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return grad, *(grad.new_zeros(shape, dtype=dtype) for shape, dtype in ctx.others)
+
+
+def _together(main: Tensor, carry: Mapping[str, Tensor] | None) -> Tensor:
+    others = [t for name, t in (carry or {}).items() if name != HIDDEN and t.requires_grad]
+    return _Beside.apply(main, *others) if others else main
 
 
 class Hollow(Dropped):
@@ -65,8 +114,22 @@ class _Left(Exception):
 
 def blocks(model: nn.Module, chain: Chain) -> list[str]:
     """Names of a chain's blocks, dropped ones too, in order."""
-    expression = re.compile(re.escape(chain.blocks).replace(r"\*", "[^.]+"))
-    return [name for name, _ in model.named_modules(remove_duplicate=False) if expression.fullmatch(name)]
+    patterns = (chain.blocks,) if isinstance(chain.blocks, str) else chain.blocks
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    found = []
+    for pattern in patterns:
+        expression = re.compile(re.escape(pattern).replace(r"\*", "[^.]+"))
+        found += [name for name in names if expression.fullmatch(name)]
+    return found
+
+
+def present(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Names of a chain without their `?`; those that end in one only where the model has such a module."""
+    return [
+        name.removesuffix("?")
+        for name in names
+        if not name.endswith("?") or _found(model, name[:-1]) is not None
+    ]
 
 
 def run(
@@ -75,29 +138,42 @@ def run(
     hidden: Tensor | None,
     call: Callable[[], Any],
     carried: Mapping[str, Tensor] | None = None,
+    others: dict[str, Tensor | None] | None = None,
+    streams: tuple[str, ...] = (HIDDEN,),
 ) -> tuple[Tensor | None, Any]:
     """`call()`, a forward around the chain's blocks, for those of them that are here.
 
     hidden: the stream as the stage before left it, None where the chain begins; carried: outputs of `chain.carry` as
-    `<module>.<position>`. Returns (the stream, None) when the chain goes on elsewhere, else (None, what call gave).
+    `<module>.<position>`; streams: the card's; others: those besides, as they enter, and afterwards as they leave.
+    Returns (the stream, None) when the chain goes on elsewhere, else (None, what call gave).
     """
     handles = []
 
     def enter(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, HIDDEN: hidden})
 
+    def enter_all(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        for name, tensor in {HIDDEN: hidden, **entering}.items():
+            args, kwargs = on_argument(block, name, lambda _, tensor=tensor: tensor, args, kwargs)
+        return args, kwargs
+
+    def note(_: nn.Module, __: Any, out: tuple) -> None:
+        assert others is not None
+        others.update({name: part for name, part in zip(streams, out, strict=True) if name != HIDDEN})
+
     def leave(_: nn.Module, __: Any, out: Tensor) -> None:
         raise _Left(out)
 
     end = model.get_submodule(chain.last[0])
     _show_absent(model, chain)
+    entering = dict(others or {})
+    here = [model.get_submodule(name) for name in blocks(model, chain)]
     try:
         if hidden is not None:
-            names = blocks(model, chain)
-            here = [model.get_submodule(name) for name in names]
             entry = next((block for block in here if not isinstance(block, Dropped)), end)
-            handles.append(entry.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-            for name in chain.first:
+            change = enter_all if entering and entry is not end else enter
+            handles.append(entry.register_forward_pre_hook(change, prepend=True, with_kwargs=True))
+            for name in present(model, chain.first):
                 module = _found(model, name)
                 if isinstance(module, Hollow):
                     module.dtype = hidden.dtype
@@ -108,6 +184,8 @@ def run(
                     }
         if isinstance(end, Dropped):
             handles.append(end.register_forward_hook(leave))
+            if len(streams) > 1:
+                handles.append(here[-1].register_forward_hook(note))
         try:
             return None, call()
         except _Left as left:
@@ -155,7 +233,7 @@ def _recorded(model: nn.Module, chain: Chain, into: dict[str, Tensor]) -> list[A
 
     return [
         module.register_forward_hook(note(name))
-        for name in chain.carry
+        for name in present(model, chain.carry)
         if not isinstance(module := model.get_submodule(name), Dropped)
     ]
 
@@ -168,15 +246,25 @@ def stage(
     if not chains:
         return family.whole(model, batch)
     (chain,) = chains
-    carried = {name: tensor for name, tensor in (carry or {}).items() if name != HIDDEN}
+    streams = family.card.streams
+    carried = {name: tensor for name, tensor in (carry or {}).items() if name not in streams}
+    others: dict[str, Tensor | None] = {
+        n: t for n, t in (carry or {}).items() if n in streams and n != HIDDEN
+    }
     hooks = _recorded(model, chain, carried)
     try:
         hidden = None if carry is None else carry[HIDDEN]
-        left, out = run(model, chain, hidden, lambda: family.whole(model, batch), carried)
+        left, out = run(model, chain, hidden, lambda: family.whole(model, batch), carried, others, streams)
     finally:
         for hook in hooks:
             hook.remove()
-    return out if left is None else {HIDDEN: left, **carried}
+    if left is None:
+        return replace(out, hidden_states=_together(out.hidden_states, carry))
+    for name, tensor in others.items():
+        if tensor is None:  # the last block gives it up: nobody will look at it
+            shape = carry_spec(family, batch, left.dtype)[name].shape
+            others[name] = _Beside.apply(left.new_zeros(shape, requires_grad=left.requires_grad), left)
+    return {HIDDEN: _together(left, carry), **others, **carried}  # type: ignore[dict-item]
 
 
 @torch.no_grad()
@@ -189,16 +277,25 @@ def carry_spec(family: Family, batch: Batch, dtype: torch.dtype) -> dict[str, Te
         return known[key]
     (chain,) = family.card.pipeline.values()
     if "_probe" not in family.__dict__:
-        family.__dict__["_probe"] = family.build().trained
+        family.__dict__["_probe"] = family.build().trained.to("meta")
     probe: nn.Module = family.__dict__["_probe"]
     carried: dict[str, Tensor] = {}
 
-    def leave(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        raise _Left(args[0] if args else kwargs[HIDDEN])
+    def leave(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = dict(zip(arguments(block), args, strict=False)) | kwargs
+        carried.update({name: given[name] for name in family.card.streams if name != HIDDEN})
+        raise _Left(given[HIDDEN])
 
     first = probe.get_submodule(blocks(probe, chain)[0])
     hooks = [*_recorded(probe, chain, carried), first.register_forward_pre_hook(leave, with_kwargs=True)]
-    meta = replace(batch, tensors={name: tensor.to("meta") for name, tensor in batch.tensors.items()})
+    own = next(p.dtype for p in probe.parameters() if p.is_floating_point())
+    shapes = {
+        name: torch.empty(
+            tensor.shape, dtype=own if tensor.is_floating_point() else tensor.dtype, device="meta"
+        )
+        for name, tensor in batch.tensors.items()
+    }
+    meta = replace(batch, tensors=shapes)
     try:
         family.whole(probe, meta)
         raise RuntimeError(f"The forward of {family.card.name} does not pass through {chain.blocks}.")

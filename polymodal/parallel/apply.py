@@ -105,6 +105,9 @@ def _check_context(
                 "Set model.attention to auto.",
             )
         ]
+    if sizes.cp > 1 and sizes.pp > 1 and card.family.layout == "uniform":
+        cause = f"parallel.cp = {sizes.cp} with pp = {sizes.pp}: what stages of {card.name} hand on is not cut over ranks."
+        return [PolymodalError(cause, "Set parallel.pp or parallel.cp to 1.")]
     if sizes.cp > 1 and not card.sequence_entry and not card.sequence_plan:
         return [
             PolymodalError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -61,13 +62,15 @@ class Context:
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, share: Share, causal: bool, scale: float | None,
-        local: Callable[[Tensor, Tensor, Tensor], Tensor],
+        local: Callable[[Tensor, Tensor, Tensor], Tensor], kept: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Attention of this rank's rows to all ranks'.
 
         query [B, n, H, D]; key, value [B, n, K, D], H a multiple of K; n as `share` gives this rank. `local` computes
         whole streams [B, S, h, D] -> [B, S, h, D]: it is what one process would do, called with this rank's heads
-        where there is no ring. Returns [B, n, H, D].
+        where there is no ring. kept: of sequences cut alike (share.even), the rows that attend and are attended to
+        [B, S] bool, in the order of ranks; around a ring the others get 0, without one `local` sees to them.
+        Returns [B, n, H, D].
         """
         heads, rows = query.shape[2], share.parts[self.ring_rank]
         if query.shape[1] != rows[self.ulysses_rank]:
@@ -78,13 +81,30 @@ class Context:
             query, key, value = scatter_heads(query, key, value, rows, self.ulysses_group)
         if self.ring_group is not None:
             scale = query.shape[-1] ** -0.5 if scale is None else scale
-            flat = (tensor.flatten(0, 1) for tensor in (query, key, value))
-            out = ring_attention(*flat, share, causal, scale, self.ring_group).view(query.shape)
+            flat = [tensor.flatten(0, 1) for tensor in (query, key, value)]
+            if kept is None:
+                out = ring_attention(*flat, share, causal, scale, self.ring_group).view(query.shape)
+            else:
+                share, places = self._of_kept(share, kept)
+                flat = [tensor.index_select(0, places) for tensor in flat]
+                around = ring_attention(*flat, share, causal, scale, self.ring_group)
+                out = torch.zeros_like(query).flatten(0, 1).index_copy(0, places, around).view(query.shape)
         else:
             out = local(query, key, value)
         if self.ulysses_group is not None:
             out = gather_heads(out, heads, rows, self.ulysses_group)
         return out
+
+    def _of_kept(self, share: Share, kept: Tensor) -> tuple[Share, Tensor]:
+        """The share of those rows alone, and where they lie among this ring rank's [B * rows]."""
+        known = getattr(kept, "polymodal_share", None)
+        if known is None:
+            pieces = kept.split([sum(part) for part in share.parts], dim=1)
+            runs = tuple(tuple(piece.sum(dim=1).tolist()) for piece in pieces)
+            places = pieces[self.ring_rank].flatten().nonzero()[:, 0]
+            known = Share(runs, share.held, share.parts), places
+            kept.polymodal_share = known  # type: ignore[attr-defined]
+        return known
 
     def spread(self, lengths: tuple[int, ...], causal: bool = True) -> Cut:
         """How a packed stream with these segments is cut over the group."""

@@ -250,15 +250,16 @@ def block_costs(model: nn.Module, family: Family, measure: Measure | None = None
     for tower, chain in family.card.pipeline.items():
         blocks = [model.get_submodule(name) for name in partial.blocks(model, chain)]
         sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
-        total = float(sum(sizes)) if flops is None else flops.get(chain.blocks, 0.0)
+        patterns = (chain.blocks,) if isinstance(chain.blocks, str) else chain.blocks
+        total = float(sum(sizes)) if flops is None else sum(flops.get(each, 0.0) for each in patterns)
         costs = [total * size / max(1, sum(sizes)) for size in sizes]
         for names, at in ((chain.first, 0), (chain.last, -1)):
-            for name in names:
+            for name in partial.present(model, names):
                 if flops is not None:
                     costs[at] += flops.get(name, 0.0)
                 elif name != family.card.embedding:  # a table is looked up, not multiplied
                     costs[at] += sum(p.numel() for p in _parameters(model, name))
-        before = [p for name in chain.first for p in _parameters(model, name)]
+        before = [p for name in partial.present(model, chain.first) for p in _parameters(model, name)]
         trained = trained or any(p.requires_grad for p in before)
         for at, block in enumerate(blocks):
             own = sum(p.numel() for p in block.parameters() if p.requires_grad) / max(1, sizes[at])

@@ -78,6 +78,8 @@ def prune(model: nn.Module, family: Family, found: Counts, index: int) -> Stage:
     """
     card = family.card
     at, early = _homes(model, card, found, family.beside())
+    chains = card.pipeline.values() if len(card.streams) > 1 else ()
+    several = {name for chain in chains for name in partial.blocks(model, chain)}
     stages = len(next(iter(found.values())))
 
     def place(parameter: str) -> int | None:
@@ -105,8 +107,14 @@ def prune(model: nn.Module, family: Family, found: Counts, index: int) -> Stage:
             if leaf in owner._parameters:
                 partial.drop_parameter(owner, leaf)
             else:
-                hollow = name in early and stage < index
-                owner._modules[leaf] = partial.Hollow(owner._modules[leaf]) if hollow else Dropped()  # type: ignore[arg-type]
+                module = owner._modules[leaf]
+                assert module is not None
+                if name in early and stage < index:
+                    owner._modules[leaf] = partial.Hollow(module)
+                elif name in several:
+                    owner._modules[leaf] = partial.Passing(module, card.streams)
+                else:
+                    owner._modules[leaf] = Dropped()
     before = [
         {tower: sum(numbers[:stage]) for tower, numbers in found.items()} for stage in range(stages + 1)
     ]
@@ -131,13 +139,14 @@ def _homes(
                 f"{len(names)} {tower} layers of {card.name} cannot be cut as {list(found[tower])}.",
                 f"Give numbers that add up to {len(names)}.",
             )
-        for name in (*chain.first, *chain.last):
+        first, ends = partial.present(model, chain.first), partial.present(model, chain.last)
+        for name in (*first, *ends):
             if name not in known:
                 raise PolymodalError(f"The card {card.name} places `{name}`, which this model does not have.")
         last = len(found[tower]) - 1 if tower == towers[-1] else stages[-1]
-        at |= dict.fromkeys(chain.first, 0 if tower == towers[0] else stages[0])
-        at |= dict(zip(names, stages, strict=True)) | dict.fromkeys(chain.last, last)
-        early |= set(chain.first)
+        at |= dict.fromkeys(first, 0 if tower == towers[0] else stages[0])
+        at |= dict(zip(names, stages, strict=True)) | dict.fromkeys(ends, last)
+        early |= set(first)
     at |= {name: at[block] for name, block in beside.items()}
     return at, early
 

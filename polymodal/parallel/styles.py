@@ -5,7 +5,6 @@ This room knows modules and names only; tensor.py and expert.py give the styles 
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -101,23 +100,6 @@ def see_local(module: nn.Module, gradients: Mapping[str, Placement | None]) -> N
                 module.__dict__.pop(key, None)
 
     module.forward = with_local_parameters
-
-
-def on_argument(
-    module: nn.Module,
-    name: str,
-    change: Callable[[Any], Any],
-    args: tuple,
-    kwargs: dict[str, Any],
-) -> tuple[tuple, dict[str, Any]]:
-    """Change one of the arguments of a module's forward by its name there; as they are when it is not given."""
-    if name in kwargs:
-        return args, {**kwargs, name: change(kwargs[name])} if kwargs[name] is not None else kwargs
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    at = names.index(name) if name in names else len(args)
-    if at < len(args) and args[at] is not None:
-        args = (*args[:at], change(args[at]), *args[at + 1 :])
-    return args, kwargs
 
 
 def on_first(

@@ -21,10 +21,11 @@ from torch.distributed.tensor import Shard
 
 from polymodal.errors import PolymodalError
 from polymodal.models.card import Dropped, ModelCard
+from polymodal.models.partial import on_argument
 from polymodal.parallel import adapters, expert, ops
 from polymodal.parallel.linears import LINEAR, Linears
 from polymodal.parallel.sequence import Stream
-from polymodal.parallel.styles import STYLES, on_argument, on_first, resolve
+from polymodal.parallel.styles import STYLES, on_first, resolve
 
 __all__ = ["STYLES", "apply", "check", "counts", "resolve"]
 

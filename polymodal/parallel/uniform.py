@@ -1,25 +1,32 @@
 """Context parallelism of diffusion transformers: every sample of a batch is cut alike, by the card's sequence_plan.
 
 Sees the ground floor and models/card.py. Hooks cut what modules take or give and gather the prediction; diffusers'
-attention dispatcher calls `attention` here, which is Ulysses, ring or both, with any lengths. Ranks of the group see
-whole batches and compute whole predictions, so each counts its loss as one of `size` copies.
+attention dispatcher calls `attention` here, which is Ulysses, ring or both, with any lengths, and so does torch's own
+function inside of attention layers that do not ask the dispatcher. Ranks of the group see whole batches and compute
+whole predictions, so each counts its loss as one of `size` copies.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
+from polymodal.errors import PolymodalError
 from polymodal.models.card import ModelCard
+from polymodal.models.partial import on_argument
 from polymodal.parallel import share as shares
 from polymodal.parallel.context import Context
+from polymodal.parallel.sequence import HIDDEN
 from polymodal.parallel.share import cut_points
+from polymodal.parallel.styles import pattern_of
 
 NAME = "polymodal"
 """Name in diffusers' registry of attention backends."""
@@ -60,10 +67,22 @@ class UniformCut:
         return tuple(stop - start for start, stop in zip(points, points[1:], strict=False))
 
     def cut(self, tensor: Tensor, dim: int, place: tuple[str, str | int]) -> Tensor:
-        self.lengths[place] = tensor.shape[dim]
-        points = cut_points(tensor.shape[dim], self.context.size)
+        length = self.lengths[place] = tensor.shape[dim]
+        if length < self.context.size:
+            raise PolymodalError(
+                f"{length} tokens ({place[1]}) cannot be cut over parallel.cp = {self.context.size} ranks.",
+                "Lower parallel.cp, or train on larger samples.",
+            )
+        points = cut_points(length, self.context.size)
         start = points[self.context.rank]
         return tensor.narrow(dim, start, points[self.context.rank + 1] - start)
+
+    def leading(self, count: int) -> int:
+        """Of so many rows at the beginning of the latents' stream, those that this rank holds."""
+        (length,) = {n for (_, key), n in self.lengths.items() if key == HIDDEN}
+        points = cut_points(length, self.context.size)
+        start, stop = points[self.context.rank], points[self.context.rank + 1]
+        return min(max(count - start, 0), stop - start)
 
     def gather(self, tensor: Tensor, dim: int) -> Tensor:
         """A prediction's rows from all ranks; the length is that of the stream with as many rows here."""
@@ -93,6 +112,31 @@ class UniformCut:
             return self.counts(alike[0])
         raise ValueError(f"attention over {own} rows, the streams {streams} were cut to others")
 
+    def of_streams(self, joined: bool) -> tuple[int, ...]:
+        """By rank, the rows of the latents' stream, or of all streams joined."""
+        streams = [n for (_, key), n in self.lengths.items() if key == HIDDEN][:1]
+        return tuple(map(sum, zip(*map(self.counts, self._streams() if joined else streams), strict=True)))
+
+    def kept(self, mask: Tensor) -> Tensor:
+        """A mask of keys [B, 1, 1, N] over all streams joined -> the same [B, N] in the order of ranks, each of which
+        joins its own rows. Worked out once a mask."""
+        known = getattr(mask, "polymodal_kept", None)
+        if known is None:
+            places, start = [], 0
+            points = [cut_points(length, self.context.size) for length in self._streams()]
+            for rank in range(self.context.size):
+                start = 0
+                for cuts in points:
+                    places += range(start + cuts[rank], start + cuts[rank + 1])
+                    start += cuts[-1]
+            if mask.dtype != torch.bool or mask.shape[1:] != (1, 1, start):
+                raise ValueError(
+                    f"a cut sequence of {start} rows knows masks of its keys, not {mask.dtype} {list(mask.shape)}"
+                )
+            known = mask[:, 0, 0, torch.tensor(places, device=mask.device)]
+            mask.polymodal_kept = known  # type: ignore[attr-defined]
+        return known
+
     def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A library's own forward, which is called without hooks, with the root's arguments cut."""
         if not self.root:
@@ -102,8 +146,11 @@ class UniformCut:
         def cut(*args: Any, **kwargs: Any) -> Any:
             given = dict(zip(names, args, strict=False)) | kwargs
             for name, dim in self.root.items():
-                if isinstance(given.get(name), Tensor) and given[name].ndim > dim:
-                    given[name] = self.cut(given[name], dim, ("", name))
+                value = given.get(name)
+                if isinstance(value, tuple):
+                    given[name] = tuple(self.cut(tensor, dim, ("", name)) for tensor in value)
+                elif isinstance(value, Tensor) and value.ndim > dim:
+                    given[name] = self.cut(value, dim, ("", name))
             return forward(**given)
 
         return cut
@@ -115,25 +162,74 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """diffusers' attention backend: [B, n, H, D] -> [B, n, H, D], over a cut sequence where a processor has a cut."""
 
-    def whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        out = scaled_dot_product_attention(
-            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return out.transpose(1, 2)
+    if isinstance(_parallel_config, UniformCut):
+        if is_causal or dropout_p:
+            raise ValueError("a cut sequence is attended to whole: without causal order or dropout")
+        rows = _parallel_config.rows(query.shape[1])
+        return _cut_attention(query, key, value, attn_mask, scale, _parallel_config, rows)
+    return _whole(query, key, value, attn_mask, dropout_p, is_causal, scale)
 
-    if not isinstance(_parallel_config, UniformCut):
-        return whole(query, key, value)
-    if attn_mask is not None or is_causal or dropout_p:
-        raise ValueError("a cut sequence is attended to whole: without a mask, causal order or dropout")
-    return _cut_attention(query, key, value, scale, _parallel_config, whole)
+
+def _whole(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool, scale: float | None
+) -> Tensor:  # fmt: skip
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    out = scaled_dot_product_attention(
+        q, k, v, mask, dropout, causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2)
 
 
 @torch.compiler.disable
-def _cut_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, cut: UniformCut, whole: Any) -> Tensor:  # fmt: skip
+def _cut_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, cut: UniformCut, rows: tuple[int, ...]
+) -> Tensor:  # fmt: skip
     context = cut.context
-    share = shares.even(cut.rows(query.shape[1]), context.ring, query.shape[0])
-    return context.attend(query, key, value, share, False, scale, whole)
+    share = shares.even(rows, context.ring, query.shape[0])
+    kept = cut.kept(mask) if mask is not None else None
+
+    def whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return _whole(query, key, value, None if kept is None else kept[:, None, None], 0.0, False, scale)
+
+    return context.attend(query, key, value, share, False, scale, whole, kept)
+
+
+class _Attending(TorchFunctionMode):
+    """Inside, torch's scaled_dot_product_attention is that over a cut sequence. rows: by rank."""
+
+    def __init__(self, cut: UniformCut, rows: tuple[int, ...]):
+        super().__init__()
+        self.cut, self.rows = cut, rows
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, key, value, mask, scale = _of_attention(*args, **(kwargs or {}))
+        return _cut_attention(query, key, value, mask, scale, self.cut, self.rows).transpose(1, 2)
+
+
+def _of_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float | None]:  # fmt: skip
+    """Arguments of torch's function, [B, H, n, D] -> those of a cut one, [B, n, H, D]."""
+    if is_causal or dropout_p:
+        raise ValueError("a cut sequence is attended to whole: without causal order or dropout")
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, scale
+
+
+def _route(attention: nn.Module, cut: UniformCut) -> None:
+    """Let a layer whose processor calls torch itself attend over the cut sequence: of latents, joined with text where
+    it is given both."""
+    forward = attention.forward
+
+    @wraps(forward)
+    def routed(*args: Any, **kwargs: Any) -> Any:
+        joined = len(args) > 1 or kwargs.get("encoder_hidden_states") is not None
+        with _Attending(cut, cut.of_streams(joined)):
+            return forward(*args, **kwargs)
+
+    attention.forward = routed
 
 
 def register() -> Any:
@@ -166,11 +262,26 @@ def apply(model: nn.Module, card: ModelCard, context: Context) -> UniformCut:
     exit = modules[card.sequence_exit]
     exit.register_forward_hook(lambda module, args, out: cut.gather(out, 1))
     backend = register()
-    for module in modules.values():
+    blocks = [pattern_of(pattern) for pattern in card.blocks]
+    inside = [name for name in modules if any(block.fullmatch(name) for block in blocks)]
+    for name, module in modules.items():
         processor = getattr(module, "processor", None)
-        if processor is not None and hasattr(processor, "_parallel_config"):
+        if processor is None or not name.startswith(tuple(f"{block}." for block in inside)):
+            continue
+        if hasattr(processor, "_parallel_config"):
             processor._parallel_config, processor._attention_backend = cut, backend
+        else:
+            _route(module, cut)
+    for name in inside if card.leading else ():
+        modules[name].register_forward_pre_hook(_count_own(cut, card.leading), with_kwargs=True)
     return cut
+
+
+def _count_own(cut: UniformCut, name: str) -> Any:
+    def count(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return on_argument(module, name, cut.leading, args, kwargs)
+
+    return count
 
 
 def _hook(module: nn.Module, name: str, places: Any, cut: UniformCut) -> None:

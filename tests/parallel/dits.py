@@ -26,7 +26,7 @@ DEEPER: dict[str, dict[str, Any]] = {
     "flux": {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 4},
     "hunyuan-video": {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 4},
     "cogvideox1.5": {"num_layers": 4, "num_attention_heads": 4, "sample_height": 16, "sample_width": 16},
-    "sd3": {"num_layers": 4, "num_attention_heads": 4, "caption_projection_dim": 32},
+    "sd3.5": {"num_layers": 4, "num_attention_heads": 4, "caption_projection_dim": 32},
 }
 """Models of the table of layouts, with more layers and heads than the pipelines of other tests have."""
 
@@ -65,7 +65,7 @@ def encode(name: str, directory: str) -> None:
     grid = family.grid()
     sizes = [tiny_pipelines.SIZES.get(family.card.name, (32, 32))] * 2
     if name in DEEPER:  # odd numbers of rows
-        sizes = [(grid.side, 3 * grid.side), (3 * grid.side, 5 * grid.side)]
+        sizes = [(grid.side, 5 * grid.side), (3 * grid.side, 5 * grid.side)]
     frames = 1 if grid.still else tiny_pipelines.FRAMES.get(family.config.get("patch_size_t"), 9)
     draw = torch.Generator().manual_seed(7)
     made = []
@@ -77,8 +77,10 @@ def encode(name: str, directory: str) -> None:
             for at in range(2)
         ]  # fmt: skip
         text = {n: pad_sequence([row[n][0] for row in rows], batch_first=True) for n in rows[0]}
-        if not name.startswith(FIXED) or name == "cogvideox1.5":
+        if name in DEEPER or not name.startswith(FIXED):
             text = {n: t[:, :ROWS] if t.ndim > 2 or "mask" in n else t for n, t in text.items()}
+        for mask in (t for n, t in text.items() if "mask" in n and name in DEEPER):
+            mask[0, -1:] = mask[1, -3:] = 0
         tensors = {**text, **family.encode_media(pipe, pixels), "weight": torch.tensor([1.0, 1.0])}
         made.append((tensors, grid.tokens(frames, height, width)))
     torch.save(made, Path(directory, "features.pt"))

@@ -14,13 +14,14 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.models import tiny
-from tests.parallel import dits
+from tests.parallel import dits, parity_dits
 from tests.parallel.harness import run
 from tests.parallel.layouts import STEPS, Layout, Parity, compare, one_process
 
@@ -271,27 +272,88 @@ def row(layout: Layout) -> str:
     return f"{layout.name} ({layout.world})"
 
 
+@dataclass(frozen=True)
+class Table:
+    """Cells of some models under some layouts. about: what stands above it; across: rows are models, not layouts."""
+
+    about: tuple[str, ...]
+    models: tuple[str, ...]
+    layouts: Sequence[Layout]
+    across: bool = False
+
+    def lines(self, cells: Mapping[tuple[str, str], str]) -> list[str]:
+        """Markdown, without models that no cell is of; no lines without any cell."""
+        names = [name for name in self.models if any(model == name for _, model in cells)]
+        layouts = {row(layout): layout for layout in self.layouts}
+        columns, rows = (list(layouts), names) if self.across else (names, list(layouts))
+        body = []
+        for line in rows:
+            pairs = [(column, line) if self.across else (line, column) for column in columns]
+            found = [
+                cells.get((layout, model), "" if layouts[layout].fits(model) else "-")
+                for layout, model in pairs
+            ]
+            if any(cell not in ("", "-") for cell in found):
+                body.append(f"| {line} | " + " | ".join(found) + " |")
+        if not body:
+            return []
+        corner = "model" if self.across else "layout (processes)"
+        return [
+            *self.about,
+            f"| {corner} | " + " | ".join(columns) + " |",
+            "|---|" + "---|" * len(columns),
+            *body,
+        ]
+
+
+LANGUAGE = Table((), tiny.NAMES, MATRIX)
+DENOISERS = Table(
+    (
+        "",
+        "## Diffusion transformers",
+        "",
+        "Tiny pipelines of diffusers' classes, their denoiser with four blocks (of both kinds, where it has two) and four",
+        "heads. The global batch is four micro-batches of two samples in two shapes whose numbers of tokens are odd, encoded",
+        "by the pipeline's own encoders, noise mixed in by the family's objective; the loss is the family's own.",
+        "",
+    ),
+    parity_dits.MODELS,
+    parity_dits.MATRIX,
+)
+OTHERS = Table(
+    ("", "## Every other generating model", "", "Measured in the same way, with the layers and heads that the tests' pipelines have.", ""),
+    parity_dits.OTHERS,
+    parity_dits.SHARDED,
+    across=True,
+)  # fmt: skip
+TABLES = (LANGUAGE, DENOISERS, OTHERS)
+
+
 def read(text: str) -> Cells:
-    """The cells of a table that `table` wrote."""
-    lines = [
-        [part.strip() for part in line.strip("|").split(" | ")]
-        for line in text.splitlines()
-        if line.startswith("| ")
-    ]
-    names = lines[0][1:] if lines else []
-    return {
-        (cells[0], name): cell
-        for cells in lines[1:]
-        for name, cell in zip(names, cells[1:], strict=True)
-        if cell and cell != "-"
-    }
+    """The cells of the tables that `table` wrote."""
+    cells: Cells = {}
+    header: list[str] = []
+    for line in text.splitlines():
+        if not line.startswith("| "):
+            if not line.startswith("|---"):
+                header = []
+            continue
+        parts = [part.strip() for part in line.strip("|").split(" | ")]
+        if not header:
+            header = parts
+            continue
+        for column, value in zip(header[1:], parts[1:], strict=True):
+            key = (column, parts[0]) if header[0] == "model" else (parts[0], column)
+            if value and value != "-":
+                cells[key] = value
+    return cells
 
 
-def table(cells: Mapping[tuple[str, str], str], layouts: Sequence[Layout] = MATRIX) -> str:
-    """Markdown: rows are layouts, columns are models, cells are loss / gradients / weights. Other rows are dropped."""
+def table(cells: Mapping[tuple[str, str], str]) -> str:
+    """Markdown: cells are loss / gradients / weights. Other rows are dropped."""
+    import diffusers
     import transformers
 
-    names = [name for name in tiny.NAMES if any(model == name for _, model in cells)]
     lines = [
         "# Parity",
         "",
@@ -302,17 +364,10 @@ def table(cells: Mapping[tuple[str, str], str], layouts: Sequence[Layout] = MATR
         f"experts. `-` is a layout that the model does not have, an empty cell was not measured; above {BOUND:.0e} a cell",
         "would be marked.",
         "",
-        f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}.",
+        f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}, diffusers {diffusers.__version__}.",
         "",
-        "| layout (processes) | " + " | ".join(names) + " |",
-        "|---|" + "---|" * len(names),
     ]
-    for layout in layouts:
-        name = row(layout)
-        found = [cells.get((name, model), "" if layout.fits(model) else "-") for model in names]
-        if any(cell not in ("", "-") for cell in found):
-            lines.append(f"| {name} | " + " | ".join(found) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + [line for each in TABLES for line in each.lines(cells)]) + "\n"
 
 
 def cell(result: Parity) -> str:
@@ -325,17 +380,18 @@ def cell(result: Parity) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("docs/parity.md"))
-    parser.add_argument("--models", nargs="+", default=list(tiny.NAMES), choices=tiny.NAMES)
+    everything = [name for each in TABLES for name in each.models]
+    parser.add_argument("--models", nargs="+", default=everything, choices=everything, metavar="NAME")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name holds one of these")
     parser.add_argument("--missing", action="store_true", help="only cells that the table lacks")
     asked = parser.parse_args(arguments)
-    merging = asked.only or asked.missing or len(asked.models) < len(tiny.NAMES)
+    merging = asked.only or asked.missing or len(asked.models) < len(everything)
     cells = read(asked.output.read_text()) if merging and asked.output.is_file() else {}
     bad = 0
     for name in asked.models:
         layouts = [
             layout
-            for layout in MATRIX
+            for layout in next(each.layouts for each in TABLES if name in each.models)
             if layout.fits(name)
             and (not asked.only or any(text in layout.name for text in asked.only))
             and not (asked.missing and (row(layout), name) in cells)

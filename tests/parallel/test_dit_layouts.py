@@ -18,13 +18,7 @@ from polymodal.parallel.mesh import Mesh, ParallelSizes
 from tests.parallel.harness import run
 from tests.parallel.layouts import Layout
 from tests.parallel.parity import BOUND, parity
-
-TENSOR = [
-    Layout("TP 2", 2, {"tp": 2, "sp": False}),
-    Layout("TP 2 + SP, full recompute", 2, {"tp": 2, "recompute": "full"}),
-    Layout("LoRA, TP 2 + SP", 2, {"tp": 2}, lora=True),
-    Layout("FSDP2 x 2, TP 2 + SP", 4, {"tp": 2}),
-]
+from tests.parallel.parity_dits import MATRIX, MODELS, OTHERS
 
 
 def equal(name: str, layouts: list[Layout]) -> None:
@@ -32,16 +26,32 @@ def equal(name: str, layouts: list[Layout]) -> None:
         assert max(result.loss, result.gradients, result.norm, result.weights) < BOUND, result
 
 
-def test_two_streams_over_a_tensor_parallel_group_are_the_single_process():
-    equal("hunyuan-video", [Layout("TP 2 + SP", 2, {"tp": 2})])
+def test_two_streams_and_masked_text_are_the_single_process():
+    layouts = [
+        Layout("TP 2 + SP", 2, {"tp": 2}),
+        Layout("ring 2", 2, {"cp": 2, "ulysses": 1}),
+        Layout("PP 2, 1 + 3 blocks", 2, {"pp": 2, "pp_layers": {"blocks": [1, 3]}}),
+    ]
+    equal("hunyuan-video", layouts)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["wan", "wan-i2v", "wan2.2-5b", "flux", "cogvideox", "sd3.5", "hunyuan-video-i2v"]
-)
-def test_a_tensor_parallel_group_is_the_single_process(name: str):
-    equal(name, TENSOR)
+@pytest.mark.parametrize("at", range(len(MODELS)), ids=MODELS)
+def test_every_layout_is_the_single_process(at: int):
+    """Every layout on one of the models, in turns; `make parity` measures all of them."""
+    equal(MODELS[at], MATRIX[at :: len(MODELS)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wan-i2v", "wan2.2-5b", "hunyuan-video-i2v", "cogvideox"])
+def test_the_other_forms_of_these_models_are_cut_alike(name: str):
+    equal(name, [Layout("TP 2 + SP", 2, {"tp": 2}), Layout("ring 2", 2, {"cp": 2, "ulysses": 1})])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_sharded_model_is_the_single_process(name: str):
+    equal(name, [Layout("FSDP2 x 2", 2)])
 
 
 @pytest.mark.parametrize("name", ["wan2.1", "wan2.2", "flux.1", "hunyuan-video", "cogvideox", "sd3"])
@@ -71,3 +81,9 @@ def _layer_norm_across(rank: int) -> str:
 def test_a_norm_over_all_heads_that_is_no_rms_norm_is_refused():
     for message in run(2, _layer_norm_across):
         assert "`norm_q` is a LayerNorm over all heads" in message and "Set parallel.tp to 1" in message
+
+
+def test_stages_hand_on_whole_streams_which_no_sequence_parallel_group_cuts():
+    card = catalog.cards()["wan2.1"]
+    (reason,) = layout.check(card, {"num_attention_heads": 4}, ParallelSizes(2, 1, 1, 2, 1))
+    assert "what stages of wan2.1 hand on is not cut over ranks" in str(reason)

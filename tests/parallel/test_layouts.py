@@ -125,10 +125,13 @@ def test_the_table_is_merged_row_by_row():
         (row(Layout("TP 2", 2)), "qwen3-vl"): "**1e-03 / 0 / 0**",
         (row(Layout("FSDP2 x 2", 2)), "qwen3-vl"): "0 / 0 / 0",
         ("a layout that is gone (2)", "qwen3-vl"): "0 / 0 / 0",
+        (row(Layout("TP 2", 2)), "flux"): "0 / 0 / 3e-16",
+        (row(Layout("FSDP2 x 2", 2)), "sana"): "0 / 1e-16 / 0",
     }
     text = table(cells)
     assert (
         "| layout (processes) | qwen2-vl | qwen3-vl |" in text and "| FSDP2 x 2 (2) |  | 0 / 0 / 0 |" in text
     )
+    assert "| layout (processes) | flux |" in text and "| sana | 0 / 1e-16 / 0 |  |" in text
     del cells["a layout that is gone (2)", "qwen3-vl"]
     assert read(text) == cells and table(read(text)) == text

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from polymodal.errors import PolymodalError
 from polymodal.models import catalog
 from polymodal.parallel import uniform
 from polymodal.parallel.context import Context
@@ -118,5 +119,23 @@ def test_rows_of_no_stream_and_of_streams_too_alike_are_refused():
     with pytest.raises(ValueError, match="7 rows leave the model"):
         cut.gather(torch.zeros(1, 7, 2), 1)
     query = torch.zeros(1, 5, 2, 4)
-    with pytest.raises(ValueError, match="without a mask"):
-        uniform.attention(query, query, query, attn_mask=torch.ones(5, 5), _parallel_config=cut)
+    cut.lengths = {("x", "hidden_states"): 9, ("y", "encoder_hidden_states"): 7}
+    with pytest.raises(ValueError, match="without causal order"):
+        uniform.attention(query, query, query, is_causal=True, _parallel_config=cut)
+    with pytest.raises(ValueError, match=r"of 16 rows knows masks of its keys, not torch.float32 \[5, 5\]"):
+        cut.kept(torch.ones(5, 5))
+
+
+def test_a_sequence_with_fewer_rows_than_ranks_is_refused_with_both_numbers():
+    class Four:
+        size, rank = 4, 0
+
+    cut = uniform.UniformCut(Four())  # type: ignore[arg-type]
+    with pytest.raises(
+        PolymodalError, match=r"3 tokens \(hidden_states\) cannot be cut over parallel.cp = 4"
+    ):
+        cut.cut(torch.zeros(1, 3, 2), 1, ("x", "hidden_states"))
+    rows = [uniform.UniformCut(type("Rank", (), {"size": 4, "rank": r})()) for r in range(4)]  # type: ignore[arg-type]
+    for own in rows:
+        own.lengths = {("x", "hidden_states"): 9}
+    assert [own.leading(5) for own in rows] == [2, 2, 1, 0]  # of 2, 2, 2 and 3

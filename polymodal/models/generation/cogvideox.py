@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.data.sample import Batch
-from polymodal.models.card import ModelCard, Process, Size
+from polymodal.models.card import Chain, ModelCard, Process, Size
 from polymodal.models.diffusion import Generation, LatentGrid
 from polymodal.models.generation.pictures import discrete_process
 
@@ -116,6 +116,19 @@ CARD = ModelCard(
         "embedders": ("patch_embed", "time_embedding", "ofs_embedding"),
         "output": ("norm_final", "norm_out", "proj_out"),
     },
+    pipeline={
+        "blocks": Chain(
+            "transformer_blocks.*",
+            first=("patch_embed", "time_embedding", "ofs_embedding?"),
+            last=("norm_final", "norm_out", "proj_out"),
+            carry=("time_embedding", "ofs_embedding?"),
+        )
+    },
+    sequence_plan={
+        "": {"image_rotary_emb": 0},
+        "transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1},
+    },
+    sequence_exit="proj_out",
     streams=("hidden_states", "encoder_hidden_states"),
     tensor_plan={
         "": "stream",
@@ -137,8 +150,6 @@ CARD = ModelCard(
     },
     limits={
         "ep": "it has no experts",
-        "cp": "the cut of its sequence over ranks is not built",
-        "pp": "its stages are not built",
     },
     sizes={
         "2b": Size("zai-org/CogVideoX-2b", 1.69, 30, devices=8, layout={"dp_shard": -1}),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.data.sample import Batch
-from polymodal.models.card import ModelCard, Process, Size
+from polymodal.models.card import Chain, ModelCard, Process, Size
 from polymodal.models.generation.pictures import Pictures, flow_process, packed, positions, unpacked
 
 
@@ -79,6 +79,14 @@ CARD = ModelCard(
         "output": ("norm_out", "proj_out"),
     },
     streams=("encoder_hidden_states", "hidden_states"),
+    pipeline={
+        "blocks": Chain(
+            ("transformer_blocks.*", "single_transformer_blocks.*"),
+            first=("x_embedder", "context_embedder", "time_text_embed"),
+            last=("norm_out", "proj_out"),
+            carry=("time_text_embed",),
+        )
+    },
     sequence_plan={"": {"hidden_states": 1, "encoder_hidden_states": 1, "img_ids": 0, "txt_ids": 0}},
     sequence_exit="proj_out",
     tensor_plan={
@@ -110,7 +118,6 @@ CARD = ModelCard(
     pipelines={"text-to-image": "FluxPipeline", "image-to-image": "FluxImg2ImgPipeline"},
     limits={
         "ep": "it has no experts",
-        "pp": "its stages are not built",
     },
     sizes={
         "dev": Size("black-forest-labs/FLUX.1-dev", 11.9, 57, devices=8, layout={"dp_shard": -1}),

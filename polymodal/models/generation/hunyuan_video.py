@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from polymodal.data.sample import Batch
 from polymodal.errors import PolymodalError
-from polymodal.models.card import ModelCard, Process, Size
+from polymodal.models.card import Chain, ModelCard, Process, Size
 from polymodal.models.diffusion import Generation, LatentGrid
 from polymodal.models.generation.pictures import flow_process
 
@@ -97,6 +97,19 @@ CARD = ModelCard(
         "embedders": ("x_embedder", "context_embedder", "time_text_embed"),
         "output": ("norm_out", "proj_out"),
     },
+    pipeline={
+        "blocks": Chain(
+            ("transformer_blocks.*", "single_transformer_blocks.*"),
+            first=("x_embedder", "context_embedder", "time_text_embed"),
+            last=("norm_out", "proj_out"),
+            carry=("time_text_embed",),
+        )
+    },
+    sequence_plan={
+        "rope": {0: 0, 1: 0},
+        "transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1},
+    },
+    sequence_exit="proj_out",
     streams=("hidden_states", "encoder_hidden_states"),
     leading="num_tokens",
     tensor_plan={
@@ -128,8 +141,6 @@ CARD = ModelCard(
     pipelines={"text-to-video": "HunyuanVideoPipeline"},
     limits={
         "ep": "it has no experts",
-        "cp": "the cut of its sequence over ranks is not built",
-        "pp": "its stages are not built",
     },
     sizes={"13b": Size("hunyuanvideo-community/HunyuanVideo", 12.82, 60, devices=8, layout={"dp_shard": -1})},
     verified="tiny models of the class: trained, exported, opened and sampled by diffusers' pipeline",

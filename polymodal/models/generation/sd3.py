@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from polymodal.data.sample import Batch
-from polymodal.models.card import ModelCard, Size
+from polymodal.models.card import Chain, ModelCard, Size
 from polymodal.models.generation.pictures import Pictures
 
 
@@ -42,6 +42,16 @@ CARD = ModelCard(
         "embedders": ("pos_embed", "context_embedder", "time_text_embed"),
         "output": ("norm_out", "proj_out"),
     },
+    pipeline={
+        "blocks": Chain(
+            "transformer_blocks.*",
+            first=("pos_embed", "context_embedder", "time_text_embed"),
+            last=("norm_out", "proj_out"),
+            carry=("time_text_embed",),
+        )
+    },
+    sequence_plan={"transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1}},
+    sequence_exit="proj_out",
     streams=("encoder_hidden_states", "hidden_states"),
     tensor_plan={
         "": "stream",
@@ -74,8 +84,6 @@ CARD = ModelCard(
     },
     limits={
         "ep": "it has no experts",
-        "cp": "the cut of its sequence over ranks is not built",
-        "pp": "its stages are not built",
     },
     sizes={
         "2b": Size(

@@ -1,0 +1,44 @@
+"""The layouts of diffusion transformers in the parity table; parity.py measures and writes them. Tests only."""
+
+from __future__ import annotations
+
+from tests.models import tiny_pipelines
+from tests.parallel.dits import DEEPER
+from tests.parallel.layouts import Layout
+
+MODELS = tuple(DEEPER)
+"""Models of the table of layouts: four blocks each (of two kinds, where a model has them), four heads."""
+
+OTHERS = tuple(name for name in tiny_pipelines.MAKERS if name not in DEEPER)
+"""Every other generating model: sharded by FSDP2."""
+
+VIRTUAL = {"pp_schedule": "Interleaved1F1B", "pp_layers": {"blocks": [[1, 1], [2, 0]]}}
+MATRIX = [
+    Layout("FSDP2 x 2", 2),
+    Layout("FSDP2 x 3, uneven", 3),
+    Layout("FSDP2 x 2, full recompute", 2, {"recompute": "full"}),
+    Layout("HSDP 2 x 2", 4, {"dp_replicate": 2}),
+    Layout("TP 2", 2, {"tp": 2, "sp": False}),
+    Layout("TP 2 + SP", 2, {"tp": 2}),
+    Layout("TP 4 + SP", 4, {"tp": 4}),
+    Layout("FSDP2 x 2, TP 2", 4, {"tp": 2, "sp": False}),
+    Layout("FSDP2 x 2, TP 2 + SP, full recompute", 4, {"tp": 2, "recompute": "full"}),
+    Layout("LoRA, TP 2 + SP", 2, {"tp": 2}, lora=True),
+    Layout("Ulysses 2", 2, {"cp": 2}),
+    Layout("Ulysses 3", 3, {"cp": 3, "ulysses": 3}),
+    Layout("ring 2", 2, {"cp": 2, "ulysses": 1}),
+    Layout("ring 2, full recompute", 2, {"cp": 2, "ulysses": 1, "recompute": "full"}),
+    Layout("Ulysses 2 x ring 2", 4, {"cp": 4, "ulysses": 2}),
+    Layout("FSDP2 x 2, Ulysses 2, full recompute", 4, {"cp": 2, "recompute": "full"}),
+    Layout("Ulysses 2, TP 2 + SP", 4, {"cp": 2, "tp": 2}),
+    Layout("LoRA, ring 2", 2, {"cp": 2, "ulysses": 1}, lora=True),
+    Layout("PP 2, 1 + 3 blocks", 2, {"pp": 2, "pp_layers": {"blocks": [1, 3]}}),
+    Layout("PP 2, what follows the blocks alone at the end", 2, {"pp": 2, "pp_layers": {"blocks": [4, 0]}}),
+    Layout("PP 2 x 2 virtual, [[1, 1], [2, 0]]", 2, {"pp": 2, **VIRTUAL}),
+    Layout("PP 2 x 2 virtual, ZBVZeroBubble", 2, {"pp": 2, "pp_schedule": "ZBVZeroBubble"}),
+    Layout("PP 4", 4, {"pp": 4}),
+    Layout("PP 2, FSDP2 x 2, full recompute", 4, {"pp": 2, "recompute": "full"}),
+    Layout("PP 2, TP 2 + SP", 4, {"pp": 2, "tp": 2}),
+    Layout("LoRA, PP 2", 2, {"pp": 2}, lora=True),
+]
+SHARDED = [Layout("FSDP2 x 2", 2), Layout("FSDP2 x 2, full recompute", 2, {"recompute": "full"})]
