@@ -146,6 +146,21 @@ def _opened(dataset: Dataset, names: Attr, key: str) -> Iterator[tuple[Rows, str
             yield Captioned(open_rows(path), dataset.caption, names), folder
 
 
+def check_path(dataset: Dataset, key: str) -> None:
+    """Raise PolymodalError when a dataset's path cannot be opened; nothing is read. What is drawn first may be missing."""
+    root = os.path.expanduser(dataset.path)
+    if dataset.generate and (os.path.isdir(root) or not os.path.exists(root)):
+        return
+    if dataset.caption is not None and os.path.isdir(root) and not any(map(_is_data, os.listdir(root))):
+        if not len(Folder(root)):
+            raise PolymodalError(
+                f"{key} = {dataset.path}: the directory holds neither data files nor pictures or clips.",
+                "Check the path.",
+            )
+        return
+    expand(dataset.path, key)
+
+
 def _is_data(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in OPENERS and not name.startswith(".")
 

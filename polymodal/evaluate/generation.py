@@ -401,6 +401,8 @@ def main(
     if result is not None:
         console = Console()
         console.print(results.table(result))
+        if result.metric == "none":
+            console.print("nothing was measured: name --clip, --classifier, or --real with --features")
         if result.errors:
             console.print(f"{result.errors} could not be made")
         if result.resumed:

@@ -71,7 +71,7 @@ def needs(recipe: Recipe) -> int:
 
 def static(recipe: Recipe, world: int, problems: Problems) -> None:
     """Sizes, paths, names of packages, environment variables, the output directory."""
-    from polymodal.data.source import expand
+    from polymodal.data.source import check_path
     from polymodal.parallel.mesh import ParallelSizes
 
     problems.run(ParallelSizes.of, recipe.parallel, world)
@@ -82,7 +82,7 @@ def static(recipe: Recipe, world: int, problems: Problems) -> None:
             "The recipe has no data.datasets.", "Add at least one, e.g. data.datasets: [{path: train.json}]."
         )
     for key, dataset in _datasets(recipe):
-        problems.run(expand, dataset.path, f"{key}.path")
+        problems.run(check_path, dataset, f"{key}.path")
         if dataset.media_dir is not None and not os.path.isdir(os.path.expanduser(dataset.media_dir)):
             problems.add(
                 f"{key}.media_dir = {dataset.media_dir}: the directory does not exist.",

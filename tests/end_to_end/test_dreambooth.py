@@ -157,3 +157,16 @@ def test_a_directory_of_pictures_is_a_dataset_and_rows_keep_their_own_caption(su
     listed = open_corpus([recipes.Dataset(path=str(rows), caption="all")])
     assert [r.extra["captions"] for r in listed] == [("all",), ("own",)]
     assert listed.parts[0].fingerprint != open_corpus([recipes.Dataset(path=str(rows), caption="x")]).parts[0].fingerprint  # fmt: skip
+
+
+def test_the_command_asks_no_data_file_of_a_directory_of_pictures(source, subject, tmp_path):
+    from polymodal.train.check import Problems, static
+
+    made = recipe(source, subject, tmp_path / "not there yet", tmp_path)
+    problems = Problems()
+    static(made, 1, problems)
+    assert not problems.errors
+    (tmp_path / "empty").mkdir()
+    made.data.datasets[0].path = str(tmp_path / "empty")
+    static(made, 1, problems)
+    assert len(problems.errors) == 1 and "neither data files nor pictures" in str(problems.errors[0])
