@@ -270,6 +270,14 @@ def test_files_that_are_no_checkpoints(tmp_path):
         reading.dcp(tmp_path)
 
 
+def test_every_difference_has_its_reason():
+    text = page.TEXT.read_text(encoding="utf-8").partition("## What differs")[2].partition("\n## ")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line
+    ]
+    assert len(rows) > 20 and all(len(row) == 3 and all(row) for row in rows), rows
+
+
 def test_the_page_is_the_printed_one():
     current = (layouts.Path(page.__file__).parents[2] / "docs/convert.md").read_text(encoding="utf-8")
     assert current == page.page(), "python -m polymodal.convert.page > docs/convert.md"
