@@ -107,7 +107,7 @@ def torch_places(path: Path, slots: Iterable[str]) -> dict[str, Place]:
 def _rows(item: Item) -> tuple[int, int]:
     """(number, bytes) of a tensor's rows: along its first dimension of more than one value."""
     dim = next((d for d, n in enumerate(item.place.shape) if n > 1), None)
-    if dim is None or item.bytes == 0:
+    if dim is None:
         return 1, item.bytes
     return item.place.shape[dim], item.bytes // item.place.shape[dim]
 
@@ -116,20 +116,27 @@ Slab = tuple[Item, tuple[slice, ...], int]
 """A part of a tensor that lies in one piece: the tensor, its slices, the file's byte where it begins."""
 
 
-def _slabs(group: list[Item]) -> Iterator[Slab]:
-    """Parts of at most SLAB bytes (or one row) of the tensors of a group, by turns."""
-    rows = max(_rows(item)[0] for item in group)
-    step = max(1, SLAB // max(1, *(_rows(item)[1] for item in group)))
-    for begin in range(0, rows, step):
-        for item in group:
-            count, size = _rows(item)
-            end = min(begin + step, count)
-            if begin < end:
-                dim = next((d for d, n in enumerate(item.place.shape) if n > 1), -1)
-                box = tuple(
-                    slice(begin, end) if d == dim else slice(0, n) for d, n in enumerate(item.place.shape)
-                )
-                yield item, box, item.place.offset + begin * size
+@dataclass(frozen=True)
+class Task:
+    """Rows first..last of the tensors of a group, `step` rows at a time."""
+
+    group: tuple[Item, ...]
+    first: int
+    last: int
+    step: int
+
+    def slabs(self) -> Iterator[Slab]:
+        """Parts of at most SLAB bytes (or one row), the tensors by turns."""
+        for begin in range(self.first, self.last, self.step):
+            for item in self.group:
+                count, size = _rows(item)
+                end = min(begin + self.step, count)
+                if begin < end:
+                    dim = next((d for d, n in enumerate(item.place.shape) if n > 1), -1)
+                    box = tuple(
+                        slice(begin, end) if d == dim else slice(0, n) for d, n in enumerate(item.place.shape)
+                    )
+                    yield item, box, item.place.offset + begin * size
 
 
 class _Buffers(threading.local):
@@ -146,26 +153,21 @@ class _Buffers(threading.local):
         return self.held[number][:count].view(dtype).view(sizes)
 
 
-def _tasks(items: list[Item]) -> list[list[Slab]]:
-    """All slabs, in tasks of about TASK bytes; files take turns, so that threads seldom write to the same one."""
+def _tasks(items: list[Item]) -> list[Task]:
+    """All of the tensors in tasks of about TASK bytes; files take turns, so that threads seldom write to the same one."""
     groups: dict[tuple[str, str], list[Item]] = {}
     for item in items:
-        groups.setdefault((item.group, "") if item.group else (str(item.place.path), item.name), []).append(
-            item
-        )
-    queues: dict[Path, list[list[Slab]]] = {}
+        if item.bytes:
+            name = (item.group, "") if item.group else (str(item.place.path), item.name)
+            groups.setdefault(name, []).append(item)
+    queues: dict[Path, list[Task]] = {}
     for group in groups.values():
-        queue = queues.setdefault(group[0].place.path, [])
-        task: list[Slab] = []
-        held = 0
-        for slab in _slabs(group):
-            task.append(slab)
-            held += prod(part.stop - part.start for part in slab[1]) * slab[0].place.dtype.itemsize
-            if held >= TASK:
-                queue.append(task)
-                task, held = [], 0
-        if task:
-            queue.append(task)
+        rows, sizes = max(_rows(item)[0] for item in group), [_rows(item)[1] for item in group]
+        step = max(1, SLAB // max(sizes))
+        each = step * max(1, TASK // (step * sum(sizes)))
+        queues.setdefault(group[0].place.path, []).extend(
+            Task(tuple(group), first, min(first + each, rows), step) for first in range(0, rows, each)
+        )
     lists = list(queues.values())
     return [one[at] for at in range(max(map(len, lists), default=0)) for one in lists if at < len(one)]
 
@@ -186,8 +188,8 @@ def fill(items: list[Item], source: Source, workers: int, verify: bool = True) -
     buffers = _Buffers()
     handles = {path: os.open(path, os.O_RDWR) for path in dict.fromkeys(item.place.path for item in items)}
 
-    def one(task: list[Slab]) -> None:
-        for item, box, at in task:
+    def one(task: Task) -> None:
+        for item, box, at in task.slabs():
             values = buffers.view(0, box, item.place.dtype)
             source.read(item.key, box, values)
             data, handle = memory(values), handles[item.place.path]
@@ -250,8 +252,8 @@ def compare(items: list[Item], written: Mapping[str, Source], source: Source, wo
     """
     buffers = _Buffers()
 
-    def one(task: list[Slab]) -> None:
-        for item, box, _ in task:
+    def one(task: Task) -> None:
+        for item, box, _ in task.slabs():
             want, have = (buffers.view(number, box, item.place.dtype) for number in (0, 1))
             source.read(item.key, box, want)
             written[item.key].read(item.name, box, have)
