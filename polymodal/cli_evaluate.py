@@ -70,7 +70,7 @@ def evaluate(
             from polymodal.evaluate import generation
             from polymodal.generate.pipeline import Settings
 
-            settings = Settings(steps, guidance, height, width, frames, None, 42 if seed is None else seed)
+            settings = Settings(steps, guidance, height, width, frames, None, 42 if seed is None else seed, fps)
             generation.main(
                 checkpoint, facts.name, data, settings=settings, samples=samples, negative=negative, fps=fps or 16.0, real=real, clip=clip,
                 features=features, classifier=classifier, batch_size=batch_size or 1, other=other, **opened, **common,

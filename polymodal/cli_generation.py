@@ -84,7 +84,7 @@ def generate(
         listed += [Prompt(text, None, image, last_image, video, mask, reference) for text in prompt or ()]
         for one in listed:
             one.negative_prompt = one.negative_prompt if one.negative_prompt is not None else negative
-        settings = Settings(steps, guidance, height, width, frames, strength, seed)
+        settings = Settings(steps, guidance, height, width, frames, strength, seed, fps)
         return room.main(
             checkpoint, prompts=listed, settings=settings, out=out, fps=fps, batch_size=batch_size, device=device,
             dtype=dtype, ema=ema, base=base, other=other, revision=revision,

@@ -25,6 +25,8 @@ class Clip(Section):
     """Sizes [height, width] in place of those made from pixels; a medium takes the nearest in shape."""
     crop: Literal["center", "stretch"] = "center"
     """A medium of another shape than its size: keep its centre, or squeeze it."""
+    sound: bool = True
+    """Models of clips with sound: learn it with the pictures, which every clip must then have; false = the pictures alone."""
 
 
 class Diffusion(Section):

@@ -36,6 +36,12 @@ class Clips:
     def __init__(self, clip: Clip, grid: Any, given: Sequence[str] = (), needed: Sequence[str] = ()):
         self.clip, self.grid, self.roles, self.needed = clip, grid, tuple(given), tuple(needed)
         still = grid.still
+        self.sounds = "sound" in self.roles and clip.sound
+        if self.sounds and not clip.fps:
+            raise PolymodalError(
+                "data.clip.fps is null: clips that are learned with their sound have one rate.",
+                "Set data.clip.fps, e.g. 24, or data.clip.sound to false.",
+            )
         for frames in clip.frames:
             if not still and not grid.fits(frames):
                 below = next((f for f in range(frames - 1, 0, -1) if grid.fits(f)), 1)
@@ -61,7 +67,7 @@ class Clips:
             list(grid.patch),
             "cut crop",
         ]
-        keys += [list(self.roles), grid.references] if self.roles else []
+        keys += [list(self.roles), grid.references, grid.sound] if self.roles else []
         self.fingerprint = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
 
     # ------------------------------------------------------------------ measuring, from headers
@@ -91,6 +97,11 @@ class Clips:
                 "Name it in every row, or remove the row.",
             )
         if medium.kind == "image":
+            if self.sounds:
+                raise PolymodalError(
+                    f"{media.label(medium.source)} is a picture, it has no sound.",
+                    "Remove the row, or set data.clip.sound to false.",
+                )
             if self.grid.least > 1:
                 raise PolymodalError(
                     f"{media.label(medium.source)} is a picture, this model learns from clips of {self.grid.least} frames and more.",
@@ -111,6 +122,8 @@ class Clips:
             header = media.video_header(medium.source, self.clip.fps or 24.0)
             height, width = header.height, header.width
             have = len(self._times(header, record))
+            if self.sounds:
+                self._audible(medium, header)
             for role, shown in self._given(record).items():
                 if shown[0].kind == "video":
                     less = len(self._times(media.video_header(shown[0].source, self.clip.fps or 24.0)))
@@ -134,6 +147,19 @@ class Clips:
         frames += self.grid.time * self._references(record)
         tokens = self.grid.tokens(frames, height, width)
         return Measure(tokens, tokens, (frames, height, width))
+
+    def _audible(self, medium: Media, header: media.VideoHeader) -> None:
+        assert self.clip.fps is not None
+        if not header.sound:
+            raise PolymodalError(
+                f"the video {media.label(medium.source)} has no sound.",
+                "Remove the row, or set data.clip.sound to false: all clips are then learned without sound.",
+            )
+        if header.fps < self.clip.fps * 0.999:
+            raise PolymodalError(
+                f"the video {media.label(medium.source)} has {header.fps:g} frames a second, fewer than data.clip.fps = {self.clip.fps:g}.",
+                "Clips that are learned with their sound have one rate: lower data.clip.fps, or remove the row.",
+            )
 
     def _given(self, record: Record) -> dict[str, tuple[Media, ...]]:
         return {r: m for r, m in record.extra.get("given", {}).items() if r in self.roles}
@@ -161,8 +187,9 @@ class Clips:
         return self._decoded(medium_of(record), record, count, *measure.patches[1:])
 
     def given(self, record: Record, measure: Measure) -> dict[str, np.ndarray]:
-        """What the medium is made from, by role, uint8: source and mask [F, H, W, 3] at the medium's own times (a
-        picture stands for all of them), references [N, H, W, 3], whole, on white. Raises PolymodalError."""
+        """What comes with the medium, by role, uint8: source and mask [F, H, W, 3] at the medium's own times (a
+        picture stands for all of them), references [N, H, W, 3], whole, on white; float32: sound [2, samples], and the
+        rate in frames a second. Raises PolymodalError."""
         height, width = measure.patches[1:]
         count = measure.patches[0] - self.grid.time * self._references(record)
         out = {}
@@ -172,7 +199,30 @@ class Clips:
                 continue
             found = self._decoded(shown[0], record, count, height, width)
             out[role] = np.repeat(found, count, axis=0) if len(found) < count else found
+        if "rate" in self.roles:
+            out["rate"] = np.float32(rate := self._rate(record))
+            if self.sounds:
+                medium = medium_of(record)
+                try:
+                    out["sound"] = media.sound(
+                        _source(medium), self.grid.sound, round(count / rate * self.grid.sound), self._begin(record)
+                    )  # fmt: skip
+                except PolymodalError as error:
+                    raise PolymodalError(f"{record.where}: {error.message}", error.hint) from None
         return out
+
+    def _begin(self, record: Record) -> float:
+        """Seconds before a clip's first frame: of its row's `cut`."""
+        header = media.video_header(medium_of(record).source, self.clip.fps or 24.0)
+        return self._times(header, record)[0] / header.fps
+
+    def _rate(self, record: Record) -> float:
+        """Frames a second that a clip is taken at."""
+        medium, asked = medium_of(record), self.clip.fps or 24.0
+        if medium.kind == "image":
+            return asked
+        header = media.video_header(medium.source, asked)
+        return header.fps if header.listed or not self.clip.fps else min(header.fps, self.clip.fps)
 
     def _whole(self, medium: Media, record: Record, height: int, width: int) -> np.ndarray:
         """A picture scaled to lie within the size, in the middle of white."""

@@ -171,6 +171,7 @@ class VideoHeader:
     frames: int
     fps: float
     listed: bool = False  # a list of frame images: these were sampled already
+    sound: bool = False  # there is a sound track
 
     @property
     def duration(self) -> float:
@@ -217,6 +218,7 @@ def video_header(source: Source | tuple[str, ...], fps: float = 2.0) -> VideoHea
     try:
         with _container(source) as container:
             stream = _stream(container, source)
+            sound = bool(container.streams.audio)
             width, height = stream.codec_context.width, stream.codec_context.height
             rate = float(stream.average_rate or stream.guessed_rate or 0)
             frames = int(stream.frames)
@@ -237,7 +239,7 @@ def video_header(source: Source | tuple[str, ...], fps: float = 2.0) -> VideoHea
         raise _fault(source, "video", error) from None
     if _sideways(source):
         height, width = width, height
-    return VideoHeader(height, width, frames, rate or 25.0)
+    return VideoHeader(height, width, frames, rate or 25.0, sound=sound)
 
 
 def video(
@@ -311,6 +313,45 @@ def video(
     except (av.FFmpegError, OSError, ValueError) as error:
         raise _fault(source, "video", error) from None
     return np.stack(frames)
+
+
+def sound(source: Source, rate: int, count: int, after: float = 0.0) -> np.ndarray:
+    """`count` samples of a video's sound from `after` seconds of its first frame on, float32 [2, count] in -1..1 at `rate` a second.
+
+    One channel stands for both; silence fills what is missing before and after. Raises PolymodalError without a track.
+    """
+    import av
+
+    parts: list[np.ndarray] = []
+    have = 0
+    try:
+        with _container(source) as container:
+            if not container.streams.audio:
+                raise PolymodalError(f"the video {label(source)} has no sound.", "Remove the row.")
+            track = container.streams.audio[0]
+            picture = _stream(container, source)
+            begin = float((picture.start_time or 0) * picture.time_base) + after
+            late = float((track.start_time or 0) * track.time_base) - begin
+            skip = round(late * rate)  # below 0: sound before that
+            if skip > 0:
+                parts.append(np.zeros((2, skip), np.float32))
+                have = skip
+            resampler = av.AudioResampler(format="fltp", layout="stereo", rate=rate)
+            for frame in [*container.decode(track), None]:
+                for piece in resampler.resample(frame):
+                    samples = piece.to_ndarray()
+                    drop = min(max(0, -skip), samples.shape[1])
+                    skip += drop
+                    parts.append(samples[:, drop:])
+                    have += samples.shape[1] - drop
+                if have >= count:
+                    break
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise _fault(source, "video", error) from None
+    out = np.zeros((2, count), np.float32)
+    joined = np.concatenate(parts, axis=1)[:, :count] if parts else out[:, :0]
+    out[:, : joined.shape[1]] = joined
+    return out
 
 
 def _container(source: Source) -> Any:

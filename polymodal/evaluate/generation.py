@@ -255,13 +255,13 @@ def _made(
         ]  # fmt: skip
         made = generator.sample(seeded, settings)
         each = round((time.perf_counter() - began) / len(group), 3)
-        for i, prompt, frames in zip(group, seeded, made, strict=True):
+        for place, (i, prompt, frames) in enumerate(zip(group, seeded, made, strict=True)):
             entry: dict[str, Any] = {"id": asked[i].id, "seed": prompt.seed, "seconds": each}
             wrong = suspicion(frames)
             if frames.dtype != np.uint8:
                 yield {**entry, "file": None, "answer": "", "error": f"the sample {wrong}"}
                 continue
-            name = save(folder, i, frames, fps)
+            name = save(folder, i, frames, fps, **generator.heard(place))
             yield {**entry, "file": name, "answer": name, **({"warning": wrong} if wrong else {})}
 
 

@@ -53,8 +53,13 @@ def read_prompts(path: str) -> list[Prompt]:
     return out
 
 
-def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
-    """uint8 [F, H, W, 3] as an H.264 mp4; odd sides lose their last row or column, as the format wants."""
+def write_video(
+    path: Path, frames: np.ndarray, fps: float, sound: np.ndarray | None = None, rate: int = 0
+) -> None:
+    """uint8 [F, H, W, 3] as an H.264 mp4; odd sides lose their last row or column, as the format wants.
+
+    sound: float32 [2, samples] in -1..1 at `rate` a second, as an AAC track.
+    """
     from fractions import Fraction
 
     import av
@@ -65,20 +70,29 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
             "libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "17"}
         )
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        track: Any = container.add_stream("aac", rate=rate, layout="stereo") if sound is not None else None
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
+        if sound is not None:
+            samples = np.ascontiguousarray(sound.clip(-1, 1), dtype=np.float32)
+            heard = av.AudioFrame.from_ndarray(samples, format="fltp", layout="stereo")
+            heard.sample_rate = rate
+            container.mux(track.encode(heard))
+            container.mux(track.encode())
 
 
-def save(folder: Path, number: int, frames: np.ndarray, fps: float) -> str:
+def save(
+    folder: Path, number: int, frames: np.ndarray, fps: float, sound: np.ndarray | None = None, rate: int = 0
+) -> str:
     """uint8 [F, H, W, 3] as NNNN.mp4, or NNNN.png of one frame; there whole or not at all. Returns the file's name."""
     from PIL import Image
 
     name = f"{number:04d}.{'mp4' if len(frames) > 1 else 'png'}"
     partial = folder / f".{os.getpid()}-{name}"
     if len(frames) > 1:
-        write_video(partial, frames, fps)
+        write_video(partial, frames, fps, sound, rate)
     else:
         Image.fromarray(frames[0]).save(partial)
     os.replace(partial, folder / name)
@@ -157,13 +171,12 @@ def main(
                     )
                     for i, p in zip(group, chosen, strict=True)
                 ]
-                for number, given, frames in zip(
-                    group, numbered, generator.sample(numbered, settings), strict=True
-                ):
+                made = generator.sample(numbered, settings)
+                for place, (number, given, frames) in enumerate(zip(group, numbered, made, strict=True)):
                     wrong = suspicion(frames)
                     name = None
                     if frames.dtype == np.uint8:
-                        name = save(folder, number, frames, fps)
+                        name = save(folder, number, frames, fps, **generator.heard(place))
                         if number < SHEET:
                             np.save(folder / f".sheet-{number:04d}.npy", frames)
                     row = {

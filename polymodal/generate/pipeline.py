@@ -10,7 +10,7 @@ import inspect
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Settings:
     frames: int | None = None
     strength: float | None = None
     seed: int = 42
+    fps: float | None = None  # told to pipelines that know of it
 
 
 @dataclass
@@ -63,6 +64,15 @@ class Generator:
     name: str
     identity: str
     device: torch.device
+    sounds: list[np.ndarray] = field(default_factory=list)
+    """Waveforms [2, samples] of the samples made last, where the pipeline makes sound."""
+
+    def heard(self, i: int) -> dict[str, Any]:
+        """The i-th of them and its rate, as `save` takes them; {} without sound."""
+        if not self.sounds:
+            return {}
+        config = self.pipeline.vocoder.config
+        return {"sound": self.sounds[i], "rate": int(config.get("output_sampling_rate", 24000))}
 
     def sample(self, prompts: Sequence[Prompt], settings: Settings, first: int = 0) -> list[np.ndarray]:
         """Samples of like prompts: each uint8 [F, H, W, 3] (pictures: F = 1), or float where it is not finite.
@@ -75,6 +85,7 @@ class Generator:
             "prompt": [p.prompt for p in prompts],
             "num_inference_steps": settings.steps, "guidance_scale": settings.guidance, "height": settings.height,
             "width": settings.width, "num_frames": settings.frames, "strength": settings.strength,
+            "frame_rate": settings.fps,
         }  # fmt: skip
         if any(p.negative_prompt is not None for p in prompts):
             asked["negative_prompt"] = [p.negative_prompt or "" for p in prompts]
@@ -91,6 +102,8 @@ class Generator:
         ]
         asked = {k: v for k, v in self.family.tune(self.pipeline, asked).items() if v is not None}
         known = inspect.signature(type(self.pipeline).__call__).parameters
+        if "frame_rate" not in known:
+            asked.pop("frame_rate", None)
         for key in asked:
             if key not in known:
                 raise PolymodalError(
@@ -116,6 +129,8 @@ class Generator:
             raise PolymodalError(
                 f"{type(self.pipeline).__name__}: {str(error).strip().splitlines()[0]}", "Change that option."
             ) from None
+        heard = getattr(out, "audio", None)
+        self.sounds = [] if heard is None else [one.float().cpu().numpy() for one in heard]
         made = out.frames if hasattr(out, "frames") else np.asarray(out.images)[:, None]
         return [_pixels(np.asarray(one)) for one in made]
 

@@ -113,6 +113,8 @@ class Process:
     prediction: str = "epsilon"
     alphas: tuple[float, ...] = ()  # a_t: cumulated products, as the scheduler has them
     range: tuple[float, float] = (0.0, 1.0)  # of s, where two models share the levels
+    streams: tuple[str, ...] = ()
+    """What is noised and learned beside the latents, at the same level: `<name>_latents` of a sample; it may be missing."""
     first_frame: bool = False  # the first latent frame of a clip is always given: no noise, no loss
     guidance: float | None = (
         None  # the scale that training shows a guidance-distilled model; None: no such input

@@ -31,9 +31,8 @@ class LatentGrid:
     patch: tuple[int, int, int] = (1, 1, 1)  # latent cells that one token holds (frames, height, width)
     still: bool = False  # pictures only: latents have no axis of frames
     least: int = 1  # frames that a sample must have: more than one where a picture does not do
-    references: bool = (
-        False  # pictures that are referred to are latent frames of their own, before the clip's
-    )
+    sound: int = 0  # samples a second of the sound that clips are learned with; 0 = none
+    references: bool = False  # pictures referred to are latent frames of their own, before the clip's
 
     @property
     def side(self) -> int:
@@ -157,10 +156,14 @@ class Generation(Family):
     def encode_media(self, pipeline: Any, pixels: Tensor, **given: Tensor) -> dict[str, Tensor]:
         """Pixels [B, 3, F, H, W] in -1..1 -> `latents` as the denoiser sees them (normalised), and the tensors of `media`.
 
-        given: of the roles of `given` those that a sample has, alike in shape and range (references: F pictures); B is
-        then 1.
+        given: of the roles of `given` those that a sample has, alike in shape and range (references: F pictures; sound
+        [B, 2, samples]; rate [B], frames a second); B is then 1.
         """
         raise NotImplementedError
+
+    def trial(self, frames: int) -> dict[str, Tensor]:
+        """What encode_media is given beside random pixels when an export is proven, by role."""
+        return {}
 
     def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
         """Latents as the denoiser sees them -> pixels [B, 3, F, H, W] in -1..1."""

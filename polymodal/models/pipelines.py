@@ -53,9 +53,12 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def empty(config: Mapping[str, Any]) -> nn.Module:
-    """A diffusers model of a config (with its `_class_name`), float32, parameters on meta and buffers real."""
-    cls = _class("diffusers", str(config["_class_name"]))
+def empty(config: Mapping[str, Any], library: str = "diffusers") -> nn.Module:
+    """A diffusers model of a config (with its `_class_name`), float32, parameters on meta and buffers real.
+
+    library: as model_index.json has it; a name that is no package is one of diffusers' pipelines.
+    """
+    cls = _class(library, str(config["_class_name"]))
     with _parameters_on_meta():
         return cls.from_config(dict(config)).float()
 
@@ -141,9 +144,9 @@ def load_part(directory: str | Path, name: str, dtype: torch.dtype, device: Any 
         raise PolymodalError(
             f"{directory} has no weights of {name}.", "Fetch the whole pipeline in diffusers' layout."
         )
-    if library == "diffusers":
+    if library == "diffusers" or hasattr(_class(library, cls_name), "load_config"):
         config = {**json.loads((folder / "config.json").read_text(encoding="utf-8")), "_class_name": cls_name}
-        model = empty(config)
+        model = empty(config, library)
         weights.load(model, source=folder, device="cpu")
         return cast(model, dtype).to(device).eval().requires_grad_(False)
     with quiet():

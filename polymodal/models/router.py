@@ -43,7 +43,6 @@ COMING: tuple[Coming, ...] = (
     Coming("bagel", "omni", ("image-text-to-text", "text-to-image"), (), ()),
     Coming("opensora-plan", "generation", ("text-to-video", "image-to-video"), ("8.6b",), ("opensoraplan", "opensora", "open-sora"), True),
     Coming("step-video", "generation", ("text-to-video",), (), ("stepvideo",), True),
-    Coming("ltx-2", "generation", ("text-to-video",), (), ("ltx", "ltx2"), True),
     Coming("lumina", "generation", ("text-to-image",), (), ("lumina-mgpt",), True),
     Coming("qwen2.5-omni", "omni", ("any-to-text", "text-to-speech"), ("3b", "7b"), ("qwen2.5omni", "qwen-omni")),
     Coming("qwen3-omni", "omni", ("any-to-text", "text-to-speech"), ("30b-a3b",), ("qwen3omni", "qwen-omni")),

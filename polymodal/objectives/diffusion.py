@@ -70,6 +70,9 @@ def gaussian_weight(s: Tensor, shift: float, steps: int = 1000) -> Tensor:
 class DiffusionObjective:
     """Mean squared error of the prediction: mean over a sample's elements, weighted mean over samples.
 
+    A process with further streams sums their errors, each its own mean over elements: `<name>_latents` becomes
+    `<name>_noisy` and `<name>_target`, and the prediction is extra[<name>] of the model's output.
+
     process: what the family was trained with; settings: the recipe's train.diffusion; tokens: latent tokens of a
     batch's samples, for the dynamic shift. Batches bring `latents` [B, ...], `weight` [B] (0 for a filler), `loss_weight`
     [B] where datasets have one, and in groups `seeds` (one an item, from (seed, epoch, sample)) and `tokens`. Raises PolymodalError for settings that do
@@ -125,7 +128,7 @@ class DiffusionObjective:
                 )
             self.alphas = alphas.float()
         names = [f"noise {self._quantile(i):.3g}" for i in range(settings.quantiles)]
-        self.parts: tuple[str, ...] = (*KINDS, *names)
+        self.parts: tuple[str, ...] = (*KINDS, *names, *process.streams)
         """What losses are told apart by in logs: nll/<part> and tokens/<part>."""
 
     def _quantile(self, i: int) -> float:
@@ -187,13 +190,19 @@ class DiffusionObjective:
         factor = tensors.pop("loss_weight", None)
         if factor is not None:
             weight = weight * factor
+        axes: dict[str, Any] = {"noisy": batch.axes["latents"], "target": batch.axes["latents"]}
+        for name in self.process.streams:
+            beside = tensors.pop(f"{name}_latents", None)
+            if beside is not None:
+                own = torch.stack([torch.randn(beside.shape[1:], generator=g) for g in draws])
+                pair = self._mixed(beside.float(), own.to(beside.device), s.to(beside.device))
+                for part, tensor in zip(("noisy", "target"), pair, strict=True):
+                    tensors[f"{name}_{part}"] = tensor
+                    axes[f"{name}_{part}"] = batch.axes[f"{name}_latents"]
         # one weight for the sum over the batch, one for level and dataset: only the first is in the denominator
         tensors |= {"noisy": mixed, "target": target, "timestep": timestep, "level_weight": weight}
         del tensors["latents"]
-        axes = {
-            n: batch.axes.get(n, batch.axes["latents"] if n in ("noisy", "target") else ("batch",))
-            for n in tensors
-        }
+        axes = {n: axes.get(n) or batch.axes.get(n, ("batch",)) for n in tensors}
         return replace(batch, tensors=tensors, axes=axes, groups={**batch.groups, "quantile": quantile})
 
     def _levels(self, u: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,6 +281,12 @@ class DiffusionObjective:
         else:
             per_sample = error.flatten(1).mean(1)
         weight = batch["weight"]
+        beside: dict[str, Tensor] = {}
+        for name in self.process.streams:
+            wanted = batch.get(f"{name}_target")
+            if wanted is not None:
+                beside[name] = (output.extra[name].float() - wanted).square().flatten(1).mean(1)
+                per_sample = per_sample + beside[name]
         loss = (per_sample * batch["level_weight"] * weight).sum() * inverse[self.term]
         logs = {"loss": loss.detach()}
         counted, count = (per_sample.detach() * weight).sum(), weight.sum()
@@ -280,6 +295,8 @@ class DiffusionObjective:
             parts.append(self.parts[len(KINDS) + batch.groups["quantile"]])
         for part in parts:
             logs |= {f"nll/{part}": counted, f"tokens/{part}": count}
+        for name, own in beside.items():
+            logs |= {f"nll/{name}": (own.detach() * weight).sum(), f"tokens/{name}": count}
         return loss, logs
 
 

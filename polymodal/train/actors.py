@@ -33,17 +33,23 @@ class Encoders:
     ) -> dict[str, Tensor]:
         """uint8 [B, F, H, W, 3] -> latents and image conditions, batch-first, on the device.
 
-        given: for each sample what it is made from, uint8 [F, H, W, 3] by role; then pixels may differ in length and
-        samples are encoded one by one.
+        given: for each sample what comes with it, by role: uint8 [F, H, W, 3], or numbers as they are; then pixels may
+        differ in length and samples are encoded one by one.
         """
         if self.family.given:
             made = [
                 self.family.encode_media(
-                    self.pipeline, self._moved(p[None]), **{r: self._moved(t[None]) for r, t in g.items()}
-                )
+                    self.pipeline,
+                    self._moved(p[None]),
+                    **{
+                        r: t[None].to(self.device) if t.is_floating_point() else self._moved(t[None])
+                        for r, t in g.items()
+                    },
+                )  # fmt: skip
                 for p, g in zip(pixels, given, strict=True)
             ]
-            return {n: torch.cat([one[n] for one in made]).to(self.dtype) for n in made[0]}
+            joined = {n: torch.cat([one[n] for one in made]) for n in made[0]}
+            return {n: t if t.ndim == 1 else t.to(self.dtype) for n, t in joined.items()}
         moved = self._moved(pixels if isinstance(pixels, Tensor) else torch.stack(list(pixels)))
         return {n: t.to(self.dtype) for n, t in self.family.encode_media(self.pipeline, moved).items()}
 

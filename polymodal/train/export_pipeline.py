@@ -164,9 +164,14 @@ def example(family: Any, pipeline: Any) -> Batch:
     pixels = torch.rand(1, 3, frames, 2 * grid.side, 2 * grid.side, generator=draw) * 2 - 1
     tensors: dict[str, Tensor] = {
         **family.encode_text(pipeline, ["a red circle"], **({"pixels": pixels} if family.sees else {})),
-        **family.encode_media(pipeline, pixels, **dict.fromkeys(family.needed, pixels)),
+        **family.encode_media(
+            pipeline, pixels, **dict.fromkeys(family.needed, pixels), **family.trial(frames)
+        ),
     }
     latents = tensors.pop("latents").float()
+    for name in family.process().streams:
+        if f"{name}_latents" in tensors:
+            tensors[f"{name}_noisy"] = tensors.pop(f"{name}_latents").float()
     tensors["noisy"] = 0.5 * latents + 0.5 * torch.randn(latents.shape, generator=draw)
     process = family.process()
     tensors["timestep"] = torch.tensor([0.5 * process.scale if process.kind == "flow" else 500.0])

@@ -39,7 +39,16 @@ class Denoiser:
         def cast(name: str, value: Any) -> Any:
             if isinstance(value, dict):
                 return {k: cast(k, v) for k, v in value.items()}
-            kept = name in ("timestep", "guidance", "time_ids", "img_ids", "txt_ids", "image_rotary_emb")
+            kept = name in (
+                "timestep",
+                "guidance",
+                "time_ids",
+                "img_ids",
+                "txt_ids",
+                "image_rotary_emb",
+                "video_coords",
+                "audio_coords",
+            )
             floating = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
             return value.to(self.dtype) if floating and not kept else value
 
@@ -102,7 +111,9 @@ class Sampler:
         setattr(pipeline, self.family.part, Denoiser(self.model, self.family, self.dtype))
         generator = Generator(pipeline, self.family, "", "", self.device)
         a, ranks, rank = self.asked, self.mesh.sizes.dp, self.mesh.dp_rank
-        settings = Settings(a.steps, a.guidance, a.height, a.width, a.frames, None, self.recipe.train.seed)
+        settings = Settings(
+            a.steps, a.guidance, a.height, a.width, a.frames, None, self.recipe.train.seed, a.fps
+        )
         training = self.model.training
         self.model.eval()
         try:
@@ -112,7 +123,7 @@ class Sampler:
                 prompt = Prompt(a.prompts[chosen], image=a.images[chosen] if a.images else None)
                 (made,) = generator.sample([prompt], settings, chosen)
                 if number < len(a.prompts):
-                    self._keep(folder, number, made)
+                    self._keep(folder, number, made, generator.heard(0))
         finally:
             self.model.train(training)
             setattr(pipeline, self.family.part, None)
@@ -123,13 +134,13 @@ class Sampler:
         self._sheet(folder, step, metrics)
         return folder
 
-    def _keep(self, folder: Path, number: int, made: np.ndarray) -> None:
+    def _keep(self, folder: Path, number: int, made: np.ndarray, heard: dict[str, Any]) -> None:
         wrong = suspicion(made)
         if wrong:
             print(f"warning: sample {number} {wrong}", flush=True)
         if made.dtype != np.uint8:
             return
-        save(folder, number, made, self.asked.fps)
+        save(folder, number, made, self.asked.fps, **heard)
         np.save(folder / f".{number:04d}.npy", made)
 
     def _sheet(self, folder: Path, step: int, metrics: Any) -> None:

@@ -217,8 +217,11 @@ def wanted_settings(recipe: Recipe, family: Any) -> dict[str, Any]:
     from polymodal.models import pipelines
 
     grid = family.grid()
+    clip = recipe.data.clip.model_dump(mode="json")
+    if "sound" not in family.given:
+        del clip["sound"]
     return {
-        **{f"data.clip.{k}": v for k, v in recipe.data.clip.model_dump(mode="json").items()},
+        **{f"data.clip.{k}": v for k, v in clip.items()},
         "latents": [grid.channels, grid.time, grid.space],
         "tensors": sorted([*family.text, *family.media]),
         **{name: pipelines.fingerprint(family.source, name) for name in family.encoders()},

@@ -20,6 +20,28 @@ def frames(colour: str, direction: str, count: int, height: int = 48, width: int
     return out
 
 
+def tone(seconds: float, pitch: float = 440.0, rate: int = 16000) -> np.ndarray:
+    """A sine in the left channel, silence in the right: float32 [2, samples]."""
+    times = np.arange(round(seconds * rate)) / rate
+    left = 0.5 * np.sin(2 * np.pi * pitch * times)
+    return np.stack([left, 0 * left]).astype(np.float32)
+
+
+def sounding(directory: Path, length: int = 9) -> Path:
+    """Two clips with sound; returns the data file."""
+    from polymodal.generate.media import write_video as write
+
+    rows = []
+    (directory / "sounding").mkdir(parents=True, exist_ok=True)
+    for i, (colour, pitch) in enumerate((("red", 440.0), ("blue", 880.0))):
+        path = directory / "sounding" / f"{i}.mp4"
+        write(path, frames(colour, "left", length), 16, tone(length / 16, pitch), 16000)
+        rows.append({"path": str(path.relative_to(directory)), "cap": f"a {colour} square moving left"})
+    file = directory / "sounding.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
 def write_video(path: Path, pixels: np.ndarray, fps: int = 16) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:

@@ -12,7 +12,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from polymodal import recipe as recipes
+from polymodal.data import media
 from polymodal.errors import PolymodalError
+from polymodal.generate.media import save
 from polymodal.generate.pipeline import Prompt, Settings, open_generator
 from polymodal.models import catalog
 from polymodal.train import encode, trainer
@@ -30,6 +32,7 @@ FAMILIES = [
 def data(tmp_path_factory):
     directory = tmp_path_factory.mktemp("clips")
     clips.edits(directory)
+    clips.sounding(directory)
     return clips.data(directory, clips=2, pictures=1, length=9)
 
 
@@ -44,7 +47,8 @@ def stills(tmp_path_factory):
 def recipe(source, family, data, stills, run, **model):
     still = family.grid().still
     if family.given:
-        data, stills = data.parent / "edits.json", stills.parent / "pairs.json"
+        edits = "sounding.json" if family.grid().sound else "edits.json"
+        data, stills = data.parent / edits, stills.parent / "pairs.json"
     return recipes.validate(
         {
             "name": "tiny",
@@ -53,7 +57,7 @@ def recipe(source, family, data, stills, run, **model):
                 "datasets": [{"path": str(stills if still else data)}], "workers": 0, "on_error": "skip", "features": str(run / "features"),
                 "clip": {"frames": [tiny_pipelines.FRAMES.get(family.config.get("patch_size_t"), 9)], "sizes": [tiny_pipelines.SIZES.get(family.card.name, (32, 32))]},
             },
-            "train": {"steps": 3, "global_batch_size": 2, "micro_batch_size": 1 if family.given else 2, "precision": "fp32", "ema": 0.5},
+            "train": {"steps": 3, "global_batch_size": 2, "micro_batch_size": 1 if "references" in family.given else 2, "precision": "fp32", "ema": 0.5},
             "optim": {"lr": 1e-2, "schedule": {"name": "constant", "warmup": 0}},
             "checkpoint": {"dir": str(run / "run"), "asynchronous": False},
             "monitor": {"trackers": []},
@@ -94,7 +98,7 @@ def test_a_family_trains_and_its_export_is_diffusers(name, data, stills, tmp_pat
     )
     if family.given and family.grid().still:
         prompt.image = image
-    elif family.given:
+    elif "source" in family.given:
         shown = {name: str(stills.parent / "edits" / f"{name}.mp4") for name in ("source", "mask")}
         prompt.video, prompt.mask, prompt.references = shown["source"], shown["mask"], [image]
     samples = [
@@ -108,8 +112,9 @@ def test_a_family_trains_and_its_export_is_diffusers(name, data, stills, tmp_pat
     assert not np.array_equal(samples[0], other)
 
 
-def test_what_a_clip_is_made_from_is_encoded_alike_before_and_while_training(data, stills, tmp_path):
-    source = tiny_pipelines.pipeline("vace", tmp_path / "pipeline")
+@pytest.mark.parametrize("name", ["vace", pytest.param("ltx2", marks=pytest.mark.slow)])
+def test_what_comes_with_a_clip_is_encoded_alike_before_and_while_training(name, data, stills, tmp_path):
+    source = tiny_pipelines.pipeline(name, tmp_path / "pipeline")
     family = catalog.family(recipes.Model(source=str(source)))
     losses = {}
     for way in ("cached", "online"):
@@ -121,6 +126,42 @@ def test_what_a_clip_is_made_from_is_encoded_alike_before_and_while_training(dat
         lines = (tmp_path / way / "run" / "metrics.jsonl").read_text().splitlines()
         losses[way] = [json.loads(line).get("loss") for line in lines]
     assert losses["online"] == pytest.approx(losses["cached"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_clips_are_learned_with_their_sound_or_without_it(data, stills, tmp_path):
+    """With it both streams learn and are told apart in the log; without it the other stream's weights stay."""
+    source = tiny_pipelines.pipeline("ltx2", tmp_path / "pipeline")
+    family = catalog.family(recipes.Model(source=str(source)))
+    before = DiffusionPipeline.from_pretrained(source).transformer.state_dict()
+    changed = {}
+    for sound in (True, False):
+        made = recipe(source, family, data, stills, tmp_path / str(sound))
+        made.data.clip.sound, made.train.diffusion.first_frame, made.train.ema = sound, 0.5, None
+        made.optim.weight_decay = 0.0
+        encode.run(made)
+        trainer.run(made)
+        text = (tmp_path / str(sound) / "run" / "metrics.jsonl").read_text()
+        assert ("audio" in text) == sound
+        export(tmp_path / str(sound) / "run", tmp_path / str(sound) / "out")
+        after = DiffusionPipeline.from_pretrained(tmp_path / str(sound) / "out").transformer.state_dict()
+        changed[sound] = {key for key in before if not torch.equal(before[key], after[key])}
+    assert "audio_proj_in.weight" in changed[True] and "proj_in.weight" in changed[True]
+    assert "proj_in.weight" in changed[False]
+    assert not any(key.startswith(("audio_proj", "audio_time")) for key in changed[False])
+
+
+def test_samples_have_sound_and_their_files_too(data, stills, tmp_path):
+    source = tiny_pipelines.pipeline("ltx2", tmp_path / "pipeline")
+    prompts = [Prompt("a red square"), Prompt("a blue square")]
+    asked = Settings(2, 1.0, 32, 64, 9, fps=16.0)
+    generator = open_generator(source)
+    frames = generator.sample(prompts, asked)
+    heard = generator.heard(1)
+    assert heard["rate"] == 16000 and heard["sound"].shape[0] == 2 and np.isfinite(heard["sound"]).all()
+    assert not np.array_equal(generator.heard(0)["sound"], heard["sound"])
+    assert save(tmp_path, 1, frames[1], 16.0, **heard) == "0001.mp4"
+    assert media.video_header(str(tmp_path / "0001.mp4")).sound
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -81,6 +81,7 @@ PUBLISHED = {
     ("hidream", "full"): ("HiDreamImageTransformer2DModel", HIDREAM),
     ("flux2", "dev"): ("Flux2Transformer2DModel", {}),
     ("hunyuan-video", "13b"): ("HunyuanVideoTransformer3DModel", {}),
+    ("ltx-2", "19b"): ("LTX2VideoTransformer3DModel", {}),
     ("hunyuan-video-1.5", "t2v"): ("HunyuanVideo15Transformer3DModel", {}),
     ("hunyuan-video-1.5", "i2v"): ("HunyuanVideo15Transformer3DModel", {}),
     ("hunyuan-video-i2v", "13b"): ("HunyuanVideoTransformer3DModel", {"image_condition_type": "token_replace"}),

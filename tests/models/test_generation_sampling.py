@@ -39,15 +39,15 @@ def picture(family, seed=0):
 
 
 def edit(family):
-    """What a clip is made from, as Clips gives it: uint8 by role; references [N, H, W, 3], else [F, H, W, 3]."""
+    """What comes with a clip, as Clips gives it, of the family's roles: uint8 [F, H, W, 3]; a waveform and a rate."""
     frames = [picture(family, i) for i in range(length(family))]
     mask = np.zeros_like(np.stack(frames))
     mask[2:, 16:] = 255
+    count = round(length(family) / 24 * family.grid().sound)
     made = {
-        "source": np.stack(frames),
-        "mask": mask,
-        "references": np.stack([picture(family, i) for i in (50, 60)]),
-    }
+        "source": np.stack(frames), "mask": mask, "references": np.stack([picture(family, i) for i in (50, 60)]),
+        "sound": np.random.default_rng(1).uniform(-1, 1, (2, count)).astype(np.float32), "rate": np.float32(24),
+    }  # fmt: skip
     return {role: made[role] for role in family.given}
 
 
@@ -82,7 +82,7 @@ def call(family, pipe, steps):
         asked["last_image"] = asked["image"] if getattr(family, "last_frame", False) else None
     if family.given and family.grid().still:
         asked["image"] = Image.fromarray(edit(family)["source"][0])
-    elif family.given:
+    elif "source" in family.given:
         names = {"source": "video", "mask": "mask", "references": "references"}
         asked |= {names[role]: [Image.fromarray(f) for f in shown] for role, shown in edit(family).items()}
     if "use_resolution_binning" in inspect.signature(type(pipe).__call__).parameters:
@@ -105,6 +105,14 @@ def time(args, kwargs):
 NAMES = list(tiny_pipelines.MAKERS)
 
 
+def both(answer, kwargs, made):
+    """The answers for each stream, where there are two."""
+    if "audio_hidden_states" not in kwargs:
+        return (made,)
+    heard = kwargs["audio_hidden_states"]
+    return made, answer(heard, time((), kwargs).flatten()[0].double()).to(heard)
+
+
 def spied_on(family, model, answer):
     """Put answer(noisy, timestep) where the denoiser stands; returns the list of its calls' (args, kwargs)."""
     halves = (
@@ -119,7 +127,7 @@ def spied_on(family, model, answer):
         if noisy.ndim > 3:  # conditions are further channels
             noisy = noisy.narrow(axis, 0, family.grid().channels)
         made = answer(noisy, time(args, kwargs).flatten()[0].double()).to(noisy)
-        return (torch.cat([made, torch.zeros_like(made)], dim=axis) if halves else made,)
+        return both(answer, kwargs, torch.cat([made, torch.zeros_like(made)], dim=axis) if halves else made)
 
     model.forward = forward
     return seen
@@ -165,7 +173,7 @@ def test_the_denoiser_is_given_what_the_pipeline_gives_it(opened, name):
     model = getattr(pipe, family.part)
     seen = spied_on(family, model, lambda noisy, t: torch.zeros_like(noisy))
     try:
-        call(family, pipe, 1)
+        call(family, pipe, 2)
     finally:
         del model.forward
     theirs_args, theirs = seen[0]
@@ -179,10 +187,15 @@ def test_the_denoiser_is_given_what_the_pipeline_gives_it(opened, name):
     extra = {}
     if family.media:
         clip = moved(picture(family)[None]).repeat(1, 1, frames, 1, 1)
-        shown = {r: moved(s) for r, s in edit(family).items()} if family.given else {}
+        shown = {
+            role: moved(s) if s.dtype == np.uint8 else torch.as_tensor(s)[None]
+            for role, s in edit(family).items()
+        }
         with torch.no_grad():
             extra = family.encode_media(pipe, clip, **shown)
         latents = torch.zeros_like(extra.pop("latents"))
+    for name in family.process().streams:
+        extra[f"{name}_noisy"] = extra.pop(f"{name}_latents")
     batch = Batch(
         {**text, **extra, "noisy": latents, "timestep": time(theirs_args, theirs).reshape(-1).float()}, {}
     )
@@ -190,7 +203,7 @@ def test_the_denoiser_is_given_what_the_pipeline_gives_it(opened, name):
 
     def record(*args, **kwargs):
         ours.update(kwargs, args=args)
-        return (torch.zeros_like(stream(args, kwargs)),)
+        return both(lambda noisy, t: noisy, kwargs, torch.zeros_like(stream(args, kwargs)))
 
     family.forward = lambda model: record
     try:
@@ -209,10 +222,13 @@ def test_the_denoiser_is_given_what_the_pipeline_gives_it(opened, name):
         "joint_attention_kwargs",
         "cross_attention_kwargs",
         "hidden_states",
+        "audio_hidden_states",
         "timestep",
         "timestep_cond",
     }
     assert stream(args, ours).shape == stream(theirs_args, theirs).shape
+    if "audio_hidden_states" in theirs:
+        assert ours["audio_hidden_states"].shape == theirs["audio_hidden_states"].shape
     for key in (ours_named.keys() | given.keys()) - skip:
         compare(key, ours_named.get(key), given.get(key))
 

@@ -548,6 +548,60 @@ def hunyuan_video15(image: bool = False) -> Any:
     )  # fmt: skip
 
 
+def gemma3() -> Any:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {
+        "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "head_dim": 8,
+    }  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=45, boi_token_index=44, eoi_token_index=46)
+    )  # fmt: skip
+
+
+def ltx2() -> Any:
+    from diffusers import (
+        AutoencoderKLLTX2Audio,
+        AutoencoderKLLTX2Video,
+        FlowMatchEulerDiscreteScheduler,
+        LTX2Pipeline,
+        LTX2VideoTransformer3DModel,
+    )
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=4, block_out_channels=(8, 8), down_block_types=("LTX2VideoDownBlock3D",) * 2, decoder_block_out_channels=(8, 8),
+        layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 1, 1), spatio_temporal_scaling=(True, True),
+        decoder_spatio_temporal_scaling=(True, True), decoder_inject_noise=(False,) * 3, downsample_type=("spatiotemporal",) * 2,
+        upsample_type=("spatiotemporal",) * 2, upsample_residual=(False, False), upsample_factor=(1, 1), patch_size=1, patch_size_t=1,
+        decoder_causal=False,
+    )  # fmt: skip
+    audio_vae = AutoencoderKLLTX2Audio(base_channels=8, num_res_blocks=1, latent_channels=2, mel_bins=16)
+    denoiser = LTX2VideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, audio_in_channels=8,
+        audio_out_channels=8, audio_num_attention_heads=2, audio_attention_head_dim=4, audio_cross_attention_dim=8, num_layers=2,
+        caption_channels=16, vae_scale_factors=(4, 4, 4),
+    )  # fmt: skip
+    connectors = LTX2TextConnectors(
+        caption_channels=16, text_proj_in_factor=3, video_connector_num_attention_heads=2, video_connector_attention_head_dim=8,
+        video_connector_num_layers=1, video_connector_num_learnable_registers=4, audio_connector_num_attention_heads=2,
+        audio_connector_attention_head_dim=8, audio_connector_num_layers=1, audio_connector_num_learnable_registers=4,
+    )  # fmt: skip
+    vocoder = LTX2Vocoder(
+        in_channels=32, hidden_channels=8, upsample_kernel_sizes=[4, 4], upsample_factors=[2, 2], resnet_kernel_sizes=[3],
+        resnet_dilations=[[1, 3]], output_sampling_rate=16000,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, max_image_seq_len=4096, shift_terminal=0.1
+    )  # fmt: skip
+    return LTX2Pipeline(
+        scheduler=scheduler, vae=vae, audio_vae=audio_vae, text_encoder=gemma3(), tokenizer=copy.deepcopy(tokenizer(1024)), connectors=connectors,
+        transformer=denoiser, vocoder=vocoder,
+    )  # fmt: skip
+
+
 def hunyuan_dit() -> Any:
     from diffusers import DDPMScheduler, HunyuanDiT2DModel, HunyuanDiTPipeline
     from transformers import BertConfig, BertModel
@@ -643,6 +697,7 @@ MAKERS = {
     "hunyuan-dit": hunyuan_dit,
     "flux2": flux2,
     "hidream": hidream,
+    "ltx2": ltx2,
     "hunyuan-video": hunyuan_video,
     "hunyuan-video-1.5": hunyuan_video15,
     "hunyuan-video-1.5-i2v": lambda: hunyuan_video15(True),
@@ -673,7 +728,12 @@ def pipeline(name: str, directory: str | Path) -> Path:
     return Path(directory)
 
 
-SIZES: dict[str, tuple[int, int]] = {"sana": (64, 96), "hidream": (256, 256), "hunyuan-video-1.5": (32, 32)}
+SIZES: dict[str, tuple[int, int]] = {
+    "sana": (64, 96),
+    "hidream": (256, 256),
+    "hunyuan-video-1.5": (32, 32),
+    "ltx-2": (32, 64),
+}
 """Frames of a card's tests, (height, width), where not 32 x 32."""
 
 FRAMES = {2: 5}

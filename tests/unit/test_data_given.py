@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from polymodal.data import features
+from polymodal.data import features, media
 from polymodal.data.clips import Clips
 from polymodal.data.features import Features
 from polymodal.data.source import open_corpus
@@ -124,3 +124,71 @@ def test_a_row_without_a_source_that_the_family_needs_is_named(tmp_path):
     assert pictures.given(pair, measure)["source"].shape == (1, 48, 64, 3)
     with pytest.raises(PolymodalError, match="the row has no `src_video` or `src_image`, the source"):
         pictures.bucket(lone)
+
+
+# ---- sound --------------------------------------------------------------------------------------------------------
+
+SOUND = LatentGrid(4, 4, 4, sound=16000)
+
+
+@pytest.fixture(scope="module")
+def sounding(tmp_path_factory):
+    return made.sounding(tmp_path_factory.mktemp("sounding"), length=20)
+
+
+def hearing(**settings):
+    return Clips(
+        Clip(**{"frames": [9, 17], "sizes": [(48, 64)], "fps": 16, **settings}), SOUND, ("sound", "rate")
+    )
+
+
+def test_a_clip_has_the_sound_of_its_frames(sounding):
+    first, second = records(sounding)
+    measure = hearing().bucket(first)
+    given = hearing().given(first, measure)
+    assert measure.patches == (17, 48, 64) and given["rate"] == 16
+    assert given["sound"].shape == (2, 17000) and given["sound"].dtype == np.float32
+    for record, pitch in ((first, 440), (second, 880)):
+        left, right = hearing().given(record, measure)["sound"]
+        loudest = np.abs(np.fft.rfft(left)).argmax() * 16000 / len(left)
+        assert loudest == pytest.approx(pitch, abs=2) and np.abs(right).max() < 0.05
+    assert set(hearing(sound=False).given(first, measure)) == {"rate"}
+    every_other = hearing(fps=8).given(first, hearing(fps=8).bucket(first))
+    assert every_other["rate"] == 8 and every_other["sound"].shape == (2, 18000)  # 9 frames last longer
+
+
+def test_sound_is_cut_with_the_frames(sounding):
+    rows = json.loads(sounding.read_text())[:1]
+    (whole,) = records(sounding, rows)
+    (part,) = records(sounding, [{**rows[0], "cut": [8, 20]}])
+    measure = hearing().bucket(part)
+    assert measure.patches == (9, 48, 64)
+    cut = hearing().given(part, measure)["sound"]
+    late = hearing().given(whole, hearing().bucket(whole))["sound"][:, 8000:17000]
+    assert cut.shape == late.shape and np.abs(cut - late).max() < 0.02
+
+
+def test_silence_fills_what_a_track_lacks(sounding):
+    source = str(sounding.parent / "sounding/0.mp4")
+    long = media.sound(source, 8000, 40000)
+    assert np.abs(long[0, :8000]).max() > 0.3 and np.abs(long[:, 20000:]).max() == 0
+
+
+def test_clips_that_cannot_be_learned_with_their_sound_are_named(sounding, file):
+    silent = records(file)[1]
+    with pytest.raises(PolymodalError, match="source.mp4 has no sound") as caught:
+        hearing().bucket(silent)
+    assert "data.clip.sound to false" in caught.value.hint
+    assert hearing(sound=False).bucket(silent).patches == (9, 48, 64)
+    heard = records(sounding)[0]
+    with pytest.raises(
+        PolymodalError, match="has 16 frames a second, fewer than data.clip.fps = 24"
+    ) as caught:
+        hearing(fps=24).bucket(heard)
+    with pytest.raises(
+        PolymodalError, match="data.clip.fps is null: clips that are learned with their sound"
+    ):
+        hearing(fps=None)
+    (picture,) = records(file, [{"path": "edits/red.png", "cap": "red"}])
+    with pytest.raises(PolymodalError, match="red.png is a picture, it has no sound"):
+        hearing().bucket(picture)

@@ -294,3 +294,22 @@ def test_a_distilled_model_is_shown_the_guidance_that_the_recipe_says():
     assert "guidance" not in plain.tensors
     with pytest.raises(PolymodalError, match="guidance = 3.5 does not fit .* no guidance scale as an input"):
         DiffusionObjective(Process(), Diffusion(guidance=3.5))
+
+
+def test_a_second_stream_is_noised_at_the_same_level_and_its_error_is_added():
+    o = objective(Process(streams=("audio",)))
+    plain, both = batch(), batch()
+    sound = torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(5))
+    both.tensors["audio_latents"], both.axes["audio_latents"] = sound, ("batch", "none", "none")
+    (made,), (alone,) = o.prepare(None, [both]), o.prepare(None, [plain])
+    assert torch.equal(made["noisy"], alone["noisy"])  # what comes beside changes no draw
+    s = (made["timestep"] / 1000).view(-1, 1, 1)
+    noise = made["audio_target"] + sound
+    assert torch.allclose(made["audio_noisy"], (1 - s) * sound + s * noise, atol=1e-6)
+    assert not torch.equal(noise[0], noise[1]) and float(noise.std()) == pytest.approx(1, abs=0.2)
+    off = Output(made["target"] + 1, extra={"audio": made["audio_target"] + 2})
+    loss, logs = o.loss(off, made, {"diffusion": 1 / 3})
+    assert float(loss) == pytest.approx(1 + 4) and float(logs["nll/audio"]) == pytest.approx(12)
+    assert "audio" in o.parts
+    loss, logs = o.loss(Output(alone["target"] + 1), alone, {"diffusion": 1 / 3})
+    assert float(loss) == pytest.approx(1) and "nll/audio" not in logs

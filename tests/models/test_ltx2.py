@@ -1,0 +1,59 @@
+"""LTX-2's sound: the spectrogram against another library's way of making it, latents of the pipeline's length."""
+
+import numpy as np
+import pytest
+import torch
+from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+
+from polymodal.models import catalog, pipelines
+from polymodal.models.generation import ltx2
+from polymodal.recipe import Model
+from tests.models import clips, tiny_pipelines
+
+
+def test_the_spectrogram_is_that_of_transformers():
+    sound = torch.from_numpy(clips.tone(0.5))[None] + 0.1 * torch.randn(
+        1, 2, 8000, generator=torch.Generator().manual_seed(0)
+    )
+    ours = ltx2.spectrogram(sound, 16000, 160, 64)
+    filters = mel_filter_bank(513, 64, 0.0, 8000.0, 16000, norm="slaney", mel_scale="slaney")
+    for channel in range(2):
+        theirs = spectrogram(
+            sound[0, channel].numpy(), window_function(1024, "hann"), 1024, 160, power=1.0, center=True, pad_mode="reflect",
+            mel_filters=filters, mel_floor=1e-5, log_mel="log",
+        )  # fmt: skip
+        assert ours.shape == (1, 2, 51, 64)
+        assert np.abs(ours[0, channel].numpy().T - theirs).max() < 1e-3
+
+
+@pytest.mark.parametrize(("frames", "rate"), [(9, 24.0), (17, 16.0), (33, 24.0)])
+def test_sound_becomes_as_many_latents_as_the_pipeline_samples(tmp_path, frames, rate):
+    source = tiny_pipelines.pipeline("ltx2", tmp_path / "pipeline")
+    family, pipe = catalog.family(Model(source=str(source))), pipelines.open_pipeline(source)
+    sound = torch.from_numpy(clips.tone(frames / rate))[None]
+    with torch.no_grad():
+        made = family.encode_media(
+            pipe, torch.zeros(1, 3, frames, 32, 32), sound=sound, rate=torch.tensor([rate])
+        )
+    assert made["audio_latents"].shape == (1, round(frames / rate * 25), 8)
+    pipe.audio_vae.latents_mean.fill_(1.0)
+    pipe.audio_vae.latents_std.fill_(2.0)
+    with torch.no_grad():
+        other = family.encode_media(
+            pipe, torch.zeros(1, 3, frames, 32, 32), sound=sound, rate=torch.tensor([rate])
+        )
+    assert torch.allclose(other["audio_latents"], (made["audio_latents"] - 1) / 2, atol=1e-5)
+
+
+def test_latents_come_back_as_the_pixels_that_the_vae_makes_of_them(tmp_path):
+    source = tiny_pipelines.pipeline("ltx2", tmp_path / "pipeline")
+    family = catalog.family(Model(source=str(source)))
+    pipe = pipelines.open_pipeline(source, without=("transformer",))
+    pipe.vae.latents_mean.uniform_(-1, 1)
+    pipe.vae.latents_std.uniform_(0.5, 2)
+    pixels = torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    with torch.no_grad():
+        latents = family.encode_media(pipe, pixels)["latents"]
+        back = family.decode(pipe, latents)
+        direct = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode(), None, return_dict=False)[0]
+    assert latents.shape == (1, *family.grid().shape(5, 32, 32)) and torch.allclose(back, direct, atol=1e-4)
