@@ -87,13 +87,14 @@ def measured(rank: int, source: str, parallel: dict[str, Any], precision: str, t
         "data": {"max_length": tokens},
     })  # fmt: skip
     family = catalog.family(recipe.model)
-    job = Job(recipe, family, Mesh(ParallelSizes.of(recipe.parallel, dist.get_world_size()), "cpu", rank))
+    example = Load(tokens, 0.25, 256).measure(family)
+    mesh = Mesh(ParallelSizes.of(recipe.parallel, dist.get_world_size()), "cpu", rank)
+    job = Job(recipe, family, mesh, example)
     job.fill(seed=0)
     tracker = Tracker()
-    example = Load(tokens, 0.25, 256).measure(family)
     groups = [
         group
-        for module in job.model.modules()
+        for module in job.model.models[0].modules()
         if isinstance(module, FSDPModule)
         for group in module._get_fsdp_state()._fsdp_param_groups
     ]
@@ -119,7 +120,7 @@ def measured(rank: int, source: str, parallel: dict[str, Any], precision: str, t
 
     step.before_backward, memory.to_host = before_backward, counted  # type: ignore[assignment]
     with tracker:
-        tracker.mark(list(job.model.parameters()), "parameters")
+        tracker.mark(list(job.model.all.values()), "parameters")
         tracker.mark(list(job.optimizer.state().values()), "optimizer")
         for name in ("first step", "step"):
             tracker.phase = name
