@@ -63,3 +63,22 @@ def load(directory: Path) -> dict[str, torch.Tensor]:
     from transformers import AutoModelForImageTextToText
 
     return AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).state_dict()
+
+
+def test_adapters_on_experts_resume_under_another_layout_and_are_exported(ground):
+    from safetensors.torch import load_file
+
+    lora = ("model.lora={rank: 2, targets: [q_proj, gate_up_proj, experts.down_proj]}", "optim.lr=0.01")
+    place = (*lora, f"checkpoint.dir={ground / 'adapters'}")
+    run(1, runs, 1, ground, [Job("lora", lora)])
+    run(2, runs, 2, ground, [Job("adapters", (*place, "train.steps=2"), ("parallel.ep=2",))])
+    (said, *_) = run(4, runs, 4, ground, [Job("adapters", place, ("parallel.ep=4", "parallel.tp=2"))])
+    assert not said[0].error
+    got, want = lines(ground, "adapters"), lines(ground, "lora-1")
+    assert [line["loss"] for line in got] == pytest.approx([line["loss"] for line in want], rel=1e-5)
+    made = [export(str(ground / name), str(ground / f"{name}-export")) for name in ("lora-1", "adapters")]
+    assert [each.what for each in made] == ["adapter", "adapter"]
+    one, other = (load_file(Path(each.directory) / "adapter_model.safetensors") for each in made)
+    assert one.keys() == other.keys() and any("experts.base_layer.lora_A" in name for name in one)
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4)
