@@ -2,10 +2,12 @@
 
     python benchmarks/collective_bytes.py [--json FILE]
 
-A Qwen3-VL of the real class with random weights in float32, one pack of text with pictures, forward and backward. Every
-collective is seen by torch's dispatcher, so that FSDP2's and the backward pass's are counted too; what a rank keeps
-counts for nothing. The least, for N ranks that cut it: (N - 1) / N of what is gathered or reduced (twice that for an
-all-reduce), and of a trade or a ring only what others need. Wanted: at most 1.1 x, the sum over all ranks.
+A Qwen3-VL (dense, for experts its MoE) of the real class with random weights in float32, one pack of text with pictures
+(under a pipeline as many as it has stages), forward and backward. Every collective is seen by torch's dispatcher, so that
+FSDP2's and the backward pass's are counted too; what a rank keeps counts for nothing. The least, for N ranks that cut it:
+(N - 1) / N of what is gathered or reduced (twice that for an all-reduce), and of a trade or a ring only what others need;
+of experts a row for each choice that falls on another rank, there and back, forward and backward; of a pipeline what the
+next stage's layers read, and its gradient. Wanted: at most 1.1 x, the sum over all ranks.
 """
 
 from __future__ import annotations
@@ -31,6 +33,10 @@ from torch.utils._pytree import tree_leaves
 LAYERS, WIDTH, HEADS, KEYS, HEAD, TOKENS = 4, 128, 8, 4, 16, 1500
 
 
+WAITS = ("wait_tensor", "_wrap_tensor_autograd")
+"""Functional operators that send nothing."""
+
+
 class Sent(TorchDispatchMode):
     """Bytes that this rank sends to others, by kind of collective."""
 
@@ -39,6 +45,12 @@ class Sent(TorchDispatchMode):
         self.bytes: dict[str, float] = {}
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator.namespace == "_c10d_functional" and operator._opname == "all_to_all_single":
+            tensor, _, splits, name = args
+            group = torch._C._distributed_c10d._resolve_process_group(name)
+            self.add(operator._opname, self.traded(tensor, splits, group.size(), group.rank()))
+        elif operator.namespace == "_c10d_functional" and operator._opname not in WAITS:
+            raise RuntimeError(f"a collective that is not counted: {operator}")
         if operator.namespace == "c10d":
             name = operator._opname
             boxed = next(
@@ -47,6 +59,17 @@ class Sent(TorchDispatchMode):
             group = dist.ProcessGroup.unbox(boxed)
             self.count(name, args, group.size(), group.rank())
         return operator(*args, **(kwargs or {}))
+
+    def add(self, name: str, moved: float) -> None:
+        self.bytes[name] = self.bytes.get(name, 0.0) + moved
+
+    @staticmethod
+    def traded(tensor: torch.Tensor, splits: Sequence[int], size: int, rank: int) -> float:
+        """Of an all-to-all: all but what stays here. splits: rows for each rank, none for equal parts."""
+        whole = tensor.numel() * tensor.element_size()
+        if not splits:
+            return whole * (size - 1) / size
+        return whole * (1 - splits[rank] / sum(splits)) if sum(splits) else 0.0
 
     def count(self, name: str, args: Any, size: int, rank: int) -> None:
         def weight(value: Any) -> float:
@@ -62,27 +85,25 @@ class Sent(TorchDispatchMode):
             moved = (size - 1) / size * weight(args[1])
         elif "alltoall_base" in name:
             splits = [x for x in args if isinstance(x, list) and all(isinstance(i, int) for i in x)]
-            whole = weight(args[1])
-            sizes = splits[1] if len(splits) > 1 else []
-            moved = whole * (1 - sizes[rank] / sum(sizes)) if sum(sizes) else whole * (size - 1) / size
+            moved = self.traded(args[1], splits[1] if len(splits) > 1 else [], size, rank)
         elif name == "send":
             moved = weight(args[0])
         elif name in ("recv_", "barrier"):
             moved = 0
         else:
             raise RuntimeError(f"a collective that is not counted: {name}")
-        self.bytes[name] = self.bytes.get(name, 0.0) + moved
+        self.add(name, moved)
 
 
 def step(rank: int, directory: str, parallel: dict[str, Any]) -> dict[str, Any]:
     """What this rank sent in a step, and what the analytic minimum needs to know."""
     from polymodal.models import catalog, weights
     from polymodal.objectives.language import LanguageObjective
-    from polymodal.parallel.apply import apply
     from polymodal.parallel.batches import BatchLayout
     from polymodal.parallel.mesh import Mesh, ParallelSizes
     from polymodal.recipe import Model, Parallel, Recipe, Train
-    from polymodal.train.step import bind, inverse_weights
+    from polymodal.train.model import LaidOut
+    from polymodal.train.step import Tally, forward_backward, inverse_weights
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -90,27 +111,37 @@ def step(rank: int, directory: str, parallel: dict[str, Any]) -> dict[str, Any]:
         model=Model(source=directory), parallel=Parallel(**parallel), train=Train(precision="fp32")
     )
     family = catalog.family(recipe.model)
-    model = family.build().trained
-    bind(model, family)
     mesh = Mesh(ParallelSizes.of(recipe.parallel, dist.get_world_size()), "cpu", rank)
-    apply(model, family.card, mesh, recipe)
-    weights.load(model, family)
-    layout, objective = BatchLayout(family, mesh, recipe.parallel), LanguageObjective()
-    whole = [batch(family, mesh.dp_rank)]
+    model = LaidOut(lambda: family.build().trained, family, mesh, recipe, torch.device("cpu"))
+    model.fill(lambda part: weights.load(part, family))
+    layout = BatchLayout(family, mesh, recipe.parallel)
+    objective = LanguageObjective(**family.balance(None))
+    whole = [batch(family, mesh.dp_rank + number) for number in range(mesh.sizes.pp)]
     inverse = inverse_weights(objective, whole, layout.weights_group)
-    (own,) = layout(whole)
+    own = layout(whole)
+    tally = Tally(routers=family.routers())
     with Sent() as sent:
-        loss, _ = model(own, lambda output, batch: objective.loss(output, batch, inverse))
-        loss.backward()
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    media = own.media
+        forward_backward(model.runner, objective, own, inverse, tally)
+        if model.ties is not None:
+            model.ties.reduce()
+    choices, ep = tally.values.get("choices"), mesh.sizes.ep
+    routed = 0.0
+    if isinstance(choices, torch.Tensor) and ep > 1:  # [layers, experts]: those of the other ranks
+        mine = choices.chunk(ep, dim=1)[dist.get_rank(mesh.view("ep").get_group())]
+        routed = float(choices.sum() - mine.sum())
+    media = own[0].media
     away = lambda counts: sum(counts) - counts[media.group.rank()] if media is not None else 0  # noqa: E731
+    first = whole[0]
+    tied = [name for tie in model.parts[0].stage.tied for name, _ in tie]
     return {
-        "sent": sent.bytes, "total": sum(sent.bytes.values()), "parameters": sizes, "rows": own["input_ids"].shape[1],
+        "sent": sent.bytes, "total": sum(sent.bytes.values()), "parameters": {n: p.numel() for n, p in model.all.items()},
+        "rows": own[0]["input_ids"].shape[1], "routed": routed, "stage": mesh.at["pp"], "tied": tied[:1],
         "patches": away(media.patches_sent) if media is not None and media.moves else 0,
         "features": away(media.features_sent) if media is not None else 0,
-        "pixels": whole[0]["pixel_values"].shape[1], "tokens": whole[0]["input_ids"].shape[1],
-        "all_patches": whole[0]["pixel_values"].shape[0], "trained": int((whole[0]["weights"] > 0).sum()),
+        "pixels": first["pixel_values"].shape[1], "tokens": first["input_ids"].shape[1],
+        "all_patches": first["pixel_values"].shape[0], "trained": int((first["weights"] > 0).sum()),
+        "all_tokens": sum(each["input_ids"].shape[1] for each in whole),
+        "all_features": sum(each["pixel_values"].shape[0] // 4 for each in whole),
         "depth": family.config.vision_config.depth, "side": family.config.vision_config.hidden_size,
     }  # fmt: skip
 
@@ -135,16 +166,43 @@ def batch(family: Any, number: int) -> Any:
     return pack(samples)
 
 
-def least(name: str, results: Sequence[dict[str, Any]], parallel: dict[str, Any]) -> float:
-    """Bytes that all ranks of a layout together must send: sharded parameters are gathered before forward and, blocks
-    only, again before backward, gradients reduced once; then what the layout's own kind adds."""
-    world, cp = len(results), parallel.get("cp", 1)
-    shards = world // parallel.get("tp", 1)
-    blocks = sum(n for key, n in results[0]["parameters"].items() if ".blocks." in key or ".layers." in key)
-    root = sum(results[0]["parameters"].values()) - blocks
-    tp = parallel.get("tp", 1)
+def states(results: Sequence[dict[str, Any]], parallel: dict[str, Any]) -> float:
+    """Bytes that parameters and gradients cost all ranks: sharded parameters are gathered before forward and, blocks
+    only, again before backward, gradients reduced once over the shards and then over the replicas. A pipeline gathers
+    once a step. Experts are sharded over the ranks that hold the same ones."""
+    world, tp, ep = len(results), parallel.get("tp", 1), parallel.get("ep", 1)
+    replicas, stages = parallel.get("dp_replicate", 1), parallel.get("pp", 1)
+    total = 0.0
+    for result in results:
+        for key, number in result["parameters"].items():
+            spread = ep if ".experts." in key else 1
+            shards = world // tp // replicas // stages // spread
+            passes = 3 if (".blocks." in key or ".layers." in key) and stages == 1 else 2
+            held = number / tp / spread
+            total += held * (shards - 1) / shards * passes
+            total += 2 * (replicas - 1) / replicas * held / shards
+    return total * 4
+
+
+def least(results: Sequence[dict[str, Any]], parallel: dict[str, Any]) -> float:
+    """Bytes that all ranks of a layout together must send: parameters and gradients, then what the layout's own kind
+    adds."""
+    cp, tp, pp, world = parallel.get("cp", 1), parallel.get("tp", 1), parallel.get("pp", 1), len(results)
     levels = 3  # the merger's features and two deeper levels
-    total = world * (shards - 1) / shards * (3 * blocks + 2 * root) / tp * 4
+    total = states(results, parallel)
+    total += sum(result["routed"] for result in results) * WIDTH * 4 * 4
+    if pp > 1:
+        # each data-parallel rank's packs over each cut: hidden states, and deeper levels for the layers behind it
+        for result in results:
+            layers = sum(parallel["pp_layers"]["language"][: result["stage"]])
+            if result["stage"]:
+                deeper = max(0, levels - 1 - layers) * result["all_features"]
+                total += 2 * (result["all_tokens"] + deeper) * WIDTH * 4
+        for name in results[0]["tied"]:
+            held = next(r["parameters"][name] for r in results if name in r["parameters"])
+            total += (
+                2 * held * 4
+            )  # both ends of each line, shards together: (2 - 1) / 2 of it twice, from both
     if tp > 1:
         # two regions a block (attention, MLP), each summed once in forward and once in backward; with sequence
         # parallelism the sum is a gather and a scatter of the same bytes; the loss sums the gradient of its rows
@@ -184,6 +242,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP 2": (2, {"tp": 2, "sp": False}),
     "TP 2 + SP": (2, {"tp": 2}),
     "FSDP2 x 2, pictures dealt out": (2, {"balance_media": True}),
+    "HSDP 2 x 2": (4, {"dp_replicate": 2}),
+    "MoE: FSDP2 x 2, EP 2": (2, {"ep": 2}),
+    "MoE: FSDP2 x 4, EP 2": (4, {"ep": 2}),
+    "MoE: FSDP2 x 4, EP 4": (4, {"ep": 4}),
+    "PP 2": (2, {"pp": 2, "pp_layers": {"language": [2, 2]}}),
+    "PP 4": (4, {"pp": 4, "pp_layers": {"language": [1, 1, 1, 1]}}),
+    "PP 2, FSDP2 x 2": (4, {"pp": 2, "pp_layers": {"language": [2, 2]}}),
 }
 
 
@@ -195,16 +260,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", default="", help="layouts whose name has this in it")
     asked = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         text = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KEYS, "head_dim": HEAD}  # fmt: skip
         overrides = {f"text_config__{key}": value for key, value in text.items()}
-        tiny.checkpoint("qwen3-vl", directory, vision_config__out_hidden_size=WIDTH, **overrides)
+        overrides["vision_config__out_hidden_size"] = WIDTH
+        for kind in ("qwen3-vl", "qwen3-vl-moe"):
+            tiny.checkpoint(kind, f"{directory}/{kind}", **overrides)
         for name, (world, parallel) in LAYOUTS.items():
-            results = run(world, step, directory, parallel, timeout=300)
+            if asked.only not in name:
+                continue
+            source = f"{directory}/{'qwen3-vl-moe' if name.startswith('MoE') else 'qwen3-vl'}"
+            results = run(world, step, source, parallel, timeout=300)
             moved = sum(result["total"] for result in results)
-            needed = least(name, results, parallel)
+            needed = least(results, parallel)
             rows.append({"layout": name, "bytes": moved, "least": needed, "ratio": moved / needed})
             print(f"{name}: {moved / 2**20:.2f} MiB sent by all ranks, the least is {needed / 2**20:.2f}: {moved / needed:.3f} x", results[0]["sent"], flush=True)  # fmt: skip
     if asked.json:

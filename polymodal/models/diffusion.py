@@ -169,6 +169,26 @@ class Generation(Family):
         """Latents as the denoiser sees them -> pixels [B, 3, F, H, W] in -1..1."""
         raise NotImplementedError
 
+    def shapes(self, latents: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Of one sample's text and media tensors beside latents of this shape, by the config alone: what `plan` runs."""
+        raise NotImplementedError
+
+    def example(self, measure: Measure) -> Batch:
+        frames, height, width = measure.patches
+        grid = self.grid()
+        latents = grid.shape(frames, height, width)
+        beside = self.shapes(latents)
+        if {*self.text, *self.media} - set(beside):
+            raise NotImplementedError
+        tensors = {n: torch.zeros(1, *shape) for n, shape in {"latents": latents, **beside}.items()}
+        tensors["weight"] = torch.ones(1)
+        axes: dict[str, Any] = {n: ("batch", *["none"] * (t.ndim - 1)) for n, t in tensors.items()}
+        if not grid.still:
+            axes["latents"] = ("batch", "none", "frame", "none", "none")
+        kind = "video" if frames > 1 else "image"
+        groups = {"seeds": (0,), "tokens": (measure.tokens,), "shape": measure.patches, "kind": kind}
+        return Batch(tensors, axes, (0,), groups=groups)
+
     # ------------------------------------------------------------------ the denoiser
 
     def denoise(self, model: nn.Module, latents: Tensor, timestep: Tensor, batch: Batch) -> Tensor:

@@ -87,7 +87,10 @@ class Hollow(Dropped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         place = tensors[0].device
-        out = self.original[0](*map(_meta, args), **{name: _meta(value) for name, value in kwargs.items()})
+        # under mixed precision the others' parameters are gathered in half precision, this one's are not gathered
+        own = next((p.dtype for p in self.original[0].parameters() if p.is_floating_point()), None)
+        meta = {name: _meta(value, own) for name, value in kwargs.items()}
+        out = self.original[0](*(_meta(value, own) for value in args), **meta)
         if isinstance(out, Tensor):
             return self._zeros(0, out, place)
         return type(out)(self._zeros(at, value, place) for at, value in enumerate(out))
@@ -101,8 +104,10 @@ class Hollow(Dropped):
         return torch.zeros((), dtype=dtype, device=place).expand(like.shape)
 
 
-def _meta(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) else value
+def _meta(value: Any, dtype: torch.dtype | None) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to("meta", dtype if value.is_floating_point() else None)
 
 
 class _Left(Exception):

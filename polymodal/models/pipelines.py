@@ -191,6 +191,25 @@ def open_pipeline(
     return opened
 
 
+def sizes(directory: str | Path, names: Iterable[str] | None = None) -> dict[str, int]:
+    """Parameters of a pipeline's models by their configs alone; names: of these, by default of all."""
+    found = {}
+    for name, entry in read_index(directory).items():
+        config = Path(directory) / name / "config.json"
+        if not isinstance(entry, (list, tuple)) or None in entry or not config.is_file():
+            continue
+        cls = _class(*entry)
+        if not issubclass(cls, nn.Module) or (names is not None and name not in names):
+            continue
+        if entry[0] == "diffusers":
+            model = empty({**json.loads(config.read_text(encoding="utf-8")), "_class_name": entry[1]})
+        else:
+            with torch.device("meta"):
+                model = cls(cls.config_class.from_pretrained(config.parent))
+        found[name] = sum(parameter.numel() for parameter in model.parameters())
+    return found
+
+
 def fingerprint(directory: str | Path, name: str) -> str:
     """A part's identity: its config, and of each file of weights its size and the hash of its first and last MiB."""
     import hashlib

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from polymodal import device
 
@@ -61,20 +61,13 @@ def recompute(
 
     Non-reentrant: keyword arguments, several outputs and inputs without gradient are fine. Blocks in eval mode and
     forwards without gradient run as they are. Random state is restored, so dropout draws the same mask again.
-    offload: the kept results wait on the host; for the inputs see offload_activations.
+    offload: offload_activations comes after, and moves the kept results as well as the inputs.
     """
     extra: dict[str, Any] = {}
     if policy == "selective":
-        chosen = kept_overloads(keep)
-        rule: Any = chosen
-        if offload:
-            operators = frozenset(chosen)
-
-            def rule(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-                kept = operator in operators
-                return CheckpointPolicy.MUST_CPU_OFFLOAD if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-        extra["context_fn"] = partial(create_selective_checkpoint_contexts, rule)
+        extra["context_fn"] = partial(create_selective_checkpoint_contexts, kept_overloads(keep))
+        # torch's own policies for the host recompute instead (2.14); so what is kept goes through offload's hooks
+        extra["respect_saved_tensors_hooks"] = offload
     for block in blocks:
         block.forward = _recomputed(block, block.forward, extra)
 
@@ -105,10 +98,17 @@ def offload_activations(blocks: Iterable[nn.Module]) -> None:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host, pinned when it comes from an accelerator."""
+    """A copy on the host, laid out alike, pinned when it comes from an accelerator."""
     pinned = tensor.device.type != "cpu"
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+    host = torch.empty_like(
+        tensor, device="cpu", pin_memory=pinned
+    )  # strides too: what is computed again sees them
     return host.copy_(tensor.detach(), non_blocking=True)
+
+
+def from_host(tensor: Tensor, to: torch.device) -> Tensor:
+    """A copy where it came from."""
+    return tensor.to(to, non_blocking=True)
 
 
 def _offloaded(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,7 +129,7 @@ def _offloaded(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., A
             return tensor.device, copied[key][1]
 
         def unpack(packed: Any) -> Tensor:
-            return packed if isinstance(packed, Tensor) else packed[1].to(packed[0], non_blocking=True)
+            return packed if isinstance(packed, Tensor) else from_host(packed[1], packed[0])
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return forward(*args, **kwargs)

@@ -21,7 +21,7 @@ from polymodal.parallel.mesh import ParallelSizes
 from polymodal.plan import devices
 from polymodal.plan.devices import Accelerator
 from polymodal.plan.job import Load
-from polymodal.plan.predict import Prediction, per_rank, predict
+from polymodal.plan.predict import Prediction, packs, per_rank, predict
 from polymodal.plan.trace import trace
 from polymodal.plan.tracker import KINDS
 from polymodal.recipe import Recipe
@@ -63,14 +63,14 @@ def ranks_of(sizes: ParallelSizes, question: Question) -> list[int]:
     return [stage * each for stage in range(sizes.pp)]
 
 
-def under_way(recipe: Recipe, sizes: ParallelSizes) -> int:
+def under_way(recipe: Recipe, sizes: ParallelSizes, packed: bool) -> int:
     """Micro-batches that are traced: enough for a step's highest moment, few enough to be quick."""
-    count, stages = per_rank(recipe, sizes), sizes.pp * cuts.rounds(recipe.parallel)
+    count, stages = per_rank(recipe, sizes, packed), sizes.pp * cuts.rounds(recipe.parallel)
     if sizes.pp == 1:
         return min(2, count)
     if recipe.parallel.pp_schedule == "GPipe":
         return count  # all are kept at once
-    least = 2 * stages
+    least = stages + 1 if recipe.parallel.pp_schedule == "1F1B" else 2 * stages
     return next(
         (
             n
@@ -86,23 +86,14 @@ def plan(recipe: Recipe, family: Family, question: Question, progress: bool = Fa
     sizes = ParallelSizes.of(recipe.parallel, question.world)
     for reason in layout.check(family.card, family.config, sizes, recipe.parallel, recipe.model.attention):
         raise reason
-    if type(family).example is Family.example:
-        raise PolymodalError(
-            f"{family.card.name} cannot be planned: its family does not say what a batch without data looks like.",
-            "`polymodal check` estimates the memory of every model.",
-        )
-    if recipe.parallel.offload:
-        raise PolymodalError(
-            f"plan cannot tell apart what parallel.offload = {recipe.parallel.offload} keeps on the host.",
-            "Plan without it: the kinds that it moves are in the table.",
-        )
     compiled = recipe.parallel.compile
     if compiled:  # what a compiler makes of a block is not known without its device
         parallel = recipe.parallel.model_copy(update={"compile": False})
         recipe = recipe.model_copy(update={"parallel": parallel})
-    load = Load.of(recipe, question.media, question.patches)
-    cuts.check_micro_batches(recipe.parallel, recipe.train, recipe.data.pack, sizes.dp)
-    count = under_way(recipe, sizes)
+    load, packed = Load.of(recipe, family, question.media, question.patches), packs(recipe, family)
+    load.batch(family)
+    cuts.check_micro_batches(recipe.parallel, recipe.train, packed, sizes.dp)
+    count = under_way(recipe, sizes, packed)
     traces = []
     for rank in ranks_of(sizes, question):
         if progress:
@@ -124,9 +115,13 @@ def text(made: Prediction) -> str:
     }  # fmt: skip
     layout = " x ".join(f"{name} {size}" for name, size in axes.items() if size > 1) or "one process"
     measure = made.stages[0].trace.measure
+    samples = made.stages[0].trace.samples
+    held = f"{len(measure.patches)} pictures of {measure.patches[0] if measure.patches else 0} patches"
+    if made.uniform:
+        held = f"{samples} x {' x '.join(map(str, measure.patches))} (frames, height, width)"
     lines = [
         f"{sizes.world} x {accelerator.name}: {layout}, recompute {made.recipe.parallel.recompute}, {made.recipe.train.precision}",
-        f"micro-batch: {measure.tokens} tokens, {len(measure.patches)} pictures of {measure.patches[0] if measure.patches else 0} patches; {made.micro_batches} a data-parallel rank and step",
+        f"micro-batch: {measure.tokens * samples} tokens, {held}; {made.micro_batches} a data-parallel rank and step",
         "",
         f"{'GiB of a rank':<16}" + "".join(f"{f'stage {stage.trace.stage}':>12}" for stage in made.stages),
     ]
@@ -137,6 +132,10 @@ def text(made: Prediction) -> str:
     lines.append(
         f"  {'peak':<14}" + "".join(f"{stage.trace.usage.peak / 2**30:>12.2f}" for stage in made.stages)
     )
+    if made.host:
+        lines.append(
+            f"  {'on the host':<14}" + "".join(f"{s.trace.usage.host / 2**30:>12.2f}" for s in made.stages)
+        )
     verdict = "fits" if made.fits else "does NOT fit"
     lines += [
         f"  {verdict}: {machine.size(made.peak)} of {machine.size(made.room)} that {accelerator.name} can hand out",

@@ -37,6 +37,10 @@ class Accelerator:
     """Share of the memory bandwidth that elementwise operators reach: an assumption."""
     wire: float = 0.8
     """Share of link and network bandwidth that collectives reach: an assumption."""
+    host: float = 25e9
+    """Bytes a second between the device and its host (16 lanes of PCIe 4 reach that): an assumption."""
+    host_memory: float = 25e9
+    """A device's share of its host's memory bandwidth, for an optimizer that steps there: an assumption."""
     usable: float = 0.92
     """Share of the memory that the allocator can hand out: contexts, communicators and fragmentation take the rest."""
 

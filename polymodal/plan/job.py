@@ -7,35 +7,49 @@ norm, clipping and update. Runs alike with fake tensors under a pretended group 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from polymodal.data.sample import Batch, Measure
 from polymodal.errors import PolymodalError
-from polymodal.models import weights
+from polymodal.models import pipelines, weights
 from polymodal.models.card import Family
-from polymodal.objectives.language import LanguageObjective
 from polymodal.parallel.batches import BatchLayout
 from polymodal.parallel.mesh import Mesh
 from polymodal.recipe import Recipe
 from polymodal.train import estimate, optim
 from polymodal.train.model import LaidOut
 from polymodal.train.step import Tally, forward_backward
+from polymodal.train.tasks import dtype_of, task_of
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one micro-batch holds: tokens in all, share of them that stands for pictures, patches of one picture."""
+    """What one micro-batch holds: tokens in all, share of them that stands for pictures, patches of one picture. Of what
+    is to be generated: samples of one shape (frames, height, width), and the tokens of each."""
 
     tokens: int
     media: float = 0.25
     patches: int = 1024
+    shape: tuple[int, ...] = ()
+    samples: int = 1
 
     @classmethod
-    def of(cls, recipe: Recipe, media: float, patches: int) -> Load:
-        """A full pack, or micro_batch_size samples of the greatest length. Raises PolymodalError for impossible shares."""
+    def of(cls, recipe: Recipe, family: Family, media: float, patches: int) -> Load:
+        """A full pack, or micro_batch_size samples of the greatest length or the largest shape of data.clip.
+
+        Raises PolymodalError for impossible shares.
+        """
+        if family.layout == "uniform":
+            clip, grid = recipe.data.clip, family.grid()  # type: ignore[attr-defined]
+            frames = 1 if grid.still else max(clip.frames)
+            side = int(clip.pixels**0.5) // grid.side * grid.side
+            height, width = max(clip.sizes, key=lambda s: s[0] * s[1], default=(side, side))
+            tokens = grid.tokens(frames, height, width)
+            return cls(tokens, shape=(frames, height, width), samples=recipe.train.micro_batch_size)
         if not 0 <= media < 1:
             raise PolymodalError(
                 f"--media {media} is no share of tokens.", "Use a number from 0 to less than 1."
@@ -50,11 +64,35 @@ class Load:
 
     def measure(self, family: Family) -> Measure:
         """Sizes for `family.example`: as many whole pictures as fit into the share, every token of text trained."""
+        if self.shape:
+            return Measure(self.tokens, self.tokens, self.shape)
         vision = getattr(family.config, "vision_config", None)
         merged = getattr(vision, "spatial_merge_size", 1) ** 2
         each = max(1, self.patches // merged)
         count = int(self.tokens * self.media // each) if vision is not None else 0
         return Measure(self.tokens, self.tokens - count * each, (each * merged,) * count)
+
+    def batch(self, family: Family) -> Batch:
+        """The micro-batch itself. Raises PolymodalError for families that cannot tell what one looks like without data."""
+        try:
+            one = family.example(self.measure(family))
+        except NotImplementedError:
+            raise PolymodalError(
+                f"{family.card.name} cannot be planned: its family does not say what a batch without data looks like.",
+                "`polymodal check` estimates the memory of every model.",
+            ) from None
+        if self.samples == 1:
+            return one
+        tensors = {n: t.repeat(self.samples, *[1] * (t.ndim - 1)) for n, t in one.tensors.items()}
+        groups = {
+            n: v * self.samples if isinstance(v, tuple) and n in PER_SAMPLE else v
+            for n, v in one.groups.items()
+        }
+        return replace(one, tensors=tensors, samples=tuple(range(self.samples)), groups=groups)
+
+
+PER_SAMPLE = ("seeds", "tokens")
+"""Groups of a batch that have an entry a sample."""
 
 
 class Job:
@@ -66,8 +104,13 @@ class Job:
         self.model = LaidOut(
             lambda: estimate.meta_model(family, recipe), family, mesh, recipe, torch.device("cpu"), measure
         )
-        self.objective = LanguageObjective(recipe.train.loss, **family.balance(recipe.train.router_aux_loss))
+        self.objective = task_of(recipe, family).objective
         self.lay_out = BatchLayout(family, mesh, recipe.parallel)
+        self.encoders: Tensor | None = None
+        self.frozen = 0  # parameters of encoders on the device
+        if family.layout == "uniform" and recipe.data.encode == "online":
+            parts: Any = family
+            self.frozen = sum(pipelines.sizes(parts.source, parts.encoders()).values())
 
     def fill(self, seed: int | None = None) -> None:
         """Give parameters memory (with a seed: values too) and buffers their values, then make the optimizer."""
@@ -88,11 +131,14 @@ class Job:
             self.trainable, self.recipe.optim, self.family.card.towers, blocks, offload
         )
         self.optimizer.state(create=True)
+        if self.frozen:
+            self.encoders = torch.empty(self.frozen, dtype=dtype_of(self.recipe))
         decay = self.recipe.train.ema
         self.average = optim.MovingAverage(self.trainable, decay) if decay else None
 
     def forward_backward(self, batches: list[Batch]) -> None:
         """Gradients of a step of these micro-batches into .grad."""
+        batches = self.objective.prepare(None, batches)
         inverse: dict[str, float] = {}
         for batch in batches:
             inverse |= {term: 1.0 / max(value, 1.0) for term, value in self.objective.weights(batch).items()}

@@ -12,7 +12,7 @@ from polymodal.plan.timeline import Timeline
 from polymodal.plan.tracker import KINDS
 
 COLOURS = {
-    "parameters": "#4269d0", "gradients": "#efb118", "optimizer": "#6cc5b0", "average": "#3ca951", "gathered": "#97bbf5",
+    "parameters": "#4269d0", "gradients": "#efb118", "optimizer": "#6cc5b0", "average": "#3ca951", "encoders": "#ff8ab7", "gathered": "#97bbf5",
     "activations": "#ff725c", "communication": "#a463f2", "temporary": "#9c6b4e", "batch": "#9498a0",
 }  # fmt: skip
 ACTIONS = {"forward": "#4269d0", "backward": "#ff725c", "input": "#ffb3a7", "weight": "#efb118"}
@@ -23,8 +23,9 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--text); background: var(--back); max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.35rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid var(--line); }
-td:first-child, th:first-child { text-align: left; } svg { width: 100%; height: auto; display: block; }
+td:first-child, th:first-child, .facts td { text-align: left; } .facts td:first-child { padding-right: 2rem; } svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--text); font: 12px system-ui, sans-serif; } .good { color: #2a9d3a; } .bad { color: #d62728; }
+svg text.in { fill: #fff; } p.note { margin: .3rem 0; font-size: 13px; opacity: .75; }
 .key span { display: inline-block; margin-right: 1rem; } .key i { display: inline-block; width: .8em; height: .8em; margin-right: .35em; }
 """
 
@@ -52,19 +53,25 @@ def page(made: Prediction) -> str:
     advice = "".join(f"<li>{escape(sentence)}</li>" for sentence in made.advice)
     parts = [
         f"<h1>{escape(made.recipe.name)} on {sizes.world} x {escape(made.accelerator.name)}</h1>",
-        f"<p>{verdict}</p><table>{rows}</table>" + (f"<ul>{advice}</ul>" if advice else ""),
+        f"<p>{verdict}</p><table class='facts'>{rows}</table>" + (f"<ul>{advice}</ul>" if advice else ""),
         "<h2>Memory of a rank at its peak</h2>",
         _key(
             {
                 kind: COLOURS[kind]
                 for kind in KINDS
-                if any(stage.trace.usage.parts[kind] for stage in made.stages)
+                if any(
+                    stage.trace.usage.parts[kind] or stage.trace.usage.host_parts.get(kind)
+                    for stage in made.stages
+                )
             }
         ),
         _bars(made),
     ]
     if made.timeline is not None:
-        parts += ["<h2>The pipeline's step</h2>", _key(_used(made.timeline)), _gantt(made.timeline)]
+        note = "A row is a rank, a number a micro-batch; a rank's later virtual stages are paler; gaps are the bubble."
+        parts += [
+            "<h2>The pipeline's step</h2>", _key(_used(made.timeline)), _gantt(made.timeline), f'<p class="note">{note}</p>'
+        ]  # fmt: skip
     for stage in made.stages:
         parts += [
             f"<h2>Stage {stage.trace.stage}: memory over a step of {stage.trace.micro_batches} micro-batches</h2>",
@@ -87,30 +94,42 @@ def _key(colours: dict[str, str]) -> str:
 
 
 def _bars(made: Prediction) -> str:
-    """One horizontal bar a stage, the device's usable memory as a line."""
+    """One horizontal bar a stage, one below it for the host where something lies there; the device's usable memory as a
+    line."""
     left, height = 70, 34
-    widest = max(made.room, made.peak) * 1.02
+    rows = []
+    for stage in made.stages:
+        usage = stage.trace.usage
+        rows.append((f"stage {stage.trace.stage}", usage.parts, usage.peak, 1.0))
+        if made.host:
+            rows.append(("its host", usage.host_parts, usage.host, 0.55))
+    widest = max(made.room, made.peak, made.host) * 1.02
     scale = (WIDTH - left - 90) / widest
     out = []
-    for row, stage in enumerate(made.stages):
+    for row, (name, kinds, whole, pale) in enumerate(rows):
         x, y = float(left), row * height + 6
-        out.append(f'<text x="0" y="{y + 16}">stage {stage.trace.stage}</text>')
+        out.append(f'<text x="0" y="{y + 16}">{name}</text>')
         for kind in KINDS:
-            size = stage.trace.usage.parts[kind]
+            size = kinds.get(kind, 0)
             wide = size * scale
             if wide >= 0.3:
-                label = f"<title>{kind}: {_gib(size)}</title>"
                 out.append(
-                    f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="22" fill="{COLOURS[kind]}">{label}</rect>'
+                    f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="22" fill="{COLOURS[kind]}" fill-opacity="{pale}"><title>{kind}: {_gib(size)}</title></rect>'
+                )
+            if wide >= 64:
+                out.append(
+                    f'<text class="in" x="{x + wide / 2:.1f}" y="{y + 15}" text-anchor="middle">{_gib(size)}</text>'
                 )
             x += wide
-        out.append(f'<text x="{x + 6:.1f}" y="{y + 16}">{_gib(stage.trace.usage.peak)}</text>')
-    bottom = len(made.stages) * height + 4
+        out.append(f'<text x="{x + 6:.1f}" y="{y + 16}">{_gib(whole)}</text>')
+    bottom = len(rows) * height + 4
     edge = left + made.room * scale
     out.append(
         f'<line x1="{edge:.1f}" x2="{edge:.1f}" y1="0" y2="{bottom}" stroke="currentColor" stroke-dasharray="4 3"/>'
     )
-    out.append(f'<text x="{edge:.1f}" y="{bottom + 14}" text-anchor="end">usable: {_gib(made.room)}</text>')
+    out.append(
+        f'<text x="{edge:.1f}" y="{bottom + 14}" text-anchor="end">a device can hand out {_gib(made.room)}</text>'
+    )
     return f'<svg viewBox="0 0 {WIDTH} {bottom + 20}">{"".join(out)}</svg>'  # fmt: skip
 
 

@@ -59,11 +59,17 @@ class Prediction:
     bubble: float
     mfu: float
     tokens: float  # a second, over all devices
+    uniform: bool = False  # samples of one shape to be generated, not packs of text
     advice: list[str] = field(default_factory=list)
 
     @property
     def peak(self) -> int:
         return max(stage.trace.usage.peak for stage in self.stages)
+
+    @property
+    def host(self) -> int:
+        """Bytes of the host that the fullest rank needs."""
+        return max(stage.trace.usage.host for stage in self.stages)
 
     @property
     def room(self) -> float:
@@ -82,6 +88,7 @@ class Prediction:
             "device": self.accelerator.name,
             "fits": self.fits,
             "peak_bytes": self.peak,
+            "host_bytes": self.host,
             "memory_bytes": self.accelerator.memory,
             "step_seconds": self.step,
             "mfu": self.mfu,
@@ -95,6 +102,7 @@ class Prediction:
                     "rank": stage.trace.rank,
                     "peak_bytes": stage.trace.usage.peak,
                     "at_peak": stage.trace.usage.parts,
+                    "on_host": stage.trace.usage.host_parts,
                     "forward_seconds": stage.forward.seconds,
                     "backward_seconds": stage.backward.seconds,
                     "update_seconds": stage.update,
@@ -110,12 +118,15 @@ class Prediction:
 
 def part(trace: Trace, where: str, accelerator: Accelerator) -> Part:
     """Seconds of a direction ("forward", "backward", "update") of a micro-batch."""
-    compute = sum(
-        devices.seconds(accelerator, half, flops, touched) * calls
-        for (half, flops, touched), calls in trace.work.get(where, {}).items()
-    )
-    hidden = 0.0
-    exposed: dict[str, float] = {}
+    works = trace.work.get(where, {}).items()
+    if where == "update" and trace.usage.host_parts.get("parameters"):  # the optimizer steps there
+        compute = sum(touched * calls for (_, _, touched), calls in works) / accelerator.host_memory
+    else:
+        compute = sum(devices.seconds(accelerator, *work) * calls for work, calls in works)
+    link = accelerator.host * accelerator.wire
+    hidden = trace.moved.get((where, True), 0) / link
+    waiting = trace.moved.get((where, False), 0) / link
+    exposed: dict[str, float] = {"host": waiting} if waiting else {}
     for traffic in trace.traffic:
         if traffic.where != where:
             continue
@@ -145,7 +156,7 @@ def predict(
         )
         for trace in traces
     ]
-    micro = per_rank(recipe, sizes)
+    micro = per_rank(recipe, sizes, packs(recipe, family))
     timeline, bubble = None, 0.0
     if sizes.pp > 1:
         virtual = max(1, len(traces[0].chunks))
@@ -161,21 +172,27 @@ def predict(
     else:
         seconds = micro * (stages[0].forward.seconds + stages[0].backward.seconds)
     step = seconds + max(stage.update for stage in stages)
-    packs = micro * sizes.dp
+    samples = micro * sizes.dp * traces[0].samples
     measure = traces[0].measure
-    flops = 3 * family.cost(measure) * packs
+    flops = 3 * family.cost(measure) * samples
     mfu = flops / (step * sizes.world * accelerator.half_flops)
     made = Prediction(
-        recipe, sizes, accelerator, stages, micro, timeline, step, bubble, mfu, measure.tokens * packs / step
-    )
+        recipe, sizes, accelerator, stages, micro, timeline, step, bubble, mfu, measure.tokens * samples / step,
+        family.layout == "uniform",
+    )  # fmt: skip
     made.advice = advise(made)
     return made
 
 
-def per_rank(recipe: Recipe, sizes: ParallelSizes) -> int:
+def packs(recipe: Recipe, family: Family) -> bool:
+    """Whether a micro-batch is one pack: only text streams are packed."""
+    return recipe.data.pack and family.layout == "packed"
+
+
+def per_rank(recipe: Recipe, sizes: ParallelSizes, packed: bool) -> int:
     """Micro-batches that a data-parallel rank has in a step."""
     batch = recipe.train.global_batch_size
-    each = 1 if recipe.data.pack else recipe.train.micro_batch_size
+    each = 1 if packed else recipe.train.micro_batch_size
     return max(1, math.ceil(batch / (sizes.dp * each)))
 
 
@@ -194,6 +211,11 @@ def advise(made: Prediction) -> list[str]:
     """What to change, most useful first: a sentence each, recipe keys named."""
     recipe, sizes, said = made.recipe, made.sizes, []
     worst = max(made.stages, key=lambda stage: stage.trace.usage.peak).trace.usage
+    if made.host:
+        node = min(sizes.world, made.accelerator.node)
+        said.append(
+            f"parallel.offload keeps {sized(made.host)} of a rank on the host: {sized(made.host * node)} for {node} ranks of a node."
+        )
     if not made.fits:
         over = worst.peak - made.room
         said.append(
@@ -219,7 +241,8 @@ def advise(made: Prediction) -> list[str]:
             )
     elif recipe.parallel.recompute == "full" and worst.peak < 0.45 * made.room:
         said.append("There is room: parallel.recompute: selective or none would save arithmetic.")
-    if made.micro_batches * sizes.dp > recipe.train.global_batch_size * 1.01:
+    each = recipe.train.micro_batch_size if made.uniform or not recipe.data.pack else 1
+    if made.micro_batches * sizes.dp * each > recipe.train.global_batch_size * 1.01:
         said.append(
             f"train.global_batch_size = {recipe.train.global_batch_size} does not fill {sizes.dp} data-parallel ranks evenly: some idle."
         )
@@ -233,6 +256,8 @@ def advise(made: Prediction) -> list[str]:
             seconds = stage.forward.exposed.get(axes, 0.0) + stage.backward.exposed.get(axes, 0.0)
             if seconds > 0.3 * both:
                 said.append(
-                    f"Collectives over {axes} that no arithmetic hides take {seconds / both:.0%} of a micro-batch."
+                    f"Copies to the host and back take {seconds / both:.0%} of a micro-batch."
+                    if axes == "host"
+                    else f"Collectives over {axes} that no arithmetic hides take {seconds / both:.0%} of a micro-batch."
                 )
     return said  # fmt: skip

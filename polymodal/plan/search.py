@@ -19,17 +19,21 @@ import yaml
 
 from polymodal import machine, recipe
 from polymodal.errors import PolymodalError
+from polymodal.models import partial
 from polymodal.models.card import Family
 from polymodal.parallel import apply as layout
+from polymodal.parallel import cuts
 from polymodal.parallel.mesh import ParallelSizes
 from polymodal.plan import command, devices
 from polymodal.plan.command import Question
 from polymodal.plan.job import Load
-from polymodal.plan.predict import Prediction, per_rank
+from polymodal.plan.predict import Prediction, packs, per_rank
 from polymodal.recipe import Parallel, Recipe
 from polymodal.train import estimate
 
 RECOMPUTE = ("none", "selective", "full")
+AGAIN = {"none": 3.0, "selective": 3.15, "full": 4.0}
+"""Arithmetic of a micro-batch over that of its forward pass, by recompute."""
 LAYOUT = ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep", "recompute")
 """Keys that the search decides: always written."""
 CONFIRMED = 3
@@ -62,6 +66,7 @@ class Candidate:
     sizes: ParallelSizes
     memory: float
     seconds: float
+    varies: bool  # the size of micro-batches, where they are no packs
     traced: Prediction | None = None
 
     @property
@@ -69,8 +74,9 @@ class Candidate:
         sizes = self.sizes
         axes = [("pp", sizes.pp), ("replicate", sizes.dp_replicate), ("fsdp", sizes.dp_shard), ("cp", sizes.cp), ("tp", sizes.tp), ("ep", sizes.ep)]  # fmt: skip
         said = " ".join(f"{axis}{size}" for axis, size in axes if size > 1) or "one"
-        micro = "" if self.recipe.data.pack else f" mbs{self.recipe.train.micro_batch_size}"
-        return f"{said} {self.recipe.parallel.recompute}{micro}"
+        micro = f" mbs{self.recipe.train.micro_batch_size}" if self.varies else ""
+        zero = f" zero{self.recipe.parallel.zero_stage}" if sizes.pp > 1 else ""
+        return f"{said} {self.recipe.parallel.recompute}{zero}{micro}"
 
 
 def counts(family: Family, made: Recipe) -> Counts:
@@ -89,11 +95,9 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def candidates(made: Recipe, family: Family, question: Question) -> Iterator[tuple[Recipe, ParallelSizes]]:
-    """Every layout of the world that the model can have and the batch can fill; tensor parallelism stays in a node."""
+def layouts(made: Recipe, question: Question, experts: bool) -> Iterator[ParallelSizes]:
+    """Every way to fill the world; tensor parallelism stays in a node, replicas are of whole nodes."""
     world, node = question.world, question.accelerator.node
-    has_experts = bool(family.balance(None))
-    micro = [1] if made.data.pack else [m for m in (1, 2, 4, 8) if m <= made.train.global_batch_size]
     for tp in (n for n in divisors(world) if n <= node):
         for cp in divisors(world // tp):
             for pp in divisors(world // tp // cp):
@@ -101,43 +105,72 @@ def candidates(made: Recipe, family: Family, question: Question) -> Iterator[tup
                 replicas = {1} | ({rest * cp * tp // node} if rest * cp * tp > node and rest * cp * tp % node == 0 else set())  # fmt: skip
                 for replicate in sorted(r for r in replicas if rest % r == 0):
                     shard = rest // replicate
-                    spread = divisors(shard * cp * tp) if has_experts else [1]
-                    for ep in spread:
-                        changes = {
-                            "tp": tp, "cp": cp, "pp": pp, "ep": ep, "dp_replicate": replicate, "dp_shard": shard, "ulysses": None
-                        }  # fmt: skip
+                    for ep in divisors(shard * cp * tp) if experts else [1]:
                         sizes = ParallelSizes(pp, replicate, shard, cp, tp, ep)
-                        if sizes.dp > made.train.global_batch_size:
-                            continue
-                        parallel = made.parallel.model_copy(update=changes)
-                        if layout.check(family.card, family.config, sizes, parallel, made.model.attention):
-                            continue
-                        for recompute in RECOMPUTE:
-                            if recompute == "selective" and parallel.compile:
-                                continue
-                            chosen = parallel.model_copy(update={"recompute": recompute})
-                            for size in micro:
-                                train = made.train.model_copy(update={"micro_batch_size": size})
-                                yield made.model_copy(update={"parallel": chosen, "train": train}), sizes
+                        if sizes.dp <= made.train.global_batch_size:
+                            yield sizes
+
+
+def candidates(made: Recipe, family: Family, question: Question) -> Iterator[tuple[Recipe, ParallelSizes]]:
+    """Every layout of the world that the model can have and the batch can fill, with and without recompute; of a
+    pipeline that keeps parameters whole over a step, with gradients whole too (zero 1) and sharded (zero 2)."""
+    packed = packs(made, family)
+    micro = [1] if packed else [m for m in (1, 2, 4, 8) if m <= made.train.global_batch_size]
+    chains, rounds = family.card.pipeline.values(), cuts.rounds(made.parallel)
+    model = family.build().trained
+    depth = sum(len(partial.blocks(model, chain)) for chain in chains)
+    for sizes in layouts(made, question, bool(family.balance(None))):
+        if sizes.pp > 1 and sizes.pp * rounds > depth:
+            continue
+        changes: dict[str, Any] = {axis: getattr(sizes, axis) for axis in LAYOUT[:-1]} | {"ulysses": None}
+        piped = sizes.pp > 1
+        if piped and made.parallel.pp != sizes.pp:
+            changes["pp_layers"] = "auto"
+        sharded = piped and not cuts.SCHEDULES[made.parallel.pp_schedule].gathers
+        for zero in (1, 2) if sharded else (None,) if piped else (made.parallel.zero,):
+            parallel = made.parallel.model_copy(update=changes | {"zero": zero})
+            if layout.check(family.card, family.config, sizes, parallel, made.model.attention):
+                continue
+            for recompute in RECOMPUTE:
+                if recompute == "selective" and parallel.compile:
+                    continue
+                chosen = parallel.model_copy(update={"recompute": recompute})
+                for size in micro:
+                    train = made.train.model_copy(update={"micro_batch_size": size})
+                    one = made.model_copy(update={"parallel": chosen, "train": train})
+                    if cuts.micro_batches_fit(chosen.pp_schedule, sizes.pp, per_rank(one, sizes, packed)):
+                        yield one, sizes
 
 
 def states(made: Recipe, sizes: ParallelSizes, have: Counts) -> float:
-    """Bytes of parameters, gradients, optimizer and average on a rank."""
-    pieces = sizes.pp * sizes.dp_shard * sizes.cp * sizes.tp
+    """Bytes of parameters, gradients, optimizer and average on a rank, and of what ZeRO below stage 3 keeps whole."""
+    shards, stage = sizes.dp_shard * sizes.cp, made.parallel.zero_stage
     half = made.train.precision == "pure_bf16"
     frozen = 4 if made.train.precision == "fp32" else 2
     moments = 8 if not half else 4
     trained = (2 + 2 if half else 4 + 4) + moments + (4 if made.train.ema else 0)
-    return (have.trained * trained + (have.total - have.trained) * frozen) / pieces
+    held = (have.trained * trained + (have.total - have.trained) * frozen) / shards
+    if stage < 3 and shards * sizes.dp_replicate > 1:
+        held += have.total * frozen + (4 * have.trained if stage == 1 else 0)
+    return held / (sizes.pp * sizes.tp)
 
 
 def beside(made: Recipe, family: Family, sizes: ParallelSizes, have: Counts, load: Load) -> float:
     """Bytes beside the states, unscaled: activations as `check` estimates them, gathered blocks and their gradients."""
     measure = load.measure(family)
-    kept, _ = estimate.activations(family, made, sum(measure.patches) / measure.tokens, sizes.world)
+    patches = 0.0 if load.shape else sum(measure.patches) / measure.tokens
+    kept, _ = estimate.activations(family, made, patches, sizes.world)
     width = 4 if made.train.precision == "fp32" else 2
-    gathered = (2 * width + 8) * have.whole / sizes.tp / sizes.ep
+    gathered = (2 * width + 8) * have.whole / sizes.tp / sizes.ep if made.parallel.zero_stage == 3 else 0.0
     return kept + gathered
+
+
+def shape_of(family: Family) -> tuple[int, int, int]:
+    """Layers, hidden size, and experts that a token goes to."""
+    if family.layout == "uniform":
+        return (*family.size()[:2], 0)  # type: ignore[attr-defined]
+    text = family.config.get_text_config() if hasattr(family.config, "get_text_config") else family.config
+    return text.num_hidden_layers, text.hidden_size, getattr(text, "num_experts_per_tok", 0)
 
 
 def seconds(
@@ -151,14 +184,14 @@ def seconds(
 ) -> float:
     """Seconds of a step: arithmetic, what collectives it does not hide, the bubble."""
     accelerator, measure = question.accelerator, load.measure(family)
-    again = {"none": 3.0, "selective": 3.15, "full": 4.0}[made.parallel.recompute]
+    again = AGAIN[made.parallel.recompute]
     share = sizes.tp * sizes.cp * sizes.pp
     peak = accelerator.half_flops if made.train.precision != "fp32" else accelerator.single_flops
-    compute = scale * again * family.cost(measure) / share / (peak * accelerator.matmul)
-    text = family.config.get_text_config() if hasattr(family.config, "get_text_config") else family.config
+    compute = scale * again * family.cost(measure) * load.samples / share / (peak * accelerator.matmul)
+    depth, hidden, chosen = shape_of(family)
     width = 4 if made.train.precision == "fp32" else 2
-    stream = measure.tokens / sizes.cp * text.hidden_size * width
-    layers = text.num_hidden_layers / sizes.pp
+    stream = measure.tokens * load.samples / sizes.cp * hidden * width
+    layers = depth / sizes.pp
     passes = 3 if made.parallel.recompute == "full" else 2
 
     def ring(kind: str, size: float, ranks: int, stride: int, calls: float) -> float:
@@ -170,19 +203,21 @@ def seconds(
     exposed += ring(
         "all_to_all", stream / sizes.tp * 4 * layers * passes, sizes.cp, sizes.tp, 4 * layers * passes
     )
-    chosen = getattr(text, "num_experts_per_tok", 0)
     exposed += ring("all_to_all", stream / sizes.tp * chosen * calls, sizes.ep, 1, calls)
     sharded = (have.total - have.experts * (1 - 1 / sizes.ep)) / sizes.pp / sizes.tp
     gathers = 2 if made.parallel.reshards else 1
     stride = sizes.tp
     fsdp = ring("all_gather", sharded * width * gathers, sizes.dp_shard * sizes.cp, stride, layers * gathers)
     fsdp += ring("reduce_scatter", sharded * 4, sizes.dp_shard * sizes.cp, stride, layers)
-    micro = per_rank(made, sizes)
-    each = compute + exposed + max(0.0, fsdp - compute)
+    micro = per_rank(made, sizes, packs(made, family))
+    exposed += 2 * ring("send", stream / sizes.tp, sizes.pp, sizes.world // sizes.pp, 1)
+    once = fsdp if made.parallel.zero_stage == 1 else 0.0  # a step, not a micro-batch
+    each = compute + exposed + max(0.0, fsdp - once - compute)
+    bubble = (sizes.pp - 1) / cuts.rounds(made.parallel) if sizes.pp > 1 else 0.0
     replicas = ring(
         "all_reduce", sharded * 4 / sizes.dp_shard, sizes.dp_replicate, stride * sizes.dp_shard * sizes.cp, 1
     )
-    return each * (micro + sizes.pp - 1) + replicas
+    return each * (micro + bubble) + once + replicas
 
 
 def rank(made: Recipe, family: Family, question: Question, say: Any = lambda text: None) -> list[Candidate]:
@@ -194,7 +229,7 @@ def rank(made: Recipe, family: Family, question: Question, say: Any = lambda tex
             f"No layout of {question.world} devices suits {family.card.name} with train.global_batch_size = {made.train.global_batch_size}.",
             "Raise train.global_batch_size, or use fewer devices.",
         )
-    load = {id(one): Load.of(one, question.media, question.patches) for one, _ in found}
+    load = {id(one): Load.of(one, family, question.media, question.patches) for one, _ in found}
     scales = {kind: Scale() for kind in RECOMPUTE}
 
     def estimated() -> list[Candidate]:
@@ -203,7 +238,7 @@ def rank(made: Recipe, family: Family, question: Question, say: Any = lambda tex
             scale = scales[one.parallel.recompute]
             memory = states(one, sizes, have) + scale.memory * beside(one, family, sizes, have, load[id(one)])
             took = seconds(one, family, sizes, have, load[id(one)], question, scale.compute)
-            out.append(Candidate(one, sizes, memory, took))
+            out.append(Candidate(one, sizes, memory, took, not packs(made, family)))
         return sorted(out, key=lambda candidate: candidate.seconds)
 
     room = question.accelerator.memory * question.accelerator.usable
@@ -217,11 +252,11 @@ def rank(made: Recipe, family: Family, question: Question, say: Any = lambda tex
         plain = beside(point.recipe, family, point.sizes, have, load[id(point.recipe)])
         stage = traced.stages[0]
         arithmetic = stage.forward.compute + stage.backward.compute
-        again = {"none": 3.0, "selective": 3.15, "full": 4.0}[kind]
         share = point.sizes.tp * point.sizes.cp * point.sizes.pp
         ideal = (
-            again
+            AGAIN[kind]
             * family.cost(stage.trace.measure)
+            * stage.trace.samples
             / share
             / (question.accelerator.half_flops * question.accelerator.matmul)
         )
@@ -230,18 +265,27 @@ def rank(made: Recipe, family: Family, question: Question, say: Any = lambda tex
         )
     ranked = [candidate for candidate in estimated() if candidate.memory <= room]
     confirmed: list[Candidate] = []
-    for candidate in ranked[: 3 * CONFIRMED]:
+
+    def confirm(candidate: Candidate) -> None:
         say(f"tracing {candidate.name}")
         candidate.traced = command.plan(candidate.recipe, family, question)
-        confirmed += [candidate] if candidate.traced.fits else []
+        if candidate.traced.fits:
+            confirmed.append(candidate)
+
+    for candidate in ranked[: 2 * CONFIRMED]:
+        confirm(candidate)
         if len(confirmed) == CONFIRMED:
             break
     if not confirmed:
-        least = min(estimated(), key=lambda candidate: candidate.memory)
-        raise PolymodalError(
-            f"No layout of {question.world} x {question.accelerator.name} holds this run: the smallest needs about {machine.size(least.memory)} a device of {machine.size(room)} ({least.name}).",
-            "Use more devices, a shorter data.pack_length, or model.lora.",
-        )
+        least = min(ranked or estimated(), key=lambda candidate: candidate.memory)
+        if least.traced is None:
+            confirm(least)
+        if not confirmed:
+            needed = least.traced.peak if least.traced else 0
+            raise PolymodalError(
+                f"No layout of {question.world} x {question.accelerator.name} holds this run: the smallest needs about {machine.size(needed)} a device of {machine.size(room)} ({least.name}).",
+                "Use more devices, a shorter data.pack_length, or model.lora.",
+            )
     confirmed.sort(key=lambda candidate: candidate.traced.step if candidate.traced else math.inf)
     others = [candidate for candidate in ranked if candidate.traced is None]
     return confirmed + others
@@ -258,7 +302,7 @@ def written(best: Candidate, base: Path | None, directory: Path) -> str:
         if key in LAYOUT or value != getattr(Parallel(), key)
     }
     data: dict[str, Any] = {"base": os.path.relpath(base, directory), "parallel": changed}
-    if not best.recipe.data.pack:
+    if best.varies:
         data["train"] = {"micro_batch_size": best.recipe.train.micro_batch_size}
     where = best.traced.accelerator.name if best.traced else ""
     head = f"# The fastest layout on {best.sizes.world} x {where} that `polymodal plan --search` found.\n"

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.pipelining.schedules import _PipelineSchedule
 
 from polymodal import device as devices
@@ -27,11 +29,13 @@ from polymodal import fused_attention
 from polymodal.data.sample import Batch
 from polymodal.models.card import Family
 from polymodal.objectives import language
-from polymodal.parallel import media
+from polymodal.parallel import apply as layout
+from polymodal.parallel import media, memory
 from polymodal.parallel.mesh import AXES, Mesh, ParallelSizes
 from polymodal.plan.job import Job, Load
 from polymodal.plan.tracker import Sent, Tracker, Usage
 from polymodal.recipe import Recipe
+from polymodal.train import optim
 from polymodal.train.estimate import pretended_group
 
 CPU = "cpu"
@@ -62,7 +66,10 @@ class Trace:
     ]  # forward | backward | update -> (half precision, FLOPs, bytes) -> calls
     traffic: list[Traffic]
     seconds: float
-    measure: Any = None
+    measure: Any = None  # of one sample
+    samples: int = 1  # of a micro-batch
+    # (forward | backward | update, beside the arithmetic) -> bytes between device and host
+    moved: dict[tuple[str, bool], int] = field(default_factory=dict)
     chunks: tuple[float, ...] = ()  # shares of the rank's work that its virtual stages have, in stage order
 
     def flops(self, where: str) -> float:
@@ -79,33 +86,43 @@ def trace(
     """
     began = time.perf_counter()
     sizes = ParallelSizes.of(recipe.parallel, world)
-    with warnings.catch_warnings(), pretended_group(world, rank), _paths_of(kind, family, sizes.cp):
+    tracker = Tracker(FakeTensorMode(allow_non_fake_inputs=True))
+    paths = _paths_of(kind, family, sizes.cp), _hosts(kind, tracker)
+    with warnings.catch_warnings(), pretended_group(world, rank), paths[0], paths[1]:
         warnings.simplefilter("ignore")
         mesh = Mesh(sizes, CPU, rank)
         if kind != CPU:
             mesh.device_type = kind  # what `apply` chooses by; the groups themselves are of this process
         measure = load.measure(family)
         job = Job(recipe, family, mesh, measure)
-        tracker = Tracker(FakeTensorMode(allow_non_fake_inputs=True))
+        if sizes.pp > 1:  # what travels may be found by a probe of the whole model, which is not the rank's
+            for batch in job.objective.prepare(None, [load.batch(family)]):
+                stage = job.model.parts[0].stage
+                for cut in stage.cuts:
+                    family.carry_spec(batch, cut, job.model.runner.dtype)
         with tracker:
             job.fill()
             known(tracker, job)
 
             def batches(count: int) -> list[Batch]:
-                made = [family.example(measure) for _ in range(count)]
+                made = [load.batch(family) for _ in range(count)]
                 tracker.mark([[batch.tensors, batch.segments] for batch in made], "batch")
                 return made
 
             for step, count in (("warm", 1), ("step", micro_batches)):
                 tracker.phase = step
                 job.step(partial(batches, count), partial(_grown, tracker, job, step))
-        usage = tracker.usage(("step", "step update"))
+        hosted = HOSTED if "parameters" in recipe.parallel.offload else frozenset()
+        usage = tracker.usage(("step", "step update"), hosted)
         traffic = _traffic(tracker, mesh, "warm")
         work = _work(tracker, "warm")
+        moved = _moved(tracker, "warm")
+    if hosted and kind != CPU:  # reduced gradients, in every backward
+        moved["backward", True] = moved.get(("backward", True), 0) + usage.host_parts["gradients"]
     chunks = (1.0 / len(job.model.parts),) * len(job.model.parts)
     return Trace(
-        rank, mesh.at["pp"], micro_batches, usage, work, traffic, time.perf_counter() - began, measure, chunks
-    )
+        rank, mesh.at["pp"], micro_batches, usage, work, traffic, time.perf_counter() - began, measure, load.samples, moved, chunks
+    )  # fmt: skip
 
 
 def known(tracker: Tracker, job: Job) -> None:
@@ -113,6 +130,7 @@ def known(tracker: Tracker, job: Job) -> None:
     for model in job.model.models:
         tracker.mark([*model.parameters(), *model.buffers()], "parameters")
     tracker.mark(list(job.optimizer.state().values()), "optimizer")
+    tracker.mark(job.encoders, "encoders")
     if job.average is not None:
         tracker.mark(list(job.average.shadow.values()), "average")
 
@@ -159,6 +177,56 @@ def _paths_of(kind: str, family: Family, cp: int) -> Iterator[None]:
         devices.packed_attention, fused_attention.kernel, dist.get_backend, media.gather = kept
         _PipelineSchedule._warmup_p2p = warm_up  # type: ignore[method-assign]
         language.BLOCK_ELEMENTS.update(blocks)
+
+
+HOSTED = frozenset({"parameters", "gradients", "optimizer", "average"})
+"""What lies on the host under parallel.offload of parameters."""
+
+
+@contextlib.contextmanager
+def _hosts(kind: str, tracker: Tracker) -> Iterator[None]:
+    """Tell the tracker what goes to the host and back: where the device is pretended, both are one memory here.
+
+    On an accelerator a tensor that comes back, and a shard that is gathered, is a copy; on a CPU it is not.
+    """
+    kept = memory.to_host, memory.from_host, optim.bring, optim.put_away, layout.CPUOffloadPolicy
+    gathered = FSDPParam.all_gather_inputs
+
+    def to_host(tensor: Tensor) -> Tensor:
+        with tracker.hosting():
+            out = kept[0](tensor)
+        tracker.moving(out.nbytes)
+        return out
+
+    def from_host(tensor: Tensor, to: torch.device) -> Tensor:
+        tracker.moving(tensor.nbytes)
+        return kept[1](tensor, to) if kind == CPU else tensor.clone()
+
+    def shards(parameter: FSDPParam) -> list[Tensor]:
+        inputs = gathered.fget(parameter)  # type: ignore[attr-defined]
+        if not parameter.offload_to_cpu:
+            return inputs
+        own = parameter._sharded_param_data
+        tracker.moving(own.nbytes, hidden=True)
+        same = own.untyped_storage()._cdata
+        return [each.clone() if each.untyped_storage()._cdata == same else each for each in inputs]
+
+    def bring(state: dict[str, Any], device: torch.device) -> None:
+        tracker.put(list(state.values()), host=False)
+
+    def put_away(state: dict[str, Any]) -> None:
+        tracker.put(list(state.values()), host=True)
+
+    memory.to_host, memory.from_host, optim.bring, optim.put_away = to_host, from_host, bring, put_away
+    if kind != CPU:
+        FSDPParam.all_gather_inputs = property(shards)  # type: ignore[assignment, method-assign]
+        layout.CPUOffloadPolicy = lambda **_: CPUOffloadPolicy(pin_memory=False)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        memory.to_host, memory.from_host, optim.bring, optim.put_away = kept[:4]
+        layout.CPUOffloadPolicy = kept[4]  # type: ignore[misc]
+        FSDPParam.all_gather_inputs = gathered  # type: ignore[method-assign]
 
 
 def _everyone(wishes: Any, group: dist.ProcessGroup, family: Family, cp: int) -> list[list[media.Wish]]:
@@ -213,6 +281,14 @@ def _work(tracker: Tracker, step: str) -> dict[str, Counter[tuple[bool, float, i
         if phase in (step, f"{step} update"):
             found.setdefault(_where(phase, backward), Counter())[half, flops, touched] += calls
     return found
+
+
+def _moved(tracker: Tracker, step: str) -> dict[tuple[str, bool], int]:
+    found: Counter[tuple[str, bool]] = Counter()
+    for (phase, backward, hidden), size in tracker.moved.items():
+        if phase in (step, f"{step} update"):
+            found[_where(phase, backward), hidden] += size
+    return dict(found)
 
 
 def axes_of(ranks: tuple[int, ...], sizes: ParallelSizes) -> str:

@@ -6,9 +6,10 @@ when it is freed, so a peak is what an allocator without fragmentation would rep
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,13 +26,14 @@ KINDS = (
     "gradients",
     "optimizer",
     "average",
+    "encoders",
     "gathered",
     "activations",
     "communication",
     "temporary",
     "batch",
 )
-"""What a byte is held for. `gathered`: parameters put together from their shards; `activations`: made in a forward
+"""What a byte is held for. `encoders`: frozen models beside the trained one; `gathered`: parameters put together from their shards; `activations`: made in a forward
 pass and kept for the backward pass; `communication`: buffers of collectives; `temporary`: all else."""
 
 SMALL = 1 << 20
@@ -66,16 +68,21 @@ class _Life:
     ended: tuple[str, bool] | None = None
     sent: bool = False
     resized: bool = False
+    host: bool = False
 
 
 @dataclass
 class Usage:
-    """Bytes at the highest moment, by kind, and the course of the total by kind (in events, at most `points` of them)."""
+    """Bytes of the device at its highest moment, by kind, and the course of the total by kind (of every stretch of
+    events its highest moment, about `points` of them); bytes of the host at its own; both: of the two together at their common highest moment."""
 
     peak: int
     at: str  # phase
     parts: dict[str, int]
     end: dict[str, int]
+    host: int = 0
+    host_parts: dict[str, int] = field(default_factory=dict)
+    both: int = 0
     course: list[tuple[str, dict[str, int]]] = field(default_factory=list)
 
 
@@ -91,12 +98,15 @@ class Tracker(TorchDispatchMode):
         self.fake = fake
         self.phase = "build"
         self.lives: list[_Life] = []
-        self.events: list[tuple[int, int, str]] = []  # (life, change in bytes, phase)
+        self.events: list[tuple[int, int, str, bool]] = []  # (life, change in bytes, phase, on the host)
+        # (phase, in backward, beside the arithmetic) -> bytes between device and host, either way
+        self.moved: Counter[tuple[str, bool, bool]] = Counter()
         self.sent: list[Sent] = []
         # (phase, in backward, half precision, FLOPs, bytes read and written) -> operators
         self.work: Counter[tuple[str, bool, bool, float, int]] = Counter()
         self._known: dict[int, tuple[int, weakref.ref]] = {}  # id(storage) -> life
         self._resize: Callable[..., Any] | None = None
+        self._hosting = False
 
     # ---- storages
 
@@ -106,7 +116,7 @@ class Tracker(TorchDispatchMode):
             return held[0]
         size = storage.nbytes()
         number, key = len(self.lives), id(storage)
-        self.lives.append(_Life(0, self.phase, self._backward()))
+        self.lives.append(_Life(0, self.phase, self._backward(), host=self._hosting))
         self._known[key] = (number, weakref.ref(storage, lambda _: self._died(number, key)))
         self._change(number, size)
         return number
@@ -114,7 +124,7 @@ class Tracker(TorchDispatchMode):
     def _change(self, number: int, size: int) -> None:
         life = self.lives[number]
         if size != life.bytes:
-            self.events.append((number, size - life.bytes, self.phase))
+            self.events.append((number, size - life.bytes, self.phase, life.host))
             life.bytes = size
 
     def _died(self, number: int, key: int) -> None:
@@ -135,6 +145,35 @@ class Tracker(TorchDispatchMode):
                 number = self._born(local.untyped_storage())
                 if number is not None:
                     self.lives[number].kind = kind
+
+    # ---- the host
+
+    @contextlib.contextmanager
+    def hosting(self) -> Iterator[None]:
+        """What is made under it lies on the host."""
+        self._hosting = True
+        try:
+            yield
+        finally:
+            self._hosting = False
+
+    def moving(self, size: int, hidden: bool = False) -> None:
+        """Bytes go over the link between device and host; hidden: on a stream beside the arithmetic's."""
+        self.moved[self.phase, self._backward(), hidden] += size
+
+    def put(self, tensors: Any, host: bool) -> None:
+        """Move tensors (any nesting) to the host or back."""
+        for tensor in pytree.tree_leaves(tensors):
+            if isinstance(tensor, Tensor):
+                local = getattr(tensor, "_local_tensor", tensor)
+                number = self._born(local.untyped_storage())
+                if number is not None and self.lives[number].host != host:
+                    life = self.lives[number]
+                    size = life.bytes
+                    self._change(number, 0)
+                    life.host = host
+                    self._change(number, size)
+                    self.moving(size)
 
     # ---- operators
 
@@ -267,25 +306,38 @@ class Tracker(TorchDispatchMode):
             return "activations"
         return "communication" if life.sent else "temporary"
 
-    def usage(self, phases: tuple[str, ...], points: int = 400) -> Usage:
-        """The highest moment within `phases`, and what was held in it."""
+    def usage(
+        self, phases: tuple[str, ...], hosted: frozenset[str] = frozenset(), points: int = 400
+    ) -> Usage:
+        """The highest moment within `phases`, and what was held in it. hosted: kinds that lie on the host all along."""
         kinds = [self.kind_of(number) for number in range(len(self.lives))]
-        held = dict.fromkeys(KINDS, 0)
-        peak, at, parts = -1, "", dict(held)
-        course: list[tuple[str, dict[str, int]]] = []
-        inside = sum(1 for _, _, phase in self.events if phase in phases)
-        every, seen, total = max(1, inside // points), 0, 0
-        for number, change, phase in self.events:
-            held[kinds[number]] += change
-            total += change
+        held, away = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+        found = Usage(-1, "", dict(held), held, host=-1)
+        inside = sum(1 for event in self.events if event[2] in phases)
+        every, seen, total, outside = max(1, inside // points), 0, 0, 0
+        highest, point = -1, ("", dict(held))
+        for number, change, phase, host in self.events:
+            if host or kinds[number] in hosted:
+                away[kinds[number]] += change
+                outside += change
+            else:
+                held[kinds[number]] += change
+                total += change
             if phase not in phases:
                 continue
-            if total > peak:
-                peak, at, parts = total, phase, dict(held)
+            if total > found.peak:
+                found.peak, found.at, found.parts = total, phase, dict(held)
+            if outside > found.host:
+                found.host, found.host_parts = outside, dict(away)
+            found.both = max(found.both, total + outside)
             seen += 1
+            if total > highest:
+                highest, point = total, (phase, dict(held))
             if seen % every == 0:
-                course.append((phase, dict(held)))
-        return Usage(peak, at, parts, dict(held), course)
+                found.course.append(point)
+                highest = -1
+        found.host = max(0, found.host)
+        return found
 
 
 EXCHANGES = (torch.ops.c10d.alltoall_base_.default, torch.ops._c10d_functional.all_to_all_single.default)

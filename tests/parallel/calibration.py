@@ -56,6 +56,10 @@ CASES = [
     Case("FSDP2 x 2, parameters kept after forward", 2, {"reshard_after_forward": False}),
     Case("FSDP2 x 2, LoRA", 2, recipe={"model.lora": {"rank": 4}}),
     Case("FSDP2 x 2, frozen vision tower, moving average", 2, recipe={"train.freeze": ["vision"], "train.ema": 0.9}),
+    Case("FSDP2 x 2, activations on the host", 2, {"offload": ["activations"]}),
+    Case("FSDP2 x 2, selective recompute, kept on the host", 2, {"offload": ["activations"], "recompute": "selective"}),
+    Case("FSDP2 x 2, parameters on the host", 2, {"offload": ["parameters"]}),
+    Case("FSDP2 x 2, optimizer on the host, bf16", 2, {"offload": ["optimizer"]}, recipe={"train.precision": "bf16"}),
     Case("TP 2", 2, {"tp": 2, "sp": False}),
     Case("TP 2 + SP, bf16", 2, {"tp": 2}, recipe={"train.precision": "bf16"}),
     Case("Qwen3-VL, FSDP2 x 2, TP 2 + SP", 4, {"tp": 2}, "qwen3-vl"),
@@ -150,7 +154,7 @@ def compare(case: Case) -> tuple[int, int, float]:
         recipe = recipe_of(case, source)
         family = catalog.family(recipe.model)
         predicted = [
-            trace(recipe, family, case.world, rank, LOAD, micro_batches=MICRO_BATCHES).usage.peak
+            trace(recipe, family, case.world, rank, LOAD, micro_batches=MICRO_BATCHES).usage.both
             for rank in {0, case.world - 1}
         ]
     errors = [abs(p - measured[r]) / measured[r] for p, r in zip(predicted, {0, case.world - 1}, strict=True)]

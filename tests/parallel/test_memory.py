@@ -93,6 +93,16 @@ def test_the_kept_operators_exist():
     assert {"mm", "addmm", "bmm", ATTENTION} <= names
 
 
+def test_a_copy_on_the_host_is_laid_out_alike():
+    turned = torch.arange(6.0).view(2, 3).t()
+    copy = memory.to_host(turned)
+    assert (
+        copy.stride() == turned.stride()
+        and torch.equal(copy, turned)
+        and copy.data_ptr() != turned.data_ptr()
+    )
+
+
 @pytest.mark.parametrize("policy", [None, "full", "selective"])
 def test_activations_on_the_host(policy: str | None, monkeypatch: pytest.MonkeyPatch):
     """The same values; what is saved goes to the host once each, but for parameters and small tensors."""
@@ -105,9 +115,13 @@ def test_activations_on_the_host(policy: str | None, monkeypatch: pytest.MonkeyP
         return original(tensor)
 
     monkeypatch.setattr(memory, "to_host", to_host)
-    expected, _, _ = _backward(None)
-    found, _, _ = _backward(policy, offload=True)
+    expected, plain, _ = _backward(None)
+    found, seen, _ = _backward(policy, offload=True)
     torch.testing.assert_close(found, expected)
+    if policy == "selective":  # products and attention wait on the host too, and are not computed again
+        assert (4, 8) in moved and (4, 16) in moved and (1, 2, 4, 8) in moved
+        assert (seen["mm"], seen[ATTENTION]) == (plain["mm"], plain[ATTENTION])
+        return
     if policy is None:
         assert (4, 16) in moved and (16, 8) not in moved and (8, 16) not in moved  # activations, not weights
         assert moved.count((4, 8)) <= 2  # the input of `up`, and the dropout's mask

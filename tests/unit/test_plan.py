@@ -190,10 +190,26 @@ def test_mistakes_are_one_sentence(source, change, said):
     assert said in str(caught.value)
 
 
+def test_the_host_holds_what_is_offloaded(four, source):
+    """Bytes leave the device and are found on the host; what moves takes time."""
+    plain = four.stages[0].trace.usage
+    assert four.host == 0 and not any("host" in stage.forward.exposed for stage in four.stages)
+    kept = planned(source, 4, offload=["parameters"])
+    on_host, on_device = kept.stages[0].trace.usage.host_parts, kept.stages[0].trace.usage.parts
+    for kind in ("parameters", "optimizer", "gradients"):
+        assert on_device[kind] == 0 and on_host[kind] >= plain.end[kind] * 0.99, kind
+    assert kept.peak < four.peak and kept.step > four.step
+    away = planned(source, 4, offload=["activations"])
+    usage = away.stages[0].trace.usage
+    assert usage.parts["activations"] < 0.5 * plain.parts["activations"] < usage.host
+    assert away.stages[0].forward.exposed["host"] > 0 and away.stages[0].backward.exposed["host"] > 0
+    states = planned(source, 4, offload=["optimizer"]).stages[0].trace.usage
+    assert states.parts["optimizer"] == 0 and states.host_parts["optimizer"] == plain.end["optimizer"]
+    said = command.text(away)
+    assert "on the host" in said and "ranks of a node" in said
+
+
 def test_what_cannot_be_planned_is_said(source, monkeypatch):
-    made = recipe(source, offload=["optimizer"])
-    with pytest.raises(PolymodalError, match="keeps on the host"):
-        command.plan(made, command.family_of(made), command.Question(4, CLUSTER))
     family = command.family_of(recipe(source))
     monkeypatch.setattr(type(family), "example", Family.example)
     with pytest.raises(PolymodalError, match="cannot be planned: its family does not say"):

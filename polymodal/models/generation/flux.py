@@ -35,6 +35,13 @@ class Flux(Pictures):
         hidden, pooled, _ = pipeline.encode_prompt(list(captions), None, max_sequence_length=longest)
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
+    def shapes(self, latents: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        longest = self._longest(self.component_config("tokenizer_2"))
+        return {
+            "encoder_hidden_states": (longest, int(self.config["joint_attention_dim"])),
+            "pooled_projections": (int(self.config["pooled_projection_dim"]),),
+        }
+
     def denoise(self, model: nn.Module, latents: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         height, width = latents.shape[2:]
         given = self.conditions(model, batch, self.text)

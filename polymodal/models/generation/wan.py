@@ -88,6 +88,21 @@ class Wan(Generation):
             made["encoder_hidden_states_image"] = seen.view(len(pixels), -1, seen.shape[-1])
         return made
 
+    def shapes(self, latents: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        made: dict[str, tuple[int, ...]] = {"encoder_hidden_states": (512, int(self.config["text_dim"]))}
+        if "condition" in self.media:
+            channels = int(self.config["in_channels"]) - int(self.config["out_channels"])
+            made["condition"] = (channels, *latents[1:])
+        if "encoder_hidden_states_image" in self.media:
+            pictures = 2 if self.last_frame else 1
+            patches = self.component_config("image_encoder")
+            side = int(patches.get("image_size", 224)) // int(patches.get("patch_size", 14))
+            made["encoder_hidden_states_image"] = (
+                pictures * (side * side + 1),
+                int(self.config["image_dim"]),
+            )
+        return made
+
     def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
         vae = pipeline.vae
         mean, std = self._statistics(vae, latents)
