@@ -136,16 +136,7 @@ def _way(answer: router.Route, wish: str, console: Any) -> None:
             "Say what goes in and what comes out, e.g. “answer questions about photos”, “text to video”, “transcribe speech”."
         )
         return
-    task = {
-        "sft": "full fine-tuning",
-        "lora": "LoRA fine-tuning",
-        "pretrain": "pretraining",
-        "dpo": "preference training (DPO)",
-        "grpo": "reinforcement (GRPO)",
-        "chat": "inference",
-        "evaluate": "evaluation",
-    }[answer.task]
-    console.print(f"[bold]{answer.kind}[/bold], {task}")
+    console.print(f"[bold]{answer.kind}[/bold], {router.TASKS[answer.task]}")
     if answer.card is not None:
         key = answer.size or router.middle(answer.card)
         console.print(

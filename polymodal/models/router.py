@@ -13,7 +13,13 @@ from typing import Literal
 from polymodal.models.card import ModelCard
 
 Kind = Literal["understanding", "generation", "omni", "audio"]
-Task = Literal["sft", "lora", "dreambooth", "pretrain", "dpo", "grpo", "chat", "evaluate"]
+Task = Literal["sft", "lora", "dreambooth", "pretrain", "dpo", "grpo", "encode", "convert", "export", "chat", "evaluate"]
+
+TASKS: dict[Task, str] = {
+    "sft": "full fine-tuning", "lora": "LoRA fine-tuning", "dreambooth": "DreamBooth", "pretrain": "pretraining",
+    "dpo": "preference training (DPO)", "grpo": "reinforcement (GRPO)", "encode": "feature extraction",
+    "convert": "conversion of weights", "export": "export", "chat": "inference", "evaluate": "evaluation",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,14 +114,27 @@ METHODS: dict[Task, tuple[str, ...]] = {
         "从头训练",
         "从零",
     ),
+    "encode": ("feature extraction", "extract features", "extract feature", "encode", "特征提取", "提取特征"),
+    "convert": (
+        "weight conversion", "convert weights", "convert weight", "convert checkpoint", "convert checkpoints", "to megatron", "from megatron",
+        "mm convert", "hf to mm", "mm to hf", "权重转换", "转换权重",
+    ),
+    "export": ("export", "导出"),
     "evaluate": ("evaluate", "evaluation", "benchmark", "score", "测评", "评测", "评估"),
     "chat": ("chat with", "inference", "try", "推理", "试用"),
     "sft": ("sft", "fine tune", "fine tuning", "finetune", "finetuning", "full", "微调", "全参"),
 }
+ALONE: dict[Task, Kind] = {  # what a task means when the wish names no kind of model
+    "dpo": "understanding", "grpo": "understanding", "encode": "generation", "convert": "understanding", "export": "understanding",
+}  # fmt: skip
 NOT_YET: dict[str, str] = {
     "dpo": "DPO is not here yet; the stage before it, supervised fine-tuning, is.",
     "grpo": "GRPO is not here yet; the stage before it, supervised fine-tuning, is.",
 }
+
+
+FILES = {"ai2d": "AI2D_TEST.tsv", "mmmu": "MMMU_DEV_VAL.tsv", "chartqa": "ChartQA_TEST.tsv", "docvqa": "DocVQA_VAL.tsv"}
+"""VLMEvalKit's files of the benchmarks that answer questions."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +259,7 @@ def route(wish: str, cards: Mapping[str, ModelCard]) -> Route:
         kind = (
             max(scores.items(), key=lambda item: item[1])[0]
             if top
-            else ("understanding" if task in NOT_YET else None)
+            else ALONE.get(task)
         )
         if kind is None:
             return Route(None, task, notes=tuple(notes))
@@ -266,7 +285,7 @@ def route(wish: str, cards: Mapping[str, ModelCard]) -> Route:
     card = _preferred(chosen)
     others = tuple(other for other in chosen if other is not card)
     devices = _count(text)
-    stages = way(card, size, task, devices) if card else foreseen(later, task)
+    stages = way(card, size, task, devices, _benchmark(text)) if card else foreseen(later, task)
     return Route(kind, task, card, size, devices, others, later, tuple(notes), stages)
 
 
@@ -298,6 +317,11 @@ def _task(text: str) -> Task:
     return "sft"
 
 
+def _benchmark(text: str) -> str:
+    """The benchmark that a wish names: a key of FILES; the first when it names none."""
+    return next((name for name in FILES if _holds(text, name)), next(iter(FILES)))
+
+
 def _preferred(cards: list[ModelCard]) -> ModelCard | None:
     """The newest dense card: the name that sorts last among those with the fewest limits and no experts."""
     if not cards:
@@ -313,8 +337,8 @@ def middle(card: ModelCard) -> str:
     return min(card.sizes, key=lambda key: (abs(card.sizes[key].parameters - 7), key))
 
 
-def way(card: ModelCard, size: str | None, task: Task, devices: int | None = None) -> tuple[Stage, ...]:
-    """The whole way for a model that is here, each stage with its paths and its command."""
+def way(card: ModelCard, size: str | None, task: Task, devices: int | None = None, benchmark: str = "ai2d") -> tuple[Stage, ...]:  # fmt: skip
+    """The way for a model that is here, each stage with its paths and its command; `benchmark` is a key of FILES."""
     key = size or middle(card)
     facts = card.sizes[key]
     if card.kind == "generation":
@@ -346,15 +370,27 @@ def way(card: ModelCard, size: str | None, task: Task, devices: int | None = Non
         stages.append(Stage(task.upper(), note=NOT_YET[task], reads=f"runs/{run}/", here=False))
     stages += [
         Stage("Ask it", f"polymodal chat runs/{run} {chat}", reads=f"runs/{run}/"),
-        Stage("Evaluate", f"polymodal evaluate runs/{run} ai2d --data AI2D_TEST.tsv --nproc {min(count, 8)}", reads=f"runs/{run}/, AI2D_TEST.tsv", writes=f"evaluations/{run}-ai2d/"),
+        Stage("Evaluate", f"polymodal evaluate runs/{run} {benchmark} --data {FILES[benchmark]} --nproc {min(count, 8)}", reads=f"runs/{run}/, {FILES[benchmark]}", writes=f"evaluations/{run}-{benchmark}/"),
         Stage("Export", f"polymodal export runs/{run} out/{run}" + (" --merge-lora" if method == "lora" else ""), reads=f"runs/{run}/", writes=f"out/{run}/ (hub format)"),
     ]  # fmt: skip
+    if task == "convert":
+        return (*stages[:2], _conversion(weights))
+    if task == "export":
+        return (stages[0], stages[-1])
     if task in ("chat", "evaluate"):
         return tuple(s for s in stages if s.title in ("Check the machine", "Fetch the weights")) + tuple(
-            Stage(s.title, s.command.replace(f"runs/{run}", weights), f"{weights}/", s.writes.replace(run, weights.rpartition("/")[2]))
+            Stage(s.title, s.command.replace(f"runs/{run}", weights), s.reads.replace(f"runs/{run}", weights), s.writes.replace(run, weights.rpartition("/")[2]))
             for s in stages if s.title == ("Ask it" if task == "chat" else "Evaluate")
         )  # fmt: skip
     return tuple(stages)
+
+
+def _conversion(weights: str) -> Stage:
+    tree = f"ckpt/mm_path/{weights.rpartition('/')[2]}"
+    return Stage(
+        "Convert", f"polymodal convert {weights} {tree} --to mm", f"{weights}/", f"{tree}/ (Megatron-style)",
+        "for exchange with other systems only: training reads the hub's files. --tp, --pp cut it; --to hf goes back",
+    )  # fmt: skip
 
 
 def _way_of_generation(card: ModelCard, key: str, task: Task, devices: int | None) -> tuple[Stage, ...]:
@@ -382,6 +418,12 @@ def _way_of_generation(card: ModelCard, key: str, task: Task, devices: int | Non
         Stage("Evaluate", f"polymodal evaluate runs/{run} generation --data prompts.jsonl --clip weights/clip --nproc {nproc}", reads=f"runs/{run}/, prompts.jsonl", writes=f"evaluations/{run}-generation/"),
         Stage("Export", f"polymodal export runs/{run} out/{run}{merge}", reads=f"runs/{run}/", writes=f"out/{run}/ (diffusers' layout)"),
     ]  # fmt: skip
+    if task == "encode":
+        return tuple(stages[: [stage.title for stage in stages].index("Extract features") + 1])
+    if task == "convert":
+        return (*stages[:2], _conversion(weights))
+    if task == "export":
+        return (stages[0], stages[-1])
     if task == "chat":
         command = f'polymodal generate {weights} --prompt "a cat runs" --out samples'
         return (*stages[:2], Stage("Sample", command, f"{weights}/", "samples/"))

@@ -126,6 +126,17 @@ def test_dreambooth_is_a_task_of_picture_models():
     assert any("--task dreambooth" in stage.command for stage in answer.stages)
 
 
+def test_single_stages_are_tasks_of_their_own():
+    for wish, title in (
+        ("feature extraction", "Extract features"), ("Wan2.1 特征提取", "Extract features"), ("convert weights of qwen2-vl to megatron", "Convert"),
+        ("权重转换 qwen2.5vl", "Convert"), ("export my run", "Export"), ("导出模型", "Export"),
+    ):  # fmt: skip
+        assert ask(wish).stages[-1].title == title, wish
+    measured = ask("evaluate qwen2-vl on MMMU").stages[-1]
+    assert "mmmu --data MMMU_DEV_VAL.tsv" in measured.command and measured.writes.endswith("-mmmu/")
+    assert "MMMU_DEV_VAL.tsv" in measured.reads
+
+
 def test_text_to_video_and_text_to_image_differ():
     video, image = ask("train a text to video model"), ask("train a text to image model")
     assert "step-video" in {f.name for f in video.coming} and "lumina" not in {f.name for f in video.coming}
@@ -172,12 +183,12 @@ def known_command(words: list[str]) -> bool:
     return all(word in options for word in rest if word.startswith("-"))
 
 
-@pytest.mark.parametrize("task", ["sft", "lora", "dreambooth", "pretrain", "dpo", "grpo", "chat", "evaluate"])
+@pytest.mark.parametrize("task", list(router.TASKS))
 @pytest.mark.parametrize("name", list(CARDS))
 def test_every_stage_is_a_command_that_exists(name, task):
     stages = router.way(CARDS[name], None, task)
     commands = [stage.command for stage in stages if stage.command]
-    assert len(commands) >= 3 and all(known_command(shlex.split(command)) for command in commands)
+    assert len(commands) >= (2 if task == "export" else 3) and all(known_command(shlex.split(command)) for command in commands)
     assert all(stage.here or not stage.command for stage in stages)
 
 
@@ -245,6 +256,14 @@ def test_a_wish_is_answered_with_commands_and_paths():
     assert "polymodal encode" in run("--for", "train a text to video model")
     assert "not yet" in run("--for", "train a model that transcribes speech")
     assert "Say what goes in" in run("--for", "xyzzy")
+
+
+@pytest.mark.parametrize("task", list(router.TASKS))
+def test_every_task_has_its_words_on_the_page(task):
+    model = "flux.1" if task in ("dreambooth", "encode") else "qwen2-vl"
+    word = next((words[0] for name, words in router.METHODS.items() if name == task))
+    out = run("--for", f"{word} {model}")
+    assert router.TASKS[task] in out.splitlines()[0] and max(map(len, out.splitlines()[:6])) <= 80
 
 
 @pytest.mark.parametrize(
