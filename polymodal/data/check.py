@@ -116,7 +116,7 @@ def main(
 ) -> int:
     """The command: prints what the files hold and the first `limit` problems. Returns 2 when there are any, else 0."""
     datasets = [Dataset(path=p, media_dir=media_dir, format=format) for p in paths]  # type: ignore[arg-type]
-    corpus = open_corpus(datasets, attr, key="FILE")
+    corpus = open_corpus(datasets, attr, key="data")
     from rich.console import Console
     from rich.progress import Progress
 

@@ -118,6 +118,8 @@ def convert(
                     f"{where}: {name} is not there, and {len(out.missing) - 1} more media of {out.rows} rows.",
                     "Check --media-dir, or use --missing skip or keep. Nothing was written.",
                 )
+            if not out.rows:
+                raise PolymodalError(f"{source} holds no row.", "Check the file; nothing was written.")
             if not out.written:
                 raise PolymodalError(
                     f"{source}: not one of {out.rows} rows has all its media.",

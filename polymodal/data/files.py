@@ -71,7 +71,8 @@ class Rows:
             ) from None
         except (ValueError, RecursionError) as error:
             raise PolymodalError(
-                f"{self.where(i)}: not valid JSON: {error}.", "Mend the row, or set data.on_error to skip."
+                f"{self.where(i)}: not valid JSON: {error}.",
+                "Mend the row; training may leave it out (data.on_error: skip).",
             ) from None
         if not isinstance(row, dict):
             raise PolymodalError(

@@ -46,7 +46,7 @@ def _fault(source: Any, kind: str, error: BaseException) -> PolymodalError:
     if isinstance(error, FileNotFoundError):
         return PolymodalError(
             f"the {kind} {name} does not exist.",
-            "Check the path; relative ones start from dataset.media_dir, or from the data file's directory.",
+            "Check the path; relative ones start from media_dir (--media-dir), or from the data file's directory.",
         )
     if isinstance(error, IsADirectoryError):
         return PolymodalError(f"the {kind} {name} is a directory.", "Name a file.")
@@ -427,6 +427,6 @@ def refuse_audio(media: Media) -> None:
     """Raises PolymodalError for sound: no model here hears yet."""
     if media.kind == "audio":
         raise PolymodalError(
-            "the row holds audio, which the data room does not read.",
+            "the row holds audio, which no model here reads.",
             "Remove the audio, or leave such rows to data.on_error=skip.",
         )

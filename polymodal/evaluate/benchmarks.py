@@ -123,7 +123,8 @@ def read(
 ) -> Questions:
     """The questions of a file, or of rows in memory. Relative media paths start from media_dir, else the file's place.
 
-    Raises PolymodalError: the file is not there or not readable, a table has no question column, an id comes twice.
+    Raises PolymodalError: the file is not there or not readable, a table has no question column, an id comes twice,
+    multiple choice has no options.
     """
     if media_dir is not None and not os.path.isdir(media_dir):
         raise PolymodalError(f"The media directory {media_dir} does not exist.", "Check the path.")
@@ -172,6 +173,13 @@ class Questions(Sequence[Question]):
             seen[key] = i
             self.ids.append(key)
         self.by_id = seen
+        if benchmark.metric == "choice" and not any(
+            _options(row, rows.where(i)) for i, row in enumerate(self.texts)
+        ):
+            raise PolymodalError(
+                f"{rows.path}: {benchmark.name} is multiple choice, and no row has options (columns: {', '.join(map(str, rows[0]))[:120]}).",
+                "Give the benchmark's own file, or take `custom` for other questions.",
+            )
 
     def __len__(self) -> int:
         return len(self.ids)

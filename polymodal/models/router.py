@@ -13,7 +13,9 @@ from typing import Literal
 from polymodal.models.card import ModelCard
 
 Kind = Literal["understanding", "generation", "omni", "audio"]
-Task = Literal["sft", "lora", "dreambooth", "pretrain", "dpo", "grpo", "encode", "convert", "export", "chat", "evaluate"]
+Task = Literal[
+    "sft", "lora", "dreambooth", "pretrain", "dpo", "grpo", "encode", "convert", "export", "chat", "evaluate"
+]
 
 TASKS: dict[Task, str] = {
     "sft": "full fine-tuning", "lora": "LoRA fine-tuning", "dreambooth": "DreamBooth", "pretrain": "pretraining",
@@ -104,26 +106,14 @@ METHODS: dict[Task, tuple[str, ...]] = {
     "grpo": ("grpo", "rlhf", "reinforcement", "reinforcement learning", "reward", "强化学习", "奖励"),
     "dreambooth": ("dreambooth", "dream booth", "subject driven", "my own subject"),
     "lora": ("lora", "qlora", "adapter", "adapters", "peft", "parameter efficient", "低秩", "适配器"),
-    "pretrain": (
-        "pretrain",
-        "pretraining",
-        "pre train",
-        "pre training",
-        "from scratch",
-        "预训练",
-        "从头训练",
-        "从零",
-    ),
+    "pretrain": ("pretrain", "pretraining", "pre train", "pre training", "from scratch", "预训练", "从头训练", "从零"),
     "encode": ("feature extraction", "extract features", "extract feature", "encode", "特征提取", "提取特征"),
-    "convert": (
-        "weight conversion", "convert weights", "convert weight", "convert checkpoint", "convert checkpoints", "to megatron", "from megatron",
-        "mm convert", "hf to mm", "mm to hf", "权重转换", "转换权重",
-    ),
+    "convert": ("weight conversion", "convert weights", "convert weight", "convert checkpoint", "convert checkpoints", "to megatron", "from megatron", "mm convert", "hf to mm", "mm to hf", "权重转换", "转换权重"),
     "export": ("export", "导出"),
     "evaluate": ("evaluate", "evaluation", "benchmark", "score", "测评", "评测", "评估"),
     "chat": ("chat with", "inference", "try", "推理", "试用"),
     "sft": ("sft", "fine tune", "fine tuning", "finetune", "finetuning", "full", "微调", "全参"),
-}
+}  # fmt: skip
 ALONE: dict[Task, Kind] = {  # what a task means when the wish names no kind of model
     "dpo": "understanding", "grpo": "understanding", "encode": "generation", "convert": "understanding", "export": "understanding",
 }  # fmt: skip
@@ -133,7 +123,12 @@ NOT_YET: dict[str, str] = {
 }
 
 
-FILES = {"ai2d": "AI2D_TEST.tsv", "mmmu": "MMMU_DEV_VAL.tsv", "chartqa": "ChartQA_TEST.tsv", "docvqa": "DocVQA_VAL.tsv"}
+FILES = {
+    "ai2d": "AI2D_TEST.tsv",
+    "mmmu": "MMMU_DEV_VAL.tsv",
+    "chartqa": "ChartQA_TEST.tsv",
+    "docvqa": "DocVQA_VAL.tsv",
+}
 """VLMEvalKit's files of the benchmarks that answer questions."""
 
 
@@ -256,11 +251,7 @@ def route(wish: str, cards: Mapping[str, ModelCard]) -> Route:
     else:
         scores = {kind: _score(text, {**_own_words(cards, kind), **words}) for kind, words in INTENTS.items()}
         top = max(scores.values())
-        kind = (
-            max(scores.items(), key=lambda item: item[1])[0]
-            if top
-            else ALONE.get(task)
-        )
+        kind = max(scores.items(), key=lambda item: item[1])[0] if top else ALONE.get(task)
         if kind is None:
             return Route(None, task, notes=tuple(notes))
         fits = [card for card in cards.values() if card.kind == kind]

@@ -216,7 +216,12 @@ class Trainer:
                 f"{self.card.name}: {count / 1e6:.1f} M parameters, {train / 1e6:.1f} M trained, {self.rt.world} x {self.rt.device.kind}, {self.steps} steps"
             )
             if self.resumed_at is not None:
-                self.progress.say(f"resumed at step {self.resumed_at}")
+                done = (
+                    ""
+                    if self.resumed_at < self.steps
+                    else ": nothing is left to do (train.steps or train.epochs say how much)"
+                )
+                self.progress.say(f"resumed at step {self.resumed_at}{done}")
         self.profiler = monitor.Profiler(self.run_dir, recipe.monitor.profile, self.rt.rank, self.rt.device)
         self.peak = devices.peak_flops(self.rt.device)
 

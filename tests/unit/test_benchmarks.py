@@ -263,6 +263,12 @@ def test_bad_files_and_rows_in_one_sentence(tmp_path):
         benchmarks.read(tmp_path / "questions.tsv", benchmarks.find("custom"))
     with pytest.raises(PolymodalError, match="media directory"):
         benchmarks.read(tmp_path / "question.tsv", benchmarks.find("custom"), tmp_path / "gone")
+    with pytest.raises(
+        PolymodalError, match=r"chartqa.tsv: ai2d is multiple choice, and no row has options .*index"
+    ):
+        benchmarks.read(
+            table(tmp_path / "chartqa.tsv", columns, [[0, "", "How many?", "3"]]), benchmarks.find("ai2d")
+        )
     with pytest.raises(PolymodalError, match="There is no benchmark `mmlu`.*ai2d"):
         benchmarks.find("mmlu")
     with pytest.raises(PolymodalError, match="likelihood compares options"):

@@ -252,6 +252,8 @@ def test_bad_calls(tmp_path, monkeypatch):
     source = write_rows(tmp_path / "in.jsonl", [{"instruction": "i", "output": "o"}])
     refused("ends in neither .json nor .jsonl", source, "out.parquet")
     refused("--missing = drop is unknown", source, missing="drop")
+    (tmp_path / "none.json").write_text("[]")
+    refused("none.json holds no row", tmp_path / "none.json")
     refused("--media-dir none: the directory does not exist", source, media_dir="none")
     refused("SRC = .*nothing.jsonl: the file does not exist", tmp_path / "nothing.jsonl")
     with pytest.raises(PolymodalError, match="is the source itself"):

@@ -188,7 +188,9 @@ def known_command(words: list[str]) -> bool:
 def test_every_stage_is_a_command_that_exists(name, task):
     stages = router.way(CARDS[name], None, task)
     commands = [stage.command for stage in stages if stage.command]
-    assert len(commands) >= (2 if task == "export" else 3) and all(known_command(shlex.split(command)) for command in commands)
+    assert len(commands) >= (2 if task == "export" else 3) and all(
+        known_command(shlex.split(command)) for command in commands
+    )
     assert all(stage.here or not stage.command for stage in stages)
 
 
