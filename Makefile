@@ -37,6 +37,7 @@ lint: install
 
 parity: install
 	$(BIN)/python benchmarks/parity.py
+	$(BIN)/python benchmarks/parity.py --dtype float32
 
 docs: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[docs]'

@@ -1,6 +1,6 @@
-"""Parity of every layout with one process, written to docs/parity.md.
+"""Parity of every layout with one process, written to docs/parity.md (float32: docs/parity_float32.md).
 
-    python benchmarks/parity.py [--models qwen3-vl ...] [--only "TP 2" ...] [--missing] [--output docs/parity.md]
+    python benchmarks/parity.py [--dtype float32] [--models qwen3-vl ...] [--only "TP 2" ...] [--missing] [--output FILE]
 
 Without options every cell is measured anew; with them the cells are merged into the table. The matrix and its
 comparison are the tests' own: tests/parallel/parity.py.

@@ -1,6 +1,6 @@
 """The parity table: every layout of every model against one process, in float64. `make parity` writes docs/parity.md.
 
-    python benchmarks/parity.py [--models qwen3-vl ...] [--only TEXT ...] [--missing] [--output docs/parity.md]
+    python benchmarks/parity.py [--dtype float32] [--models qwen3-vl ...] [--only TEXT ...] [--missing] [--output FILE]
 
 Cells are measured a few layouts at a time and merged into the table on disk, so a run that was cut goes on with
 `--missing`, and `--only "TP 2"` measures the rows whose name holds that text again. A new layout is a line of MATRIX;
@@ -27,6 +27,7 @@ from tests.parallel.layouts import STEPS, Layout, Parity, compare, one_process
 
 BOUND = 1e-9
 """Largest relative error that counts as equal: float64 rounding after five optimizer steps is far below."""
+BOUNDS = {"float64": BOUND, "float32": 1e-5}
 
 VISION = ("model.visual.",)
 SPARSE = ("qwen3-vl-moe",)
@@ -349,7 +350,7 @@ def read(text: str) -> Cells:
     return cells
 
 
-def table(cells: Mapping[tuple[str, str], str]) -> str:
+def table(cells: Mapping[tuple[str, str], str], dtype: str = "float64") -> str:
     """Markdown: cells are loss / gradients / weights. Other rows are dropped."""
     import diffusers
     import transformers
@@ -358,11 +359,12 @@ def table(cells: Mapping[tuple[str, str], str]) -> str:
         "# Parity",
         "",
         "Written by `make parity`; do not edit. Each cell is one run of a tiny random model of the library's own class",
-        "on real processes (gloo, CPU, float64), compared with one process on the same global batch of four packs with",
+        f"on real processes (gloo, CPU, {dtype}), compared with one process on the same global batch of four packs with",
         "pictures, a video and text (one pack has no picture): the largest relative L2 error of **loss / any gradient /",
         f"any weight after {STEPS} clipped AdamW steps**. Loss of every model: per token, with the routers' balance loss for",
-        f"experts. `-` is a layout that the model does not have, an empty cell was not measured; above {BOUND:.0e} a cell",
-        "would be marked.",
+        f"experts. `-` is a layout that the model does not have, an empty cell was not measured; above {BOUNDS[dtype]:.0e} a cell",
+        f"is marked. {'The same in float32: ' if dtype == 'float64' else 'The same in float64: '}[{OTHER[dtype]}]({OTHER[dtype]}.md).",
+        *AMPLIFIED[dtype],
         "",
         f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}, diffusers {diffusers.__version__}.",
         "",
@@ -370,21 +372,36 @@ def table(cells: Mapping[tuple[str, str], str]) -> str:
     return "\n".join(lines + [line for each in TABLES for line in each.lines(cells)]) + "\n"
 
 
-def cell(result: Parity) -> str:
+OTHER = {"float64": "parity_float32", "float32": "parity"}
+AMPLIFIED: dict[str, tuple[str, ...]] = {
+    "float64": (),
+    "float32": (
+        "Weights can differ by more than gradients do: AdamW divides by a gradient's own size, so that of a parameter whose",
+        "gradient is zero but for rounding (a bias of keys: softmax does not see it) only the rounding is left.",
+    ),
+}
+
+
+def cell(result: Parity, bound: float = BOUND) -> str:
     """The three errors; bold when one is no rounding."""
     values = (result.loss, result.gradients, result.weights)
     text = " / ".join(f"{value:.0e}" if value else "0" for value in values)
-    return text if max(*values, result.norm) < BOUND else f"**{text}**"
+    return text if max(*values, result.norm) < bound else f"**{text}**"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("docs/parity.md"))
+    parser.add_argument("--dtype", default="float64", choices=list(BOUNDS))
+    parser.add_argument(
+        "--output", type=Path, help="docs/parity.md, of float32 docs/parity_float32.md, if not given"
+    )
     everything = [name for each in TABLES for name in each.models]
     parser.add_argument("--models", nargs="+", default=everything, choices=everything, metavar="NAME")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name holds one of these")
     parser.add_argument("--missing", action="store_true", help="only cells that the table lacks")
     asked = parser.parse_args(arguments)
+    if asked.output is None:
+        asked.output = Path("docs") / ("parity.md" if asked.dtype == "float64" else "parity_float32.md")
     merging = asked.only or asked.missing or len(asked.models) < len(everything)
     cells = read(asked.output.read_text()) if merging and asked.output.is_file() else {}
     bad = 0
@@ -397,14 +414,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             and not (asked.missing and (row(layout), name) in cells)
         ]
         began = time.monotonic()
-        for result in parity(name, layouts) if layouts else ():
+        for result in parity(name, layouts, dtype=getattr(torch, asked.dtype)) if layouts else ():
             layout = next(x for x in layouts if x.name == result.layout)
-            cells[row(layout), name] = cell(result)
+            cells[row(layout), name] = cell(result, BOUNDS[asked.dtype])
             bad += "*" in cells[row(layout), name]
-            print(f"{name}: {row(layout)}: {cell(result)} [{time.monotonic() - began:.0f} s]", flush=True)
+            print(
+                f"{name}: {row(layout)}: {cells[row(layout), name]} [{time.monotonic() - began:.0f} s]",
+                flush=True,
+            )
             asked.output.parent.mkdir(parents=True, exist_ok=True)
             partial = asked.output.with_suffix(".partial")
-            partial.write_text(table(cells))
+            partial.write_text(table(cells, asked.dtype))
             os.replace(partial, asked.output)
     print(f"{asked.output}: {len(cells)} cells, {bad} of this run differ")
     return 1 if bad else 0
