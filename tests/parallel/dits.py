@@ -81,7 +81,9 @@ def encode(name: str, directory: str) -> None:
             text = {n: t[:, :ROWS] if t.ndim > 2 or "mask" in n else t for n, t in text.items()}
         for mask in (t for n, t in text.items() if "mask" in n and name in DEEPER):
             mask[0, -1:] = mask[1, -3:] = 0
-        tensors = {**text, **family.encode_media(pipe, pixels), "weight": torch.tensor([1.0, 1.0])}
+        each = [family.encode_media(pipe, pixels[at : at + 1]) for at in range(2)]
+        media = {n: torch.cat([one[n] for one in each]) for n in each[0]}
+        tensors = {**text, **media, "weight": torch.tensor([1.0, 1.0])}
         made.append((tensors, grid.tokens(frames, height, width)))
     torch.save(made, Path(directory, "features.pt"))
 
