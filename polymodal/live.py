@@ -54,7 +54,10 @@ def request_profile(
         ) from None
     word = "step" if steps == 1 else f"{steps} steps"
     print(f"asked: the next {word} of rank {', '.join(map(str, chosen))} will be traced into {run}/traces")
-    metrics = run / "metrics.jsonl"
+    metrics, summary = run / "metrics.jsonl", run / "summary.json"
+    if summary.is_file() and metrics.is_file() and summary.stat().st_mtime >= metrics.stat().st_mtime:
+        print("note: the run has ended; the trace waits until it goes on with more steps")
+        return 0
     silent = time.time() - metrics.stat().st_mtime if metrics.is_file() else None
     if silent is None or silent > QUIET:
         since = (

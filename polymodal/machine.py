@@ -20,6 +20,14 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 
+def count(number: float) -> str:
+    """1234567 -> "1.23 M"."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e4)):
+        if abs(number) >= scale:
+            return f"{number / (1e3 if unit == 'k' else scale):.3g} {unit}"
+    return f"{number:,.0f}"
+
+
 def size(count: float) -> str:
     """Bytes for people: 1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -151,7 +151,7 @@ class Schedule:
         if not self.draws:
             raise PolymodalError(
                 "No sample of the data can be trained on.",
-                "`polymodal check` lists why each was left out; often data.max_length is too small or data.train_on matches no message.",
+                "The list of what was left out (`polymodal check`) says why; often data.max_length is too small or data.train_on matches no message.",
             )
         self._bounds = np.cumsum([0] + [s.draws for s in self._sources])
         self._window = self._window_size(data.window)

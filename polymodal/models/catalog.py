@@ -14,6 +14,7 @@ import json
 import os
 import pkgutil
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,9 @@ def download(
                 f"{repository} cannot be stored: {error}.",
                 "Free space, or set HF_HOME to a larger disk that you may write to.",
             ) from None
-        reason = str(error.__cause__ or error).strip().split("\n")[0][:120]
+        reason = textwrap.shorten(
+            str(error.__cause__ or error).strip().split("\n")[0], 160, placeholder=" ..."
+        )
         raise _absent(
             repository, revision, missing or ["its files"], f"the hub cannot be reached ({reason})"
         ) from None

@@ -107,6 +107,13 @@ def static(recipe: Recipe, world: int, problems: Problems) -> None:
                 f"monitor.trackers names {tracker}, which is not installed.",
                 f"Run `pip install polymodal[{tracker}]`, or remove it.",
             )
+    profile = recipe.monitor.profile
+    absent = [rank for rank in profile.ranks if not 0 <= rank < world] if profile is not None else []
+    if absent:
+        problems.add(
+            f"monitor.profile.ranks names {absent[0]}, and there are ranks 0 to {world - 1}.",
+            "Name ranks of the run.",
+        )
     _starts(recipe, problems)
     problems.run(lambda: machine.require_writable(recipe.run_dir))
 

@@ -8,17 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from polymodal.machine import size
+from polymodal.machine import count, size
 from polymodal.recipe import Recipe
 from polymodal.train.check import DataFacts, Report
-
-
-def count(number: float) -> str:
-    """1234567 -> "1.23 M"."""
-    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e4)):
-        if abs(number) >= scale:
-            return f"{number / (1e3 if unit == 'k' else scale):.3g} {unit}"
-    return f"{number:,.0f}"
 
 
 def _rows(console: Console, title: str, rows: list[tuple[str, str]]) -> None:

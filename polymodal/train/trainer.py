@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from polymodal import device as devices
+from polymodal import machine
 from polymodal import recipe as recipes
 from polymodal.data.schedule import Position
 from polymodal.errors import PolymodalError
@@ -211,9 +212,9 @@ class Trainer:
             )
             self.metrics.forget_after(self.state.step)
             self.progress = monitor.Progress(recipe.name, self.steps, self.state.step)
-            count, train = self.model.total, self.model.trained
+            total, train = self.model.total, self.model.trained
             self.progress.say(
-                f"{self.card.name}: {count / 1e6:.1f} M parameters, {train / 1e6:.1f} M trained, {self.rt.world} x {self.rt.device.kind}, {self.steps} steps"
+                f"{self.card.name}: {machine.count(total)} parameters, {machine.count(train)} trained, {self.rt.world} x {self.rt.device.kind}, {self.steps} steps"
             )
             if self.resumed_at is not None:
                 done = (

@@ -140,6 +140,7 @@ def test_every_problem_is_listed_not_only_the_first(make, tmp_path):
         ("parallel.replicate=[visoin]", 2, "has no tower `visoin`"),
         ("parallel.cp=2 model.attention=sdpa", 2, "which model.attention = sdpa cannot follow"),
         ("model.source=/no/such/model", 1, "neither a directory nor a hub id nor a known model"),
+        ("monitor.profile.ranks=[0,2]", 2, "monitor.profile.ranks names 2, and there are ranks 0 to 1."),
         ("data.datasets=[]", 1, "The recipe has no data.datasets."),
         ("model.config.text_config.num_hidden_layer=2", 1, "Did you mean `text_config.num_hidden_layers`?"),
     ],

@@ -255,6 +255,9 @@ def test_profile_of_a_run_that_stands_still_says_so(tmp_path, capsys):
     os.utime(tmp_path / "metrics.jsonl", (0, time.time() - 3600))
     live.request_profile(tmp_path, 1, "0")
     assert "no step for 60 minutes" in capsys.readouterr().out
+    (tmp_path / "summary.json").write_text("{}")
+    live.request_profile(tmp_path, 1, "0")
+    assert "the run has ended" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ranks", ["", "a", "3-1", "0,,1", "-1"])
