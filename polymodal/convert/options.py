@@ -178,13 +178,15 @@ class Paths:
 @dataclass(frozen=True)
 class Settings:
     """verify: read back and compare; dry_run: print the plan only; workers: threads (0: one a core, at most 8);
-    allow_pickle: read tensors out of pickles that hold other objects; force: replace what is in the way."""
+    allow_pickle: read tensors out of pickles that hold other objects; force: replace what is in the way; together: bytes
+    of the parts of one command, filled while it looks at all of them before it writes the first."""
 
     verify: bool = True
     dry_run: bool = False
     workers: int = 0
     allow_pickle: bool = False
     force: bool = False
+    together: list[int] | None = None
 
     @property
     def threads(self) -> int:

@@ -51,6 +51,14 @@ class Report:
         return f"{self.directory}: {self.tensors} tensors in {self.files} files, {self.bytes / 1e9:.2f} GB{rate}{proof}"
 
 
+def looked_at(report: Report, settings: Settings) -> Report:
+    """Of a dry run. Raises PolymodalError when what one command writes does not fit the disk together."""
+    if settings.together is not None:
+        settings.together.append(report.bytes)
+        writing.need_space(report.directory, sum(settings.together))
+    return report
+
+
 def with_head(table: Table, source: Source, facts: Facts, parallel: Parallel) -> Source:
     """Pipelines hold a tied head by itself, on the last stage; a single stage takes the embedding."""
     if table.tie is None or not facts.get("tied"):
@@ -108,7 +116,7 @@ def to_tree(opened: Opened, parallel: Parallel, root: Path, settings: Settings) 
         for name, slots in specs.items()
     ]
     if settings.dry_run:
-        return report
+        return looked_at(report, settings)
     writing.need_space(root, report.bytes)
     with writing.released(root, tree.TRACKER, tree.RELEASE) as partial:
         began = time.perf_counter()
@@ -163,7 +171,7 @@ def to_hub(
         )
     overwrite = settings.force or (directory / MARKER).is_file()
     if settings.dry_run:
-        return report
+        return looked_at(report, settings)
     writing.need_space(directory.parent, report.bytes)
     with appearing(directory, overwrite) as partial:
         if template is not None:
@@ -259,7 +267,7 @@ def to_dcp(source: Source, root: Path, settings: Settings, prefix: str = "model.
     report = Report(root, settings.threads, len(spec), _bytes(spec))
     report.lines = [f"{tree.RELEASE}/  {_listing({prefix + key: one for key, one in spec.items()})}"]
     if settings.dry_run:
-        return report
+        return looked_at(report, settings)
     writing.need_space(root, report.bytes)
     from polymodal.convert.dcp import save
 

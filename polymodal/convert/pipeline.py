@@ -33,7 +33,8 @@ def each(actions: Sequence[Callable[[Settings], object]], how: Settings) -> None
     """Every action; when there are several, each looks at everything first, so that all are refused or none."""
     if len(actions) > 1 and not how.dry_run:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            look = replace(how, dry_run=True, together=[])
             for act in actions:
-                act(replace(how, dry_run=True))
+                act(look)
     for act in actions:
         act(how)

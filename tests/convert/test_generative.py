@@ -1,5 +1,8 @@
 """Generative models: both experts of a pipeline at once, diffusers' names and the original code's of one tree."""
 
+import argparse
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -67,6 +70,15 @@ def test_nothing_is_written_when_the_second_expert_is_bad(pipeline, here, capsys
     said = capsys.readouterr()
     assert "1 tensors are unknown to this converter: odd" in said.err and not said.out
     assert not (here / "mm").exists()
+
+
+def test_a_disk_for_one_expert_is_too_small(pipeline, here, capsys, monkeypatch):  # noqa: F811
+    one = sum(path.stat().st_size for path in (pipeline / EXPERTS[0]).glob("*.safetensors"))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: argparse.Namespace(free=int(1.5 * one) + (1 << 20))
+    )
+    assert run("mm-convert WanConverter hf_to_mm --cfg.source_path wan2.2 --cfg.target_path mm") == 2
+    assert "its disk has" in capsys.readouterr().err and not (here / "mm").exists()
 
 
 def test_adapters_of_both_experts_are_added(pipeline, here):  # noqa: F811
