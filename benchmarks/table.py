@@ -250,6 +250,8 @@ def memory(r: dict) -> str:
 
 SECTIONS: dict[str, Callable[[Any], str]] = {"memory": memory}
 """Results that are tables of their own."""
+ELSEWHERE = {"plan_layouts": "docs/plan.md"}
+"""Results whose table is on another page, written by the benchmark itself."""
 
 
 def text(results: Path) -> str:
