@@ -33,7 +33,7 @@ DEEPER: dict[str, dict[str, Any]] = {
 CAPTIONS = ("a red square moving left", "blue", "the digit seven of nine", "video of a green circle")
 ROWS = 7
 """Rows of text, where the model does not ask for a fixed number: odd, and more than some captions have."""
-FIXED = ("wan", "cogvideox", "lumina", "hidream")
+FIXED = ("wan", "cogvideox", "lumina", "hidream", "hunyuan-dit")
 """Beginnings of names of models that are given all rows of their text, but for those in DEEPER that can do with fewer."""
 
 
@@ -81,7 +81,10 @@ def encode(name: str, directory: str) -> None:
             text = {n: t[:, :ROWS] if t.ndim > 2 or "mask" in n else t for n, t in text.items()}
         for mask in (t for n, t in text.items() if "mask" in n and name in DEEPER):
             mask[0, -1:] = mask[1, -3:] = 0
-        each = [family.encode_media(pipe, pixels[at : at + 1]) for at in range(2)]
+        shown = [
+            {"source": pixels[at : at + 1].flip(-1)} if "source" in family.given else {} for at in range(2)
+        ]
+        each = [family.encode_media(pipe, pixels[at : at + 1], **shown[at]) for at in range(2)]
         media = {n: torch.cat([one[n] for one in each]) for n in each[0]}
         tensors = {**text, **media, "weight": torch.tensor([1.0, 1.0])}
         made.append((tensors, grid.tokens(frames, height, width)))

@@ -195,10 +195,14 @@ def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps
         forward_backward(runner, objective, mine, inverse, tally)
         loss = tally.total(mesh.log_group if mesh is not None else None)
         total = loss["loss"] + objective.aux_weight * loss["balance"]
-        if model is not None:
-            return total, model.gradients()
-        grads = [p.grad for p in trainable.values() if p.grad is not None]
-        return total, torch.stack(torch._foreach_norm(grads)).norm()
+        norm = model.gradients() if model is not None else None
+        for p in (
+            trainable.values()
+        ):  # what is computed for nothing: zeros where shards are reduced, none elsewhere
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if norm is None:
+            norm = torch.stack(torch._foreach_norm([p.grad for p in trainable.values()])).norm()
+        return total, norm
 
     with float64() if dtype == torch.float64 else contextlib.nullcontext():
         loss, norm = step()

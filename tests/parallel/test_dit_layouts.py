@@ -18,7 +18,7 @@ from polymodal.parallel.mesh import Mesh, ParallelSizes
 from tests.parallel.harness import run
 from tests.parallel.layouts import Layout
 from tests.parallel.parity import BOUND, parity
-from tests.parallel.parity_dits import MATRIX, MODELS, OTHERS
+from tests.parallel.parity_dits import MATRIX, MODELS, OTHERS, SINGLE
 
 
 def equal(name: str, layouts: list[Layout]) -> None:
@@ -52,6 +52,13 @@ def test_the_other_forms_of_these_models_are_cut_alike(name: str):
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_sharded_model_is_the_single_process(name: str):
     equal(name, [Layout("FSDP2 x 2", 2)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_sharded_model_is_the_single_process_in_float32(name: str):
+    for result in parity(name, [Layout("FSDP2 x 2", 2)], steps=1, dtype=torch.float32):
+        assert max(result.loss, result.gradients) < 1e-5, result
 
 
 @pytest.mark.parametrize("name", ["wan2.1", "wan2.2", "flux.1", "hunyuan-video", "cogvideox", "sd3"])
