@@ -20,6 +20,25 @@ from polymodal.data.sample import Batch, Measure
 from polymodal.errors import PolymodalError
 from polymodal.models.card import Components, Family, Output, Process
 
+JOINT_BLOCKS = {
+    "transformer_blocks.*.attn": "joint_attention",
+    "transformer_blocks.*.attn.to_q": "colwise",
+    "transformer_blocks.*.attn.to_k": "colwise",
+    "transformer_blocks.*.attn.to_v": "colwise",
+    "transformer_blocks.*.attn.add_q_proj": "colwise",
+    "transformer_blocks.*.attn.add_k_proj": "colwise",
+    "transformer_blocks.*.attn.add_v_proj": "colwise",
+    "transformer_blocks.*.attn.to_out.0": "rowwise",
+    "transformer_blocks.*.attn.to_add_out": "rowwise",
+    "transformer_blocks.*.ff": "feed_forward",
+    "transformer_blocks.*.ff.net.0.proj": "colwise",
+    "transformer_blocks.*.ff.net.2": "rowwise",
+    "transformer_blocks.*.ff_context": "feed_forward",
+    "transformer_blocks.*.ff_context.net.0.proj": "colwise",
+    "transformer_blocks.*.ff_context.net.2": "rowwise",
+}
+"""Tensor plan of blocks with a stream of the picture and one of text, as FLUX's and HunyuanVideo's are."""
+
 
 @dataclass(frozen=True)
 class LatentGrid:

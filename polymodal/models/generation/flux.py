@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from polymodal.data.sample import Batch
 from polymodal.models.card import Chain, ModelCard, Process, Size
+from polymodal.models.diffusion import JOINT_BLOCKS
 from polymodal.models.generation.pictures import Pictures, flow_process, packed, positions, unpacked
 
 
@@ -98,21 +99,7 @@ CARD = ModelCard(
     sequence_exit="proj_out",
     tensor_plan={
         "": "stream",
-        "transformer_blocks.*.attn": "joint_attention",
-        "transformer_blocks.*.attn.to_q": "colwise",
-        "transformer_blocks.*.attn.to_k": "colwise",
-        "transformer_blocks.*.attn.to_v": "colwise",
-        "transformer_blocks.*.attn.add_q_proj": "colwise",
-        "transformer_blocks.*.attn.add_k_proj": "colwise",
-        "transformer_blocks.*.attn.add_v_proj": "colwise",
-        "transformer_blocks.*.attn.to_out.0": "rowwise",
-        "transformer_blocks.*.attn.to_add_out": "rowwise",
-        "transformer_blocks.*.ff": "feed_forward",
-        "transformer_blocks.*.ff.net.0.proj": "colwise",
-        "transformer_blocks.*.ff.net.2": "rowwise",
-        "transformer_blocks.*.ff_context": "feed_forward",
-        "transformer_blocks.*.ff_context.net.0.proj": "colwise",
-        "transformer_blocks.*.ff_context.net.2": "rowwise",
+        **JOINT_BLOCKS,
         "single_transformer_blocks.*.attn": "joined_heads",
         "single_transformer_blocks.*.attn.to_q": "colwise",
         "single_transformer_blocks.*.attn.to_k": "colwise",
