@@ -103,7 +103,9 @@ def test_a_pod_works_in_its_volume(kind):
         cluster.kubernetes(made(), Wish("r.yaml", image="i", claim="disk", kind=kind)).text
     )
     spec = manifest["spec"]
-    command = spec["trainer"]["command"] if kind == "trainjob" else pods(manifest)[0]["containers"][0]["command"]
+    command = (
+        spec["trainer"]["command"] if kind == "trainjob" else pods(manifest)[0]["containers"][0]["command"]
+    )
     assert command[2].startswith("cd /data && exec python -m polymodal train r.yaml")
 
 
