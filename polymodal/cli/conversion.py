@@ -1,4 +1,4 @@
-"""The command for other systems' weight layouts: convert. Part of the one command; see cli.py for its rules."""
+"""The command for other systems' weight layouts: convert. Everything heavy is imported inside it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from polymodal.cli import app, command, one_of
+from polymodal.cli.app import app, command, one_of
 
 # One line an option reads best.
 # fmt: off

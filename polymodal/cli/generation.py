@@ -1,4 +1,4 @@
-"""The commands of generating models: encode and generate. Part of the one command; see cli.py for its rules."""
+"""The commands of generating models: encode and generate. Everything heavy is imported inside them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from polymodal.cli import (
+from polymodal.cli.app import (
     Base,
     Device,
     Dtype,
