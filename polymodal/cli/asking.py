@@ -132,7 +132,7 @@ def evaluate(
             settings = Settings(steps, guidance, height, width, frames, None, 42 if seed is None else seed, fps)
             generation.main(
                 checkpoint, facts.name, data, settings=settings, samples=samples, negative=negative, fps=fps or 16.0, real=real, clip=clip,
-                features=features, classifier=classifier, batch_size=batch_size or 1, other=other, **opened, **common,
+                features=features, classifier=classifier, batch_size=batch_size or 1, how={"other": other, **opened}, **common,
             )
         else:
             from polymodal.evaluate import run

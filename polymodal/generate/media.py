@@ -1,6 +1,6 @@
 """`polymodal generate`: prompts in, clips or pictures out, with a sheet of all and a JSON of how each was made.
 
-Sees generate/pipeline.py, launch and errors. Prompts are dealt out to ranks; a sample depends on its own seed alone.
+Sees generate/pipeline.py and errors. Prompts are dealt out to ranks; a sample depends on its own seed alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from polymodal import __version__
 from polymodal.errors import PolymodalError
-from polymodal.generate.pipeline import Prompt, Settings, open_generator, suspicion
+from polymodal.generate.pipeline import Prompt, Settings, opened, suspicion
 
 SHEET = 32
 """Samples on a contact sheet at most."""
@@ -127,35 +127,16 @@ def main(
     out: str,
     fps: float = 16.0,
     batch_size: int = 1,
-    task: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    ema: bool = False,
-    base: str | None = None,
-    other: str | None = None,
-    revision: str | None = None,
+    **how: Any,
 ) -> int:
-    """The command, in one of its processes: writes NNNN.mp4 or NNNN.png, sheet.png and samples.json. Returns the exit code."""
-    from polymodal import launch
-    from polymodal import recipe as recipes
+    """The command, in one of its processes: writes NNNN.mp4 or NNNN.png, sheet.png and samples.json. Returns the exit code.
 
+    how: of `opened`.
+    """
     if not prompts:
         raise PolymodalError("There is no prompt.", "Give --prompt TEXT or --prompts FILE.")
-    recipe = recipes.Recipe(model=recipes.Model(source=str(checkpoint)), device=recipes.Device(kind=device))  # type: ignore[arg-type]
     folder = Path(out).expanduser()
-    with launch.runtime(recipe) as rt:
-        if task is None:
-            task = "video-to-video" if prompts[0].video else None
-        generator = open_generator(
-            checkpoint,
-            task=task,
-            revision=revision,
-            device=rt.device.torch,
-            dtype=dtype,
-            ema=ema,
-            base=base,
-            other=other,
-        )
+    with opened(checkpoint, prompts[0], **how) as (rt, generator):
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".part-{rt.rank}.jsonl"
         mine = list(range(rt.rank, len(prompts), rt.world))
@@ -195,7 +176,7 @@ def main(
                         print(f"warning: sample {number} {wrong}", file=sys.stderr, flush=True)
         rt.barrier()
         if rt.rank == 0:
-            _finish(folder, generator, settings, fps, checkpoint, ema)
+            _finish(folder, generator, settings, fps, checkpoint, how.get("ema", False))
     return 0
 
 

@@ -1,7 +1,7 @@
 """Opens whatever holds a generating model and samples from it: a pipeline's directory, an export, a run, a LoRA file.
 
 The sampling loop is diffusers'; this file puts the trained weights into its pipeline and hands prompts over. Sees
-models, generate/opening.py and errors. Weights that are missing or too many are an error, never noise.
+models, generate/opening.py, launch and errors. Weights that are missing or too many are an error, never noise.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from polymodal import launch
 from polymodal import recipe as recipes
 from polymodal.data.files import VIDEO
 from polymodal.errors import PolymodalError
 from polymodal.generate.opening import DTYPES, Assembled, assemble, fingerprint, kind_of
+from polymodal.launch import Runtime
 from polymodal.models import catalog, pipelines, weights
 from polymodal.models.lora import DIFFUSERS_STEM
 
@@ -304,3 +307,19 @@ def base_of(directory: Path) -> str:
             f"{directory} does not say which base the adapter belongs to.", "Give it with --base."
         )
     return str(base)
+
+
+@contextmanager
+def opened(
+    checkpoint: str, first: Prompt, *, device: str = "auto", task: str | None = None, **how: Any
+) -> Iterator[tuple[Runtime, Generator]]:
+    """What a command that samples begins with, in one of its processes: the runtime, and the checkpoint's generator.
+
+    first: decides the task when none is named: a clip to start from wants the pipeline that takes one. how: of
+    `open_generator`.
+    """
+    recipe = recipes.Recipe(model=recipes.Model(source=checkpoint), device=recipes.Device(kind=device))  # type: ignore[arg-type]
+    if task is None and first.video:
+        task = "video-to-video"
+    with launch.runtime(recipe) as rt:
+        yield rt, open_generator(checkpoint, task=task, device=rt.device.torch, **how)
