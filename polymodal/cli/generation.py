@@ -67,6 +67,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 42,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts sampled together.")] = 1,
     nproc: Processes = None,
+    cp: Annotated[int, typer.Option(min=1, help="Processes that make each sample together, its sequence cut over them.")] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
     ema: Ema = False,
@@ -87,7 +88,7 @@ def generate(
         settings = Settings(steps, guidance, height, width, frames, strength, seed, fps)
         return room.main(
             checkpoint, prompts=listed, settings=settings, out=out, fps=fps, batch_size=batch_size, device=device,
-            dtype=dtype, ema=ema, base=base, other=other, revision=revision,
+            dtype=dtype, ema=ema, base=base, other=other, revision=revision, cp=cp,
         )
 
     return spread(nproc, None, here, device)

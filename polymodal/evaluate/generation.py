@@ -378,8 +378,8 @@ def main(
 
     where = Path(out) if out else Path("evaluations") / f"{Path(checkpoint.rstrip('/')).name}-{benchmark}"
     facts = benchmarks.find(benchmark)
-    rows, _ = asked_of(data, options.get("samples") or facts.samples, options.get("media_dir"), None)
-    with opened(checkpoint, rows[0].prompt, **how) as (_, generator):
+    asked_of(data, options.get("samples") or facts.samples, options.get("media_dir"), None)  # raises early
+    with opened(checkpoint, **how) as (_, generator):
         result = evaluate(
             generator, data, where, benchmark=benchmark, settings=settings, progress=True, **options
         )

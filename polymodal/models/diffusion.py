@@ -91,6 +91,9 @@ class Generation(Family):
     media: tuple[str, ...] = ()  # made of pixels besides the latents
     given: tuple[str, ...] = ()  # roles of what a sample is made from that encode_media takes, by name
     needed: tuple[str, ...] = ()  # of these, those that every sample must have
+    asks: tuple[
+        str, ...
+    ] = ()  # options that sampling needs, beside those that the pipeline's own call demands
     sees: bool = False  # captions are encoded together with the first frame
     alone: bool = False  # the pipeline makes one sample at a time
     documented: Mapping[str, str] = {}  # our name -> the name in the documented features/*.pt
@@ -99,6 +102,11 @@ class Generation(Family):
     ] = ()  # patterns of parameters that a model trained from nothing starts with as zeros
     attention = "auto"
     experts = "auto"
+
+    @property
+    def routes(self) -> Mapping[str, str]:
+        """Task -> diffusers' pipeline class, of what this checkpoint can do: the card's, unless its config rules some out."""
+        return self.card.pipelines
 
     @classmethod
     def claims(cls, index: Mapping[str, Any]) -> bool:

@@ -5,6 +5,7 @@ run and from its export gives the same.
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,6 +163,64 @@ def test_samples_have_sound_and_their_files_too(data, stills, tmp_path):
     assert not np.array_equal(generator.heard(0)["sound"], heard["sound"])
     assert save(tmp_path, 1, frames[1], 16.0, **heard) == "0001.mp4"
     assert media.video_header(str(tmp_path / "0001.mp4")).sound
+
+
+SOURCES = {
+    ("ltx2", "image"): "LTX2ImageToVideoPipeline",
+    ("wan2.2-5b", "image"): "WanImageToVideoPipeline",
+    ("wan", "video"): "WanVideoToVideoPipeline",
+    ("cogvideox", "video"): "CogVideoXVideoToVideoPipeline",
+    ("flux", "image"): "FluxImg2ImgPipeline",
+    ("sdxl", "image"): "StableDiffusionXLImg2ImgPipeline",
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), SOURCES)
+def test_a_picture_or_a_clip_to_start_from_chooses_the_pipeline_for_it(name, kind, data, stills, tmp_path):
+    family = catalog.family(recipes.Model(source=str(tiny_pipelines.pipeline(name, tmp_path / "p"))))
+    pictures = sorted(stills.parent.glob("pictures/*.png"))
+    files = pictures if kind == "image" else sorted(data.parent.glob("clips/*/clip.mp4"))
+    asked = replace(
+        settings(family), steps=4, strength=0.7 if name in ("wan", "cogvideox", "flux", "sdxl") else None
+    )
+    generator = open_generator(tmp_path / "p")
+    made = [generator.sample([Prompt("a red square", seed=1, **{kind: str(f)})], asked)[0] for f in files[:2]]
+    assert list(generator._others) == [SOURCES[name, kind]]
+    assert made[0].dtype == np.uint8 and not np.array_equal(*made)  # the picture acts
+    plain = generator.sample([Prompt("a red square", seed=1)], replace(asked, strength=None))[0]
+    assert plain.shape == made[0].shape and type(generator.pipeline).__name__ not in generator._others
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("wan", ("image",), "WanPipeline takes no `image`"),
+        ("wan2.2-a14b", ("video",), "WanPipeline takes no `video`"),
+        ("cogvideox", ("image",), "CogVideoXPipeline takes no `image`"),
+        ("wan-i2v", ("image", "last_image"), "looks at one picture, the first frame"),
+        ("wan-i2v", (), "needs `image`"),
+        ("wan-flf2v", ("image",), "needs `last_image`"),
+        ("flux-guided", ("negative_prompt",), "was distilled for guidance: it takes no negative prompt"),
+    ],
+)
+def test_conditions_that_a_checkpoint_cannot_follow_are_said(name, given, words, data, stills, tmp_path):
+    files = {
+        "image": str(next(stills.parent.glob("pictures/*.png"))),
+        "video": str(next(data.parent.glob("clips/*/clip.mp4"))),
+    }
+    source = tiny_pipelines.pipeline(name, tmp_path / "p")
+    shown = {key: files[key.removeprefix("last_")] if key != "negative_prompt" else "blue" for key in given}
+    with pytest.raises(PolymodalError, match=words):
+        open_generator(source).sample([Prompt("a red square", **shown)], Settings(2, None, 32, 32))
+
+
+def test_guidance_of_qwen_image_leads_away_from_a_blank(tmp_path):
+    generator = open_generator(tiny_pipelines.pipeline("qwen-image", tmp_path / "p"))
+    one, other, three = (
+        generator.sample([Prompt("a red square", seed=1, negative_prompt=n)], Settings(2, g, 32, 32))[0]
+        for g, n in ((1.0, None), (4.0, None), (4.0, "blue"))
+    )
+    assert not np.array_equal(one, other) and not np.array_equal(other, three)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -5,7 +5,7 @@ Velocity at discrete timesteps that end in pure noise. The denoiser has frames b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +32,12 @@ class CogVideoX(Generation):
     def conditioned(self) -> bool:
         """Whether the denoiser sees a first frame beside the noise."""
         return int(self.config["in_channels"]) > int(self.config["out_channels"])
+
+    @property
+    def routes(self) -> Mapping[str, str]:
+        """A first frame is seen by those whose denoiser has channels for it, and by no others."""
+        image = "image-to-video"
+        return {t: p for t, p in self.card.pipelines.items() if (t == image) == self.conditioned}
 
     @property
     def media(self) -> tuple[str, ...]:  # type: ignore[override]

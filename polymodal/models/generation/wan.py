@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.data.sample import Batch
+from polymodal.errors import PolymodalError
 from polymodal.models.card import Chain, ModelCard, Process, Size
 from polymodal.models.diffusion import Generation, LatentGrid
 
@@ -39,6 +40,16 @@ class Wan(Generation):
     def last_frame(self) -> bool:
         """FLF2V: the position table spans the tokens of two pictures."""
         return self.config.get("pos_embed_seq_len") is not None
+
+    @property
+    def routes(self) -> Mapping[str, str]:
+        """A first frame is seen by those whose denoiser has channels for it, and by no others."""
+        image = "image-to-video"
+        return {t: p for t, p in self.card.pipelines.items() if (t == image) == self.conditioned}
+
+    @property
+    def asks(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("last_image",) if self.last_frame else ()
 
     @property
     def media(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -118,6 +129,14 @@ class Wan(Generation):
     def _normalised(self, vae: nn.Module, latents: Tensor) -> Tensor:
         mean, std = self._statistics(vae, latents)
         return (latents - mean) / std
+
+    def arguments(self, asked: dict[str, Any]) -> dict[str, Any]:
+        if asked.get("last_image") is not None and self.config.get("image_dim") and not self.last_frame:
+            raise PolymodalError(
+                f"This {self.card.name} looks at one picture, the first frame; it has no place for a last one.",
+                "Leave the last frame out, or use a checkpoint of first and last frame (FLF2V).",
+            )
+        return asked
 
     # ------------------------------------------------------------------ the denoiser
 
