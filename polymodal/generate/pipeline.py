@@ -22,6 +22,7 @@ from polymodal import launch
 from polymodal import recipe as recipes
 from polymodal.data.files import VIDEO
 from polymodal.errors import PolymodalError
+from polymodal.generate import opening
 from polymodal.generate.opening import DTYPES, Assembled, assemble, fingerprint, kind_of
 from polymodal.launch import Runtime
 from polymodal.models import catalog, pipelines, weights
@@ -268,7 +269,7 @@ def open_generator(
     parts = {n: pipelines.cast(m.eval().requires_grad_(False), chosen).to(device) for n, m in parts.items()}
     pipeline = pipelines.open_pipeline(family.source, parts=parts, dtype=chosen, device=device)
     if adapter is not None:
-        put_on(pipeline, adapter)
+        put_on(pipeline, family.part, adapter)
         identity += f" {adapter}"
     return Generator(pipeline, family, Path(os.fspath(checkpoint)).name, identity, device)
 
@@ -331,8 +332,14 @@ def _only_generation(family: Any, checkpoint: Any) -> None:
         )
 
 
-def put_on(pipeline: Any, directory: Path) -> None:
-    """A LoRA file onto a pipeline, by the library. Raises PolymodalError when nothing of it fits."""
+def put_on(pipeline: Any, part: str, directory: Path) -> None:
+    """An adapter onto a pipeline: diffusers' LoRA file by diffusers, peft's onto the denoiser `part` by peft.
+
+    Raises PolymodalError when nothing of it fits.
+    """
+    if (directory / "adapter_config.json").is_file():
+        setattr(pipeline, part, opening.put_on(getattr(pipeline, part), directory, part))
+        return
     try:
         with pipelines.quiet():
             pipeline.load_lora_weights(str(directory), weight_name=f"{DIFFUSERS_STEM}.safetensors")

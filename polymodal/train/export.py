@@ -34,6 +34,7 @@ from polymodal.generate.opening import (
     kind_of,
     load_adapter,
     load_hub,
+    of_pipeline,
     processor_of,
     put_on,
 )
@@ -137,10 +138,9 @@ def run(source: str, directory: str | os.PathLike, **options: Any) -> int:
     done = export(source, directory, **options)
     where = Path(done.directory)
     size = sum(f.stat().st_size for f in where.rglob("*.safetensors"))
-    pipeline = (where / "model_index.json").is_file() or (
-        where / f"{lora.DIFFUSERS_STEM}.safetensors"
-    ).is_file()
-    with_what = "diffusers" if pipeline else "peft" if done.what == "adapter" else "transformers"
+    pipeline = of_pipeline(where) if done.what == "adapter" else (where / "model_index.json").is_file()
+    peft = (where / "adapter_config.json").is_file()
+    with_what = "peft" if peft else "diffusers" if pipeline else "transformers"
     compared = (
         f"predictions of {done.tokens} values"
         if pipeline
@@ -181,7 +181,7 @@ def _opened(source: str | os.PathLike, kind: str, ema: bool, base: str | None) -
     if kind == "run":
         return assemble(source, ema=ema, base=base)
     if kind == "adapter":
-        if not (Path(source) / "adapter_config.json").is_file():
+        if of_pipeline(Path(source), base):
             return export_pipeline.open_adapter(Path(source), base)
         return _adapter(Path(source), base)
     recipe = recipes.Recipe(model=recipes.Model(source=os.fspath(source)))

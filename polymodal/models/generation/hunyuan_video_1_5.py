@@ -158,7 +158,7 @@ CARD = ModelCard(
         "text-to-video": "HunyuanVideo15Pipeline",
         "image-to-video": "HunyuanVideo15ImageToVideoPipeline",
     },
-    limits=unbuilt(lora="diffusers' pipeline of it reads no LoRA files"),
+    limits=unbuilt(),
     sizes={
         "t2v": Size(
             "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v", 8.33, 54, devices=8, layout={"dp_shard": -1}
