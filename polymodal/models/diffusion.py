@@ -51,6 +51,9 @@ class LatentGrid:
     still: bool = False  # pictures only: latents have no axis of frames
     least: int = 1  # frames that a sample must have: more than one where a picture does not do
     sound: int = 0  # samples a second of the sound that clips are learned with; 0 = none
+    size: tuple[int, int] | None = (
+        None  # height and width of every frame, where the denoiser's places are learned
+    )
     references: bool = False  # pictures referred to are latent frames of their own, before the clip's
 
     @property

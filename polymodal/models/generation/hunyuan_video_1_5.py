@@ -159,6 +159,7 @@ CARD = ModelCard(
         "image-to-video": "HunyuanVideo15ImageToVideoPipeline",
     },
     limits=unbuilt(),
+    clip={"frames": [121], "fps": 24, "pixels": 480 * 832},
     sizes={
         "t2v": Size(
             "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v", 8.33, 54, devices=8, layout={"dp_shard": -1}

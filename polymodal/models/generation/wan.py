@@ -200,6 +200,7 @@ CARD = ModelCard(
         "video-to-video": "WanVideoToVideoPipeline",
     },
     limits={"ep": "it has no experts inside a layer"},
+    clip={"frames": [81], "fps": 16, "pixels": 480 * 832},
     sizes={
         "1.3b": Size("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 1.42, 30, devices=8, layout={"dp_shard": -1}),
         "14b": Size("Wan-AI/Wan2.1-T2V-14B-Diffusers", 14.29, 40, devices=8, layout={"dp_shard": -1}),
@@ -207,10 +208,20 @@ CARD = ModelCard(
             "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", 16.4, 40, devices=8, layout={"dp_shard": -1}
         ),
         "i2v-14b-720p": Size(
-            "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", 16.4, 40, devices=16, layout={"dp_shard": -1}
+            "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
+            16.4,
+            40,
+            devices=16,
+            layout={"dp_shard": -1},
+            clip={"pixels": 720 * 1280},
         ),
         "flf2v-14b": Size(
-            "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", 16.4, 40, devices=16, layout={"dp_shard": -1}
+            "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers",
+            16.4,
+            40,
+            devices=16,
+            layout={"dp_shard": -1},
+            clip={"pixels": 720 * 1280},
         ),
     },
     verified="tiny models of the class: prediction and every gradient equal the library's; keys",

@@ -61,7 +61,14 @@ CARD = replace(
     tasks=("text-to-video", "image-to-video"),
     pipelines={"text-to-video": "WanPipeline", "image-to-video": "WanImageToVideoPipeline"},
     sizes={
-        "5b": Size("Wan-AI/Wan2.2-TI2V-5B-Diffusers", 5.0, 30, devices=8, layout={"dp_shard": -1}),
+        "5b": Size(
+            "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+            5.0,
+            30,
+            devices=8,
+            layout={"dp_shard": -1},
+            clip={"frames": [121], "fps": 24, "pixels": 704 * 1280},
+        ),
         "t2v-a14b": Size("Wan-AI/Wan2.2-T2V-A14B-Diffusers", 14.29, 40, devices=8, layout={"dp_shard": -1}),
         "i2v-a14b": Size("Wan-AI/Wan2.2-I2V-A14B-Diffusers", 14.29, 40, devices=8, layout={"dp_shard": -1}),
     },
