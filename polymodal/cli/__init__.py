@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 # In the order of the help page: a file's commands join the app when it is imported.
-from polymodal.cli import training, catalogue, asking, generation, conversion, cluster, files  # isort: skip  # noqa: F401
+from polymodal.cli import catalogue, training, asking, generation, conversion, cluster, files  # isort: skip  # noqa: F401
 from polymodal.cli.app import HELP, app, guard, spread
 
 __all__ = ["app", "guard", "help_at_once", "main", "spread"]

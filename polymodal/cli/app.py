@@ -29,12 +29,14 @@ data_app = typer.Typer(help="Convert, check and look at data files.", no_args_is
 recipe_app = typer.Typer(
     help="The recipe's schema and documentation; a recipe with everything resolved.", no_args_is_help=True
 )
-app.add_typer(data_app, name="data")
-app.add_typer(recipe_app, name="recipe")
+app.add_typer(data_app, name="data", rich_help_panel="Files")
+app.add_typer(recipe_app, name="recipe", rich_help_panel="Files")
 
 
-def command(group: typer.Typer, *examples: str, name: str | None = None) -> Callable[[Callable], Callable]:
-    """A sub-command with examples in its help, whose errors are one message."""
+def command(
+    group: typer.Typer, *examples: str, name: str | None = None, panel: str | None = None
+) -> Callable[[Callable], Callable]:
+    """A sub-command with examples in its help, whose errors are one message. panel: its box on the page of all commands."""
 
     def wrap(function: Callable) -> Callable:
         @functools.wraps(function)
@@ -42,7 +44,7 @@ def command(group: typer.Typer, *examples: str, name: str | None = None) -> Call
             raise typer.Exit(guard(lambda: function(*args, **kwargs)))
 
         epilog = "\n\n".join(["Example:" if len(examples) == 1 else "Examples:", *examples])
-        group.command(name, epilog=epilog)(run)
+        group.command(name, epilog=epilog, rich_help_panel=panel)(run)
         return function
 
     return wrap

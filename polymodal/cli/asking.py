@@ -25,7 +25,7 @@ MAKES = "Models that generate"
 # fmt: off
 
 
-@command(app, 'polymodal chat Qwen/Qwen2.5-VL-3B-Instruct --image cat.jpg --prompt "What is this?"', "polymodal chat runs/mine --json questions.jsonl --out answers.jsonl")
+@command(app, 'polymodal chat Qwen/Qwen2.5-VL-3B-Instruct --image cat.jpg --prompt "What is this?"', "polymodal chat runs/mine --json questions.jsonl --out answers.jsonl", panel="Ask and measure")
 def chat(
     checkpoint: Annotated[str, typer.Argument(help="Hub id, directory, run, checkpoint of a run, or adapter.", show_default=False)],
     image: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Picture of the (first) question; may repeat.")] = None,
@@ -72,7 +72,7 @@ def chat(
     )
 
 
-@command(app, "polymodal evaluate runs/mine ai2d --data AI2D_TEST.tsv", "polymodal evaluate runs/mine custom --data questions.jsonl --metric contains --nproc 8", "polymodal evaluate runs/flux generation --data prompts.jsonl --clip weights/clip --real photos --features weights/dinov2 --nproc 8")
+@command(app, "polymodal evaluate runs/mine ai2d --data AI2D_TEST.tsv", "polymodal evaluate runs/mine custom --data questions.jsonl --metric contains --nproc 8", "polymodal evaluate runs/flux generation --data prompts.jsonl --clip weights/clip --real photos --features weights/dinov2 --nproc 8", panel="Ask and measure")
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Hub id, directory, run, checkpoint of a run, or adapter.", show_default=False)],
     benchmark: Annotated[str, typer.Argument(help="ai2d, mmmu, chartqa, docvqa, custom; generation, vbench.", show_default=False)],

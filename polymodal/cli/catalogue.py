@@ -13,7 +13,7 @@ from polymodal.cli.app import AsJson, Revision, app, command
 # fmt: off
 
 
-@command(app, "polymodal models", "polymodal models qwen2.5-vl", 'polymodal models --for "fine-tune a model that reads receipts"')
+@command(app, "polymodal models", "polymodal models qwen2.5-vl", 'polymodal models --for "fine-tune a model that reads receipts"', panel="Begin")
 def models(
     name: Annotated[str | None, typer.Argument(help="Model, or model with size.", show_default=False)] = None,
     wish: Annotated[str | None, typer.Option("--for", metavar="TEXT", help="What you want to do, in plain words (English or Chinese).")] = None,
@@ -29,7 +29,7 @@ def models(
     return shelf.main(name, wish, as_json)
 
 
-@command(app, "polymodal init qwen2.5-vl --task lora --size 7b --devices 8 -o recipe.yaml")
+@command(app, "polymodal init qwen2.5-vl --task lora --size 7b --devices 8 -o recipe.yaml", panel="Begin")
 def init(
     model: Annotated[str, typer.Argument(help="Model, model with size, hub id or directory.", show_default=False)],
     task: Annotated[str, typer.Option(help="sft, lora, pretrain or dreambooth.")] = "sft",
@@ -45,7 +45,7 @@ def init(
     return writer.main(model, task, size, devices, data, out, force)
 
 
-@command(app, "polymodal download qwen2.5-vl-3b", "HF_ENDPOINT=https://mirror.example polymodal download Qwen/Qwen2.5-VL-3B-Instruct --to weights/qwen")
+@command(app, "polymodal download qwen2.5-vl-3b", "HF_ENDPOINT=https://mirror.example polymodal download Qwen/Qwen2.5-VL-3B-Instruct --to weights/qwen", panel="Begin")
 def download(
     model: Annotated[str, typer.Argument(help="Model with size, or hub id.", show_default=False)],
     to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Directory.", show_default="the hub's cache")] = None,
@@ -58,7 +58,7 @@ def download(
     return 0
 
 
-@command(app, "polymodal doctor", "polymodal doctor --env")
+@command(app, "polymodal doctor", "polymodal doctor --env", panel="Begin")
 def doctor(env: Annotated[bool, typer.Option("--env", help="Only the table of environment variables.")] = False, as_json: AsJson = False) -> int:
     """Look at this machine before a run: devices, versions, backends, shared memory, ports, disk, limits, clock."""
     from polymodal import doctor as room

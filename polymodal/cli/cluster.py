@@ -13,7 +13,7 @@ from polymodal.cli.app import AsJson, Overrides, RecipeFile, app, command
 # fmt: off
 
 
-@command(app, "polymodal plan recipe.yaml --world 512 --device h100", "polymodal plan recipe.yaml --world 64 --device 910b --search -o best.yaml")
+@command(app, "polymodal plan recipe.yaml --world 512 --device h100", "polymodal plan recipe.yaml --world 64 --device 910b --search -o best.yaml", panel="Clusters")
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -42,7 +42,7 @@ def plan(
     return command.main(read, asked, as_json=as_json, html=html, search=search, out=out, base=base)
 
 
-@command(app, "polymodal launch slurm recipe.yaml --nodes 4 --submit", "polymodal launch kubernetes recipe.yaml --nodes 4 --image registry/polymodal:1")
+@command(app, "polymodal launch slurm recipe.yaml --nodes 4 --submit", "polymodal launch kubernetes recipe.yaml --nodes 4 --image registry/polymodal:1", panel="Clusters")
 def launch(
     way: Annotated[str, typer.Argument(metavar="slurm|kubernetes|torchrun", help="What is written: an sbatch script, a manifest, or torchrun's line.", show_default=False)],
     recipe: RecipeFile,

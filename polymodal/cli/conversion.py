@@ -13,7 +13,7 @@ from polymodal.cli.app import app, command, one_of
 # fmt: off
 
 
-@command(app, "polymodal convert Qwen/Qwen2.5-VL-7B-Instruct out/mm --to mm --tp 2 --pp 14,14 --vit-pp 32,0", "polymodal convert runs/mm/iter_0001000 out/hf --to hf --hf-dir weights/qwen2.5-vl-7b", name="convert")
+@command(app, "polymodal convert Qwen/Qwen2.5-VL-7B-Instruct out/mm --to mm --tp 2 --pp 14,14 --vit-pp 32,0", "polymodal convert runs/mm/iter_0001000 out/hf --to hf --hf-dir weights/qwen2.5-vl-7b", name="convert", panel="Weights of other systems")
 def convert_weights(
     source: Annotated[str, typer.Argument(help="Hub checkpoint (directory, file or id), Megatron-style tree, or DCP directory.", show_default=False)],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the new one goes.", show_default=False)],

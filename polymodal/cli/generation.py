@@ -25,7 +25,7 @@ from polymodal.cli.app import (
 # fmt: off
 
 
-@command(app, "polymodal encode recipe.yaml --nproc 8")
+@command(app, "polymodal encode recipe.yaml --nproc 8", panel="Generate")
 def encode(recipe: RecipeFile, overrides: Overrides = None, nproc: Processes = None) -> int:
     """Pictures, clips and captions through a generating model's frozen encoders, once; training then reads the features.
 
@@ -45,7 +45,7 @@ def encode(recipe: RecipeFile, overrides: Overrides = None, nproc: Processes = N
     return spread(nproc, read.run_dir, here, read.device.kind)
 
 
-@command(app, 'polymodal generate runs/mine --prompt "a cat runs" --out samples', "polymodal generate runs/mine --prompts prompts.txt --out samples --nproc 8")
+@command(app, 'polymodal generate runs/mine --prompt "a cat runs" --out samples', "polymodal generate runs/mine --prompts prompts.txt --out samples --nproc 8", panel="Generate")
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="Hub id, directory, run, checkpoint of a run, or LoRA.", show_default=False)],
     out: Annotated[str, typer.Option(metavar="DIR", help="Where samples go.")] = "samples",

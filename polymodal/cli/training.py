@@ -15,7 +15,7 @@ from polymodal.cli.app import AsJson, Base, Ema, Other, Overrides, Processes, Re
 # fmt: off
 
 
-@command(app, "polymodal train recipe.yaml --nproc 8", "polymodal train recipe.yaml train.steps=100 optim.lr=2e-5", "torchrun --nproc-per-node 8 -m polymodal train recipe.yaml")
+@command(app, "polymodal train recipe.yaml --nproc 8", "polymodal train recipe.yaml train.steps=100 optim.lr=2e-5", "torchrun --nproc-per-node 8 -m polymodal train recipe.yaml", panel="Train")
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -51,7 +51,7 @@ def train(
     return spread(nproc, read.run_dir, here, read.device.kind, restarts, min_nodes)
 
 
-@command(app, "polymodal check recipe.yaml --world 8")
+@command(app, "polymodal check recipe.yaml --world 8", panel="Train")
 def check(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -68,7 +68,7 @@ def check(
     return checks.main(recipes.load(recipe, overrides or []), world, measure=data, as_json=as_json)
 
 
-@command(app, "polymodal export runs/mine out/my-model --merge-lora --dtype bf16")
+@command(app, "polymodal export runs/mine out/my-model --merge-lora --dtype bf16", panel="Train")
 def export(
     source: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="Run, or one of its checkpoints.", show_default=False)],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the hub checkpoint goes.", show_default=False)],
@@ -85,7 +85,7 @@ def export(
     return room.run(source, directory, merge_lora=merge_lora, dtype=dtype, ema=ema, base=base, other=other, force=force)
 
 
-@command(app, "polymodal profile runs/mine --steps 3 --ranks 0,1")
+@command(app, "polymodal profile runs/mine --steps 3 --ranks 0,1", panel="Train")
 def profile(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run that is training.", show_default=False)],
     steps: Annotated[int, typer.Option(min=1, help="Steps to trace.")] = 2,
