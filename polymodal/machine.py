@@ -7,6 +7,7 @@ Every function answers with data or raises PolymodalError with the mend; nothing
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -43,7 +44,7 @@ def command_of(pid: int) -> str:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return ""
-    text = " ".join(word.decode(errors="replace") for word in words if word)
+    text = " ".join(b" ".join(words).decode(errors="replace").split())
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -154,6 +155,17 @@ def require_writable(
             f"The disk of {directory} has only {size(left.free)} free; at least {size(least_free)} are needed to start.",
             f"Free some space, or set {key} to another disk.",
         )
+
+
+def full_disk(error: OSError) -> PolymodalError | None:
+    """What an error of writing says when its cause is a disk (or a user's share of it) without room; else None."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    what = error.filename or "A file"
+    return PolymodalError(
+        f"{what} could not be written: {error.strerror or 'no space left'}.",
+        "Free some space, or write to another disk; the same command then goes on from what is whole.",
+    )
 
 
 def memory() -> Space | None:

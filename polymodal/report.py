@@ -159,7 +159,7 @@ STYLE = """
 .numbers dd{margin:0;font-size:24px;font-variant-numeric:tabular-nums}.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:20px}
 .charts h3{font-size:15px;margin:0}.charts h3 small{color:var(--dim);font-weight:400}.charts svg{width:100%;height:auto;display:block}.axis{stroke:var(--line)}
 .tick{font:11px system-ui,sans-serif;fill:var(--dim)}.stop{stroke:var(--dim);stroke-dasharray:4 3}.curve{fill:none;stroke:#2f6fd6;stroke-width:2;stroke-linejoin:round}
-.raw{fill:none;stroke:#2f6fd6;stroke-opacity:.3}.next pre{background:var(--card);border-radius:8px;padding:12px 14px;overflow-x:auto;font-size:14px}.next li{margin-bottom:8px}
+.raw{fill:none;stroke:#2f6fd6;stroke-opacity:.3}.next pre{background:var(--card);border-radius:8px;padding:12px 14px;white-space:pre-wrap;overflow-wrap:anywhere;font-size:14px}.next li{margin-bottom:8px}
 .drawn{display:flex;flex-wrap:wrap;gap:16px}.drawn figure{margin:0}.drawn img{max-width:100%;border-radius:4px}.drawn figcaption{color:var(--dim);font-size:13px}
 """
 

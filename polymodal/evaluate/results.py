@@ -200,7 +200,8 @@ def table(result: Result) -> Any:
     """The result as a rich table."""
     from rich.table import Table
 
-    out = Table(title=f"{result.name}: {result.benchmark} ({result.metric})", title_justify="left")
+    title = f"{result.name}: {result.benchmark} ({result.metric})"
+    out = Table(title=title, title_justify="left", min_width=min(len(title), 78))
     for name in ("", "value" if result.measures else "score", "samples"):
         out.add_column(name, justify="left" if not name else "right")
     for row in lines_of(result):

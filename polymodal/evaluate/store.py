@@ -107,10 +107,11 @@ class Store:
             raise PolymodalError(
                 f"{file} cannot be read: {error}.", "Choose another --out, or --restart."
             ) from None
-        different = [k for k in {**before, **self.settings} if before.get(k) != self.settings.get(k)]
+        before, now = _flat(before), _flat(self.settings)
+        different = [k for k in {**before, **now} if before.get(k) != now.get(k)]
         if different:
             what = ", ".join(
-                f"{k}: {_short(before.get(k))} -> {_short(self.settings.get(k))}" for k in sorted(different)
+                f"{k}: {_short(before.get(k))} -> {_short(now.get(k))}" for k in sorted(different)
             )
             raise PolymodalError(
                 f"{self.out} holds answers of other settings ({what}).",
@@ -187,6 +188,14 @@ class Memory(Store):
         return len(self.entries)
 
 
+def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Settings by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
+    return found
+
+
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "..."
@@ -194,8 +203,12 @@ def _short(value: Any) -> str:
 
 def replace_file(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class Progress:

@@ -354,6 +354,8 @@ def main(
         and os.path.samefile(out, json_file)
     ):
         raise PolymodalError("Input and output are the same file.", "Give another --out.")
+    if prompt is not None and not prompt.strip():
+        raise PolymodalError("The prompt is empty.", "Give --prompt TEXT.")
     media = [medium("image", path) for path in image] + [medium("video", path) for path in video]
     if prompt is None and json_file is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
@@ -416,6 +418,8 @@ def _rows_of(
         raise PolymodalError(
             f"{source} is not UTF-8 text ({error.reason}).", "Save the file as UTF-8."
         ) from None
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise PolymodalError(
             f"{out or 'standard output'} cannot be written: {error.strerror}.",

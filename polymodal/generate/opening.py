@@ -103,6 +103,13 @@ def assemble(source: str | os.PathLike, *, ema: bool = False, base: str | None =
     recipe = recipes.validate(state.recipe)
     if base is not None:
         recipe.model.source = base
+    try:
+        catalog.resolve(recipe.model.source, recipe.model.revision, weights=False)
+    except PolymodalError as error:
+        raise PolymodalError(
+            f"The run {source} started from a model that cannot be had: {error.message}",
+            "Give the model's directory with --base.",
+        ) from None
     lora_recipe = recipe.model.lora
     shapes = recipe.model if lora_recipe is not None else recipe.model.model_copy(update={"init": "random"})
     family = catalog.family(shapes)  # weights of the base are asked for only when they are needed
@@ -358,14 +365,6 @@ def adapter_config(directory: Path) -> dict[str, Any]:
             f"{directory / 'adapter_config.json'} cannot be read: {error}.",
             "Give the directory of a peft adapter.",
         ) from None
-
-
-def of_pipeline(directory: Path, base: str | None = None) -> bool:
-    """Whether an adapter is of a denoiser: a file of diffusers, or peft's whose base is a part of a pipeline."""
-    if not (directory / "adapter_config.json").is_file():
-        return True
-    place = base or Path(adapter_config(directory).get("base_model_name_or_path") or "").parent
-    return (Path(place).expanduser() / "model_index.json").is_file()
 
 
 def base_of(directory: Path, config: dict[str, Any], base: str | None = None) -> Path:

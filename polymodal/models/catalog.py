@@ -135,10 +135,12 @@ def _architectures(directory: Path) -> list[str]:
     return [str(name) for name in (*(data.get("architectures") or ()), data.get("model_type")) if name]
 
 
-def resolve(source: str | os.PathLike, revision: str | None = None, weights: bool = True) -> Path:
+def resolve(
+    source: str | os.PathLike, revision: str | None = None, weights: bool = True, key: str = ""
+) -> Path:
     """The local directory of a source: a path, or a hub id or card name through the hub's cache (fetched when online).
 
-    weights: also demand complete weights. Raises PolymodalError that names what is missing and how to get it.
+    weights: also demand complete weights. key: of the recipe, for the message. Raises PolymodalError that names what is missing and how to get it.
     """
     source = os.fspath(source)
     known = None if _is_path(source) else named(source)
@@ -155,7 +157,7 @@ def resolve(source: str | os.PathLike, revision: str | None = None, weights: boo
         if not directory.is_dir():
             near = nearest(source)
             raise PolymodalError(
-                f"model.source = {source} is neither a directory nor a hub id nor a known model.",
+                f"{key}{source} is neither a directory nor a hub id nor a known model.",
                 f"Did you mean {' or '.join(near)}?"
                 if near
                 else f"Check the path, or take one of {', '.join(cards())}.",
@@ -339,7 +341,9 @@ def family(model: Model) -> Family:
     """
     from transformers import AutoConfig
 
-    directory = resolve(model.source, model.revision, weights=model.init == "pretrained")
+    directory = resolve(
+        model.source, model.revision, weights=model.init == "pretrained", key="model.source = "
+    )
     card = find(directory)
     if card.kind == "generation":
         return _pipeline_family(card, directory, model)

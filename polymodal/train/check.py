@@ -128,7 +128,8 @@ def _starts(recipe: Recipe, problems: Problems) -> None:
         problems.run(lambda: checkpoint.locate(chosen))
     origin = recipe.checkpoint.init_from
     if origin is not None and not catalog.is_whole(origin) and not lora.is_adapter(origin):
-        problems.run(lambda: _foreign(recipe, Path(origin)) or checkpoint.locate(origin))
+        if checkpoint.at(origin) is None:
+            problems.run(lambda: _foreign(recipe, Path(origin)) or checkpoint.locate(origin))
 
 
 def _foreign(recipe: Recipe, origin: Path) -> bool:

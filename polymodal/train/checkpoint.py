@@ -70,16 +70,23 @@ def newest(run: Path) -> Path | None:
     return have[-1] if have else None
 
 
+def at(path: str | os.PathLike) -> Path | None:
+    """The checkpoint that a path names: itself, or the newest of the run that lies there; None for anything else."""
+    path = Path(path)
+    return path if (path / STATE).is_file() else newest(path)
+
+
 def locate(path: str | os.PathLike) -> Path:
     """A run directory or one checkpoint -> the checkpoint directory. Raises PolymodalError."""
     path = Path(path)
-    if (path / STATE).is_file():
-        return path
-    have = newest(path)
+    have = at(path)
     if have is None:
+        others = found(path.parent.parent) if path.parent.name == "checkpoints" else []
         raise PolymodalError(
             f"{path} is neither a checkpoint nor a run that has one.",
-            "Give a run directory, or <run>/checkpoints/step-...",
+            f"That run has {', '.join(other.name for other in others)} (checkpoint.keep says how many are kept)."
+            if others
+            else "Give a run directory, or <run>/checkpoints/step-...",
         )
     return have
 
@@ -139,9 +146,12 @@ class Writer:
         final = directory(self.run, state.step)
         temporary = final.with_name(f".{final.name}.tmp")
         if self.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            (temporary / STATE).write_text(json.dumps(asdict(state), indent=1))
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                (temporary / STATE).write_text(json.dumps(asdict(state), indent=1))
+            except OSError as error:
+                raise self._said(error, temporary) from error
         if self.group is not None:
             dist.barrier(self.group)
         try:

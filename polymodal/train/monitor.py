@@ -45,7 +45,10 @@ class Metrics:
         self._file = self.path.open("a", buffering=1)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
         for tracker in self._trackers:
             tracker.log(step, numbers)
@@ -57,9 +60,10 @@ class Metrics:
                 tracker.picture(step, name, pixels)
 
     def close(self) -> None:
-        self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
+        """Ends the files. A disk without room was said when a line was written: it is no second error."""
+        for each in (self._file, *self._trackers):
+            with contextlib.suppress(OSError):
+                each.close()
 
 
 class _TensorBoard:

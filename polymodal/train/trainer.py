@@ -176,16 +176,17 @@ class Trainer:
         if lora.is_adapter(path):
             self.model.fill(lambda m: lora.load(m, self.recipe.model.lora, path))
             return
-        other = storage.foreign(path, weights.directory_of(None, self.family))
+        own = checkpoint.at(path)
+        other = None if own else storage.foreign(path, weights.directory_of(None, self.family))
         if other is not None:
             self.model.fill(lambda m: weights.load(m, self.family, files=other, **place))
             return
         found = checkpoint.locate(path)
         have = checkpoint.names(found)
         # under adapters too, which rename the weights below them
-        own = {f"model.{name}": p for n, p in self.model.all.items() for name in (n, weights.plain(n))}
+        ours = {f"model.{name}": p for n, p in self.model.all.items() for name in (n, weights.plain(n))}
         known = {f"model.{name}" for n in self.model.names for name in (n, weights.plain(n))}
-        fitting = {k: p for k, p in own.items() if k in have}
+        fitting = {k: p for k, p in ours.items() if k in have}
         strange = sorted(k for k in have if k.startswith("model.") and k not in known)
         if not known & have or strange:
             raise PolymodalError(

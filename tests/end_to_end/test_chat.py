@@ -493,6 +493,7 @@ def test_one_answer_and_bad_input(model, engine, picture, monkeypatch, capsys, t
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"\xff\xd8\xff\xe0 cut")
     cases = [
+        ({"prompt": " "}, "The prompt is empty"),
         ({"image": ["/nowhere.png"], "prompt": "x"}, "/nowhere.png does not exist"),
         ({"image": [str(tmp_path)], "prompt": "x"}, "is a directory"),
         ({"image": [str(bad)], "prompt": "x"}, "bad.jpg"),

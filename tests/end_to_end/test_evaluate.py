@@ -1,5 +1,6 @@
 """Evaluation: scores, files and pages of one process; the same result on several; killed half-way it goes on."""
 
+import io
 import json
 import os
 import signal
@@ -9,11 +10,12 @@ import time
 from html.parser import HTMLParser
 
 import pytest
+import rich.console
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polymodal.errors import PolymodalError
-from polymodal.evaluate import report, run
+from polymodal.evaluate import report, results, run
 from polymodal.generate.engine import Engine, Sampling
 from polymodal.generate.opening import open_engine
 from tests.models import tiny
@@ -125,12 +127,18 @@ def test_another_metric_judges_the_same_answers_without_asking_again(engine, dat
     )
     limited = run.evaluate(engine, data, "exact", out=out, max_new_tokens=TOKENS, limit=2)
     assert limited.n == 2 and limited.score == 0.5
+    console = rich.console.Console(file=io.StringIO(), width=80)
+    console.print(results.table(limited))
+    assert limited.name in console.file.getvalue().splitlines()[0]
+    assert f"custom ({limited.metric})" in console.file.getvalue().splitlines()[0]  # the title is one line
 
 
 def test_answers_of_other_settings_are_not_mixed(engine, data, tmp_path, model):
     out = tmp_path / "out"
     run.evaluate(engine, data, "exact", out=out, max_new_tokens=2, limit=2)
-    with pytest.raises(PolymodalError, match="holds answers of other settings .*max_new_tokens.*--restart"):
+    with pytest.raises(
+        PolymodalError, match=r"other settings \(sampling.max_new_tokens: \d+ -> \d+\).*--restart"
+    ):
         run.evaluate(engine, data, "exact", out=out, max_new_tokens=3, limit=2)
     again = run.evaluate(engine, data, "exact", out=out, max_new_tokens=3, limit=2, restart=True)
     assert again.resumed == 0 and all(s.tokens <= 3 for s in again.samples)

@@ -207,6 +207,9 @@ def test_weights_only_checkpoints_start_others_but_do_not_resume(ground, tmp_pat
     assert "holds weights only" in failed.stderr and "checkpoint.init_from" in failed.stderr
     train(ground, second, f"checkpoint.init_from={run}", "train.steps=1")
     assert curve(second)[1][0] < curve(run)[1][0]
+    step = run / "checkpoints" / "step-00000002"  # one checkpoint of the run is as good as the run
+    train(ground, tmp_path / "third", f"checkpoint.init_from={step}", "train.steps=1")
+    assert curve(tmp_path / "third")[1] == curve(second)[1]
 
 
 @pytest.mark.slow

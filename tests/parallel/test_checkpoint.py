@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,6 +155,8 @@ def test_what_does_not_fit_is_said_and_changes_nothing(tmp_path):
     assert all(torch.equal(before[k], v) for k, v in wider.state_dict().items())
     with pytest.raises(PolymodalError, match="neither a checkpoint nor a run that has one"):
         checkpoint.locate(tmp_path / "nothing")
+    with pytest.raises(PolymodalError, match="That run has step-00000001 .checkpoint.keep"):
+        checkpoint.locate(found.with_name("step-00000000"))
     (found / "state.json").write_text("{")
     with pytest.raises(PolymodalError, match="state.json cannot be read"):
         checkpoint.read_state(found)
@@ -165,11 +168,13 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.dcp, "save", full)
     writer = Writer(tmp_path, keep=1, asynchronous=False, rank=0, group=None)
-    with pytest.raises(
-        PolymodalError,
-        match="could not be written .OSError: .Errno 28. No space left on device; .* GiB free there.",
-    ):
-        writer.save(_tensors(model, optimizer), RunState(step=2))
-    assert [p.name for p in checkpoint.found(tmp_path)] == ["step-00000001"]
+    for part in ((checkpoint.dcp, "save"), (Path, "write_text")):  # the tensors, or state.json before them
+        with monkeypatch.context() as patch:
+            patch.setattr(*part, full)
+            with pytest.raises(
+                PolymodalError,
+                match="could not be written .OSError: .Errno 28. No space left on device; .* GiB free there.",
+            ):
+                writer.save(_tensors(model, optimizer), RunState(step=2))
+        assert [p.name for p in checkpoint.found(tmp_path)] == ["step-00000001"]

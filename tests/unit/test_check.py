@@ -119,6 +119,18 @@ def test_every_problem_is_listed_not_only_the_first(make, tmp_path):
     ]
 
 
+def test_a_step_of_a_run_is_no_foreign_checkpoint(make, tmp_path, monkeypatch):
+    from polymodal.convert import recognise
+    from polymodal.models import storage
+
+    step = tmp_path / "other" / "checkpoints" / "step-00000002"
+    step.mkdir(parents=True)
+    (step / "state.json").write_text("{}")
+    (step / ".metadata").touch()  # a DCP directory, as those of other systems are
+    monkeypatch.setattr(storage, "READERS", [recognise.reader])
+    assert check.refuse(make(f"checkpoint.init_from={step}"), 1) is None
+
+
 @pytest.mark.parametrize(
     "override, world, words",
     [

@@ -300,6 +300,30 @@ def test_data_commands(tmp_path):
     assert code == 2 and "absent.jpg" in json.loads(out)["problems"][0]
 
 
+def test_a_disk_that_fills_up_is_one_sentence(capsys):
+    def write() -> int:
+        with open("/dev/full", "w") as file:
+            return file.write("x")
+
+    assert cli.guard(write) == 2
+    assert capsys.readouterr().err.startswith("error: A file could not be written: No space left on device.")
+    with pytest.raises(
+        PermissionError
+    ):  # any other error of the system is a bug of ours until it is told apart
+        cli.guard(lambda: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+
+
+def test_who_stops_reading_gets_no_message():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "polymodal", "recipe", "schema"],
+        stdout=write, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(write)
+    assert done.returncode == 1 and done.stderr == ""
+
+
 # ---- many processes -----------------------------------------------------------------------------------------------
 
 

@@ -412,6 +412,15 @@ def test_port_in_use_names_the_owner(processes):
     assert err.startswith(f"error: Port {port} (MASTER_PORT) is in use by process {os.getpid()} (")
 
 
+def test_the_owner_of_a_port_is_named_on_one_line():
+    program = "import time\nprint(flush=True)\ntime.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as owner:
+        owner.stdout.readline()
+        words = machine.command_of(owner.pid)
+        owner.kill()
+    assert "import time print(" in words and "\n" not in words
+
+
 def test_a_missing_node_is_said_in_one_sentence(processes):
     port = free_port()
     code, out, err = processes(

@@ -62,6 +62,12 @@ def test_metrics_forget_what_a_resume_does_again(tmp_path):
 def test_tensorboard_gets_the_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "metrics.jsonl").symlink_to("/dev/full")
+    full = Metrics(tmp_path / "full", Monitor(trackers=[]), "run", {})
+    with pytest.raises(OSError, match="No space left on device: .*full/metrics.jsonl"):
+        full.log(1, {"loss": 1.0})
+    full.close()  # says it no second time
     metrics = Metrics(tmp_path, Monitor(trackers=["tensorboard"]), "run", {})
     metrics.log(1, {"loss": 0.5, "bad": math.nan, "text": "no"})
     metrics.close()
