@@ -49,6 +49,10 @@ class Sent(TorchDispatchMode):
             tensor, _, splits, name = args
             group = torch._C._distributed_c10d._resolve_process_group(name)
             self.add(operator._opname, self.traded(tensor, splits, group.size(), group.rank()))
+        elif operator.namespace == "_c10d_functional" and operator._opname == "all_reduce":  # DTensor's own
+            size = torch._C._distributed_c10d._resolve_process_group(args[2]).size()
+            moved = 2 * (size - 1) / size * args[0].numel() * args[0].element_size()
+            self.add(operator._opname, moved)
         elif operator.namespace == "_c10d_functional" and operator._opname not in WAITS:
             raise RuntimeError(f"a collective that is not counted: {operator}")
         if operator.namespace == "c10d":

@@ -12,6 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +23,14 @@ from polymodal.models.card import Chain, Dropped, Family, Output
 
 HIDDEN = "hidden_states"
 """Name of the stream in a carry; of several, the one that the model's end takes."""
+ENTERED = "polymodal_entered"
+"""Attribute of a block where streams of an earlier stage just entered: the shapes of the stand-ins whose place they took."""
 
 
 def arguments(module: nn.Module) -> list[str]:
-    """Names of a module's forward's arguments, in order."""
+    """Names of a module's forward's arguments, in order; of one that is dropped, those that it hands on."""
+    if isinstance(module, Dropped):
+        return getattr(module, "names", [HIDDEN])
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
@@ -154,12 +159,22 @@ def run(
     """
     handles = []
 
-    def enter(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def enter(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        came = args[0] if args else kwargs.get(HIDDEN)
+        setattr(block, ENTERED, {HIDDEN: came.shape} if isinstance(came, Tensor) else {})
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, HIDDEN: hidden})
 
     def enter_all(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        shapes: dict[str, Any] = {}
+
+        def instead(came: Tensor, name: str, tensor: Tensor) -> Tensor:
+            shapes[name] = came.shape
+            return tensor
+
         for name, tensor in {HIDDEN: hidden, **entering}.items():
-            args, kwargs = on_argument(block, name, lambda _, tensor=tensor: tensor, args, kwargs)
+            change = partial(instead, name=name, tensor=tensor)
+            args, kwargs = on_argument(block, name, change, args, kwargs)
+        setattr(block, ENTERED, shapes)
         return args, kwargs
 
     def note(_: nn.Module, __: Any, out: tuple) -> None:
@@ -272,6 +287,17 @@ def stage(
     return {HIDDEN: _together(left, carry), **others, **carried}  # type: ignore[dict-item]
 
 
+def probe(family: Family, anew: bool = False) -> nn.Module:
+    """The model on meta that tells what travels, made once; anew: for another layout, what is known is forgotten.
+
+    Whatever changes the shapes of streams on their way to the first block (cuts over ranks) is to be done to it too.
+    """
+    if anew or "_probe" not in family.__dict__:
+        family.__dict__["_carry_specs"] = {}
+        family.__dict__["_probe"] = family.build().trained.to("meta")
+    return family.__dict__["_probe"]
+
+
 @torch.no_grad()
 def carry_spec(family: Family, batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
     """Family.carry_spec for a card with one chain: the stream before a block and the carried outputs, found by a
@@ -281,9 +307,7 @@ def carry_spec(family: Family, batch: Batch, dtype: torch.dtype) -> dict[str, Te
     if key in known:
         return known[key]
     (chain,) = family.card.pipeline.values()
-    if "_probe" not in family.__dict__:
-        family.__dict__["_probe"] = family.build().trained.to("meta")
-    probe: nn.Module = family.__dict__["_probe"]
+    model = probe(family)
     carried: dict[str, Tensor] = {}
 
     def leave(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -291,9 +315,9 @@ def carry_spec(family: Family, batch: Batch, dtype: torch.dtype) -> dict[str, Te
         carried.update({name: given[name] for name in family.card.streams if name != HIDDEN})
         raise _Left(given[HIDDEN])
 
-    first = probe.get_submodule(blocks(probe, chain)[0])
-    hooks = [*_recorded(probe, chain, carried), first.register_forward_pre_hook(leave, with_kwargs=True)]
-    own = next(p.dtype for p in probe.parameters() if p.is_floating_point())
+    first = model.get_submodule(blocks(model, chain)[0])
+    hooks = [*_recorded(model, chain, carried), first.register_forward_pre_hook(leave, with_kwargs=True)]
+    own = next(p.dtype for p in model.parameters() if p.is_floating_point())
     shapes = {
         name: torch.empty(
             tensor.shape, dtype=own if tensor.is_floating_point() else tensor.dtype, device="meta"
@@ -302,7 +326,7 @@ def carry_spec(family: Family, batch: Batch, dtype: torch.dtype) -> dict[str, Te
     }
     meta = replace(batch, tensors=shapes)
     try:
-        family.whole(probe, meta)
+        family.whole(model, meta)
         raise RuntimeError(f"The forward of {family.card.name} does not pass through {chain.blocks}.")
     except _Left as left:
         found = {HIDDEN: left.hidden, **carried}

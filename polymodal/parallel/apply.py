@@ -105,9 +105,6 @@ def _check_context(
                 "Set model.attention to auto.",
             )
         ]
-    if sizes.cp > 1 and sizes.pp > 1 and card.family.layout == "uniform":
-        cause = f"parallel.cp = {sizes.cp} with pp = {sizes.pp}: what stages of {card.name} hand on is not cut over ranks."
-        return [PolymodalError(cause, "Set parallel.pp or parallel.cp to 1.")]
     if sizes.cp > 1 and not card.sequence_entry and not card.sequence_plan:
         return [
             PolymodalError(
@@ -193,10 +190,11 @@ def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.M
         sequence = parallel.sp if parallel.sp is not None else True
         tensor.apply(model, card, list(blocks), tp, sequence, spread)
     experts = expert.apply(model, spread, ep) if ep is not None else []
+    cut = None
     if mesh.sizes.cp > 1 and card.sequence_plan:
         group = context(mesh, getattr(model, "config", None), parallel)
         assert group is not None
-        uniform.apply(model, card, group)
+        cut = uniform.apply(model, card, group)
     if parallel.compile:
         import torch._dynamo
 
@@ -208,6 +206,9 @@ def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.M
         ):  # each block's patched forward is its own function to dynamo, which shares one limit
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, 8 * len(blocks))
+    if cut is not None and mesh.sizes.pp > 1:
+        for block in blocks.values():
+            uniform.remember(block, cut)
     offload = "activations" in parallel.offload
     if parallel.recompute != "none":
         chosen = recomputed(model, card, parallel, blocks)

@@ -6,7 +6,7 @@ Sees stages.py, models/card.py and the ground floor.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -158,6 +158,17 @@ def build_schedule(
     return built
 
 
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """What a stage raised, as it was: torch wraps it in a text with every tensor of the batch."""
+    try:
+        yield
+    except RuntimeError as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None
+
+
 def _already_the_loss(output: Tensor, _: None) -> Tensor:
     return output
 
@@ -210,7 +221,7 @@ class Pipeline:
             logs.append(entry)
             return loss
 
-        with contextlib.nullcontext() if backward else torch.no_grad():
+        with contextlib.nullcontext() if backward else torch.no_grad(), _own_errors():
             self._schedule(batches, wire, backward).step(
                 arg_mbs=[()] * len(batches),
                 kwarg_mbs=[

@@ -170,7 +170,10 @@ class _Layout(Linears):
                 return out
             if not several:
                 return stream.gather(out)
-            return tuple(stream.gather(part, each) for each, part in zip(stream.names, out, strict=True))
+            return tuple(  # a model's last block may give a stream up
+                part if part is None else stream.gather(part, each)
+                for each, part in zip(stream.names, out, strict=True)
+            )
 
         module.forward = block
         if stream.sequence and not first:

@@ -21,13 +21,15 @@ from torch.overrides import TorchFunctionMode
 
 from polymodal.errors import PolymodalError
 from polymodal.models.card import ModelCard
-from polymodal.models.partial import on_argument
+from polymodal.models.partial import ENTERED, arguments, on_argument
 from polymodal.parallel import share as shares
 from polymodal.parallel.context import Context
 from polymodal.parallel.sequence import HIDDEN
 from polymodal.parallel.share import cut_points
 from polymodal.parallel.styles import pattern_of
 
+LENGTHS = "polymodal_cut_lengths"
+"""Argument of blocks, beside the library's own: see `remember`."""
 NAME = "polymodal"
 """Name in diffusers' registry of attention backends."""
 
@@ -254,7 +256,7 @@ def apply(model: nn.Module, card: ModelCard, context: Context) -> UniformCut:
     """
     cut = UniformCut(context, card.sequence_plan.get("", {}))
     model.sequence_cut = cut
-    model.register_forward_pre_hook(lambda *_: cut.lengths.clear())
+    model.register_forward_pre_hook(lambda *_: setattr(cut, "lengths", {}))
     modules = dict(model.named_modules())
     for name, places in card.sequence_plan.items():
         if name and name in modules:
@@ -277,6 +279,22 @@ def apply(model: nn.Module, card: ModelCard, context: Context) -> UniformCut:
     return cut
 
 
+def remember(block: nn.Module, cut: UniformCut) -> None:
+    """Let a block that is computed again know the lengths of its own batch: under a pipeline others came after it."""
+    forward = block.forward
+
+    @wraps(forward)
+    def told(*args: Any, **kwargs: Any) -> Any:
+        cut.lengths = kwargs.pop(LENGTHS, cut.lengths)
+        return forward(*args, **kwargs)
+
+    block.forward = told
+    # a hook, which recompute does not repeat
+    block.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, LENGTHS: cut.lengths}), with_kwargs=True
+    )
+
+
 def _count_own(cut: UniformCut, name: str) -> Any:
     def count(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return on_argument(module, name, cut.leading, args, kwargs)
@@ -285,15 +303,17 @@ def _count_own(cut: UniformCut, name: str) -> Any:
 
 
 def _hook(module: nn.Module, name: str, places: Any, cut: UniformCut) -> None:
-    arguments = {key: dim for key, dim in places.items() if isinstance(key, str)}
+    taken = {key: dim for key, dim in places.items() if isinstance(key, str)}
     outputs = {key: dim for key, dim in places.items() if isinstance(key, int)}
-    order = list(inspect.signature(type(module).forward).parameters)[1:]
+    order = arguments(module)
 
-    def enter(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        values = list(args)
-        for key, dim in arguments.items():
+    def enter(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        values, entered = list(args), block.__dict__.pop(ENTERED, {})
+        for key, dim in taken.items():
             at = order.index(key)
-            if key in kwargs:
+            if key in entered:  # an earlier pipeline stage cut it
+                cut.lengths[name, key] = entered[key][dim]
+            elif key in kwargs:
                 kwargs = {**kwargs, key: cut.cut(kwargs[key], dim, (name, key))}
             elif at < len(values):
                 values[at] = cut.cut(values[at], dim, (name, key))
@@ -304,7 +324,7 @@ def _hook(module: nn.Module, name: str, places: Any, cut: UniformCut) -> None:
             return cut.cut(out, outputs[0], (name, 0))
         return tuple(cut.cut(t, outputs[i], (name, i)) if i in outputs else t for i, t in enumerate(out))
 
-    if arguments:
+    if taken:
         module.register_forward_pre_hook(enter, with_kwargs=True)
     if outputs:
         module.register_forward_hook(leave)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polymodal.data.clips import Clips
 from polymodal.data.sample import Batch, Measure
 from polymodal.errors import PolymodalError
 from polymodal.models import pipelines, weights
@@ -41,10 +42,11 @@ class Load:
     def of(cls, recipe: Recipe, family: Family, media: float, patches: int) -> Load:
         """A full pack, or micro_batch_size samples of the greatest length or the largest shape of data.clip.
 
-        Raises PolymodalError for impossible shares.
+        Raises PolymodalError for impossible shares, and for sizes that training would refuse.
         """
         if family.layout == "uniform":
             clip, grid = recipe.data.clip, family.grid()  # type: ignore[attr-defined]
+            Clips(clip, grid)
             frames = 1 if grid.still else max(clip.frames)
             side = int(clip.pixels**0.5) // grid.side * grid.side
             height, width = max(clip.sizes, key=lambda s: s[0] * s[1], default=(side, side))

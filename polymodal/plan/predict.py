@@ -146,7 +146,7 @@ def part(trace: Trace, where: str, accelerator: Accelerator) -> Part:
 def predict(
     recipe: Recipe, family: Family, sizes: ParallelSizes, accelerator: Accelerator, traces: list[Trace], schedule: str = "1F1B"
 ) -> Prediction:  # fmt: skip
-    """Put the traces (one a pipeline rank, in order) together."""
+    """Put the traces (one a pipeline rank, in order, or of one rank alone) together."""
     stages = [
         Stage(
             trace,
@@ -159,15 +159,17 @@ def predict(
     micro = per_rank(recipe, sizes, packs(recipe, family))
     timeline, bubble = None, 0.0
     if sizes.pp > 1:
+        line = stages * (sizes.pp // len(stages))  # of one rank alone: the others are taken to be like it
         virtual = max(1, len(traces[0].chunks))
         forward, backward = [0.0] * (sizes.pp * virtual), [0.0] * (sizes.pp * virtual)
-        for stage, own in zip(stages, stages_of(schedule, sizes.pp, virtual), strict=True):
+        for stage, own in zip(line, stages_of(schedule, sizes.pp, virtual), strict=True):
             for number, share in zip(own, stage.trace.chunks or (1.0,), strict=True):
                 forward[number], backward[number] = (
                     stage.forward.seconds * share,
                     stage.backward.seconds * share,
                 )
-        timeline = play(schedule, sizes.pp, micro, forward, backward, _hop(traces, accelerator))
+        hop = _hop([stage.trace for stage in line], accelerator, schedule, virtual)
+        timeline = play(schedule, sizes.pp, micro, forward, backward, hop)
         seconds, bubble = timeline.seconds, timeline.bubble
     else:
         seconds = micro * (stages[0].forward.seconds + stages[0].backward.seconds)
@@ -196,15 +198,24 @@ def per_rank(recipe: Recipe, sizes: ParallelSizes, packed: bool) -> int:
     return max(1, math.ceil(batch / (sizes.dp * each)))
 
 
-def _hop(traces: list[Trace], accelerator: Accelerator) -> float:
-    """Seconds that activations of a micro-batch travel between two stages: the slowest hop counts."""
-    hops = [
-        devices.transfer(accelerator, "send", traffic.ranks, traffic.bytes / traffic.count)
-        for trace in traces
-        for traffic in trace.traffic
-        if traffic.kind == "send" and traffic.axes == "pp"
-    ]
-    return max(hops, default=0.0)
+def _hop(traces: list[Trace], accelerator: Accelerator, schedule: str, virtual: int) -> float:
+    """Seconds that what a stage hands on for a micro-batch, all tensors of it, travels: the slowest hop counts.
+
+    traces: one a pipeline rank. A rank with several stages hands on several times, to one neighbour or to two.
+    """
+    own = stages_of(schedule, len(traces), virtual)
+    home = {stage: rank for rank, stages in enumerate(own) for stage in stages}
+    slowest = 0.0
+    for rank, trace in enumerate(traces):
+        sends = [
+            t for t in trace.traffic if (t.kind, t.axes, t.where) == ("send", "pp", "forward") and t.count
+        ]
+        peers = {home[stage + 1] for stage in own[rank] if home.get(stage + 1, rank) != rank}
+        hops = sum(home.get(stage + 1, rank) != rank for stage in own[rank])
+        for traffic in sends:
+            each = max(1, hops // max(1, len(peers)))
+            slowest = max(slowest, devices.transfer(accelerator, "send", traffic.ranks, traffic.bytes / each, traffic.count // each))  # fmt: skip
+    return slowest
 
 
 def advise(made: Prediction) -> list[str]:
@@ -245,6 +256,11 @@ def advise(made: Prediction) -> list[str]:
     if made.micro_batches * sizes.dp * each > recipe.train.global_batch_size * 1.01:
         said.append(
             f"train.global_batch_size = {recipe.train.global_batch_size} does not fill {sizes.dp} data-parallel ranks evenly: some idle."
+        )
+    if len(made.stages) < sizes.pp:
+        (only,) = made.stages
+        said.append(
+            f"Only rank {only.trace.rank} (stage {only.trace.stage} of {sizes.pp}) was traced: the times take the others to be like it."
         )
     if made.bubble > 0.2:
         said.append(

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.data.sample import Measure
+from polymodal.models import partial
 from polymodal.models.card import Family
-from polymodal.parallel import cuts, stages
+from polymodal.parallel import cuts, stages, uniform
 from polymodal.parallel.apply import COMPUTE_DTYPE, apply
+from polymodal.parallel.batches import context
 from polymodal.parallel.mesh import Mesh
 from polymodal.parallel.ops import clip_, grad_norm
 from polymodal.parallel.pipeline import Pipeline, TiedGradients
@@ -66,6 +68,10 @@ class LaidOut:
         self.ties: TiedGradients | None = None
         self.runner: Any
         if parallel.pp > 1:
+            if family.card.sequence_plan:  # what travels is cut over ranks as the stages' streams are
+                probe, group = partial.probe(family, anew=True), context(mesh, family.config, parallel)
+                if group is not None:
+                    uniform.apply(probe, family.card, group)
             line = mesh.world["pp"].get_group()
             self.ties = TiedGradients(self.parts, mesh, lambda stage: cuts.home(parallel, stage))
             self.runner = Pipeline(self.parts, family, line, device, activations, parallel.pp_schedule)

@@ -7,7 +7,7 @@ import torch
 
 from polymodal import recipe as recipes
 from polymodal.errors import PolymodalError
-from polymodal.plan import command, devices
+from polymodal.plan import command, devices, predict
 from polymodal.plan.job import Load
 from polymodal.train.actors import Encoders
 from tests.models import tiny_pipelines
@@ -42,6 +42,38 @@ def test_an_example_is_shaped_like_what_encoders_give(name, tmp_path):
     assert {n: t.shape for n, t in real.items()} == {
         n: t.shape for n, t in batch.tensors.items() if n != "weight"
     }
+
+
+def test_sizes_that_training_refuses_are_not_planned(tmp_path):
+    made = recipe(tiny_pipelines.pipeline("wan", tmp_path / "wan"))
+    clip = made.data.clip.model_copy(update={"sizes": [(16, 40)]})
+    made = made.model_copy(update={"data": made.data.model_copy(update={"clip": clip})})
+    with pytest.raises(PolymodalError, match="16 x 40 is not a multiple of 16 pixels"):
+        planned(made)
+
+
+def test_rows_of_a_cut_sequence_travel_between_stages(tmp_path):
+    """Of the bytes that a stage sends, what belongs to the stream halves with cp 2, wherever the family was planned before."""
+    source = tiny_pipelines.pipeline("wan", tmp_path / "wan")
+    family = command.family_of(recipe(source))
+
+    def sent(**parallel) -> int:
+        made = command.plan(
+            recipe(source, pp=2, **parallel), family, command.Question(4, devices.named("h100"))
+        )
+        traces = [stage.trace for stage in made.stages]
+        (traffic,) = [t for t in traces[0].traffic if t.kind == "send" and t.axes == "pp"]
+        assert traffic.count == 4, "the stream, two embeddings of the time, one of the text"
+        travels = devices.transfer(made.accelerator, "send", traffic.ranks, traffic.bytes, traffic.count)
+        assert predict._hop(traces, made.accelerator, "1F1B", 1) == travels, (
+            "all of them wait for one another"
+        )
+        return traffic.bytes
+
+    whole, cut, again = sent(), sent(cp=2), sent()
+    load = Load.of(recipe(source), family, 0.0, 1)
+    stream = load.samples * load.tokens * family.width() * 2  # bfloat16
+    assert whole == again and whole - cut == stream / 2
 
 
 def test_encoders_on_the_device_are_counted(tmp_path):

@@ -42,5 +42,11 @@ MATRIX = [
     Layout("PP 2, FSDP2 x 2, full recompute", 4, {"pp": 2, "recompute": "full"}),
     Layout("PP 2, TP 2 + SP", 4, {"pp": 2, "tp": 2}),
     Layout("LoRA, PP 2", 2, {"pp": 2}, lora=True),
+    Layout("PP 2, Ulysses 2, full recompute", 4, {"pp": 2, "cp": 2, "recompute": "full"}),
+    Layout(
+        "PP 2, 0 + 4 blocks, ring 2", 4, {"pp": 2, "cp": 2, "ulysses": 1, "pp_layers": {"blocks": [0, 4]}}
+    ),
+    Layout("PP 2 x 2 virtual, ring 2, TP 2 + SP", 8, {"pp": 2, "cp": 2, "ulysses": 1, "tp": 2, **VIRTUAL}),
+    Layout("PP 2, Ulysses 2, FSDP2 x 2", 8, {"pp": 2, "cp": 2}),
 ]
 SHARDED = [Layout("FSDP2 x 2", 2), Layout("FSDP2 x 2, full recompute", 2, {"recompute": "full"})]

@@ -4,14 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.pipelining import PipelineStage
 
 from polymodal.data.sample import Measure
 from polymodal.errors import PolymodalError
 from polymodal.models import partial, weights
 from polymodal.models.card import Dropped
-from polymodal.parallel import cuts, stages
+from polymodal.parallel import cuts, pipeline, stages
 from polymodal.parallel.stages import prune
 from polymodal.recipe import Parallel, Train
+from tests.parallel.harness import run
 from tests.parallel.spike.qwen import tiny_qwen2_vl, tiny_qwen3_vl
 from tests.parallel.spike.wan import wan
 from tests.parallel.spike.whisper import whisper
@@ -245,3 +248,20 @@ def test_a_hollow_module_has_the_shape_of_its_output_and_no_memory():
     assert out.shape == (1000, 5) and out.untyped_storage().nbytes() == 4 and not list(hollow.parameters())
     hollow.dtype = torch.bfloat16
     assert hollow(torch.ones(2, 3)).dtype == torch.bfloat16
+
+
+def _broken(rank: int) -> str:
+    class Broken(nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            raise PolymodalError("No rows came.", "Give some.")
+
+    some = torch.zeros(1000)
+    stage = PipelineStage(Broken(), 0, 1, torch.device("cpu"), input_args=(some,), output_args=(some,))
+    with pytest.raises(PolymodalError) as caught, pipeline._own_errors():
+        stage.forward_one_chunk(0, (some,))
+    return str(caught.value)
+
+
+def test_what_a_stage_raises_is_said_as_it_was():
+    """torch's pipelines would say it within a dump of every tensor that the stage was given."""
+    assert run(1, _broken) == ["No rows came. Give some."]

@@ -190,6 +190,19 @@ def test_mistakes_are_one_sentence(source, change, said):
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("one", [{"stage": 1}, {"rank": 3}], ids=str)
+def test_one_rank_of_a_pipeline_can_be_asked_alone(source, one):
+    made = recipe(source, pp=2)
+    family = command.family_of(made)
+    asked = command.Question(4, CLUSTER, 0.25, 256)
+    both, alone = command.plan(made, family, asked), command.plan(made, family, replace(asked, **one))
+    (stage,) = alone.stages
+    assert stage.trace.stage == 1 and stage.trace.usage.peak == both.stages[1].trace.usage.peak
+    assert alone.step > 0 and "the times take the others to be like it" in command.text(alone)
+    assert not any("to be like it" in sentence for sentence in both.advice)
+    assert "svg" in page.page(alone)
+
+
 def test_the_host_holds_what_is_offloaded(four, source):
     """Bytes leave the device and are found on the host; what moves takes time."""
     plain = four.stages[0].trace.usage
