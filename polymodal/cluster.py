@@ -102,6 +102,11 @@ def environment(recipe: Recipe) -> dict[str, str]:
     return {name: device.checked_variable(name, value) for name, value in recipe.device.env.items()}
 
 
+def _opening(logs: Path, setup: str) -> list[str]:
+    """A script's first lines. The scripts that a setup sources (conda's, CANN's) read variables that nobody set."""
+    return ["set -eo pipefail", *([setup] if setup else []), "set -u", f"mkdir -p {shlex.quote(str(logs))}"]
+
+
 # ---- SLURM --------------------------------------------------------------------------------------------------------
 
 
@@ -114,27 +119,24 @@ def slurm(recipe: Recipe, wish: Wish) -> Written:
         "output": "%x-%j.log", "open-mode": "append",
         "requeue": "", "signal": f"TERM@{GRACE_SECONDS}",
     }  # fmt: skip
+    if wish.min_nodes is not None:
+        directives["no-kill"] = ""  # else SLURM ends the whole job with its first lost node
     if resource := device.slurm_resource(recipe.device.kind, wish.nproc):
         directives["gres"] = resource
     for option in wish.options:
         key, _, value = option.lstrip("-").partition("=")
         directives[key] = value
+    container = ""
+    if wish.image:
+        container = f' --container-image={shlex.quote(wish.image)} --container-mounts="$PWD:$PWD" --container-workdir="$PWD"'
     lines = ["#!/bin/bash"]
     lines += [
         f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in directives.items()
     ]
-    container = ""
-    if wish.image:
-        container = f' --container-image={shlex.quote(wish.image)} --container-mounts="$PWD:$PWD" --container-workdir="$PWD"'
     lines += [
         "# Submit with `sbatch` from the directory that the recipe's paths start from. Submitted or requeued again, it goes on",
         f"# from the newest checkpoint. {GRACE_SECONDS} s before the time limit every process gets SIGTERM, saves and ends.",
-        "set -euo pipefail",
-        f"mkdir -p {shlex.quote(str(logs))}",
-    ]
-    if wish.setup:
-        lines.append(wish.setup)
-    lines += [
+        *_opening(logs, "" if container else wish.setup),
         'export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"',
         'export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"',
         'export NNODES="${NNODES:-$SLURM_JOB_NUM_NODES}"',
@@ -142,9 +144,10 @@ def slurm(recipe: Recipe, wish: Wish) -> Written:
     lines += [f"export {key}={shlex.quote(value)}" for key, value in environment(recipe).items()]
     stop = " --kill-on-bad-exit=1" if wish.min_nodes is None else " --no-kill --kill-on-bad-exit=0"
     command = shlex.join(train_words(wish))
-    inner = f'export NODE_RANK="${{NODE_RANK:-$SLURM_NODEID}}"; exec {command}'
-    lines += [
-        f"srun{stop}{container} --label --output={shlex.quote(f'{logs}/%j-node%n.log')} \\",
+    inside = f"{wish.setup} && " if container and wish.setup else ""  # what it names is in the image
+    inner = f'export NODE_RANK="${{NODE_RANK:-$SLURM_NODEID}}"; {inside}exec {command}'
+    lines += [  # one task starts the processes of a whole node: it must not be bound to one core
+        f"srun --cpu-bind=none{stop}{container} --label --output={shlex.quote(f'{logs}/%j-node%n.log')} \\",
         f"  bash -c {shlex.quote(inner)}",
         "",
     ]
@@ -160,7 +163,7 @@ def slurm(recipe: Recipe, wish: Wish) -> Written:
 
 
 def kubernetes(recipe: Recipe, wish: Wish) -> Written:
-    """A PyTorchJob (training operator v1) or a TrainJob (trainer v2), one pod a node."""
+    """A PyTorchJob (training operator v1) or a TrainJob (trainer from 2.2 on), one pod a node."""
     if not wish.image:
         raise PolymodalError("A Kubernetes job needs a container image.", "Add --image REGISTRY/IMAGE:TAG.")
     if wish.kind not in ("pytorchjob", "trainjob"):
@@ -182,10 +185,11 @@ def kubernetes(recipe: Recipe, wish: Wish) -> Written:
 def _container(recipe: Recipe, wish: Wish) -> dict[str, Any]:
     command = shlex.join(train_words(wish))
     resource = device.kubernetes_resource(recipe.device.kind)
+    begin = (["cd /data"] if wish.claim else []) + ([wish.setup] if wish.setup else [])
     container: dict[str, Any] = {
         "name": "pytorch",
         "image": wish.image,
-        "command": ["bash", "-c", f"{wish.setup + ' && ' if wish.setup else ''}exec {command}"],
+        "command": ["bash", "-c", f"{' && '.join([*begin, ''])}exec {command}"],
         "env": [{"name": key, "value": value} for key, value in environment(recipe).items()],
         "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}},
         "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],
@@ -194,7 +198,6 @@ def _container(recipe: Recipe, wish: Wish) -> dict[str, Any]:
         container["resources"] = {"limits": {resource: wish.nproc}}
     if wish.claim:
         container["volumeMounts"].append({"name": "data", "mountPath": "/data"})
-        container["workingDir"] = "/data"
     return container
 
 
@@ -242,7 +245,21 @@ def _trainjob(recipe: Recipe, wish: Wish) -> dict[str, Any]:
     }
     if "resources" in container:
         trainer["resourcesPerNode"] = container["resources"]
-    node = {"name": "node", "volumeMounts": container["volumeMounts"]}
+    node = {
+        "name": "node",
+        "securityContext": container["securityContext"],
+        "volumeMounts": container["volumeMounts"],
+    }
+    pod = {
+        "containers": [node],
+        "volumes": _volumes(wish),
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+    }
+    job = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}
+    patch = {
+        "manager": "polymodal/launch",
+        "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [job]}}},
+    }
     return {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
         "kind": "TrainJob",
@@ -250,12 +267,7 @@ def _trainjob(recipe: Recipe, wish: Wish) -> dict[str, Any]:
         "spec": {
             "runtimeRef": {"name": "torch-distributed"},
             "trainer": trainer,
-            "podTemplateOverrides": [
-                {
-                    "targetJobs": [{"name": "node"}],
-                    "spec": {"volumes": _volumes(wish), "containers": [node]},
-                }
-            ],
+            "runtimePatches": [patch],
         },
     }
 
@@ -283,11 +295,8 @@ def torchrun(recipe: Recipe, wish: Wish) -> Written:
     lines += [
         "# A process that dies is started again, with all others, from the newest checkpoint. Host 0 keeps the meeting place.",
         "# In a container: --ipc=host (or --shm-size=16g) and --network=host; no further privileges are needed.",
-        "set -euo pipefail",
-        f"mkdir -p {shlex.quote(str(logs))}",
+        *_opening(logs, wish.setup),
     ]
-    if wish.setup:
-        lines.append(wish.setup)
     lines += [f"export {key}={shlex.quote(value)}" for key, value in environment(recipe).items()]
     lines.append(
         "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a restart must not find the addresses of those who died"

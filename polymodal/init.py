@@ -35,6 +35,8 @@ DEVICE_GIB = 64
 FULL_BYTES = 16
 """A trained parameter in mixed precision: float32 weight, gradient, and Adam's two moments."""
 FROZEN_BYTES = 2
+PICTURE = 1024 * 1024
+"""Pixels of a picture where the card says nothing."""
 
 
 @dataclass(frozen=True)
@@ -216,8 +218,8 @@ def _chats(plan: Plan, data: str, base: str | None) -> list[str]:
 
 def _clips(plan: Plan, data: str, file: str) -> list[str]:
     """The data section of a model that generates."""
-    video = any(task.endswith("video") for task in plan.card.tasks)
-    shape = "{frames: [81], fps: 16, pixels: 399360}" if video else "{pixels: 1048576}"
+    facts = {**plan.card.clip, **plan.card.sizes[plan.size].clip} or {"pixels": PICTURE}
+    shape = "{" + ", ".join(f"{key}: {value}" for key, value in facts.items()) + "}"
     return [
         f"data:  # polymodal encode {file} --nproc {min(8, plan.devices)}, before training",
         f"  datasets: [{{path: {_scalar(data)}}}]  # rows of path and cap, or a data.txt of folder,annotation lines",

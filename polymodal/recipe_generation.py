@@ -80,6 +80,10 @@ class Samples(Section):
     frames: Annotated[int, Field(ge=1)] | None = None
     """Frames of a clip (default: the pipeline's)."""
     images: list[str] = []
-    """First frames, one a prompt, for models that want one."""
+    """First frames, or pictures to start from, one a prompt, for models that want one."""
+    last_images: list[str] = []
+    """Last frames, one a prompt, for models that want one."""
+    negative: str | None = None
+    """What not to make, for all prompts."""
     fps: Annotated[float, Field(gt=0)] = 16.0
     """Frames a second of the mp4."""

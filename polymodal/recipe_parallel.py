@@ -5,9 +5,9 @@ Ground floor: imports pydantic only. A part of recipe.py.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from polymodal.recipe_file import Section
 
@@ -63,6 +63,17 @@ class Parallel(Section):
     """Kept on the host: what blocks save for backward; sharded parameters (with gradients and optimizer); optimizer state."""
     compile: bool = False
     """torch.compile each block."""
+
+    @field_validator("pp_layers", mode="before")
+    @classmethod
+    def _by_tower(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            raise ValueError("says not of which tower; name it: {language: [6, 10, 10, 10]}")
+        numbers = [n for part in value.values() if isinstance(part, list) for n in part] if isinstance(value, dict) else []  # fmt: skip
+        flat = [n for part in numbers for n in (part if isinstance(part, list) else [part])]
+        if wrong := [n for n in flat if not isinstance(n, int) or n < 0]:
+            raise ValueError(f"counts layers with {wrong[0]}; write whole numbers from 0")
+        return value
 
     @property
     def zero_stage(self) -> int:

@@ -31,8 +31,12 @@ CHILD = "POLYMODAL_LAUNCHED_BY"
 """Set in processes that `spawn` started: pid of the launcher, which prints their errors for them."""
 
 
+GOES_ALONE = "POLYMODAL_NODE_GOES_ALONE"
+"""Set where a node may die and the others go on: its processes end with its launcher, at once and without a word."""
+
+
 OURS = (
-    CHILD, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    CHILD, GOES_ALONE, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
     "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID", "NPUS_PER_NODE", "NNODES", "NODE_RANK",
 )  # fmt: skip
 """What a launched process has in its environment for itself alone."""
@@ -66,12 +70,13 @@ def enter_child() -> None:
             os.environ.pop(name, None)
         return
     faulthandler.enable()
-    with contextlib.suppress(
-        OSError, AttributeError
-    ):  # Linux: SIGTERM when the launcher is killed, no orphans
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0)
+    # Linux sends this when the launcher is killed, so that nobody is left behind. SIGTERM saves and stops, which every
+    # rank agrees on; but where a node may die, the ranks of the others must see that it died, and start again.
+    end = signal.SIGKILL if GOES_ALONE in os.environ else signal.SIGTERM
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(1, end, 0, 0, 0)
     if os.getppid() != launcher:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), end)
 
 
 def _alive(pid: int) -> bool:
@@ -217,11 +222,13 @@ def run(
     old = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     environ = {
         name: os.environ.get(name)
-        for name in (CHILD, "TORCHELASTIC_SIGNALS_TO_HANDLE", "OMP_NUM_THREADS", FRESH_STORE)
+        for name in (CHILD, GOES_ALONE, "TORCHELASTIC_SIGNALS_TO_HANDLE", "OMP_NUM_THREADS", FRESH_STORE)
     }
     os.environ[CHILD] = str(os.getpid())
     if restarts or elastic:
         os.environ[FRESH_STORE] = "1"
+    if elastic:
+        os.environ[GOES_ALONE] = "1"
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # the other two are forwarded above
     try:
         with _quiet(), tempfile.TemporaryDirectory(prefix="polymodal-") as directory:
@@ -255,12 +262,14 @@ def run(
 
 
 def _agent() -> type:
-    """torchrun's agent, which does not start again what bad input ended and says why it starts again."""
+    """torchrun's agent, which does not start again what bad input ended, says why it starts again, and notices a node
+    that died before its processes ever met ours (these would wait for it until the collectives' timeout)."""
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
     class Agent(LocalElasticAgent):
         why = ""
+        look = 0.0
 
         def _monitor_workers(self, worker_group: object) -> RunResult:
             result = super()._monitor_workers(worker_group)
@@ -270,7 +279,18 @@ def _agent() -> type:
                 facts = [_facts(each) for each in result.failures.values()]
                 if any(each.get("code") == 2 and not each.get("lost") for each in facts):
                     self._remaining_restarts = 0
+            elif result.state == WorkerState.HEALTHY and self._a_node_left():
+                self._restart_workers(worker_group)  # as for one that comes: no attempt is spent
             return result
+
+        def _a_node_left(self) -> bool:
+            """Whether a node of this round ended or no longer sends its heartbeat. Looks once a second."""
+            group = self._worker_group
+            holder = getattr(group.spec.rdzv_handler, "_state_holder", None)
+            if holder is None or time.monotonic() < self.look:
+                return False
+            self.look = time.monotonic() + 1
+            return len(holder.state.participants) < group.group_world_size
 
         def _restart_workers(self, worker_group: object) -> None:
             why = self.why or "the number of nodes changed"

@@ -57,8 +57,15 @@ class Clips:
                     f"data.clip.sizes: {height} x {width} is not a multiple of {grid.side} pixels, which this model's latents need.",
                     f"Use [{near[0]}, {near[1]}].",
                 )
+        only = grid.size
+        other = next(((h, w) for h, w in clip.sizes if only not in (None, (h, w))), None)
+        if other is not None:
+            raise PolymodalError(
+                f"data.clip.sizes: {other[0]} x {other[1]} is not {only[0]} x {only[1]} pixels, which this model's places were learned for.",
+                "Leave data.clip.sizes out.",
+            )
         self.lengths = [1] if still else sorted(set(clip.frames))
-        self.sizes = [(h, w) for h, w in clip.sizes] or _sizes(clip.pixels, grid.side)
+        self.sizes = [only] if only else [(h, w) for h, w in clip.sizes] or _sizes(clip.pixels, grid.side)
         keys = [
             clip.model_dump(mode="json"),
             grid.channels,

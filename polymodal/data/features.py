@@ -189,6 +189,16 @@ def write_list(directory: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     os.replace(partial, directory / LIST)
 
 
+def hashes(directory: Path) -> dict[str, str]:
+    """Feature file -> hash of what it was made of, by the list of a finished run; {} without one."""
+    path = directory / LIST
+    if not path.is_file():
+        return {}
+    rows = JsonLines(str(path))
+    found = (rows[i] for i in range(len(rows)))
+    return {row["file"]: row["hash"] for row in found if "file" in row and "hash" in row}
+
+
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """The manifest, None when there is none (features of another system). Raises PolymodalError for a broken one."""
     path = directory / MANIFEST

@@ -109,7 +109,7 @@ class RowReader:
         columns = ", ".join(k for k in row if not k.startswith("__")) or "none"
         raise PolymodalError(
             f"{where}: no known format has these columns: {columns}.",
-            "Expected messages or conversations, instruction and output, or text; else name yours in data.attr (for example data.attr.messages=dialog).",
+            "Expected messages or conversations, instruction and output, text, or a picture's or clip's path with its caption (cap); else name yours in data.attr (for example data.attr.messages=dialog).",
         )
 
     # -- conversations ------------------------------------------------------------------------------------------

@@ -369,32 +369,17 @@ def _vbench(out: Path, asked: list[Asked], entries: dict[str, Any]) -> None:
 
 
 def main(
-    checkpoint: str, benchmark: str, data: str, *, settings: Settings, out: str | None = None, device: str = "auto", dtype: str = "auto",
-    ema: bool = False, base: str | None = None, other: str | None = None, revision: str | None = None, **options: Any,
+    checkpoint: str, benchmark: str, data: str, *, settings: Settings, how: dict[str, Any], out: str | None = None, **options: Any
 ) -> Result | None:  # fmt: skip
-    """The command in one of its processes; `options` are those of `evaluate`."""
+    """The command in one of its processes. how: of `generate.pipeline.opened`; options: of `evaluate`."""
     from rich.console import Console
 
-    from polymodal import launch
-    from polymodal import recipe as recipes
-    from polymodal.generate.pipeline import open_generator
+    from polymodal.generate.pipeline import opened
 
     where = Path(out) if out else Path("evaluations") / f"{Path(checkpoint.rstrip('/')).name}-{benchmark}"
-    recipe = recipes.Recipe(model=recipes.Model(source=checkpoint), device=recipes.Device(kind=device))  # type: ignore[arg-type]
     facts = benchmarks.find(benchmark)
-    rows, _ = asked_of(data, options.get("samples") or facts.samples, options.get("media_dir"), None)
-    task = "video-to-video" if rows[0].prompt.video else None
-    with launch.runtime(recipe) as rt:
-        generator = open_generator(
-            checkpoint,
-            task=task,
-            revision=revision,
-            device=rt.device.torch,
-            dtype=dtype,
-            ema=ema,
-            base=base,
-            other=other,
-        )
+    asked_of(data, options.get("samples") or facts.samples, options.get("media_dir"), None)  # raises early
+    with opened(checkpoint, **how) as (_, generator):
         result = evaluate(
             generator, data, where, benchmark=benchmark, settings=settings, progress=True, **options
         )

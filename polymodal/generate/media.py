@@ -1,6 +1,7 @@
 """`polymodal generate`: prompts in, clips or pictures out, with a sheet of all and a JSON of how each was made.
 
-Sees generate/pipeline.py, launch and errors. Prompts are dealt out to ranks; a sample depends on its own seed alone.
+Sees generate/pipeline.py and errors. Prompts are dealt out to ranks, or to groups of ranks that make each sample together; a
+sample depends on its own seed alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from polymodal import __version__
 from polymodal.errors import PolymodalError
-from polymodal.generate.pipeline import Prompt, Settings, open_generator, suspicion
+from polymodal.generate.pipeline import Prompt, Settings, opened, suspicion
 
 SHEET = 32
 """Samples on a contact sheet at most."""
@@ -127,38 +128,26 @@ def main(
     out: str,
     fps: float = 16.0,
     batch_size: int = 1,
-    task: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    ema: bool = False,
-    base: str | None = None,
-    other: str | None = None,
-    revision: str | None = None,
+    cp: int = 1,
+    **how: Any,
 ) -> int:
-    """The command, in one of its processes: writes NNNN.mp4 or NNNN.png, sheet.png and samples.json. Returns the exit code."""
-    from polymodal import launch
-    from polymodal import recipe as recipes
+    """The command, in one of its processes: writes NNNN.mp4 or NNNN.png, sheet.png and samples.json. Returns the exit code.
 
+    cp: ranks that make each sample together;
+    how: of `opened`.
+    """
     if not prompts:
         raise PolymodalError("There is no prompt.", "Give --prompt TEXT or --prompts FILE.")
-    recipe = recipes.Recipe(model=recipes.Model(source=str(checkpoint)), device=recipes.Device(kind=device))  # type: ignore[arg-type]
     folder = Path(out).expanduser()
-    with launch.runtime(recipe) as rt:
-        if task is None:
-            task = "video-to-video" if prompts[0].video else None
-        generator = open_generator(
-            checkpoint,
-            task=task,
-            revision=revision,
-            device=rt.device.torch,
-            dtype=dtype,
-            ema=ema,
-            base=base,
-            other=other,
-        )
+    with opened(checkpoint, cp=cp, **how) as (rt, generator):
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".part-{rt.rank}.jsonl"
-        mine = list(range(rt.rank, len(prompts), rt.world))
+        if rt.rank == 0:
+            for left in (*folder.glob(".part-*.jsonl"), *folder.glob(".sheet-*.npy")):  # of a killed run
+                left.unlink()
+        rt.barrier()
+        mine = list(range(rt.rank // cp, len(prompts), rt.world // cp))
+        writes = rt.rank % cp == 0
+        part = folder / f".part-{rt.rank}.jsonl" if writes else Path(os.devnull)
         with open(part, "w", encoding="utf-8") as listing:
             for group in groups(mine, prompts, batch_size):
                 chosen = [prompts[i] for i in group]
@@ -172,6 +161,8 @@ def main(
                     for i, p in zip(group, chosen, strict=True)
                 ]
                 made = generator.sample(numbered, settings)
+                if not writes:
+                    continue
                 for place, (number, given, frames) in enumerate(zip(group, numbered, made, strict=True)):
                     wrong = suspicion(frames)
                     name = None
@@ -195,7 +186,7 @@ def main(
                         print(f"warning: sample {number} {wrong}", file=sys.stderr, flush=True)
         rt.barrier()
         if rt.rank == 0:
-            _finish(folder, generator, settings, fps, checkpoint, ema)
+            _finish(folder, generator, settings, fps, checkpoint, how.get("ema", False))
     return 0
 
 

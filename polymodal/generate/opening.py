@@ -367,6 +367,14 @@ def adapter_config(directory: Path) -> dict[str, Any]:
         ) from None
 
 
+def of_pipeline(directory: Path, base: str | None = None) -> bool:
+    """Whether an adapter is of a denoiser: a file of diffusers, or peft's whose base is a part of a pipeline."""
+    if not (directory / "adapter_config.json").is_file():
+        return True
+    place = base or Path(adapter_config(directory).get("base_model_name_or_path") or "").parent
+    return (Path(place).expanduser() / "model_index.json").is_file()
+
+
 def base_of(directory: Path, config: dict[str, Any], base: str | None = None) -> Path:
     """The directory of an adapter's base: `base`, else what its config names. Raises PolymodalError."""
     named = base or config.get("base_model_name_or_path")

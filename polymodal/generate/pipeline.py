@@ -1,7 +1,7 @@
 """Opens whatever holds a generating model and samples from it: a pipeline's directory, an export, a run, a LoRA file.
 
 The sampling loop is diffusers'; this file puts the trained weights into its pipeline and hands prompts over. Sees
-models, generate/opening.py and errors. Weights that are missing or too many are an error, never noise.
+models, parallel, generate/opening.py, launch and errors. Weights that are missing or too many are an error, never noise.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from polymodal import launch
 from polymodal import recipe as recipes
 from polymodal.data.files import VIDEO
 from polymodal.errors import PolymodalError
+from polymodal.generate import opening
 from polymodal.generate.opening import DTYPES, Assembled, assemble, fingerprint, kind_of
+from polymodal.launch import Runtime
 from polymodal.models import catalog, pipelines, weights
 from polymodal.models.lora import DIFFUSERS_STEM
+from polymodal.parallel.mesh import Mesh, ParallelSizes
 
 MARKER = "polymodal_export.json"
 
@@ -66,6 +71,7 @@ class Generator:
     device: torch.device
     sounds: list[np.ndarray] = field(default_factory=list)
     """Waveforms [2, samples] of the samples made last, where the pipeline makes sound."""
+    _others: dict[str, Any] = field(default_factory=dict)
 
     def heard(self, i: int) -> dict[str, Any]:
         """The i-th of them and its rate, as `save` takes them; {} without sound."""
@@ -73,6 +79,24 @@ class Generator:
             return {}
         config = self.pipeline.vocoder.config
         return {"sound": self.sounds[i], "rate": int(config.get("output_sampling_rate", 24000))}
+
+    def suited(self, conditions: set[str]) -> Any:
+        """The pipeline that makes samples from these (`image`, `video`): the checkpoint's own, or another of the family's
+        around the same parts."""
+        import diffusers
+
+        if not conditions <= set(parameters(type(self.pipeline))):
+            for name in self.family.routes.values():
+                cls = getattr(diffusers, name)
+                if conditions <= set(parameters(cls)):
+                    if name not in self._others:
+                        have = {**dict(self.pipeline.config), **self.pipeline.components}
+                        wanted = inspect.signature(cls.__init__).parameters
+                        with pipelines.quiet():
+                            self._others[name] = cls(**{k: have[k] for k in wanted if k in have})
+                        self._others[name].set_progress_bar_config(disable=True)
+                    return self._others[name]
+        return self.pipeline
 
     def sample(self, prompts: Sequence[Prompt], settings: Settings, first: int = 0) -> list[np.ndarray]:
         """Samples of like prompts: each uint8 [F, H, W, 3] (pictures: F = 1), or float where it is not finite.
@@ -100,34 +124,36 @@ class Generator:
         seeds = [
             settings.seed * 1_000_003 + first + i if p.seed is None else p.seed for i, p in enumerate(prompts)
         ]
-        asked = {k: v for k, v in self.family.tune(self.pipeline, asked).items() if v is not None}
-        known = inspect.signature(type(self.pipeline).__call__).parameters
-        if "frame_rate" not in known:
-            asked.pop("frame_rate", None)
+        conditions = {key for key in ("image", "video") if key in asked}
+        pipeline = self.suited(conditions)
+        asked = {k: v for k, v in self.family.tune(pipeline, asked).items() if v is not None}
+        known = parameters(type(pipeline))
+        told = (
+            "frame_rate",
+            *(("height", "width", "num_frames") if conditions else ()),
+        )  # given media have them
+        asked = {k: v for k, v in asked.items() if k in known or k not in told}
         for key in asked:
             if key not in known:
                 raise PolymodalError(
-                    f"{type(self.pipeline).__name__} takes no `{key}`.",
+                    f"{type(pipeline).__name__} takes no `{key}`.",
                     "Leave that option out for this model.",
                 )
-        lacking = [
-            k
-            for k, p in known.items()
-            if p.default is p.empty and k not in asked and k != "self" and p.kind is p.POSITIONAL_OR_KEYWORD
-        ]
+        lacking = needed(type(pipeline), self.family) - set(asked)
         if lacking:
+            name = min(lacking)
             raise PolymodalError(
-                f"{type(self.pipeline).__name__} needs `{lacking[0]}`.",
-                f"Give it with --{lacking[0].replace('_', '-')}, or in the file of prompts.",
+                f"{type(pipeline).__name__} of {self.family.card.name} needs `{name}`.",
+                f"Give it with --{name.replace('_', '-')}, or in the file of prompts.",
             )
         draws = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         try:
             with torch.no_grad():
                 draw = draws[0] if len(draws) == 1 else draws
-                out = self.pipeline(**asked, generator=draw, output_type="np")
+                out = pipeline(**asked, generator=draw, output_type="np")
         except ValueError as error:  # what the pipeline checks: sizes, conditions
             raise PolymodalError(
-                f"{type(self.pipeline).__name__}: {str(error).strip().splitlines()[0]}", "Change that option."
+                f"{type(pipeline).__name__}: {str(error).strip().splitlines()[0]}", "Change that option."
             ) from None
         heard = getattr(out, "audio", None)
         self.sounds = [] if heard is None else [one.float().cpu().numpy() for one in heard]
@@ -156,6 +182,18 @@ class Generator:
         return [Image.fromarray(f) for f in media.video(path, header, range(count), size)]
 
 
+def parameters(cls: Any) -> dict[str, inspect.Parameter]:
+    """Arguments of a pipeline class's call, by name."""
+    return dict(list(inspect.signature(cls.__call__).parameters.items())[1:])
+
+
+def needed(cls: Any, family: Any) -> set[str]:
+    """Arguments that a pipeline class cannot sample without."""
+    known = parameters(cls).items()
+    demanded = {k for k, p in known if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    return demanded | set(family.asks)
+
+
 def _pixels(values: np.ndarray) -> np.ndarray:
     if not np.isfinite(values).all():
         return values.astype(np.float32)
@@ -178,7 +216,6 @@ def suspicion(frames: np.ndarray) -> str | None:
 def open_generator(
     checkpoint: str | os.PathLike,
     *,
-    task: str | None = None,
     revision: str | None = None,
     device: torch.device | str | None = None,
     dtype: str = "auto",
@@ -188,7 +225,6 @@ def open_generator(
 ) -> Generator:
     """Any checkpoint of a generating model: pipeline directory or hub id, export, run, one of its checkpoints, LoRA.
 
-    task: "image-to-video", "video-to-video"...: the card's pipeline class for it; None: the checkpoint's own.
     dtype: auto (float32 on the CPU, else bf16), fp32, bf16, fp16. ema: a run's average. base: where a base lies now.
     other: a run of the pipeline's other denoiser (Wan2.2 A14B has two), which takes its place too.
     """
@@ -225,25 +261,40 @@ def open_generator(
         weights.load(model, family, device="cpu")
         identity = pipelines.fingerprint(family.source, family.part)
     _only_generation(family, checkpoint)
-    cls = None
-    if task is not None:
-        if task not in family.card.pipelines:
-            raise PolymodalError(
-                f"{family.card.name} has no pipeline for {task}.",
-                f"It does {', '.join(family.card.pipelines)}.",
-            )
-        cls = family.card.pipelines[task]
     parts = {family.part: model}
     if other is not None:
         second = other_denoiser(family, checkpoint, other, ema=ema, base=base)
         parts[second.family.part] = second.model  # type: ignore[attr-defined]
         identity += f" with {fingerprint(second.checkpoint)}"
     parts = {n: pipelines.cast(m.eval().requires_grad_(False), chosen).to(device) for n, m in parts.items()}
-    pipeline = pipelines.open_pipeline(family.source, parts=parts, dtype=chosen, device=device, cls=cls)
+    pipeline = pipelines.open_pipeline(family.source, parts=parts, dtype=chosen, device=device)
     if adapter is not None:
-        put_on(pipeline, adapter)
+        put_on(pipeline, family.part, adapter)
         identity += f" {adapter}"
     return Generator(pipeline, family, Path(os.fspath(checkpoint)).name, identity, device)
+
+
+def cut_sequences(generator: Generator, mesh: Mesh, parallel: recipes.Parallel) -> None:
+    """Let the ranks of each cp group make their samples together: the denoisers' sequences are cut over them.
+
+    All of a group must sample alike; each gets whole samples. Collective. Raises PolymodalError for a model that cannot
+    be cut so.
+    """
+    from polymodal.models import library
+    from polymodal.parallel import apply as layout
+    from polymodal.parallel import uniform
+    from polymodal.parallel.batches import context
+
+    family = generator.family
+    for reason in layout.check(family.card, family.config, mesh.sizes, parallel):
+        raise reason
+    group = context(mesh, family.config, parallel)
+    assert group is not None
+    for name in family.denoisers or (family.part,):
+        model = getattr(generator.pipeline, name)
+        if model is not None:
+            cut = uniform.apply(model, family.card, group)
+            model.forward = cut.around(library.class_of(model).forward.__get__(model))
 
 
 def other_denoiser(
@@ -281,8 +332,14 @@ def _only_generation(family: Any, checkpoint: Any) -> None:
         )
 
 
-def put_on(pipeline: Any, directory: Path) -> None:
-    """A LoRA file onto a pipeline, by the library. Raises PolymodalError when nothing of it fits."""
+def put_on(pipeline: Any, part: str, directory: Path) -> None:
+    """An adapter onto a pipeline: diffusers' LoRA file by diffusers, peft's onto the denoiser `part` by peft.
+
+    Raises PolymodalError when nothing of it fits.
+    """
+    if (directory / "adapter_config.json").is_file():
+        setattr(pipeline, part, opening.put_on(getattr(pipeline, part), directory, part))
+        return
     try:
         with pipelines.quiet():
             pipeline.load_lora_weights(str(directory), weight_name=f"{DIFFUSERS_STEM}.safetensors")
@@ -304,3 +361,21 @@ def base_of(directory: Path) -> str:
             f"{directory} does not say which base the adapter belongs to.", "Give it with --base."
         )
     return str(base)
+
+
+@contextmanager
+def opened(
+    checkpoint: str, *, device: str = "auto", cp: int = 1, **how: Any
+) -> Iterator[tuple[Runtime, Generator]]:
+    """What a command that samples begins with, in one of its processes: the runtime, and the checkpoint's generator.
+
+    cp: ranks that make each sample together, consecutive ones; how: of `open_generator`.
+    """
+    recipe = recipes.Recipe(model=recipes.Model(source=checkpoint), device=recipes.Device(kind=device))  # type: ignore[arg-type]
+    recipe.parallel.cp = cp
+    with launch.runtime(recipe) as rt:
+        sizes = ParallelSizes.of(recipe.parallel, rt.world)
+        generator = open_generator(checkpoint, device=rt.device.torch, **how)
+        if cp > 1:
+            cut_sequences(generator, Mesh(sizes, rt.device.torch.type, rt.rank), recipe.parallel)
+        yield rt, generator

@@ -29,6 +29,7 @@ class Size:
     active: float | None = None  # billions of parameters a token meets (experts)
     devices: int = 8  # accelerators of 64-80 GB recommended for full fine-tuning
     layout: Mapping[str, Any] = field(default_factory=dict)
+    clip: Mapping[str, Any] = field(default_factory=dict)  # where it differs from the card's
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class ModelCard:
     pipelines: Mapping[str, str] = field(
         default_factory=dict
     )  # generation: task -> diffusers' pipeline class
+    clip: Mapping[str, Any] = field(default_factory=dict)
+    """Generation: frames, rate and pixels that it was made for, as keys of data.clip; what recipes begin with."""
     verified: str = ""  # how it is checked here: "logits, gradients, keys on tiny models of the class"
     seeds: tuple[str, ...] = ()  # sizes named by the documents this follows
     methods: tuple[str, ...] = ()  # recipes besides sft and lora: "dreambooth"

@@ -51,6 +51,9 @@ class LatentGrid:
     still: bool = False  # pictures only: latents have no axis of frames
     least: int = 1  # frames that a sample must have: more than one where a picture does not do
     sound: int = 0  # samples a second of the sound that clips are learned with; 0 = none
+    size: tuple[int, int] | None = (
+        None  # height and width of every frame, where the denoiser's places are learned
+    )
     references: bool = False  # pictures referred to are latent frames of their own, before the clip's
 
     @property
@@ -91,6 +94,9 @@ class Generation(Family):
     media: tuple[str, ...] = ()  # made of pixels besides the latents
     given: tuple[str, ...] = ()  # roles of what a sample is made from that encode_media takes, by name
     needed: tuple[str, ...] = ()  # of these, those that every sample must have
+    asks: tuple[
+        str, ...
+    ] = ()  # options that sampling needs, beside those that the pipeline's own call demands
     sees: bool = False  # captions are encoded together with the first frame
     alone: bool = False  # the pipeline makes one sample at a time
     documented: Mapping[str, str] = {}  # our name -> the name in the documented features/*.pt
@@ -99,6 +105,11 @@ class Generation(Family):
     ] = ()  # patterns of parameters that a model trained from nothing starts with as zeros
     attention = "auto"
     experts = "auto"
+
+    @property
+    def routes(self) -> Mapping[str, str]:
+        """Task -> diffusers' pipeline class, of what this checkpoint can do: the card's, unless its config rules some out."""
+        return self.card.pipelines
 
     @classmethod
     def claims(cls, index: Mapping[str, Any]) -> bool:

@@ -249,6 +249,8 @@ def save(
         lora, _selector(chosen, _names(model)), base, stacked.selector(list(homes), model) if homes else None
     )
     config.inference_mode = True
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        config.task_type = None  # a denoiser is no language model to peft
     with appearing(final, overwrite) as partial:
         writer = ShardWriter(partial, 1 << 62, STEM)
         for name in names:
@@ -376,10 +378,16 @@ def _diffusers_config(directory: Path, lora: Lora) -> dict[str, Any]:
 
 
 def read_settings(directory: Path) -> Lora:
-    """The recipe's section that a LoRA file of diffusers was trained with, its layers named one by one."""
-    config = _diffusers_config(directory, Lora())
-    files = Files(directory, (DIFFUSERS_STEM,))
-    named = sorted({key.partition(".")[2].split(".lora_")[0] for key in files.shapes})
+    """The recipe's section that an adapter of a denoiser was trained with, its layers named one by one."""
+    ours = directory / "adapter_config.json"
+    config = (
+        json.loads(ours.read_text(encoding="utf-8"))
+        if ours.is_file()
+        else _diffusers_config(directory, Lora())
+    )
+    files = Files(directory, (STEM if ours.is_file() else DIFFUSERS_STEM,))
+    prefix = PREFIX if ours.is_file() else next(iter(files.shapes)).partition(".")[0] + "."
+    named = sorted({key.removeprefix(prefix).split(".lora_")[0] for key in files.shapes})
     return Lora(
         rank=config["r"], alpha=config["lora_alpha"], rslora=bool(config.get("use_rslora")), targets=named
     )

@@ -167,18 +167,17 @@ def open_pipeline(
     without: Iterable[str] = (),
     dtype: torch.dtype = torch.float32,
     device: Any = "cpu",
-    cls: str | None = None,
 ) -> Any:
     """The pipeline of a directory: `parts` as given, those of `without` left out, the others loaded and frozen.
 
-    cls: another pipeline class of diffusers that takes the same parts. Raises PolymodalError for missing weights.
+    Raises PolymodalError for missing weights.
     """
     given: dict[str, Any] = dict(parts or {})
     given |= dict.fromkeys(without)
     for name in models_of(directory):
         if name not in given:
             given[name] = load_part(directory, name, dtype, device)
-    name = cls or str(read_index(directory)["_class_name"])
+    name = str(read_index(directory)["_class_name"])
     try:
         with quiet():
             opened = _class("diffusers", name).from_pretrained(str(directory), **given)

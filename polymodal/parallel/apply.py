@@ -17,7 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from polymodal.errors import PolymodalError
 from polymodal.models.card import Dropped, ModelCard
-from polymodal.parallel import expert, memory, ops, tensor, uniform
+from polymodal.parallel import cuts, expert, memory, ops, tensor, uniform
 from polymodal.parallel.batches import attention_heads, context
 from polymodal.parallel.context import ulysses_size
 from polymodal.parallel.cuts import SCHEDULES, Kind
@@ -124,6 +124,9 @@ def _contradictions(parallel: Parallel) -> list[PolymodalError]:
         cause = "parallel.offload of activations cannot see what compiled blocks save."
         reasons.append(PolymodalError(cause, "Leave it out, or set parallel.compile to false."))
     kind = SCHEDULES[parallel.pp_schedule] if parallel.pp > 1 else Kind()
+    if key := cuts.alone(parallel):
+        cause = f"parallel.{key} says how stages are cut, but parallel.pp is 1."
+        reasons.append(PolymodalError(cause, f"Set parallel.pp to the number of stages, or leave {key} out."))
     if parallel.zero_stage < 3 and parallel.reshard_after_forward and not kind.gathers:
         cause = f"parallel.zero = {parallel.zero_stage} keeps parameters whole over a step, parallel.reshard_after_forward would free them."
         reasons.append(PolymodalError(cause, "Leave reshard_after_forward out, or set parallel.zero to 3."))

@@ -68,11 +68,18 @@ def rounds(parallel: Parallel) -> int:
     if not kind.least <= count <= kind.most:
         fits = [name for name, other in SCHEDULES.items() if other.least <= count <= other.most]
         number = f"{kind.least}" if kind.least == kind.most else f"at least {kind.least}"
+        stages = "stage" if kind.most == 1 else "stages"
         raise PolymodalError(
-            f"parallel.pp_schedule = {parallel.pp_schedule} needs {number} stages a rank, not {count}.",
+            f"parallel.pp_schedule = {parallel.pp_schedule} needs {number} {stages} a rank, not {count}.",
             f"Set parallel.pp_virtual to {min(max(count, kind.least), kind.most)}, or take {' or '.join(fits)}.",
         )
     return count
+
+
+def alone(parallel: Parallel) -> str:
+    """The key, if any, that says how to cut a model which parallel.pp leaves in one piece."""
+    keys = {"pp_layers": parallel.pp_layers != "auto", "pp_virtual": parallel.pp_virtual is not None}
+    return next((key for key, given in keys.items() if given and parallel.pp == 1), "")
 
 
 def home(parallel: Parallel, stage: int) -> int:

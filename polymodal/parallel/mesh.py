@@ -41,15 +41,16 @@ class ParallelSizes:
             )
         if shard == -1:
             if world % fixed:
+                near = [str(n) for n in (world // fixed * fixed, (world // fixed + 1) * fixed) if n]
                 raise PolymodalError(
                     f"{world} processes cannot be divided by pp {parallel.pp} x dp_replicate {parallel.dp_replicate} x cp {parallel.cp} x tp {parallel.tp} = {fixed}.",
-                    f"Start a multiple of {fixed} processes, or lower one of them.",
+                    f"Start {' or '.join(near)} processes, or lower one of these.",
                 )
             shard = world // fixed
         if fixed * shard != world:
             raise PolymodalError(
                 f"parallel asks for {fixed * shard} processes (pp {parallel.pp} x dp_replicate {parallel.dp_replicate} x dp_shard {shard} x cp {parallel.cp} x tp {parallel.tp}), but {world} were started.",
-                "Set parallel.dp_shard to -1, or start that many processes.",
+                f"Set parallel.dp_shard to {f'{world // fixed} or ' if world % fixed == 0 else ''}-1, or start {fixed * shard} processes.",
             )
         spread = shard * parallel.cp * parallel.tp
         if spread % parallel.ep:

@@ -362,7 +362,10 @@ def counts(config: Any) -> dict[str, int]:
     for key in [*keys, "intermediate_size"] if dense else keys:
         if getattr(text, key, 0):
             found[key if text is config else f"text_config.{key}"] = getattr(text, key)
-    for key in ("num_heads", "num_attention_heads", "intermediate_size"):
+    heads = (
+        "num_heads" if hasattr(vision, "num_heads") else "num_attention_heads"
+    )  # some have both for one thing
+    for key in (heads, "intermediate_size"):
         if vision is not None and getattr(vision, key, 0):
             found[f"vision_config.{key}"] = getattr(vision, key)
     return found

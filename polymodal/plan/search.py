@@ -28,7 +28,7 @@ from polymodal.plan import command, devices
 from polymodal.plan.command import Question
 from polymodal.plan.job import Load
 from polymodal.plan.predict import Prediction, packs, per_rank
-from polymodal.recipe import Parallel, Recipe
+from polymodal.recipe import Recipe
 from polymodal.train import estimate
 
 RECOMPUTE = ("none", "selective", "full")
@@ -124,17 +124,16 @@ def candidates(made: Recipe, family: Family, question: Question) -> Iterator[tup
             continue
         changes: dict[str, Any] = {axis: getattr(sizes, axis) for axis in LAYOUT[:-1]} | {"ulysses": None}
         piped = sizes.pp > 1
-        if piped and made.parallel.pp != sizes.pp:
+        if made.parallel.pp != sizes.pp:
             changes["pp_layers"] = "auto"
+        if not piped:
+            changes["pp_virtual"] = None
         sharded = piped and not cuts.SCHEDULES[made.parallel.pp_schedule].gathers
         for zero in (1, 2) if sharded else (None,) if piped else (made.parallel.zero,):
-            parallel = made.parallel.model_copy(update=changes | {"zero": zero})
-            if layout.check(family.card, family.config, sizes, parallel, made.model.attention):
-                continue
             for recompute in RECOMPUTE:
-                if recompute == "selective" and parallel.compile:
+                chosen = made.parallel.model_copy(update={**changes, "zero": zero, "recompute": recompute})
+                if layout.check(family.card, family.config, sizes, chosen, made.model.attention):
                     continue
-                chosen = parallel.model_copy(update={"recompute": recompute})
                 for size in micro:
                     train = made.train.model_copy(update={"micro_batch_size": size})
                     one = made.model_copy(update={"parallel": chosen, "train": train})
@@ -291,15 +290,17 @@ def rank(made: Recipe, family: Family, question: Question, say: Any = lambda tex
     return confirmed + others
 
 
-def written(best: Candidate, base: Path | None, directory: Path) -> str:
-    """The best layout as a recipe: on top of `base`, or whole when there is none. dp_shard takes what is left."""
+def written(best: Candidate, made: Recipe, base: Path | None, directory: Path) -> str:
+    """The best layout of `made` as a recipe: on top of its file `base`, or whole when there is none. dp_shard takes
+    what is left."""
     parallel = best.recipe.parallel.model_copy(update={"dp_shard": -1})
     if base is None:
         return recipe.dump(best.recipe.model_copy(update={"parallel": parallel}))
+    given = made.parallel.model_dump(mode="json")
     changed = {
         key: value
         for key, value in parallel.model_dump(mode="json").items()
-        if key in LAYOUT or value != getattr(Parallel(), key)
+        if key in LAYOUT or value != given[key]
     }
     data: dict[str, Any] = {"base": os.path.relpath(base, directory), "parallel": changed}
     if best.varies:
@@ -323,7 +324,7 @@ def main(
     path = out or Path(f"{made.name}-{question.world}x{question.accelerator.name}.yaml")
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(written(best, base, path.parent))
+        partial.write_text(written(best, made, base, path.parent))
         os.replace(partial, path)
     except OSError as error:
         raise PolymodalError(
@@ -342,11 +343,12 @@ def main(
     if as_json:
         print(json.dumps({"recipe": str(path), "layouts": rows}, indent=2))
         return 0
-    print(f"{'layout':<44}{'step s':>9}{'GiB':>8}{'MFU':>8}")
+    width = max(28, *(len(row["layout"]) + 2 for row in rows))
+    print(f"{'layout':<{width}}{'step s':>9}{'GiB':>8}{'MFU':>8}")
     for row in rows:
         mfu = f"{row['mfu']:.1%}" if row["mfu"] is not None else "-"
         print(
-            f"{row['layout']:<44}{row['step_seconds']:>9.2f}{row['peak_bytes'] / 2**30:>8.1f}{mfu:>8}{'' if row['traced'] else '  by formula'}"
+            f"{row['layout']:<{width}}{row['step_seconds']:>9.2f}{row['peak_bytes'] / 2**30:>8.1f}{mfu:>8}{'' if row['traced'] else '  by formula'}"
         )
     print(f"{len(found)} layouts fit; the best is written to {path}")
     return 0  # fmt: skip

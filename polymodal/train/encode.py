@@ -31,7 +31,7 @@ from polymodal.launch import runtime
 from polymodal.models import catalog
 from polymodal.train import prior
 from polymodal.train.actors import Encoders
-from polymodal.train.tasks import Section, dtype_of, features_directory, wanted_settings
+from polymodal.train.tasks import Section, captioned, dtype_of, features_directory, wanted_settings
 
 WINDOW = 256
 """Records that are sorted into buckets together."""
@@ -100,11 +100,13 @@ class Encoding:
         self.batch = self.data.encode_batch
         self.done = Encoded()
         self._texts: dict[str, dict[str, Tensor]] = {}
+        self._hashes: dict[str, str] = {}  # feature file -> hash of what it was made of
 
     def run(self) -> Encoded:
         """Collective over the ranks. Raises PolymodalError for settings that are not the directory's, and broken rows."""
         began = time.perf_counter()
-        corpus = open_corpus(getattr(self.data, self.section), self.data.attr, f"data.{self.section}")
+        datasets = captioned(getattr(self.data, self.section))
+        corpus = open_corpus(datasets, self.data.attr, f"data.{self.section}")
         self._prepare()
         part = self.directory / f".part-{self.rt.rank}.jsonl"
         with open(part, "w", encoding="utf-8") as listing:
@@ -137,6 +139,11 @@ class Encoding:
                     "Choose another data.features, or remove that directory.",
                 )
             store.write_json(settings, self.settings)
+            for part in self.directory.glob(
+                ".part-*.jsonl"
+            ):  # of a run that was killed, maybe of more processes
+                part.unlink()
+        self._hashes = store.hashes(self.directory)
         self._barrier()
 
     def _finish(self, corpus: Corpus, total: Encoded) -> None:
@@ -219,7 +226,7 @@ class Encoding:
                 rows = []
                 for job in jobs:
                     if job.number not in failed:
-                        rows.append({**job.row, "bytes": job.path.stat().st_size})
+                        rows.append({**job.row, "hash": self._hash(job), "bytes": job.path.stat().st_size})
                 yield rows
 
     def _job(self, corpus: Corpus, number: int, dataset: int) -> _Job | None:
@@ -285,6 +292,13 @@ class Encoding:
         gone = {order_job.path for order_job in order if order_job.number in failed}
         return failed | {job.number for job in jobs if job.path in gone}
 
+    def _hash(self, job: _Job) -> str:
+        """Of the files that a sample was made of; the feature file's name changes when they do."""
+        name = str(job.row["file"])
+        if name not in self._hashes:
+            self._hashes[name] = store.content_hash(job.record, self.family.given)
+        return self._hashes[name]
+
     def _decode(self, job: _Job) -> tuple[Tensor, dict[str, Tensor]]:
         given = self.clips.given(job.record, job.measure)
         frames = self.clips.frames(job.record, job.measure)
@@ -303,7 +317,6 @@ class Encoding:
             captions = [self._text(c, pixels) for c in job.record.extra["captions"]]
             names = self.family.documented if job.path.suffix == ".pt" else {}
             store.write_sample(job.path, {n: t[i].cpu() for n, t in media.items()}, captions, names)
-            job.row["hash"] = store.content_hash(job.record, self.family.given)
             self.done.made += 1
             self.done.frames += job.measure.patches[0]
         self.done.encoding += time.perf_counter() - began

@@ -7,13 +7,10 @@ when they agree. Sees every room.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
-import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +34,12 @@ from polymodal.generate.opening import (
     kind_of,
     load_adapter,
     load_hub,
+    of_pipeline,
     processor_of,
     put_on,
 )
 from polymodal.models import catalog, lora, weights
+from polymodal.models.saving import appearing
 from polymodal.train import export_pipeline
 
 MARKER = "polymodal_export.json"
@@ -114,7 +113,7 @@ def export(
         second = export_pipeline.second(made, source, other, ema, base, merge_lora)
     adapter = adapted and not merge_lora
     chosen = DTYPES[dtype] if dtype else torch.float32 if adapter else _dtype_of(made.family.config)
-    with _partial(final) as partial:
+    with appearing(final, overwrite=True) as partial:
         if made.family.layout == "uniform":
             what, tokens, difference, largest, computed = export_pipeline.write(
                 made, partial, DTYPES[dtype] if dtype else None, merge_lora, max_shard_bytes, second
@@ -131,7 +130,6 @@ def export(
         )  # fmt: skip
         about = {**asdict(result), "base": _base_name(made.recipe)} if adapter else asdict(result)
         (partial / MARKER).write_text(json.dumps(about, indent=1))
-        _swap(partial, final)
     return result
 
 
@@ -140,10 +138,9 @@ def run(source: str, directory: str | os.PathLike, **options: Any) -> int:
     done = export(source, directory, **options)
     where = Path(done.directory)
     size = sum(f.stat().st_size for f in where.rglob("*.safetensors"))
-    pipeline = (where / "model_index.json").is_file() or (
-        where / f"{lora.DIFFUSERS_STEM}.safetensors"
-    ).is_file()
-    with_what = "diffusers" if pipeline else "peft" if done.what == "adapter" else "transformers"
+    pipeline = of_pipeline(where) if done.what == "adapter" else (where / "model_index.json").is_file()
+    peft = (where / "adapter_config.json").is_file()
+    with_what = "peft" if peft else "diffusers" if pipeline else "transformers"
     compared = (
         f"predictions of {done.tokens} values"
         if pipeline
@@ -176,39 +173,6 @@ def _refuse(final: Path, source: str | os.PathLike, force: bool) -> None:
         )
 
 
-@contextlib.contextmanager
-def _partial(final: Path) -> Iterator[Path]:
-    """A directory beside `final` to write into; gone afterwards unless it was given its name."""
-    partial = final.with_name(f".{final.name}.{os.getpid()}.export")
-    try:
-        try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-            yield partial
-        except OSError as error:
-            raise PolymodalError(
-                f"{final} could not be written: {error.strerror or error}.",
-                "Free space there, or choose another directory.",
-            ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _swap(partial: Path, final: Path) -> None:
-    """Give `partial` its name; what had the name is removed after, and put back when that fails."""
-    if not final.exists():
-        partial.rename(final)
-        return
-    old = final.with_name(f".{final.name}.{os.getpid()}.old")
-    final.rename(old)
-    try:
-        partial.rename(final)
-    except OSError:
-        old.rename(final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 # --- reading and writing ---------------------------------------------------------------------------------------------
 
 
@@ -217,7 +181,7 @@ def _opened(source: str | os.PathLike, kind: str, ema: bool, base: str | None) -
     if kind == "run":
         return assemble(source, ema=ema, base=base)
     if kind == "adapter":
-        if not (Path(source) / "adapter_config.json").is_file():
+        if of_pipeline(Path(source), base):
             return export_pipeline.open_adapter(Path(source), base)
         return _adapter(Path(source), base)
     recipe = recipes.Recipe(model=recipes.Model(source=os.fspath(source)))

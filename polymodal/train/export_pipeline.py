@@ -19,6 +19,7 @@ from polymodal import recipe as recipes
 from polymodal.data.sample import Batch
 from polymodal.errors import PolymodalError
 from polymodal.generate.opening import Assembled
+from polymodal.generate.pipeline import base_of, other_denoiser, put_on
 from polymodal.models import catalog, lora, pipelines, weights
 from polymodal.models.storage import Files, ShardWriter
 from polymodal.models.storage import dtype_of as stored_dtype
@@ -40,8 +41,6 @@ def dtype_of(family: Any, adapter: bool) -> torch.dtype:
 
 def second(made: Assembled, source: Any, other: str, ema: bool, base: str | None, merge: bool) -> Assembled:
     """The run of the other denoiser, to be written with this one. Raises PolymodalError."""
-    from polymodal.generate.pipeline import other_denoiser
-
     found = other_denoiser(made.family, source, other, ema=ema, base=base)
     if not merge and (found.recipe.model.lora is not None or made.recipe.model.lora is not None):
         raise PolymodalError(
@@ -58,19 +57,26 @@ def write(
     limit: int,
     other: Assembled | None = None,
 ) -> tuple[str, int, float, float, str]:
-    """Write into `partial` and prove it: (what, values compared, largest difference, largest value, arithmetic).
+    """Write into `partial`, an empty directory, and prove it: (what, values compared, largest difference, largest value, arithmetic).
 
     other: the pipeline's other denoiser, written and proven too.
     """
     family: Any = made.family
     adapted = made.recipe.model.lora is not None
     chosen = dtype or dtype_of(family, adapted and not merge)
-    partial.mkdir(parents=True)
     if adapted and not merge:
-        cls = pipelines.pipeline_class(family.source)
-        lora.save_for_pipeline(
-            lora.gather(made.model), made.model, made.recipe.model.lora, partial, pipeline=cls, part=family.part, dtype=chosen
-        )  # fmt: skip
+        cls, state, settings = (
+            pipelines.pipeline_class(family.source),
+            lora.gather(made.model),
+            made.recipe.model.lora,
+        )
+        if hasattr(cls, "save_lora_weights"):
+            lora.save_for_pipeline(
+                state, made.model, settings, partial, pipeline=cls, part=family.part, dtype=chosen
+            )
+        else:  # diffusers has no format for it: peft's, which opens on the denoiser alone
+            base = str(Path(family.source).resolve() / family.part)
+            lora.save(state, made.model, settings, partial, base=base, dtype=chosen, overwrite=True)
         what = "adapter"
     else:
         both = [made] if other is None else [made, other]
@@ -123,9 +129,8 @@ def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> tup
     with pipelines.quiet():
         opened = cls.from_pretrained(str(family.source if what == "adapter" else partial))
         if what == "adapter":
-            parts = {family.part: _fresh(made)}
-            opened = cls.from_pretrained(str(family.source), **parts)
-            opened.load_lora_weights(str(partial), weight_name=f"{lora.DIFFUSERS_STEM}.safetensors")
+            opened = cls.from_pretrained(str(family.source), **{family.part: _fresh(made)})
+            put_on(opened, family.part, partial)
     for part in opened.components.values():
         if isinstance(part, nn.Module):
             part.float().eval()
@@ -180,9 +185,7 @@ def example(family: Any, pipeline: Any) -> Batch:
 
 
 def open_adapter(directory: Path, base: str | None) -> Assembled:
-    """A LoRA file of diffusers on its base, by the house's path. Raises PolymodalError."""
-    from polymodal.generate.pipeline import base_of
-
+    """An adapter of a denoiser on its base, by the house's path. Raises PolymodalError."""
     place = base or base_of(directory)
     rank = lora.read_settings(directory)
     recipe = recipes.Recipe(model=recipes.Model(source=place, lora=rank))

@@ -1,7 +1,7 @@
 """Samples while a generating model trains: the pipeline of diffusers around the model as it stands, laid out as it is.
 
-Sees every room. All ranks of the sharded model take part in every call of it, so each samples equally many prompts; the
-frozen parts wait on the CPU between samples.
+Sees every room. All ranks of the sharded model take part in every call of it, so each samples equally many prompts, ranks
+of one cp or tp group the same ones; the frozen parts wait on the CPU between samples.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from polymodal import report
 from polymodal.errors import PolymodalError
 from polymodal.generate.media import save, sheet
-from polymodal.generate.pipeline import Generator, Prompt, Settings, suspicion
+from polymodal.generate.pipeline import Generator, Prompt, Settings, needed, suspicion
+from polymodal.models import pipelines
 from polymodal.parallel.mesh import Mesh
 from polymodal.recipe import Recipe
 from polymodal.train.actors import Encoders
@@ -52,12 +53,10 @@ class Denoiser:
             floating = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
             return value.to(self.dtype) if floating and not kept else value
 
-        bound = self._model.__dict__.pop("forward", None)  # training's forward ends in the loss
-        try:
-            return self._model(*(cast("", a) for a in args), **{k: cast(k, v) for k, v in kwargs.items()})
-        finally:
-            if bound is not None:
-                self._model.forward = bound
+        positional = [cast("", a) for a in args]
+        named = {k: cast(k, v) for k, v in kwargs.items()}
+        # not by the model's own call, which is training's and ends in the loss
+        return self._model(lambda model: self._family.forward(model)(*positional, **named))
 
     @contextlib.contextmanager
     def cache_context(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -83,16 +82,27 @@ class Sampler:
             dtype,
         )
         self.encoders = encoders
-        if mesh.sizes.cp * mesh.sizes.tp * mesh.sizes.pp > 1:
+        if mesh.sizes.pp > 1:
             raise PolymodalError(
-                "evaluate.samples: a model that is cut along its sequence, its layers or its depth is not sampled while it trains.",
+                f"evaluate.samples: a model in parallel.pp = {mesh.sizes.pp} stages is not sampled while it trains.",
                 "Leave evaluate.samples.prompts out and use `polymodal generate` on a checkpoint.",
             )
-        if self.asked.images and len(self.asked.images) != len(self.asked.prompts):
-            raise PolymodalError(
-                f"evaluate.samples has {len(self.asked.prompts)} prompts and {len(self.asked.images)} images.",
-                "Give one image a prompt, or none.",
-            )
+        self.conditions = {"image": self.asked.images, "last_image": self.asked.last_images}
+        lacking = needed(pipelines.pipeline_class(family.source), family)
+        for name, files in self.conditions.items():
+            if files and len(files) != len(self.asked.prompts):
+                raise PolymodalError(
+                    f"evaluate.samples has {len(self.asked.prompts)} prompts and {len(files)} {name}s.",
+                    f"Give one {name} a prompt, or none.",
+                )
+            if not files and name in lacking:
+                raise PolymodalError(
+                    f"evaluate.samples.{name}s is empty, {family.card.name} makes no sample without.",
+                    "Name one picture a prompt there.",
+                )
+            gone = next((f for f in files if not Path(f).expanduser().is_file()), None)
+            if gone is not None:
+                raise PolymodalError(f"evaluate.samples.{name}s: {gone} does not exist.", "Check the path.")
 
     def due(self, step: int, last: bool) -> bool:
         return last or bool(self.asked.every and step % self.asked.every == 0)
@@ -120,9 +130,10 @@ class Sampler:
             for start in range(0, len(a.prompts), ranks):
                 number = start + rank
                 chosen = number % len(a.prompts)  # all ranks call the model equally often
-                prompt = Prompt(a.prompts[chosen], image=a.images[chosen] if a.images else None)
+                given: dict[str, Any] = {n: f[chosen] for n, f in self.conditions.items() if f}
+                prompt = Prompt(a.prompts[chosen], a.negative, **given)
                 (made,) = generator.sample([prompt], settings, chosen)
-                if number < len(a.prompts):
+                if number < len(a.prompts) and self.mesh.at["cp"] == self.mesh.at["tp"] == 0:
                     self._keep(folder, number, made, generator.heard(0))
         finally:
             self.model.train(training)

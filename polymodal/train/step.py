@@ -27,10 +27,13 @@ def bind(model: nn.Module, family: Family) -> None:
     Must be called before the model is sharded: the head's weight is then whole while the loss uses it. `finish` is
     chosen per call: the loss, a validation loss, log-probabilities of a reference. It returns tensors in plain
     containers (FSDP2 finds them there to hook the backward pass). Parameter names stay as they are.
+    `model(call)` runs `call(model)` instead, where the model's own weights are at hand: sampling while it trains.
     """
 
-    def forward(batch: Batch, finish: Finish) -> Any:
-        return finish(family.stage(model, None, batch), batch)
+    def forward(batch: Batch | Callable[[nn.Module], Any], finish: Finish | None = None) -> Any:
+        if finish is None:
+            return batch(model)  # type: ignore[operator]
+        return finish(family.stage(model, None, batch), batch)  # type: ignore[arg-type]
 
     model.forward = forward  # type: ignore[method-assign]
 

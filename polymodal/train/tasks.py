@@ -6,7 +6,7 @@ The trainer asks here and knows neither. Sees every room.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -144,7 +144,7 @@ class Diffusion:
         data = _section_data(recipe, section).model_copy(update={"max_length": 1 << 30, "overlong": "drop"})
         clips = Clips(data.clip, family.grid(), family.given, family.needed)
         prior.require(recipe, section)
-        corpus = open_corpus(_datasets(recipe, section), data.attr)
+        corpus = open_corpus(captioned(_datasets(recipe, section)), data.attr)
         index: Any = build_index(corpus, clips, data, rank=rank)
         _, bucket = _buckets(index.shapes())
         index.bucket = bucket
@@ -180,6 +180,11 @@ def _datasets(recipe: Recipe, section: Section) -> list[Dataset]:
             "Add at least one, e.g. data.datasets: [{path: train.json}].",
         )
     return found
+
+
+def captioned(datasets: Sequence[Dataset]) -> list[Dataset]:
+    """Datasets of a model that generates: rows of a medium and its caption, whatever else their columns look like."""
+    return [d.model_copy(update={"format": "caption"}) if d.format == "auto" else d for d in datasets]
 
 
 def _factors(recipe: Recipe, section: Section) -> tuple[float, ...]:

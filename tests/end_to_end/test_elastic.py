@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.end_to_end.processes import workers
 from tests.end_to_end.test_training import ENVIRONMENT, assert_same, curve, ground, train, words  # noqa: F401
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
 STEPS = 40
 """So many that training is not over while this test, on a busy machine, still waits for its turn to kill something."""
 EVERY_STEP = [f"train.steps={STEPS}", "checkpoint.every=1", "checkpoint.keep=100", "checkpoint.asynchronous=false"]  # fmt: skip
@@ -101,3 +103,49 @@ def test_a_killed_node_leads_to_a_smaller_world(ground, straight, tmp_path):  # 
     assert said.count("starting again from the newest checkpoint") >= 2
     assert_same(curve(run), curve(straight))
     assert json.loads((run / "summary.json").read_text())["resumed_at"] >= again + 2
+
+
+LATE = """
+import os, signal, sys, torch.distributed as dist
+from datetime import timedelta
+from polymodal import spawn
+spawn.enter_child()
+if os.environ["NODE"] == "1":  # this node met the other, and dies before its process joins the group
+    os.kill(os.getppid(), signal.SIGKILL)
+    signal.pause()
+dist.init_process_group("gloo", timeout=timedelta(seconds=600))
+print("world", dist.get_world_size(), flush=True)
+"""
+NODE = """
+import os, sys
+from polymodal import launch, spawn
+start = launch.Start(1, int(os.environ["NODE"]), 2, "127.0.0.1", int(os.environ["PORT"]))
+raise SystemExit(spawn.run([os.environ["LATE"]], start, restarts=1, min_nodes=1))
+"""
+
+
+def test_a_node_that_dies_before_the_group_is_there_is_not_waited_for(tmp_path):
+    (tmp_path / "late.py").write_text(LATE)
+    (tmp_path / "node.py").write_text(NODE)
+    environ = {
+        **ENVIRONMENT,
+        "PORT": str(free_port()),
+        "LATE": str(tmp_path / "late.py"),
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, str(tmp_path / "node.py")]
+    both = [
+        subprocess.Popen(command, env={**environ, "NODE": node}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for node in "01"
+    ]  # fmt: skip
+    try:
+        said, _ = both[0].communicate(timeout=200)
+        assert both[0].returncode == 0, said
+        assert (
+            "world 1" in said
+            and "starting again from the newest checkpoint: the number of nodes changed" in said
+        )
+        assert both[1].wait(timeout=60) == -signal.SIGKILL
+    finally:
+        for process in both:
+            process.kill()

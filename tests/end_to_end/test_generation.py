@@ -1,5 +1,6 @@
 """A generating model from raw clips to a trained checkpoint, on a tiny Wan of the real classes."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -132,8 +133,33 @@ def test_a_killed_encode_goes_on_and_new_rows_are_added(wan, data, tmp_path, mon
         trainer.run(made)
     assert "goes on where it stopped" in caught.value.hint
     monkeypatch.setattr(encode.Encoding, "_encode", real)
+    stale = tmp_path / "features" / ".part-7.jsonl"  # of the eighth process of the run that was killed
+    stale.write_text('{"record": 0, "file": "features/gone.safetensors", "sample_size": "9x32x48"}\n')
     encode.run(made)
-    assert "7 samples, 4 encoded, 3 kept" in capsys.readouterr().out
+    assert "7 samples, 4 encoded, 3 kept" in capsys.readouterr().out and not stale.exists()
+    for _ in range(2):  # every sample has the hash of its medium, also those that were kept
+        rows = [json.loads(r) for r in (tmp_path / "features" / "data.jsonl").read_text().splitlines()]
+        assert [row["record"] for row in rows] == list(range(7))
+        for row, asked in zip(rows, json.loads(data.read_text()), strict=True):
+            digest = hashlib.blake2b((data.parent / asked["path"]).read_bytes(), digest_size=16)
+            assert row["hash"] == digest.hexdigest()
+        encode.run(made)
+
+
+def test_a_medium_and_its_caption_are_read_by_all_documented_names(wan, data, tmp_path):
+    """Rows that a model that answers would read as plain text, or as a prompt."""
+    clip, picture = str(data.parent / "clips" / "clip2.mp4"), str(data.parent / "pictures" / "5.png")
+    file = tmp_path / "rows.jsonl"
+    rows = [{"video": clip, "text": "one"}, {"image": picture, "prompt": "two"}, {"path": clip}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(PolymodalError, match="rows.jsonl, line 3: the row has no caption"):
+        encode.run(recipe(wan, file, tmp_path))
+    encode.run(recipe(wan, file, tmp_path, data__on_error="skip"))
+    found = (tmp_path / "features" / "data.jsonl").read_text().splitlines()
+    assert [json.loads(row)["cap"] for row in found] == [["one"], ["two"]]
+    online = recipe(wan, file, tmp_path / "b", data__encode="online", data__on_error="skip", train__steps=1)
+    trainer.run(online)
+    assert len(losses(tmp_path / "b")) == 1
 
 
 class Small:
@@ -300,12 +326,22 @@ def test_samples_do_not_depend_on_ranks_and_batches(wan, tmp_path):
     )
     shape = ("--steps", 2, "--height", 32, "--width", 32, "--frames", 5, "--guidance", 3)
     command("generate", wan, "--prompts", prompts, "--out", tmp_path / "a", *shape, "--nproc", 2)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / ".part-5.jsonl").write_text(
+        '{"number": 9, "warning": null}\n'
+    )  # of a run that was killed
     command("generate", wan, "--prompts", prompts, "--out", tmp_path / "b", *shape, "--batch-size", 2)
     # The sheet shows every frame of these clips. Of the same frames the H.264 encoder may write other bytes.
     a, b = ((tmp_path / d / "sheet.png").read_bytes() for d in "ab")
     assert a == b and len(a) > 100
     for name in ("0000.mp4", "0001.mp4", "0002.mp4"):
         assert all(media.video_header(str(tmp_path / d / name)).frames == 5 for d in "ab"), name
+    # two processes that make each sample together
+    command("generate", wan, "--prompts", prompts, "--out", tmp_path / "c", *shape, "--nproc", 2, "--cp", 2)
+    sheets = [np.asarray(Image.open(tmp_path / d / "sheet.png"), dtype=int) for d in "ac"]
+    assert np.abs(sheets[0] - sheets[1]).max() <= 1
+    about = json.loads((tmp_path / "c" / "samples.json").read_text())
+    assert [s["number"] for s in about["samples"]] == [0, 1, 2]
     about = json.loads((tmp_path / "a" / "samples.json").read_text())
     assert [s["seed"] for s in about["samples"]] == [42 * 1_000_003, 5, 42 * 1_000_003 + 2]
     assert (
@@ -330,6 +366,8 @@ def test_options_and_checkpoints_that_do_not_fit_are_said(wan, tmp_path):
         main(
             str(wan), prompts=[Prompt("x", image=str(picture))], settings=Settings(2), out=str(tmp_path / "o")
         )
+    with pytest.raises(PolymodalError, match=r"1 processes cannot be divided by .* cp 2"):
+        main(str(wan), prompts=[Prompt("x")], settings=Settings(2), out=str(tmp_path / "o"), cp=2)
     with pytest.raises(PolymodalError, match="There is no prompt"):
         main(str(wan), prompts=[], settings=Settings(), out=str(tmp_path / "o"))
     bad = tmp_path / "p.jsonl"
@@ -401,6 +439,7 @@ def test_prompts_are_sampled_while_the_model_trains(wan, data, tmp_path):
 def test_ranks_sample_together_what_one_process_samples(wan, data, tmp_path):
     samples = {
         "prompts": ["a red square", "blue", "green"],
+        "negative": "a circle",
         "steps": 2,
         "height": 32,
         "width": 32,
@@ -413,10 +452,38 @@ def test_ranks_sample_together_what_one_process_samples(wan, data, tmp_path):
     file.write_text(recipes.dump(made))
     encode.run(made)
     sheets = []
-    for count in (1, 2):
-        command("train", file, "--nproc", count)
-        sheets.append((tmp_path / "run" / "samples" / "step-00000001" / "sheet.png").read_bytes())
-    assert sheets[0] == sheets[1]
+    for layout in ((), ("--nproc", 2), ("--nproc", 2, "parallel.cp=2"), ("--nproc", 2, "parallel.tp=2")):
+        command("train", file, *layout)
+        folder = tmp_path / "run" / "samples" / "step-00000001"
+        sheets.append(np.asarray(Image.open(folder / "sheet.png"), dtype=int))
+        assert len(list(folder.glob("*.mp4"))) == 3
+        shutil.rmtree(folder)
+    assert (sheets[0] == sheets[1]).all()
+    assert all(np.abs(sheets[0] - other).max() <= 1 for other in sheets[2:])
+
+
+def test_samples_while_training_want_their_pictures_before_the_first_step(data, tmp_path):
+    flf2v = tiny_pipelines.pipeline("wan-flf2v", tmp_path / "pipeline")
+    picture = str(data.parent / "pictures" / "5.png")
+    size = {"steps": 2, "height": 32, "width": 32, "frames": 5}
+    for given, words in (
+        ({}, "evaluate.samples.images is empty, wan2.1 makes no sample without"),
+        ({"images": [picture]}, "evaluate.samples.last_images is empty"),
+        ({"images": [picture] * 2}, "has 1 prompts and 2 images"),
+        ({"images": [picture], "last_images": ["gone.png"]}, "last_images: gone.png does not exist"),
+    ):
+        samples = {"prompts": ["a red square"], **size, **given}
+        made = recipe(flf2v, data, tmp_path, evaluate={"samples": samples}, data__on_error="skip")
+        made.data.datasets[0].path = str(data)
+        if not given:
+            encode.run(made)
+        with pytest.raises(PolymodalError, match=words):
+            trainer.run(made)
+    samples = {"prompts": ["a red square"], "images": [picture], "last_images": [picture], **size}
+    trainer.run(
+        recipe(flf2v, data, tmp_path, evaluate={"samples": samples}, data__on_error="skip", train__steps=1)
+    )
+    assert (tmp_path / "run" / "samples" / "step-00000001" / "0000.mp4").is_file()
 
 
 def test_check_counts_buckets_and_says_what_train_would_refuse(wan, data, tmp_path, capsys):

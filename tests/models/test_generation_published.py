@@ -1,7 +1,17 @@
 """The published configs of generating models build what their cards say: parameters and layers, on meta."""
 
-import pytest
+import inspect
+import json
+import typing
 
+import diffusers
+import pytest
+import yaml
+
+from polymodal import init
+from polymodal import recipe as recipes
+from polymodal.data.clips import Clips
+from polymodal.errors import PolymodalError
 from polymodal.models import catalog, pipelines
 
 FLUX = {"in_channels": 64, "guidance_embeds": True}
@@ -119,3 +129,72 @@ def test_every_published_size_is_listed_here():
     listed = {name for name, _ in PUBLISHED}
     cards = {c.name: c for c in catalog.cards().values() if c.kind == "generation" and c.name != "wan2.1"}
     assert listed == set(cards) and set(PUBLISHED) == {(n, k) for n, c in cards.items() for k in c.sizes}
+
+
+WAN21 = {
+    "1.3b": {**WAN, "num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
+    "14b": WAN,
+    "i2v-14b-480p": {**WAN, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    "i2v-14b-720p": {**WAN, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    "flf2v-14b": {
+        **WAN,
+        "in_channels": 36,
+        "image_dim": 1280,
+        "added_kv_proj_dim": 5120,
+        "pos_embed_seq_len": 514,
+    },
+}
+RATIOS = {"ltx-2": {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}}
+"""What a published VAE's config says otherwise than its class."""
+EVERY = PUBLISHED | {("wan2.1", key): ("WanTransformer3DModel", config) for key, config in WAN21.items()}
+
+
+def published_family(name, key, directory):
+    """A family with the published denoiser's config and the configs that the classes of its other parts have by default."""
+    card = catalog.cards()[name]
+    cls, config = EVERY[name, key]
+    pipeline = getattr(diffusers, card.pipelines[card.tasks[-1 if "i2v" in key else 0]])
+    index = {
+        "_class_name": pipeline.__name__,
+        "expand_timesteps": key == "5b",
+        "boundary_ratio": 0.9 if "a14b" in key else None,
+    }
+    (directory / "model_index.json").write_text(json.dumps(index))
+    for part, annotation in typing.get_type_hints(pipeline.__init__).items():
+        if inspect.isclass(annotation) and annotation.__name__.startswith("Autoencoder"):
+            (directory / part).mkdir()
+            config_of_part = {**defaults(annotation), **RATIOS.get(name, {})}
+            (directory / part / "config.json").write_text(json.dumps(config_of_part))
+    return card.family(card, {**defaults(getattr(diffusers, cls)), **config}, str(directory))
+
+
+def defaults(cls):
+    """What a class's config says by default."""
+    known = inspect.signature(cls.__init__).parameters.items()
+    return {k: p.default for k, p in known if p.default is not p.empty}
+
+
+CLIPS = [(n, k) for n, k in EVERY if any(t.endswith("video") for t in catalog.cards()[n].tasks)]
+
+
+@pytest.mark.parametrize(("name", "key"), CLIPS)
+def test_clips_of_a_recipe_fit_the_published_model(name, key, tmp_path):
+    """Whole latents and whole tokens, of the length that the library's pipeline samples."""
+    made = recipes.validate(
+        yaml.safe_load(init.text(init.plan(f"{name}-{key}", "sft", None, None), "x.json"))
+    )
+    family = published_family(name, key, tmp_path)
+    clips = Clips(made.data.clip, family.grid(), family.given, family.needed)  # refuses what does not fit
+    pipeline = getattr(diffusers, next(iter(family.routes.values())))
+    default = inspect.signature(pipeline.__call__).parameters["num_frames"].default
+    newer = family.grid().patch[0] > 1
+    if default is not None and not newer and key != "5b":
+        assert clips.lengths == [default]
+    if key == "i2v-5b":  # its places are learned
+        assert clips.sizes == [(480, 720)]
+        with pytest.raises(
+            PolymodalError, match="480 x 640 is not 480 x 720 pixels, which this model's places"
+        ):
+            Clips(recipes.Clip(frames=[49], sizes=[(480, 640)]), family.grid())
+    sizes = [h * w for h, w in clips.sizes if w > h]
+    assert max(sizes) > 0.9 * made.data.clip.pixels

@@ -9,6 +9,7 @@ from polymodal.models import catalog, pipelines
 from polymodal.models.generation import ltx2
 from polymodal.recipe import Model
 from tests.models import clips, tiny_pipelines
+from tests.models.test_generation_sampling import compare, moved, named, spied_on
 
 
 def test_the_spectrogram_is_that_of_transformers():
@@ -57,3 +58,49 @@ def test_latents_come_back_as_the_pixels_that_the_vae_makes_of_them(tmp_path):
         back = family.decode(pipe, latents)
         direct = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode(), None, return_dict=False)[0]
     assert latents.shape == (1, *family.grid().shape(5, 32, 32)) and torch.allclose(back, direct, atol=1e-4)
+
+
+def test_a_given_first_frame_is_shown_to_the_denoiser_as_the_pipeline_shows_it(tmp_path):
+    """Image to video: the frame's latents without noise, timestep 0 for its tokens, all other arguments alike."""
+    from PIL import Image
+
+    from polymodal.data.sample import Batch
+    from polymodal.generate.pipeline import open_generator
+
+    generator = open_generator(tiny_pipelines.pipeline("ltx2", tmp_path / "pipeline"))
+    family, pipe, model = generator.family, generator.pipeline, generator.pipeline.transformer
+    shown = np.random.default_rng(0).integers(0, 255, (32, 64, 3), dtype=np.uint8)
+    seen = spied_on(family, model, lambda noisy, t: torch.zeros_like(noisy))
+    asked = {
+        "prompt": ["a red circle"],
+        "image": Image.fromarray(shown),
+        "guidance_scale": 1.0,
+        "height": 32,
+        "width": 64,
+    }
+    asked |= {
+        "num_frames": 9,
+        "num_inference_steps": 2,
+        "output_type": "latent",
+        "image_crf": 0,
+    }  # not compressed before
+    generator.suited({"image"})(**family.tune(pipe, asked))
+    del model.forward
+    theirs = named(model, *seen[0])
+    with torch.no_grad():
+        first = family.encode_media(pipe, moved(shown[None]))["latents"]
+        text = family.encode_text(pipe, ["a red circle"])
+    cells = family.grid().shape(9, 32, 64)
+    packed = theirs["hidden_states"]
+    noisy = type(pipe)._unpack_latents(packed, *cells[1:], 1, 1)
+    torch.testing.assert_close(noisy[:, :, :1], first, atol=1e-5, rtol=1e-4)
+    clean = torch.zeros(1, 1, *cells[1:])
+    clean[:, :, 0] = 1
+    tensors = {"noisy": noisy, "clean": clean, "timestep": theirs["audio_timestep"].reshape(-1).float()}
+    tensors |= {"audio_noisy": theirs["audio_hidden_states"], "frame_rate": torch.tensor([24.0])}
+    seen = spied_on(family, model, lambda noisy, t: torch.zeros_like(noisy))
+    family.forward = lambda model: model.forward
+    family.whole(model, Batch({**text, **tensors}, {}))
+    ours = named(model, *seen[0])
+    for key in (ours.keys() | theirs.keys()) - {"self", "return_dict", "attention_kwargs"}:
+        compare(key, ours.get(key), theirs.get(key))

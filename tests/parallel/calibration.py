@@ -2,7 +2,7 @@
 
     python -m tests.parallel.calibration [--output docs/plan.md]
 
-writes the table between the marks of docs/plan.md. Tests only; test_plan.py holds every row to the bound.
+writes the table between the marks of docs/plan.md. Tests only; test_plan.py holds rows of every kind to the bound.
 """
 
 from __future__ import annotations

@@ -10,19 +10,27 @@ import torch.distributed as dist
 from torch import nn
 
 from polymodal.errors import PolymodalError
+from polymodal.models import catalog
 from polymodal.models.card import Family, ModelCard
 from polymodal.parallel import tensor
 from polymodal.parallel.apply import apply, check, matching, recomputed
 from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Model, Parallel, Recipe
+from tests.models import tiny
 from tests.parallel.harness import run
 
 
 @pytest.mark.parametrize(
     "keys, world, words",
     [
-        ({"tp": 3}, 8, "8 processes cannot be divided by"),
-        ({"tp": 2, "dp_shard": 2}, 8, "asks for 4 processes"),
+        ({"tp": 3}, 8, "8 processes cannot be divided by .* Start 6 or 9 processes, or lower one of these."),
+        (
+            {"tp": 4, "pp": 2},
+            6,
+            "6 processes cannot be divided by .* Start 8 processes, or lower one of these.",
+        ),
+        ({"tp": 2, "dp_shard": 2}, 8, "asks for 4 processes .* Set parallel.dp_shard to 4 or -1, or start 4"),
+        ({"tp": 3, "dp_shard": 2}, 8, "asks for 6 processes .* Set parallel.dp_shard to -1, or start 6"),
         ({"dp_shard": 0}, 1, "no meaning"),
         ({"ep": 3}, 4, "ep = 3 does not divide dp_shard x cp x tp = 4"),
     ],
@@ -76,6 +84,15 @@ def test_check_says_what_would_work():
     assert "num_attention_heads = 12" in reason.message and reason.hint == "Choose parallel.tp from 1, 2, 4."
 
 
+def test_two_names_of_one_number_are_one_reason():
+    """qwen2.5-vl's vision tower gives its heads under both of the library's names."""
+    config = tiny.config("qwen2.5-vl")
+    assert config.vision_config.num_heads == config.vision_config.num_attention_heads == 2
+    reasons = check(catalog.cards()["qwen2.5-vl"], config, _sizes(tp=4, dp_shard=1))
+    (said,) = [reason.message for reason in reasons if "vision_config" in reason.message]
+    assert "does not divide vision_config.num_heads = 2" in said
+
+
 def test_check_lists_every_reason():
     limited = ModelCard("toy", Family, (), (), (), {}, limits={"pp": "its towers share weights."})
     reasons = check(limited, SimpleNamespace(**TEXT), _sizes(pp=2, tp=2, ep=2))
@@ -108,6 +125,8 @@ def test_check_says_how_experts_can_be_spread():
             {"recompute": "full", "recompute_keep": ["attention"]},
             "full has no use for parallel.recompute_keep",
         ),
+        ({"pp_layers": {"language": [2, 2]}}, "pp_layers says how stages are cut, but parallel.pp is 1"),
+        ({"pp_virtual": 2}, "pp_virtual says how stages are cut, but parallel.pp is 1"),
         ({"compile": True, "recompute": "selective"}, "cannot see the matrix products"),
         ({"compile": True, "offload": ["activations"]}, "cannot see what compiled blocks save"),
     ],

@@ -47,7 +47,7 @@ def test_layers_lie_as_asked():
         ({"pp_layers": {"language": [2, 2], "vision": [2, 1]}}, "stage 0 holds language layers, but the vision tower of .* ends in stage 1"),
         ({"pp": 3, "pp_layers": {"language": [2, 0, 2]}}, "stage 1 of .* would hold no layer"),
         ({"pp": 8}, "7 blocks of qwen3-vl cannot be cut into 8 stages. Set parallel.pp to at most 7"),
-        ({"pp_virtual": 2}, "1F1B needs 1 stages a rank, not 2. Set parallel.pp_virtual to 1, or take Interleaved1F1B"),
+        ({"pp_virtual": 2}, "1F1B needs 1 stage a rank, not 2. Set parallel.pp_virtual to 1, or take Interleaved1F1B"),
         ({"pp_schedule": "Interleaved1F1B", "pp_layers": {"language": [2, 2]}, "pp_virtual": 1}, "Interleaved1F1B needs at least 2 stages a rank, not 1"),
         ({"pp_schedule": "ZBVZeroBubble", "pp_virtual": 3}, "ZBVZeroBubble needs 2 stages a rank, not 3"),
         ({"pp_schedule": "ZBVZeroBubble", "pp_layers": {"language": [[1, 1], [1, 1]], "vision": [[3, 0]]}}, "ask for 1 and for 2 stages a rank"),

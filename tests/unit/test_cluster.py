@@ -76,6 +76,39 @@ def test_the_sbatch_script_gives_every_node_its_place(tmp_path):
     assert start_of(calls[1], environ) == launch.Start(4, 1, 2, "first-node", 20007, "MASTER_PORT")
 
 
+def test_a_lost_node_does_not_end_a_job_that_can_do_with_fewer():
+    elastic = cluster.slurm(made(), Wish("r.yaml", nodes=4, min_nodes=2)).text
+    assert "#SBATCH --no-kill\n" in elastic and "srun --cpu-bind=none --no-kill " in elastic
+    assert "--no-kill" not in cluster.slurm(made(), Wish("r.yaml", nodes=4)).text
+
+
+@pytest.mark.parametrize("way", ["slurm", "torchrun"])
+def test_a_setup_may_read_variables_that_nobody_set(tmp_path, way):
+    recipe = made(checkpoint={"dir": str(tmp_path / "run")})
+    wish = Wish("r.yaml", setup='export LIBRARIES="/opt/lib:$NEVER_SET"')
+    slurm = {"SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0"}
+    assert run_script(cluster.MAKERS[way](recipe, wish).text, tmp_path, NODE_RANK="0", **slurm)
+
+
+def test_a_setup_runs_in_the_container_that_has_what_it_names(tmp_path):
+    recipe = made(checkpoint={"dir": str(tmp_path / "run")})
+    text = cluster.slurm(recipe, Wish("r.yaml", image="i:1", setup="source /opt/image/activate")).text
+    before, _, inside = text.partition("srun ")
+    assert "/opt/image" not in before and "source /opt/image/activate && exec python" in inside
+
+
+@pytest.mark.parametrize("kind", ["pytorchjob", "trainjob"])
+def test_a_pod_works_in_its_volume(kind):
+    manifest = yaml.safe_load(
+        cluster.kubernetes(made(), Wish("r.yaml", image="i", claim="disk", kind=kind)).text
+    )
+    spec = manifest["spec"]
+    command = (
+        spec["trainer"]["command"] if kind == "trainjob" else pods(manifest)[0]["containers"][0]["command"]
+    )
+    assert command[2].startswith("cd /data && exec python -m polymodal train r.yaml")
+
+
 def test_what_the_user_sets_is_honoured(tmp_path):
     text = cluster.slurm(made(checkpoint={"dir": str(tmp_path / "run")}), Wish("r.yaml", nodes=2)).text
     given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4444", "NNODES": "3", "NODE_RANK": "2"}
@@ -149,9 +182,13 @@ def test_the_trainjob_has_what_its_controller_requires():
     spec = manifest["spec"]
     assert spec["runtimeRef"]["name"] and spec["trainer"]["numNodes"] == 3
     assert spec["trainer"]["resourcesPerNode"]["limits"] == {"huawei.com/Ascend910": 8}
-    (override,) = spec["podTemplateOverrides"]
-    assert override["targetJobs"] == [{"name": "node"}]
-    assert override["spec"]["volumes"][0]["emptyDir"]["medium"] == "Memory"
+    (patch,) = spec["runtimePatches"]
+    assert patch["manager"], "whose patch it is: the trainer's key of the list"
+    (job,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    assert job["name"] == "node" and [container["name"] for container in pod["containers"]] == ["node"]
+    assert pod["volumes"][0]["emptyDir"]["medium"] == "Memory"
+    assert pod["containers"][0]["securityContext"] == {"capabilities": {"add": ["IPC_LOCK"]}}
     trainer = {
         "PET_NNODES": "3", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "8", "PET_MASTER_ADDR": "n0", "PET_MASTER_PORT": "29400"
     }  # fmt: skip

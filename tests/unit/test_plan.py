@@ -12,6 +12,7 @@ import pytest
 from polymodal import recipe as recipes
 from polymodal.errors import PolymodalError
 from polymodal.models.card import Family
+from polymodal.parallel.mesh import ParallelSizes
 from polymodal.plan import command, devices, page, search, timeline
 from polymodal.plan.predict import Prediction
 from tests.models import tiny
@@ -257,10 +258,46 @@ def test_the_best_layout_fits_and_is_written_as_a_recipe(source, tmp_path, capfd
     asked = command.Question(2, CLUSTER, 0.25, 256)
     out = tmp_path / "best.yaml"
     assert search.main(made, command.family_of(made), asked, out=out, base=file) == 0
-    best = recipes.load(out)
+    best, said = recipes.load(out), capfd.readouterr().out
     assert best.model == made.model and best.parallel.dp_shard == -1
-    assert command.plan(best, command.family_of(best), asked).fits
-    assert "layouts fit" in capfd.readouterr().out and len(out.read_text().splitlines()) < 15
+    again = command.plan(best, command.family_of(best), asked)
+    assert again.fits
+    first = said.splitlines()[1].split()[-3:]
+    assert first == [f"{again.step:.2f}", f"{again.peak / 2**30:.1f}", f"{again.mfu:.1%}"]
+    assert "layouts fit" in said and len(out.read_text().splitlines()) < 15
+
+
+AWKWARD = [
+    {"pp": 2, "pp_layers": {"language": [1, 1]}, "zero": 2},
+    {"cp": 2, "ulysses": 2, "recompute": "full", "recompute_first": 1},
+    {"pp": 2, "pp_schedule": "ZBVZeroBubble", "dp_replicate": 2},
+    {"compile": True, "tp": 2, "sp": False},
+    {"pp": 2, "pp_virtual": 3, "pp_schedule": "Interleaved1F1B"},
+]
+
+
+@pytest.mark.parametrize("parallel", AWKWARD, ids=lambda parallel: " ".join(parallel))
+@pytest.mark.parametrize("whole", [False, True], ids=["on its base", "whole"])
+def test_the_written_recipe_is_the_layout_that_was_planned(source, tmp_path, parallel, whole):
+    """Whatever the recipe said before: what a candidate does not have is taken back."""
+    file = tmp_path / "r.yaml"
+    file.write_text(recipes.dump(recipe(source, **parallel)))
+    made = recipes.load(file)
+    found = list(search.candidates(made, command.family_of(made), command.Question(8, CLUSTER)))
+    out = tmp_path / "best.yaml"
+    for one, sizes in found[:: max(1, len(found) // 12)]:
+        best = search.Candidate(one, sizes, 0.0, 0.0, False)
+        out.write_text(search.written(best, made, None if whole else file, tmp_path))
+        read = recipes.load(out)
+        assert ParallelSizes.of(read.parallel, 8) == sizes
+        shard = {"dp_shard": one.parallel.dp_shard}
+        assert read.parallel.model_copy(update=shard) == one.parallel and read.train == one.train
+
+
+def test_layouts_with_options_that_exclude_each_other_are_no_candidates(source):
+    made = recipe(source, recompute="full", recompute_first=1)
+    found = list(search.candidates(made, command.family_of(made), command.Question(2, CLUSTER)))
+    assert {one.parallel.recompute for one, _ in found} == {"selective", "full"}, "first of none says nothing"
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ Velocity at discrete timesteps that end in pure noise. The denoiser has frames b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +18,9 @@ from polymodal.models.diffusion import Generation, LatentGrid
 from polymodal.models.generation.pictures import discrete_process
 
 OFFSET = 2.0  # of the image condition, as CogVideoX 1.5 samples
+
+NEWER = {"frames": [85], "fps": 16, "pixels": 768 * 1360}
+"""Clips of CogVideoX 1.5, which joins two latent frames: the 22 that the pipeline samples for its 81 frames."""
 
 
 class CogVideoX(Generation):
@@ -34,6 +37,12 @@ class CogVideoX(Generation):
         return int(self.config["in_channels"]) > int(self.config["out_channels"])
 
     @property
+    def routes(self) -> Mapping[str, str]:
+        """A first frame is seen by those whose denoiser has channels for it, and by no others."""
+        image = "image-to-video"
+        return {t: p for t, p in self.card.pipelines.items() if (t == image) == self.conditioned}
+
+    @property
     def media(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("condition",) if self.conditioned else ()
 
@@ -42,9 +51,12 @@ class CogVideoX(Generation):
         space = 2 ** (len(vae["block_out_channels"]) - 1)
         patch, frames = int(self.config["patch_size"]), int(self.config.get("patch_size_t") or 1)
         time = int(vae["temporal_compression_ratio"])
+        learned = self.config.get("use_learned_positional_embeddings")
+        cells = (int(self.config[f"sample_{side}"]) for side in ("height", "width")) if learned else ()
         return LatentGrid(
-            int(vae["latent_channels"]), time, space, (frames, patch, patch), least=1 + time * (frames - 1)
-        )
+            int(vae["latent_channels"]), time, space, (frames, patch, patch), least=1 + time * (frames - 1),
+            size=tuple(space * n for n in cells) or None,  # type: ignore[arg-type]
+        )  # fmt: skip
 
     def process(self) -> Process:
         return discrete_process(self.component_config("scheduler"))
@@ -151,12 +163,15 @@ CARD = ModelCard(
     limits={
         "ep": "it has no experts",
     },
+    clip={"frames": [49], "fps": 8, "pixels": 480 * 720},
     sizes={
         "2b": Size("zai-org/CogVideoX-2b", 1.69, 30, devices=8, layout={"dp_shard": -1}),
         "5b": Size("zai-org/CogVideoX-5b", 5.57, 42, devices=8, layout={"dp_shard": -1}),
         "i2v-5b": Size("zai-org/CogVideoX-5b-I2V", 5.57, 42, devices=8, layout={"dp_shard": -1}),
-        "1.5-5b": Size("zai-org/CogVideoX1.5-5B", 5.57, 42, devices=8, layout={"dp_shard": -1}),
-        "1.5-i2v-5b": Size("zai-org/CogVideoX1.5-5B-I2V", 5.57, 42, devices=8, layout={"dp_shard": -1}),
+        "1.5-5b": Size("zai-org/CogVideoX1.5-5B", 5.57, 42, devices=8, layout={"dp_shard": -1}, clip=NEWER),
+        "1.5-i2v-5b": Size(
+            "zai-org/CogVideoX1.5-5B-I2V", 5.57, 42, devices=8, layout={"dp_shard": -1}, clip=NEWER
+        ),
     },
     keywords=("text to video", "image to video", "video generation"),
     aliases=("cogvideo", "cogvideox1.5"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.data.sample import Batch
+from polymodal.errors import PolymodalError
 from polymodal.models.card import Chain, ModelCard, Process, Size
 from polymodal.models.diffusion import JOINT_BLOCKS
 from polymodal.models.generation.pictures import Pictures, flow_process, packed, positions, unpacked
@@ -61,6 +62,11 @@ class Flux(Pictures):
 
     def arguments(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Without a distilled guidance the scale is classifier-free guidance, against the empty prompt if no other."""
+        if self.config.get("guidance_embeds") and any(asked.get("negative_prompt") or ()):
+            raise PolymodalError(
+                f"{self.card.name} was distilled for guidance: it takes no negative prompt.",
+                "Leave it out; --guidance is an input of this model.",
+            )
         scale = None if self.config.get("guidance_embeds") else asked.pop("guidance_scale", None)
         if scale is not None and scale > 1:
             asked.setdefault("negative_prompt", [""] * len(asked["prompt"]))

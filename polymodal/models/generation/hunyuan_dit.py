@@ -74,9 +74,7 @@ CARD = ModelCard(
     },
     head="proj_out",
     pipelines={"text-to-image": "HunyuanDiTPipeline"},
-    limits=unbuilt(
-        pp="its early blocks feed its late ones", lora="diffusers' pipeline of it reads no LoRA files"
-    ),
+    limits=unbuilt(pp="its early blocks feed its late ones"),
     sizes={
         "1.2": Size("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers", 1.51, 40, devices=8, layout={"dp_shard": -1})
     },

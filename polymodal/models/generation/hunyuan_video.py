@@ -128,6 +128,7 @@ CARD = ModelCard(
     limits={
         "ep": "it has no experts",
     },
+    clip={"frames": [129], "fps": 24, "pixels": 720 * 1280},
     sizes={"13b": Size("hunyuanvideo-community/HunyuanVideo", 12.82, 60, devices=8, layout={"dp_shard": -1})},
     verified="tiny models of the class: trained, exported, opened and sampled by diffusers' pipeline",
     keywords=("text to video", "video generation"),

@@ -6,7 +6,7 @@ checkpoint is says its pipeline; from text alone frame, mask and picture are zer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,11 @@ class HunyuanVideo15(Generation):
     def conditioned(self) -> bool:
         """Whether clips begin with a given frame."""
         return self.index["_class_name"] == "HunyuanVideo15ImageToVideoPipeline"
+
+    @property
+    def routes(self) -> Mapping[str, str]:
+        kept = "image-to-video" if self.conditioned else "text-to-video"
+        return {kept: self.card.pipelines[kept]}
 
     @property
     def alone(self) -> bool:  # type: ignore[override]
@@ -153,7 +158,8 @@ CARD = ModelCard(
         "text-to-video": "HunyuanVideo15Pipeline",
         "image-to-video": "HunyuanVideo15ImageToVideoPipeline",
     },
-    limits=unbuilt(lora="diffusers' pipeline of it reads no LoRA files"),
+    limits=unbuilt(),
+    clip={"frames": [121], "fps": 24, "pixels": 480 * 832},
     sizes={
         "t2v": Size(
             "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v", 8.33, 54, devices=8, layout={"dp_shard": -1}

@@ -189,6 +189,7 @@ CARD = ModelCard(
     head="proj_out",
     pipelines={"text-to-video": "LTX2Pipeline", "image-to-video": "LTX2ImageToVideoPipeline"},
     limits=unbuilt(),
+    clip={"frames": [121], "fps": 24, "pixels": 512 * 768},
     sizes={"19b": Size("Lightricks/LTX-2", 18.88, 48, devices=16, layout={"dp_shard": -1})},
     verified="tiny models of the class: trained with and without sound, exported, opened and sampled by diffusers' pipeline",
     keywords=("text to video", "image to video", "video generation", "video with sound"),

@@ -57,6 +57,17 @@ class QwenImage(Generation):
             for values in (vae.config.latents_mean, vae.config.latents_std)
         ]
 
+    def arguments(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Without a distilled guidance the scale is classifier-free guidance, against a blank if no other prompt."""
+        scale = None if self.config.get("guidance_embeds") else asked.pop("guidance_scale", None)
+        if scale is not None:
+            asked["true_cfg_scale"] = scale
+            if scale > 1:
+                asked["negative_prompt"] = [
+                    text or " " for text in asked.get("negative_prompt") or [""] * len(asked["prompt"])
+                ]
+        return asked
+
     def denoise(self, model: nn.Module, latents: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         given = self.conditions(model, batch, self.text)
         height, width = latents.shape[-2:]

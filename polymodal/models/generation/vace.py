@@ -19,6 +19,7 @@ from polymodal.errors import PolymodalError
 from polymodal.models.card import ModelCard, Size
 from polymodal.models.diffusion import LatentGrid
 from polymodal.models.generation.pictures import unbuilt
+from polymodal.models.generation.wan import CARD as WAN
 from polymodal.models.generation.wan2_2 import Wan22
 
 
@@ -132,6 +133,7 @@ CARD = ModelCard(
     head="proj_out",
     pipelines={"text-to-video": "WanVACEPipeline", "video-to-video": "WanVACEPipeline"},
     limits=unbuilt(),
+    clip=WAN.clip,
     sizes={
         "1.3b": Size("Wan-AI/Wan2.1-VACE-1.3B-diffusers", 2.15, 45, devices=8, layout={"dp_shard": -1}),
         "14b": Size("Wan-AI/Wan2.1-VACE-14B-diffusers", 17.3, 48, devices=16, layout={"dp_shard": -1}),

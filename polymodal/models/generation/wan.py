@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.data.sample import Batch
+from polymodal.errors import PolymodalError
 from polymodal.models.card import Chain, ModelCard, Process, Size
 from polymodal.models.diffusion import Generation, LatentGrid
 
@@ -39,6 +40,16 @@ class Wan(Generation):
     def last_frame(self) -> bool:
         """FLF2V: the position table spans the tokens of two pictures."""
         return self.config.get("pos_embed_seq_len") is not None
+
+    @property
+    def routes(self) -> Mapping[str, str]:
+        """A first frame is seen by those whose denoiser has channels for it, and by no others."""
+        image = "image-to-video"
+        return {t: p for t, p in self.card.pipelines.items() if (t == image) == self.conditioned}
+
+    @property
+    def asks(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("last_image",) if self.last_frame else ()
 
     @property
     def media(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -119,6 +130,14 @@ class Wan(Generation):
         mean, std = self._statistics(vae, latents)
         return (latents - mean) / std
 
+    def arguments(self, asked: dict[str, Any]) -> dict[str, Any]:
+        if asked.get("last_image") is not None and self.config.get("image_dim") and not self.last_frame:
+            raise PolymodalError(
+                f"This {self.card.name} looks at one picture, the first frame; it has no place for a last one.",
+                "Leave the last frame out, or use a checkpoint of first and last frame (FLF2V).",
+            )
+        return asked
+
     # ------------------------------------------------------------------ the denoiser
 
     def denoise(self, model: nn.Module, latents: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
@@ -181,6 +200,7 @@ CARD = ModelCard(
         "video-to-video": "WanVideoToVideoPipeline",
     },
     limits={"ep": "it has no experts inside a layer"},
+    clip={"frames": [81], "fps": 16, "pixels": 480 * 832},
     sizes={
         "1.3b": Size("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 1.42, 30, devices=8, layout={"dp_shard": -1}),
         "14b": Size("Wan-AI/Wan2.1-T2V-14B-Diffusers", 14.29, 40, devices=8, layout={"dp_shard": -1}),
@@ -188,10 +208,20 @@ CARD = ModelCard(
             "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", 16.4, 40, devices=8, layout={"dp_shard": -1}
         ),
         "i2v-14b-720p": Size(
-            "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", 16.4, 40, devices=16, layout={"dp_shard": -1}
+            "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
+            16.4,
+            40,
+            devices=16,
+            layout={"dp_shard": -1},
+            clip={"pixels": 720 * 1280},
         ),
         "flf2v-14b": Size(
-            "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", 16.4, 40, devices=16, layout={"dp_shard": -1}
+            "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers",
+            16.4,
+            40,
+            devices=16,
+            layout={"dp_shard": -1},
+            clip={"pixels": 720 * 1280},
         ),
     },
     verified="tiny models of the class: prediction and every gradient equal the library's; keys",

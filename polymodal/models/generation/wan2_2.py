@@ -31,6 +31,11 @@ class Wan22(Wan):
         """5B: a timestep a token, 0 where the first frame is given."""
         return bool(self.index.get("expand_timesteps"))
 
+    @property
+    def routes(self) -> Mapping[str, str]:
+        """5B takes a first frame where it is given one."""
+        return self.card.pipelines if self.per_token else super().routes
+
     def process(self) -> Process:
         plain, boundary = super().process(), self.index.get("boundary_ratio")
         if boundary:
@@ -53,8 +58,17 @@ CARD = replace(
     name="wan2.2",
     title="Wan 2.2",
     family=Wan22,
+    tasks=("text-to-video", "image-to-video"),
+    pipelines={"text-to-video": "WanPipeline", "image-to-video": "WanImageToVideoPipeline"},
     sizes={
-        "5b": Size("Wan-AI/Wan2.2-TI2V-5B-Diffusers", 5.0, 30, devices=8, layout={"dp_shard": -1}),
+        "5b": Size(
+            "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+            5.0,
+            30,
+            devices=8,
+            layout={"dp_shard": -1},
+            clip={"frames": [121], "fps": 24, "pixels": 704 * 1280},
+        ),
         "t2v-a14b": Size("Wan-AI/Wan2.2-T2V-A14B-Diffusers", 14.29, 40, devices=8, layout={"dp_shard": -1}),
         "i2v-a14b": Size("Wan-AI/Wan2.2-I2V-A14B-Diffusers", 14.29, 40, devices=8, layout={"dp_shard": -1}),
     },

@@ -1,4 +1,4 @@
-"""The command that measures a checkpoint, one that answers or one that generates. Part of the one command; see cli.py for its rules."""
+"""Commands that ask and measure a checkpoint: chat, evaluate. Everything heavy is imported inside them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,73 @@ from typing import Annotated, Any
 
 import typer
 
-from polymodal.cli import Base, Device, Dtype, Ema, MediaDir, Other, Processes, Revision, app, command, spread
+from polymodal.cli.app import (
+    Base,
+    Device,
+    Dtype,
+    Ema,
+    MediaDir,
+    Other,
+    Processes,
+    Revision,
+    app,
+    command,
+    spread,
+)
 
 MAKES = "Models that generate"
 # One line an option reads best.
 # fmt: off
 
 
-@command(app, "polymodal evaluate runs/mine ai2d --data AI2D_TEST.tsv", "polymodal evaluate runs/mine custom --data questions.jsonl --metric contains --nproc 8", "polymodal evaluate runs/flux generation --data prompts.jsonl --clip weights/clip --real photos --features weights/dinov2 --nproc 8")
+@command(app, 'polymodal chat Qwen/Qwen2.5-VL-3B-Instruct --image cat.jpg --prompt "What is this?"', "polymodal chat runs/mine --json questions.jsonl --out answers.jsonl", panel="Ask and measure")
+def chat(
+    checkpoint: Annotated[str, typer.Argument(help="Hub id, directory, run, checkpoint of a run, or adapter.", show_default=False)],
+    image: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Picture of the (first) question; may repeat.")] = None,
+    video: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Video of the (first) question; may repeat.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="One question, one answer.", show_default="conversation")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="JSON lines to answer; - = stdin.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="Where answers of --json go.", show_default="stdout")] = None,
+    media_dir: MediaDir = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 = the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from so many tokens; 0 = all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes tokens that were there less likely.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 42,
+    batch_size: Annotated[int, typer.Option(help="Rows of --json answered together.")] = 16,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    ema: Ema = False,
+    base: Base = None,
+    revision: Revision = None,
+) -> int:
+    """Ask a checkpoint: one question, a conversation in the terminal, or JSON lines in and out."""
+    from polymodal.generate import chat as room
+    from polymodal.generate.engine import Sampling
+
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed)
+    return room.main(
+        checkpoint,
+        image=image or (),
+        video=video or (),
+        prompt=prompt,
+        system=system,
+        json_file=json_file,
+        out=out,
+        media_dir=media_dir,
+        device=device,
+        dtype=dtype,
+        ema=ema,
+        base=base,
+        revision=revision,
+        sampling=sampling,
+        batch_size=batch_size,
+    )
+
+
+@command(app, "polymodal evaluate runs/mine ai2d --data AI2D_TEST.tsv", "polymodal evaluate runs/mine custom --data questions.jsonl --metric contains --nproc 8", "polymodal evaluate runs/flux generation --data prompts.jsonl --clip weights/clip --real photos --features weights/dinov2 --nproc 8", panel="Ask and measure")
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Hub id, directory, run, checkpoint of a run, or adapter.", show_default=False)],
     benchmark: Annotated[str, typer.Argument(help="ai2d, mmmu, chartqa, docvqa, custom; generation, vbench.", show_default=False)],
@@ -73,7 +132,7 @@ def evaluate(
             settings = Settings(steps, guidance, height, width, frames, None, 42 if seed is None else seed, fps)
             generation.main(
                 checkpoint, facts.name, data, settings=settings, samples=samples, negative=negative, fps=fps or 16.0, real=real, clip=clip,
-                features=features, classifier=classifier, batch_size=batch_size or 1, other=other, **opened, **common,
+                features=features, classifier=classifier, batch_size=batch_size or 1, how={"other": other, **opened}, **common,
             )
         else:
             from polymodal.evaluate import run

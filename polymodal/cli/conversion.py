@@ -1,4 +1,4 @@
-"""The command for other systems' weight layouts: convert. Part of the one command; see cli.py for its rules."""
+"""The command for other systems' weight layouts: convert. Everything heavy is imported inside it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from polymodal.cli import app, command, one_of
+from polymodal.cli.app import app, command, one_of
 
 # One line an option reads best.
 # fmt: off
 
 
-@command(app, "polymodal convert Qwen/Qwen2.5-VL-7B-Instruct out/mm --to mm --tp 2 --pp 14,14 --vit-pp 32,0", "polymodal convert runs/mm/iter_0001000 out/hf --to hf --hf-dir weights/qwen2.5-vl-7b", name="convert")
+@command(app, "polymodal convert Qwen/Qwen2.5-VL-7B-Instruct out/mm --to mm --tp 2 --pp 14,14 --vit-pp 32,0", "polymodal convert runs/mm/iter_0001000 out/hf --to hf --hf-dir weights/qwen2.5-vl-7b", name="convert", panel="Weights of other systems")
 def convert_weights(
     source: Annotated[str, typer.Argument(help="Hub checkpoint (directory, file or id), Megatron-style tree, or DCP directory.", show_default=False)],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the new one goes.", show_default=False)],

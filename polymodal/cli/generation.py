@@ -1,4 +1,4 @@
-"""The commands of generating models: encode and generate. Part of the one command; see cli.py for its rules."""
+"""The commands of generating models: encode and generate. Everything heavy is imported inside them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from polymodal.cli import (
+from polymodal.cli.app import (
     Base,
     Device,
     Dtype,
@@ -25,7 +25,7 @@ from polymodal.cli import (
 # fmt: off
 
 
-@command(app, "polymodal encode recipe.yaml --nproc 8")
+@command(app, "polymodal encode recipe.yaml --nproc 8", panel="Generate")
 def encode(recipe: RecipeFile, overrides: Overrides = None, nproc: Processes = None) -> int:
     """Pictures, clips and captions through a generating model's frozen encoders, once; training then reads the features.
 
@@ -45,7 +45,7 @@ def encode(recipe: RecipeFile, overrides: Overrides = None, nproc: Processes = N
     return spread(nproc, read.run_dir, here, read.device.kind)
 
 
-@command(app, 'polymodal generate runs/mine --prompt "a cat runs" --out samples', "polymodal generate runs/mine --prompts prompts.txt --out samples --nproc 8")
+@command(app, 'polymodal generate runs/mine --prompt "a cat runs" --out samples', "polymodal generate runs/mine --prompts prompts.txt --out samples --nproc 8", panel="Generate")
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="Hub id, directory, run, checkpoint of a run, or LoRA.", show_default=False)],
     out: Annotated[str, typer.Option(metavar="DIR", help="Where samples go.")] = "samples",
@@ -67,6 +67,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 42,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts sampled together.")] = 1,
     nproc: Processes = None,
+    cp: Annotated[int, typer.Option(min=1, help="Processes that make each sample together, its sequence cut over them.")] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
     ema: Ema = False,
@@ -87,7 +88,7 @@ def generate(
         settings = Settings(steps, guidance, height, width, frames, strength, seed, fps)
         return room.main(
             checkpoint, prompts=listed, settings=settings, out=out, fps=fps, batch_size=batch_size, device=device,
-            dtype=dtype, ema=ema, base=base, other=other, revision=revision,
+            dtype=dtype, ema=ema, base=base, other=other, revision=revision, cp=cp,
         )
 
     return spread(nproc, None, here, device)

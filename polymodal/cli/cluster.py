@@ -1,7 +1,4 @@
-"""The commands about whole clusters, plan and launch; `cli` registers them.
-
-Sees every room; everything heavy is imported inside.
-"""
+"""Commands about whole clusters: plan, launch. Everything heavy is imported inside them."""
 
 from __future__ import annotations
 
@@ -10,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from polymodal.cli.app import AsJson, Overrides, RecipeFile, app, command
+
+# One line an option reads best.
 # fmt: off
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Keys of the recipe to set.", show_default=False)]
 
 
+@command(app, "polymodal plan recipe.yaml --world 512 --device h100", "polymodal plan recipe.yaml --world 64 --device 910b --search -o best.yaml", panel="Clusters")
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -27,7 +26,7 @@ def plan(
     search: Annotated[bool, typer.Option("--search", help="Rank the layouts that fit and write the best recipe.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Recipe that --search writes.")] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with memory and timeline.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """Memory a rank, collectives, step time and bubble on a cluster that is not there; one process, no accelerator.
 
@@ -43,6 +42,7 @@ def plan(
     return command.main(read, asked, as_json=as_json, html=html, search=search, out=out, base=base)
 
 
+@command(app, "polymodal launch slurm recipe.yaml --nodes 4 --submit", "polymodal launch kubernetes recipe.yaml --nodes 4 --image registry/polymodal:1", panel="Clusters")
 def launch(
     way: Annotated[str, typer.Argument(metavar="slurm|kubernetes|torchrun", help="What is written: an sbatch script, a manifest, or torchrun's line.", show_default=False)],
     recipe: RecipeFile,
