@@ -223,7 +223,7 @@ class Features:
     """An encoded directory as the schedule and the loader see it: lengths, buckets, and each sample's tensors.
 
     names: the family's documented names; wanted: the settings that training asks for; channels: of its latents;
-    shares: (name, weight, repeat) by dataset of the recipe. Picklable. Raises PolymodalError for a directory without
+    shares: (weight, repeat) by dataset of the recipe; tensors: what each sample must hold beside its latents. Picklable. Raises PolymodalError for a directory without
     features, one that is not finished, one made with other settings.
     """
 
@@ -234,13 +234,18 @@ class Features:
         grid: Any,
         wanted: Mapping[str, Any] | None = None,
         shares: Sequence[tuple[float | None, float]] = (),
+        tensors: Sequence[str] = (),
     ):
+        self.tensors = tuple(tensors)
         self.directory, self.names, self.grid = Path(directory), dict(names), grid
         if not (self.directory / LIST).is_file():
             begun = (self.directory / FOLDER).is_dir()
+            deep = self.directory.name == FOLDER and (self.directory.parent / LIST).is_file()
             raise PolymodalError(
                 f"{self.directory} holds no finished features (no {LIST}).",
-                "Run `polymodal encode` with this recipe again: it goes on where it stopped."
+                f"data.features is one level too deep: set it to {self.directory.parent}."
+                if deep
+                else "Run `polymodal encode` with this recipe again: it goes on where it stopped."
                 if begun
                 else "Run `polymodal encode` with this recipe first, or set data.features to where they are, or data.encode to online.",
             )
@@ -345,6 +350,13 @@ class Features:
         if not captions:
             raise PolymodalError(
                 f"{self.where(i)} holds no caption's embedding.", "Run `polymodal encode` again."
+            )
+        lacking = next((n for n in self.tensors if n not in media and n not in captions[0]), None)
+        if lacking is not None:
+            told = self.names.get(lacking, lacking)
+            raise PolymodalError(
+                f"{self.where(i)} holds no `{told}`, which this model is given beside the noise.",
+                "The features were made for another task or model: run `polymodal encode` with this recipe.",
             )
         return media, captions
 

@@ -167,6 +167,18 @@ class Generation(Family):
                 f"{self.source} has no directory {' and no '.join(missing)}, so it is not a whole pipeline of {self.card.name}.",
                 "Fetch the checkpoint in diffusers' layout (its name often ends in -Diffusers).",
             )
+        scheduler = self.component_config("scheduler")
+        name = str(scheduler.get("_class_name", ""))
+        flow = (
+            name.startswith("FlowMatch")
+            or bool(scheduler.get("use_flow_sigmas"))
+            or scheduler.get("prediction_type") == "flow_prediction"
+        )
+        if scheduler and not flow and self.process().kind == "flow":
+            raise PolymodalError(
+                f"The scheduler of {self.source}, {name}, is none of flow matching, which {self.card.name} is trained and sampled by.",
+                "Take the directory `scheduler` of the published checkpoint.",
+            )
 
     # ------------------------------------------------------------------ encoding, by the pipeline's own code
 

@@ -428,6 +428,11 @@ def show(recipe: Recipe, out: Path, samples: int, seed: int) -> int:
     from polymodal.models import catalog
 
     family = catalog.family(recipe.model.model_copy(update={"init": "random"}))
+    if family.layout != "packed":
+        raise PolymodalError(
+            f"{family.card.name} generates: what it learns from are pictures and clips, not tokens to be shown.",
+            "`polymodal data check` looks at every row and file, `polymodal check` counts sizes and lengths.",
+        )
     chat = ChatProcessor(family.media_processor(recipe.data), recipe.data)
     corpus = open_corpus(recipe.data.datasets, recipe.data.attr)
     chosen = page.show(corpus, chat, str(out), samples, seed)

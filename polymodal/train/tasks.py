@@ -120,8 +120,9 @@ class Diffusion:
         recipe, family = self.recipe, self.family
         shares = [(d.weight, d.repeat) for d in _datasets(recipe, section)]
         directory = features_directory(recipe, section)
+        wanted = [n for n in (*family.text, *family.media) if n in family.documented]
         features = Features(
-            directory, family.documented, family.grid(), wanted_settings(recipe, family), shares
+            directory, family.documented, family.grid(), wanted_settings(recipe, family), shares, wanted
         )
         if section == "datasets" and recipe.train.diffusion.drop:
             self.objective.unconditional = features.empty()

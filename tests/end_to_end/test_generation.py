@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from polymodal import recipe as recipes
 from polymodal.data import media
 from polymodal.errors import PolymodalError
+from polymodal.models import catalog
 from polymodal.train import encode, trainer
 from tests.models import clips, tiny_pipelines
 
@@ -239,6 +240,48 @@ def test_the_documented_layout_is_written_and_read(wan, data, tmp_path, capsys):
     with pytest.raises(PolymodalError, match="does not exist") as caught:
         trainer.run(recipe(wan, data, tmp_path, data__features=str(nested), train__diffusion__drop=0.0))
     assert "features/features: move them one level up" in caught.value.hint
+    with pytest.raises(PolymodalError, match=r"features/features holds no finished features") as caught:
+        trainer.run(recipe(wan, data, tmp_path, data__features=str(root / "features")))
+    assert caught.value.hint == f"data.features is one level too deep: set it to {root}."
+
+
+def test_features_of_latents_with_other_channels_are_said(wan, data, tmp_path):
+    """Documented files say nothing of the VAE that made them."""
+    made = recipe(wan, data, tmp_path, data__feature_files="pt", data__workers=0, train__diffusion__drop=0.0)
+    encode.run(made)
+    root = tmp_path / "features"
+    for name in ("manifest.json", "settings.json", "empty.safetensors"):
+        (root / name).unlink()
+    for file in root.glob("features/*.pt"):
+        held = torch.load(file, weights_only=True)
+        torch.save({**held, "video": torch.cat([held["video"]] * 4)}, file)
+    with pytest.raises(PolymodalError, match=r"\.pt.*\[16, \d, \d, \d\].*\[4, \d, \d, \d\]"):
+        trainer.run(made)
+
+
+def test_a_first_frame_that_documented_features_lack_is_said(wan, data, tmp_path):
+    made = recipe(wan, data, tmp_path, data__feature_files="pt", train__diffusion__drop=0.0)
+    encode.run(made)
+    for name in ("manifest.json", "settings.json", "empty.safetensors"):
+        (tmp_path / "features" / name).unlink()
+    made.model.source = str(tiny_pipelines.pipeline("wan-i2v", tmp_path / "i2v"))
+    made.data.datasets = []
+    with pytest.raises(PolymodalError, match=r"\.pt holds no `i2v_vae_feature`, which this model is given"):
+        trainer.run(made)
+
+
+def test_a_scheduler_of_another_process_is_refused(wan, tmp_path):
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+    flow = shutil.copytree(wan, tmp_path / "wan")
+    DDIMScheduler().save_pretrained(flow / "scheduler")
+    with pytest.raises(PolymodalError, match="DDIMScheduler, is none of flow matching, which wan2.1"):
+        catalog.family(recipes.Model(source=str(flow)))
+    discrete = tiny_pipelines.pipeline("sdxl", tmp_path / "sdxl")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(discrete / "scheduler")
+    family = catalog.family(recipes.Model(source=str(discrete)))
+    with pytest.raises(PolymodalError, match="FlowMatchEulerDiscreteScheduler, has no discrete timesteps"):
+        family.process()
 
 
 def test_a_broken_clip_is_named_and_fatal_or_left_out(wan, tmp_path, capsys):
@@ -384,7 +427,13 @@ def test_options_and_checkpoints_that_do_not_fit_are_said(wan, tmp_path):
     assert suspicion(np.random.default_rng(0).integers(0, 255, (2, 8, 8, 3), dtype=np.uint8)) is None
 
 
-def test_a_model_that_answers_has_nothing_to_encode(checkpoint_of_a_vlm):
+def test_a_model_that_answers_has_nothing_to_encode_and_one_that_generates_no_tokens_to_show(
+    wan, checkpoint_of_a_vlm
+):
+    from polymodal.train import check
+
+    with pytest.raises(PolymodalError, match="wan2.1 generates: what it learns from are pictures and clips"):
+        check.show(recipes.validate({"model": {"source": str(wan)}}), Path("page.html"), 1, 0)
     with pytest.raises(PolymodalError, match="is trained on its data as they are"):
         encode.run(recipes.validate({"model": {"source": str(checkpoint_of_a_vlm)}}))
 

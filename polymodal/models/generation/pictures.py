@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polymodal.errors import PolymodalError
 from polymodal.models.card import Process
 from polymodal.models.diffusion import Generation, LatentGrid
 
@@ -30,7 +31,13 @@ def discrete_process(scheduler: dict[str, Any], **facts: Any) -> Process:
     """The discrete process of a scheduler's config: its own class computes the products."""
     import diffusers
 
-    made = getattr(diffusers, str(scheduler["_class_name"])).from_config(scheduler)
+    name = str(scheduler["_class_name"])
+    made = getattr(diffusers, name).from_config(scheduler)
+    if not hasattr(made, "alphas_cumprod"):
+        raise PolymodalError(
+            f"The pipeline's scheduler, {name}, has no discrete timesteps, which this model is trained and sampled by.",
+            "Take the directory `scheduler` of the published checkpoint.",
+        )
     alphas = tuple(made.alphas_cumprod.double().tolist())
     return Process(
         "discrete",
