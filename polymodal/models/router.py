@@ -34,26 +34,27 @@ class Coming:
     sizes: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     features: bool = False  # trains on latents and text embeddings computed before
+    converts: str = ""  # to what `polymodal convert` takes its hub checkpoints today: mm, dcp or nothing
     status: str = "not yet"
 
 
 COMING: tuple[Coming, ...] = (
-    Coming("internvl2.5", "understanding", ("image-text-to-text",), ("4b", "78b"), ("internvl", "internvl2")),
-    Coming("internvl3", "understanding", ("image-text-to-text",), ("8b", "78b"), ("internvl",)),
-    Coming("internvl3.5", "understanding", ("image-text-to-text",), ("30b",), ("internvl",)),
-    Coming("glm4.1v", "understanding", ("image-text-to-text",), ("9b",), ("glm4v", "glm-4.1v", "glm")),
-    Coming("glm4.5v", "understanding", ("image-text-to-text",), (), ("glm4v", "glm-4.5v", "glm")),
-    Coming("deepseek-vl2", "understanding", ("image-text-to-text",), (), ("deepseekvl", "deepseekvl2", "deepseek-vl")),
+    Coming("internvl2.5", "understanding", ("image-text-to-text",), ("4b", "78b"), ("internvl", "internvl2"), converts="mm"),
+    Coming("internvl3", "understanding", ("image-text-to-text",), ("8b", "78b"), ("internvl",), converts="mm"),
+    Coming("internvl3.5", "understanding", ("image-text-to-text",), ("30b",), ("internvl",), converts="dcp"),
+    Coming("glm4.1v", "understanding", ("image-text-to-text",), ("9b",), ("glm4v", "glm-4.1v", "glm"), converts="mm"),
+    Coming("glm4.5v", "understanding", ("image-text-to-text",), (), ("glm4v", "glm-4.5v", "glm"), converts="dcp"),
+    Coming("deepseek-vl2", "understanding", ("image-text-to-text",), (), ("deepseekvl", "deepseekvl2", "deepseek-vl"), converts="mm"),
     Coming("deepseek-ocr", "understanding", ("image-text-to-text", "ocr"), (), ("deepseekocr", "deepseekocr2", "deepseek-ocr2")),
     Coming("llava-1.5", "understanding", ("image-text-to-text",), ("7b",), ("llava",)),
     Coming("janus-pro", "understanding", ("image-text-to-text", "text-to-image"), (), ("janus", "januspro")),
     Coming("ming", "omni", ("any-to-text",), (), ()),
     Coming("bagel", "omni", ("image-text-to-text", "text-to-image"), (), ()),
     Coming("opensora-plan", "generation", ("text-to-video", "image-to-video"), ("8.6b",), ("opensoraplan", "opensora", "open-sora"), True),
-    Coming("step-video", "generation", ("text-to-video",), (), ("stepvideo",), True),
+    Coming("step-video", "generation", ("text-to-video",), (), ("stepvideo",), True, converts="mm"),
     Coming("lumina", "generation", ("text-to-image",), (), ("lumina-mgpt",), True),
-    Coming("qwen2.5-omni", "omni", ("any-to-text", "text-to-speech"), ("3b", "7b"), ("qwen2.5omni", "qwen-omni")),
-    Coming("qwen3-omni", "omni", ("any-to-text", "text-to-speech"), ("30b-a3b",), ("qwen3omni", "qwen-omni")),
+    Coming("qwen2.5-omni", "omni", ("any-to-text", "text-to-speech"), ("3b", "7b"), ("qwen2.5omni", "qwen-omni"), converts="mm"),
+    Coming("qwen3-omni", "omni", ("any-to-text", "text-to-speech"), ("30b-a3b",), ("qwen3omni", "qwen-omni"), converts="dcp"),
     Coming("whisper", "audio", ("speech-recognition",), ("1.5b",), ()),
     Coming("fun-asr", "audio", ("speech-recognition",), (), ("funasr",)),
     Coming("qwen3-asr", "audio", ("speech-recognition",), (), ("qwen3asr",)),
@@ -75,9 +76,10 @@ INTENTS: dict[Kind, dict[str, int]] = {
         "text to video": 5, "t2v": 5, "image to video": 5, "i2v": 5, "video to video": 5, "v2v": 5, "flf2v": 5, "text to image": 5, "t2i": 5,
         "video generation": 5, "image generation": 5, "generate video": 5, "generate videos": 5, "generate image": 5, "generate images": 5,
         "generates video": 5, "generates videos": 5, "generates images": 5, "make videos": 4, "make pictures": 4, "draw": 3, "paint": 3,
-        "generative": 3, "diffusion": 4, "dreambooth": 4, "inpainting": 4, "from a prompt": 2,
+        "generative": 3, "diffusion": 4, "stable diffusion": 5, "animate": 5, "animates": 5, "animation": 4, "create images": 5, "create videos": 5,
+        "create pictures": 4, "make a video": 5, "make images": 4, "image editing": 5, "edit images": 4, "edit pictures": 4, "edit photos": 4, "dreambooth": 4, "inpainting": 4, "from a prompt": 2,
         "文生视频": 5, "图生视频": 5, "文生图": 5, "图生图": 5, "视频生成": 5, "图像生成": 5, "图片生成": 5, "生成视频": 5, "生成图": 5, "生成类": 4,
-        "扩散": 4, "画图": 4, "绘画": 4,
+        "扩散": 4, "画图": 4, "绘画": 4, "动画": 4, "动起来": 4, "图像编辑": 5, "图片编辑": 5, "修图": 4,
     },
     "omni": {
         "omni": 5, "speech and vision": 5, "speech vision and text": 5, "speech vision text": 5, "any to any": 5, "audio and video": 3, "see and hear": 4,
@@ -85,18 +87,19 @@ INTENTS: dict[Kind, dict[str, int]] = {
     },
     "audio": {
         "speech": 3, "asr": 5, "tts": 5, "speech recognition": 6, "speech to text": 6, "text to speech": 6, "transcribe": 5,
-        "transcription": 5, "voice": 3, "voice cloning": 6, "audio": 2, "dictation": 4, "spoken": 3,
+        "transcription": 5, "voice": 3, "voice cloning": 6, "clone a voice": 6, "clone my voice": 6, "subtitles": 4, "audio": 2, "dictation": 4, "spoken": 3,
         "语音识别": 6, "语音合成": 6, "语音": 4, "转写": 5, "听写": 4, "音频": 3, "克隆声音": 6, "声音": 2,
     },
 }  # fmt: skip
 
 WORKS: dict[str, dict[str, int]] = {  # what a family must do: tasks of cards and of COMING
     "text-to-video": {"text to video": 5, "t2v": 5, "video generation": 3, "generate video": 3, "generate videos": 3, "文生视频": 5, "视频生成": 3, "生成视频": 3},
-    "image-to-video": {"image to video": 5, "i2v": 5, "flf2v": 5, "图生视频": 5},
+    "image-to-video": {"image to video": 5, "i2v": 5, "animate": 5, "animates": 5, "动起来": 5, "flf2v": 5, "图生视频": 5},
     "video-to-video": {"video to video": 5, "v2v": 5},
-    "text-to-image": {"text to image": 5, "t2i": 5, "image generation": 3, "generate image": 3, "generate images": 3, "draw": 2, "dreambooth": 3, "文生图": 5, "图像生成": 3, "图片生成": 3, "生成图": 3, "画图": 2, "绘画": 2},
-    "speech-recognition": {"asr": 5, "speech recognition": 5, "speech to text": 5, "transcribe": 5, "transcription": 5, "dictation": 4, "语音识别": 5, "转写": 5, "听写": 4},
-    "text-to-speech": {"tts": 5, "text to speech": 5, "voice cloning": 5, "语音合成": 5, "克隆声音": 5},
+    "image-to-image": {"image editing": 5, "edit images": 5, "edit pictures": 5, "edit photos": 5, "image to image": 5, "图生图": 5, "图像编辑": 5, "图片编辑": 5, "修图": 5},
+    "text-to-image": {"stable diffusion": 3, "text to image": 5, "t2i": 5, "image generation": 3, "generate image": 3, "generate images": 3, "draw": 2, "dreambooth": 3, "文生图": 5, "图像生成": 3, "图片生成": 3, "生成图": 3, "画图": 2, "绘画": 2},
+    "speech-recognition": {"asr": 5, "speech recognition": 5, "speech to text": 5, "transcribe": 5, "transcription": 5, "dictation": 4, "subtitles": 4, "语音识别": 5, "转写": 5, "听写": 4},
+    "text-to-speech": {"tts": 5, "text to speech": 5, "voice cloning": 5, "clone a voice": 5, "clone my voice": 5, "语音合成": 5, "克隆声音": 5},
     "video-text-to-text": {"video understanding": 5, "video to text": 5, "视频理解": 5},
     "image-text-to-text": {"image to text": 5, "image understanding": 5, "图像理解": 5, "图片理解": 5, "图文理解": 5},
 }  # fmt: skip
@@ -104,7 +107,7 @@ WORKS: dict[str, dict[str, int]] = {  # what a family must do: tasks of cards an
 METHODS: dict[Task, tuple[str, ...]] = {
     "dpo": ("dpo", "preference", "preferences", "preference alignment", "human feedback", "偏好"),
     "grpo": ("grpo", "rlhf", "reinforcement", "reinforcement learning", "reward", "强化学习", "奖励"),
-    "dreambooth": ("dreambooth", "dream booth", "subject driven", "my own subject"),
+    "dreambooth": ("dreambooth", "dream booth", "subject driven", "my own subject", "photos of my", "pictures of my", "personalize", "personalise", "my dog", "my cat", "my face"),
     "lora": ("lora", "qlora", "adapter", "adapters", "peft", "parameter efficient", "低秩", "适配器"),
     "pretrain": ("pretrain", "pretraining", "pre train", "pre training", "from scratch", "预训练", "从头训练", "从零"),
     "encode": ("feature extraction", "extract features", "extract feature", "encode", "特征提取", "提取特征"),
@@ -273,6 +276,14 @@ def route(wish: str, cards: Mapping[str, ModelCard]) -> Route:
     size = _size(text, sizes)
     if size is not None:
         chosen = [card for card in chosen if size in card.sizes]
+    if task == "dreambooth":  # named or not, what has a recipe for it goes first
+        able = [card for card in chosen if task in card.methods]
+        if chosen and not able:
+            notes.append(
+                f"{chosen[0].name} has no recipe for DreamBooth; LoRA on the same pictures comes nearest."
+            )
+            task = "lora"
+        chosen = able or chosen
     card = _preferred(chosen)
     others = tuple(other for other in chosen if other is not card)
     devices = _count(text)
@@ -324,8 +335,8 @@ def _preferred(cards: list[ModelCard]) -> ModelCard | None:
 
 
 def middle(card: ModelCard) -> str:
-    """The size to begin with when none is named: the one nearest to 7 billion parameters."""
-    return min(card.sizes, key=lambda key: (abs(card.sizes[key].parameters - 7), key))
+    """The size to begin with when none is named: of those that the documents name, the one nearest to 7 billion parameters."""
+    return min(card.seeds or card.sizes, key=lambda key: (abs(card.sizes[key].parameters - 7), key))
 
 
 def way(card: ModelCard, size: str | None, task: Task, devices: int | None = None, benchmark: str = "ai2d") -> tuple[Stage, ...]:  # fmt: skip
@@ -376,11 +387,12 @@ def way(card: ModelCard, size: str | None, task: Task, devices: int | None = Non
     return tuple(stages)
 
 
-def _conversion(weights: str) -> Stage:
-    tree = f"ckpt/mm_path/{weights.rpartition('/')[2]}"
+def _conversion(weights: str, to: str = "mm") -> Stage:
+    tree = f"ckpt/{to}_path/{weights.rpartition('/')[2]}"
+    what, cut = ("Megatron-style", " --tp, --pp cut it;") if to == "mm" else ("a DCP directory", "")
     return Stage(
-        "Convert", f"polymodal convert {weights} {tree} --to mm", f"{weights}/", f"{tree}/ (Megatron-style)",
-        "for exchange with other systems only: training reads the hub's files. --tp, --pp cut it; --to hf goes back",
+        "Convert", f"polymodal convert {weights} {tree} --to {to}", f"{weights}/", f"{tree}/ ({what})",
+        f"for exchange with other systems only: training reads the hub's files.{cut} --to hf goes back",
     )  # fmt: skip
 
 
@@ -425,7 +437,7 @@ def _way_of_generation(card: ModelCard, key: str, task: Task, devices: int | Non
 
 
 def foreseen(families: tuple[Coming, ...], task: Task) -> tuple[Stage, ...]:
-    """The way for families without a card: what the stages will be, none of which trains yet."""
+    """The way for families without a card: what the stages will be. None trains yet; what converts today is said."""
     if not families:
         return ()
     first = families[0]
@@ -445,6 +457,12 @@ def foreseen(families: tuple[Coming, ...], task: Task) -> tuple[Stage, ...]:
             writes=f"weights/{name}/",
             note="works today for every hub repository",
         ),
+    ]
+    if first.converts:
+        stages.append(_conversion(f"weights/{name}", first.converts))
+    if task == "convert":
+        return tuple(stages)
+    stages += [
         Stage(
             "Prepare the data",
             reads=data,

@@ -157,6 +157,58 @@ def test_nonsense_is_not_guessed():
     assert answer.kind is None and answer.stages == ()
 
 
+@pytest.mark.parametrize(
+    "wish, kind, task, name",
+    [  # as people write them; name: the card, or the first family still to come
+        ("I want to fine-tune a model that reads receipts", "understanding", "sft", "qwen3-vl"),
+        ("animate a photo", "generation", "sft", "wan2.2"),
+        ("teach stable diffusion my dog's face from 10 photos", "generation", "dreambooth", "sd3"),
+        ("personalize a text to image model", "generation", "dreambooth", "sd3"),
+        ("dreambooth with wan2.1", "generation", "lora", "wan2.1"),
+        ("edit photos as told in words", "generation", "sft", "qwen-image"),
+        ("speech recognition for Cantonese", "audio", "sft", "whisper"),
+        ("make subtitles from recordings", "audio", "sft", "whisper"),
+        ("clone a voice", "audio", "sft", "cosyvoice3"),
+        ("reinforcement learning for a vision model on math problems", "understanding", "grpo", "qwen3-vl"),
+        ("align a VLM with human preference pairs", "understanding", "dpo", "qwen3-vl"),
+        ("fine-tune InternVL3 on my documents", "understanding", "sft", "internvl3"),
+        ("让照片动起来", "generation", "sft", "wan2.2"),
+        ("我想微调一个看图问答模型", "understanding", "sft", "qwen3-vl"),
+    ],
+)
+def test_sentences_as_people_write_them(wish, kind, task, name):
+    answer = ask(wish)
+    first = answer.card.name if answer.card else answer.coming[0].name
+    assert (answer.kind, answer.task, first) == (kind, task, name)
+
+
+def test_the_size_to_begin_with_is_one_of_the_documents():
+    assert router.middle(CARDS["flux.1"]) == "dev" and router.middle(CARDS["qwen2.5-vl"]) == "7b"
+    for card in CARDS.values():
+        assert not card.seeds or router.middle(card) in card.seeds
+
+
+def test_what_converts_today_is_said_though_it_does_not_train_yet():
+    from polymodal.convert import shelf as converters
+
+    known = {
+        router._compact(family.title): family
+        for family in converters.families().values()
+        if family.architectures
+    }
+    for family in router.COMING:
+        own = [title for title in known if router._compact(family.name).startswith(title)]
+        to = "" if not own else "dcp" if known[max(own, key=len)].kind == "dcp" else "mm"
+        assert family.converts == to, family.name
+    stages = ask("fine-tune InternVL3").stages
+    (convert,) = [stage for stage in stages if stage.title == "Convert"]
+    assert (
+        convert.here
+        and convert.command == "polymodal convert weights/internvl3 ckpt/mm_path/internvl3 --to mm"
+    )
+    assert [s.title for s in ask("convert weights of glm-4.5v").stages][-1] == "Convert"
+
+
 def test_every_awaited_family_is_found_by_its_name_and_aliases():
     for family in router.COMING:
         for name in (family.name, *family.aliases):
