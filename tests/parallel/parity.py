@@ -322,7 +322,7 @@ DENOISERS = Table(
     parity_dits.MATRIX,
 )
 OTHERS = Table(
-    ("", "## Every other generating model", "", "Measured in the same way, with the layers and heads that the tests' pipelines have.", ""),
+    ("", "## Every other generating model", "", "Measured in the same way, with the layers and heads that the tests' pipelines have; those cut into parts are forms of a model above.", ""),
     parity_dits.OTHERS,
     parity_dits.SHARDED,
     across=True,

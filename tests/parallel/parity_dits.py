@@ -49,4 +49,18 @@ MATRIX = [
     Layout("PP 2 x 2 virtual, ring 2, TP 2 + SP", 8, {"pp": 2, "cp": 2, "ulysses": 1, "tp": 2, **VIRTUAL}),
     Layout("PP 2, Ulysses 2, FSDP2 x 2", 8, {"pp": 2, "cp": 2}),
 ]
-SHARDED = [Layout("FSDP2 x 2", 2), Layout("FSDP2 x 2, full recompute", 2, {"recompute": "full"})]
+FORMS = (
+    "wan-i2v", "wan-flf2v", "wan2.2-5b", "wan2.2-a14b", "wan2.2-i2v-a14b", "hunyuan-video-i2v", "hunyuan-video-i2v-33ch", "cogvideox",
+    "cogvideox-i2v", "cogvideox1.5-i2v", "flux-guided", "flux-kontext", "sd3",
+)  # fmt: skip
+"""Those that are forms of a model of the table of layouts: cut as it is."""
+SHARDED = [
+    Layout("FSDP2 x 2", 2),
+    Layout("FSDP2 x 2, full recompute", 2, {"recompute": "full"}),
+    Layout("TP 2 + SP", 2, {"tp": 2}, only=FORMS),
+    Layout("Ulysses 2", 2, {"cp": 2}, only=FORMS),
+    Layout("ring 2", 2, {"cp": 2, "ulysses": 1}, only=FORMS),
+    Layout(
+        "PP 2", 2, {"pp": 2}, only=tuple(name for name in FORMS if not name.startswith("cogvideox"))
+    ),  # one block
+]

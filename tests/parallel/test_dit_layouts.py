@@ -50,7 +50,7 @@ def test_every_layout_is_the_single_process(at: int):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["wan-i2v", "wan2.2-5b", "hunyuan-video-i2v", "cogvideox"])
+@pytest.mark.parametrize("name", ["wan-i2v", "wan2.2-5b", "hunyuan-video-i2v", "cogvideox", "flux-kontext"])
 def test_the_other_forms_of_these_models_are_cut_alike(name: str):
     equal(name, [Layout("TP 2 + SP", 2, {"tp": 2}), Layout("ring 2", 2, {"cp": 2, "ulysses": 1})])
 

@@ -16,7 +16,7 @@ from polymodal.data.sample import Batch
 from polymodal.models.card import Size
 from polymodal.models.generation.flux import CARD as FLUX
 from polymodal.models.generation.flux import Flux
-from polymodal.models.generation.pictures import packed, positions, unbuilt
+from polymodal.models.generation.pictures import packed, positions
 
 
 class FluxKontext(Flux):
@@ -57,7 +57,7 @@ CARD = replace(
     sizes={"dev": Size("black-forest-labs/FLUX.1-Kontext-dev", 11.9, 57, devices=8, layout={"dp_shard": -1})},
     keywords=("image editing", "edit pictures", "edit images", "image to image"),
     aliases=("flux-kontext", "kontext"),
-    limits=unbuilt(),
+    limits=FLUX.limits,
     methods=(),
     seeds=("dev",),
 )
