@@ -162,23 +162,32 @@ def main(
     base: Path | None = None,
 ) -> int:  # fmt: skip
     """The command. Exit code 0 when the plan was made, also when it does not fit: the verdict is the answer."""
+    if search and (question.rank is not None or question.stage is not None):
+        raise PolymodalError("--search traces all stages of a layout.", "Leave out --rank and --stage.")
+    if out is not None and not search:
+        raise PolymodalError("-o names the recipe that --search writes.", "Add --search, or leave -o out.")
     family = family_of(recipe)
     if search:
         from polymodal.plan import search as room
 
-        return room.main(recipe, family, question, as_json=as_json, out=out, base=base)
+        return room.main(recipe, family, question, as_json=as_json, out=out, base=base, html=html)
     made = plan(recipe, family, question, progress=sys.stderr.isatty())
     if html is not None:
-        from polymodal.plan import page
-
-        partial = html.with_name(f".{html.name}.partial")
-        try:
-            partial.write_text(page.page(made))
-            os.replace(partial, html)
-        except OSError as error:
-            raise PolymodalError(f"--html {html} cannot be written: {error.strerror}.") from None
+        draw(made, html)
     print(json.dumps(made.as_dict(), indent=2) if as_json else text(made))
     return 0
+
+
+def draw(made: Prediction, html: Path) -> None:
+    """Write the page. Raises PolymodalError where it cannot be."""
+    from polymodal.plan import page
+
+    partial = html.with_name(f".{html.name}.partial")
+    try:
+        partial.write_text(page.page(made))
+        os.replace(partial, html)
+    except OSError as error:
+        raise PolymodalError(f"--html {html} cannot be written: {error.strerror}.") from None
 
 
 def question(

@@ -251,7 +251,9 @@ def advise(made: Prediction) -> list[str]:
                 "More devices, parallel.tp or parallel.pp cut the states a rank holds; model.lora leaves most of them out."
             )
     elif recipe.parallel.recompute == "full" and worst.peak < 0.45 * made.room:
-        said.append("There is room: parallel.recompute: selective or none would save arithmetic.")
+        said.append(
+            "There is room: parallel.recompute: selective, none, or full for fewer blocks (recompute_first, recompute_every) saves arithmetic where it fits."
+        )
     each = recipe.train.micro_batch_size if made.uniform or not recipe.data.pack else 1
     if made.micro_batches * sizes.dp * each > recipe.train.global_batch_size * 1.01:
         said.append(

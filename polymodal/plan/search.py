@@ -311,9 +311,11 @@ def written(best: Candidate, made: Recipe, base: Path | None, directory: Path) -
 
 
 def main(
-    made: Recipe, family: Family, question: Question, *, as_json: bool = False, out: Path | None = None, base: Path | None = None
+    made: Recipe, family: Family, question: Question, *, as_json: bool = False, out: Path | None = None, base: Path | None = None,
+    html: Path | None = None,
 ) -> int:  # fmt: skip
-    """The command: prints the ranking, writes the best recipe. base: the file that `made` is, when nothing overrides it."""
+    """The command: prints the ranking, writes the best recipe, and the page of its plan to `html`. base: the file that
+    `made` is, when nothing overrides it."""
 
     def say(text: str) -> None:
         if sys.stderr.isatty():
@@ -330,6 +332,8 @@ def main(
         raise PolymodalError(
             f"{path} cannot be written: {error.strerror}.", "Choose another file with -o."
         ) from None
+    if html is not None and best.traced is not None:
+        command.draw(best.traced, html)
     rows: list[dict[str, Any]] = []
     for candidate in found[:12]:
         traced = candidate.traced

@@ -230,7 +230,12 @@ def test_what_cannot_be_planned_is_said(source, monkeypatch):
         command.plan(recipe(source), family, command.Question(4, CLUSTER))
 
 
-def test_options_that_exclude_each_other_and_unknown_devices():
+def test_options_that_exclude_each_other_and_unknown_devices(source):
+    made, asked = recipe(source), command.Question(2, CLUSTER)
+    with pytest.raises(PolymodalError, match="--search traces all stages of a layout. Leave out --rank"):
+        command.main(made, replace(asked, rank=1), search=True)
+    with pytest.raises(PolymodalError, match="-o names the recipe that --search writes"):
+        command.main(made, asked, out=Path("best.yaml"))
     with pytest.raises(PolymodalError, match="--rank and --stage"):
         command.question(4, "h100", 0.25, 1024, 0, 0)
     with pytest.raises(PolymodalError, match="Did you mean h100"):
@@ -257,7 +262,9 @@ def test_the_best_layout_fits_and_is_written_as_a_recipe(source, tmp_path, capfd
     made = recipes.load(file)
     asked = command.Question(2, CLUSTER, 0.25, 256)
     out = tmp_path / "best.yaml"
-    assert search.main(made, command.family_of(made), asked, out=out, base=file) == 0
+    page = tmp_path / "best.html"
+    assert command.main(made, asked, search=True, html=page, out=out, base=file) == 0
+    assert "2 x h100" in page.read_text()
     best, said = recipes.load(out), capfd.readouterr().out
     assert best.model == made.model and best.parallel.dp_shard == -1
     again = command.plan(best, command.family_of(best), asked)
