@@ -178,7 +178,7 @@ def kubernetes(recipe: Recipe, wish: Wish) -> Written:
     if not wish.claim:
         notes.append("no --claim: the run directory is lost with its pod")
     return Written(
-        head + yaml.safe_dump(made, sort_keys=False), ".yaml", ("kubectl", "apply", "-f"), tuple(notes)
+        head + yaml.safe_dump(made, sort_keys=False), ".job.yaml", ("kubectl", "apply", "-f"), tuple(notes)
     )
 
 
@@ -334,6 +334,8 @@ def main(way: str, recipe: Recipe, wish: Wish, out: Path | None = None, submit: 
         print(written.text, end="")
         return 0
     path = out or Path(f"{name_of(recipe)}{written.suffix}")
+    if path.exists() and Path(wish.recipe).exists() and path.samefile(wish.recipe):
+        raise PolymodalError(f"{path} is the recipe.", "Choose another file with -o.")
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

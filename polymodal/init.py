@@ -310,6 +310,7 @@ def main(
         print(content, end="")
         return 0
     write(out, content, force)
-    print(f"{out} written: {chosen.card.name} {chosen.size}, {TASKS[task]}, {chosen.devices} devices")
+    many = f"{chosen.devices} device{'s' * (chosen.devices > 1)}"
+    print(f"{out} written: {chosen.card.name} {chosen.size}, {TASKS[task]}, {many}")
     print(f"next: polymodal check {out} --world {chosen.devices}")
     return 0

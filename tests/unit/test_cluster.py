@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,18 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, way, wish, sections, s
     with pytest.raises(PolymodalError) as caught:
         cluster.main(way, made(**sections), wish, tmp_path / "out", submit)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("way", cluster.WAYS)
+def test_the_recipe_is_never_written_over(tmp_path, monkeypatch, way):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("the recipe")
+    wish = Wish("mine.yaml", image="i")
+    assert cluster.main(way, made(name="mine"), wish) == 0
+    assert Path("mine.yaml").read_text() == "the recipe"
+    with pytest.raises(PolymodalError, match="out.yaml is the recipe"):
+        cluster.main(way, made(), replace(wish, recipe="out.yaml"), Path("mine.yaml").rename("out.yaml"))
+    assert Path("out.yaml").read_text() == "the recipe"
 
 
 def test_printing_and_submitting_exclude_each_other():

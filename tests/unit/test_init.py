@@ -52,12 +52,14 @@ def test_dreambooth_is_written_for_the_cards_that_have_it():
         init.plan("wan2.1", "dreambooth", None, None)
 
 
-def test_comments_are_true(tmp_path):
+def test_comments_are_true(tmp_path, capsys):
     out = init.text(init.plan("qwen2.5-vl", "sft", "7b", 8), "d.json")
     assert "about 15.4 GiB a device" in out  # 8.29e9 parameters x 16 bytes / 8
     assert "too much for 64 GB" in init.text(init.plan("qwen2.5-vl-72b", "sft", None, 8), "d.json")
     assert "--nproc 8 on each of 4 nodes" in init.text(init.plan("qwen2.5-vl-72b", "sft", None, 32), "d.json")
     assert "--nproc 1\n" in init.text(init.plan("qwen2.5-vl-3b", "lora", None, 1), "d.json")
+    assert init.main("qwen2.5-vl-3b", "lora", None, 1, "d.json", tmp_path / "r.yaml", False) == 0
+    assert ", 1 device\n" in capsys.readouterr().out
 
 
 def test_names_sizes_and_hub_ids():
