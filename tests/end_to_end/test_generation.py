@@ -102,8 +102,11 @@ def test_training_on_clips_online_is_training_on_their_features(wan, data, tmp_p
 
 @pytest.mark.slow
 def test_sequences_cut_over_ranks_give_the_same_curve(wan, data, tmp_path):
-    """Ulysses on 2 processes, and FSDP2 x 2 with a ring of 2 on 4: rows that do not divide, pictures and clips."""
-    runs = {"one": (1, {}), "ulysses": (2, {"cp": 2}), "ring": (4, {"cp": 2, "ulysses": 1})}
+    """Ulysses on 2 processes, FSDP2 x 2 with a ring of 2 on 4, and a ring of 2 in both stages of a pipeline: rows that do
+    not divide, pictures and clips."""
+    ring = {"cp": 2, "ulysses": 1}
+    stages = {"pp": 2, "pp_schedule": "GPipe", "recompute": "full"}
+    runs = {"one": (1, {}), "ulysses": (2, {"cp": 2}), "ring": (4, ring), "stages": (4, {**ring, **stages})}
     for name, (world, parallel) in runs.items():
         made = recipe(wan, data, tmp_path / name, train__steps=2, parallel=parallel, data__features=str(tmp_path / "features"))  # fmt: skip
         if name == "one":
@@ -115,6 +118,7 @@ def test_sequences_cut_over_ranks_give_the_same_curve(wan, data, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "ulysses") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert losses(tmp_path / "ring") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert losses(tmp_path / "stages") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
 def test_a_killed_encode_goes_on_and_new_rows_are_added(wan, data, tmp_path, monkeypatch, capsys):
