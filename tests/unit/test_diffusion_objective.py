@@ -2,10 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.training_utils import (
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+    compute_snr,
+)
 
 from polymodal.data.sample import Batch
 from polymodal.errors import PolymodalError
@@ -150,6 +156,30 @@ def test_the_gaussian_weight_has_mean_one_over_the_shifted_grid():
         0.0, abs=1e-6
     )
     assert float(grid[weights.argmax()]) == pytest.approx(0.5, abs=0.01)
+    timesteps = grid.numpy() * 1000  # the described system's table, by its own steps
+    bell = np.exp(-2 * ((timesteps - 500) / 1000) ** 2)
+    table = (bell - bell.min()) * (1000 / (bell - bell.min()).sum())
+    assert np.allclose(weights.numpy(), table, atol=1e-5)
+
+
+def test_the_weight_of_small_noise_is_that_of_the_library():
+    (made,) = objective(weighting="sigma_sqrt").prepare(None, [batch((0, 1, 2))])
+    theirs = compute_loss_weighting_for_sd3("sigma_sqrt", made["timestep"] / 1000)
+    assert torch.allclose(made["level_weight"], theirs, rtol=1e-4)
+    with pytest.raises(PolymodalError, match="weighting = sigma_sqrt does not fit this model"):
+        objective(Process("discrete", alphas=ALPHAS), weighting="sigma_sqrt")
+
+
+def test_the_dynamic_shift_of_a_batch_is_that_of_the_librarys_pipeline():
+    facts = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    process = Process(shift="dynamic", dynamic=facts, density="uniform")
+    made = batch((0, 1, 2), tokens=1024)
+    (ours,) = objective(process).prepare(None, [made])
+    (plain,) = objective(Process(density="uniform")).prepare(None, [made])
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    mu = calculate_shift(1024, 256, 4096, 0.5, 1.15)
+    theirs = scheduler.time_shift(mu, 1.0, plain["timestep"] / 1000) * 1000
+    assert torch.allclose(ours["timestep"], theirs, rtol=1e-4)
 
 
 def test_draws_depend_on_the_samples_seed_alone():
