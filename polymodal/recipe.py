@@ -165,6 +165,8 @@ class Data(Section):
     """Sizes and lengths of what a generating model learns from."""
     encode: Literal["cached", "online"] = "cached"
     """Latents and embeddings of a generating model: read from data.features (`polymodal encode` made them), or made while training."""
+    encoders: Literal["replicate", "shard", "offload"] = "replicate"
+    """encode: online: frozen encoders are whole on every device; those of transformers are cut over the ranks; or all wait on the CPU and come to the device for the beginning of each step."""
     features: str | None = None
     """Directory of encoded features (default: <run>/features)."""
     feature_files: Literal["safetensors", "pt"] = "safetensors"

@@ -64,10 +64,11 @@ def empty(config: Mapping[str, Any], library: str = "diffusers") -> nn.Module:
 
 
 def _class(library: str, name: str) -> Any:
-    try:
-        module = importlib.import_module(library)
-    except ImportError:  # parts that a pipeline brings itself are listed under its own name
-        module = getattr(importlib.import_module("diffusers.pipelines"), library, None)  # type: ignore[assignment]
+    # parts that a pipeline brings itself are listed under its own name; a directory here may have that name too
+    module = getattr(importlib.import_module("diffusers.pipelines"), library, None)
+    if module is None:
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(library)
     found = getattr(module, name, None)
     if found is None:
         raise PolymodalError(

@@ -149,9 +149,10 @@ class DiffusionObjective:
     def prepare(self, actors: Any, batches: Sequence[Batch]) -> list[Batch]:
         """Noise levels, noise and targets; of validation, one batch a quantile. actors.encode: pixels to latents first."""
         out = []
+        if actors is not None:
+            with actors.at_hand():
+                batches = [actors.encode(batch) for batch in batches]
         for batch in batches:
-            if actors is not None:
-                batch = actors.encode(batch)
             if self.fixed:
                 out += [self._noised(batch, i) for i in range(self.settings.quantiles)]
             else:

@@ -97,6 +97,16 @@ PER_SAMPLE = ("seeds", "tokens")
 """Groups of a batch that have an entry a sample."""
 
 
+def resident_encoders(family: Any, placement: str, ranks: int) -> int:
+    """Parameters of frozen encoders that lie on a device during a step's passes; placement: data.encoders."""
+    if placement == "offload":
+        return 0
+    found = pipelines.sizes(family.source, family.encoders())
+    libraries = pipelines.models_of(family.source)
+    cut = {n for n in found if placement == "shard" and libraries.get(n, ("", ""))[0] == "transformers"}
+    return sum(-(-count // ranks) if name in cut else count for name, count in found.items())
+
+
 class Job:
     """One rank of a run. The caller sets the process group up, and a tracker around it if there is one."""
 
@@ -111,8 +121,7 @@ class Job:
         self.encoders: Tensor | None = None
         self.frozen = 0  # parameters of encoders on the device
         if family.layout == "uniform" and recipe.data.encode == "online":
-            parts: Any = family
-            self.frozen = sum(pipelines.sizes(parts.source, parts.encoders()).values())
+            self.frozen = resident_encoders(family, recipe.data.encoders, mesh.fsdp_size)
 
     def fill(self, seed: int | None = None) -> None:
         """Give parameters memory (with a seed: values too) and buffers their values, then make the optimizer."""

@@ -1,31 +1,68 @@
 """Who takes part in a step besides the model that is trained: the frozen encoders of a generating model.
 
-Sees models and data/sample.py. An actor is asked by an objective's `prepare`, before the forward pass and without
+Sees models, the mesh and data/sample.py. An actor is asked by an objective's `prepare`, before the forward pass and without
 gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
 
 from polymodal.data.sample import Batch
 from polymodal.models import pipelines
+from polymodal.parallel.mesh import Mesh
+
+
+def shard(model: PreTrainedModel, mesh: Mesh) -> None:
+    """A frozen model of transformers cut over the mesh's fsdp ranks, layer by layer: each holds its share, and gathers a
+    layer while it is computed."""
+    names = tuple(model._no_split_modules or ())
+    layers = [m for m in model.modules() if type(m).__name__ in names and m is not model]
+    for unit in (*layers, model):
+        fully_shard(unit, mesh=mesh.fsdp, reshard_after_forward=True)
 
 
 class Encoders:
     """A pipeline's VAE, text and image encoders, frozen, on a device: pixels and captions in, the denoiser's tensors out.
 
-    family: a Generation; dtype: of the encoders and of what they give.
+    family: a Generation; dtype: of the encoders and of what they give; placement: data.encoders of the recipe (for `shard`
+    with the mesh, then every rank of its fsdp group makes the same calls).
     """
 
-    def __init__(self, family: Any, dtype: torch.dtype, device: torch.device | str):
+    def __init__(
+        self, family: Any, dtype: torch.dtype, device: torch.device | str, placement: str = "replicate", mesh: Mesh | None = None
+    ):  # fmt: skip
         self.family, self.dtype, self.device = family, dtype, torch.device(device)
+        self.placement = placement
         without = set(pipelines.models_of(family.source)) - set(family.encoders())
-        self.pipeline = pipelines.open_pipeline(family.source, without=without, dtype=dtype, device=device)
+        at = "cpu" if placement != "replicate" else device  # the whole need not fit the device
+        self.pipeline = pipelines.open_pipeline(family.source, without=without, dtype=dtype, device=at)
+        if placement == "shard":
+            for part in self.pipeline.components.values():
+                if not isinstance(part, nn.Module):
+                    continue
+                if mesh is not None and mesh.fsdp_size > 1 and isinstance(part, PreTrainedModel):
+                    shard(part, mesh)
+                else:
+                    part.to(self.device)
+
+    @contextlib.contextmanager
+    def at_hand(self) -> Iterator[None]:
+        """On the device while inside."""
+        if self.placement == "offload":
+            self.pipeline.to(self.device)
+        try:
+            yield
+        finally:
+            if self.placement == "offload":
+                self.pipeline.to("cpu")
 
     @torch.no_grad()
     def media(

@@ -113,11 +113,16 @@ class Sampler:
         folder = self.recipe.run_dir / "samples" / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         if self.encoders is None:
-            self.encoders = Encoders(self.family, self.dtype, "cpu")
-        pipeline = self.encoders.pipeline
-        resident = self.encoders.device == self.device
-        if not resident:
-            pipeline.to(self.device)
+            self.encoders = Encoders(self.family, self.dtype, self.device, "offload")
+        with self.encoders.at_hand():
+            self._sample(self.encoders.pipeline, folder)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.barrier()
+        self._sheet(folder, step, metrics)
+        return folder
+
+    def _sample(self, pipeline: Any, folder: Path) -> None:
+        """All prompts, those of this rank kept."""
         setattr(pipeline, self.family.part, Denoiser(self.model, self.family, self.dtype))
         generator = Generator(pipeline, self.family, "", "", self.device)
         a, ranks, rank = self.asked, self.mesh.sizes.dp, self.mesh.dp_rank
@@ -138,12 +143,6 @@ class Sampler:
         finally:
             self.model.train(training)
             setattr(pipeline, self.family.part, None)
-            if not resident:
-                pipeline.to("cpu")
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.barrier()
-        self._sheet(folder, step, metrics)
-        return folder
 
     def _keep(self, folder: Path, number: int, made: np.ndarray, heard: dict[str, Any]) -> None:
         wrong = suspicion(made)

@@ -25,6 +25,7 @@ from polymodal.models.card import Family
 from polymodal.objectives.diffusion import DiffusionObjective
 from polymodal.objectives.language import LanguageObjective
 from polymodal.parallel.apply import COMPUTE_DTYPE
+from polymodal.parallel.mesh import Mesh
 from polymodal.recipe import Data, Dataset, Recipe
 from polymodal.train import prior
 
@@ -51,7 +52,7 @@ class Language:
         self.objective = LanguageObjective(recipe.train.loss, **family.balance(recipe.train.router_aux_loss))
         self.actors: Any = None
 
-    def start(self, device: torch.device) -> None:
+    def start(self, device: torch.device, mesh: Mesh) -> None:
         """Nothing besides the model."""
 
     def sampler(self, model: Any, mesh: Any, device: torch.device) -> Any:
@@ -94,15 +95,23 @@ class Diffusion:
         self.objective = DiffusionObjective(family.process(), recipe.train.diffusion)
         self.actors: Any = None
 
-    def start(self, device: torch.device) -> None:
+    def start(self, device: torch.device, mesh: Mesh) -> None:
         """The frozen encoders, when they are needed while training; and the empty caption, for guidance."""
         if self.recipe.data.encode == "online":
             from polymodal.train.actors import Encoders
 
             prior.make(self.recipe, self.family, device)
-            self.actors = Encoders(self.family, dtype_of(self.recipe), device)
+            self.actors = Encoders(
+                self.family, dtype_of(self.recipe), device, self.recipe.data.encoders, mesh
+            )
             if self.recipe.train.diffusion.drop:
-                self.objective.unconditional = {n: t.cpu() for n, t in self.actors.text([""]).items()}
+                with self.actors.at_hand():
+                    self.objective.unconditional = {n: t.cpu() for n, t in self.actors.text([""]).items()}
+        elif self.recipe.data.encoders != "replicate":
+            raise PolymodalError(
+                f"data.encoders = {self.recipe.data.encoders}: training from features holds no encoders.",
+                "Leave it out, or set data.encode to online.",
+            )
 
     def sampler(self, model: Any, mesh: Any, device: torch.device) -> Any:
         """What samples evaluate.samples.prompts; None without prompts. Raises PolymodalError."""

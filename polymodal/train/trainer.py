@@ -101,7 +101,7 @@ class Trainer:
 
     def _build_data(self) -> None:
         recipe = self.recipe
-        self.task.start(self.device)
+        self.task.start(self.device, self.mesh)
         self.feed = self.task.feed("datasets", self.rt.rank)
         self.schedule = self.feed.schedule
         self.validation = self.task.feed("validation", self.rt.rank) if recipe.data.validation else None

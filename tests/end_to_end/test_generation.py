@@ -1,5 +1,6 @@
 """A generating model from raw clips to a trained checkpoint, on a tiny Wan of the real classes."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from polymodal.errors import PolymodalError
 from polymodal.models import catalog
 from polymodal.train import encode, trainer
 from tests.models import clips, tiny_pipelines
+from tests.parallel import harness
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,6 +100,61 @@ def test_training_on_clips_online_is_training_on_their_features(wan, data, tmp_p
     online = recipe(wan, data, tmp_path / "b", train__steps=2, data__encode="online")
     trainer.run(online)
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-4)
+
+
+def test_encoders_wait_on_the_cpu_between_steps(wan, data, tmp_path, monkeypatch):
+    """The same losses; and they are moved once a step, not once a sample."""
+    from polymodal.train.actors import Encoders
+
+    held, moves, real = [], [], Encoders.at_hand
+
+    @contextlib.contextmanager
+    def watched(self):
+        if not held:
+            held.append(self)
+            place = self.pipeline.to
+            monkeypatch.setattr(
+                self.pipeline, "to", lambda where: (moves.append(str(where)), place(where))[1]
+            )
+        with real(self):
+            yield
+
+    for way in ("replicate", "offload"):
+        if way == "offload":
+            monkeypatch.setattr(Encoders, "at_hand", watched)
+        trainer.run(
+            recipe(wan, data, tmp_path / way, train__steps=2, data__encode="online", data__encoders=way)
+        )
+    assert losses(tmp_path / "offload") == losses(tmp_path / "replicate")
+    assert (
+        moves == ["cpu"] * 6
+    )  # for the empty caption, and for each step: there, which is the CPU here, and back
+    with pytest.raises(
+        PolymodalError, match="data.encoders = offload: training from features holds no encoders"
+    ):
+        trainer.run(recipe(wan, data, tmp_path, data__encoders="offload"))
+
+
+def held_by_a_rank(rank, source):
+    from polymodal.parallel.mesh import Mesh, ParallelSizes
+    from polymodal.train.actors import Encoders
+
+    family = catalog.family(recipes.Model(source=source))
+    whole = Encoders(family, torch.float32, "cpu")
+    mesh = Mesh(ParallelSizes.of(recipes.Parallel(), 2), "cpu", rank)
+    cut = Encoders(family, torch.float32, "cpu", "shard", mesh)
+    said = [e.text(["a red square", "blue"])["encoder_hidden_states"] for e in (whole, cut)]
+    own = sum(p.to_local().numel() for p in cut.pipeline.text_encoder.parameters())
+    return (
+        float((said[0] - said[1]).abs().max()),
+        own,
+        sum(p.numel() for p in whole.pipeline.text_encoder.parameters()),
+    )
+
+
+def test_a_text_encoder_is_cut_over_the_ranks(wan):
+    for difference, own, whole in harness.run(2, held_by_a_rank, str(wan)):
+        assert difference < 1e-6 and own < 0.6 * whole
 
 
 @pytest.mark.slow

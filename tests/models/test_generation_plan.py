@@ -84,6 +84,11 @@ def test_encoders_on_the_device_are_counted(tmp_path):
     frozen = sum(p.numel() for part in (pipeline.vae, pipeline.text_encoder) for p in part.parameters())
     assert cached.stages[0].trace.usage.parts["encoders"] == 0
     assert online.stages[0].trace.usage.parts["encoders"] == 2 * frozen, "in bfloat16"
+    text = sum(p.numel() for p in pipeline.text_encoder.parameters())
+    for placement, held in (("shard", frozen - text / 2), ("offload", 0)):
+        made = recipe(source, "online")
+        made.data.encoders = placement
+        assert planned(made).stages[0].trace.usage.parts["encoders"] == pytest.approx(2 * held, rel=0.01)
     assert cached.micro_batches == 4 and "2 x 9 x 64 x 64 (frames, height, width)" in command.text(cached)
     weights = sum(p.numel() for p in family.build().trained.parameters())
     assert cached.stages[0].trace.usage.end["optimizer"] == pytest.approx(weights * 8 / 2, rel=0.05)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
+from polymodal.errors import PolymodalError
 from polymodal.models import catalog, pipelines
 from polymodal.models.generation import ltx2
 from polymodal.recipe import Model
@@ -104,3 +105,12 @@ def test_a_given_first_frame_is_shown_to_the_denoiser_as_the_pipeline_shows_it(t
     ours = named(model, *seen[0])
     for key in (ours.keys() | theirs.keys()) - {"self", "return_dict", "attention_kwargs"}:
         compare(key, ours.get(key), theirs.get(key))
+
+
+def test_a_directory_of_a_pipelines_name_is_not_taken_for_its_module(tmp_path, monkeypatch):
+    (tmp_path / "ltx2").mkdir()  # where one keeps the checkpoint, beside which commands are started
+    monkeypatch.syspath_prepend(tmp_path)
+    assert pipelines._class("ltx2", "LTX2TextConnectors").__name__ == "LTX2TextConnectors"
+    assert pipelines._class("transformers", "T5EncoderModel").__name__ == "T5EncoderModel"
+    with pytest.raises(PolymodalError, match="nowhere has no class X"):
+        pipelines._class("nowhere", "X")
