@@ -1,11 +1,11 @@
-# Everything a newcomer needs: `make demo`, `make demo-image`, `make test`.
+# Everything a newcomer needs: `make demo`, `make demo-image`, `make wan-digits`, `make test`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo demo-image test slow lint parity docs clean
+.PHONY: install demo demo-image wan-digits test slow lint parity docs clean
 
 install: $(VENV)/.ready
 
@@ -22,6 +22,9 @@ demo: install
 
 demo-image: install
 	$(BIN)/python examples/digits-image/demo.py --dir runs/demo-image
+
+wan-digits: install
+	$(BIN)/python examples/wan-digits/demo.py --dir runs/wan-digits
 
 test: install
 	$(BIN)/python -m pytest -n 2

@@ -10,28 +10,22 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import shared
+from shared import TRAIN, WORDS, scans
+
 COLOURS = {
     "red": (255, 30, 30), "green": (30, 230, 50), "blue": (50, 80, 255), "yellow": (255, 230, 0), "pink": (255, 60, 220), "white": (245, 245, 245),
 }  # fmt: skip
 TEMPLATES = ("a {} {}", "the digit {1} in {0}", "{1} , {0}", "a handwritten {} {}")
 SIDE = 32
-TRAIN = 1500  # scans to learn from; the other 297 are held out
-
-
-def scans() -> tuple[np.ndarray, np.ndarray]:
-    """(8 x 8 scans in 0..1, digits), in a fixed random order."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    order = np.random.default_rng(0).permutation(len(found.target))
-    return (found.images[order] / 16.0).astype(np.float32), found.target[order]
 
 
 def caption(colour: str, digit: int, template: str = TEMPLATES[0]) -> str:
@@ -68,16 +62,7 @@ def data(directory: Path, colours: int = 4) -> Path:
 
 def tokenizer(length: int) -> Any:
     """A word-level tokenizer of the captions' words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "</s>", "<unk>", "a", "the", "digit", "in", ",", "handwritten", *WORDS, *COLOURS]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=length
-    )
+    return shared.tokenizer(["a", "the", "digit", "in", ",", "handwritten", *WORDS, *COLOURS], length)
 
 
 def vae(pictures: Path, steps: int, seed: int = 0) -> tuple[Any, float]:

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,18 +20,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall on cores that others use
 import build
+import shared
+from shared import polymodal, say
 
 HERE = Path(__file__).parent
 GUIDANCE = 3.0
 SAMPLES = 200
-
-
-def polymodal(*words: str) -> None:
-    subprocess.run([sys.executable, "-m", "polymodal", *words], check=True)
-
-
-def say(text: str) -> None:
-    print(f"\n== {text}", flush=True)
 
 
 def grey(pictures: np.ndarray) -> np.ndarray:
@@ -44,12 +37,10 @@ def grey(pictures: np.ndarray) -> np.ndarray:
 
 def judge() -> tuple[Any, float]:
     """A classifier of digits fitted on the real training scans, and its share of right answers on the held-out ones."""
-    from sklearn.svm import SVC
-
     images, digits = build.scans()
     shown = np.stack([np.asarray(build.picture(scan, "white")) for scan in images])
     features = grey(shown).reshape(len(shown), -1)
-    model = SVC(C=10, gamma=0.05).fit(features[: build.TRAIN], digits[: build.TRAIN])
+    model = shared.fitted(features[: build.TRAIN], digits[: build.TRAIN])
     return model, float((model.predict(features[build.TRAIN :]) == digits[build.TRAIN :]).mean())
 
 
@@ -75,14 +66,10 @@ def neighbours(pictures: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
     )
     train, held = real[: build.TRAIN], real[build.TRAIN :]
 
-    def distances(queries: np.ndarray) -> np.ndarray:
-        return np.sqrt(np.square(queries[:, None] - train[None]).sum(-1))
-
-    mine = distances(grey(pictures).reshape(len(pictures), -1))
-    return mine.argmin(1), {
-        "generated": float(np.median(mine.min(1))),
-        "held out": float(np.median(distances(held).min(1))),
-    }
+    found, mine = shared.nearest(grey(pictures).reshape(len(pictures), -1), train)
+    return found, {
+        "generated": float(np.median(mine)), "held out": float(np.median(shared.nearest(held, train)[1])),
+    }  # fmt: skip
 
 
 def report(root: Path, result: dict, rows: list[dict], pictures: np.ndarray, nearest: np.ndarray) -> Path:
@@ -192,24 +179,13 @@ def main() -> None:
     result = {
         "digit": float(np.mean([r["seen_digit"] == r["digit"] for r in rows])), "colour": float(np.mean([r["seen_colour"] == r["colour"] for r in rows])),
         "samples": len(rows), "guidance": GUIDANCE, "seconds": round(time.monotonic() - started, 1), "judge": right, "distance": distance, "rows": count,
-        "steps": config["step"], "resumed_at": config["resumed_at"], "processes": args.nproc, "parameters_millions": parameters(root / "pipeline") / 1e6,
+        "steps": config["step"], "resumed_at": config["resumed_at"], "processes": args.nproc, "parameters_millions": shared.parameters(root / "pipeline") / 1e6,
     }  # fmt: skip
     page = report(root, result, rows, pictures, nearest)
-    temporary = root / ".result.json.tmp"
-    temporary.write_text(json.dumps(result, indent=1))
-    os.replace(temporary, root / "result.json")
+    shared.write_result(root / "result.json", result)
     say(
         f"right digit {result['digit']:.1%}, right colour {result['colour']:.1%}; {result['seconds'] / 60:.1f} minutes; open {page}"
     )
-
-
-def parameters(pipeline: Path) -> int:
-    from safetensors import safe_open
-
-    with safe_open(
-        str(pipeline / "transformer" / "diffusion_pytorch_model.safetensors"), framework="pt"
-    ) as file:
-        return sum(int(np.prod(file.get_slice(key).get_shape())) for key in sorted(file.keys()))
 
 
 if __name__ == "__main__":

@@ -127,6 +127,19 @@ def test_latents_come_back_as_the_pixels_that_the_vae_makes_of_them(made):
     assert torch.allclose(back, direct, atol=1e-4)
 
 
+def test_captions_are_as_long_as_the_tokenizer_says(tmp_path):
+    """Embeddings, and what the pipeline samples with; image tokens stand before 512 of text whatever it says."""
+    pipe = tiny_pipelines.wan()
+    pipe.tokenizer = tiny_pipelines.tokenizer(6)
+    pipe.save_pretrained(tmp_path / "short")
+    family = catalog.family(Model(source=str(tmp_path / "short")))
+    (made,) = family.encode_text(pipe, ["a cat runs"]).values()
+    assert made.shape == (1, 6, 16) and family.shapes((4, 1, 4, 4))["encoder_hidden_states"] == (6, 16)
+    assert family.arguments({"prompt": ["a cat runs"]})["max_sequence_length"] == 6
+    family.config["added_kv_proj_dim"] = 24
+    assert family.words == 512
+
+
 def test_missing_and_surplus_weights_are_errors(made, tmp_path):
     import shutil
 

@@ -93,7 +93,8 @@ class Vace(Wan22):
         """A clip to start from is the source: what is made has its length and size."""
         grid = self.grid()
         out = {  # the pipeline takes one prompt, not a list of one
-            k: v[0] if k in ("prompt", "negative_prompt") and isinstance(v, list) else v for k, v in asked.items()
+            k: v[0] if k in ("prompt", "negative_prompt") and isinstance(v, list) else v
+            for k, v in super().arguments(asked).items()
         }  # fmt: skip
         out["reference_images"] = out.pop("references", None)
         video, mask = out.get("video"), out.get("mask")

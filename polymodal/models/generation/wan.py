@@ -56,6 +56,13 @@ class Wan(Generation):
         sees = ("encoder_hidden_states_image",) if self.config.get("image_dim") else ()
         return ("condition", *sees) if self.conditioned else ()
 
+    @property
+    def words(self) -> int:
+        """Tokens of a caption: 512 as published, or fewer where the tokenizer says so. Beside image tokens always 512,
+        which the denoiser's attention counts back from."""
+        longest = int(min(512, self.component_config("tokenizer").get("model_max_length") or 512))
+        return 512 if self.config.get("added_kv_proj_dim") else longest
+
     def grid(self) -> LatentGrid:
         vae = self.component_config("vae")
         z = int(vae.get("z_dim", 16))
@@ -73,7 +80,7 @@ class Wan(Generation):
 
     def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
         embeddings, _ = pipeline.encode_prompt(
-            list(captions), do_classifier_free_guidance=False, max_sequence_length=512
+            list(captions), do_classifier_free_guidance=False, max_sequence_length=self.words
         )
         return {"encoder_hidden_states": embeddings}
 
@@ -100,7 +107,9 @@ class Wan(Generation):
         return made
 
     def shapes(self, latents: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        made: dict[str, tuple[int, ...]] = {"encoder_hidden_states": (512, int(self.config["text_dim"]))}
+        made: dict[str, tuple[int, ...]] = {
+            "encoder_hidden_states": (self.words, int(self.config["text_dim"]))
+        }
         if "condition" in self.media:
             channels = int(self.config["in_channels"]) - int(self.config["out_channels"])
             made["condition"] = (channels, *latents[1:])
@@ -130,13 +139,15 @@ class Wan(Generation):
         mean, std = self._statistics(vae, latents)
         return (latents - mean) / std
 
+    # ------------------------------------------------------------------ sampling
+
     def arguments(self, asked: dict[str, Any]) -> dict[str, Any]:
         if asked.get("last_image") is not None and self.config.get("image_dim") and not self.last_frame:
             raise PolymodalError(
                 f"This {self.card.name} looks at one picture, the first frame; it has no place for a last one.",
                 "Leave the last frame out, or use a checkpoint of first and last frame (FLF2V).",
             )
-        return asked
+        return {**asked, "max_sequence_length": self.words}
 
     # ------------------------------------------------------------------ the denoiser
 
