@@ -13,6 +13,8 @@ from polymodal import recipe as recipes
 from polymodal.data.clips import Clips
 from polymodal.errors import PolymodalError
 from polymodal.models import catalog, pipelines
+from polymodal.parallel import apply as layout
+from polymodal.parallel.mesh import ParallelSizes
 
 FLUX = {"in_channels": 64, "guidance_embeds": True}
 SD3 = {
@@ -175,6 +177,18 @@ def defaults(cls):
 
 
 CLIPS = [(n, k) for n, k in EVERY if any(t.endswith("video") for t in catalog.cards()[n].tasks)]
+
+
+@pytest.mark.parametrize(("name", "key"), EVERY)
+def test_written_layouts_are_accepted_for_the_published_model(name, key, tmp_path):
+    """What `init` writes for a size is what `check` accepts, whatever the task and the number of devices."""
+    family = published_family(name, key, tmp_path)
+    for task in ("sft", "lora", "pretrain", *family.card.methods):
+        for devices in (None, 1, 6, 8, 64):
+            chosen = init.plan(f"{name}-{key}", task, None, devices)
+            made = recipes.validate(yaml.safe_load(init.text(chosen, "x.json")))
+            sizes = ParallelSizes.of(made.parallel, chosen.devices)
+            assert layout.check(family.card, family.config, sizes, made.parallel, made.model.attention) == []
 
 
 @pytest.mark.parametrize(("name", "key"), CLIPS)

@@ -11,7 +11,9 @@ import yaml
 from polymodal import init, recipe
 from polymodal.errors import PolymodalError
 from polymodal.models import catalog
+from polymodal.parallel import apply as layout
 from polymodal.parallel.mesh import ParallelSizes
+from tests.models import tiny
 
 ROOT = Path(__file__).parents[2]
 CARDS = catalog.cards()
@@ -40,6 +42,43 @@ def test_what_is_written_validates_and_its_layout_divides(tmp_path, name, size, 
     assert all(group.match in CARDS[name].towers for group in r.optim.groups)
     for axis in CARDS[name].limits:
         assert getattr(r.parallel, axis, 1) in (1, None)
+
+
+PUBLISHED = {  # hidden size, layers, heads and heads of keys and values, experts of the published config.json
+    "qwen2-vl": {"2b": (1536, 28, 12, 2), "7b": (3584, 28, 28, 4), "72b": (8192, 80, 64, 8)},
+    "qwen2.5-vl": {"3b": (2048, 36, 16, 2), "7b": (3584, 28, 28, 4), "32b": (5120, 64, 40, 8), "72b": (8192, 80, 64, 8)},
+    "qwen3-vl": {"2b": (2048, 28, 16, 8), "4b": (2560, 36, 32, 8), "8b": (4096, 36, 32, 8), "32b": (5120, 64, 64, 8)},
+    "qwen3-vl-moe": {"30b-a3b": (2048, 48, 32, 4), "235b-a22b": (4096, 94, 64, 4)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, size", [(card, size) for card in PUBLISHED for size in PUBLISHED[card]])
+def test_layouts_are_accepted_for_the_published_heads(name, size):
+    """What is written for a size is what `check` accepts, whatever the task and the number of devices."""
+    assert set(PUBLISHED[name]) == set(CARDS[name].sizes)
+    width, layers, heads, shared = PUBLISHED[name][size]
+    assert layers == CARDS[name].sizes[size].layers
+    shape = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": shared,
+    }
+    shape |= {"intermediate_size": 4 * width}
+    experts = (
+        {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768} if "moe" in name else {}
+    )
+    config = tiny.config(
+        name,
+        **{f"text_config__{key}": value for key, value in {**shape, **experts}.items()},
+        vision_config__num_heads=16,
+    )
+    for task in ("sft", "lora", "pretrain"):
+        for devices in (None, 1, 6, 8, 64):
+            chosen = init.plan(name, task, size, devices)
+            r = recipe.validate(yaml.safe_load(init.text(chosen, "d.json")))
+            sizes = ParallelSizes.of(r.parallel, chosen.devices)
+            assert layout.check(CARDS[name], config, sizes, r.parallel, r.model.attention) == []
 
 
 def test_dreambooth_is_written_for_the_cards_that_have_it():
