@@ -35,6 +35,14 @@ def class_of(module: nn.Module) -> type:
     return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
 
 
+def keep_recording(model: Any) -> None:
+    """Let a model of transformers give all its hidden states also after FSDP2 changed its class: the library knows by the
+    class's name what it can record."""
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+    _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
+
+
 def targets(model: nn.Module) -> dict[str, Tensor]:
     """All of a model that lives in checkpoints, by plain name: parameters (tied ones under each of their names) and
     persistent buffers; no adapters."""

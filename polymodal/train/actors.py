@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from polymodal.data.sample import Batch
-from polymodal.models import pipelines
+from polymodal.models import library, pipelines
 from polymodal.parallel.mesh import Mesh
 
 
@@ -27,6 +27,7 @@ def shard(model: PreTrainedModel, mesh: Mesh) -> None:
     layers = [m for m in model.modules() if type(m).__name__ in names and m is not model]
     for unit in (*layers, model):
         fully_shard(unit, mesh=mesh.fsdp, reshard_after_forward=True)
+    library.keep_recording(model)
 
 
 class Encoders:

@@ -135,26 +135,30 @@ def test_encoders_wait_on_the_cpu_between_steps(wan, data, tmp_path, monkeypatch
         trainer.run(recipe(wan, data, tmp_path, data__encoders="offload"))
 
 
-def held_by_a_rank(rank, source):
+def held_by_a_rank(rank, sources):
     from polymodal.parallel.mesh import Mesh, ParallelSizes
     from polymodal.train.actors import Encoders
 
-    family = catalog.family(recipes.Model(source=source))
-    whole = Encoders(family, torch.float32, "cpu")
     mesh = Mesh(ParallelSizes.of(recipes.Parallel(), 2), "cpu", rank)
-    cut = Encoders(family, torch.float32, "cpu", "shard", mesh)
-    said = [e.text(["a red square", "blue"])["encoder_hidden_states"] for e in (whole, cut)]
-    own = sum(p.to_local().numel() for p in cut.pipeline.text_encoder.parameters())
-    return (
-        float((said[0] - said[1]).abs().max()),
-        own,
-        sum(p.numel() for p in whole.pipeline.text_encoder.parameters()),
-    )
+    out = []
+    for source in sources:
+        family = catalog.family(recipes.Model(source=source))
+        whole = Encoders(family, torch.float32, "cpu")
+        cut = Encoders(family, torch.float32, "cpu", "shard", mesh)
+        pixels = torch.zeros(1, 5, 32, 32, 3, dtype=torch.uint8)
+        theirs, ours = ({**e.text(["a red square"]), **e.media(pixels)} for e in (whole, cut))
+        differences = [float((theirs[name] - ours[name]).abs().max()) for name in theirs]
+        own = sum(p.to_local().numel() for p in cut.pipeline.text_encoder.parameters())
+        out.append((max(differences), own / sum(p.numel() for p in whole.pipeline.text_encoder.parameters())))
+    return out
 
 
-def test_a_text_encoder_is_cut_over_the_ranks(wan):
-    for difference, own, whole in harness.run(2, held_by_a_rank, str(wan)):
-        assert difference < 1e-6 and own < 0.6 * whole
+def test_encoders_of_text_and_pictures_are_cut_over_the_ranks(tmp_path):
+    """One gives its last layer's states, of the others (CLIP of both kinds) states inside are taken."""
+    sources = [str(tiny_pipelines.pipeline(name, tmp_path / name)) for name in ("wan-i2v", "sdxl")]
+    for found in harness.run(2, held_by_a_rank, sources):
+        for difference, share in found:
+            assert difference < 1e-6 and share < 0.6
 
 
 @pytest.mark.slow

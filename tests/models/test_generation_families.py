@@ -214,6 +214,24 @@ def test_conditions_that_a_checkpoint_cannot_follow_are_said(name, given, words,
         open_generator(source).sample([Prompt("a red square", **shown)], Settings(2, None, 32, 32))
 
 
+def test_captions_of_unequal_length_are_encoded_together(tmp_path):
+    """HunyuanVideo's pipeline for pictures gives as many tokens as a caption has: the shorter ones are masked at the end."""
+    source = tiny_pipelines.pipeline("hunyuan-video-i2v", tmp_path / "p")
+    family, pipe = catalog.family(recipes.Model(source=str(source))), pipelines.open_pipeline(source)
+    captions = ["a red square moving left", "blue"]
+    with torch.no_grad():
+        together = family.encode_text(pipe, captions)
+        apart = [family.encode_text(pipe, [caption]) for caption in captions]
+    for i, alone in enumerate(apart):
+        length = alone["encoder_attention_mask"].shape[1]
+        for name in ("encoder_hidden_states", "encoder_attention_mask"):
+            assert (
+                torch.equal(together[name][i, :length], alone[name][0])
+                and not together[name][i, length:].any()
+            )
+    assert len({alone["encoder_attention_mask"].shape[1] for alone in apart}) == 2
+
+
 def test_guidance_of_qwen_image_leads_away_from_a_blank(tmp_path):
     generator = open_generator(tiny_pipelines.pipeline("qwen-image", tmp_path / "p"))
     one, other, three = (

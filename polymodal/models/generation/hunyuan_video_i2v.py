@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from polymodal.data.sample import Batch
 from polymodal.models.card import Process, Size
@@ -62,11 +63,14 @@ class HunyuanVideoI2V(HunyuanVideo):
             pipeline.encode_prompt(frame, [caption], image_embed_interleave=interleave)
             for frame, caption in zip(frames, captions, strict=True)
         ]
-        embeddings, pooled, masks = (torch.cat(parts) for parts in zip(*made, strict=True))
+        embeddings, pooled, masks = zip(*made, strict=True)
+        longest = max(
+            mask.shape[1] for mask in masks
+        )  # the pipeline takes more away from captions that are too long
         return {
-            "encoder_hidden_states": embeddings,
-            "encoder_attention_mask": masks,
-            "pooled_projections": pooled,
+            "encoder_hidden_states": torch.cat([pad(e, (0, 0, 0, longest - e.shape[1])) for e in embeddings]),
+            "encoder_attention_mask": torch.cat([pad(m, (0, longest - m.shape[1])) for m in masks]),
+            "pooled_projections": torch.cat(pooled),
         }
 
     def encode_media(self, pipeline: Any, pixels: Tensor, **given: Tensor) -> dict[str, Tensor]:
