@@ -18,7 +18,7 @@ from typing import Any
 
 from polymodal import recipe as recipes
 from polymodal.errors import PolymodalError
-from polymodal.plan import command, devices
+from polymodal.plan import devices, planner
 
 MARKS = ("<!-- layouts -->", "<!-- end of layouts -->")
 SIZES = {  # text: hidden size, layers, heads, key/value heads, MLP, vocabulary, tied; vision: MLP
@@ -74,8 +74,8 @@ def planned(size: str, world: int, layout: dict[str, Any], directory: Path) -> d
             "parallel": {**layout, "recompute": recompute}, "train": {"global_batch_size": BATCH},
         })  # fmt: skip
         began = time.process_time()
-        family = command.family_of(made)
-        found = command.plan(made, family, command.Question(world, devices.named(DEVICE)))
+        family = planner.family_of(made)
+        found = planner.plan(made, family, planner.Question(world, devices.named(DEVICE)))
         took = time.process_time() - began
         if found.fits:
             break

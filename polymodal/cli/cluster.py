@@ -33,11 +33,11 @@ def plan(
     Runs the recipe's own code with shapes instead of tensors. Needs the checkpoint's config.json only.
     """
     from polymodal import recipe as recipes
-    from polymodal.plan import command
+    from polymodal.plan import command, planner
     from polymodal.train import check
 
     read = recipes.load(recipe, overrides or [])
-    asked = command.question(world or check.needs(read), device, media, patches, rank, stage)
+    asked = planner.question(world or check.needs(read), device, media, patches, rank, stage)
     base = None if overrides else recipe
     return command.main(read, asked, as_json=as_json, html=html, search=search, out=out, base=base)
 

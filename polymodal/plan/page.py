@@ -1,12 +1,15 @@
 """The page of `plan --html`: a rank's memory over a step as stacked areas and bars, and the pipeline as a timeline.
 
-This room may touch predict.py's types only. One file without scripts or anything from elsewhere: SVG that prints too.
+This room may touch predict.py's types and errors only. One file without scripts or anything from elsewhere: SVG that prints too.
 """
 
 from __future__ import annotations
 
+import os
 from html import escape
+from pathlib import Path
 
+from polymodal.errors import PolymodalError
 from polymodal.plan.predict import Prediction, Stage
 from polymodal.plan.timeline import Timeline
 from polymodal.plan.tracker import KINDS
@@ -213,3 +216,13 @@ def _collectives(stage: Stage) -> str:
         return ""
     head = "<tr><th>axes</th><th>collective</th><th>when</th><th>ranks</th><th>calls</th><th>bytes</th></tr>"
     return f"<details><summary>collectives of one micro-batch and of the update</summary><table>{head}{rows}</table></details>"
+
+
+def write(made: Prediction, html: Path) -> None:
+    """The page as a file. Raises PolymodalError where it cannot be."""
+    partial = html.with_name(f".{html.name}.partial")
+    try:
+        partial.write_text(page(made))
+        os.replace(partial, html)
+    except OSError as error:
+        raise PolymodalError(f"--html {html} cannot be written: {error.strerror}.") from None

@@ -24,9 +24,9 @@ from polymodal.models.card import Family
 from polymodal.parallel import apply as layout
 from polymodal.parallel import cuts
 from polymodal.parallel.mesh import ParallelSizes
-from polymodal.plan import command, devices
-from polymodal.plan.command import Question
+from polymodal.plan import devices, page, planner
 from polymodal.plan.job import Load
+from polymodal.plan.planner import Question
 from polymodal.plan.predict import Prediction, packs, per_rank
 from polymodal.recipe import Recipe
 from polymodal.train import estimate
@@ -247,7 +247,7 @@ def rank(made: Recipe, family: Family, question: Question, say: Any = lambda tex
         if point is None:
             continue
         say(f"tracing {point.name} for the scale of recompute {kind}")
-        traced = command.plan(point.recipe, family, question)
+        traced = planner.plan(point.recipe, family, question)
         plain = beside(point.recipe, family, point.sizes, have, load[id(point.recipe)])
         stage = traced.stages[0]
         arithmetic = stage.forward.compute + stage.backward.compute
@@ -267,7 +267,7 @@ def rank(made: Recipe, family: Family, question: Question, say: Any = lambda tex
 
     def confirm(candidate: Candidate) -> None:
         say(f"tracing {candidate.name}")
-        candidate.traced = command.plan(candidate.recipe, family, question)
+        candidate.traced = planner.plan(candidate.recipe, family, question)
         if candidate.traced.fits:
             confirmed.append(candidate)
 
@@ -333,7 +333,7 @@ def main(
             f"{path} cannot be written: {error.strerror}.", "Choose another file with -o."
         ) from None
     if html is not None and best.traced is not None:
-        command.draw(best.traced, html)
+        page.write(best.traced, html)
     rows: list[dict[str, Any]] = []
     for candidate in found[:12]:
         traced = candidate.traced

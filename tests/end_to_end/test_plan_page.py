@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from polymodal import recipe as recipes
-from polymodal.plan import command, devices, page
+from polymodal.plan import command, devices, page, planner
 from tests.models import tiny
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -29,7 +29,7 @@ def test_a_browser_draws_a_pipeline(tmp_path):
         "parallel": {"pp": 2, "offload": ["activations"]}, "train": {"global_batch_size": 4},
     })  # fmt: skip
     small = replace(devices.named("h100"), memory=4 * 2**20)  # bars of a tiny model are to be seen
-    asked = command.Question(2, small, 0.25, 64)
+    asked = planner.Question(2, small, 0.25, 64)
     file = tmp_path / "plan.html"
     assert command.main(made, asked, html=file) == 0
     counts = "['svg','svg rect','svg polygon'].map(s=>document.querySelectorAll(s).length).join('|')"

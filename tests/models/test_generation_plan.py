@@ -7,7 +7,7 @@ import torch
 
 from polymodal import recipe as recipes
 from polymodal.errors import PolymodalError
-from polymodal.plan import command, devices, predict
+from polymodal.plan import command, devices, planner, predict
 from polymodal.plan.job import Load
 from polymodal.train.actors import Encoders
 from tests.models import tiny_pipelines
@@ -24,13 +24,13 @@ def recipe(source, encode="cached", **parallel):
 
 
 def planned(made, world=2):
-    return command.plan(made, command.family_of(made), command.Question(world, devices.named("h100")))
+    return planner.plan(made, planner.family_of(made), planner.Question(world, devices.named("h100")))
 
 
 @pytest.mark.parametrize("name", ["wan", "wan-i2v", "wan-flf2v", "flux", "flux-guided"])
 def test_an_example_is_shaped_like_what_encoders_give(name, tmp_path):
     made = recipe(tiny_pipelines.pipeline(name, tmp_path / name))
-    family = command.family_of(made)
+    family = planner.family_of(made)
     load = Load.of(made, family, 0.0, 1)
     batch = load.batch(family)
     frames = 1 if family.grid().still else FRAMES
@@ -55,11 +55,11 @@ def test_sizes_that_training_refuses_are_not_planned(tmp_path):
 def test_rows_of_a_cut_sequence_travel_between_stages(tmp_path):
     """Of the bytes that a stage sends, what belongs to the stream halves with cp 2, wherever the family was planned before."""
     source = tiny_pipelines.pipeline("wan", tmp_path / "wan")
-    family = command.family_of(recipe(source))
+    family = planner.family_of(recipe(source))
 
     def sent(**parallel) -> int:
-        made = command.plan(
-            recipe(source, pp=2, **parallel), family, command.Question(4, devices.named("h100"))
+        made = planner.plan(
+            recipe(source, pp=2, **parallel), family, planner.Question(4, devices.named("h100"))
         )
         traces = [stage.trace for stage in made.stages]
         (traffic,) = [t for t in traces[0].traffic if t.kind == "send" and t.axes == "pp"]
@@ -79,7 +79,7 @@ def test_rows_of_a_cut_sequence_travel_between_stages(tmp_path):
 def test_encoders_on_the_device_are_counted(tmp_path):
     source = tiny_pipelines.pipeline("wan", tmp_path / "wan")
     cached, online = planned(recipe(source)), planned(recipe(source, "online"))
-    family = command.family_of(recipe(source))
+    family = planner.family_of(recipe(source))
     pipeline = Encoders(family, torch.float32, "cpu").pipeline
     frozen = sum(p.numel() for part in (pipeline.vae, pipeline.text_encoder) for p in part.parameters())
     assert cached.stages[0].trace.usage.parts["encoders"] == 0

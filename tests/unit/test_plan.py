@@ -13,7 +13,7 @@ from polymodal import recipe as recipes
 from polymodal.errors import PolymodalError
 from polymodal.models.card import Family
 from polymodal.parallel.mesh import ParallelSizes
-from polymodal.plan import command, devices, page, search, timeline
+from polymodal.plan import command, devices, page, planner, search, timeline
 from polymodal.plan.predict import Prediction
 from tests.models import tiny
 
@@ -39,7 +39,7 @@ def recipe(source: Path, **parallel) -> recipes.Recipe:
 
 def planned(source: Path, world: int, accelerator=CLUSTER, **parallel) -> Prediction:
     made = recipe(source, **parallel)
-    return command.plan(made, command.family_of(made), command.Question(world, accelerator, 0.25, 256))
+    return planner.plan(made, planner.family_of(made), planner.Question(world, accelerator, 0.25, 256))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def four(source) -> Prediction:
 
 @pytest.fixture(scope="module")
 def parameters(source) -> int:
-    made = command.family_of(recipe(source)).build().trained
+    made = planner.family_of(recipe(source)).build().trained
     return sum(parameter.numel() for parameter in made.parameters())
 
 
@@ -71,13 +71,13 @@ def test_states_are_counted_to_the_byte(four, parameters):
 def test_arithmetic_is_what_the_family_says(four, source):
     (stage,) = four.stages
     counted = stage.trace.flops("forward") + stage.trace.flops("backward")
-    said = 3 * command.family_of(recipe(source)).cost(stage.trace.measure)
+    said = 3 * planner.family_of(recipe(source)).cost(stage.trace.measure)
     assert counted == pytest.approx(said, rel=0.08)
 
 
 def test_collectives_move_the_parameters_and_no_more(four, parameters, source):
     moved = {(t.kind, t.where): t for t in four.stages[0].trace.traffic if t.axes == "dp_shard"}
-    family = command.family_of(recipe(source))
+    family = planner.family_of(recipe(source))
     named = family.build().trained.named_parameters()
     blocks = sum(p.numel() for n, p in named if any(part in n for part in (".blocks.", ".layers.")))
     assert moved["all_gather", "forward"].bytes == pytest.approx(parameters * 2, rel=0.01), "in bfloat16"
@@ -110,7 +110,7 @@ def test_a_pipeline_is_traced_stage_by_stage(source, parameters):
         few = recipes.validate(
             {**recipe(source, pp=2).model_dump(mode="json"), "train": {"global_batch_size": 2}}
         )
-        command.plan(few, command.family_of(few), command.Question(4, CLUSTER))
+        planner.plan(few, planner.family_of(few), planner.Question(4, CLUSTER))
 
 
 def test_what_does_not_fit_is_said_with_what_to_change(source):
@@ -185,18 +185,18 @@ def test_collectives_cost_their_ring():
 def test_mistakes_are_one_sentence(source, change, said):
     parallel = {"tp": change.pop("tp")} if "tp" in change else {}
     made = recipe(source, **parallel)
-    asked = replace(command.Question(4, CLUSTER, 0.25, 256), **change)
+    asked = replace(planner.Question(4, CLUSTER, 0.25, 256), **change)
     with pytest.raises(PolymodalError) as caught:
-        command.plan(made, command.family_of(made), asked)
+        planner.plan(made, planner.family_of(made), asked)
     assert said in str(caught.value)
 
 
 @pytest.mark.parametrize("one", [{"stage": 1}, {"rank": 3}], ids=str)
 def test_one_rank_of_a_pipeline_can_be_asked_alone(source, one):
     made = recipe(source, pp=2)
-    family = command.family_of(made)
-    asked = command.Question(4, CLUSTER, 0.25, 256)
-    both, alone = command.plan(made, family, asked), command.plan(made, family, replace(asked, **one))
+    family = planner.family_of(made)
+    asked = planner.Question(4, CLUSTER, 0.25, 256)
+    both, alone = planner.plan(made, family, asked), planner.plan(made, family, replace(asked, **one))
     (stage,) = alone.stages
     assert stage.trace.stage == 1 and stage.trace.usage.peak == both.stages[1].trace.usage.peak
     assert alone.step > 0 and "the times take the others to be like it" in command.text(alone)
@@ -224,34 +224,34 @@ def test_the_host_holds_what_is_offloaded(four, source):
 
 
 def test_what_cannot_be_planned_is_said(source, monkeypatch):
-    family = command.family_of(recipe(source))
+    family = planner.family_of(recipe(source))
     monkeypatch.setattr(type(family), "example", Family.example)
     with pytest.raises(PolymodalError, match="cannot be planned: its family does not say"):
-        command.plan(recipe(source), family, command.Question(4, CLUSTER))
+        planner.plan(recipe(source), family, planner.Question(4, CLUSTER))
 
 
 def test_options_that_exclude_each_other_and_unknown_devices(source):
-    made, asked = recipe(source), command.Question(2, CLUSTER)
+    made, asked = recipe(source), planner.Question(2, CLUSTER)
     with pytest.raises(PolymodalError, match="--search traces all stages of a layout. Leave out --rank"):
         command.main(made, replace(asked, rank=1), search=True)
     with pytest.raises(PolymodalError, match="-o names the recipe that --search writes"):
         command.main(made, asked, out=Path("best.yaml"))
     with pytest.raises(PolymodalError, match="--rank and --stage"):
-        command.question(4, "h100", 0.25, 1024, 0, 0)
+        planner.question(4, "h100", 0.25, 1024, 0, 0)
     with pytest.raises(PolymodalError, match="Did you mean h100"):
-        command.question(4, "h10", 0.25, 1024, None, None)
+        planner.question(4, "h10", 0.25, 1024, None, None)
 
 
 def test_only_layouts_that_training_takes_are_searched(source):
     made = recipe(source)
-    found = list(search.candidates(made, command.family_of(made), command.Question(8, CLUSTER)))
+    found = list(search.candidates(made, planner.family_of(made), planner.Question(8, CLUSTER)))
     sizes = {found_sizes for _, found_sizes in found}
     assert all(s.world == 8 and s.tp in (1, 2) and s.dp <= 8 for s in sizes), "two key/value heads: tp 1 or 2"
     assert {s.cp for s in sizes} >= {1, 2} and {s.ep for s in sizes} == {1}
     assert {one.parallel.recompute for one, _ in found} == {"none", "selective", "full"}
     few = recipes.validate({**made.model_dump(mode="json"), "train": {"global_batch_size": 2}})
     assert all(
-        s.dp <= 2 for _, s in search.candidates(few, command.family_of(few), command.Question(8, CLUSTER))
+        s.dp <= 2 for _, s in search.candidates(few, planner.family_of(few), planner.Question(8, CLUSTER))
     )
 
 
@@ -260,14 +260,14 @@ def test_the_best_layout_fits_and_is_written_as_a_recipe(source, tmp_path, capfd
     file = tmp_path / "r.yaml"
     file.write_text(recipes.dump(recipe(source)))
     made = recipes.load(file)
-    asked = command.Question(2, CLUSTER, 0.25, 256)
+    asked = planner.Question(2, CLUSTER, 0.25, 256)
     out = tmp_path / "best.yaml"
     page = tmp_path / "best.html"
     assert command.main(made, asked, search=True, html=page, out=out, base=file) == 0
     assert "2 x h100" in page.read_text()
     best, said = recipes.load(out), capfd.readouterr().out
     assert best.model == made.model and best.parallel.dp_shard == -1
-    again = command.plan(best, command.family_of(best), asked)
+    again = planner.plan(best, planner.family_of(best), asked)
     assert again.fits
     first = said.splitlines()[1].split()[-3:]
     assert first == [f"{again.step:.2f}", f"{again.peak / 2**30:.1f}", f"{again.mfu:.1%}"]
@@ -290,7 +290,7 @@ def test_the_written_recipe_is_the_layout_that_was_planned(source, tmp_path, par
     file = tmp_path / "r.yaml"
     file.write_text(recipes.dump(recipe(source, **parallel)))
     made = recipes.load(file)
-    found = list(search.candidates(made, command.family_of(made), command.Question(8, CLUSTER)))
+    found = list(search.candidates(made, planner.family_of(made), planner.Question(8, CLUSTER)))
     out = tmp_path / "best.yaml"
     for one, sizes in found[:: max(1, len(found) // 12)]:
         best = search.Candidate(one, sizes, 0.0, 0.0, False)
@@ -303,16 +303,16 @@ def test_the_written_recipe_is_the_layout_that_was_planned(source, tmp_path, par
 
 def test_layouts_with_options_that_exclude_each_other_are_no_candidates(source):
     made = recipe(source, recompute="full", recompute_first=1)
-    found = list(search.candidates(made, command.family_of(made), command.Question(2, CLUSTER)))
+    found = list(search.candidates(made, planner.family_of(made), planner.Question(2, CLUSTER)))
     assert {one.parallel.recompute for one, _ in found} == {"selective", "full"}, "first of none says nothing"
 
 
 @pytest.mark.slow
 def test_when_nothing_fits_it_says_how_much_is_missing(source):
     made = recipe(source)
-    asked = command.Question(2, replace(CLUSTER, memory=2**20), 0.25, 256)
+    asked = planner.Question(2, replace(CLUSTER, memory=2**20), 0.25, 256)
     with pytest.raises(PolymodalError, match="No layout of 2 x h100 holds this run"):
-        search.rank(made, command.family_of(made), asked)
+        search.rank(made, planner.family_of(made), asked)
 
 
 def test_the_page_stands_alone(four):
