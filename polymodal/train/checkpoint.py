@@ -60,8 +60,10 @@ def directory(run: Path, step: int) -> Path:
 
 
 def found(run: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
+    """Whole checkpoints of a run (or of its directory of checkpoints), oldest first."""
     base = run / "checkpoints"
+    if run.name == base.name and not base.is_dir():
+        base = run
     return sorted(p for p in base.glob("step-*") if (p / STATE).is_file()) if base.is_dir() else []
 
 

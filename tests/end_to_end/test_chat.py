@@ -275,7 +275,9 @@ def test_a_run_answers_as_its_weights_do(model, engine, tmp_path, picture):
         f"ema.{n}": dict(engine.model.named_parameters())[n].detach() for n in changed
     }
     writer.save(tensors, checkpoints.RunState(step=3, recipe=recipe.model_dump(mode="json")))
-    assert kind_of(run) == kind_of(run / "checkpoints" / "step-00000003") == "run"
+    places = (run, run / "checkpoints", run / "checkpoints" / "step-00000003")
+    assert {kind_of(place) for place in places} == {"run"}
+    assert {checkpoints.locate(place) for place in places} == {places[2]}
     opened = open_engine(run, device="cpu")
     for name, parameter in opened.model.named_parameters():
         expected = changed.get(name, dict(engine.model.named_parameters())[name])

@@ -168,18 +168,24 @@ def test_uneven_shards(checkpoints):
         assert all(held < 0.4 * total for _, held, total in shares)
 
 
-def _own_bytes(rank: int, source: str):
+def _own_bytes(rank: int, *sources: str):
     from safetensors import safe_open
 
-    model = lay_out(on_meta(source), "fsdp x tp")
-    report = weights.load(model, None, source)
-    size = safe_open(source + "/model.safetensors", "pt").get_slice("lm_head.weight").get_dtype()
-    return report.bytes_held, report.bytes_read, size
+    found = []
+    for source in sources:
+        report = weights.load(lay_out(on_meta(source), "fsdp x tp"), None, source)
+        size = safe_open(source + "/model.safetensors", "pt").get_slice("lm_head.weight").get_dtype()
+        found.append((report.bytes_held, report.bytes_read, size))
+    return found
 
 
 def test_only_the_own_slices_are_read(checkpoints):
-    for held, read, dtype in run(4, _own_bytes, checkpoints["qwen2.5-vl"]):
+    """As many bytes as are held in float32, half as many from a file in bfloat16; also of experts."""
+    for dense, experts in run(4, _own_bytes, checkpoints["qwen2.5-vl"], checkpoints["qwen3-vl-moe"]):
+        held, read, dtype = dense
         assert dtype == "BF16" and read * 2 == held
+        held, read, dtype = experts
+        assert dtype == "F32" and read == held
 
 
 def _spans(rank: int):
