@@ -160,7 +160,7 @@ class Trainer:
         self.model.settle()
         if state.data and state.data != self.schedule.fingerprint:
             raise PolymodalError(
-                f"{found} was made with other data or other data keys (global_batch_size, packing, lengths) than this recipe's.",
+                f"{found} was made with other data or other data keys (global_batch_size, micro_batch_size, packing, lengths) than this recipe's.",
                 "Resume with the recipe the run began with (recipe.yaml beside it), or start anew from its weights with checkpoint.init_from.",
             )
         self.state = state
