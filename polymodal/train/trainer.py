@@ -403,6 +403,9 @@ class Trainer:
         self.writer.save(self._tensors(create=False), state)
 
     def _finish(self) -> None:
+        self._say(
+            f"{self.state.step} steps done: {checkpoint.newest(self.run_dir)}; `polymodal export {self.run_dir} DIR` writes it for the hub"
+        )
         if self.main:
             summary = {
                 "step": self.state.step,

@@ -103,8 +103,9 @@ def test_a_run_leaves_what_the_guide_says(straight):
 
 
 def test_two_processes_give_the_same_curve(ground, straight, tmp_path):
-    train(ground, tmp_path / "run", nproc=2)
+    done = train(ground, tmp_path / "run", nproc=2)
     assert_same(curve(tmp_path / "run"), curve(straight))
+    assert f"8 steps done: {tmp_path / 'run' / 'checkpoints' / 'step-00000008'}" in done.stdout
 
 
 @pytest.mark.slow
