@@ -42,6 +42,10 @@ OURS = (
 """What a launched process has in its environment for itself alone."""
 
 
+PATIENCE_SECONDS = 60.0
+"""After a signal: how long processes may take longer to end than the first of them."""
+
+
 FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """torch's switch for a store of its own at every start: in the agent's, gloo finds the addresses of those who died."""
 
@@ -239,7 +243,7 @@ def run(
                 master_port=start.port if fixed and not elastic else None,
                 local_addr=None if start.nodes > 1 else "127.0.0.1",
             )  # fmt: skip
-            agent = _agent()(
+            agent = _agent(asked)(
                 spec,
                 DefaultLogsSpecs(log_dir=directory),
                 start_method="spawn",
@@ -261,17 +265,23 @@ def run(
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 
-def _agent() -> type:
+def _agent(asked: Sequence[signal.Signals]) -> type:
     """torchrun's agent, which does not start again what bad input ended, says why it starts again, and notices a node
-    that died before its processes ever met ours (these would wait for it until the collectives' timeout)."""
+    that died before its processes ever met ours (these would wait for it until the collectives' timeout).
+
+    asked: the signals that were passed on. After one, processes that end as asked are no failure that ends the others.
+    """
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
     class Agent(LocalElasticAgent):
         why = ""
         look = 0.0
+        patience = 0.0
 
         def _monitor_workers(self, worker_group: object) -> RunResult:
+            if asked and self._some_still_end():
+                return RunResult(state=WorkerState.HEALTHY)
             result = super()._monitor_workers(worker_group)
             if result.state == WorkerState.FAILED and result.failures:
                 rank, failure = min(result.failures.items(), key=lambda item: _order(item, False))
@@ -282,6 +292,15 @@ def _agent() -> type:
             elif result.state == WorkerState.HEALTHY and self._a_node_left():
                 self._restart_workers(worker_group)  # as for one that comes: no attempt is spent
             return result
+
+        def _some_still_end(self) -> bool:
+            """Whether some processes ended as they were asked to, and others are still at it."""
+            codes = [handler.proc.poll() for handler in self._pcontext.subprocess_handlers.values()]
+            ended = [code for code in codes if code is not None]
+            if not ended or len(ended) == len(codes) or not set(ended) <= {0, 128 + asked[-1]}:
+                return False
+            self.patience = self.patience or time.monotonic() + PATIENCE_SECONDS
+            return time.monotonic() < self.patience
 
         def _a_node_left(self) -> bool:
             """Whether a node of this round ended or no longer sends its heartbeat. Looks once a second."""

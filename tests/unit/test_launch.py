@@ -349,6 +349,7 @@ def test_signals_reach_the_processes_and_their_code_comes_back(processes, tmp_pa
     open({str(tmp_path)!r} + f'/ready{{rank}}', 'w').close()
     while rt.signal is None:
         time.sleep(0.05)
+    time.sleep(0.6 * (rank == 0))  # one that has more to save: the other's end is not to be its own
     say('saved', rt.signal.name)
     sys.exit({after})
     """

@@ -165,7 +165,7 @@ def test_nonsense_is_not_guessed():
         ("teach stable diffusion my dog's face from 10 photos", "generation", "dreambooth", "sd3"),
         ("personalize a text to image model", "generation", "dreambooth", "sd3"),
         ("dreambooth with wan2.1", "generation", "lora", "wan2.1"),
-        ("edit photos as told in words", "generation", "sft", "qwen-image"),
+        ("edit photos as told in words", "generation", "sft", "flux.1-kontext"),
         ("speech recognition for Cantonese", "audio", "sft", "whisper"),
         ("make subtitles from recordings", "audio", "sft", "whisper"),
         ("clone a voice", "audio", "sft", "cosyvoice3"),
