@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from polymodal.errors import PolymodalError
-from polymodal.models.card import Family, ModelCard, Size
+from polymodal.models.card import Family, ModelCard
 from polymodal.recipe import Model
 
 ROOMS = ("understanding", "generation", "omni", "audio")
@@ -456,9 +456,3 @@ def _typed(key: str, old: Any, new: Any) -> Any:
         f"model.config: `{key}` = {new!r} is a {type(new).__name__}, the config has a {type(old).__name__} ({old!r}).",
         "Give a value of that type.",
     )
-
-
-def size_of(source: str) -> tuple[ModelCard, Size] | None:
-    """(card, published size) that a hub id or name stands for, None for local directories and unpublished ones."""
-    known = named(source)
-    return None if known is None or known[1] is None else (known[0], known[0].sizes[known[1]])

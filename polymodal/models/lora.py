@@ -218,6 +218,17 @@ def _whole(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
+def _all_in(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:
+    """Names of a model's adapters. Raises PolymodalError when the state lacks some."""
+    names = list(adapters(model))
+    lost = sorted(set(names) - set(state))
+    if lost:
+        raise PolymodalError(
+            f"The state lacks {len(lost)} adapters: {', '.join(lost[:4])}.", "Give all of the model's."
+        )
+    return names
+
+
 def save(
     state: Mapping[str, Tensor],
     model: nn.Module,
@@ -237,12 +248,7 @@ def save(
     final = Path(directory)
     if dist.is_initialized() and dist.get_rank() > 0:
         return final
-    names = adapters(model)
-    lost = sorted(set(names) - set(state))
-    if lost:
-        raise PolymodalError(
-            f"The state lacks {len(lost)} adapters: {', '.join(lost[:4])}.", "Give all of the model's."
-        )
+    names = _all_in(state, model)
     homes = stacked.homes(model)
     chosen = [n for n in dict.fromkeys(name.split(".lora_")[0] for name in names) if n not in homes.values()]
     config = config_of(
@@ -284,12 +290,7 @@ def save_for_pipeline(
 
     state: whole adapters by parameter name; pipeline: the diffusers class; part: the denoiser's name in it.
     """
-    names = adapters(model)
-    lost = sorted(set(names) - set(state))
-    if lost:
-        raise PolymodalError(
-            f"The state lacks {len(lost)} adapters: {', '.join(lost[:4])}.", "Give all of the model's."
-        )
+    names = _all_in(state, model)
     chosen = list(dict.fromkeys(name.split(".lora_")[0] for name in names))
     config = config_of(lora, _selector(chosen, _names(model))).to_dict()
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items() if k != "task_type"}

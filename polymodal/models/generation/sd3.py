@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 from polymodal.data.sample import Batch
 from polymodal.models.card import Chain, ModelCard, Size
+from polymodal.models.diffusion import JOINT_BLOCKS
 from polymodal.models.generation.pictures import Pictures
+
+GIVEN_UP = ("to_add_out", "ff_context")
+"""Parts of a block that the last one lacks: what it makes of the text is not used."""
 
 
 class StableDiffusion3(Pictures):
@@ -55,21 +59,7 @@ CARD = ModelCard(
     streams=("encoder_hidden_states", "hidden_states"),
     tensor_plan={
         "": "stream",
-        "transformer_blocks.*.attn": "joint_attention",
-        "transformer_blocks.*.attn.to_q": "colwise",
-        "transformer_blocks.*.attn.to_k": "colwise",
-        "transformer_blocks.*.attn.to_v": "colwise",
-        "transformer_blocks.*.attn.add_q_proj": "colwise",
-        "transformer_blocks.*.attn.add_k_proj": "colwise",
-        "transformer_blocks.*.attn.add_v_proj": "colwise",
-        "transformer_blocks.*.attn.to_out.0": "rowwise",
-        "transformer_blocks.*.attn.to_add_out?": "rowwise",
-        "transformer_blocks.*.ff": "feed_forward",
-        "transformer_blocks.*.ff.net.0.proj": "colwise",
-        "transformer_blocks.*.ff.net.2": "rowwise",
-        "transformer_blocks.*.ff_context?": "feed_forward",
-        "transformer_blocks.*.ff_context.net.0.proj?": "colwise",
-        "transformer_blocks.*.ff_context.net.2?": "rowwise",
+        **{f"{n}?" if any(part in n for part in GIVEN_UP) else n: style for n, style in JOINT_BLOCKS.items()},
         "transformer_blocks.*.attn2?": "attention",
         "transformer_blocks.*.attn2.to_q?": "colwise",
         "transformer_blocks.*.attn2.to_k?": "colwise",
