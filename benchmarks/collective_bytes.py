@@ -101,12 +101,12 @@ class Sent(TorchDispatchMode):
 
 def step(rank: int, directory: str, parallel: dict[str, Any]) -> dict[str, Any]:
     """What this rank sent in a step, and what the analytic minimum needs to know."""
+    from polymodal.distributed.mesh import Mesh, ParallelSizes
     from polymodal.models import catalog, weights
     from polymodal.objectives.language import LanguageObjective
     from polymodal.parallel.batches import BatchLayout
-    from polymodal.parallel.mesh import Mesh, ParallelSizes
     from polymodal.recipe import Model, Parallel, Recipe, Train
-    from polymodal.train.model import LaidOut
+    from polymodal.train.parallel_model import LaidOut
     from polymodal.train.step import Tally, forward_backward, inverse_weights
 
     warnings.simplefilter("ignore")
@@ -151,7 +151,7 @@ def step(rank: int, directory: str, parallel: dict[str, Any]) -> dict[str, Any]:
 
 
 def batch(family: Any, number: int) -> Any:
-    from polymodal.data.sample import pack
+    from polymodal.core.sample import pack
     from polymodal.recipe import Data
     from tests.models import tiny
 

@@ -54,7 +54,7 @@ def best(run, tensors: tuple[torch.Tensor, ...], repeats: int) -> float:
 
 
 def alone(rank: int, lengths: list[int], repeats: int) -> dict[str, float]:
-    from polymodal.parallel import attention
+    from polymodal.distributed import attention
 
     torch.set_num_threads(1)
     cu_seqlens, tensors = attention.cumulative(lengths), inputs(lengths)
@@ -66,8 +66,8 @@ def alone(rank: int, lengths: list[int], repeats: int) -> dict[str, float]:
 
 
 def together(rank: int, lengths: list[int], repeats: int, ulysses: int) -> float:
-    from polymodal.parallel import attention
-    from polymodal.parallel.context import Context
+    from polymodal.distributed import attention
+    from polymodal.distributed.context_parallel import Context
 
     torch.set_num_threads(1)
     context = Context(init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))["cp"], ulysses)

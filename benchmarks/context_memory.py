@@ -27,7 +27,7 @@ from torch import nn
 
 def batch(family, tokens: int):
     """One sample: four pictures and text up to `tokens`."""
-    from polymodal.data.sample import pack
+    from polymodal.core.sample import pack
     from polymodal.recipe import Data
     from tests.models import tiny
 
@@ -45,10 +45,10 @@ def batch(family, tokens: int):
 
 def kept(rank: int, directory: str, tokens: int, ulysses: int | None) -> dict[str, int]:
     """Bytes kept for backward on this rank, and rows of the sequence that it holds."""
+    from polymodal.distributed.mesh import Mesh, ParallelSizes
     from polymodal.models import catalog, weights
     from polymodal.parallel.apply import apply
     from polymodal.parallel.batches import BatchLayout
-    from polymodal.parallel.mesh import Mesh, ParallelSizes
     from polymodal.recipe import Model, Parallel, Recipe, Train
     from polymodal.train.step import bind
 

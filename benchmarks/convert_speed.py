@@ -88,8 +88,8 @@ def convert(source: Path, target: Path, verify: bool) -> None:
     """Runs in a process of its own; prints what it measured."""
     from polymodal.convert import engine, output
     from polymodal.convert.family import read_config
+    from polymodal.convert.family_registry import family
     from polymodal.convert.options import Settings
-    from polymodal.convert.shelf import family
     from polymodal.convert.tree import Parallel
 
     config = read_config(source)

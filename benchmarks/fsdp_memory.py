@@ -40,8 +40,8 @@ def rank_main(rank: int, world: int, port: int, root: str) -> None:
     recipe = ground.recipe(
         place, place / "mixed" / "train.json", place / f"run{world}", steps=3, packs=2, workers=0
     )
-    from polymodal import device
-    from polymodal.launch import runtime
+    from polymodal.runtime import device
+    from polymodal.runtime.process_group import runtime
     from polymodal.train.step import Tally, forward_backward, inverse_weights
     from polymodal.train.trainer import Trainer
 

@@ -117,8 +117,8 @@ def encode(root: Path, steps: int) -> dict[str, Any]:
 
     import torch
 
-    from polymodal.launch import runtime
     from polymodal.models import catalog
+    from polymodal.runtime.process_group import runtime
     from polymodal.train.actors import Encoders
     from polymodal.train.encode import Encoding
 

@@ -134,12 +134,12 @@ def one_rank(name: str, title: str | None) -> argparse.Namespace:
 @contextmanager
 def opened(chosen: Any, steps: int) -> Iterator[tuple[Any, list[Any]]]:
     """The trainer of a recipe on one core, and the steps of its first batches, made beforehand."""
-    from polymodal.device import apply_environment
+    from polymodal.runtime.device import apply_environment
 
     apply_environment(chosen.device)
     import torch
 
-    from polymodal.launch import runtime
+    from polymodal.runtime.process_group import runtime
     from polymodal.train.trainer import Trainer
 
     with runtime(chosen) as rt:

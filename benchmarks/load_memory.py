@@ -73,9 +73,9 @@ def status(name: str) -> int:
 def rank_main(rank: int, world: int, tp: int, source: str, store: str, results: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    from polymodal.distributed.mesh import Mesh, ParallelSizes
     from polymodal.models import catalog, weights
     from polymodal.parallel.apply import apply
-    from polymodal.parallel.mesh import Mesh, ParallelSizes
     from polymodal.recipe import Model, Parallel, Recipe, Train
 
     recipe = Recipe(model=Model(source=source), parallel=Parallel(tp=tp), train=Train(precision="fp32"))

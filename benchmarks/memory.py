@@ -74,9 +74,9 @@ def measured(rank: int, source: str, parallel: dict[str, Any], precision: str, t
     import torch.distributed as dist
     from torch.distributed.fsdp import FSDPModule
 
+    from polymodal.distributed.mesh import Mesh, ParallelSizes
     from polymodal.models import catalog
     from polymodal.parallel import memory
-    from polymodal.parallel.mesh import Mesh, ParallelSizes
     from polymodal.plan.job import Job, Load
     from polymodal.plan.tracker import Tracker
     from polymodal.recipe import validate

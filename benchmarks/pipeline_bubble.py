@@ -28,12 +28,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from polymodal.data.sample import Batch
-from polymodal.models.card import Chain, Components, Family, ModelCard, Output
-from polymodal.parallel import cuts
-from polymodal.parallel.mesh import Mesh, ParallelSizes
+from polymodal.core.sample import Batch
+from polymodal.distributed.mesh import Mesh, ParallelSizes
+from polymodal.models.card import Chain, Components, ModelCard, Output
+from polymodal.models.family import Family
+from polymodal.parallel import pipeline_split
 from polymodal.recipe import Model, Parallel, Recipe, Train
-from polymodal.train.model import LaidOut
+from polymodal.train.parallel_model import LaidOut
 from tests.parallel.harness import run
 
 RANKS = 4
@@ -117,7 +118,7 @@ def measured(
     """Seconds of each step, on this rank."""
     parallel = Parallel(pp=RANKS, pp_schedule=schedule, **options)  # type: ignore[arg-type]
     family = SleeperFamily(CARD, None, "sleeper")
-    family.stages, family.unit = RANKS * cuts.rounds(parallel), unit
+    family.stages, family.unit = RANKS * pipeline_split.rounds(parallel), unit
     mesh = Mesh(ParallelSizes.of(parallel, RANKS), "cpu", rank)
     recipe = Recipe(model=Model(source="-"), parallel=parallel, train=Train(precision="fp32"))
     laid = LaidOut(lambda: family.build().trained, family, mesh, recipe, torch.device("cpu"))
@@ -139,14 +140,14 @@ def row(name: str, m: int, units: list[float], steps: int) -> dict[str, Any]:
     """The shortest of some steps for each length of the unit, and what a line through them says."""
     options, formula = CASES[name]
     parallel = Parallel(pp=RANKS, pp_schedule=name, **options)  # type: ignore[arg-type]
-    v = cuts.rounds(parallel)
+    v = pipeline_split.rounds(parallel)
     taken = []
     for unit in units:
         seconds = run(RANKS, measured, name, options, m, unit, steps)
         taken.append(min(max(times) for times in zip(*seconds, strict=True)))
     short, long = units[0], units[-1]
     slope = (taken[-1] - taken[0]) / (long - short)
-    actions = m * v * (3 if cuts.SCHEDULES[name].split_backward else 2)
+    actions = m * v * (3 if pipeline_split.SCHEDULES[name].split_backward else 2)
     return {
         "schedule": name, "stages": v, "formula": formula(RANKS, v, m), "idle": slope / (3 * m) - 1,
         "measured": [step / (3 * m * unit) - 1 for step, unit in zip(taken, units, strict=True)],

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from polymodal import recipe as recipes
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.plan import devices, planner
 
 MARKS = ("<!-- layouts -->", "<!-- end of layouts -->")

@@ -75,8 +75,8 @@ def neighbours(pictures: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
 def report(root: Path, result: dict, rows: list[dict], pictures: np.ndarray, nearest: np.ndarray) -> Path:
     from PIL import Image
 
-    from polymodal import report as pages
     from polymodal.evaluate import report as parts
+    from polymodal.evaluate import run_page as pages
 
     images, _ = build.scans()
     folder = root / "neighbours"

@@ -79,8 +79,8 @@ def ask_with_transformers(export: Path, image: Path, question: str) -> str:
 def report(
     root: Path, run: Path, result: dict, rows: list[dict], before: dict[str, str], after: dict[str, str]
 ) -> Path:
-    from polymodal import report as pages
     from polymodal.evaluate import report as parts
+    from polymodal.evaluate import run_page as pages
 
     chosen = random.Random(1).sample(range(len(rows)), min(24, len(rows)))
     shown = []

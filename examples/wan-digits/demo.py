@@ -121,8 +121,8 @@ def strip(frames: np.ndarray) -> Any:
 
 
 def report(root: Path, result: dict, rows: list[dict], clips: list[np.ndarray], nearest: list[Path]) -> Path:
-    from polymodal import report as pages
     from polymodal.evaluate import report as parts
+    from polymodal.evaluate import run_page as pages
 
     sheet = parts.thumbnail(str(root / "samples" / "sheet.png"), 1200)
     shown = [parts.Shown("A clip a row, six of its frames", [], "", [sheet])]

@@ -35,9 +35,9 @@ def help_at_once(words: list[str]) -> bool:
 def main() -> None:
     """The entry point."""
     if "POLYMODAL_LAUNCHED_BY" in os.environ:  # spawn.CHILD, without importing what help does not need
-        from polymodal import spawn
+        from polymodal.runtime import launcher
 
-        spawn.enter_child()
+        launcher.enter_child()
     try:
         if not help_at_once(sys.argv[1:]):
             app(prog_name="polymodal")

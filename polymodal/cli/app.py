@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 
 HELP = ["-h", "--help"]
 app = typer.Typer(
@@ -53,30 +53,30 @@ def command(
 def guard(action: Callable[[], int | None]) -> int:
     """Runs `action`; its exit code, or the one of the error that was printed."""
     try:
-        from polymodal import spawn
+        from polymodal.runtime import launcher
 
         try:
             try:
                 return action() or 0
             except OSError as error:
-                from polymodal import machine
+                from polymodal.runtime import host
 
-                said = machine.full_disk(error)
+                said = host.full_disk(error)
                 if said is None:
                     raise
                 raise said from None
         except PolymodalError as error:
-            if spawn.record(error):
+            if launcher.record(error):
                 start = "\033[1;31merror:\033[0m" if sys.stderr.isatty() else "error:"
                 print(start, error, file=sys.stderr)
             return error.code
-        except spawn.Stopped as stopped:
+        except launcher.Stopped as stopped:
             return stopped.code
         except BrokenPipeError:  # who read the output has enough (`| head`)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1  # as typer and rich do
         except Exception as error:
-            if spawn.record(error):
+            if launcher.record(error):
                 raise
             return 1
     except KeyboardInterrupt:
@@ -100,22 +100,22 @@ def spread(
     min_nodes: int | None = None,
 ) -> int:
     """Run this very command line in as many processes as asked (`here` in each of them), or join and run `here`."""
-    from polymodal import launch, spawn
+    from polymodal.runtime import launcher, process_group
 
-    if spawn.CHILD in os.environ:
+    if launcher.CHILD in os.environ:
         return here()
-    target = launch.place(launch.default_nproc(nproc, kind))
-    if isinstance(target, launch.Place) or (target.nproc * target.nodes == 1 and not restarts):
+    target = process_group.place(process_group.default_nproc(nproc, kind))
+    if isinstance(target, process_group.Place) or (target.nproc * target.nodes == 1 and not restarts):
         return here()
     if min_nodes is not None and min_nodes > target.nodes:
         raise PolymodalError(
             f"--min-nodes {min_nodes} is more than the {target.nodes} nodes of this run.",
             "Set NNODES to the nodes there are, or lower --min-nodes.",
         )
-    for warning in spawn.before_start(run_dir, target):
+    for warning in launcher.before_start(run_dir, target):
         print("warning:", warning, file=sys.stderr)
     command = ["-m", "polymodal", *sys.argv[1:]]
-    return spawn.run(command, target, restarts=restarts, min_nodes=min_nodes)
+    return launcher.run(command, target, restarts=restarts, min_nodes=min_nodes)
 
 
 def _version(wanted: bool) -> None:

@@ -108,7 +108,7 @@ def evaluate(
     other: Other = None,
 ) -> int:
     """Measure a checkpoint on a benchmark file, or what it generates; on any number of processes, goes on where it stopped."""
-    from polymodal.errors import PolymodalError
+    from polymodal.core.errors import PolymodalError
     from polymodal.evaluate import benchmarks
 
     answers = {"--metric": metric, "--max-new-tokens": max_new_tokens, "--system": system}

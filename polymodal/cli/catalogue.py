@@ -21,12 +21,12 @@ def models(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/models.md.")] = False,
 ) -> int:
     """The models: sizes, tasks, status, which parallelism each supports. With --for: which one, and the commands."""
-    from polymodal import shelf
+    from polymodal.tools import models_command
 
     if markdown:
-        print(shelf.page(), end="")
+        print(models_command.page(), end="")
         return 0
-    return shelf.main(name, wish, as_json)
+    return models_command.main(name, wish, as_json)
 
 
 @command(app, "polymodal init qwen2.5-vl --task lora --size 7b --devices 8 -o recipe.yaml", panel="Begin")
@@ -40,7 +40,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> int:
     """Write a commented recipe with the recommended layout."""
-    from polymodal import init as writer
+    from polymodal.tools import init_recipe as writer
 
     return writer.main(model, task, size, devices, data, out, force)
 
@@ -61,6 +61,6 @@ def download(
 @command(app, "polymodal doctor", "polymodal doctor --env", panel="Begin")
 def doctor(env: Annotated[bool, typer.Option("--env", help="Only the table of environment variables.")] = False, as_json: AsJson = False) -> int:
     """Look at this machine before a run: devices, versions, backends, shared memory, ports, disk, limits, clock."""
-    from polymodal import doctor as room
+    from polymodal.tools import doctor as room
 
     return room.main(env, as_json)

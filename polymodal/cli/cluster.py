@@ -34,10 +34,10 @@ def plan(
     """
     from polymodal import recipe as recipes
     from polymodal.plan import command, planner
-    from polymodal.train import check
+    from polymodal.tools import preflight
 
     read = recipes.load(recipe, overrides or [])
-    asked = planner.question(world or check.needs(read), device, media, patches, rank, stage)
+    asked = planner.question(world or preflight.needs(read), device, media, patches, rank, stage)
     base = None if overrides else recipe
     return command.main(read, asked, as_json=as_json, html=html, search=search, out=out, base=base)
 
@@ -62,11 +62,11 @@ def launch(
     claim: Annotated[str, typer.Option(metavar="NAME", help="kubernetes: persistent volume claim, mounted as /data and worked in.")] = "",
 ) -> int:
     """Write what starts a run on a cluster: retries, logs, rendezvous, environment; submit it on request."""
-    from polymodal import cluster
     from polymodal import recipe as recipes
+    from polymodal.tools import job_scripts
 
-    wish = cluster.Wish(
+    wish = job_scripts.Wish(
         str(recipe), tuple(overrides or ()), nodes, nproc, min_nodes, restarts, tuple(option or ()), setup, image,
         tuple(host for host in hosts.split(",") if host), kind, namespace, claim,
     )
-    return cluster.main(way, recipes.load(recipe, overrides or []), wish, out, submit)
+    return job_scripts.main(way, recipes.load(recipe, overrides or []), wish, out, submit)

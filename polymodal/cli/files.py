@@ -28,7 +28,7 @@ def convert(
     missing: Annotated[str, typer.Option(help="Rows whose media are not there: skip, keep or fail.")] = "skip",
 ) -> int:
     """Rewrite a data file as MLLM JSON; text-only rows are kept, missing media counted and listed."""
-    from polymodal.data import convert as room
+    from polymodal.tools import data_convert as room
 
     one_of("--format", format, FORMATS)
     one_of("--missing", missing, ("skip", "keep", "fail"))
@@ -45,7 +45,7 @@ def check_data(
     as_json: AsJson = False,
 ) -> int:
     """Read every row and every media header; list what is broken, with its line. Needs no model."""
-    from polymodal.data import check as room
+    from polymodal.tools import data_check as room
 
     one_of("--format", format, FORMATS)
     return room.main(paths, media_dir=media_dir, format=format, limit=limit, as_json=as_json)
@@ -61,7 +61,7 @@ def show(
 ) -> int:
     """Render samples as the model meets them: tokens, label mask, pictures; one HTML page."""
     from polymodal import recipe as recipes
-    from polymodal.train import check as checks
+    from polymodal.tools import preflight as checks
 
     return checks.show(recipes.load(recipe, overrides or []), out, samples, seed)
 
@@ -73,7 +73,7 @@ def schema() -> int:
 
     from polymodal import recipe as recipes
 
-    print(json.dumps(recipes.schema(), indent=2))
+    print(json.dumps(recipes.json_schema(), indent=2))
     return 0
 
 
@@ -89,7 +89,7 @@ def show_recipe(recipe: RecipeFile, overrides: Overrides = None) -> int:
 @command(recipe_app, "polymodal recipe docs > docs/recipe.md")
 def docs() -> int:
     """The reference page of every key, as Markdown."""
-    from polymodal import recipe_reference
+    from polymodal.recipe import reference
 
-    print(recipe_reference.markdown(), end="")
+    print(reference.markdown(), end="")
     return 0

@@ -31,8 +31,8 @@ def encode(recipe: RecipeFile, overrides: Overrides = None, nproc: Processes = N
 
     The same command again makes only what is missing.
     """
-    from polymodal import device
     from polymodal import recipe as recipes
+    from polymodal.runtime import device
 
     read = recipes.load(recipe, overrides or [])
     device.apply_environment(read.device)

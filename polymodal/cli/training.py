@@ -27,20 +27,20 @@ def train(
 
     Joins when torchrun, SLURM or Kubernetes started it; starts local processes with --nproc (or NPUS_PER_NODE).
     """
-    from polymodal import device, launch, spawn
     from polymodal import recipe as recipes
     from polymodal.convert import recognise
+    from polymodal.runtime import device, launcher, process_group
 
     read = recipes.load(recipe, overrides or [])
     recognise.register()
     device.apply_environment(read.device)
-    if spawn.CHILD not in os.environ:
-        target = launch.place(launch.default_nproc(nproc, read.device.kind))
-        if isinstance(target, launch.Start) or target.rank == 0:
-            from polymodal.train import check as checks
+    if launcher.CHILD not in os.environ:
+        target = process_group.place(process_group.default_nproc(nproc, read.device.kind))
+        if isinstance(target, process_group.Start) or target.rank == 0:
+            from polymodal.tools import preflight as checks
 
-            checks.refuse(read, target.nproc * target.nodes if isinstance(target, launch.Start) else target.world)
-        if isinstance(target, launch.Place) and target.how == "alone" and (count := device.count(read.device.kind)) > 1:
+            checks.refuse(read, target.nproc * target.nodes if isinstance(target, process_group.Start) else target.world)
+        if isinstance(target, process_group.Place) and target.how == "alone" and (count := device.count(read.device.kind)) > 1:
             print(f"note: this node has {count} devices and one process trains; --nproc auto uses all", file=sys.stderr)
 
     def here() -> int:
@@ -62,7 +62,7 @@ def check(
     """Everything that train would refuse, and what it would do: samples, packs, steps, memory, disk. Trains nothing."""
     from polymodal import recipe as recipes
     from polymodal.convert import recognise
-    from polymodal.train import check as checks
+    from polymodal.tools import preflight as checks
 
     recognise.register()
     return checks.main(recipes.load(recipe, overrides or []), world, measure=data, as_json=as_json)
@@ -94,6 +94,6 @@ def profile(
     memory: Annotated[bool, typer.Option("--memory", help="Also write a memory snapshot.")] = False,
 ) -> int:
     """Trace a few steps of a live run; it starts at the run's next step. Traces open in Perfetto."""
-    from polymodal import live
+    from polymodal.tools import profile_request
 
-    return live.request_profile(run, steps, ranks, stacks=stacks, memory=memory)
+    return profile_request.request_profile(run, steps, ranks, stacks=stacks, memory=memory)

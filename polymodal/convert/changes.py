@@ -17,7 +17,7 @@ from polymodal.convert import reading, writing
 from polymodal.convert.engine import Opened, items_of, renamed, restricted, same_head
 from polymodal.convert.family import read_config
 from polymodal.convert.source import Box, Source, Union
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 
 
 def only(opened: Opened, prefix: str, what: str) -> Opened:

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from polymodal.convert import converters_diffusion, converters_sharded  # noqa: F401  (they add theirs)
     from polymodal.convert.converters import CONVERTERS
-    from polymodal.errors import PolymodalError
+    from polymodal.core.errors import PolymodalError
 
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)

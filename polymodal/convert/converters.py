@@ -134,7 +134,7 @@ class Understanding:
     _family: str = ""
 
     def _of(self) -> Family:
-        from polymodal.convert.shelf import family
+        from polymodal.convert.family_registry import family
 
         return family(self._family)
 
@@ -185,7 +185,7 @@ class Adapters(Understanding):
 
     def _table(self, options: Any, hub_prefix: str, new: bool) -> Any:
         from polymodal.convert import lora
-        from polymodal.errors import PolymodalError
+        from polymodal.core.errors import PolymodalError
 
         if not options.enable_canonical_hf_struct:
             raise PolymodalError(

@@ -57,7 +57,7 @@ class Generative:
     _variant: str = ""
 
     def _of(self) -> Family:
-        from polymodal.convert.shelf import family
+        from polymodal.convert.family_registry import family
 
         return family(self._family)
 
@@ -183,7 +183,7 @@ class Mergeable(Generative):
             lora_alpha: alpha of the adapters.
         """
         from polymodal.convert import engine, lora
-        from polymodal.errors import PolymodalError
+        from polymodal.core.errors import PolymodalError
 
         if not cfg.lora_path:
             raise PolymodalError(

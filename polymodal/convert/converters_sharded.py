@@ -40,7 +40,7 @@ class Sharded:
     _family: str = ""
 
     def _of(self) -> Family:
-        from polymodal.convert.shelf import family
+        from polymodal.convert.family_registry import family
 
         return family(self._family)
 
@@ -83,7 +83,7 @@ class Sharded:
     @writes
     def lora_hf_to_dcp(self, hf_dir: str, dcp_dir: str, *, how: Settings) -> None:
         """Adapter in peft's format -> DCP directory."""
-        from polymodal.convert.shelf import family
+        from polymodal.convert.family_registry import family
 
         hub_to_dcp(family("adapter-dcp"), "", Path(hf_dir), Path(dcp_dir), how)
 
@@ -103,7 +103,7 @@ class Sharded:
             lora_alpha: for adapter_config.json; the rank, when left out.
         """
         from polymodal.convert import engine, lora, output
-        from polymodal.convert.shelf import family
+        from polymodal.convert.family_registry import family
 
         opened = engine.dcp(family("adapter-dcp"), "", Path(lora_dcp_dir), None)
         content = lora.config(opened.source, lora_alpha, base_hf_dir, lora.PEFT)
@@ -267,7 +267,7 @@ class GenericDCPConverter:
 def _experts(directory: Path) -> Family:
     """Which of the models with experts a directory holds."""
     from polymodal.convert import engine
-    from polymodal.convert.shelf import family
+    from polymodal.convert.family_registry import family
 
     names = ("internvl3.5", "glm-4.5v", "qwen3-omni-moe")
     return engine.accepting(directory, [family(name) for name in names])

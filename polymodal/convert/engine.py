@@ -20,7 +20,7 @@ from polymodal.convert.source import Mapped, Place, Source, Union, invert
 from polymodal.convert.table import Table, forward, hub_shapes, match
 from polymodal.convert.tree import Parallel
 from polymodal.convert.writing import Item
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.models.slices import Stored
 
 # -------------------------------------------------------------------------------------------------------------- open

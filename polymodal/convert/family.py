@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from polymodal.convert.operations import Facts, Shape
 from polymodal.convert.table import Table
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from polymodal.convert.operations import WHOLE, Operation
 from polymodal.convert.source import Box, Held, Source, Union
 from polymodal.convert.table import Row, Table, row
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 
 PEFT = "base_model.model."
 NEW = (("model.language_model.", "model."), ("model.visual.", "visual."))

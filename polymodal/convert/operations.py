@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.models.slices import Stored
 
 Facts = Mapping[str, int]

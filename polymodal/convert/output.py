@@ -24,7 +24,7 @@ from polymodal.convert.source import Mapped, Source, Union
 from polymodal.convert.table import Table, cut_of
 from polymodal.convert.tree import Parallel
 from polymodal.convert.writing import Item, Spec
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.models.saving import appearing
 
 MARKER = "polymodal_convert.json"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from polymodal.convert import shelf
+from polymodal.convert import family_registry
 from polymodal.convert.family import Family
 from polymodal.convert.table import Table
 
@@ -67,7 +67,7 @@ def section(family: Family) -> str:
 
 def page() -> str:
     """The whole page."""
-    families = shelf.families().values()
+    families = family_registry.families().values()
     return (
         TEXT.read_text(encoding="utf-8") + "\n" + "\n".join(section(one) for one in families).rstrip() + "\n"
     )

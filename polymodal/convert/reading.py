@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from polymodal.convert.source import Flat, Place, dense
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.models.slices import Stored
 from polymodal.models.storage import STEMS, Files, dtype_of
 

@@ -15,13 +15,13 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from polymodal.convert import engine, pipeline, reading, shelf, tree, writing
+from polymodal.convert import engine, family_registry, pipeline, reading, tree, writing
 from polymodal.convert.engine import Opened
 from polymodal.convert.family import Family, read_config
 from polymodal.convert.options import Settings
 from polymodal.convert.source import Box, Source
 from polymodal.convert.table import Table, row
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.models import storage
 
 Kind = Literal["hf", "mm", "dcp"]
@@ -61,7 +61,9 @@ def architectures(hub: Path) -> list[str]:
 
 def families_of(hub: Path) -> list[Family]:
     """Families of trees that take a hub checkpoint, then those of DCP directories."""
-    return sorted(shelf.by_architecture(architectures(hub)), key=lambda family: family.kind == "dcp")
+    return sorted(
+        family_registry.by_architecture(architectures(hub)), key=lambda family: family.kind == "dcp"
+    )
 
 
 def tree_family(hub: Path) -> Family:
@@ -71,7 +73,7 @@ def tree_family(hub: Path) -> Family:
             return family
     raise PolymodalError(
         f"{hub / 'config.json'}: no converter knows trees of {' / '.join(architectures(hub)) or 'this model'}.",
-        f"There are tables for {', '.join(one.title for one in shelf.families().values() if one.architectures)}.",
+        f"There are tables for {', '.join(one.title for one in family_registry.families().values() if one.architectures)}.",
     )
 
 

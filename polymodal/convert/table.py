@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 from polymodal.convert.operations import RENAME, WHOLE, Cut, Facts, Operation, Shape
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.models.slices import Stored
 
 PLACEHOLDERS = {"n": r"\d+", "m": r"\d+", "e": r"\d+", "p": "weight|bias", "x": ".+"}

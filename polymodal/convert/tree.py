@@ -17,7 +17,7 @@ from polymodal.convert.reading import iterate, torch_file
 from polymodal.convert.reading import place as place_of
 from polymodal.convert.source import Copy, Flat, Mapped, Place, invert
 from polymodal.convert.table import Row, Table, Tower, fill, match
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.models.slices import Stored
 
 TRACKER = "latest_checkpointed_iteration.txt"

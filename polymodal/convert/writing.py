@@ -24,7 +24,7 @@ import torch
 
 from polymodal.convert import reading
 from polymodal.convert.source import Place, Source, dense, memory
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 
 SLAB = 512 << 10
 """Bytes that a thread holds of a tensor at a time: they stay in its processor's cache."""

@@ -14,10 +14,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Media, Message, Record
 from polymodal.data.files import IMAGE, VIDEO, Rows
 from polymodal.data.references import References, first, listed
-from polymodal.data.sample import Media, Message, Record
-from polymodal.errors import PolymodalError
 from polymodal.recipe import Attr
 
 MEDIA = ("path", "video", "image", "file", "file_name", "media_path", "videos", "images")

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import IGNORE, Measure, Media, MediaProcessor, Message, Record, Sample, Span
 from polymodal.data import media as files
 from polymodal.data.counting import TokenCounter, tokens_before
-from polymodal.data.sample import IGNORE, Measure, Media, MediaProcessor, Message, Record, Sample, Span
 from polymodal.data.template import Layout, Template
-from polymodal.errors import PolymodalError
 from polymodal.recipe import Data
 
 VERSION = 1  # of what tokens and labels mean here: part of the fingerprint

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Measure, Media, Record
 from polymodal.data import media
 from polymodal.data.captions import GIVEN
-from polymodal.data.sample import Measure, Media, Record
-from polymodal.errors import PolymodalError
 from polymodal.recipe import Clip
 
 NARROWEST = 4.0

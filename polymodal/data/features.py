@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Measure, Record
 from polymodal.data.captions import TAKEN
 from polymodal.data.files import JsonLines
-from polymodal.data.sample import Measure, Record
-from polymodal.errors import PolymodalError
 
 VERSION = 1
 MANIFEST, LIST, FOLDER, EMPTY = "manifest.json", "data.jsonl", "features", "empty.safetensors"

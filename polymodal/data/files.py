@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 
 CHUNK = 4 << 20  # bytes read at a time while scanning
 ROW_GROUPS = 256 << 20  # bytes of decompressed parquet row groups a process keeps

@@ -1,6 +1,6 @@
 """How a row becomes a Record: MLLM JSON, ShareGPT, LLaVA, Alpaca, OpenAI messages, plain text.
 
-Part of the data room: sees errors, recipe and data/sample.py; opens no file. All chat formats are one reader, for
+Part of the data room: sees errors, recipe and core/sample.py; opens no file. All chat formats are one reader, for
 they differ in names only: `<image>`, `<video>`, `<audio>` in a text stand for the next entry of the row's list of
 that kind, and their number must equal the list's length; when a row has media and not one placeholder of that
 kind, the media go to the start of the first user turn. Typed parts ({"type": "image", ...}) carry their own medium.
@@ -14,10 +14,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Media, Message, Record
 from polymodal.data.captions import caption_record, is_caption_row
 from polymodal.data.references import Kind, References, first, listed
-from polymodal.data.sample import Media, Message, Record
-from polymodal.errors import PolymodalError
 from polymodal.recipe import Attr
 
 KINDS: tuple[Kind, ...] = ("image", "video", "audio")

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Measure
 from polymodal.data.index_file import Problem, Progress, cache_directory, cache_places, lock, read, write
-from polymodal.data.sample import Measure
 from polymodal.data.workers import quiet_threads
-from polymodal.errors import PolymodalError
 from polymodal.recipe import Data
 
 VERSION = 2  # of the file's form: part of its key

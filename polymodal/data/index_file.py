@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.recipe import Data
 
 log = logging.getLogger("polymodal.data")

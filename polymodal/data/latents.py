@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Batch, Record
 from polymodal.data.clips import Clips
 from polymodal.data.features import Features
 from polymodal.data.loader import Notes, Task
 from polymodal.data.permute import key_of
-from polymodal.data.sample import Batch, Record
-from polymodal.errors import PolymodalError
 from polymodal.recipe import Data
 
 

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from typing import Any, NamedTuple
 
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Batch, Sample, hole, pack
 from polymodal.data.permute import key_of
-from polymodal.data.sample import Batch, Sample, hole, pack
 from polymodal.data.schedule import GlobalBatch, Position, Schedule
 from polymodal.data.workers import Inline, Pool
-from polymodal.errors import PolymodalError
 from polymodal.recipe import Data
 
 log = logging.getLogger("polymodal.data")

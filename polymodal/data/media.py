@@ -1,6 +1,6 @@
 """Pictures and videos: their size from the header alone, and their pixels.
 
-Part of the data room: sees errors, recipe and data/sample.py. Every call opens, reads and closes, so that a worker
+Part of the data room: sees errors, recipe and core/sample.py. Every call opens, reads and closes, so that a worker
 holds no decoder between samples. Faults are PolymodalErrors that name the file; who calls adds the row. Pictures
 are turned upright by EXIF, videos by their display matrix, transparency becomes white.
 """
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from polymodal.data.sample import Media
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Media
 from polymodal.recipe import Video
 
 Source = str | bytes

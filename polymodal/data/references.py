@@ -1,6 +1,6 @@
 """The media that a row names: paths, bytes, data: URLs, members of a tar, lists of frame images.
 
-Part of the data room: sees errors, recipe and data/sample.py. It decides where relative paths start; it opens nothing.
+Part of the data room: sees errors, recipe and core/sample.py. It decides where relative paths start; it opens nothing.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from polymodal.data.sample import Media
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Media
 from polymodal.recipe import Attr
 
 COLUMNS: dict[str, tuple[str, ...]] = {

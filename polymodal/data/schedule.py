@@ -32,10 +32,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Measure
 from polymodal.data.packing import cut_to_multiple, first_fit_decreasing, next_fit
 from polymodal.data.permute import key_of, permute, scramble
-from polymodal.data.sample import Measure
-from polymodal.errors import PolymodalError
 from polymodal.recipe import Data, Train
 
 _BATCHES_A_WINDOW = 8

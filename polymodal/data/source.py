@@ -15,11 +15,11 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Record
 from polymodal.data.captions import Captioned, Folder, listing
 from polymodal.data.files import OPENERS, Rows, open_rows
 from polymodal.data.formats import RowReader
-from polymodal.data.sample import Record
-from polymodal.errors import PolymodalError
 from polymodal.recipe import Attr, Dataset
 
 

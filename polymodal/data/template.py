@@ -1,6 +1,6 @@
 """A conversation as text by the checkpoint's own chat template, and where each message lies in that text.
 
-Part of the data room: sees errors and data/sample.py; renders with the tokenizer's `apply_chat_template` and never
+Part of the data room: sees errors and core/sample.py; renders with the tokenizer's `apply_chat_template` and never
 reads the template's code. A message's place is found by rendering the same conversation with marks in place of its
 texts: what lies between the marks is the template's own, whatever the template is.
 """
@@ -15,8 +15,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from polymodal.data.sample import Media, MediaProcessor, Message, Record
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Media, MediaProcessor, Message, Record
 
 OPEN, CLOSE = "\ue0f0", "\ue0f1"  # private characters around a mark's number
 _MARK = re.compile(f"{OPEN}(\\d+){CLOSE}")

@@ -1,6 +1,6 @@
 """Processes that make batches, and the way of a batch from there to here.
 
-Sees data/sample.py only; what is made is the business of the callable it is given. Own code in place of torch's
+Sees core/sample.py only; what is made is the business of the callable it is given. Own code in place of torch's
 DataLoader or a ProcessPoolExecutor, for four things a trainer needs: a task goes to whoever is idle (pictures differ
 a hundredfold in cost), the caller decides when it goes (byte budget), a dead process is known at once with its cause,
 and none outlives its parent: each has a socket of its own, whose end the other side sees.
@@ -28,8 +28,8 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from polymodal.data.sample import Batch
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Batch
 
 log = logging.getLogger("polymodal.data")
 Make = Callable[[Any], tuple[Batch, Any]]

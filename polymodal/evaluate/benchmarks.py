@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Message
 from polymodal.data.files import Delimited, open_rows
 from polymodal.data.formats import RowReader
-from polymodal.data.sample import Message
-from polymodal.errors import PolymodalError
 from polymodal.evaluate.metrics import as_list
 from polymodal.recipe import Attr
 

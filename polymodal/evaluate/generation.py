@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Media
 from polymodal.data import media
 from polymodal.data.files import open_rows
-from polymodal.data.sample import Media
-from polymodal.errors import PolymodalError
 from polymodal.evaluate import benchmarks, results
 from polymodal.evaluate.measures import Measured, Measures, files_of, frechet, is_video
 from polymodal.evaluate.results import Judged, Result

@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from polymodal.core.errors import PolymodalError
 from polymodal.data import media
 from polymodal.data.files import IMAGE, VIDEO
-from polymodal.errors import PolymodalError
 
 FRAMES = 16
 """Frames of a clip that models look at, evenly spread; motion is measured over all of them."""

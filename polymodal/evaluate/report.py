@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from polymodal.data.sample import Media
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Media
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--card:#f6f7f9;--line:#d9dde3;--text:#1b1f24;--dim:#626b77;--good:#137a3a;--bad:#b3261e;--half:#9a6700}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from polymodal import __version__
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.evaluate import report
 from polymodal.evaluate.store import replace_file
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.evaluate import benchmarks, results
 from polymodal.evaluate.benchmarks import Question, Questions
 from polymodal.evaluate.metrics import METRICS
@@ -175,7 +175,7 @@ def _answer(
     engine: Engine, questions: Questions, mine: list[int], sampling: Sampling, system: str | None, batch_size: int,
     likelihood: bool, store: Store, world: Ranks, count: int, done: int, progress: bool,
 ) -> None:  # fmt: skip
-    from polymodal.data.sample import Message
+    from polymodal.core.sample import Message
 
     def ask(i: int) -> Callable[[], tuple[Message, ...]]:
         def messages() -> tuple[Message, ...]:
@@ -279,9 +279,9 @@ def main(
     """
     from rich.console import Console
 
-    from polymodal import launch
     from polymodal import recipe as recipes
     from polymodal.generate.opening import open_engine
+    from polymodal.runtime import process_group
 
     facts = benchmarks.find(benchmark)
     sampling = Sampling(
@@ -289,7 +289,7 @@ def main(
     )
     where = Path(out) if out else Path("evaluations") / f"{Path(checkpoint.rstrip('/')).name}-{facts.name}"
     recipe = recipes.Recipe(model=recipes.Model(source=checkpoint), device=recipes.Device(kind=device))  # type: ignore[arg-type]
-    with launch.runtime(recipe) as rt:
+    with process_group.runtime(recipe) as rt:
         engine = open_engine(
             checkpoint, revision=revision, device=rt.device.torch, dtype=dtype, ema=ema, base=base
         )

@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 
 LAST_BARRIER = timedelta(days=7)
 """Ranks meet once, when all are done: a slow one may take long, and the launcher ends all when one dies."""

@@ -19,10 +19,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Media, Message
 from polymodal.data import media as decoders
 from polymodal.data.formats import RowReader
-from polymodal.data.sample import Media, Message
-from polymodal.errors import PolymodalError
 from polymodal.generate.engine import Answer, Engine, Sampling
 from polymodal.recipe import Attr
 
@@ -338,7 +338,7 @@ def main(
     again goes on after the rows that `out` has. Without prompt and json_file: a conversation in the terminal, or,
     when standard input is no terminal, its whole text as the prompt.
     """
-    from polymodal import device as devices
+    from polymodal.runtime import device as devices
 
     if json_file is not None and (prompt is not None or image or video):
         raise PolymodalError(

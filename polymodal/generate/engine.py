@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
 from polymodal import recipe as recipes
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Media, Message
 from polymodal.data import media as decoders
-from polymodal.data.sample import Media, Message
-from polymodal.errors import PolymodalError
 from polymodal.generate.sampling import Sampling
 
 __all__ = ["Answer", "Conversation", "Engine", "Sampling"]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from polymodal import __version__
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.generate.pipeline import Prompt, Settings, opened, suspicion
 
 SHEET = 32

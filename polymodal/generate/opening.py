@@ -1,7 +1,7 @@
 """Opens whatever holds a model for inference: hub checkpoints and exports, runs, single checkpoints, LoRA adapters.
 
 Hub formats are opened by the library itself, training's checkpoints by the house's own path (`assemble`), which
-export shares. Sees models, train/checkpoint.py, recipe and errors; the engine it hands out knows none of this.
+export shares. Sees models, distributed/checkpoint.py, recipe and errors; the engine it hands out knows none of this.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from polymodal import recipe as recipes
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.distributed import checkpoint as checkpoints
 from polymodal.generate.engine import Engine
 from polymodal.models import catalog, lora, weights
-from polymodal.models.card import Family
-from polymodal.train import checkpoint as checkpoints
+from polymodal.models.family import Family
 
 Kind = Literal["hub", "adapter", "run"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -294,7 +294,7 @@ def open_engine(
     if dtype != "auto" and dtype not in DTYPES:
         raise PolymodalError(f"dtype = {dtype} is not known.", f"Use auto, {', '.join(DTYPES)}.")
     if device is None:
-        from polymodal import device as devices
+        from polymodal.runtime import device as devices
 
         device = devices.find("auto", int(os.environ.get("LOCAL_RANK", "0"))).torch
     device = torch.device(device)

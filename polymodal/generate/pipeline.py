@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from polymodal import launch
 from polymodal import recipe as recipes
+from polymodal.core.errors import PolymodalError
 from polymodal.data.files import VIDEO
-from polymodal.errors import PolymodalError
+from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.generate import opening
 from polymodal.generate.opening import DTYPES, Assembled, assemble, fingerprint, kind_of
-from polymodal.launch import Runtime
 from polymodal.models import catalog, pipelines, weights
 from polymodal.models.lora import DIFFUSERS_STEM
-from polymodal.parallel.mesh import Mesh, ParallelSizes
+from polymodal.runtime import process_group
+from polymodal.runtime.process_group import Runtime
 
 MARKER = "polymodal_export.json"
 
@@ -231,7 +231,7 @@ def open_generator(
     if dtype != "auto" and dtype not in DTYPES:
         raise PolymodalError(f"dtype = {dtype} is not known.", f"Use auto, {', '.join(DTYPES)}.")
     if device is None:
-        from polymodal import device as devices
+        from polymodal.runtime import device as devices
 
         device = devices.find("auto", int(os.environ.get("LOCAL_RANK", "0"))).torch
     device = torch.device(device)
@@ -282,7 +282,7 @@ def cut_sequences(generator: Generator, mesh: Mesh, parallel: recipes.Parallel) 
     """
     from polymodal.models import library
     from polymodal.parallel import apply as layout
-    from polymodal.parallel import uniform
+    from polymodal.parallel import dit_context_parallel
     from polymodal.parallel.batches import context
 
     family = generator.family
@@ -293,7 +293,7 @@ def cut_sequences(generator: Generator, mesh: Mesh, parallel: recipes.Parallel) 
     for name in family.denoisers or (family.part,):
         model = getattr(generator.pipeline, name)
         if model is not None:
-            cut = uniform.apply(model, family.card, group)
+            cut = dit_context_parallel.apply(model, family.card, group)
             model.forward = cut.around(library.class_of(model).forward.__get__(model))
 
 
@@ -373,7 +373,7 @@ def opened(
     """
     recipe = recipes.Recipe(model=recipes.Model(source=checkpoint), device=recipes.Device(kind=device))  # type: ignore[arg-type]
     recipe.parallel.cp = cp
-    with launch.runtime(recipe) as rt:
+    with process_group.runtime(recipe) as rt:
         sizes = ParallelSizes.of(recipe.parallel, rt.world)
         generator = open_generator(checkpoint, device=rt.device.torch, **how)
         if cp > 1:

@@ -19,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 
 
 class Noise(LogitsProcessor):

@@ -1,18 +1,15 @@
-"""What a model is to the rest of the house: ModelCard (facts), Family (the few calls that differ), Output.
-
-Sees the ground floor only. A model's own file holds one ModelCard and, where a fact is not enough, a Family.
-"""
+"""The facts of a model: ModelCard, and the parts that its Family (family.py) hands around."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from polymodal.data.sample import Batch, Measure, MediaProcessor
+if TYPE_CHECKING:
+    from polymodal.models.family import Family
 
 Style = str
 """How a module is cut over ranks: a name known to parallel/tensor.py (STYLES)."""
@@ -152,94 +149,3 @@ class Dropped(nn.Module):
 
     def forward(self, first: Any = None, *args: Any, **kwargs: Any) -> Any:
         return first
-
-
-class Family:
-    """The calls that differ between families. One instance a run; holds the config and the card, no weights."""
-
-    layout: Literal["packed", "padded", "uniform"] = "packed"
-    line: str = ""  # what several cards have in common, as the directory of their recipes is called
-
-    def __init__(self, card: ModelCard, config: Any, source: str):
-        self.card = card
-        self.config = config
-        self.source = source
-
-    def build(self) -> Components:
-        """The model on the meta device, parameters float32, attention set to the house's own."""
-        raise NotImplementedError
-
-    def media_processor(self, data: Any) -> MediaProcessor:
-        """Knowledge of tokens and pixels; `data` is the recipe's data section."""
-        raise NotImplementedError
-
-    def cost(self, measure: Measure) -> float:
-        """Forward FLOPs of one sample on the whole model (x 3 for training); balance, MFU and plan share it."""
-        return sum(self.costs(measure).values())
-
-    def whole(self, model: nn.Module, batch: Batch) -> Output:
-        """The whole model on a batch, by its own forward. What `stage` cuts, unless a family cuts itself."""
-        raise NotImplementedError
-
-    def stage(self, model: nn.Module, carry: Any, batch: Batch) -> Any:
-        """One pipeline stage: carry (None on the first) -> carry, or Output on the last. Without a pipeline, all.
-
-        By default the model's own forward between the blocks that are here, as the card's chain says.
-        """
-        from polymodal.models import partial
-
-        return partial.stage(self, model, carry, batch)
-
-    def carry_spec(self, batch: Batch, before: Mapping[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
-        """What travels over a cut for such a batch: meta tensors in wire order.
-
-        before: how many blocks of each chain lie before the cut; dtype: of the activations. What the batch holds or
-        can tell need not travel: every stage has the batch. By default the stream and what the card's chain carries.
-        """
-        from polymodal.models import partial
-
-        return partial.carry_spec(self, batch, dtype)
-
-    def beside(self) -> dict[str, str]:
-        """Modules that lie in a pipeline stage with a certain block, as the config says: module -> block."""
-        return {}
-
-    def costs(self, measure: Measure) -> dict[str, float]:
-        """Forward FLOPs of one sample, by the module pattern that spends them; their sum is `cost`."""
-        raise NotImplementedError
-
-    def places(self, batch: Batch) -> Tensor:
-        """Where media features stand among the tokens of a batch: bool [1, T]."""
-        raise NotImplementedError
-
-    def media_parts(self, grid: Tensor) -> list[tuple[int, int, int]]:
-        """The smallest parts of media [M, 3] that the tower computes independently of each other, as grids in the
-        order of their patches."""
-        return [(t, h, w) for t, h, w in grid.tolist()]
-
-    def media_tokens(self, part: tuple[int, int, int]) -> int:
-        """Tokens of the text stream that features of such a part stand at."""
-        raise NotImplementedError
-
-    def example(self, measure: Measure) -> Batch:
-        """A micro-batch of one sample of these sizes, without data: what `plan` runs. Floating-point tensors are zeros."""
-        raise NotImplementedError
-
-    def balance(self, weight: float | None) -> dict[str, Any]:
-        """Arguments of the objective's router term: {} without experts; weight None = the checkpoint's own."""
-        text = getattr(self.config, "text_config", self.config)
-        chosen = getattr(text, "num_experts_per_tok", 0) if getattr(text, "num_experts", 0) else 0
-        if not chosen:
-            return {}
-        own = getattr(text, "router_aux_loss_coef", 0.0)
-        return {"aux_weight": own if weight is None else weight, "experts_per_token": chosen}
-
-    def routers(self) -> tuple[int, int]:
-        """Layers with experts, and experts of each; (0, 0) without any."""
-        text = getattr(self.config, "text_config", self.config)
-        experts = getattr(text, "num_experts", 0) or 0
-        return (text.num_hidden_layers, experts) if experts else (0, 0)
-
-    def generate(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Sampling, by the library's own model."""
-        raise NotImplementedError

@@ -19,8 +19,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from polymodal.errors import PolymodalError
-from polymodal.models.card import Family, ModelCard
+from polymodal.core.errors import PolymodalError
+from polymodal.models.card import ModelCard
+from polymodal.models.family import Family
 from polymodal.recipe import Model
 
 ROOMS = ("understanding", "generation", "omni", "audio")

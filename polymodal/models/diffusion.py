@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polymodal.data.sample import Batch, Measure
-from polymodal.errors import PolymodalError
-from polymodal.models.card import Components, Family, Output, Process
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Batch, Measure
+from polymodal.models.card import Components, Output, Process
+from polymodal.models.family import Family
 
 JOINT_BLOCKS = {
     "transformer_blocks.*.attn": "joint_attention",

@@ -13,13 +13,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from polymodal.data.sample import Batch
-from polymodal.models.card import Chain, Dropped, Family, Output
+from polymodal.core.sample import Batch
+from polymodal.models.card import Chain, Dropped, Output
+
+if TYPE_CHECKING:
+    from polymodal.models.family import Family
 
 HIDDEN = "hidden_states"
 """Name of the stream in a carry; of several, the one that the model's end takes."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 
 
 class _NoDraws(TorchFunctionMode):

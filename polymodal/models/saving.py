@@ -21,9 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.models import library
-from polymodal.models.card import Family
+from polymodal.models.family import Family
 from polymodal.models.library import Layout, plain
 from polymodal.models.slices import Stored
 from polymodal.models.storage import Files, ShardWriter

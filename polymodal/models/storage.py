@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 
 STEMS = ("model", "diffusion_pytorch_model")
 """Names under which transformers and diffusers look for weights."""

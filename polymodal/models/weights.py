@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.models import library
-from polymodal.models.card import Dropped, Family
+from polymodal.models.card import Dropped
+from polymodal.models.family import Family
 from polymodal.models.initial import Unknown, notes, play, stand_ins
 from polymodal.models.library import Layout, plain
 from polymodal.models.saving import gather, save

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from polymodal.data.sample import Batch
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Batch
 from polymodal.models.card import Output, Process
 from polymodal.recipe import Diffusion
 

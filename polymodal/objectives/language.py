@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from polymodal.data.sample import IGNORE, Batch
+from polymodal.core.sample import IGNORE, Batch
+from polymodal.distributed.router_loss import balance_loss, expert_choices, router_sums
 from polymodal.models.card import Output
-from polymodal.parallel.balance import balance_loss, expert_choices, router_sums
 
 Weighting = Literal["per_token", "per_sample", "per_micro_batch"]
 CHUNK_BYTES = 512 << 20

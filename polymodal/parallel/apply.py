@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.distributed import collectives
+from polymodal.distributed.context_parallel import ulysses_size
+from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models.card import Dropped, ModelCard
-from polymodal.parallel import cuts, expert, memory, ops, tensor, uniform
+from polymodal.parallel import dit_context_parallel, expert, memory, pipeline_split, tensor
 from polymodal.parallel.batches import attention_heads, context
-from polymodal.parallel.context import ulysses_size
-from polymodal.parallel.cuts import SCHEDULES, Kind
-from polymodal.parallel.mesh import Mesh, ParallelSizes
+from polymodal.parallel.pipeline_split import SCHEDULES, Kind
 from polymodal.recipe import Parallel, Recipe
 
 COMPUTE_DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "pure_bf16": torch.bfloat16}
@@ -124,7 +125,7 @@ def _contradictions(parallel: Parallel) -> list[PolymodalError]:
         cause = "parallel.offload of activations cannot see what compiled blocks save."
         reasons.append(PolymodalError(cause, "Leave it out, or set parallel.compile to false."))
     kind = SCHEDULES[parallel.pp_schedule] if parallel.pp > 1 else Kind()
-    if key := cuts.alone(parallel):
+    if key := pipeline_split.alone(parallel):
         cause = f"parallel.{key} says how stages are cut, but parallel.pp is 1."
         reasons.append(PolymodalError(cause, f"Set parallel.pp to the number of stages, or leave {key} out."))
     if parallel.zero_stage < 3 and parallel.reshard_after_forward and not kind.gathers:
@@ -197,7 +198,7 @@ def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.M
     if mesh.sizes.cp > 1 and card.sequence_plan:
         group = context(mesh, getattr(model, "config", None), parallel)
         assert group is not None
-        cut = uniform.apply(model, card, group)
+        cut = dit_context_parallel.apply(model, card, group)
     if parallel.compile:
         import torch._dynamo
 
@@ -211,7 +212,7 @@ def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.M
             torch._dynamo.config.recompile_limit = max(limit, 8 * len(blocks))
     if cut is not None and mesh.sizes.pp > 1:
         for block in blocks.values():
-            uniform.remember(block, cut)
+            dit_context_parallel.remember(block, cut)
     offload = "activations" in parallel.offload
     if parallel.recompute != "none":
         chosen = recomputed(model, card, parallel, blocks)
@@ -330,7 +331,7 @@ class _ReduceScatter:
         op: Any,
         async_op: bool = False,
     ) -> None:
-        output_tensor.copy_(ops.reduce_scatter(input_tensor, group))
+        output_tensor.copy_(collectives.reduce_scatter(input_tensor, group))
 
 
 def _cast_activations(dtype: torch.dtype) -> Any:

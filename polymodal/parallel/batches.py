@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from polymodal.data.sample import IGNORE, Batch, Measure
-from polymodal.models.card import Family
-from polymodal.parallel import attention, media
-from polymodal.parallel.context import Context, ulysses_size
-from polymodal.parallel.mesh import Mesh
+from polymodal.core.sample import IGNORE, Batch, Measure
+from polymodal.distributed import attention
+from polymodal.distributed.context_parallel import Context, ulysses_size
+from polymodal.distributed.mesh import Mesh
+from polymodal.models.family import Family
+from polymodal.parallel import media
 from polymodal.recipe import Parallel
 
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.distributed import collectives
+from polymodal.distributed.mesh import ParallelSizes
 from polymodal.models.card import ModelCard
-from polymodal.parallel import adapters, ops
-from polymodal.parallel.mesh import ParallelSizes
+from polymodal.parallel import adapters
 from polymodal.parallel.sequence import Stream
 from polymodal.parallel.styles import on_first, pattern_of, see_local
 
@@ -151,7 +152,7 @@ def own_rows(
         def router(*args: Any, **kwargs: Any) -> Any:
             logits, *choice = forward(*args, **kwargs)
             mine = logits.view(*rows["shape"], logits.shape[-1])
-            whole = ops.gather_sequence(mine, stream.length, group, partial=False)
+            whole = collectives.gather_sequence(mine, stream.length, group, partial=False)
             return (whole.flatten(0, -2), *choice)
 
         return router

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from polymodal.errors import PolymodalError
-from polymodal.parallel import ops
+from polymodal.core.errors import PolymodalError
+from polymodal.distributed import collectives
 from polymodal.parallel.styles import see_local
 
 LINEAR = ("colwise", "fused_colwise", "rowwise", "joined_colwise", "joined_rowwise")
@@ -131,7 +131,7 @@ class Linears:
         self, module: nn.Module, parts: list[int], keys: tuple[str, ...], columns: bool = False
     ) -> None:
         """Before the forward: the natural cut of fused rows (or columns) becomes a cut of each part (an exchange)."""
-        order, sent, received = ops.fused_exchange(parts, self.size, self.rank)
+        order, sent, received = collectives.fused_exchange(parts, self.size, self.rank)
         index: dict[torch.device, Tensor] = {}
         forward = module.forward
 
@@ -142,7 +142,7 @@ class Linears:
                 if value is not None:
                     if value.device not in index:
                         index[value.device] = torch.tensor(order, device=value.device)
-                    value = ops.exchange_rows(
+                    value = collectives.exchange_rows(
                         value.t() if columns else value, index[value.device], sent, received, self.group
                     )
                     module.__dict__[key] = value.t() if columns else value

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from polymodal.parallel import ops
+from polymodal.distributed import collectives
 
 Grid = tuple[int, int, int]
 """Time, height and width of a part of the media, in patches."""
@@ -98,7 +98,7 @@ class Exchange:
         graph, so that every rank meets the others in the backward pass too."""
         features = features[: len(self.features_order)]
         order, place = self.features_order.to(features.device), self.features_place.to(features.device)
-        came = ops.exchange_rows(features, order, list(self.features_sent), list(self.features_received), self.group)  # fmt: skip
+        came = collectives.exchange_rows(features, order, list(self.features_sent), list(self.features_received), self.group)  # fmt: skip
         return came[place]
 
 

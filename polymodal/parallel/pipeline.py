@@ -17,10 +17,11 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 from torch.distributed.tensor import DTensor
 
-from polymodal.data.sample import Batch
-from polymodal.models.card import Family, Output
-from polymodal.parallel.cuts import SCHEDULES, micro_batches_fit
-from polymodal.parallel.mesh import Mesh
+from polymodal.core.sample import Batch
+from polymodal.distributed.mesh import Mesh
+from polymodal.models.card import Output
+from polymodal.models.family import Family
+from polymodal.parallel.pipeline_split import SCHEDULES, micro_batches_fit
 from polymodal.parallel.stages import Part, Stage
 
 FORWARD_ACTIONS = ("FORWARD", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")

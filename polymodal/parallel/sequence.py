@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from polymodal.parallel import ops
+from polymodal.distributed import collectives
 
 HIDDEN = "hidden_states"
 """The stream of a tower that has one; of diffusion transformers the latents' rows."""
@@ -43,20 +43,20 @@ class Stream:
     def cut(self, hidden: Tensor, name: str = HIDDEN) -> Tensor:
         """Whole [..., T, D] -> what a rank carries from block to block."""
         self.lengths[name] = hidden.shape[-2]
-        return ops.cut_sequence(hidden, self.group) if self.sequence else hidden
+        return collectives.cut_sequence(hidden, self.group) if self.sequence else hidden
 
     def enter(self, hidden: Tensor, name: str = HIDDEN) -> Tensor:
         """Stream -> whole input of a region, whose gradients are partial."""
         if self.sequence:
-            return ops.gather_sequence(hidden, self.lengths[name], self.group, partial=True)
-        return ops.copy_to_region(hidden, self.group)
+            return collectives.gather_sequence(hidden, self.lengths[name], self.group, partial=True)
+        return collectives.copy_to_region(hidden, self.group)
 
     def enter_rows(self, hidden: Tensor) -> Tensor:
         """As `enter`, for a region that looks at rows one by one: of any stream, in any order, fillers among them."""
         if self.sequence:
             rows = hidden.shape[-2] * self.group.size()
-            return ops.gather_sequence(hidden, rows, self.group, partial=True)
-        return ops.copy_to_region(hidden, self.group)
+            return collectives.gather_sequence(hidden, rows, self.group, partial=True)
+        return collectives.copy_to_region(hidden, self.group)
 
     def enter_joined(self, hidden: Tensor) -> Tensor:
         """As `enter`, for all streams joined along their rows: what comes out is whole stream after whole stream."""
@@ -66,15 +66,15 @@ class Stream:
     def leave_joined(self, partial: Tensor) -> Tensor:
         """The way back: joined whole streams, partial -> this rank's rows of each, joined."""
         if not self.sequence:
-            return ops.reduce_from_region(partial, self.group)
+            return collectives.reduce_from_region(partial, self.group)
         rows = sum(self._rows().values()) * self.group.size()
         spread = partial.new_zeros(*partial.shape[:-2], rows, partial.shape[-1])
         spread = spread.index_copy(-2, self._joined(partial.device), partial)
-        return ops.reduce_scatter_sequence(spread, self.group)
+        return collectives.reduce_scatter_sequence(spread, self.group)
 
     def _rows(self) -> dict[str, int]:
         """Rows of each stream on a rank."""
-        return {name: ops.rows_per_rank(self.lengths[name], self.group.size()) for name in self.names}
+        return {name: collectives.rows_per_rank(self.lengths[name], self.group.size()) for name in self.names}
 
     def _joined(self, device: torch.device) -> Tensor:
         """Where the rows of whole joined streams lie among those gathered from ranks, each of which joined its own."""
@@ -89,21 +89,25 @@ class Stream:
     def leave(self, partial: Tensor) -> Tensor:
         """Partial output of a region -> stream."""
         if self.sequence:
-            return ops.reduce_scatter_sequence(partial, self.group)
-        return ops.reduce_from_region(partial, self.group)
+            return collectives.reduce_scatter_sequence(partial, self.group)
+        return collectives.reduce_from_region(partial, self.group)
 
     def own(self, hidden: Tensor) -> Tensor:
         """Stream -> this rank's rows [..., ceil(T / size), D]; a region on them has whole gradients of these rows."""
-        return hidden if self.sequence else ops.cut_sequence(hidden, self.group)
+        return hidden if self.sequence else collectives.cut_sequence(hidden, self.group)
 
     def together(self, rows: Tensor) -> Tensor:
         """This rank's rows -> stream."""
-        return rows if self.sequence else ops.gather_sequence(rows, self.length, self.group, partial=False)
+        return (
+            rows
+            if self.sequence
+            else collectives.gather_sequence(rows, self.length, self.group, partial=False)
+        )
 
     def gather(self, hidden: Tensor, name: str = HIDDEN) -> Tensor:
         """Stream -> whole, for what is computed alike on every rank."""
         if self.sequence:
-            return ops.gather_sequence(hidden, self.lengths[name], self.group, partial=False)
+            return collectives.gather_sequence(hidden, self.lengths[name], self.group, partial=False)
         return hidden
 
     def modulation(self, value: Tensor) -> Tensor:
@@ -114,14 +118,14 @@ class Stream:
         if not self.sequence:
             return value
         if value.ndim > 3:  # a timestep a token
-            return ops.cut_sequence(value.flatten(2), self.group).unflatten(-1, value.shape[2:])
-        return ops.copy_to_region(value, self.group)
+            return collectives.cut_sequence(value.flatten(2), self.group).unflatten(-1, value.shape[2:])
+        return collectives.copy_to_region(value, self.group)
 
     def leading(self, count: int) -> int:
         """Of so many rows at the beginning of the whole main stream, those that this rank holds."""
         if not self.sequence:
             return count
-        rows = ops.rows_per_rank(self.length, self.group.size())
+        rows = collectives.rows_per_rank(self.length, self.group.size())
         return min(max(count - rows * self.group.rank(), 0), rows)
 
     def note(self, lengths: Mapping[str, int]) -> None:
@@ -137,11 +141,14 @@ class Stream:
         mask, features = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
         if not self.sequence or mask is None or features is None:
             return kwargs
-        count = ops.rows_per_rank(mask.shape[-1], self.group.size())
+        count = collectives.rows_per_rank(mask.shape[-1], self.group.size())
         start = count * self.group.rank()
         place = mask[0].nonzero()[:, 0]
         mine = (place >= start) & (place < start + count)
         own = mask.new_zeros(1, count)
         own[0, place[mine] - start] = True
-        cut = [None if level is None else ops.copy_to_region(level, self.group)[mine] for level in features]
+        cut = [
+            None if level is None else collectives.copy_to_region(level, self.group)[mine]
+            for level in features
+        ]
         return {**kwargs, "visual_pos_masks": own, "deepstack_visual_embeds": cut}

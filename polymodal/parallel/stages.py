@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from polymodal.data.sample import Measure
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Measure
 from polymodal.models import partial
-from polymodal.models.card import Dropped, Family, ModelCard
-from polymodal.parallel.cuts import Counts, counts, home, rounds
+from polymodal.models.card import Dropped, ModelCard
+from polymodal.models.family import Family
+from polymodal.parallel.pipeline_split import Counts, counts, home, rounds
 from polymodal.recipe import Parallel
 
 

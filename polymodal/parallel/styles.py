@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.models.card import Dropped, ModelCard
 
 STYLES = {

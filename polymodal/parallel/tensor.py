@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.distributed import collectives
 from polymodal.models.card import Dropped, ModelCard
 from polymodal.models.partial import on_argument
-from polymodal.parallel import adapters, expert, ops
+from polymodal.parallel import adapters, expert
 from polymodal.parallel.linears import LINEAR, Linears
 from polymodal.parallel.sequence import Stream
 from polymodal.parallel.styles import STYLES, on_first, resolve
@@ -92,10 +93,10 @@ class _Layout(Linears):
         enter = {"feed_forward": stream.enter_rows, "joined_heads": stream.enter_joined}.get(style, stream.enter)  # fmt: skip
 
         def context(hidden: Tensor) -> Tensor:
-            return stream.enter(hidden, CONTEXT) if joint else ops.copy_to_region(hidden, self.group)
+            return stream.enter(hidden, CONTEXT) if joint else collectives.copy_to_region(hidden, self.group)
 
         def leave(out: Tensor) -> Tensor:
-            return ops.reduce_from_region(out, self.group) if style == "merger" else stream.leave(out)
+            return collectives.reduce_from_region(out, self.group) if style == "merger" else stream.leave(out)
 
         @wraps(forward)
         def region(*args: Any, **kwargs: Any) -> Any:
@@ -130,7 +131,7 @@ class _Layout(Linears):
             )
         self.divisible(name, "features", len(weight))
         self.done.add(name)
-        module.forward = lambda hidden: ops.rms_norm_across(
+        module.forward = lambda hidden: collectives.rms_norm_across(
             hidden, module.__dict__["weight"], eps, self.group
         )
         self.local(module, {"weight": Shard(0)}, {})
@@ -223,7 +224,7 @@ class _Layout(Linears):
         self.place(module, "weight", Shard(0))
 
         def forward(ids: Tensor) -> Tensor:
-            return ops.embed(ids, module._parameters["weight"].to_local(), rows, padding, self.group)
+            return collectives.embed(ids, module._parameters["weight"].to_local(), rows, padding, self.group)
 
         module.forward = forward
 
@@ -241,7 +242,9 @@ class _Layout(Linears):
 
         @wraps(forward)
         def head(hidden: Tensor) -> Tensor:
-            return ops.gather_last(forward(ops.copy_to_region(hidden, self.group)), self.group)
+            return collectives.gather_last(
+                forward(collectives.copy_to_region(hidden, self.group)), self.group
+            )
 
         module.forward = head
 
@@ -298,7 +301,7 @@ class _Layout(Linears):
         def router(*args: Any, **kwargs: Any) -> Any:
             out = forward(*args, **kwargs)
             # The balance loss is computed alike on every rank: its gradient is whole, this region's are partial.
-            return (ops.scale_gradient(out[0], 1 / self.size), *out[1:])
+            return (collectives.scale_gradient(out[0], 1 / self.size), *out[1:])
 
         module.forward = router
 

@@ -9,14 +9,14 @@ import json
 import sys
 from pathlib import Path
 
-from polymodal import machine
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.plan import page
 from polymodal.plan import search as searching
 from polymodal.plan.planner import Question, family_of, plan
 from polymodal.plan.predict import Prediction
 from polymodal.plan.tracker import KINDS
 from polymodal.recipe import Recipe
+from polymodal.runtime import host
 
 
 def text(made: Prediction) -> str:
@@ -50,7 +50,7 @@ def text(made: Prediction) -> str:
         )
     verdict = "fits" if made.fits else "does NOT fit"
     lines += [
-        f"  {verdict}: {machine.size(made.peak)} of {machine.size(made.room)} that {accelerator.name} can hand out",
+        f"  {verdict}: {host.size(made.peak)} of {host.size(made.room)} that {accelerator.name} can hand out",
         "",
         "collectives of a micro-batch (stage, axes, kind, direction: calls, GiB)",
     ]

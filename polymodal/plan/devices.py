@@ -8,8 +8,8 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from polymodal import device
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.runtime import device
 
 GIB = 2**30
 

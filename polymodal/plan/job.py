@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Batch, Measure
 from polymodal.data.clips import Clips
-from polymodal.data.sample import Batch, Measure
-from polymodal.errors import PolymodalError
+from polymodal.distributed.mesh import Mesh
 from polymodal.models import pipelines, weights
-from polymodal.models.card import Family
+from polymodal.models.family import Family
 from polymodal.parallel.batches import BatchLayout
-from polymodal.parallel.mesh import Mesh
+from polymodal.plan import estimate
 from polymodal.recipe import Recipe
-from polymodal.train import estimate, optim
-from polymodal.train.model import LaidOut
+from polymodal.train import optim
+from polymodal.train.parallel_model import LaidOut
 from polymodal.train.step import Tally, forward_backward
 from polymodal.train.tasks import dtype_of, task_of
 

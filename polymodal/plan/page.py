@@ -9,7 +9,7 @@ import os
 from html import escape
 from pathlib import Path
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.plan.predict import Prediction, Stage
 from polymodal.plan.timeline import Timeline
 from polymodal.plan.tracker import KINDS

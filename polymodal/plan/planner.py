@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.distributed.mesh import ParallelSizes
 from polymodal.models import catalog
-from polymodal.models.card import Family
+from polymodal.models.family import Family
 from polymodal.parallel import apply as layout
-from polymodal.parallel import cuts
-from polymodal.parallel.mesh import ParallelSizes
+from polymodal.parallel import pipeline_split
 from polymodal.plan import devices
 from polymodal.plan.devices import Accelerator
 from polymodal.plan.job import Load
@@ -60,7 +60,7 @@ def ranks_of(sizes: ParallelSizes, question: Question) -> list[int]:
 
 def under_way(recipe: Recipe, sizes: ParallelSizes, packed: bool) -> int:
     """Micro-batches that are traced: enough for a step's highest moment, few enough to be quick."""
-    count, stages = per_rank(recipe, sizes, packed), sizes.pp * cuts.rounds(recipe.parallel)
+    count, stages = per_rank(recipe, sizes, packed), sizes.pp * pipeline_split.rounds(recipe.parallel)
     if sizes.pp == 1:
         return min(2, count)
     if recipe.parallel.pp_schedule == "GPipe":
@@ -70,7 +70,7 @@ def under_way(recipe: Recipe, sizes: ParallelSizes, packed: bool) -> int:
         (
             n
             for n in range(min(least, count), count + 1)
-            if cuts.micro_batches_fit(recipe.parallel.pp_schedule, sizes.pp, n)
+            if pipeline_split.micro_batches_fit(recipe.parallel.pp_schedule, sizes.pp, n)
         ),
         count,
     )
@@ -87,7 +87,7 @@ def plan(recipe: Recipe, family: Family, question: Question, progress: bool = Fa
         recipe = recipe.model_copy(update={"parallel": parallel})
     load, packed = Load.of(recipe, family, question.media, question.patches), packs(recipe, family)
     load.batch(family)
-    cuts.check_micro_batches(recipe.parallel, recipe.train, packed, sizes.dp)
+    pipeline_split.check_micro_batches(recipe.parallel, recipe.train, packed, sizes.dp)
     count = under_way(recipe, sizes, packed)
     traces = []
     for rank in ranks_of(sizes, question):

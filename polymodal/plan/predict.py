@@ -10,14 +10,14 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from polymodal.machine import size as sized
-from polymodal.models.card import Family
-from polymodal.parallel.mesh import ParallelSizes
+from polymodal.distributed.mesh import ParallelSizes
+from polymodal.models.family import Family
 from polymodal.plan import devices
 from polymodal.plan.devices import Accelerator
 from polymodal.plan.timeline import Timeline, play, stages_of
 from polymodal.plan.trace import Trace
 from polymodal.recipe import Recipe
+from polymodal.runtime.host import size as sized
 
 SHARDING = {"dp_replicate", "dp_shard", "cp"}
 """Mesh axes of FSDP2's groups: their gathers and reductions run beside the arithmetic of another block."""

@@ -17,19 +17,19 @@ from typing import Any
 
 import yaml
 
-from polymodal import machine, recipe
-from polymodal.errors import PolymodalError
+from polymodal import recipe
+from polymodal.core.errors import PolymodalError
+from polymodal.distributed.mesh import ParallelSizes
 from polymodal.models import partial
-from polymodal.models.card import Family
+from polymodal.models.family import Family
 from polymodal.parallel import apply as layout
-from polymodal.parallel import cuts
-from polymodal.parallel.mesh import ParallelSizes
-from polymodal.plan import devices, page, planner
+from polymodal.parallel import pipeline_split
+from polymodal.plan import devices, estimate, page, planner
 from polymodal.plan.job import Load
 from polymodal.plan.planner import Question
 from polymodal.plan.predict import Prediction, packs, per_rank
 from polymodal.recipe import Recipe
-from polymodal.train import estimate
+from polymodal.runtime import host
 
 RECOMPUTE = ("none", "selective", "full")
 AGAIN = {"none": 3.0, "selective": 3.15, "full": 4.0}
@@ -116,7 +116,7 @@ def candidates(made: Recipe, family: Family, question: Question) -> Iterator[tup
     pipeline that keeps parameters whole over a step, with gradients whole too (zero 1) and sharded (zero 2)."""
     packed = packs(made, family)
     micro = [1] if packed else [m for m in (1, 2, 4, 8) if m <= made.train.global_batch_size]
-    chains, rounds = family.card.pipeline.values(), cuts.rounds(made.parallel)
+    chains, rounds = family.card.pipeline.values(), pipeline_split.rounds(made.parallel)
     model = family.build().trained
     depth = sum(len(partial.blocks(model, chain)) for chain in chains)
     for sizes in layouts(made, question, bool(family.balance(None))):
@@ -128,7 +128,7 @@ def candidates(made: Recipe, family: Family, question: Question) -> Iterator[tup
             changes["pp_layers"] = "auto"
         if not piped:
             changes["pp_virtual"] = None
-        sharded = piped and not cuts.SCHEDULES[made.parallel.pp_schedule].gathers
+        sharded = piped and not pipeline_split.SCHEDULES[made.parallel.pp_schedule].gathers
         for zero in (1, 2) if sharded else (None,) if piped else (made.parallel.zero,):
             for recompute in RECOMPUTE:
                 chosen = made.parallel.model_copy(update={**changes, "zero": zero, "recompute": recompute})
@@ -137,7 +137,9 @@ def candidates(made: Recipe, family: Family, question: Question) -> Iterator[tup
                 for size in micro:
                     train = made.train.model_copy(update={"micro_batch_size": size})
                     one = made.model_copy(update={"parallel": chosen, "train": train})
-                    if cuts.micro_batches_fit(chosen.pp_schedule, sizes.pp, per_rank(one, sizes, packed)):
+                    if pipeline_split.micro_batches_fit(
+                        chosen.pp_schedule, sizes.pp, per_rank(one, sizes, packed)
+                    ):
                         yield one, sizes
 
 
@@ -212,7 +214,7 @@ def seconds(
     exposed += 2 * ring("send", stream / sizes.tp, sizes.pp, sizes.world // sizes.pp, 1)
     once = fsdp if made.parallel.zero_stage == 1 else 0.0  # a step, not a micro-batch
     each = compute + exposed + max(0.0, fsdp - once - compute)
-    bubble = (sizes.pp - 1) / cuts.rounds(made.parallel) if sizes.pp > 1 else 0.0
+    bubble = (sizes.pp - 1) / pipeline_split.rounds(made.parallel) if sizes.pp > 1 else 0.0
     replicas = ring(
         "all_reduce", sharded * 4 / sizes.dp_shard, sizes.dp_replicate, stride * sizes.dp_shard * sizes.cp, 1
     )
@@ -282,7 +284,7 @@ def rank(made: Recipe, family: Family, question: Question, say: Any = lambda tex
         if not confirmed:
             needed = least.traced.peak if least.traced else 0
             raise PolymodalError(
-                f"No layout of {question.world} x {question.accelerator.name} holds this run: the smallest needs about {machine.size(needed)} a device of {machine.size(room)} ({least.name}).",
+                f"No layout of {question.world} x {question.accelerator.name} holds this run: the smallest needs about {host.size(needed)} a device of {host.size(room)} ({least.name}).",
                 "Use more devices, a shorter data.pack_length, or model.lora.",
             )
     confirmed.sort(key=lambda candidate: candidate.traced.step if candidate.traced else math.inf)

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
-from polymodal.errors import PolymodalError
-from polymodal.train.estimate import pretended_group
+from polymodal.core.errors import PolymodalError
+from polymodal.plan.estimate import pretended_group
 
 NAMES = {"F": "forward", "B": "backward", "I": "input", "W": "weight"}
 """Letters of torch's actions; `input` and `weight` are the two halves of a backward that zero-bubble schedules part."""

@@ -24,19 +24,19 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.pipelining.schedules import _PipelineSchedule
 
-from polymodal import device as devices
-from polymodal import fused_attention
-from polymodal.data.sample import Batch
-from polymodal.models.card import Family
+from polymodal.core.sample import Batch
+from polymodal.distributed import flash_kernels
+from polymodal.distributed.mesh import AXES, Mesh, ParallelSizes
+from polymodal.models.family import Family
 from polymodal.objectives import language
 from polymodal.parallel import apply as layout
 from polymodal.parallel import media, memory
-from polymodal.parallel.mesh import AXES, Mesh, ParallelSizes
+from polymodal.plan.estimate import pretended_group
 from polymodal.plan.job import Job, Load
 from polymodal.plan.tracker import Sent, Tracker, Usage
 from polymodal.recipe import Recipe
+from polymodal.runtime import device as devices
 from polymodal.train import optim
-from polymodal.train.estimate import pretended_group
 
 CPU = "cpu"
 
@@ -146,7 +146,7 @@ def _paths_of(kind: str, family: Family, cp: int) -> Iterator[None]:
 
     What ranks tell one another on the host about their pictures is made up here, where there is one rank.
     """
-    kept = devices.packed_attention, fused_attention.kernel, dist.get_backend, media.gather
+    kept = devices.packed_attention, flash_kernels.kernel, dist.get_backend, media.gather
     blocks = dict(language.BLOCK_ELEMENTS)
     pretended, warm_up = dist.get_backend, _PipelineSchedule._warmup_p2p
 
@@ -162,19 +162,19 @@ def _paths_of(kind: str, family: Family, cp: int) -> Iterator[None]:
         dist.get_backend = lambda group=None: "gloo"
         _PipelineSchedule._warmup_p2p = alone  # type: ignore[method-assign, assignment]
     else:
-        flash = fused_attention.Kernel(fused_attention._flash_forward, fused_attention._flash_backward)
+        flash = flash_kernels.Kernel(flash_kernels._flash_forward, flash_kernels._flash_backward)
         language.BLOCK_ELEMENTS.clear()
 
         def for_half(kernel: Any, kind: str, dtype: torch.dtype, head_dim: int) -> Any:
             return kernel if dtype in HALF and head_dim <= 256 else None
 
         devices.packed_attention = partial(for_half, _kernel)  # type: ignore[assignment]
-        fused_attention.kernel = partial(for_half, flash)  # type: ignore[assignment]
+        flash_kernels.kernel = partial(for_half, flash)  # type: ignore[assignment]
     media.gather = lambda wishes, group: _everyone(wishes, group, family, cp)
     try:
         yield
     finally:
-        devices.packed_attention, fused_attention.kernel, dist.get_backend, media.gather = kept
+        devices.packed_attention, flash_kernels.kernel, dist.get_backend, media.gather = kept
         _PipelineSchedule._warmup_p2p = warm_up  # type: ignore[method-assign]
         language.BLOCK_ELEMENTS.update(blocks)
 

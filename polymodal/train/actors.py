@@ -1,6 +1,6 @@
 """Who takes part in a step besides the model that is trained: the frozen encoders of a generating model.
 
-Sees models, the mesh and data/sample.py. An actor is asked by an objective's `prepare`, before the forward pass and without
+Sees models, the mesh and core/sample.py. An actor is asked by an objective's `prepare`, before the forward pass and without
 gradients.
 """
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
-from polymodal.data.sample import Batch
+from polymodal.core.sample import Batch
+from polymodal.distributed.mesh import Mesh
 from polymodal.models import library, pipelines
-from polymodal.parallel.mesh import Mesh
 
 
 def shard(model: PreTrainedModel, mesh: Mesh) -> None:

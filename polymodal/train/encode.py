@@ -22,13 +22,13 @@ from torch import Tensor
 
 from polymodal import __version__
 from polymodal import recipe as recipes
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Measure, Record
 from polymodal.data import features as store
 from polymodal.data.clips import Clips
-from polymodal.data.sample import Measure, Record
 from polymodal.data.source import Corpus, open_corpus
-from polymodal.errors import PolymodalError
-from polymodal.launch import runtime
 from polymodal.models import catalog
+from polymodal.runtime.process_group import runtime
 from polymodal.train import prior
 from polymodal.train.actors import Encoders
 from polymodal.train.tasks import Section, captioned, dtype_of, features_directory, wanted_settings

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from polymodal import __version__
 from polymodal import recipe as recipes
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Media, Message, Record, pack
 from polymodal.data.chat import ChatProcessor
-from polymodal.data.sample import Media, Message, Record, pack
-from polymodal.errors import PolymodalError
 from polymodal.generate.engine import Engine
 from polymodal.generate.opening import (
     DTYPES,

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from polymodal import recipe as recipes
-from polymodal.data.sample import Batch
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Batch
 from polymodal.generate.opening import Assembled
 from polymodal.generate.pipeline import base_of, other_denoiser, put_on
 from polymodal.models import catalog, lora, pipelines, weights

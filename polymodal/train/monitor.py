@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from polymodal.device import DeviceInfo
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.recipe import LossGuard, Monitor, Profile
+from polymodal.runtime.device import DeviceInfo
 
 
 class Metrics:

@@ -15,10 +15,10 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from polymodal.core.errors import PolymodalError
 from polymodal.data.captions import Folder
 from polymodal.data.clips import Clips
 from polymodal.data.features import differences, write_json
-from polymodal.errors import PolymodalError
 from polymodal.recipe import Dataset, Recipe
 
 MADE = "made"

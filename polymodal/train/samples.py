@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from polymodal import report
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.distributed.mesh import Mesh
+from polymodal.evaluate import run_page
 from polymodal.generate.media import save, sheet
 from polymodal.generate.pipeline import Generator, Prompt, Settings, needed, suspicion
 from polymodal.models import pipelines
-from polymodal.parallel.mesh import Mesh
 from polymodal.recipe import Recipe
 from polymodal.train.actors import Encoders
 
@@ -168,4 +168,4 @@ class Sampler:
             path.unlink()
         run = self.recipe.run_dir
         if (run / "metrics.jsonl").is_file():
-            report.write(run / "report.html", report.of_generation(run, self.asked.prompts))
+            run_page.write(run / "report.html", run_page.of_generation(run, self.asked.prompts))

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from polymodal.core.sample import Batch, without
 from polymodal.data.loader import RankStep
-from polymodal.data.sample import Batch, without
-from polymodal.models.card import Family, Output
+from polymodal.models.card import Output
+from polymodal.models.family import Family
 from polymodal.parallel.memory import before_backward
 
 Finish = Callable[[Output, Batch], Any]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from polymodal.core.errors import PolymodalError
 from polymodal.data.chat import ChatProcessor
 from polymodal.data.clips import Clips
 from polymodal.data.features import Features
@@ -20,12 +21,11 @@ from polymodal.data.latents import ClipMaker, FeatureMaker
 from polymodal.data.loader import Loader
 from polymodal.data.schedule import Schedule
 from polymodal.data.source import open_corpus
-from polymodal.errors import PolymodalError
-from polymodal.models.card import Family
+from polymodal.distributed.mesh import Mesh
+from polymodal.models.family import Family
 from polymodal.objectives.diffusion import DiffusionObjective
 from polymodal.objectives.language import LanguageObjective
 from polymodal.parallel.apply import COMPUTE_DTYPE
-from polymodal.parallel.mesh import Mesh
 from polymodal.recipe import Data, Dataset, Recipe
 from polymodal.train import prior
 

@@ -15,19 +15,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from polymodal import device as devices
-from polymodal import machine
 from polymodal import recipe as recipes
+from polymodal.core.errors import PolymodalError
 from polymodal.data.schedule import Position
-from polymodal.errors import PolymodalError
-from polymodal.launch import Runtime, runtime
+from polymodal.distributed import checkpoint
+from polymodal.distributed.mesh import Mesh, ParallelSizes
+from polymodal.distributed.router_loss import load_figures
 from polymodal.models import catalog, lora, storage, weights
-from polymodal.parallel.balance import load_figures
 from polymodal.parallel.batches import BatchLayout
-from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Recipe
-from polymodal.train import checkpoint, monitor, optim
-from polymodal.train.model import LaidOut
+from polymodal.runtime import device as devices
+from polymodal.runtime import host
+from polymodal.runtime.process_group import Runtime, runtime
+from polymodal.train import monitor, optim
+from polymodal.train.parallel_model import LaidOut
 from polymodal.train.step import Tally, agree, forward_backward, inverse_weights
 from polymodal.train.tasks import task_of
 
@@ -215,7 +216,7 @@ class Trainer:
             self.progress = monitor.Progress(recipe.name, self.steps, self.state.step)
             total, train = self.model.total, self.model.trained
             self.progress.say(
-                f"{self.card.name}: {machine.count(total)} parameters, {machine.count(train)} trained, {self.rt.world} x {self.rt.device.kind}, {self.steps} steps"
+                f"{self.card.name}: {host.count(total)} parameters, {host.count(train)} trained, {self.rt.world} x {self.rt.device.kind}, {self.steps} steps"
             )
             if self.resumed_at is not None:
                 done = (

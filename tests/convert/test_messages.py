@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from polymodal.convert import page, reading, writing
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from tests.convert import layouts
 from tests.convert.hubs import HUBS
 from tests.convert.test_command import run

@@ -8,7 +8,7 @@ from polymodal import cli
 from polymodal.convert import engine, output, recognise
 from polymodal.convert.converters_sharded import dcp_to_hub, hub_to_dcp
 from polymodal.convert.families.sharded import generic
-from polymodal.convert.shelf import family
+from polymodal.convert.family_registry import family
 from polymodal.convert.tree import Parallel
 from polymodal.models import storage, weights
 from tests.convert import layouts

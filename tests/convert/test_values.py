@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from polymodal.convert import engine, output
-from polymodal.convert.shelf import family
+from polymodal.convert.family_registry import family
 from polymodal.convert.tree import Parallel
 from tests.convert import layouts
 from tests.convert.hubs import HUBS, WAN, transformer

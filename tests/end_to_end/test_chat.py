@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 from polymodal import recipe as recipes
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Media, Message
 from polymodal.data.chat import ChatProcessor
-from polymodal.data.sample import Media, Message
-from polymodal.errors import PolymodalError
+from polymodal.distributed import checkpoint as checkpoints
 from polymodal.generate import chat
 from polymodal.generate.engine import Answer, Engine, Sampling
 from polymodal.generate.opening import kind_of, load_hub, open_engine, processor_of
 from polymodal.models import catalog
-from polymodal.train import checkpoint as checkpoints
 from tests.models import tiny
 
 SHORT = Sampling(max_new_tokens=6)

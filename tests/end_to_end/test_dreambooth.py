@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from polymodal import recipe as recipes
-from polymodal.data.sample import Batch
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Batch
 from polymodal.data.source import open_corpus
-from polymodal.errors import PolymodalError
 from polymodal.models import catalog
 from polymodal.models.card import Output, Process
 from polymodal.objectives.diffusion import DiffusionObjective
@@ -160,7 +160,7 @@ def test_a_directory_of_pictures_is_a_dataset_and_rows_keep_their_own_caption(su
 
 
 def test_the_command_asks_no_data_file_of_a_directory_of_pictures(source, subject, tmp_path):
-    from polymodal.train.check import Problems, static
+    from polymodal.tools.preflight import Problems, static
 
     made = recipe(source, subject, tmp_path / "not there yet", tmp_path)
     problems = Problems()

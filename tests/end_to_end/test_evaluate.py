@@ -14,7 +14,7 @@ import rich.console
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.evaluate import report, results, run
 from polymodal.generate.engine import Engine, Sampling
 from polymodal.generate.opening import open_engine

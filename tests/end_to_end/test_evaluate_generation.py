@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.evaluate import generation, measures
 from polymodal.generate.pipeline import Generator, Settings, open_generator
 from tests.models import clips, tiny_pipelines

@@ -10,12 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from polymodal import recipe as recipes
-from polymodal.data.sample import Media, Message
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Media, Message
+from polymodal.distributed import checkpoint as checkpoints
 from polymodal.generate.engine import Sampling
 from polymodal.generate.opening import assemble, kind_of, load_hub, open_engine
 from polymodal.models import catalog, lora, weights
-from polymodal.train import checkpoint as checkpoints
 from polymodal.train.export import MARKER, export, run
 from tests.models import tiny
 

@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from polymodal import recipe as recipes
+from polymodal.core.errors import PolymodalError
 from polymodal.data import media
-from polymodal.errors import PolymodalError
 from polymodal.models import catalog
 from polymodal.train import encode, trainer
 from tests.models import clips, tiny_pipelines
@@ -136,7 +136,7 @@ def test_encoders_wait_on_the_cpu_between_steps(wan, data, tmp_path, monkeypatch
 
 
 def held_by_a_rank(rank, sources):
-    from polymodal.parallel.mesh import Mesh, ParallelSizes
+    from polymodal.distributed.mesh import Mesh, ParallelSizes
     from polymodal.train.actors import Encoders
 
     mesh = Mesh(ParallelSizes.of(recipes.Parallel(), 2), "cpu", rank)
@@ -495,10 +495,10 @@ def test_options_and_checkpoints_that_do_not_fit_are_said(wan, tmp_path):
 def test_a_model_that_answers_has_nothing_to_encode_and_one_that_generates_no_tokens_to_show(
     wan, checkpoint_of_a_vlm
 ):
-    from polymodal.train import check
+    from polymodal.tools import preflight
 
     with pytest.raises(PolymodalError, match="wan2.1 generates: what it learns from are pictures and clips"):
-        check.show(recipes.validate({"model": {"source": str(wan)}}), Path("page.html"), 1, 0)
+        preflight.show(recipes.validate({"model": {"source": str(wan)}}), Path("page.html"), 1, 0)
     with pytest.raises(PolymodalError, match="is trained on its data as they are"):
         encode.run(recipes.validate({"model": {"source": str(checkpoint_of_a_vlm)}}))
 
@@ -601,17 +601,17 @@ def test_samples_while_training_want_their_pictures_before_the_first_step(data, 
 
 
 def test_check_counts_buckets_and_says_what_train_would_refuse(wan, data, tmp_path, capsys):
-    from polymodal.train import check
+    from polymodal.tools import preflight
 
     made = recipe(wan, data, tmp_path)
     with pytest.raises(PolymodalError, match="holds no finished features"):
-        check.main(made)
+        preflight.main(made)
     encode.run(made)
     capsys.readouterr()
-    assert check.main(made) == 0
+    assert preflight.main(made) == 0
     said = capsys.readouterr().out
     assert "9x32x48" in said and "1x48x32" in said and "of 3 samples" in said and "packs" not in said
-    report = check.check(made)
+    report = preflight.check(made)
     assert sum(n for _, n in report.data.buckets) == 7 and report.estimate["activations"] > 0
 
 

@@ -7,9 +7,9 @@ import subprocess
 import pytest
 from PIL import Image
 
-from polymodal import report as pages
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.evaluate import report as parts
+from polymodal.evaluate import run_page as pages
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [

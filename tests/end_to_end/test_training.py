@@ -217,7 +217,7 @@ def test_weights_only_checkpoints_start_others_but_do_not_resume(ground, tmp_pat
 def test_frozen_towers_and_rates_by_tower(ground, tmp_path):
     import torch
 
-    from polymodal.train import checkpoint
+    from polymodal.distributed import checkpoint
 
     run = tmp_path / "run"
     train(

@@ -6,7 +6,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from polymodal import recipe as recipes
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.generate.pipeline import Prompt, Settings, open_generator
 from polymodal.train import encode, trainer
 from polymodal.train.export import export

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from polymodal.data.sample import Measure
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Measure
 from polymodal.models import catalog
 from polymodal.recipe import Model
 from tests.models import tiny

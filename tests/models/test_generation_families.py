@@ -13,8 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from polymodal import recipe as recipes
+from polymodal.core.errors import PolymodalError
 from polymodal.data import media
-from polymodal.errors import PolymodalError
 from polymodal.generate.media import save
 from polymodal.generate.pipeline import Prompt, Settings, open_generator
 from polymodal.models import catalog, pipelines

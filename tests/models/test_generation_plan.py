@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from polymodal import recipe as recipes
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.plan import command, devices, planner, predict
 from polymodal.plan.job import Load
 from polymodal.train.actors import Encoders

@@ -8,13 +8,13 @@ import diffusers
 import pytest
 import yaml
 
-from polymodal import init
 from polymodal import recipe as recipes
+from polymodal.core.errors import PolymodalError
 from polymodal.data.clips import Clips
-from polymodal.errors import PolymodalError
+from polymodal.distributed.mesh import ParallelSizes
 from polymodal.models import catalog, pipelines
 from polymodal.parallel import apply as layout
-from polymodal.parallel.mesh import ParallelSizes
+from polymodal.tools import init_recipe
 
 FLUX = {"in_channels": 64, "guidance_embeds": True}
 SD3 = {
@@ -185,8 +185,8 @@ def test_written_layouts_are_accepted_for_the_published_model(name, key, tmp_pat
     family = published_family(name, key, tmp_path)
     for task in ("sft", "lora", "pretrain", *family.card.methods):
         for devices in (None, 1, 6, 8, 64):
-            chosen = init.plan(f"{name}-{key}", task, None, devices)
-            made = recipes.validate(yaml.safe_load(init.text(chosen, "x.json")))
+            chosen = init_recipe.plan(f"{name}-{key}", task, None, devices)
+            made = recipes.validate(yaml.safe_load(init_recipe.text(chosen, "x.json")))
             sizes = ParallelSizes.of(made.parallel, chosen.devices)
             assert layout.check(family.card, family.config, sizes, made.parallel, made.model.attention) == []
 
@@ -195,7 +195,7 @@ def test_written_layouts_are_accepted_for_the_published_model(name, key, tmp_pat
 def test_clips_of_a_recipe_fit_the_published_model(name, key, tmp_path):
     """Whole latents and whole tokens, of the length that the library's pipeline samples."""
     made = recipes.validate(
-        yaml.safe_load(init.text(init.plan(f"{name}-{key}", "sft", None, None), "x.json"))
+        yaml.safe_load(init_recipe.text(init_recipe.plan(f"{name}-{key}", "sft", None, None), "x.json"))
     )
     family = published_family(name, key, tmp_path)
     clips = Clips(made.data.clip, family.grid(), family.given, family.needed)  # refuses what does not fit

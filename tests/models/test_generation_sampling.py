@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from polymodal.data.sample import Batch
+from polymodal.core.sample import Batch
 from polymodal.models import catalog, pipelines
 from polymodal.objectives.diffusion import DiffusionObjective
 from polymodal.recipe import Diffusion, Model

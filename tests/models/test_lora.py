@@ -8,9 +8,10 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.models import catalog, lora, weights
-from polymodal.models.card import Family, ModelCard
+from polymodal.models.card import ModelCard
+from polymodal.models.family import Family
 from polymodal.recipe import Lora
 from tests.models import tiny
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.models import catalog, pipelines
 from polymodal.models.generation import ltx2
 from polymodal.recipe import Model
@@ -65,7 +65,7 @@ def test_a_given_first_frame_is_shown_to_the_denoiser_as_the_pipeline_shows_it(t
     """Image to video: the frame's latents without noise, timestep 0 for its tokens, all other arguments alike."""
     from PIL import Image
 
-    from polymodal.data.sample import Batch
+    from polymodal.core.sample import Batch
     from polymodal.generate.pipeline import open_generator
 
     generator = open_generator(tiny_pipelines.pipeline("ltx2", tmp_path / "pipeline"))

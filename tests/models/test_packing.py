@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from polymodal.data.sample import hole, pack
+from polymodal.core.sample import hole, pack
 from polymodal.models import catalog
 from polymodal.recipe import Data, Model
 from tests.models import tiny

@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 from transformers.video_utils import VideoMetadata
 
-from polymodal.data.sample import IGNORE, Measure, pack
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import IGNORE, Measure, pack
+from polymodal.distributed import attention
 from polymodal.models import catalog, weights
 from polymodal.models.card import Output
 from polymodal.models.understanding.qwen_vl import PatchEmbedding
-from polymodal.parallel import attention
 from polymodal.parallel.stages import prune
 from polymodal.recipe import Data, Model
 from tests.models import tiny

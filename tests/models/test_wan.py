@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from polymodal.data.sample import Batch
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Batch
 from polymodal.models import catalog, pipelines, weights
 from polymodal.parallel.apply import matching
 from polymodal.recipe import Model

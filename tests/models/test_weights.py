@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.models import library, weights
 from polymodal.models.card import Dropped
 from polymodal.models.slices import NotASlice, Stored

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from polymodal.data.sample import IGNORE, Measure, Media, Message, Record, Sample
+from polymodal.core.sample import IGNORE, Measure, Media, Message, Record, Sample
 
 PATCH = 4  # pixels; two by two patches are one token, so a picture's sides are multiples of 8 pixels
 SPECIALS = [

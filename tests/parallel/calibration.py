@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models import catalog
-from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.plan.job import Job, Load
 from polymodal.plan.trace import trace
 from polymodal.recipe import Recipe, validate

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from polymodal.data.sample import Batch
+from polymodal.core.sample import Batch
 from polymodal.models import catalog, pipelines
-from polymodal.models.card import Family
+from polymodal.models.family import Family
 from polymodal.objectives.diffusion import DiffusionObjective
 from polymodal.recipe import Diffusion, Model
 from tests.models import tiny_pipelines

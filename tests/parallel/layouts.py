@@ -16,15 +16,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from polymodal.data.sample import Batch, hole, pack
+from polymodal.core.sample import Batch, hole, pack
+from polymodal.distributed.collectives import clip_
+from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models import catalog, weights
-from polymodal.models.card import Family
+from polymodal.models.family import Family
 from polymodal.objectives.language import LanguageObjective
 from polymodal.parallel.batches import BatchLayout
-from polymodal.parallel.mesh import Mesh, ParallelSizes
-from polymodal.parallel.ops import clip_
 from polymodal.recipe import Data, Model, Parallel, Recipe, Train
-from polymodal.train.model import LaidOut
+from polymodal.train.parallel_model import LaidOut
 from polymodal.train.step import Runner, Tally, bind, forward_backward, inverse_weights
 from tests.models import tiny
 from tests.parallel import dits

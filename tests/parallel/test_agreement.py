@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from polymodal import device, live
-from polymodal.launch import Place, Runtime
+from polymodal.runtime import device
+from polymodal.runtime.process_group import Place, Runtime
+from polymodal.tools import profile_request
 from polymodal.train.monitor import Profiler
 from tests.parallel.harness import run
 
@@ -36,7 +37,7 @@ def _trace(rank: int, directory: str) -> list[str]:
     for step in range(1, 7):
         profiler.before(step)
         if step == 3 and rank == 0:
-            live.request_profile(root, 2, "0,2")
+            profile_request.request_profile(root, 2, "0,2")
         if rank == 2:
             time.sleep(0.02)
         if rt.agree(profiler.asked())[0]:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.distributed import checkpoint
+from polymodal.distributed.checkpoint import RunState, Writer
 from polymodal.recipe import Optim
-from polymodal.train import checkpoint
-from polymodal.train.checkpoint import RunState, Writer
 from polymodal.train.optim import Optimizer
 from tests.parallel import harness
 

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 
-from polymodal.data.sample import hole, pack
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import hole, pack
+from polymodal.distributed import attention, sequence_sharding
+from polymodal.distributed.context_parallel import Context, Cut, ulysses_size
+from polymodal.distributed.mesh import ParallelSizes
+from polymodal.distributed.ring_attention import backward_block, forward_block, plain_backward, plain_forward
 from polymodal.models import catalog
-from polymodal.parallel import attention, share
 from polymodal.parallel.apply import check
-from polymodal.parallel.context import Context, Cut, ulysses_size
-from polymodal.parallel.mesh import ParallelSizes
-from polymodal.parallel.ring import backward_block, forward_block, plain_backward, plain_forward
 from polymodal.recipe import Data, Parallel
 from tests.models import tiny
 from tests.parallel import layouts
@@ -128,8 +128,8 @@ def test_packs_shorter_than_the_group(tmp_path, ulysses: int):
     causal=st.booleans(),
 )
 def test_every_row_is_held_once_and_evenly(lengths, ring, ulysses, causal):
-    cut = share.spread(lengths, ring, ulysses, causal)
-    held = [share.rows(lengths, cut, r, u) for r in range(ring) for u in range(ulysses)]
+    cut = sequence_sharding.spread(lengths, ring, ulysses, causal)
+    held = [sequence_sharding.rows(lengths, cut, r, u) for r in range(ring) for u in range(ulysses)]
     assert sorted(torch.cat(held).tolist()) == list(range(sum(lengths)))
     for r in range(ring):
         assert cut.rows_of(r) == sum(len(held[r * ulysses + u]) for u in range(ulysses))
@@ -144,10 +144,10 @@ def test_every_row_is_held_once_and_evenly(lengths, ring, ulysses, causal):
     lengths=st.lists(st.integers(16, 300), min_size=1, max_size=6).map(tuple), ring=st.sampled_from([2, 3, 4])
 )
 def test_a_causal_ring_gives_every_rank_the_same_work(lengths, ring):
-    cut = share.spread(lengths, ring, 1, True)
+    cut = sequence_sharding.spread(lengths, ring, 1, True)
     work = []
     for r in range(ring):
-        rows = share.rows(lengths, cut, r, 0)
+        rows = sequence_sharding.rows(lengths, cut, r, 0)
         starts = torch.tensor([0, *itertools.accumulate(lengths)])
         work.append(float((rows - starts[torch.bucketize(rows, starts, right=True) - 1] + 1).sum()))
     assert max(work) < 1.02 * min(work) + 8 * sum(lengths) ** 0.5 + max(lengths)
@@ -200,7 +200,7 @@ class Ring:
 
 def test_what_attention_over_ranks_cannot_do_is_said():
     inputs, cu_seqlens = draw([4], 2, 2, 4, torch.float32), attention.cumulative([8])
-    cut = Cut(Ring(), share.spread((8,), 2, 1, True), torch.arange(4))  # type: ignore[arg-type]
+    cut = Cut(Ring(), sequence_sharding.spread((8,), 2, 1, True), torch.arange(4))  # type: ignore[arg-type]
     with pytest.raises(PolymodalError, match="dropout cannot run over a ring"):
         attention.attend(*inputs, cu_seqlens, True, dropout=0.1, cut=cut)
     with pytest.raises(ValueError, match="this rank holds 4 rows, the stream has 3"):

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models import catalog
-from polymodal.models.card import Family, ModelCard
+from polymodal.models.card import ModelCard
+from polymodal.models.family import Family
 from polymodal.parallel import apply as layout
 from polymodal.parallel import tensor
-from polymodal.parallel.mesh import Mesh, ParallelSizes
 from tests.parallel.harness import run
 from tests.parallel.layouts import Layout
 from tests.parallel.parity import BOUND, parity

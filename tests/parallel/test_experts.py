@@ -12,14 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.distributed import checkpoint
+from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models import catalog, weights
-from polymodal.models.card import Family, ModelCard
+from polymodal.models.card import ModelCard
+from polymodal.models.family import Family
 from polymodal.parallel import expert, memory
 from polymodal.parallel.apply import apply
-from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Model, Optim, Parallel, Recipe, Train
-from polymodal.train import checkpoint
 from polymodal.train.optim import Optimizer
 from polymodal.train.step import bind
 from tests.models import tiny

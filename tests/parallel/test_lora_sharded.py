@@ -6,9 +6,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models import catalog, lora, weights
 from polymodal.parallel.apply import apply
-from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Lora, Model, Parallel, Recipe, Train
 from tests.models import tiny
 from tests.models.test_lora import CARD, on_meta

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from polymodal.data.sample import Batch, pack
+from polymodal.core.sample import Batch, pack
+from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models import catalog
-from polymodal.models.card import Family
+from polymodal.models.family import Family
 from polymodal.parallel import media
 from polymodal.parallel.apply import apply
 from polymodal.parallel.batches import BatchLayout
-from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Data, Model, Parallel, Recipe, Train
 from polymodal.train.step import bind
 from tests.models import tiny

@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models import catalog
-from polymodal.models.card import Family, ModelCard
+from polymodal.models.card import ModelCard
+from polymodal.models.family import Family
 from polymodal.parallel import tensor
 from polymodal.parallel.apply import apply, check, matching, recomputed
-from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Model, Parallel, Recipe
 from tests.models import tiny
 from tests.parallel.harness import run

@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from polymodal.parallel import ops
-from polymodal.parallel.mesh import Mesh, ParallelSizes
+from polymodal.distributed import collectives
+from polymodal.distributed.mesh import Mesh, ParallelSizes
 from tests.parallel.harness import run
 
 
@@ -34,14 +34,14 @@ def _regions(rank: int, length: int) -> None:
         whole = x.clone().requires_grad_()
         own_up, own_down = up[:, mine].clone().requires_grad_(), down[mine].clone().requires_grad_()
         if cut:
-            stream = ops.cut_sequence(whole, group)
-            assert stream.shape[1] == ops.rows_per_rank(length, size)
-            inner = ops.gather_sequence(stream, length, group, partial=True)
-            out = ops.reduce_scatter_sequence((inner @ own_up).tanh() @ own_down, group)
-            out = ops.gather_sequence(out, length, group, partial=False)
+            stream = collectives.cut_sequence(whole, group)
+            assert stream.shape[1] == collectives.rows_per_rank(length, size)
+            inner = collectives.gather_sequence(stream, length, group, partial=True)
+            out = collectives.reduce_scatter_sequence((inner @ own_up).tanh() @ own_down, group)
+            out = collectives.gather_sequence(out, length, group, partial=False)
         else:
-            inner = ops.copy_to_region(whole, group)
-            out = ops.reduce_from_region((inner @ own_up).tanh() @ own_down, group)
+            inner = collectives.copy_to_region(whole, group)
+            out = collectives.reduce_from_region((inner @ own_up).tanh() @ own_down, group)
         (out * target).sum().backward()
         torch.testing.assert_close(whole.grad, leaves[0].grad)
         torch.testing.assert_close(own_up.grad, leaves[1].grad[:, mine])
@@ -61,9 +61,9 @@ def _vocabulary(rank: int, padding: int | None) -> None:
     ((hidden @ whole.t()) * target).sum().backward()
     mine = slice(6 * rank, 6 * (rank + 1))
     own = table[mine].clone().requires_grad_()
-    found = ops.embed(ids, own, rows, padding, group)
+    found = collectives.embed(ids, own, rows, padding, group)
     torch.testing.assert_close(found, hidden)
-    logits = ops.gather_last(ops.copy_to_region(found, group) @ own.t(), group)
+    logits = collectives.gather_last(collectives.copy_to_region(found, group) @ own.t(), group)
     (logits * target).sum().backward()
     torch.testing.assert_close(own.grad, whole.grad[mine])
 
@@ -74,8 +74,8 @@ def _exchange(rank: int) -> None:
     weight = _draw(rows, 4)
     held = rows // size
     own = weight[held * rank : held * (rank + 1)].clone().requires_grad_()
-    order, sent, received = ops.fused_exchange([rows // parts] * parts, size, rank)
-    got = ops.exchange_rows(own, torch.tensor(order), sent, received, group)
+    order, sent, received = collectives.fused_exchange([rows // parts] * parts, size, rank)
+    got = collectives.exchange_rows(own, torch.tensor(order), sent, received, group)
     share = rows // parts // size
     wanted = weight.view(parts, size, share, 4)[:, rank].reshape(-1, 4)
     torch.testing.assert_close(got, wanted)
@@ -100,7 +100,7 @@ def test_collectives_are_the_single_process(world: int):
 @settings(max_examples=40, deadline=None)
 def test_every_fused_row_is_sent_once_and_received_in_order(shares: list[int], size: int):
     parts = [share * size for share in shares]
-    plans = [ops.fused_exchange(parts, size, rank) for rank in range(size)]
+    plans = [collectives.fused_exchange(parts, size, rank) for rank in range(size)]
     held = sum(parts) // size
     for target in range(size):
         got = []
@@ -142,11 +142,11 @@ def _mixed(rank: int) -> tuple[float, float, float, float]:
         else:
             parameter.grad = gradient
         expected += float(gradient.square().sum())
-    norm = ops.grad_norm(parameters, mesh)
-    ops.clip_(parameters, norm, 0.5)
-    after = ops.grad_norm(parameters, mesh)
-    ops.clip_(parameters, after, 100.0)  # below the limit: nothing happens
-    return float(norm), expected**0.5, float(after), float(ops.grad_norm(parameters, mesh))
+    norm = collectives.grad_norm(parameters, mesh)
+    collectives.clip_(parameters, norm, 0.5)
+    after = collectives.grad_norm(parameters, mesh)
+    collectives.clip_(parameters, after, 100.0)  # below the limit: nothing happens
+    return float(norm), expected**0.5, float(after), float(collectives.grad_norm(parameters, mesh))
 
 
 def test_norm_and_clipping_over_mixed_meshes():

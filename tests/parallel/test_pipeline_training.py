@@ -84,7 +84,7 @@ def test_what_is_no_number_stops_every_stage(done):
 @pytest.mark.slow
 def test_adapters_resume_across_pipelines_and_their_run_is_used_like_any(done, ground):
     """PP 2, then one process, then a V of stages: one curve; exported, asked and evaluated as a run of one process is."""
-    from polymodal.data.sample import Message
+    from polymodal.core.sample import Message
     from polymodal.evaluate.run import evaluate
     from polymodal.generate.engine import Sampling
     from polymodal.generate.opening import open_engine

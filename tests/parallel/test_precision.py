@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models import catalog, weights
 from polymodal.parallel.apply import apply
-from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Model, Parallel, Recipe, Train
 from polymodal.train.step import bind
 from tests.models import tiny

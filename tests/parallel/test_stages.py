@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
 
-from polymodal.data.sample import Measure
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Measure
 from polymodal.models import partial, weights
 from polymodal.models.card import Dropped
-from polymodal.parallel import cuts, pipeline, stages
+from polymodal.parallel import pipeline, pipeline_split, stages
 from polymodal.parallel.stages import prune
 from polymodal.recipe import Parallel, Train
 from tests.parallel.harness import run
@@ -21,7 +21,7 @@ from tests.parallel.spike.whisper import whisper
 
 
 def cut(family, **asked) -> dict:
-    return cuts.counts(family.build().trained, family, Parallel(**asked))
+    return pipeline_split.counts(family.build().trained, family, Parallel(**asked))
 
 
 def test_layers_lie_as_asked():
@@ -62,14 +62,14 @@ def test_what_cannot_be_cut_is_said_with_what_can(asked, words):
     assert re.search(words, str(caught.value).replace("\n", " ")), str(caught.value)
 
 
-@pytest.mark.parametrize("schedule", cuts.SCHEDULES)
+@pytest.mark.parametrize("schedule", pipeline_split.SCHEDULES)
 def test_torch_takes_the_micro_batches_that_are_said_to_fit(schedule):
     """Against torch's own classes, built on stages that are never run."""
     from types import SimpleNamespace
 
     from torch.distributed.pipelining.schedules import get_schedule_class
 
-    kind = cuts.SCHEDULES[schedule]
+    kind = pipeline_split.SCHEDULES[schedule]
     for pp in (2, 3, 4):
         for count in range(1, 14):
             made = [
@@ -84,7 +84,7 @@ def test_torch_takes_the_micro_batches_that_are_said_to_fit(schedule):
                 fits = True
             except ValueError:
                 fits = False
-            assert fits == cuts.micro_batches_fit(schedule, pp, count), (pp, count)
+            assert fits == pipeline_split.micro_batches_fit(schedule, pp, count), (pp, count)
 
 
 def test_too_few_micro_batches_are_said_with_the_nearest_global_batch():
@@ -92,33 +92,37 @@ def test_too_few_micro_batches_are_said_with_the_nearest_global_batch():
         PolymodalError,
         match="1F1B needs at least 4 micro-batches .*global_batch_size = 6 gives 3.*\n*.*to 8, or",
     ):
-        cuts.check_micro_batches(Parallel(pp=4), Train(global_batch_size=6), True, 2)
+        pipeline_split.check_micro_batches(Parallel(pp=4), Train(global_batch_size=6), True, 2)
     interleaved = Parallel(pp=4, pp_schedule="Interleaved1F1B")
     with pytest.raises(PolymodalError, match="gives 9.*\n*.*to 8 or 10, or"):
-        cuts.check_micro_batches(interleaved, Train(global_batch_size=9), True, 1)
-    cuts.check_micro_batches(Parallel(pp=4), Train(global_batch_size=8), True, 2)
-    cuts.check_micro_batches(Parallel(pp=4, pp_schedule="GPipe"), Train(global_batch_size=1), True, 1)
-    assert cuts.micro_batches(Train(global_batch_size=16, micro_batch_size=4), False, 2) == 2
+        pipeline_split.check_micro_batches(interleaved, Train(global_batch_size=9), True, 1)
+    pipeline_split.check_micro_batches(Parallel(pp=4), Train(global_batch_size=8), True, 2)
+    pipeline_split.check_micro_batches(
+        Parallel(pp=4, pp_schedule="GPipe"), Train(global_batch_size=1), True, 1
+    )
+    assert pipeline_split.micro_batches(Train(global_batch_size=16, micro_batch_size=4), False, 2) == 2
 
 
 def test_stages_lie_in_turn_or_in_a_v():
     loop, v = (Parallel(pp=2, pp_schedule=name) for name in ("Interleaved1F1B", "ZBVZeroBubble"))
-    assert [cuts.home(loop, stage) for stage in range(4)] == [0, 1, 0, 1]
-    assert [cuts.home(v, stage) for stage in range(4)] == [0, 1, 1, 0]
+    assert [pipeline_split.home(loop, stage) for stage in range(4)] == [0, 1, 0, 1]
+    assert [pipeline_split.home(v, stage) for stage in range(4)] == [0, 1, 1, 0]
 
 
 def test_auto_makes_the_most_expensive_stage_as_cheap_as_can_be():
     family = tiny_qwen3_vl()
     model = family.build().trained
     short, long = Measure(8, 4, (400,)), Measure(400, 200, (8,))
-    assert cuts.balanced(model, family, 2, long)["vision"] == (3, 0), "the tower is cheap: it stays together"
-    heavy = cuts.balanced(model, family, 2, short)
+    assert pipeline_split.balanced(model, family, 2, long)["vision"] == (3, 0), (
+        "the tower is cheap: it stays together"
+    )
+    heavy = pipeline_split.balanced(model, family, 2, short)
     assert heavy["vision"][1] > 0 and heavy["language"] == (0, 4), "pictures are most of the work: it is cut"
-    costs = cuts.block_costs(model, family, long)
+    costs = pipeline_split.block_costs(model, family, long)
     assert costs["language"][-1] > costs["language"][0], "the head lies with the last layer"
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith("model.visual"))
-    frozen = cuts.block_costs(model, family, long)
+    frozen = pipeline_split.block_costs(model, family, long)
     assert frozen["vision"][1] == pytest.approx(costs["vision"][1] / 3), "forward only"
     assert frozen["language"] == pytest.approx(costs["language"])
 
@@ -133,7 +137,7 @@ def test_auto_goes_by_parameters_where_a_family_tells_no_flops():
 def test_a_card_that_cannot_be_cut_gives_its_reason():
     model, family = whisper()
     with pytest.raises(PolymodalError, match="whisper cannot be cut .* an encoder and a decoder"):
-        cuts.counts(model, family, Parallel(pp=2))
+        pipeline_split.counts(model, family, Parallel(pp=2))
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -233,7 +237,7 @@ def test_a_misspelt_card_is_not_silently_whole():
     with pytest.raises(PolymodalError, match="places `no_such_module`"):
         prune(model, with_chain(last=("norm_out", "no_such_module")), {"transformer": (1, 1)}, 0)
     with pytest.raises(PolymodalError, match="no module fits `no_such_blocks"):
-        cuts.counts(model, with_chain(blocks="no_such_blocks.*"), Parallel(pp=2))
+        pipeline_split.counts(model, with_chain(blocks="no_such_blocks.*"), Parallel(pp=2))
 
 
 def test_dropped_hands_its_first_argument_through():

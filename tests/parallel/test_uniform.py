@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.distributed.context_parallel import Context
 from polymodal.models import catalog
-from polymodal.parallel import uniform
-from polymodal.parallel.context import Context
+from polymodal.parallel import dit_context_parallel
 from tests.parallel.exact import float64
 from tests.parallel.harness import run
 
@@ -70,7 +70,7 @@ def compare(rank: int, which: str, ulysses: int) -> dict[str, Any]:
     with float64():
         out, gradients = step(model, inputs, 1)
         model.zero_grad(set_to_none=True)
-        cut = uniform.apply(
+        cut = dit_context_parallel.apply(
             model, card, Context(init_device_mesh("cpu", (size,), mesh_dim_names=("cp",))["cp"], ulysses)
         )
         model.forward = cut.around(type(model).forward.__get__(model))  # as Generation.forward calls it
@@ -101,7 +101,7 @@ def test_the_backend_alone_is_the_librarys_own():
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
     query, key, value = (torch.randn(2, 7, 4, 8) for _ in range(3))
-    ours = dispatch_attention_fn(query, key, value, backend=uniform.register())
+    ours = dispatch_attention_fn(query, key, value, backend=dit_context_parallel.register())
     torch.testing.assert_close(ours, dispatch_attention_fn(query, key, value, backend=AttentionBackendName.NATIVE))  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def test_rows_of_no_stream_and_of_streams_too_alike_are_refused():
     class Three:
         size, rank = 3, 0
 
-    cut = uniform.UniformCut(Three())  # type: ignore[arg-type]
+    cut = dit_context_parallel.UniformCut(Three())  # type: ignore[arg-type]
     cut.lengths = {("x", "hidden_states"): 9, ("y", "encoder_hidden_states"): 7}
     assert cut.rows(5) == (5, 5, 6)  # joined
     with pytest.raises(ValueError, match="attention over 4 rows"):
@@ -121,7 +121,7 @@ def test_rows_of_no_stream_and_of_streams_too_alike_are_refused():
     query = torch.zeros(1, 5, 2, 4)
     cut.lengths = {("x", "hidden_states"): 9, ("y", "encoder_hidden_states"): 7}
     with pytest.raises(ValueError, match="without causal order"):
-        uniform.attention(query, query, query, is_causal=True, _parallel_config=cut)
+        dit_context_parallel.attention(query, query, query, is_causal=True, _parallel_config=cut)
     with pytest.raises(ValueError, match=r"of 16 rows knows masks of its keys, not torch.float32 \[5, 5\]"):
         cut.kept(torch.ones(5, 5))
 
@@ -130,12 +130,12 @@ def test_a_sequence_with_fewer_rows_than_ranks_is_refused_with_both_numbers():
     class Four:
         size, rank = 4, 0
 
-    cut = uniform.UniformCut(Four())  # type: ignore[arg-type]
+    cut = dit_context_parallel.UniformCut(Four())  # type: ignore[arg-type]
     with pytest.raises(
         PolymodalError, match=r"3 tokens \(hidden_states\) cannot be cut over parallel.cp = 4"
     ):
         cut.cut(torch.zeros(1, 3, 2), 1, ("x", "hidden_states"))
-    rows = [uniform.UniformCut(type("Rank", (), {"size": 4, "rank": r})()) for r in range(4)]  # type: ignore[arg-type]
+    rows = [dit_context_parallel.UniformCut(type("Rank", (), {"size": 4, "rank": r})()) for r in range(4)]  # type: ignore[arg-type]
     for own in rows:
         own.lengths = {("x", "hidden_states"): 9}
     assert [own.leading(5) for own in rows] == [2, 2, 1, 0]  # of 2, 2, 2 and 3

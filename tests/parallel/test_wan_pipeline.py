@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
+from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models import weights
 from polymodal.models.card import Components
-from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Model, Parallel, Recipe, Train
-from polymodal.train.model import LaidOut
+from polymodal.train.parallel_model import LaidOut
 from polymodal.train.step import Runner, Tally, forward_backward, inverse_weights
 from polymodal.train.step import bind as bind_whole
 from tests.parallel.harness import run

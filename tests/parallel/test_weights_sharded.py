@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.models import weights
 from polymodal.models.slices import boxes, extent, local_spans
 from tests.models import tiny

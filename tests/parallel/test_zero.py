@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from polymodal.models.card import Family, ModelCard
+from polymodal.distributed.mesh import Mesh, ParallelSizes
+from polymodal.models.card import ModelCard
+from polymodal.models.family import Family
 from polymodal.parallel import memory
 from polymodal.parallel.apply import apply
-from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Model, Parallel, Recipe, Train
 from tests.parallel.harness import run
 

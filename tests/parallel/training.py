@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import yaml
 
-from polymodal import device, launch
 from polymodal import recipe as recipes
+from polymodal.core.errors import PolymodalError
 from polymodal.data import media
-from polymodal.errors import PolymodalError
+from polymodal.runtime import device, process_group
 from polymodal.train import optim, trainer
 from tests.models import tiny
 
@@ -85,8 +85,8 @@ def _run(rank: int, world: int, root: Path, job: Job) -> Said:
 
     words = [f"checkpoint.dir={root / job.name}-{world}", *job.overrides, *(job.layout if world > 1 else ())]
     recipe = recipes.load(root / "recipe.yaml", words)
-    place = launch.Place(rank, world, rank, world, 0, 1)
-    rt = launch.Runtime(place, device.find("cpu", rank), 1)
+    place = process_group.Place(rank, world, rank, world, 0, 1)
+    rt = process_group.Runtime(place, device.find("cpu", rank), 1)
     media.image = counted
     if job.scale is not None:
         optim.LossScaler = partial(scaler, scale=job.scale)  # type: ignore[assignment,misc]

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from polymodal.data.sample import IGNORE, Measure, Message, Record, Sample
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import IGNORE, Measure, Message, Record, Sample
 
 WIDTH = 8  # of a patch
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from polymodal.data.sample import IGNORE, Media, Message, Record
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import IGNORE, Media, Message, Record
 from polymodal.recipe import Data
 from tests.models import tiny
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polymodal.data.sample import Batch
-from polymodal.errors import PolymodalError
-from polymodal.parallel import attention
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Batch
+from polymodal.distributed import attention
 
 
 def dense(query, key, value, lengths, causal, scale=None):

@@ -9,8 +9,8 @@ import pickle
 import pytest
 from PIL import Image
 
-from polymodal.data.sample import Media, Message
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Media, Message
 from polymodal.evaluate import benchmarks
 
 

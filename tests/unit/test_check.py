@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from polymodal import recipe
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.models import catalog
-from polymodal.train import check, estimate
+from polymodal.plan import estimate
+from polymodal.tools import preflight
 from tests.models import tiny
 
 
@@ -57,7 +58,7 @@ def make(ground, tmp_path):
             "monitor": {"trackers": []},
         }
         for text in overrides:
-            recipe.recipe_file.override(data, {}, text)
+            recipe.file.override(data, {}, text)
         return recipe.validate(data)
 
     return made
@@ -69,7 +70,7 @@ def test_the_data_are_counted_as_training_would(make):
     from polymodal.data.source import open_corpus
 
     r = make()
-    report = check.check(r, 2)
+    report = preflight.check(r, 2)
     assert report.problems == [] and report.data is not None
     facts = report.data
     family = catalog.family(r.model)
@@ -90,11 +91,11 @@ def test_the_data_are_counted_as_training_would(make):
 
 
 def test_broken_and_long_rows_are_problems_when_the_recipe_says_so(make):
-    report = check.check(make("data.on_error=fail"), 1)
+    report = preflight.check(make("data.on_error=fail"), 1)
     (problem,) = report.problems
     assert "train.jsonl, line 7" in problem and "absent.png" in problem
     assert report.data is not None and report.data.usable > 0, "the rest is still measured"
-    problems = check.check(make("data.overlong=error"), 1).problems
+    problems = preflight.check(make("data.overlong=error"), 1).problems
     assert len(problems) == 1 and "more than data.max_length = 128" in problems[0]
 
 
@@ -105,7 +106,7 @@ def test_every_problem_is_listed_not_only_the_first(make, tmp_path):
         "checkpoint.resume=/no/such/run", "checkpoint.init_from=/no/such/weights",
     )  # fmt: skip
     with pytest.raises(PolymodalError) as caught:
-        check.refuse(r, 3)
+        preflight.refuse(r, 3)
     said = str(caught.value)
     for words in (
         "parallel.tp = 3 does not divide text_config.num_attention_heads = 4", "data.datasets.0.path = nowhere.json", "data.datasets.0.media_dir = /no/such",
@@ -128,7 +129,7 @@ def test_a_step_of_a_run_is_no_foreign_checkpoint(make, tmp_path, monkeypatch):
     (step / "state.json").write_text("{}")
     (step / ".metadata").touch()  # a DCP directory, as those of other systems are
     monkeypatch.setattr(storage, "READERS", [recognise.reader])
-    assert check.refuse(make(f"checkpoint.init_from={step}"), 1) is None
+    assert preflight.refuse(make(f"checkpoint.init_from={step}"), 1) is None
 
 
 @pytest.mark.parametrize(
@@ -159,35 +160,37 @@ def test_a_step_of_a_run_is_no_foreign_checkpoint(make, tmp_path, monkeypatch):
 )
 def test_one_problem_is_itself(make, override, world, words):
     with pytest.raises(PolymodalError) as caught:
-        check.refuse(make(*override.split()), world)
+        preflight.refuse(make(*override.split()), world)
     assert words in str(caught.value) and "problems:" not in str(caught.value)
 
 
 def test_an_output_that_cannot_be_written(make, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(PolymodalError, match="cannot be written"):
-        check.refuse(make(f"checkpoint.dir={tmp_path}/file/run"), 1)
+        preflight.refuse(make(f"checkpoint.dir={tmp_path}/file/run"), 1)
 
 
 def test_problems_of_the_model_itself(make):
     assert (
         "train.freeze: `visoin` is neither a tower"
-        in check.check(make("train.freeze=[visoin]"), 1, measure_data=False).problems[0]
+        in preflight.check(make("train.freeze=[visoin]"), 1, measure_data=False).problems[0]
     )
     assert (
         "leaves nothing to train"
-        in check.check(make("train.freeze=[vision, projector, language]"), 1, measure_data=False).problems[0]
+        in preflight.check(
+            make("train.freeze=[vision, projector, language]"), 1, measure_data=False
+        ).problems[0]
     )
-    report = check.check(make("optim.groups=[{match: visoin, lr: 1e-5}]"), 1, measure_data=False)
+    report = preflight.check(make("optim.groups=[{match: visoin, lr: 1e-5}]"), 1, measure_data=False)
     assert report.problems == [] and "optim.groups.0.match = visoin is neither a tower" in report.notes[0]
-    report = check.check(
+    report = preflight.check(
         make("optim.groups=[{match: vision, lr: 1e-5}]", "train.freeze=[vision]"), 1, measure_data=False
     )
     assert "matches only frozen parameters" in report.notes[0]
 
 
 def test_too_few_batches_for_the_ranks_is_a_note(make):
-    assert "some idle in every step" in check.check(make(), 8, measure_data=False).notes[0]
+    assert "some idle in every step" in preflight.check(make(), 8, measure_data=False).notes[0]
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------
@@ -276,11 +279,11 @@ def test_the_estimate_leaves_no_group_behind(make):
 
 
 def test_a_disk_that_is_too_small_for_the_checkpoints(make, monkeypatch):
-    from polymodal import machine
+    from polymodal.runtime import host
 
-    monkeypatch.setattr(machine, "space", lambda path: machine.Space(str(path), 1 << 40, 1 << 20))
-    monkeypatch.setattr(machine, "require_writable", lambda *_: None)
-    (problem,) = check.check(make(), 1, measure_data=False).problems
+    monkeypatch.setattr(host, "space", lambda path: host.Space(str(path), 1 << 40, 1 << 20))
+    monkeypatch.setattr(host, "require_writable", lambda *_: None)
+    (problem,) = preflight.check(make(), 1, measure_data=False).problems
     assert (
         problem.startswith("Checkpoints of this run take up to ")
         and "2 kept and one being written" in problem
@@ -292,7 +295,7 @@ def test_a_disk_that_is_too_small_for_the_checkpoints(make, monkeypatch):
 
 def test_the_page_fits_80_columns(make, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert check.main(make(), 2) == 0
+    assert preflight.main(make(), 2) == 0
     out = capsys.readouterr().out
     for words in (
         "parameters",
@@ -310,7 +313,7 @@ def test_the_page_fits_80_columns(make, capsys, monkeypatch):
 
 def test_refusals_end_the_command_with_all_of_them(make, capsys):
     with pytest.raises(PolymodalError) as caught:
-        check.main(make("data.on_error=fail", "parallel.pp=2", "train.global_batch_size=1"), 2)
+        preflight.main(make("data.on_error=fail", "parallel.pp=2", "train.global_batch_size=1"), 2)
     lines = str(caught.value).splitlines()
     assert (
         lines[0] == "this recipe would not train, for 2 reasons:"
@@ -321,7 +324,7 @@ def test_refusals_end_the_command_with_all_of_them(make, capsys):
 
 
 def test_json(make, capsys):
-    assert check.main(make(), 2, measure=False, as_json=True) == 0
+    assert preflight.main(make(), 2, measure=False, as_json=True) == 0
     said = json.loads(capsys.readouterr().out)
     assert (
         said["ok"]
@@ -330,7 +333,7 @@ def test_json(make, capsys):
         and said["data"] is None
     )
     assert (
-        check.main(
+        preflight.main(
             make("parallel.pp=2", "parallel.pp_layers={language: [1, 3]}"), 2, measure=False, as_json=True
         )
         == 2
@@ -339,6 +342,6 @@ def test_json(make, capsys):
 
 
 def test_histogram():
-    assert check.histogram([1, 5, 10, 11, 50, 100, 101, 300], 100) == [
+    assert preflight.histogram([1, 5, 10, 11, 50, 100, 101, 300], 100) == [
         (1, 10, 3), (11, 20, 1), (21, 30, 0), (31, 40, 0), (41, 50, 1), (51, 60, 0), (61, 70, 0), (71, 80, 0), (81, 90, 0), (91, 100, 1), (101, 300, 2),
     ]  # fmt: skip

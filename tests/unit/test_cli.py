@@ -14,8 +14,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from polymodal import cli, live
-from polymodal.errors import PolymodalError
+from polymodal import cli
+from polymodal.core.errors import PolymodalError
+from polymodal.tools import profile_request
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
 ROOT = typer.main.get_command(cli.app)
@@ -249,23 +250,23 @@ def test_profile_leaves_a_request_for_the_trainer(tmp_path):
 
 def test_profile_of_a_run_that_stands_still_says_so(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("")
-    live.request_profile(tmp_path, 1, "0")
+    profile_request.request_profile(tmp_path, 1, "0")
     assert "has not logged a step yet" in capsys.readouterr().out
     (tmp_path / "metrics.jsonl").write_text("")
     os.utime(tmp_path / "metrics.jsonl", (0, time.time() - 3600))
-    live.request_profile(tmp_path, 1, "0")
+    profile_request.request_profile(tmp_path, 1, "0")
     assert "no step for 60 minutes" in capsys.readouterr().out
     (tmp_path / "summary.json").write_text("{}")
-    live.request_profile(tmp_path, 1, "0")
+    profile_request.request_profile(tmp_path, 1, "0")
     assert "the run has ended" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ranks", ["", "a", "3-1", "0,,1", "-1"])
 def test_profile_refuses_what_is_no_list_or_no_run(tmp_path, ranks):
     with pytest.raises(PolymodalError, match="is not a list of numbers"):
-        live.request_profile(tmp_path, 1, ranks)
+        profile_request.request_profile(tmp_path, 1, ranks)
     with pytest.raises(PolymodalError, match="is not the directory of a run"):
-        live.request_profile(tmp_path, 1, "0")
+        profile_request.request_profile(tmp_path, 1, "0")
 
 
 def test_download_offline_says_what_is_missing(tmp_path):
@@ -343,17 +344,17 @@ def test_train_refuses_before_it_starts_processes(tmp_path):
 
 def test_the_same_command_line_runs_in_every_process(monkeypatch, capfd):
     """`spread` gives the children this command line; here a recipe is shown by two processes."""
-    from polymodal import launch, spawn
+    from polymodal.runtime import launcher, process_group
 
     monkeypatch.setattr(sys, "argv", ["polymodal", "--version"])
-    monkeypatch.setattr(launch, "place", lambda nproc: launch.Start(2))
-    monkeypatch.delenv(spawn.CHILD, raising=False)
+    monkeypatch.setattr(process_group, "place", lambda nproc: process_group.Start(2))
+    monkeypatch.delenv(launcher.CHILD, raising=False)
     assert cli.spread("2", None, lambda: 5) == 0
     assert capfd.readouterr().out.count("polymodal 0") == 2
-    monkeypatch.setenv(spawn.CHILD, str(os.getppid()))
+    monkeypatch.setenv(launcher.CHILD, str(os.getppid()))
     assert cli.spread("2", None, lambda: 5) == 5, "a process that was started does the work"
-    monkeypatch.delenv(spawn.CHILD)
-    monkeypatch.setattr(launch, "place", lambda nproc: launch.Start(1))
+    monkeypatch.delenv(launcher.CHILD)
+    monkeypatch.setattr(process_group, "place", lambda nproc: process_group.Start(1))
     assert cli.spread("1", None, lambda: 6) == 6, "one process needs no launcher"
 
 

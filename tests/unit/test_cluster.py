@@ -11,21 +11,22 @@ from pathlib import Path
 import pytest
 import yaml
 
-from polymodal import cluster, launch
 from polymodal import recipe as recipes
-from polymodal.cluster import Wish
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.runtime import process_group
+from polymodal.tools import job_scripts
+from polymodal.tools.job_scripts import Wish
 
 
 def made(**sections) -> recipes.Recipe:
     return recipes.validate({"name": "My run", "model": {"source": "x"}, **sections})
 
 
-def start_of(line: str, environ: dict[str, str]) -> launch.Start:
+def start_of(line: str, environ: dict[str, str]) -> process_group.Start:
     """What the written `polymodal train ...` of a node sees in such an environment."""
     words = line.split()
-    start = launch.place(int(words[words.index("--nproc") + 1]), environ)
-    assert isinstance(start, launch.Start)
+    start = process_group.place(int(words[words.index("--nproc") + 1]), environ)
+    assert isinstance(start, process_group.Start)
     return start
 
 
@@ -55,7 +56,7 @@ def test_the_sbatch_script_gives_every_node_its_place(tmp_path):
     wish = Wish(
         "r.yaml", ("train.steps=3",), nodes=2, nproc=4, min_nodes=1, options=("--partition=big", "--time=1:00:00")
     )  # fmt: skip
-    text = cluster.slurm(recipe, wish).text
+    text = job_scripts.slurm(recipe, wish).text
     for line in (
         "--nodes=2",
         "--ntasks-per-node=1",
@@ -74,13 +75,13 @@ def test_the_sbatch_script_gives_every_node_its_place(tmp_path):
         line.split("=", 1) for line in (tmp_path / "env-python").read_text().splitlines() if "=" in line
     )
     assert environ["HCCL_CONNECT_TIMEOUT"] == "1200" and (tmp_path / "run" / "logs").is_dir()
-    assert start_of(calls[1], environ) == launch.Start(4, 1, 2, "first-node", 20007, "MASTER_PORT")
+    assert start_of(calls[1], environ) == process_group.Start(4, 1, 2, "first-node", 20007, "MASTER_PORT")
 
 
 def test_a_lost_node_does_not_end_a_job_that_can_do_with_fewer():
-    elastic = cluster.slurm(made(), Wish("r.yaml", nodes=4, min_nodes=2)).text
+    elastic = job_scripts.slurm(made(), Wish("r.yaml", nodes=4, min_nodes=2)).text
     assert "#SBATCH --no-kill\n" in elastic and "srun --cpu-bind=none --no-kill " in elastic
-    assert "--no-kill" not in cluster.slurm(made(), Wish("r.yaml", nodes=4)).text
+    assert "--no-kill" not in job_scripts.slurm(made(), Wish("r.yaml", nodes=4)).text
 
 
 @pytest.mark.parametrize("way", ["slurm", "torchrun"])
@@ -88,12 +89,12 @@ def test_a_setup_may_read_variables_that_nobody_set(tmp_path, way):
     recipe = made(checkpoint={"dir": str(tmp_path / "run")})
     wish = Wish("r.yaml", setup='export LIBRARIES="/opt/lib:$NEVER_SET"')
     slurm = {"SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0"}
-    assert run_script(cluster.MAKERS[way](recipe, wish).text, tmp_path, NODE_RANK="0", **slurm)
+    assert run_script(job_scripts.MAKERS[way](recipe, wish).text, tmp_path, NODE_RANK="0", **slurm)
 
 
 def test_a_setup_runs_in_the_container_that_has_what_it_names(tmp_path):
     recipe = made(checkpoint={"dir": str(tmp_path / "run")})
-    text = cluster.slurm(recipe, Wish("r.yaml", image="i:1", setup="source /opt/image/activate")).text
+    text = job_scripts.slurm(recipe, Wish("r.yaml", image="i:1", setup="source /opt/image/activate")).text
     before, _, inside = text.partition("srun ")
     assert "/opt/image" not in before and "source /opt/image/activate && exec python" in inside
 
@@ -101,7 +102,7 @@ def test_a_setup_runs_in_the_container_that_has_what_it_names(tmp_path):
 @pytest.mark.parametrize("kind", ["pytorchjob", "trainjob"])
 def test_a_pod_works_in_its_volume(kind):
     manifest = yaml.safe_load(
-        cluster.kubernetes(made(), Wish("r.yaml", image="i", claim="disk", kind=kind)).text
+        job_scripts.kubernetes(made(), Wish("r.yaml", image="i", claim="disk", kind=kind)).text
     )
     spec = manifest["spec"]
     command = (
@@ -111,7 +112,7 @@ def test_a_pod_works_in_its_volume(kind):
 
 
 def test_what_the_user_sets_is_honoured(tmp_path):
-    text = cluster.slurm(made(checkpoint={"dir": str(tmp_path / "run")}), Wish("r.yaml", nodes=2)).text
+    text = job_scripts.slurm(made(checkpoint={"dir": str(tmp_path / "run")}), Wish("r.yaml", nodes=2)).text
     given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4444", "NNODES": "3", "NODE_RANK": "2"}
     slurm = {
         "SLURM_JOB_NODELIST": "n[1-2]",
@@ -123,11 +124,11 @@ def test_what_the_user_sets_is_honoured(tmp_path):
     environ = dict(
         line.split("=", 1) for line in (tmp_path / "env-python").read_text().splitlines() if "=" in line
     )
-    assert start_of(calls[1], environ) == launch.Start(8, 2, 3, "10.0.0.1", 4444, "MASTER_PORT")
+    assert start_of(calls[1], environ) == process_group.Start(8, 2, 3, "10.0.0.1", 4444, "MASTER_PORT")
 
 
 def test_a_container_is_asked_of_srun(tmp_path):
-    text = cluster.slurm(made(), Wish("r.yaml", image="registry/polymodal:1")).text
+    text = job_scripts.slurm(made(), Wish("r.yaml", image="registry/polymodal:1")).text
     assert '--container-image=registry/polymodal:1 --container-mounts="$PWD:$PWD"' in text
 
 
@@ -135,7 +136,7 @@ def test_a_container_is_asked_of_srun(tmp_path):
 def test_torchruns_line_on_each_host(tmp_path, rank):
     recipe = made(checkpoint={"dir": str(tmp_path / "run")})
     wish = Wish("r.yaml", nodes=2, nproc=4, min_nodes=1, hosts=("alpha", "beta"), restarts=2)
-    (line,) = run_script(cluster.torchrun(recipe, wish).text, tmp_path, NODE_RANK=str(rank))
+    (line,) = run_script(job_scripts.torchrun(recipe, wish).text, tmp_path, NODE_RANK=str(rank))
     for words in (
         "--nnodes 1:2", "--nproc-per-node 4", "--max-restarts 2", "--rdzv-backend c10d", "--rdzv-endpoint alpha:29500",
         f"--rdzv-conf is_host={'true' if rank == 0 else 'false'}", "-m polymodal train r.yaml",
@@ -155,7 +156,7 @@ def pods(manifest: dict) -> list[dict]:
 def test_the_pytorchjob_has_what_its_controller_requires():
     recipe = made(device={"env": {"NCCL_DEBUG": "WARN"}})
     wish = Wish("r.yaml", nodes=3, nproc=8, image="registry/polymodal:1", claim="disk")
-    manifest = yaml.safe_load(cluster.kubernetes(recipe, wish).text)
+    manifest = yaml.safe_load(job_scripts.kubernetes(recipe, wish).text)
     assert (manifest["apiVersion"], manifest["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     assert manifest["metadata"]["name"] == "my-run"
     replicas = manifest["spec"]["pytorchReplicaSpecs"]
@@ -173,12 +174,12 @@ def test_the_pytorchjob_has_what_its_controller_requires():
         "RANK": "2", "WORLD_SIZE": "24", "PET_NPROC_PER_NODE": "8", "MASTER_ADDR": "my-run-master-0", "MASTER_PORT": "23456"
     }  # fmt: skip
     line = pods(manifest)[1]["containers"][0]["command"][2]
-    assert start_of(line, operator) == launch.Start(8, 2, 3, "my-run-master-0", 23456, "MASTER_PORT")
+    assert start_of(line, operator) == process_group.Start(8, 2, 3, "my-run-master-0", 23456, "MASTER_PORT")
 
 
 def test_the_trainjob_has_what_its_controller_requires():
     wish = Wish("r.yaml", nodes=3, nproc=8, image="registry/polymodal:1", kind="trainjob")
-    manifest = yaml.safe_load(cluster.kubernetes(made(device={"kind": "npu"}), wish).text)
+    manifest = yaml.safe_load(job_scripts.kubernetes(made(device={"kind": "npu"}), wish).text)
     assert (manifest["apiVersion"], manifest["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
     spec = manifest["spec"]
     assert spec["runtimeRef"]["name"] and spec["trainer"]["numNodes"] == 3
@@ -194,7 +195,7 @@ def test_the_trainjob_has_what_its_controller_requires():
         "PET_NNODES": "3", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "8", "PET_MASTER_ADDR": "n0", "PET_MASTER_PORT": "29400"
     }  # fmt: skip
     line = spec["trainer"]["command"][2]
-    assert start_of(line, trainer) == launch.Start(8, 1, 3, "n0", 29400, "PET_MASTER_PORT")
+    assert start_of(line, trainer) == process_group.Start(8, 1, 3, "n0", 29400, "PET_MASTER_PORT")
 
 
 def test_submitting_calls_the_clusters_command(tmp_path, monkeypatch, capfd):
@@ -203,7 +204,7 @@ def test_submitting_calls_the_clusters_command(tmp_path, monkeypatch, capfd):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     out = tmp_path / "job.sbatch"
-    assert cluster.main("slurm", made(), Wish("r.yaml"), out, submit=True) == 0
+    assert job_scripts.main("slurm", made(), Wish("r.yaml"), out, submit=True) == 0
     assert f"submitted {out}" in capfd.readouterr().out
 
 
@@ -225,22 +226,22 @@ def test_submitting_calls_the_clusters_command(tmp_path, monkeypatch, capfd):
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, way, wish, sections, submit, said):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(PolymodalError) as caught:
-        cluster.main(way, made(**sections), wish, tmp_path / "out", submit)
+        job_scripts.main(way, made(**sections), wish, tmp_path / "out", submit)
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("way", cluster.WAYS)
+@pytest.mark.parametrize("way", job_scripts.WAYS)
 def test_the_recipe_is_never_written_over(tmp_path, monkeypatch, way):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("the recipe")
     wish = Wish("mine.yaml", image="i")
-    assert cluster.main(way, made(name="mine"), wish) == 0
+    assert job_scripts.main(way, made(name="mine"), wish) == 0
     assert Path("mine.yaml").read_text() == "the recipe"
     with pytest.raises(PolymodalError, match="out.yaml is the recipe"):
-        cluster.main(way, made(), replace(wish, recipe="out.yaml"), Path("mine.yaml").rename("out.yaml"))
+        job_scripts.main(way, made(), replace(wish, recipe="out.yaml"), Path("mine.yaml").rename("out.yaml"))
     assert Path("out.yaml").read_text() == "the recipe"
 
 
 def test_printing_and_submitting_exclude_each_other():
     with pytest.raises(PolymodalError, match="--submit needs a file"):
-        cluster.main("slurm", made(), Wish("r"), Path("-"), submit=True)
+        job_scripts.main("slurm", made(), Wish("r"), Path("-"), submit=True)

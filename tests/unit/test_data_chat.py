@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Media, Message, Record
 from polymodal.data import media as files
 from polymodal.data.counting import TokenCounter
-from polymodal.data.sample import Media, Message, Record
 from polymodal.data.source import open_corpus
-from polymodal.errors import PolymodalError
 from polymodal.recipe import Dataset, Video
 from tests.models import tiny
 from tests.unit.media_fixtures import (
@@ -419,7 +419,7 @@ def test_tokenizer_without_end_of_text(qwen):
 
 
 def test_samples_as_a_page(qwen, folder, tmp_path):
-    from polymodal.data.show import show
+    from polymodal.tools.data_show import show
 
     rows = [
         {

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from polymodal.core.errors import PolymodalError
 from polymodal.data import media
 from polymodal.data.clips import Clips
 from polymodal.data.schedule import Position, Schedule
 from polymodal.data.source import open_corpus
-from polymodal.errors import PolymodalError
 from polymodal.models.diffusion import LatentGrid
 from polymodal.recipe import Clip, Data, Dataset, Train
 from tests.models.clips import frames, write_video
@@ -165,7 +165,7 @@ class Buckets:
         self.record = None
 
     def measure(self, i):
-        from polymodal.data.sample import Measure
+        from polymodal.core.sample import Measure
 
         return Measure(int(self.tokens[i]), int(self.tokens[i]))
 

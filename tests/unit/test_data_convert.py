@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from polymodal.data.convert import convert
+from polymodal.core.errors import PolymodalError
 from polymodal.data.source import open_corpus
-from polymodal.errors import PolymodalError
 from polymodal.recipe import Dataset
+from polymodal.tools.data_convert import convert
 from tests.models import tiny
 from tests.unit.media_fixtures import picture_bytes, write_rows
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Media, Message
 from polymodal.data.formats import RowReader
-from polymodal.data.sample import Media, Message
-from polymodal.errors import PolymodalError
 from polymodal.recipe import Attr
 from tests.unit.media_fixtures import picture_bytes
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from polymodal.core.errors import PolymodalError
 from polymodal.data import features, media
 from polymodal.data.clips import Clips
 from polymodal.data.features import Features
 from polymodal.data.source import open_corpus
-from polymodal.errors import PolymodalError
 from polymodal.models.diffusion import LatentGrid
 from polymodal.recipe import Clip, Dataset
 from tests.models import clips as made

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from polymodal.core.errors import PolymodalError
 from polymodal.data.index import UNTRAINED, build_index, cache_key
 from polymodal.data.index_file import cache_directory, is_remote
-from polymodal.errors import PolymodalError
 from polymodal.recipe import Data, Dataset
 from tests.unit.data_fakes import CountingChat, LinesCorpus, write_rows
 

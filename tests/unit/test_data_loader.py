@@ -16,12 +16,12 @@ import psutil
 import pytest
 import torch
 
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import IGNORE, hole, pack, without
 from polymodal.data.index import build_index
 from polymodal.data.loader import Loader
-from polymodal.data.sample import IGNORE, hole, pack, without
 from polymodal.data.schedule import Position, Schedule
 from polymodal.data.workers import memory_files_work, receive, send
-from polymodal.errors import PolymodalError
 from polymodal.recipe import Data, Train
 from tests.unit.data_fakes import CountingChat, LinesCorpus, write_rows
 

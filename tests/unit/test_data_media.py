@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Media
 from polymodal.data import media as files
-from polymodal.data.sample import Media
-from polymodal.errors import PolymodalError
 from polymodal.recipe import Video
 from tests.models import tiny
 from tests.unit.media_fixtures import picture_bytes, write_mp4

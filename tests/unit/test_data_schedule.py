@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from polymodal.core.errors import PolymodalError
 from polymodal.data.packing import cut_to_multiple, first_fit_decreasing, next_fit
 from polymodal.data.permute import permute
 from polymodal.data.schedule import GlobalBatch, Position, Schedule
-from polymodal.errors import PolymodalError
 from polymodal.recipe import Data, Train
 
 slow_machine = settings(

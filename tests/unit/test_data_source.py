@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Media
 from polymodal.data.files import CHUNK, JsonArray, Tar, open_rows
-from polymodal.data.sample import Media
 from polymodal.data.source import expand, open_corpus
-from polymodal.errors import PolymodalError
 from polymodal.recipe import Attr, Dataset
 from tests.unit.media_fixtures import picture_bytes, write_rows
 
@@ -397,7 +397,7 @@ def test_tar_text_that_is_not_utf8(tmp_path):
 
 
 def test_data_check_lists_what_is_broken_and_counts_the_rest(tmp_path, capsys):
-    from polymodal.data.check import main
+    from polymodal.tools.data_check import main
     from tests.unit.media_fixtures import write_mp4
 
     (tmp_path / "a.png").write_bytes(picture_bytes("PNG", 24, 16))

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from polymodal.data.sample import Message, Record
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Message, Record
 from tests.unit.media_fixtures import (
     TALK,
     TRIMMING,

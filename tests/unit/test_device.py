@@ -6,9 +6,10 @@ import os
 
 import pytest
 
-from polymodal import cann as cann_room
-from polymodal import device, recipe
-from polymodal.errors import PolymodalError
+from polymodal import recipe
+from polymodal.core.errors import PolymodalError
+from polymodal.runtime import cann as cann_room
+from polymodal.runtime import device
 
 
 @pytest.mark.parametrize(
@@ -177,12 +178,12 @@ def test_random_state_comes_back():
 
 
 def test_environment_reaches_a_started_run(monkeypatch):
-    from polymodal import launch
+    from polymodal.runtime import process_group
 
     monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "5")
-    rt = launch.start(
+    rt = process_group.start(
         recipe.validate({"model": {"source": "x"}, "device": {"env": {"HCCL_CONNECT_TIMEOUT": 300}}}),
-        here=launch.Place(0, 1, 0, 1, 0, 1),
+        here=process_group.Place(0, 1, 0, 1, 0, 1),
     )
-    launch.stop(rt)
+    process_group.stop(rt)
     assert os.environ["HCCL_CONNECT_TIMEOUT"] == "300"

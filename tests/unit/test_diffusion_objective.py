@@ -13,8 +13,8 @@ from diffusers.training_utils import (
     compute_snr,
 )
 
-from polymodal.data.sample import Batch
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Batch
 from polymodal.models.card import Output, Process
 from polymodal.objectives.diffusion import DiffusionObjective, dynamic_shift, gaussian_weight, shifted
 from polymodal.recipe import Diffusion

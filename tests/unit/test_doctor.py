@@ -10,8 +10,9 @@ import sys
 
 import pytest
 
-from polymodal import cann as cann_room
-from polymodal import device, doctor, machine
+from polymodal.runtime import cann as cann_room
+from polymodal.runtime import device, host
+from polymodal.tools import doctor
 
 
 def rows(name: str) -> dict[str, doctor.Row]:
@@ -49,9 +50,7 @@ def test_a_backend_that_does_not_work_says_its_last_line():
 
 
 def test_little_shared_memory(monkeypatch):
-    monkeypatch.setattr(
-        machine, "shared_memory", lambda: machine.Space("/dev/shm", 64 * machine.MIB, 60 * machine.MIB)
-    )
+    monkeypatch.setattr(host, "shared_memory", lambda: host.Space("/dev/shm", 64 * host.MIB, 60 * host.MIB))
     (row,) = rows("Shared memory").values()
     assert row.verdict == "warn" and row.found == "60.0 MiB free of 64.0 MiB" and "--shm-size=16g" in row.mend
 
@@ -70,9 +69,7 @@ def test_a_taken_port_names_its_owner(monkeypatch):
 
 def test_full_disks(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    monkeypatch.setattr(
-        machine, "space", lambda path: machine.Space(str(tmp_path), 100 * machine.GIB, machine.GIB)
-    )
+    monkeypatch.setattr(host, "space", lambda path: host.Space(str(tmp_path), 100 * host.GIB, host.GIB))
     found = rows("Disks")
     assert {row.verdict for row in found.values()} == {"warn"}
     assert "Less than 20 GiB" in found["disk: hub cache"].mend
@@ -103,7 +100,7 @@ def test_cann_that_is_not_sourced_comes_with_the_line(monkeypatch, tmp_path):
 
 
 def test_the_clock_matters_with_several_nodes(monkeypatch):
-    monkeypatch.setattr(machine, "clock_synchronised", lambda: False)
+    monkeypatch.setattr(host, "clock_synchronised", lambda: False)
     monkeypatch.delenv("NNODES", raising=False)
     assert rows("Clock")["clock"].verdict == "ok"
     monkeypatch.setenv("NNODES", "4")

@@ -11,9 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from polymodal import fused_attention
-from polymodal.parallel import ring
-from polymodal.parallel.ring import backward_block, forward_block
+from polymodal.distributed import flash_kernels, ring_attention
+from polymodal.distributed.ring_attention import backward_block, forward_block
 
 
 def segments(rows: torch.Tensor, ends: list[int]) -> list[torch.Tensor]:
@@ -77,11 +76,11 @@ def test_blocks_by_the_fused_operators_are_those_of_the_cpu(monkeypatch, causal,
         return [out, lse, *grads]
 
     expected = both()
-    kernel = fused_attention.Kernel(
-        functools.partial(fused_attention._ascend_forward, OPERATORS),
-        functools.partial(fused_attention._ascend_backward, OPERATORS),
+    kernel = flash_kernels.Kernel(
+        functools.partial(flash_kernels._ascend_forward, OPERATORS),
+        functools.partial(flash_kernels._ascend_backward, OPERATORS),
     )
-    monkeypatch.setattr(ring.fused_attention, "kernel", lambda *_: kernel)
+    monkeypatch.setattr(ring_attention.fused_attention, "kernel", lambda *_: kernel)
     for mine, theirs in zip(both(), expected, strict=True):
         torch.testing.assert_close(
             mine, theirs, rtol=1e-5, atol=1e-6
@@ -89,5 +88,5 @@ def test_blocks_by_the_fused_operators_are_those_of_the_cpu(monkeypatch, causal,
 
 
 def test_a_cpu_and_float32_have_no_fused_kernel():
-    assert fused_attention.kernel("cpu", torch.bfloat16, 64) is None
-    assert fused_attention.kernel("meta", torch.float32, 64) is None
+    assert flash_kernels.kernel("cpu", torch.bfloat16, 64) is None
+    assert flash_kernels.kernel("meta", torch.float32, 64) is None

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from polymodal import init, recipe
-from polymodal.errors import PolymodalError
+from polymodal import recipe
+from polymodal.core.errors import PolymodalError
+from polymodal.distributed.mesh import ParallelSizes
 from polymodal.models import catalog
 from polymodal.parallel import apply as layout
-from polymodal.parallel.mesh import ParallelSizes
+from polymodal.tools import init_recipe
 from tests.models import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +22,7 @@ EVERY = [
     (card.name, key, task)
     for card in CARDS.values()
     for key in card.sizes
-    for task in init.TASKS
+    for task in init_recipe.TASKS
     if task != "dreambooth" or task in card.methods
 ]
 
@@ -30,12 +31,12 @@ EVERY = [
 @pytest.mark.parametrize("devices", [None, 1, 6, 64])
 def test_what_is_written_validates_and_its_layout_divides(tmp_path, name, size, task, devices):
     path = tmp_path / "r.yaml"
-    assert init.main(name, task, size, devices, "data/my file: 1.json", path, False) == 0
+    assert init_recipe.main(name, task, size, devices, "data/my file: 1.json", path, False) == 0
     r = recipe.load(path)
-    chosen = init.plan(name, task, size, devices)
+    chosen = init_recipe.plan(name, task, size, devices)
     assert r.model.source == CARDS[name].sizes[size].hub and r.data.datasets[0].path == "data/my file: 1.json"
     assert ParallelSizes.of(r.parallel, chosen.devices).world == chosen.devices
-    assert (r.model.lora is not None) == (task in init.ADAPTERS) and (r.model.init == "random") == (
+    assert (r.model.lora is not None) == (task in init_recipe.ADAPTERS) and (r.model.init == "random") == (
         task == "pretrain"
     )
     assert r.model.lora is None or set(r.model.lora.towers) <= set(CARDS[name].towers)
@@ -75,36 +76,42 @@ def test_layouts_are_accepted_for_the_published_heads(name, size):
     )
     for task in ("sft", "lora", "pretrain"):
         for devices in (None, 1, 6, 8, 64):
-            chosen = init.plan(name, task, size, devices)
-            r = recipe.validate(yaml.safe_load(init.text(chosen, "d.json")))
+            chosen = init_recipe.plan(name, task, size, devices)
+            r = recipe.validate(yaml.safe_load(init_recipe.text(chosen, "d.json")))
             sizes = ParallelSizes.of(r.parallel, chosen.devices)
             assert layout.check(CARDS[name], config, sizes, r.parallel, r.model.attention) == []
 
 
 def test_dreambooth_is_written_for_the_cards_that_have_it():
-    written = recipe.validate(yaml.safe_load(init.text(init.plan("sdxl", "dreambooth", None, 1), init.DATA)))
+    written = recipe.validate(
+        yaml.safe_load(init_recipe.text(init_recipe.plan("sdxl", "dreambooth", None, 1), init_recipe.DATA))
+    )
     subject, prior = written.data.datasets
     assert subject.path == "data/subject" and subject.caption == "a photo of sks dog" and not subject.generate
     assert prior.generate == 100 and prior.loss_weight == 1.0 and prior.weight == subject.weight
     assert written.train.steps == 500 and written.model.lora is not None
     with pytest.raises(PolymodalError, match="wan2.1 has no recipe for DreamBooth"):
-        init.plan("wan2.1", "dreambooth", None, None)
+        init_recipe.plan("wan2.1", "dreambooth", None, None)
 
 
 def test_comments_are_true(tmp_path, capsys):
-    out = init.text(init.plan("qwen2.5-vl", "sft", "7b", 8), "d.json")
+    out = init_recipe.text(init_recipe.plan("qwen2.5-vl", "sft", "7b", 8), "d.json")
     assert "about 15.4 GiB a device" in out  # 8.29e9 parameters x 16 bytes / 8
-    assert "too much for 64 GB" in init.text(init.plan("qwen2.5-vl-72b", "sft", None, 8), "d.json")
-    assert "--nproc 8 on each of 4 nodes" in init.text(init.plan("qwen2.5-vl-72b", "sft", None, 32), "d.json")
-    assert "--nproc 1\n" in init.text(init.plan("qwen2.5-vl-3b", "lora", None, 1), "d.json")
-    assert init.main("qwen2.5-vl-3b", "lora", None, 1, "d.json", tmp_path / "r.yaml", False) == 0
+    assert "too much for 64 GB" in init_recipe.text(
+        init_recipe.plan("qwen2.5-vl-72b", "sft", None, 8), "d.json"
+    )
+    assert "--nproc 8 on each of 4 nodes" in init_recipe.text(
+        init_recipe.plan("qwen2.5-vl-72b", "sft", None, 32), "d.json"
+    )
+    assert "--nproc 1\n" in init_recipe.text(init_recipe.plan("qwen2.5-vl-3b", "lora", None, 1), "d.json")
+    assert init_recipe.main("qwen2.5-vl-3b", "lora", None, 1, "d.json", tmp_path / "r.yaml", False) == 0
     assert ", 1 device\n" in capsys.readouterr().out
 
 
 def test_names_sizes_and_hub_ids():
-    assert init.plan("Qwen/Qwen2.5-VL-72B-Instruct", "sft", None, None).size == "72b"
-    assert init.plan("qwen3-vl-moe", "sft", "235b", None).size == "235b-a22b"
-    assert init.plan("qwen2.5-vl", "sft", None, None).size == "7b"
+    assert init_recipe.plan("Qwen/Qwen2.5-VL-72B-Instruct", "sft", None, None).size == "72b"
+    assert init_recipe.plan("qwen3-vl-moe", "sft", "235b", None).size == "235b-a22b"
+    assert init_recipe.plan("qwen2.5-vl", "sft", None, None).size == "7b"
 
 
 def test_a_directory_is_its_own_source_and_its_size_is_read(tmp_path):
@@ -116,11 +123,11 @@ def test_a_directory_is_its_own_source_and_its_size_is_read(tmp_path):
         "text_config": {"num_hidden_layers": 36},
     }
     (directory / "config.json").write_text(json.dumps(config))
-    chosen = init.plan(str(directory), "lora", None, 2)
+    chosen = init_recipe.plan(str(directory), "lora", None, 2)
     assert (chosen.size, chosen.source) == ("3b", str(directory))
-    assert recipe.validate(__import__("yaml").safe_load(init.text(chosen, "d.json"))).model.source == str(
-        directory
-    )
+    assert recipe.validate(
+        __import__("yaml").safe_load(init_recipe.text(chosen, "d.json"))
+    ).model.source == str(directory)
 
 
 @pytest.mark.parametrize(
@@ -134,31 +141,31 @@ def test_a_directory_is_its_own_source_and_its_size_is_read(tmp_path):
 )
 def test_wrong_wishes(arguments, message):
     with pytest.raises(PolymodalError) as caught:
-        init.plan(*arguments)
+        init_recipe.plan(*arguments)
     assert message in str(caught.value)
 
 
 def test_nothing_is_overwritten_unasked(tmp_path):
     path = tmp_path / "sub" / "r.yaml"
-    init.write(path, "one")
+    init_recipe.write(path, "one")
     with pytest.raises(PolymodalError, match="exists. Choose another --out, or add --force"):
-        init.write(path, "two")
+        init_recipe.write(path, "two")
     assert path.read_text() == "one"
-    init.write(path, "two", force=True)
+    init_recipe.write(path, "two", force=True)
     assert path.read_text() == "two" and [p.name for p in path.parent.iterdir()] == ["r.yaml"]
     with pytest.raises(PolymodalError, match="cannot be written"):
-        init.write(path / "below", "three")
+        init_recipe.write(path / "below", "three")
 
 
 @pytest.mark.parametrize("name", ["2024", "no", "a: b", "-", "1e3"])
 def test_a_name_that_yaml_would_read_as_something_else(tmp_path, name):
     path = tmp_path / f"{name}.yaml"
-    assert init.main("qwen2.5-vl", "sft", "3b", 1, "d.json", path, False) == 0
+    assert init_recipe.main("qwen2.5-vl", "sft", "3b", 1, "d.json", path, False) == 0
     assert recipe.load(path).name == name
 
 
 def test_a_dash_is_the_terminal(capsys):
-    assert init.main("qwen2.5-vl", "sft", "3b", 1, "d.json", Path("-"), False) == 0
+    assert init_recipe.main("qwen2.5-vl", "sft", "3b", 1, "d.json", Path("-"), False) == 0
     assert capsys.readouterr().out.startswith("# qwen2.5-vl 3b: full fine-tuning on 1 device.")
 
 
@@ -189,7 +196,7 @@ def test_shipped_recipes_cover_every_size_and_are_what_init_writes():
         for path in SHIPPED
         if path.name != "base.yaml"
     }
-    assert shipped == init.standard(), (
+    assert shipped == init_recipe.standard(), (
         "run: python -c \"from polymodal import init; init.refresh('recipes')\""
     )
 

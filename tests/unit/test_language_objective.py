@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from polymodal.data.sample import IGNORE, Measure, Sample, pack
+from polymodal.core.sample import IGNORE, Measure, Sample, pack
+from polymodal.distributed.router_loss import balance_loss, expert_choices, load_figures, router_sums
 from polymodal.models.card import Output
 from polymodal.objectives import language
 from polymodal.objectives.language import LanguageObjective, head_loss, token_weights
-from polymodal.parallel.balance import balance_loss, expert_choices, load_figures, router_sums
 
 torch.manual_seed(0)
 VOCABULARY, WIDTH = 37, 12

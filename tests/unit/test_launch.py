@@ -15,14 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from polymodal import launch, machine, recipe, spawn
-from polymodal.errors import PolymodalError
-from polymodal.launch import Place, Start, first_host, place
+from polymodal import recipe
+from polymodal.core.errors import PolymodalError
+from polymodal.runtime import host, launcher, process_group
+from polymodal.runtime.process_group import Place, Start, first_host, place
 
 PREAMBLE = """
 import os, signal, sys, time
 from polymodal import launch, recipe, spawn
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 
 spawn.enter_child()
 rank = int(os.environ.get("RANK", 0))
@@ -75,12 +76,12 @@ def processes(tmp_path, monkeypatch, capfd):
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
         try:
-            start = launch.place(nproc)
-            spawn.before_start(None, start)
-            code, said = spawn.run([child(tmp_path, body)], start, rendezvous=seconds), ""
+            start = process_group.place(nproc)
+            launcher.before_start(None, start)
+            code, said = launcher.run([child(tmp_path, body)], start, rendezvous=seconds), ""
         except PolymodalError as error:
             code, said = error.code, f"error: {error}\n"
-        except spawn.Stopped as stopped:
+        except launcher.Stopped as stopped:
             code, said = stopped.code, ""
         out, err = capfd.readouterr()
         return code, out, err + said
@@ -245,10 +246,10 @@ def test_contradictions(environ, message):
 
 
 def test_nproc_words():
-    assert launch.default_nproc(None) is None and launch.default_nproc("3") == 3
-    assert launch.default_nproc("auto", "cpu") == 1
+    assert process_group.default_nproc(None) is None and process_group.default_nproc("3") == 3
+    assert process_group.default_nproc("auto", "cpu") == 1
     with pytest.raises(PolymodalError, match="not a number of processes"):
-        launch.default_nproc("many")
+        process_group.default_nproc("many")
 
 
 # ---- real processes -----------------------------------------------------------------------------------------------
@@ -417,7 +418,7 @@ def test_the_owner_of_a_port_is_named_on_one_line():
     program = "import time\nprint(flush=True)\ntime.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as owner:
         owner.stdout.readline()
-        words = machine.command_of(owner.pid)
+        words = host.command_of(owner.pid)
         owner.kill()
     assert "import time print(" in words and "\n" not in words
 
@@ -441,20 +442,18 @@ def test_unresolvable_master(processes):
 
 
 def test_a_task_whose_others_never_come(monkeypatch):
-    here = launch.Place(1, 2, 0, 1, 1, 2, "127.0.0.1", free_port(), "slurm")
+    here = process_group.Place(1, 2, 0, 1, 1, 2, "127.0.0.1", free_port(), "slurm")
     for name in (*NAMES, "GLOO_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "0")  # put back afterwards
     with pytest.raises(
         PolymodalError, match="Rank 1 of 2 could not join the others at 127.0.0.1.*srun polymodal train"
     ):
-        launch.start(recipe.validate({"model": {"source": "x"}}), rendezvous=1, here=here)
+        process_group.start(recipe.validate({"model": {"source": "x"}}), rendezvous=1, here=here)
 
 
 def test_little_shared_memory_is_a_warning(monkeypatch):
-    monkeypatch.setattr(
-        machine, "shared_memory", lambda: machine.Space("/dev/shm", 64 * machine.MIB, 64 * machine.MIB)
-    )
-    (warning,) = spawn.before_start(None, Start(8))
+    monkeypatch.setattr(host, "shared_memory", lambda: host.Space("/dev/shm", 64 * host.MIB, 64 * host.MIB))
+    (warning,) = launcher.before_start(None, Start(8))
     assert warning.startswith("/dev/shm has 64.0 MiB free for 8 processes") and "--ipc=host" in warning
 
 
@@ -464,17 +463,17 @@ def test_little_shared_memory_is_a_warning(monkeypatch):
 def test_unwritable_output(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(PolymodalError, match="cannot be written.*checkpoint.dir"):
-        machine.require_writable(tmp_path / "file" / "run")
+        host.require_writable(tmp_path / "file" / "run")
 
 
 def test_full_output_disk(tmp_path):
     with pytest.raises(PolymodalError, match="has only .* free; at least"):
-        machine.require_writable(tmp_path, least_free=1 << 60)
+        host.require_writable(tmp_path, least_free=1 << 60)
 
 
 def test_writable_leaves_nothing(tmp_path):
-    machine.require_writable(tmp_path / "run/deep")
-    machine.require_writable(tmp_path)
+    host.require_writable(tmp_path / "run/deep")
+    host.require_writable(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -494,7 +493,7 @@ say("done", rank, attempt)
 def test_a_killed_process_is_started_again_with_all_others(tmp_path, monkeypatch, capfd):
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
-    code = spawn.run([child(tmp_path, DIES_ONCE)], launch.place(2), restarts=1)
+    code = launcher.run([child(tmp_path, DIES_ONCE)], process_group.place(2), restarts=1)
     out, err = capfd.readouterr()
     assert code == 0 and sorted(out.splitlines()) == ["done 0 1", "done 1 1"]
     assert "starting again from the newest checkpoint: rank 1 ended with exit code -9" in err
@@ -506,5 +505,5 @@ def test_bad_input_is_not_started_again(tmp_path, monkeypatch, capfd):
         monkeypatch.delenv(name, raising=False)
     body = 'raise PolymodalError("The key is wrong.", "Mend it.")'
     with pytest.raises(PolymodalError, match="The key is wrong"):
-        spawn.run([child(tmp_path, body)], launch.place(2), restarts=3)
+        launcher.run([child(tmp_path, body)], process_group.place(2), restarts=3)
     assert "starting again" not in capfd.readouterr().err

@@ -9,9 +9,9 @@ import types
 import pytest
 import torch
 
-from polymodal import device
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.recipe import LossGuard, Monitor
+from polymodal.runtime import device
 from polymodal.train.monitor import Guard, Metrics, Profiler, Progress, line
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.recipe import Group, Optim, Schedule
 from polymodal.train import optim
 from polymodal.train.optim import LossScaler, MovingAverage, Optimizer, Rate, learning_rate, rate

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from polymodal import recipe as recipes
-from polymodal.errors import PolymodalError
-from polymodal.models.card import Family
-from polymodal.parallel.mesh import ParallelSizes
+from polymodal.core.errors import PolymodalError
+from polymodal.distributed.mesh import ParallelSizes
+from polymodal.models.family import Family
 from polymodal.plan import command, devices, page, planner, search, timeline
 from polymodal.plan.predict import Prediction
 from tests.models import tiny

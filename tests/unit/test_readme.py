@@ -11,9 +11,11 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from polymodal import cli, recipe, recipe_file, shelf
+from polymodal import cli, recipe
 from polymodal.data.formats import RowReader
-from polymodal.models import catalog, table
+from polymodal.models import catalog
+from polymodal.recipe import file
+from polymodal.tools import model_table, models_command
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -105,7 +107,7 @@ def merged(under: dict, over: dict) -> dict:
 def test_recipes_in_pages_validate(page, tmp_path):
     for text in blocks(page, "yaml"):
         (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
-        data, places = recipe_file.read(tmp_path / "recipe.yaml")
+        data, places = file.read(tmp_path / "recipe.yaml")
         recipe.validate(merged({"model": {"source": "x"}}, data), places, Path(name(page)))
 
 
@@ -160,12 +162,14 @@ def test_every_row_of_troubleshooting_says_what_shows_it():
 def test_the_table_of_models_is_the_cards():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| .* \| (?:full).*\|$", text, re.M)
-    assert sorted(rows) == sorted(table.readme_row(card, shelf.why_not) for card in catalog.cards().values())
+    assert sorted(rows) == sorted(
+        model_table.readme_row(card, models_command.why_not) for card in catalog.cards().values()
+    )
 
 
 def test_the_committed_page_of_models_is_up_to_date():
     page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
-    assert page == shelf.page(), "run: polymodal models --markdown > docs/models.md"
+    assert page == models_command.page(), "run: polymodal models --markdown > docs/models.md"
 
 
 def test_the_rows_of_the_data_page_are_read():

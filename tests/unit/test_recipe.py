@@ -11,8 +11,9 @@ import pytest
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
-from polymodal import recipe, recipe_file, recipe_reference
-from polymodal.errors import PolymodalError
+from polymodal import recipe
+from polymodal.core.errors import PolymodalError
+from polymodal.recipe import file, reference
 
 ROOT = Path(__file__).parents[2]
 
@@ -208,7 +209,7 @@ def test_every_key_is_documented():
     def walk(section, prefix=""):
         for name, info in section.model_fields.items():
             assert info.description and info.description.strip(), f"{prefix}{name} has no documentation"
-            for child in recipe_file._sections(info.annotation):
+            for child in file._sections(info.annotation):
                 walk(child, f"{prefix}{name}.")
 
     walk(recipe.Recipe)
@@ -216,7 +217,7 @@ def test_every_key_is_documented():
 
 
 def test_the_schema_is_closed_and_documented():
-    schema = json.loads(json.dumps(recipe.schema()))
+    schema = json.loads(json.dumps(recipe.json_schema()))
     assert "base" in schema["properties"] and schema["required"] == ["model"]
     assert all(d.get("additionalProperties") is False for d in schema["$defs"].values())
     assert all("description" in p for d in schema["$defs"].values() for p in d["properties"].values())
@@ -224,12 +225,12 @@ def test_the_schema_is_closed_and_documented():
 
 def test_the_committed_reference_page_is_up_to_date():
     page = ROOT / "docs/recipe.md"
-    assert page.read_text() == recipe_reference.markdown(), "run: polymodal recipe docs > docs/recipe.md"
+    assert page.read_text() == reference.markdown(), "run: polymodal recipe docs > docs/recipe.md"
     for key in recipe.all_keys():
         assert f"`{key.rpartition('.')[2]}`" in page.read_text()
 
 
 def test_reading_a_recipe_imports_no_torch(tmp_path):
     path = write(tmp_path, "model: {source: a}\n")
-    code = f"import sys; from polymodal import recipe, recipe_reference; recipe.load({str(path)!r}); recipe.schema(); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = f"import sys; from polymodal import recipe; from polymodal.recipe import reference; recipe.load({str(path)!r}); recipe.json_schema(); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

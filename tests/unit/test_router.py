@@ -9,15 +9,16 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from polymodal import cli, shelf
-from polymodal.errors import PolymodalError
-from polymodal.models import catalog, router
+from polymodal import cli
+from polymodal.core.errors import PolymodalError
+from polymodal.models import catalog
+from polymodal.tools import advise, models_command
 
 CARDS = catalog.cards()
 
 
-def ask(wish: str) -> router.Route:
-    return router.route(wish, CARDS)
+def ask(wish: str) -> advise.Route:
+    return advise.route(wish, CARDS)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_models_still_to_come_are_named_as_such(wish, first):
 def test_tasks(wish, task):
     answer = ask(wish)
     assert answer.task == task and answer.kind == "understanding"
-    if task in router.NOT_YET:
+    if task in advise.NOT_YET:
         assert "not here yet" in answer.notes[0] and any(
             stage.title == task.upper() and not stage.here for stage in answer.stages
         )
@@ -183,21 +184,21 @@ def test_sentences_as_people_write_them(wish, kind, task, name):
 
 
 def test_the_size_to_begin_with_is_one_of_the_documents():
-    assert router.middle(CARDS["flux.1"]) == "dev" and router.middle(CARDS["qwen2.5-vl"]) == "7b"
+    assert advise.middle(CARDS["flux.1"]) == "dev" and advise.middle(CARDS["qwen2.5-vl"]) == "7b"
     for card in CARDS.values():
-        assert not card.seeds or router.middle(card) in card.seeds
+        assert not card.seeds or advise.middle(card) in card.seeds
 
 
 def test_what_converts_today_is_said_though_it_does_not_train_yet():
-    from polymodal.convert import shelf as converters
+    from polymodal.convert import family_registry as converters
 
     known = {
-        router._compact(family.title): family
+        advise._compact(family.title): family
         for family in converters.families().values()
         if family.architectures
     }
-    for family in router.COMING:
-        own = [title for title in known if router._compact(family.name).startswith(title)]
+    for family in advise.COMING:
+        own = [title for title in known if advise._compact(family.name).startswith(title)]
         to = "" if not own else "dcp" if known[max(own, key=len)].kind == "dcp" else "mm"
         assert family.converts == to, family.name
     stages = ask("fine-tune InternVL3").stages
@@ -210,7 +211,7 @@ def test_what_converts_today_is_said_though_it_does_not_train_yet():
 
 
 def test_every_awaited_family_is_found_by_its_name_and_aliases():
-    for family in router.COMING:
+    for family in advise.COMING:
         for name in (family.name, *family.aliases):
             found = ask(f"train {name} please")
             assert family.name in {f.name for f in found.coming} or found.card is not None, name
@@ -218,7 +219,7 @@ def test_every_awaited_family_is_found_by_its_name_and_aliases():
 
 
 def test_cards_that_came_are_no_longer_awaited():
-    answer = router.route("wan2.1", {**CARDS, "wan2.1": CARDS["qwen2-vl"]})
+    answer = advise.route("wan2.1", {**CARDS, "wan2.1": CARDS["qwen2-vl"]})
     assert "wan2.1" not in {f.name for f in answer.coming}
 
 
@@ -235,10 +236,10 @@ def known_command(words: list[str]) -> bool:
     return all(word in options for word in rest if word.startswith("-"))
 
 
-@pytest.mark.parametrize("task", list(router.TASKS))
+@pytest.mark.parametrize("task", list(advise.TASKS))
 @pytest.mark.parametrize("name", list(CARDS))
 def test_every_stage_is_a_command_that_exists(name, task):
-    stages = router.way(CARDS[name], None, task)
+    stages = advise.way(CARDS[name], None, task)
     commands = [stage.command for stage in stages if stage.command]
     assert len(commands) >= (2 if task == "export" else 3) and all(
         known_command(shlex.split(command)) for command in commands
@@ -247,7 +248,7 @@ def test_every_stage_is_a_command_that_exists(name, task):
 
 
 def test_paths_of_the_stages_join_up():
-    stages = router.way(CARDS["qwen2.5-vl"], "3b", "lora")
+    stages = advise.way(CARDS["qwen2.5-vl"], "3b", "lora")
     written = {part.strip().split(" ")[0] for stage in stages for part in stage.writes.split(",") if part}
     given = ("data/llava_instruct_150k.json", "data/COCO2017/", "AI2D_TEST.tsv")
     for stage in stages:
@@ -286,7 +287,7 @@ def test_a_page_tells_sizes_and_why_not(name):
     for reason in card.limits.values():
         assert reason in flat
     for axis in ("pp", "ep"):
-        reason = shelf.why_not(card, axis)
+        reason = models_command.why_not(card, axis)
         assert reason is None or f"no: {reason}" in flat
 
 
@@ -312,12 +313,12 @@ def test_a_wish_is_answered_with_commands_and_paths():
     assert "Say what goes in" in run("--for", "xyzzy")
 
 
-@pytest.mark.parametrize("task", list(router.TASKS))
+@pytest.mark.parametrize("task", list(advise.TASKS))
 def test_every_task_has_its_words_on_the_page(task):
     model = "flux.1" if task in ("dreambooth", "encode") else "qwen2-vl"
-    word = next((words[0] for name, words in router.METHODS.items() if name == task))
+    word = next((words[0] for name, words in advise.METHODS.items() if name == task))
     out = run("--for", f"{word} {model}")
-    assert router.TASKS[task] in out.splitlines()[0] and max(map(len, out.splitlines()[:6])) <= 80
+    assert advise.TASKS[task] in out.splitlines()[0] and max(map(len, out.splitlines()[:6])) <= 80
 
 
 @pytest.mark.parametrize(
@@ -330,4 +331,4 @@ def test_every_task_has_its_words_on_the_page(task):
 )
 def test_unknown_names(name, words):
     with pytest.raises(PolymodalError, match=words):
-        shelf.main(name)
+        models_command.main(name)

@@ -27,7 +27,7 @@ assert device.backends() == [("gloo", 2), ("hccl", 2)]
 assert device.peak_flops(info) == 320e12
 """,
     "more processes than devices": """
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 for kind, rank, words in (("auto", 2, "torch sees 2 of kind npu"), ("cuda", 0, "torch sees npu here")):
     try:
         device.find(kind, rank)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polymodal.data.sample import Batch
+from polymodal.core.sample import Batch
 from polymodal.models.card import Chain, ModelCard, Process, Size
 from polymodal.models.diffusion import Generation, LatentGrid
 from polymodal.models.generation.pictures import discrete_process

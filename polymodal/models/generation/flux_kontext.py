@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polymodal.data.sample import Batch
+from polymodal.core.sample import Batch
 from polymodal.models.card import Size
 from polymodal.models.generation.flux import CARD as FLUX
 from polymodal.models.generation.flux import Flux

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from polymodal.data.sample import Batch
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Batch
 from polymodal.models.card import Chain, ModelCard, Process, Size
 from polymodal.models.diffusion import JOINT_BLOCKS, Generation, LatentGrid
 from polymodal.models.generation.pictures import flow_process

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from polymodal.data.sample import Batch
+from polymodal.core.sample import Batch
 from polymodal.models.card import Process, Size
 from polymodal.models.diffusion import Generation, LatentGrid
 from polymodal.models.generation.hunyuan_video import CARD as TEXT_TO_VIDEO

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from polymodal.data.sample import Batch
+from polymodal.core.sample import Batch
 from polymodal.models.card import ModelCard, Output, Process, Size
 from polymodal.models.diffusion import Generation, LatentGrid
 from polymodal.models.generation.pictures import flow_process, unbuilt

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from polymodal.data.sample import Batch
+from polymodal.core.sample import Batch
 from polymodal.models.card import ModelCard, Process, Size
 from polymodal.models.generation.pictures import Pictures, flow_process, unbuilt
 

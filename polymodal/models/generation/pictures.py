@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
 from polymodal.models.card import Process
 from polymodal.models.diffusion import Generation, LatentGrid
 

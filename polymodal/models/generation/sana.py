@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from polymodal.data.sample import Batch
+from polymodal.core.sample import Batch
 from polymodal.models.card import ModelCard, Size
 from polymodal.models.diffusion import LatentGrid
 from polymodal.models.generation.pictures import Pictures, unbuilt

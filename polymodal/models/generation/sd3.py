@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from polymodal.data.sample import Batch
+from polymodal.core.sample import Batch
 from polymodal.models.card import Chain, ModelCard, Size
 from polymodal.models.diffusion import JOINT_BLOCKS
 from polymodal.models.generation.pictures import Pictures

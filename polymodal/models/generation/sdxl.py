@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polymodal.data.sample import Batch
+from polymodal.core.sample import Batch
 from polymodal.models.card import ModelCard, Process, Size
 from polymodal.models.diffusion import LatentGrid
 from polymodal.models.generation.pictures import Pictures, discrete_process

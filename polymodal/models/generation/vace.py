@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polymodal.data.sample import Batch
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Batch
 from polymodal.models.card import ModelCard, Size
 from polymodal.models.diffusion import LatentGrid
 from polymodal.models.generation.pictures import unbuilt

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polymodal.data.sample import Batch
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Batch
 from polymodal.models.card import Chain, ModelCard, Process, Size
 from polymodal.models.diffusion import Generation, LatentGrid
 

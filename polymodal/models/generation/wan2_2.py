@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polymodal.data.sample import Batch
+from polymodal.core.sample import Batch
 from polymodal.models.card import Process, Size
 from polymodal.models.generation.wan import CARD as WAN
 from polymodal.models.generation.wan import Wan

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polymodal.distributed import attention as house
 from polymodal.models.card import ModelCard, Size
 from polymodal.models.understanding.qwen_vl import (
     BLOCKS,
@@ -19,7 +20,6 @@ from polymodal.models.understanding.qwen_vl import (
     towers,
     vision_plan,
 )
-from polymodal.parallel import attention as house
 
 
 class Qwen25VL(QwenVL):

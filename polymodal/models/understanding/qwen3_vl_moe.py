@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from polymodal.data.sample import Batch
+from polymodal.core.sample import Batch
+from polymodal.distributed.router_loss import router_sums
 from polymodal.models.card import ModelCard, Size
 from polymodal.models.understanding.qwen3_vl import PIPELINE, TOWERS, VISION_PLAN, Qwen3VL
 from polymodal.models.understanding.qwen_vl import (
@@ -18,7 +19,6 @@ from polymodal.models.understanding.qwen_vl import (
     TASKS,
     TEXT_PLAN,
 )
-from polymodal.parallel.balance import router_sums
 
 
 class Qwen3VLMoe(Qwen3VL):

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polymodal.data.sample import AXES, IGNORE, Batch, Measure
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import AXES, IGNORE, Batch, Measure
+from polymodal.distributed import attention as house
 from polymodal.models import partial
 from polymodal.models.card import Chain, Components, Dropped, Output
 from polymodal.models.understanding.qwen_vl_media import QwenVLMedia
 from polymodal.models.understanding.qwen_vl_sampling import Sampling
-from polymodal.parallel import attention as house
 from polymodal.recipe import Data
 
 BLOCKS = ("model.visual.blocks.*", "model.language_model.layers.*")

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polymodal.data.sample import Media, Span
-from polymodal.errors import PolymodalError
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Media, Span
 from polymodal.recipe import Data
 
 START, END = "<|vision_start|>", "<|vision_end|>"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polymodal.data.sample import Sample
-from polymodal.models.card import Family
+from polymodal.core.sample import Sample
+from polymodal.models.family import Family
 
 
 class Sampling(Family):

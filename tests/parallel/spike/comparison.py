@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from polymodal.data.sample import Batch
-from polymodal.models.card import Family, ModelCard, Output
+from polymodal.core.sample import Batch
+from polymodal.distributed.mesh import Mesh, ParallelSizes
+from polymodal.models.card import ModelCard, Output
+from polymodal.models.family import Family
 from polymodal.parallel.apply import _shard, matching
-from polymodal.parallel.mesh import Mesh, ParallelSizes
 from polymodal.recipe import Parallel
 from polymodal.train.step import bind, inverse_weights
 

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from polymodal.data.sample import Batch, pack
+from polymodal.core.sample import Batch, pack
+from polymodal.distributed.mesh import Mesh
 from polymodal.models import weights
 from polymodal.objectives.language import LanguageObjective
-from polymodal.parallel.cuts import home
-from polymodal.parallel.mesh import Mesh
 from polymodal.parallel.pipeline import Pipeline, TiedGradients, bind
+from polymodal.parallel.pipeline_split import home
 from polymodal.parallel.stages import Part, prune
 from polymodal.recipe import Parallel
 from polymodal.train.step import inverse_weights

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from polymodal.data.sample import IGNORE, Batch, hole, pack
+from polymodal.core.sample import IGNORE, Batch, hole, pack
 from polymodal.models import weights
 from polymodal.models.card import Output
 from polymodal.train.step import bind

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polymodal.data.sample import IGNORE, Batch, Measure, Sample
-from polymodal.models.card import Family, Output
+from polymodal.core.sample import IGNORE, Batch, Measure, Sample
+from polymodal.models.card import Output
+from polymodal.models.family import Family
 from polymodal.models.understanding import qwen2_vl, qwen3_vl
 
 IMAGE, VOCABULARY, MERGE = 5, 64, 4  # token of a picture, vocabulary, patches a picture token stands for

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polymodal.data.sample import Batch
-from polymodal.models.card import Chain, Family, ModelCard, Output
-from polymodal.parallel import uniform
-from polymodal.parallel.mesh import Mesh
+from polymodal.core.sample import Batch
+from polymodal.distributed.mesh import Mesh
+from polymodal.models.card import Chain, ModelCard, Output
+from polymodal.models.family import Family
+from polymodal.parallel import dit_context_parallel
 from polymodal.train.step import bind
 from tests.parallel.spike.comparison import (
     fill,
@@ -112,7 +113,7 @@ class FlowMatching:
 
 def cut_sequence(model: nn.Module, card: ModelCard, mesh: Mesh) -> None:
     """Ulysses over the two ranks of cp, as parallel.apply sets it up."""
-    uniform.apply(model, card, mesh.context(mesh.sizes.cp))
+    dit_context_parallel.apply(model, card, mesh.context(mesh.sizes.cp))
 
 
 def _batches() -> list[Batch]:

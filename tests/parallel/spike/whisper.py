@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polymodal.data.sample import IGNORE, Batch
-from polymodal.models.card import Family, ModelCard, Output
+from polymodal.core.sample import IGNORE, Batch
+from polymodal.models.card import ModelCard, Output
+from polymodal.models.family import Family
 from polymodal.objectives.language import LanguageObjective
 from polymodal.train.step import bind
 from tests.parallel.spike.comparison import (

@@ -1,0 +1,126 @@
+"""Context parallelism: a group of ring x ulysses ranks that share sequences, and attention over it.
+
+Ground floor: imports torch, share, ring and ulysses. Everything but attention treats rows of a stream one by one, so a
+stream may be cut in any order; `Context.attend` is where ranks meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from polymodal.core.errors import PolymodalError
+from polymodal.distributed import sequence_sharding as shares
+from polymodal.distributed.ring_attention import ring_attention
+from polymodal.distributed.sequence_sharding import Share
+from polymodal.distributed.ulysses import gather_heads, scatter_heads
+
+
+def ulysses_size(cp: int, heads: int, asked: int | None) -> int:
+    """Ulysses ranks of a context-parallel group: what is asked, else the largest divisor of cp that divides the heads
+    of a rank (the rest is the ring). Raises PolymodalError for what cannot be."""
+    divisors = [n for n in range(1, cp + 1) if cp % n == 0]
+    if asked is None:
+        return max(n for n in divisors if heads % n == 0)
+    possible = [n for n in divisors if n <= heads]
+    if asked in possible:
+        return asked
+    why = (
+        f"does not divide parallel.cp = {cp}"
+        if cp % asked
+        else f"is more than the {heads} attention heads of a rank"
+    )
+    raise PolymodalError(
+        f"parallel.ulysses = {asked} {why}.",
+        f"Choose from {', '.join(map(str, possible))}, or leave it out; the ring takes the rest of cp.",
+    )
+
+
+class Context:
+    """The live group of this rank. cp rank = ring rank x ulysses size + ulysses rank: heads are traded by neighbours."""
+
+    def __init__(self, view: DeviceMesh, ulysses: int):
+        """view: the 1-D mesh of the cp axis. Collective: every rank of the world makes it at the same point."""
+        self.size, self.rank = view.size(), view.get_local_rank()
+        self.group: dist.ProcessGroup = view.get_group()
+        self.ulysses, self.ring = ulysses, self.size // ulysses
+        self.ring_rank, self.ulysses_rank = divmod(self.rank, ulysses)
+        self.ulysses_group: dist.ProcessGroup | None = None
+        self.ring_group: dist.ProcessGroup | None = None
+        if self.ring == 1:
+            self.ulysses_group = self.group
+        elif ulysses == 1:
+            self.ring_group = self.group
+        else:
+            both = view._unflatten(0, (self.ring, ulysses), ("ring", "ulysses"))
+            self.ring_group, self.ulysses_group = both.get_group("ring"), both.get_group("ulysses")
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, share: Share, causal: bool, scale: float | None,
+        local: Callable[[Tensor, Tensor, Tensor], Tensor], kept: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Attention of this rank's rows to all ranks'.
+
+        query [B, n, H, D]; key, value [B, n, K, D], H a multiple of K; n as `share` gives this rank. `local` computes
+        whole streams [B, S, h, D] -> [B, S, h, D]: it is what one process would do, called with this rank's heads
+        where there is no ring. kept: of sequences cut alike (share.even), the rows that attend and are attended to
+        [B, S] bool, in the order of ranks; around a ring the others get 0, without one `local` sees to them.
+        Returns [B, n, H, D].
+        """
+        heads, rows = query.shape[2], share.parts[self.ring_rank]
+        if query.shape[1] != rows[self.ulysses_rank]:
+            raise ValueError(
+                f"this rank holds {rows[self.ulysses_rank]} rows, the stream has {query.shape[1]}"
+            )
+        if self.ulysses_group is not None:
+            query, key, value = scatter_heads(query, key, value, rows, self.ulysses_group)
+        if self.ring_group is not None:
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            flat = [tensor.flatten(0, 1) for tensor in (query, key, value)]
+            if kept is None:
+                out = ring_attention(*flat, share, causal, scale, self.ring_group).view(query.shape)
+            else:
+                share, places = self._of_kept(share, kept)
+                flat = [tensor.index_select(0, places) for tensor in flat]
+                around = ring_attention(*flat, share, causal, scale, self.ring_group)
+                out = torch.zeros_like(query).flatten(0, 1).index_copy(0, places, around).view(query.shape)
+        else:
+            out = local(query, key, value)
+        if self.ulysses_group is not None:
+            out = gather_heads(out, heads, rows, self.ulysses_group)
+        return out
+
+    def _of_kept(self, share: Share, kept: Tensor) -> tuple[Share, Tensor]:
+        """The share of those rows alone, and where they lie among this ring rank's [B * rows]."""
+        known = getattr(kept, "polymodal_share", None)
+        if known is None:
+            pieces = kept.split([sum(part) for part in share.parts], dim=1)
+            runs = tuple(tuple(piece.sum(dim=1).tolist()) for piece in pieces)
+            places = pieces[self.ring_rank].flatten().nonzero()[:, 0]
+            known = Share(runs, share.held, share.parts), places
+            kept.polymodal_share = known  # type: ignore[attr-defined]
+        return known
+
+    def spread(self, lengths: tuple[int, ...], causal: bool = True) -> Cut:
+        """How a packed stream with these segments is cut over the group."""
+        share = shares.spread(lengths, self.ring, self.ulysses, causal)
+        return Cut(self, share, shares.rows(lengths, share, self.ring_rank, self.ulysses_rank))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One packed stream, cut over a group: `rows` [n] int64 are the places of the whole stream that this rank holds.
+
+    filler: tokens at the stream's end that stand for nothing: a stream shorter than the group is filled up, because
+    libraries cannot compute with no rows.
+    """
+
+    context: Context
+    share: Share
+    rows: Tensor
+    filler: int = 0

@@ -1,0 +1,315 @@
+"""Ring attention: keys and values travel around a group, each rank keeps its queries; and the local kernel it needs.
+
+Ground floor: imports torch, fused_attention and share. The kernel gives, beside its output, the logarithm of the softmax's
+denominator, so that results over parts of the keys merge exactly; the backward pass is our own, with keys, values and
+their gradients travelling together (Liu et al. 2023, Ring Attention; Dao 2023, FlashAttention-2, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from polymodal.distributed import flash_kernels
+from polymodal.distributed.sequence_sharding import Share
+
+SHORT = 256
+"""Segments up to this many tokens are computed in float32 on a CPU when training in half precision (see attention)."""
+
+
+# The local kernel: queries and keys of the same segments, of different lengths ------------------------------------
+
+
+def _groups(query_runs: Sequence[int], key_runs: Sequence[int]) -> list[tuple[int, int, list[int]]]:
+    """(queries, keys, the segments that have so many); none without queries or without keys."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for segment, pair in enumerate(zip(query_runs, key_runs, strict=True)):
+        if min(pair) > 0:
+            found.setdefault(pair, []).append(segment)
+    return [(*pair, segments) for pair, segments in found.items()]
+
+
+def _dense(rows: Tensor, runs: Sequence[int], segments: list[int], length: int) -> Tensor:
+    """Rows [n, h, D] of some segments, all of the same length -> [segments, h, length, D]."""
+    if len(segments) < len(runs):
+        parts = rows.split(list(runs))
+        rows = (
+            parts[segments[0]] if len(segments) == 1 else torch.cat([parts[segment] for segment in segments])
+        )
+    return rows.view(-1, length, *rows.shape[1:]).transpose(1, 2)
+
+
+def _add(rows: Tensor, runs: Sequence[int], segments: list[int], values: Tensor) -> None:
+    """Add dense values [segments, h, length, D] to these segments' rows [n, h, D], in place."""
+    values = values.transpose(1, 2).flatten(0, 1)
+    if len(segments) == len(runs):
+        rows.add_(values)
+        return
+    targets = rows.split(list(runs))
+    for segment, value in zip(segments, values.split([runs[s] for s in segments]), strict=True):
+        targets[segment].add_(value)
+
+
+@torch.no_grad()
+def forward_block(
+    query: Tensor, key: Tensor, value: Tensor, query_runs: Sequence[int], key_runs: Sequence[int], causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of each segment's queries to its keys here: output [n, h, D] float32 (float64 for such inputs) and
+    the log of the sum of exponentials [n, h]; 0 and -inf for queries without keys.
+
+    query [n, h, D]; key, value [m, k, D], h a multiple of k; query_runs, key_runs: rows of every segment, in order.
+    causal: query i of a segment sees keys 0..i of it (as many keys as queries).
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    fused = flash_kernels.kernel(query.device.type, query.dtype, query.shape[-1])
+    if fused is not None and all(min(pair) > 0 for pair in zip(query_runs, key_runs, strict=True)):
+        out, lse = fused.forward(query, key, value, query_runs, key_runs, causal, scale)
+        return out.to(wide), lse.to(wide)
+    out = query.new_zeros(query.shape, dtype=wide)
+    lse = query.new_full(query.shape[:2], float("-inf"), dtype=wide)
+    for queries, keys, segments in _groups(query_runs, key_runs):
+        q, k, v = (
+            _dense(rows, runs, segments, length)
+            for rows, runs, length in ((query, query_runs, queries), (key, key_runs, keys), (value, key_runs, keys))
+        )  # fmt: skip
+        if len(segments) == len(query_runs):
+            got, norm = _forward(q, k, v, causal, scale)
+            return got.transpose(1, 2).flatten(0, 1).to(wide), norm.transpose(1, 2).flatten(0, 1).to(wide)
+        got, norm = _forward(q, k, v, causal, scale)
+        _put(out, query_runs, segments, got)
+        _put(lse, query_runs, segments, norm)
+    return out, lse
+
+
+def _put(rows: Tensor, runs: Sequence[int], segments: list[int], values: Tensor) -> None:
+    values = values.transpose(1, 2).flatten(0, 1)
+    targets = rows.split(list(runs))
+    for segment, value in zip(segments, values.split([runs[s] for s in segments]), strict=True):
+        targets[segment].copy_(value)
+
+
+@torch.no_grad()
+def backward_block(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    query_runs: Sequence[int], key_runs: Sequence[int], causal: bool, scale: float,
+    grad_query: Tensor, grad_key: Tensor, grad_value: Tensor,
+) -> None:  # fmt: skip
+    """Add this block's share of the gradients to grad_query [n, h, D], grad_key and grad_value [m, k, D].
+
+    out, lse: of the WHOLE attention of these queries, over all blocks; other arguments as in forward_block.
+    """
+    fused = flash_kernels.kernel(query.device.type, query.dtype, query.shape[-1])
+    if fused is not None and all(min(pair) > 0 for pair in zip(query_runs, key_runs, strict=True)):
+        parts = fused.backward(grad, query, key, value, out, lse, query_runs, key_runs, causal, scale)
+        for total, part in zip((grad_query, grad_key, grad_value), parts, strict=True):
+            total.add_(part)
+        return
+    for queries, keys, segments in _groups(query_runs, key_runs):
+        g, q, o, norm = (
+            _dense(rows, query_runs, segments, queries) for rows in (grad, query, out, lse.unsqueeze(-1))
+        )
+        k, v = (_dense(rows, key_runs, segments, keys) for rows in (key, value))
+        parts = _backward(g, q, k, v, o, norm.squeeze(-1), causal, scale)
+        _add(grad_query, query_runs, segments, parts[0])
+        _add(grad_key, key_runs, segments, parts[1])
+        _add(grad_value, key_runs, segments, parts[2])
+
+
+def _widened(query: Tensor) -> bool:
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return half and query.device.type == "cpu" and query.shape[2] <= SHORT
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Dense [n, h, L, D] -> output and [n, h, L] log-sum-exp."""
+    if _widened(q):
+        q, k, v = q.float(), k.float(), v.float()
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    return plain_forward(q, k, v, causal, scale)
+
+
+def _backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if _widened(q):
+        g, q, k, v, out = g.float(), q.float(), k.float(), v.float(), out.float()
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            g, q, k, v, out.to(q.dtype), lse, 0.0, causal, scale=scale
+        )
+    return plain_backward(g, q, k, v, out, lse, causal, scale)
+
+
+def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+    """[n, k, g, Lq, Lk]: grouped queries beside their key head, in at least float32."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q = q.unflatten(1, (k.shape[1], -1)).to(wide)
+    scores = q @ k.unsqueeze(2).to(wide).transpose(-1, -2) * scale
+    if causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return scores
+
+
+def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """The definition, for devices without a fused kernel that tells its log-sum-exp; scores are whole."""
+    scores = _scores(q, k, causal, scale)
+    lse = scores.logsumexp(-1)
+    out = (scores - lse.unsqueeze(-1)).exp() @ v.unsqueeze(2).to(scores.dtype)
+    return out.flatten(1, 2), lse.flatten(1, 2)
+
+
+def plain_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of plain_forward: dS = P * (dO V^T - rowsum(dO * O)), with P = exp(S - lse)."""
+    scores = _scores(q, k, causal, scale)
+    shape = (k.shape[1], -1)
+    wide = scores.dtype
+    g, out = g.unflatten(1, shape).to(wide), out.unflatten(1, shape).to(wide)
+    p = (scores - lse.unflatten(1, shape).unsqueeze(-1)).exp()
+    slope = p * (g @ v.unsqueeze(2).to(wide).transpose(-1, -2) - (g * out).sum(-1, keepdim=True)) * scale
+    grad_q = (slope @ k.unsqueeze(2).to(wide)).flatten(1, 2)
+    grad_k = (slope.transpose(-1, -2) @ q.unflatten(1, shape).to(wide)).sum(2)
+    grad_v = (p.transpose(-1, -2) @ g).sum(2)
+    return grad_q, grad_k, grad_v
+
+
+# The ring -----------------------------------------------------------------------------------------------------------
+
+
+def exchange(sent: Tensor, to: int, received: Tensor, source: int, group: dist.ProcessGroup) -> list[Any]:
+    """Start sending one tensor to a rank of the group and receiving another; wait for all of what is returned.
+
+    Both in one call: all ranks that only send would wait for each other on an accelerator.
+    """
+    return dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, sent, group=group, group_peer=to),
+            dist.P2POp(dist.irecv, received, group=group, group_peer=source),
+        ]
+    )
+
+
+def _seen(share: Share, causal: bool, queries_of: int, keys_of: int) -> list[tuple[int, slice, int, slice]]:
+    """(query piece, its rows, key piece, its rows) of what two ring ranks' pieces have to do with each other."""
+    return [
+        (i, rows, j, keys)
+        for i, rows in share.slices(queries_of)
+        for j, keys in share.slices(keys_of)
+        if (not causal or j <= i) and share.sizes[i] and share.sizes[j]
+    ]
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, share: Share, causal: bool, scale: float, group: dist.ProcessGroup
+    ) -> Tensor:  # fmt: skip
+        rank, size = group.rank(), group.size()
+        out = lse = None
+        held = torch.stack([key, value])
+        for step in range(size):
+            source = (rank - step) % size
+            coming, work = None, []
+            if step < size - 1:
+                coming = held.new_empty(2, share.rows_of((source - 1) % size), *key.shape[1:])
+                work = exchange(held, (rank + 1) % size, coming, (rank - 1) % size, group)
+            for i, rows, j, keys in _seen(share, causal, rank, source):
+                got, norm = forward_block(
+                    query[rows], held[0, keys], held[1, keys], share.runs[i], share.runs[j], causal and i == j, scale
+                )  # fmt: skip
+                if out is None or lse is None:
+                    out, lse = (
+                        got.new_zeros(query.shape),
+                        got.new_full(query.shape[:2], float("-inf")),
+                    )
+                _merge(out[rows], lse[rows], got, norm)
+            for waiting in work:
+                waiting.wait()
+            held = coming if coming is not None else held
+        if out is None or lse is None:  # this rank has no queries
+            wide = torch.promote_types(query.dtype, torch.float32)
+            out, lse = torch.zeros_like(query, dtype=wide), query.new_zeros(query.shape[:2], dtype=wide)
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.share, ctx.causal, ctx.scale, ctx.group = share, causal, scale, group
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        query, key, value, out, lse = ctx.saved_tensors
+        share, causal, scale, group = ctx.share, ctx.causal, ctx.scale, ctx.group
+        rank, size = group.rank(), group.size()
+        after, before = (rank + 1) % size, (rank - 1) % size
+        wide = lse.dtype
+        grad = grad.contiguous()
+        held = torch.stack([key, value])
+        grad_query = torch.zeros_like(query, dtype=wide)
+        own = torch.zeros_like(held, dtype=wide)
+        arriving: Tensor | None = None
+        work: list[Any] = []
+        for step in range(size):
+            source = (rank - step) % size
+            shape = (2, share.rows_of((source - 1) % size), *key.shape[1:])
+            coming, moving = None, []
+            if step < size - 1:
+                coming = held.new_empty(shape)
+                moving = exchange(held, after, coming, before, group)
+            total = own if step == 0 else torch.zeros_like(held, dtype=wide)
+            for i, rows, j, keys in _seen(share, causal, rank, source):
+                backward_block(
+                    grad[rows], query[rows], held[0, keys], held[1, keys], out[rows], lse[rows], share.runs[i], share.runs[j],
+                    causal and i == j, scale, grad_query[rows], total[0, keys], total[1, keys],
+                )  # fmt: skip
+            if step > 0:
+                # ranks that had these keys before have summed theirs: add, and pass on; the last one sends them home
+                for waiting in work:
+                    waiting.wait()
+                if arriving is not None:
+                    total += arriving
+                arriving = held.new_empty(shape)
+                leaving = total.to(key.dtype)
+                for waiting in moving:
+                    waiting.wait()
+                work = exchange(leaving, after, arriving, before, group)
+            else:
+                for waiting in moving:
+                    waiting.wait()
+            held = coming if coming is not None else held
+        for waiting in work:
+            waiting.wait()
+        if arriving is not None:
+            own += arriving
+        return grad_query.to(query.dtype), own[0].to(key.dtype), own[1].to(key.dtype), None, None, None, None
+
+
+def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
+    """Attention over two sets of keys from that over each: out, lse become those of both, in place."""
+    both = torch.logaddexp(lse, more_lse)
+    # queries without any key yet: exp(-inf - -inf) is not a number
+    safe = both.masked_fill(both == float("-inf"), 0)
+    out.mul_((lse - safe).exp_().unsqueeze(-1)).addcmul_(more, (more_lse - safe).exp_().unsqueeze(-1))
+    lse.copy_(both)
+
+
+def ring_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    share: Share,
+    causal: bool,
+    scale: float,
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """Attention of this ring rank's queries [n, h, D] to the keys of all ranks [m, k, D]: [n, h, D].
+
+    Rows are ordered as share.slices says; segments see only themselves. Gradients are whole: every rank gets back
+    what all ranks' losses say about its own rows.
+    """
+    return _Ring.apply(query, key.contiguous(), value.contiguous(), share, causal, scale, group)

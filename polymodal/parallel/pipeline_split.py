@@ -1,0 +1,314 @@
+"""Where a model is cut for a pipeline: schedules and what they need, and how many blocks each stage holds.
+
+Sees models/card.py, models/partial.py and the ground floor. Nothing is cut here: stages.py does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Measure
+from polymodal.models import partial
+from polymodal.models.family import Family
+from polymodal.recipe import Parallel, Train
+
+Counts = Mapping[str, tuple[int, ...]]
+"""Tower -> number of its blocks in each stage, in the order of the model."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A schedule. least, most: stages a rank; v: a rank's stages lie in a V; split_backward: gradients of inputs and of
+    weights are computed apart; gathers: it gathers and frees a stage's sharded parameters itself; otherwise: the one
+    for forward passes alone, and for a step whose number of micro-batches it cannot take."""
+
+    least: int = 1
+    most: int = 1
+    v: bool = False
+    split_backward: bool = False
+    gathers: bool = False
+    otherwise: str = "GPipe"
+
+
+SCHEDULES = {
+    "1F1B": Kind(),
+    "GPipe": Kind(),
+    "Interleaved1F1B": Kind(2, 64, gathers=True, otherwise="LoopedBFS"),
+    "InterleavedZeroBubble": Kind(1, 64, split_backward=True, gathers=True, otherwise="LoopedBFS"),
+    "ZBVZeroBubble": Kind(2, 2, v=True, split_backward=True, gathers=True, otherwise="ZBVZeroBubble"),
+}
+
+
+# ---- how many stages, and where they lie ----------------------------------------------------------------------------
+
+
+def rounds(parallel: Parallel) -> int:
+    """Stages a rank (virtual stages), as asked, as pp_layers are nested, or as the schedule needs."""
+    asked = {parallel.pp_virtual} if parallel.pp_virtual is not None else set()
+    if not isinstance(parallel.pp_layers, str):
+        asked |= {
+            len(numbers)
+            for numbers in parallel.pp_layers.values()
+            if numbers and isinstance(numbers[0], list)
+        }
+    if len(asked) > 1:
+        raise PolymodalError(
+            f"parallel.pp_layers and pp_virtual ask for {' and for '.join(map(str, sorted(asked)))} stages a rank.",
+            "Nest every tower's numbers alike: one list for each round of stages.",
+        )
+    kind = SCHEDULES[parallel.pp_schedule]
+    if not asked:
+        return kind.least
+    (count,) = asked
+    if not kind.least <= count <= kind.most:
+        fits = [name for name, other in SCHEDULES.items() if other.least <= count <= other.most]
+        number = f"{kind.least}" if kind.least == kind.most else f"at least {kind.least}"
+        stages = "stage" if kind.most == 1 else "stages"
+        raise PolymodalError(
+            f"parallel.pp_schedule = {parallel.pp_schedule} needs {number} {stages} a rank, not {count}.",
+            f"Set parallel.pp_virtual to {min(max(count, kind.least), kind.most)}, or take {' or '.join(fits)}.",
+        )
+    return count
+
+
+def alone(parallel: Parallel) -> str:
+    """The key, if any, that says how to cut a model which parallel.pp leaves in one piece."""
+    keys = {"pp_layers": parallel.pp_layers != "auto", "pp_virtual": parallel.pp_virtual is not None}
+    return next((key for key, given in keys.items() if given and parallel.pp == 1), "")
+
+
+def home(parallel: Parallel, stage: int) -> int:
+    """Pipeline rank of a stage: in turn, or there and back in a V."""
+    at = stage % (2 * parallel.pp)
+    if SCHEDULES[parallel.pp_schedule].v:
+        return at if at < parallel.pp else 2 * parallel.pp - 1 - at
+    return stage % parallel.pp
+
+
+def micro_batches_fit(schedule: str, pp: int, count: int) -> bool:
+    """Whether torch's schedule runs with so many micro-batches on `pp` ranks."""
+    if schedule == "1F1B":
+        return count >= pp
+    if schedule.startswith("Interleaved"):
+        return count % max(1, count // pp) == 0
+    return count >= 1
+
+
+def micro_batches(train: Train, packed: bool, dp: int) -> int:
+    """Micro-batches of a rank in a step."""
+    return -(
+        -(train.global_batch_size if packed else -(-train.global_batch_size // train.micro_batch_size)) // dp
+    )
+
+
+def check_micro_batches(parallel: Parallel, train: Train, packed: bool, dp: int) -> None:
+    """Raise PolymodalError for a number of micro-batches that the schedule cannot take, naming the nearest it can."""
+    name, pp, count = parallel.pp_schedule, parallel.pp, micro_batches(train, packed, dp)
+    if pp == 1 or micro_batches_fit(name, pp, count):
+        return
+    below = next((n for n in range(count - 1, 0, -1) if micro_batches_fit(name, pp, n)), None)
+    above = next(n for n in range(count + 1, count + pp + 2) if micro_batches_fit(name, pp, n))
+    size = dp * (1 if packed else train.micro_batch_size)
+    near = " or ".join(str(n * size) for n in (below, above) if n is not None)
+    needs = f"at least {pp}" if name == "1F1B" else f"equal rounds of {pp} or more"
+    raise PolymodalError(
+        f"parallel.pp_schedule = {name} needs {needs} micro-batches a rank in a step, train.global_batch_size = {train.global_batch_size} gives {count}.",
+        f"Set train.global_batch_size to {near}, or parallel.pp_schedule to GPipe.",
+    )
+
+
+# ---- how many blocks each stage holds -------------------------------------------------------------------------------
+
+
+def counts(
+    model: nn.Module, family: Family, parallel: Parallel, measure: Measure | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Blocks of each tower in each stage, as parallel.pp_layers says or, for auto, as their cost says.
+
+    model: whole, on meta, with its frozen parameters marked; measure: of a typical sample.
+    Raises PolymodalError when the card cannot be cut, or not so.
+    """
+    card = family.card
+    if parallel.pp > 1 and "pp" in card.limits:
+        raise PolymodalError(
+            f"{card.name} cannot be cut into pipeline stages: {card.limits['pp']}", "Set parallel.pp to 1."
+        )
+    if not card.pipeline:
+        raise PolymodalError(
+            f"The card {card.name} does not say where it can be cut.", "Set parallel.pp to 1."
+        )
+    depth = {tower: len(partial.blocks(model, chain)) for tower, chain in card.pipeline.items()}
+    for tower, chain in card.pipeline.items():
+        if not depth[tower]:
+            raise PolymodalError(f"The card {card.name}: no module fits `{chain.blocks}` of its pipeline.")
+    stages = parallel.pp * rounds(parallel)
+    if isinstance(parallel.pp_layers, str):
+        total = sum(depth.values())
+        if stages > total:
+            raise PolymodalError(
+                f"{total} blocks of {card.name} cannot be cut into {stages} stages.",
+                f"Set parallel.pp to at most {total * parallel.pp // stages}.",
+            )
+        return balanced(model, family, stages, measure)
+    found = _asked(parallel, depth, stages, card.name)
+    _check_order(found, stages, card.name)
+    return found
+
+
+def _asked(
+    parallel: Parallel, depth: Mapping[str, int], stages: int, name: str
+) -> dict[str, tuple[int, ...]]:
+    asked = parallel.pp_layers
+    assert not isinstance(asked, str)
+    unknown = [tower for tower in asked if tower not in depth]
+    if unknown:
+        raise PolymodalError(
+            f"parallel.pp_layers: {name} has no tower `{unknown[0]}` to cut.",
+            f"Its towers: {', '.join(depth)}.",
+        )
+    main = list(depth)[-1]
+    if main not in asked:
+        raise PolymodalError(
+            f"parallel.pp_layers does not say where the {depth[main]} {main} layers lie.",
+            f"Add {main}: {_even(depth[main], stages)}, or set parallel.pp_layers to auto.",
+        )
+    found = {}
+    for tower, layers in depth.items():
+        key = f"parallel.pp_layers.{tower}"
+        given: Sequence[Any] = asked.get(tower, [layers] + [0] * (stages - 1))
+        flat = [n for part in given for n in (part if isinstance(part, list) else [part])]
+        if len(flat) != stages:
+            shape = (
+                f"{parallel.pp} numbers"
+                if stages == parallel.pp
+                else f"{stages // parallel.pp} lists of {parallel.pp} numbers"
+            )
+            raise PolymodalError(
+                f"{key} = {given} has {len(flat)} numbers, {stages} stages need {stages}.",
+                f"Give {shape}, such as {_nearest(flat, layers, stages)}.",
+            )
+        if sum(flat) != layers:
+            raise PolymodalError(
+                f"{key} = {given} adds up to {sum(flat)}, {name} has {layers} {tower} layers.",
+                f"Nearest: {_nearest(flat, layers, stages)}.",
+            )
+        found[tower] = tuple(flat)
+    return found
+
+
+def _even(layers: int, stages: int) -> list[int]:
+    return [layers // stages + (stage < layers % stages) for stage in range(stages)]
+
+
+def _nearest(flat: Sequence[int], layers: int, stages: int) -> list[int]:
+    """Numbers for `stages` stages that add up to `layers`, as close as can be to those given."""
+    out = [*flat[:stages], *[0] * (stages - len(flat))]
+    while sum(out) != layers:
+        more = sum(out) < layers
+        held = [at for at in range(stages) if out[at] or (more and not any(out))]
+        at = min(held, key=lambda i: (out[i], -i)) if more else max(held, key=lambda i: (out[i], i))
+        out[at] += 1 if more else -1
+    return out
+
+
+def _check_order(found: Counts, stages: int, name: str) -> None:
+    """Towers come one after the other, and no stage between the ends is empty."""
+    towers = list(found)
+    for tower, after in zip(towers, towers[1:], strict=False):
+        end = max((at for at, n in enumerate(found[tower]) if n), default=0)
+        start = next(at for at, n in enumerate(found[after]) if n)
+        if start < end:
+            raise PolymodalError(
+                f"parallel.pp_layers: stage {start} holds {after} layers, but the {tower} tower of {name} ends in stage {end}.",
+                f"Let {after} layers begin in stage {end}, or the {tower} tower end in stage {start}.",
+            )
+    for stage in range(1, stages - 1):
+        if not any(numbers[stage] for numbers in found.values()):
+            raise PolymodalError(
+                f"parallel.pp_layers: stage {stage} of {name} would hold no layer.",
+                "Only the first and the last stage hold something else; give every other one at least one layer.",
+            )
+
+
+# ---- auto -----------------------------------------------------------------------------------------------------------
+
+TYPICAL = Measure(1024, 512, (1024,))
+"""A sample, when the data are not known: 1,024 tokens, half of them answers, with one picture of 1,024 patches."""
+
+
+def block_costs(model: nn.Module, family: Family, measure: Measure | None = None) -> dict[str, list[float]]:
+    """Tower -> cost of each block of its chain: forward and backward FLOPs, with what lies with the ends.
+
+    A family's FLOPs by module, or parameters where it has none, times the passes that training makes over a block: one
+    forward, one for gradients of weights if it has trained ones, one for gradients of inputs if it or anything before
+    it is trained.
+    """
+    try:
+        flops: dict[str, float] | None = family.costs(measure or TYPICAL)
+    except NotImplementedError:
+        flops = None
+    out: dict[str, list[float]] = {}
+    trained = False
+    for tower, chain in family.card.pipeline.items():
+        blocks = [model.get_submodule(name) for name in partial.blocks(model, chain)]
+        sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+        patterns = (chain.blocks,) if isinstance(chain.blocks, str) else chain.blocks
+        total = float(sum(sizes)) if flops is None else sum(flops.get(each, 0.0) for each in patterns)
+        costs = [total * size / max(1, sum(sizes)) for size in sizes]
+        for names, at in ((chain.first, 0), (chain.last, -1)):
+            for name in partial.present(model, names):
+                if flops is not None:
+                    costs[at] += flops.get(name, 0.0)
+                elif name != family.card.embedding:  # a table is looked up, not multiplied
+                    costs[at] += sum(p.numel() for p in _parameters(model, name))
+        before = [p for name in partial.present(model, chain.first) for p in _parameters(model, name)]
+        trained = trained or any(p.requires_grad for p in before)
+        for at, block in enumerate(blocks):
+            own = sum(p.numel() for p in block.parameters() if p.requires_grad) / max(1, sizes[at])
+            costs[at] *= 1 + own + (trained or own > 0)
+            trained = trained or own > 0
+        out[tower] = costs
+    return out
+
+
+def _parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    if leaf in owner._parameters:
+        parameter = owner._parameters[leaf]
+        return [] if parameter is None else [parameter]
+    return list(owner.get_submodule(leaf).parameters())
+
+
+def balanced(
+    model: nn.Module, family: Family, stages: int, measure: Measure | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Counts whose most expensive stage is as cheap as can be; every stage has at least one block."""
+    costs = block_costs(model, family, measure)
+    line = [(tower, cost) for tower, row in costs.items() for cost in row]
+    sums = [0.0]
+    for _, cost in line:
+        sums.append(sums[-1] + cost)
+    n = len(line)
+    best = [[float("inf")] * (n + 1) for _ in range(stages + 1)]
+    begin = [[0] * (n + 1) for _ in range(stages + 1)]
+    best[0][0] = 0.0
+    for stage in range(1, stages + 1):
+        for end in range(stage, n + 1):
+            for start in range(stage - 1, end):
+                worst = max(best[stage - 1][start], sums[end] - sums[start])
+                if worst < best[stage][end]:
+                    best[stage][end], begin[stage][end] = worst, start
+    ends, end = [], n
+    for stage in range(stages, 0, -1):
+        ends.append((begin[stage][end], end))
+        end = begin[stage][end]
+    return {
+        tower: tuple(sum(line[at][0] == tower for at in range(*span)) for span in reversed(ends))
+        for tower in costs
+    }

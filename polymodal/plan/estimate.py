@@ -1,0 +1,304 @@
+"""What a run will need, without devices: bytes a rank holds, and bytes its checkpoints take.
+
+Sees models and parallel. The model is built on meta and laid out by the same `parallel.apply` under a pretended group
+of all ranks, so sharded bytes are counted, not guessed. Activations are a formula and are called an estimate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Measure
+from polymodal.distributed.mesh import Mesh, ParallelSizes
+from polymodal.models.card import ModelCard
+from polymodal.models.family import Family
+from polymodal.parallel.stages import Part
+from polymodal.recipe import Recipe
+from polymodal.train import optim
+
+
+@dataclass
+class Estimate:
+    """Bytes of rank 0. Counted: parameters, gradients, optimizer, average, gathered. Estimated: activations."""
+
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    average: int = 0
+    gathered: int = 0  # the largest sharded unit and the root, whole, and its gradient before it is reduced
+    activations: int = 0
+    assumed: str = ""  # what the activations were estimated for
+    total: int = 0  # parameters of the whole model
+    trained: int = 0
+    towers: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> (parameters, trained)
+    checkpoint: int = 0  # bytes of one checkpoint
+    export: int = 0  # bytes of the model in the hub's format
+
+    @property
+    def memory(self) -> int:
+        return (
+            self.parameters
+            + self.gradients
+            + self.optimizer
+            + self.average
+            + self.gathered
+            + self.activations
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "memory": self.memory}
+
+
+@contextlib.contextmanager
+def pretended_group(world: int, rank: int = 0) -> Iterator[None]:
+    """A process group of `world` ranks that exists in this process, its rank `rank`, only; collectives do nothing.
+
+    Raises PolymodalError inside a process that has a real group.
+    """
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # also registers the backend "fake"
+
+    if dist.is_initialized():
+        raise PolymodalError(
+            "A run cannot be estimated inside a process that is part of one.", "Use `polymodal check`."
+        )
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    _forget_meshes()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """DTensor remembers layouts by equality of meshes, and hands out a mesh whose groups an earlier world took along."""
+    from torch.distributed.tensor import _redistribute, debug
+
+    debug._clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def meta_model(family: Family, recipe: Recipe) -> nn.Module:
+    """The model on meta with adapters attached and towers frozen as the recipe says. Raises PolymodalError."""
+    model = family.build().trained
+    if recipe.model.lora is not None:
+        from polymodal.models import lora
+
+        lora.attach(model, recipe.model.lora, family.card)
+    optim.freeze(model, recipe.train.freeze, family.card.towers)
+    return model
+
+
+def lay_out(
+    model: nn.Module, family: Family, recipe: Recipe, world: int, measure: Measure | None = None
+) -> Estimate:
+    """Counts the model, lays it out for rank 0 of `world` (in place) and, of a pipeline, of every stage, and counts
+    what that rank holds, of a pipeline the one that holds most. measure: a typical sample, for pp_layers = auto.
+
+    Raises PolymodalError for every layout that `parallel.apply` refuses.
+    """
+    from polymodal.parallel import stages
+    from polymodal.parallel.apply import apply
+
+    out = Estimate()
+    card = family.card
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters():
+        if id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        count, train = parameter.numel(), parameter.numel() * parameter.requires_grad
+        tower = optim.tower_of(name, card.towers) or "other"
+        had = out.towers.get(tower, (0, 0))
+        out.towers[tower] = had[0] + count, had[1] + train
+        out.total += count
+        out.trained += train
+    sizes = ParallelSizes.of(recipe.parallel, world)
+    first = [model]
+    ranks = []
+    with pretended_group(world):
+        mesh = Mesh(sizes, "cpu", 0)
+        for rank in range(sizes.pp):
+            parts = stages.build(
+                lambda: first.pop() if first else meta_model(family, recipe),
+                family,
+                recipe.parallel,
+                rank,
+                measure,
+            )
+            blocks = [_blocks(part.model, card) for part in parts]
+            for part in parts:
+                apply(part.model, card, mesh, recipe)
+            ranks.append(_held(parts, blocks, card, recipe, sizes))
+    most = max(ranks, key=lambda held: held.memory)
+    return replace(
+        out,
+        parameters=most.parameters,
+        gradients=most.gradients,
+        optimizer=most.optimizer,
+        average=most.average,
+        gathered=most.gathered,
+        checkpoint=sum(held.checkpoint for held in ranks),
+        export=out.total * 2,
+    )
+
+
+def _blocks(model: nn.Module, card: ModelCard) -> tuple[list[int], int]:
+    """(parameters of each block that is here, of the rest)."""
+    from polymodal.parallel.apply import matching
+
+    blocks = [
+        sum(p.numel() for p in block.parameters())
+        for block in matching(model, card.blocks, card.name).values()
+    ]
+    return blocks or [0], sum(p.numel() for p in model.parameters()) - sum(blocks)
+
+
+def _held(
+    parts: Sequence[Part],
+    whole: Sequence[tuple[list[int], int]],
+    card: ModelCard,
+    recipe: Recipe,
+    sizes: ParallelSizes,
+) -> Estimate:
+    """What one rank holds of laid-out parts; whole: parameters of their blocks and of the rest before."""
+    from polymodal.parallel.apply import COMPUTE_DTYPE
+
+    out = Estimate()
+    full = recipe.checkpoint.save == "full"
+    for part in parts:
+        for name, parameter in part.model.named_parameters():
+            held = _bytes(_local(parameter))
+            out.parameters += held
+            if not parameter.requires_grad:
+                continue
+            out.gradients += held
+            block = any(optim.in_tower(name, (pattern,)) for pattern in card.blocks)
+            moments = 1 if recipe.optim.name == "muon" and block and parameter.ndim == 2 else 2
+            out.optimizer += moments * held
+            if recipe.train.ema:
+                out.average += 4 * _local(parameter).numel()
+            if name not in part.stage.copies:
+                out.checkpoint += parameter.numel() * parameter.element_size() * (1 + moments * full)
+                out.checkpoint += 4 * parameter.numel() * bool(recipe.train.ema and full)
+    if sizes.dp_shard * sizes.cp * sizes.dp_replicate > 1:
+        compute = COMPUTE_DTYPE[recipe.train.precision]
+        width = compute.itemsize if compute is not None else 4
+        for blocks, root in whole:
+            units = 2 * max(blocks) if recipe.parallel.reshards else sum(blocks)
+            out.gathered += (root + units) * width // sizes.tp
+            if out.gradients:
+                at_the_end = recipe.parallel.zero_stage == 1
+                largest = sum(blocks) + root if at_the_end else max(*blocks, root)
+                out.gathered += 4 * largest // sizes.tp
+    return out
+
+
+def activations(
+    family: Family, recipe: Recipe, patches_per_token: float, world: int | None = None
+) -> tuple[int, str]:
+    """(bytes, what they are for): tensors kept for backward in one micro-batch, of a pipeline in all that are under way
+    on its first rank (1F1B starts as many as there are ranks, GPipe all). world: of a pipeline. An estimate.
+
+    A layer keeps, a token, in the compute dtype: about 6 hidden sizes (norms, residuals, outputs), queries, keys and
+    values twice, and three MLP widths (Korthikanti et al. 2022 for gated MLPs and flash attention). Full recompute
+    keeps one hidden size a layer and one whole layer; selective keeps the matrix products. Without recompute the same
+    holds for the vision tower, by patches.
+    """
+    if world is not None and recipe.parallel.pp > 1:
+        from polymodal.parallel import pipeline_split
+
+        one, assumed = activations(family, recipe, patches_per_token)
+        dp = ParallelSizes.of(recipe.parallel, world).dp
+        packed = recipe.data.pack and family.layout == "packed"
+        count = pipeline_split.micro_batches(recipe.train, packed, dp)
+        under_way = count if recipe.parallel.pp_schedule == "GPipe" else min(count, recipe.parallel.pp)
+        return (
+            one * under_way // recipe.parallel.pp,
+            f"{under_way} x {assumed} on 1 / {recipe.parallel.pp} of the layers",
+        )
+    config, data, parallel = family.config, recipe.data, recipe.parallel
+    if family.layout == "uniform":
+        return _denoiser_activations(family, recipe)
+    text = getattr(config, "text_config", config)
+    tokens = (
+        (data.pack_length or data.max_length)
+        if data.pack
+        else data.max_length * recipe.train.micro_batch_size
+    )
+    width = 4 if recipe.train.precision == "fp32" else 2
+    cut = parallel.tp if parallel.sp is not False else 1
+
+    def tower(count: float, layers: int, hidden: int, attention: int, mlp: int) -> float:
+        inside = (2 * attention + 3 * mlp) / parallel.tp
+        layer = count * width * (6 * hidden / cut + inside)
+        kept = count * width * hidden / cut
+        share = {"none": layer, "selective": kept + count * width * inside * 0.7, "full": kept}[
+            parallel.recompute
+        ]
+        return layers * share + (layer if parallel.recompute != "none" else 0)
+
+    heads = text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    attention = head * (heads + 2 * getattr(text, "num_key_value_heads", heads))
+    mlp = text.intermediate_size
+    if getattr(text, "num_experts", 0):
+        mlp = text.moe_intermediate_size * text.num_experts_per_tok
+    total = tower(tokens / parallel.cp, text.num_hidden_layers, text.hidden_size, attention, mlp)
+    assumed = f"{tokens} tokens"
+    vision = getattr(config, "vision_config", None)
+    if vision is not None and patches_per_token:
+        side = getattr(vision, "embed_dim", None) or vision.hidden_size
+        inner = getattr(vision, "intermediate_size", None) or int(side * getattr(vision, "mlp_ratio", 4))
+        patches = tokens * patches_per_token / parallel.cp
+        total += tower(patches, vision.depth, side, 3 * side, inner)
+        assumed += f" with {patches:.0f} patches"
+    from polymodal.objectives.language import CHUNK_BYTES
+
+    rows = tokens / parallel.cp
+    total += rows * text.hidden_size * 4 + 2 * min(CHUNK_BYTES, rows * text.vocab_size * width)
+    return int(total), assumed
+
+
+def _denoiser_activations(family: Any, recipe: Recipe) -> tuple[int, str]:
+    """The same for the largest shape of data.clip: a block's norms, modulations, attention and a feed-forward of four widths."""
+    clip, grid = recipe.data.clip, family.grid()
+    frames = 1 if grid.still else max(clip.frames)
+    height, width = (
+        max(clip.sizes, key=lambda s: s[0] * s[1]) if clip.sizes else (grid.side, clip.pixels // grid.side)
+    )
+    tokens = grid.tokens(frames, height, width) * recipe.train.micro_batch_size / recipe.parallel.cp
+    layers, hidden, _ = family.size()
+    byte = 4 if recipe.train.precision == "fp32" else 2
+    layer, kept = tokens * byte * hidden * (10 + 8 + 8), tokens * byte * hidden
+    share = {"none": layer, "selective": kept + 0.7 * layer, "full": kept}[recipe.parallel.recompute]
+    total = layers * share + (layer if recipe.parallel.recompute != "none" else 0)
+    return int(
+        total
+    ), f"{recipe.train.micro_batch_size} x {tokens / recipe.train.micro_batch_size:.0f} latent tokens"
+
+
+def disk(recipe: Recipe, estimate: Estimate) -> tuple[int, int]:
+    """(bytes that checkpoints and the export take at most, bytes free there). One more is written before one is pruned."""
+    from polymodal.runtime import host
+
+    wanted = estimate.checkpoint * (recipe.checkpoint.keep + 1) + (
+        estimate.export if recipe.checkpoint.export else 0
+    )
+    return wanted, host.space(os.fspath(recipe.run_dir)).free

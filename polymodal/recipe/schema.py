@@ -1,0 +1,415 @@
+"""The recipe: one typed, documented, closed schema for everything a run does.
+
+Ground floor: imports pydantic and yaml only (never torch), so that `polymodal --help` stays fast. Reading the YAML
+with its lines, and saying what is wrong with it, is the work of `file.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from polymodal.recipe import file
+from polymodal.recipe.file import Section
+from polymodal.recipe.generation import Clip, Diffusion, Samples
+from polymodal.recipe.parallel import Parallel
+
+
+class Lora(Section):
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rank r of the adapters."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """Scale numerator: the adapter's output is multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """`all-linear`, or name endings such as [q_proj, v_proj]. Stacked experts must be named ([gate_up_proj, down_proj]): peft adds their adapters to the whole stack in every forward, so recompute blocks and keep tp and ep at 1."""
+    towers: list[str] | None = None
+    """Towers that get adapters, by the card's names (`polymodal models NAME` lists them); default: language, or the denoiser."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) (rank-stabilised LoRA)."""
+    init: Literal["default", "gaussian", "pissa", "olora"] = "default"
+    """How adapters start; all but pissa and olora leave the model unchanged at step 0."""
+
+
+class Model(Section):
+    source: str
+    """Directory of a hub checkpoint, or a hub id such as Qwen/Qwen2.5-VL-3B-Instruct."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` builds weights from the config and the seed, for pretraining."""
+    config: dict[str, Any] = {}
+    """Overrides of the checkpoint's config.json by dotted name, e.g. {text_config.num_hidden_layers: 4}."""
+    lora: Lora | None = None
+    """Train adapters instead of the weights."""
+    part: str | None = None
+    """Pipelines with two denoisers (Wan2.2 A14B): which is trained, transformer (much noise) or transformer_2 (little)."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention kernel: auto = the fastest the device has; eager is for debugging."""
+    experts: Literal["auto", "eager", "grouped_mm", "batched_mm"] = "auto"
+    """How mixture-of-experts layers multiply."""
+    trust_remote_code: bool = False
+    """Run code from the checkpoint's repository."""
+
+
+class Attr(Section):
+    """Names of the fields in the data file, for files that are not in a known format's own names."""
+
+    messages: str | None = None
+    """Column with the conversation (default: messages, then conversations)."""
+    role: str | None = None
+    """Key of the speaker in a message (default: role, then from)."""
+    content: str | None = None
+    """Key of the text in a message (default: content, then value)."""
+    images: str | None = None
+    """Column with image paths (default: images, then image)."""
+    videos: str | None = None
+    """Column with video paths (default: videos, then video)."""
+    audios: str | None = None
+    """Column with audio paths (default: audios, then audio)."""
+    system: str | None = None
+    """Column with the system prompt (default: system)."""
+    tools: str | None = None
+    """Column with the tool list (default: tools)."""
+    prompt: str | None = None
+    """Alpaca: column with the instruction (default: instruction, then prompt)."""
+    query: str | None = None
+    """Alpaca: column with the input (default: input, then query)."""
+    response: str | None = None
+    """Alpaca: column with the answer (default: output, then response)."""
+    history: str | None = None
+    """Alpaca: column with earlier turns (default: history)."""
+    user: str | None = None
+    """The user's name in role (default: user, human)."""
+    assistant: str | None = None
+    """The assistant's name in role (default: assistant, gpt)."""
+    observation: str | None = None
+    """The tool's name in role (default: tool, observation, tool_response)."""
+    function: str | None = None
+    """The name of a tool call in role (default: function_call, tool_call)."""
+
+
+class Dataset(Section):
+    path: str
+    """File or directory: json, jsonl, parquet, csv, tsv, webdataset tar (globs allowed)."""
+    name: str | None = None
+    """Name in logs and reports (default: the file's name)."""
+    format: Literal["auto", "mllm", "sharegpt", "llava", "alpaca", "openai", "text", "caption"] = "auto"
+    """How a row becomes messages; `text` is plain text for pretraining, `caption` a medium with what it shows, to be generated."""
+    media_dir: str | None = None
+    """Directory that relative media paths start from (default: the file's own directory)."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share in the mix, relative to the other datasets; without it every row is used once an epoch."""
+    repeat: Annotated[float, Field(gt=0)] = 1.0
+    """Times a row is used in an epoch; 0.25 uses a fixed quarter."""
+    max_samples: Annotated[int, Field(ge=1)] | None = None
+    """Use only the first so many rows (fewer in the file is no error)."""
+    attr: Attr | None = None
+    """Field names of this file; keys not given come from data.attr."""
+    caption: Annotated[str, Field(min_length=1)] | None = None
+    """Models that generate: what each medium shows whose row says nothing; path may then be a directory of pictures or clips."""
+    loss_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Models that generate: factor of these samples' loss; the mean stays one over samples (DreamBooth: weight of the prior)."""
+    generate: Annotated[int, Field(ge=0)] = 0
+    """Picture models: pictures that path must hold; those that it lacks the untrained model draws from caption, once, before encoding."""
+
+
+class Image(Section):
+    min_pixels: Annotated[int, Field(ge=1)] | None = None
+    """Smaller images are enlarged to this many pixels (default: the checkpoint's)."""
+    max_pixels: Annotated[int, Field(ge=1)] | None = None
+    """Larger images are reduced to this many pixels (default: the checkpoint's)."""
+
+
+class Video(Section):
+    fps: Annotated[float, Field(gt=0)] = 2.0
+    """Frames taken per second of video."""
+    min_frames: Annotated[int, Field(ge=1)] = 4
+    """Frames taken at least."""
+    max_frames: Annotated[int, Field(ge=1)] = 128
+    """Frames taken at most."""
+    min_pixels: Annotated[int, Field(ge=1)] | None = None
+    """Smallest frame in pixels (default: the checkpoint's)."""
+    max_pixels: Annotated[int, Field(ge=1)] | None = None
+    """Largest frame in pixels (default: the checkpoint's)."""
+
+
+class Data(Section):
+    datasets: list[Dataset] = []
+    """What is learned from."""
+    validation: list[Dataset] = []
+    """What validation loss is measured on."""
+    attr: Attr = Attr()
+    """Field names for every dataset that has no own."""
+    max_length: Annotated[int, Field(ge=16)] = 4096
+    """Longest sample in tokens, media included."""
+    overlong: Literal["drop", "split", "error"] = "drop"
+    """Samples longer than max_length: drop, split between messages, or stop. Media are never cut."""
+    pack: bool = True
+    """Put several samples into one sequence of pack_length tokens; attention never crosses samples."""
+    pack_length: Annotated[int, Field(ge=16)] | None = None
+    """Tokens in a packed sequence (default: max_length)."""
+    train_on: Literal["assistant", "all", "last"] = "assistant"
+    """Tokens with loss: every assistant message, everything, or the last assistant message."""
+    on_error: Literal["skip", "fail"] = "fail"
+    """A broken row or file: report it and go on, or stop. It is never replaced by another."""
+    image: Image = Image()
+    """Sizes of pictures."""
+    video: Video = Video()
+    """Frames and sizes of videos."""
+    clip: Clip = Clip()
+    """Sizes and lengths of what a generating model learns from."""
+    encode: Literal["cached", "online"] = "cached"
+    """Latents and embeddings of a generating model: read from data.features (`polymodal encode` made them), or made while training."""
+    encoders: Literal["replicate", "shard", "offload"] = "replicate"
+    """encode: online: frozen encoders are whole on every device; those of transformers are cut over the ranks; or all wait on the CPU and come to the device for the beginning of each step."""
+    features: str | None = None
+    """Directory of encoded features (default: <run>/features)."""
+    feature_files: Literal["safetensors", "pt"] = "safetensors"
+    """Files that `polymodal encode` writes: pt is the documented layout (data.jsonl and features/*.pt); both are read."""
+    encode_batch: Annotated[int, Field(ge=1)] = 1
+    """Samples that `polymodal encode` gives the VAE at once; lowered by itself when memory runs out."""
+    chat_template: str | None = None
+    """File with a Jinja chat template (default: the checkpoint's)."""
+    template_kwargs: dict[str, Any] = {}
+    """Arguments for the chat template, e.g. {enable_thinking: false}."""
+    shuffle: bool = True
+    """Shuffle every epoch by (seed, epoch)."""
+    window: Annotated[int, Field(ge=1)] = 65536
+    """Samples planned at a time."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes a rank that decode media."""
+    prefetch: Annotated[int, Field(ge=1)] = 2
+    """Steps prepared ahead."""
+    memory_budget: Annotated[int, Field(ge=1)] = 1024
+    """MiB of prepared samples a rank may hold."""
+    cache_dir: str | None = None
+    """Where indexes are kept (default: beside the data, or a node-local directory when that is read-only or remote)."""
+
+
+class LossGuard(Section):
+    nan: Literal["skip", "stop"] = "stop"
+    """A loss or gradient that is not a number: skip the step, or stop."""
+    spike: Annotated[float, Field(gt=1)] | None = None
+    """Skip the step when the gradient norm exceeds this multiple of its running mean."""
+    max_skips: Annotated[int, Field(ge=1)] = 10
+    """Stop after so many skipped steps in a row."""
+
+
+class Train(Section):
+    seed: int = 42
+    """Seed of everything random."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps; without it, epochs decides."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the data, when steps is not given."""
+    global_batch_size: Annotated[int, Field(ge=1)] = 8
+    """Packed sequences a step over all ranks (samples, when data.pack is false, and of generating models)."""
+    micro_batch_size: Annotated[int, Field(ge=1)] = 1
+    """Samples joined in one forward when data.pack is false, and of generating models (there: of one size)."""
+    precision: Literal["fp32", "bf16", "fp16", "pure_bf16"] = "bf16"
+    """Arithmetic: bf16/fp16 keep float32 master weights; pure_bf16 keeps none; fp16 scales the loss dynamically."""
+    loss: Literal["per_token", "per_sample", "per_micro_batch"] = "per_token"
+    """Weight of a token: 1, 1 / tokens of its sample, or 1 / tokens of its micro-batch."""
+    router_aux_loss: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the experts' balance loss (default: the checkpoint's config)."""
+    diffusion: Diffusion = Diffusion()
+    """Noise levels, weighting and condition dropping of generating models."""
+    freeze: list[str] = []
+    """Towers (by the card's names) or parameter patterns that are not trained."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the weights, kept in float32."""
+    deterministic: bool = False
+    """Deterministic kernels; slower."""
+    guard: LossGuard = LossGuard()
+    """What to do with a loss that is not a number, and with spikes."""
+
+
+class Schedule(Section):
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape of the learning rate after warm-up; wsd = constant, then a linear decay at the end."""
+    warmup: Annotated[float, Field(ge=0)] = 0.03
+    """Warm-up: steps when >= 1, else share of all steps."""
+    min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Last learning rate as a share of the peak."""
+    decay: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """wsd: share of all steps spent decaying."""
+
+
+class Group(Section):
+    match: str
+    """Tower name of the card, or a parameter pattern (shell wildcards)."""
+    lr: Annotated[float, Field(ge=0)] | None = None
+    """Peak learning rate of these parameters."""
+    lr_scale: Annotated[float, Field(ge=0)] | None = None
+    """Or: multiple of optim.lr."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Weight decay of these parameters."""
+
+
+class Optim(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    """Optimizer; muon takes the blocks' 2-D weights and leaves the rest to adamw."""
+    lr: Annotated[float, Field(ge=0)] = 1e-5
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """AdamW: decay of the running means of the gradient and of its square."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW: added to the denominator."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay; biases and norms never decay."""
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Muon: decay of the running mean of the gradient."""
+    muon_steps: Annotated[int, Field(ge=1)] = 5
+    """Newton-Schulz iterations."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest gradient norm; null = no clipping."""
+    schedule: Schedule = Schedule()
+    """How the learning rate goes over the run."""
+    groups: list[Group] = []
+    """Own learning rate and weight decay by tower or pattern; the first match counts."""
+
+
+class Checkpoint(Section):
+    dir: str = "runs/{name}"
+    """Directory of the run: checkpoints, metrics, resolved recipe. {name} stands for the run's name."""
+    every: Annotated[int, Field(ge=0)] = 500
+    """Steps between checkpoints; 0 = only at the end."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints kept."""
+    save: Literal["full", "weights"] = "full"
+    """`weights` leaves out optimizer and data state: half the disk or less, cannot resume."""
+    asynchronous: bool = True
+    """Write in the background while training goes on."""
+    resume: Literal["auto", "never"] | str = "auto"
+    """auto = the run's newest checkpoint if there is one; never; or a checkpoint's directory."""
+    init_from: str | None = None
+    """Start from the weights of another run, checkpoint or export, with a fresh optimizer; or of a Megatron-style tree or DCP directory of the same model, cut at any TP and PP."""
+    export: bool = False
+    """Export to the hub format at the end, into <dir>/export."""
+
+    @field_validator("dir")
+    @classmethod
+    def _only_name(cls, value: str) -> str:
+        try:
+            value.format(name="x")
+        except (KeyError, IndexError, ValueError):
+            raise ValueError("the only placeholder is {name}; write other braces twice") from None
+        return value
+
+
+class Profile(Section):
+    start: Annotated[int, Field(ge=1)] = 10
+    """First step traced."""
+    steps: Annotated[int, Field(ge=1)] = 2
+    """Steps traced."""
+    ranks: list[int] = [0]
+    """Ranks that write a trace."""
+    memory: bool = False
+    """Also write a memory snapshot (devices that have one)."""
+    stacks: bool = False
+    """Record Python stacks and shapes."""
+
+
+class Monitor(Section):
+    every: Annotated[int, Field(ge=1)] = 1
+    """Steps between lines of the log."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+    """Where metrics go besides metrics.jsonl."""
+    project: str = "polymodal"
+    """Project name for wandb and mlflow."""
+    profile: Profile | None = None
+    """Trace a range of steps; traces open in Perfetto."""
+
+
+class Evaluate(Section):
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between validation losses; 0 = only at the end when data.validation is given."""
+    batches: Annotated[int, Field(ge=1)] | None = None
+    """Global batches of validation data used each time (default: all)."""
+    samples: Samples = Samples()
+    """What a generating model is made to draw while it trains."""
+
+
+class Device(Section):
+    kind: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    """Which accelerator; auto takes what is there."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads a process (default: cores / local processes)."""
+    env: dict[str, str | int | bool] = {}
+    """Environment variables set before torch starts; names and ranges are checked (`polymodal doctor --env`)."""
+
+
+class Recipe(Section):
+    """Everything a run does. See each section's keys."""
+
+    name: str = "run"
+    """Name of the run."""
+    model: Model
+    """What is trained."""
+    data: Data = Data()
+    """What it learns from."""
+    parallel: Parallel = Parallel()
+    """How the work is spread over processes."""
+    train: Train = Train()
+    """Length, batch, precision, loss."""
+    optim: Optim = Optim()
+    """Optimizer, learning rates, clipping."""
+    checkpoint: Checkpoint = Checkpoint()
+    """What is kept, and where from a run starts."""
+    monitor: Monitor = Monitor()
+    """What a run tells."""
+    evaluate: Evaluate = Evaluate()
+    """Validation loss during training."""
+    device: Device = Device()
+    """Accelerator, threads, environment variables."""
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.checkpoint.dir.format(name=self.name))
+
+
+def load(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe file, apply `a.b=c` overrides, validate.
+
+    Relative paths in the recipe stay relative to the working directory, as on a command line.
+    Raises PolymodalError with file, line and the nearest known name.
+    """
+    path = Path(path)
+    data, places = file.read(path)
+    for text in overrides:
+        file.override(data, places, text)
+    return validate(data, places, path)
+
+
+def validate(data: dict, places: dict | None = None, path: Path | None = None) -> Recipe:
+    """A plain mapping -> Recipe; every mistake is one sentence."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise file.explain(error, Recipe, places or {}, path) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The whole recipe as YAML; `load` of it gives the same recipe."""
+    return file.write(recipe.model_dump(mode="json"))
+
+
+def all_keys() -> list[str]:
+    """Every dotted key of the schema."""
+    return file.keys(Recipe)
+
+
+def json_schema() -> dict:
+    """JSON schema of a recipe, with every key's documentation."""
+    out = Recipe.model_json_schema()
+    base = {
+        "description": "Recipe(s) that this one starts from, relative to this file.",
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+    }
+    out["properties"] = {"base": base, **out["properties"]}
+    return out

@@ -1,0 +1,155 @@
+"""Data files without a model: every row read, every media header opened, what is broken listed by its line.
+
+Part of the data room (`polymodal data check`): sees its neighbours source and media. Needs no tokenizer, so that data can
+be looked at before a model is chosen; lengths are the business of `polymodal check`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Media, Record
+from polymodal.data import media as files
+from polymodal.data.source import Corpus, open_corpus
+from polymodal.recipe import Attr, Dataset
+
+_AT_ONCE = 1024  # rows in flight
+
+
+@dataclass
+class Findings:
+    """What the rows hold. problems: one sentence each, with the file and the line, in order."""
+
+    rows: int = 0
+    text_only: int = 0
+    plain: int = 0  # rows of pretraining text
+    unanswered: int = 0  # conversations without an assistant's turn: nothing would be learned
+    turns: int = 0
+    characters: int = 0
+    media: dict[str, int] = field(default_factory=dict)  # by kind
+    pixels: dict[str, list[int]] = field(default_factory=dict)  # by kind: smallest, middle, largest
+    seconds: list[float] = field(default_factory=list)  # of videos: shortest, middle, longest
+    problems: list[str] = field(default_factory=list)
+
+
+def check(corpus: Corpus, progress: Callable[[int, int], None] | None = None) -> Findings:
+    """Read all rows and the headers of all their media; pixels are not decoded. progress(done, total)."""
+    out = Findings()
+    sizes: dict[str, list[int]] = {}
+    seconds: list[float] = []
+    kinds: Counter[str] = Counter()
+
+    def read(i: int) -> Record | str:
+        try:
+            return corpus[i]
+        except PolymodalError as error:
+            return str(error)
+
+    def look(record: Record | str) -> tuple[Record | None, list[tuple[str, int, float]], str]:
+        if isinstance(record, str):
+            return None, [], record
+        try:
+            return record, [_header(m) for m in record.media], ""
+        except PolymodalError as error:
+            return record, [], f"{record.where}: {error}"
+
+    with ThreadPoolExecutor(min(8, (os.cpu_count() or 1) * 2)) as pool:  # headers wait for the disk
+        for start in range(0, len(corpus), _AT_ONCE):
+            records = [read(i) for i in range(start, min(start + _AT_ONCE, len(corpus)))]
+            for record, headers, problem in pool.map(look, records):
+                out.rows += 1
+                if problem:
+                    out.problems.append(problem)
+                if record is None:
+                    continue
+                out.plain += record.plain
+                out.text_only += not record.media
+                out.unanswered += not any(m.role == "assistant" for m in record.messages)
+                out.turns += len(record.messages)
+                out.characters += sum(
+                    len(p) for m in record.messages for p in m.content if isinstance(p, str)
+                )
+                kinds.update(m.kind for m in record.media)
+                for kind, pixels, length in headers:
+                    sizes.setdefault(kind, []).append(pixels)
+                    if kind == "video":
+                        seconds.append(length)
+            if progress:
+                progress(out.rows, len(corpus))
+    out.media = dict(kinds)
+    out.pixels = {kind: _spread(values) for kind, values in sizes.items()}
+    out.seconds = [round(s, 2) for s in _spread(seconds)] if seconds else []
+    return out
+
+
+def _spread(values: list) -> list:
+    ordered = sorted(values)
+    return [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+
+
+def _header(medium: Media) -> tuple[str, int, float]:
+    """(kind, pixels of the picture or of one frame, seconds)."""
+    files.refuse_audio(medium)
+    if medium.kind == "video":
+        header = files.video_header(medium.source)
+        return "video", header.height * header.width, header.duration
+    assert not isinstance(medium.source, tuple)
+    height, width = files.image_size(medium.source)
+    return "image", height * width, 0.0
+
+
+def main(
+    paths: Sequence[str],
+    *,
+    media_dir: str | None = None,
+    format: str = "auto",
+    limit: int = 20,
+    as_json: bool = False,
+    attr: Attr | None = None,
+) -> int:
+    """The command: prints what the files hold and the first `limit` problems. Returns 2 when there are any, else 0."""
+    datasets = [Dataset(path=p, media_dir=media_dir, format=format) for p in paths]  # type: ignore[arg-type]
+    corpus = open_corpus(datasets, attr, key="data")
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(file=sys.stderr)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("Reading", total=len(corpus))
+        found = check(corpus, lambda done, total: bar.update(task, completed=done))
+    if as_json:
+        print(json.dumps({"ok": not found.problems, **asdict(found)}, indent=2, ensure_ascii=False))
+        return 2 if found.problems else 0
+    print(
+        f"{found.rows} rows: {found.turns} turns, {found.characters} characters, {found.text_only} of text only"
+        + (f", {found.plain} plain" if found.plain else "")
+        + "."
+    )
+    for kind, count in found.media.items():
+        spread = (
+            f", {' / '.join(map(str, found.pixels[kind]))} pixels (smallest / middle / largest)"
+            if kind in found.pixels
+            else ""
+        )
+        print(f"{count} {kind}{'s' if count != 1 else ''}{spread}.")
+    if found.seconds:
+        print(f"Videos of {' / '.join(map(str, found.seconds))} seconds (shortest / middle / longest).")
+    if found.unanswered:
+        print(f"{found.unanswered} rows have no assistant's turn: nothing is learned from them.")
+    for problem in found.problems[:limit]:
+        print(problem)
+    if found.problems:
+        more = len(found.problems) - limit
+        print(
+            f"{len(found.problems)} of {found.rows} rows are broken"
+            + (f"; {more} are not listed (--limit)." if more > 0 else ".")
+        )
+        return 2
+    return 0

@@ -1,0 +1,69 @@
+"""Talks to a run that is training in other processes, through files in its directory.
+
+Ground floor: standard library and errors only. The trainer polls for what is written here (train/monitor.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+from polymodal.core.errors import PolymodalError
+
+REQUEST = "profile.request"
+QUIET = 600
+"""Seconds without a new line of metrics after which a run is thought to have ended."""
+
+
+def numbers(text: str, what: str = "--ranks") -> list[int]:
+    """ "0,2-4" -> [0, 2, 3, 4]. Raises PolymodalError."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and (not last.isdigit() or int(last) < int(first))):
+            raise PolymodalError(f"{what} {text} is not a list of numbers.", "Write e.g. 0,1 or 0-7.")
+        found += range(int(first), int(last or first) + 1)
+    return sorted(set(found))
+
+
+def request_profile(
+    run: str | os.PathLike, steps: int, ranks: str, *, stacks: bool = False, memory: bool = False
+) -> int:
+    """Ask the run in directory `run` to trace its next `steps` steps on `ranks` ("0,2-4").
+
+    The request appears whole (written beside, then renamed). Raises PolymodalError when that is no run's directory.
+    """
+    run = Path(run)
+    chosen = numbers(ranks)
+    if not (run / "recipe.yaml").is_file():
+        raise PolymodalError(
+            f"{run} is not the directory of a run: it has no recipe.yaml.",
+            "Give the directory that train writes to (checkpoint.dir of its recipe, runs/<name> by default).",
+        )
+    temporary = run / f".{REQUEST}.{os.getpid()}"
+    try:
+        temporary.write_text(
+            json.dumps({"steps": steps, "ranks": chosen, "stacks": stacks, "memory": memory})
+        )
+        os.replace(temporary, run / REQUEST)
+    except OSError as error:
+        raise PolymodalError(
+            f"{run} cannot be written: {error.strerror}.", "Run this as the user who trains."
+        ) from None
+    word = "step" if steps == 1 else f"{steps} steps"
+    print(f"asked: the next {word} of rank {', '.join(map(str, chosen))} will be traced into {run}/traces")
+    metrics, summary = run / "metrics.jsonl", run / "summary.json"
+    if summary.is_file() and metrics.is_file() and summary.stat().st_mtime >= metrics.stat().st_mtime:
+        print("note: the run has ended; the trace waits until it goes on with more steps")
+        return 0
+    silent = time.time() - metrics.stat().st_mtime if metrics.is_file() else None
+    if silent is None or silent > QUIET:
+        since = (
+            "has not logged a step yet"
+            if silent is None
+            else f"has logged no step for {silent / 60:.0f} minutes"
+        )
+        print(f"note: the run {since}; the trace waits until it goes on")
+    return 0

@@ -1,0 +1,129 @@
+"""The trained model as it lies on this rank: laid out, one part without a pipeline, one or more stages with one.
+
+Sees parallel and models. The trainer asks it for parameters by the names that checkpoints have, and runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polymodal.core.sample import Measure
+from polymodal.distributed.collectives import clip_, grad_norm
+from polymodal.distributed.mesh import Mesh
+from polymodal.models import partial
+from polymodal.models.family import Family
+from polymodal.parallel import dit_context_parallel, pipeline_split, stages
+from polymodal.parallel.apply import COMPUTE_DTYPE, apply
+from polymodal.parallel.batches import context
+from polymodal.parallel.pipeline import Pipeline, TiedGradients
+from polymodal.parallel.pipeline import bind as bind_stage
+from polymodal.recipe import Recipe
+from polymodal.train.step import Runner, bind
+
+
+class LaidOut:
+    """Cut into stages, bound, and laid out over the mesh; without values until weights are loaded into its parts.
+
+    make:    gives the whole model on meta, adapters attached and frozen parameters marked; called once a stage.
+    measure: a typical sample, for parallel.pp_layers = auto.
+    trainable: parameters by name, a tied weight's copy under its owner's; owned: the same without such copies.
+    total, trained: parameters of the whole model; names: of all of them.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], nn.Module],
+        family: Family,
+        mesh: Mesh,
+        recipe: Recipe,
+        device: torch.device,
+        measure: Measure | None = None,
+    ):
+        self.mesh = mesh
+        self.names: list[str] = []
+
+        def counted() -> nn.Module:
+            model = make()
+            if not self.names:
+                named = dict(model.named_parameters())
+                self.names = list(named)
+                self.total = sum(p.numel() for p in named.values())
+                self.trained = sum(p.numel() for p in named.values() if p.requires_grad)
+                self.dtype = next(iter(named.values())).dtype
+            return model
+
+        parallel = recipe.parallel
+        self.parts = stages.build(counted, family, parallel, mesh.at["pp"], measure)
+        activations = COMPUTE_DTYPE[recipe.train.precision] or self.dtype
+        for part in self.parts:
+            if parallel.pp > 1:
+                bind_stage(part.model, family, part.stage, activations)
+            else:
+                bind(part.model, family)
+            apply(part.model, family.card, mesh, recipe)
+        self.ties: TiedGradients | None = None
+        self.runner: Any
+        if parallel.pp > 1:
+            if family.card.sequence_plan:  # what travels is cut over ranks as the stages' streams are
+                probe, group = partial.probe(family, anew=True), context(mesh, family.config, parallel)
+                if group is not None:
+                    dit_context_parallel.apply(probe, family.card, group)
+            line = mesh.world["pp"].get_group()
+            self.ties = TiedGradients(self.parts, mesh, lambda stage: pipeline_split.home(parallel, stage))
+            self.runner = Pipeline(self.parts, family, line, device, activations, parallel.pp_schedule)
+        else:
+            self.runner = Runner(self.parts[0].model, device)
+        self._find_parameters()
+
+    def _find_parameters(self) -> None:
+        self.all = dict(stages.named_parameters(self.parts))
+        copies = {name for name, _ in stages.named_parameters(self.parts, copies=True)}
+        self.trainable = {name: p for name, p in self.all.items() if p.requires_grad}
+        self.owned = {name: p for name, p in self.trainable.items() if name not in copies}
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return [part.model for part in self.parts]
+
+    @property
+    def first(self) -> bool:
+        """Whether the first stage of the pipeline is here, or all of the model."""
+        return any(part.stage.first for part in self.parts)
+
+    def fill(self, load: Callable[[nn.Module], Any]) -> None:
+        """Give every part its values: weights.load, weights.initialise or the like, then tied copies their owners'."""
+        for model in self.models:
+            load(model)
+        self.settle()
+
+    def settle(self) -> None:
+        """After values were given: parameters may be new tensors, and tied copies take their owners' values."""
+        stages.follow(self.parts)
+        self._find_parameters()
+
+    def train(self, mode: bool = True) -> None:
+        for model in self.models:
+            model.train(mode)
+
+    @torch.no_grad()
+    def gradients(self, scale: float = 1.0) -> Tensor:
+        """After the backward pass of a step: gradients are complete and divided by the loss's scale; their norm."""
+        if self.ties is not None:
+            self.ties.reduce()
+        if scale != 1.0:
+            for p in self.trainable.values():
+                if p.grad is not None:
+                    p.grad.mul_(1.0 / scale)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return grad_norm(self.owned.values(), self.mesh, wide)
+
+    def clip(self, norm: Tensor, largest: float) -> None:
+        clip_(self.trainable.values(), norm, largest)
+
+    def stepped(self) -> None:
+        """After the optimizer's step."""
+        stages.follow(self.parts)
