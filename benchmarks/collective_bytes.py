@@ -106,8 +106,8 @@ def step(rank: int, directory: str, parallel: dict[str, Any]) -> dict[str, Any]:
     from polymodal.objectives.language import LanguageObjective
     from polymodal.parallel.batches import BatchLayout
     from polymodal.recipe import Model, Parallel, Recipe, Train
-    from polymodal.train.parallel_model import LaidOut
-    from polymodal.train.step import Tally, forward_backward, inverse_weights
+    from polymodal.train.parallel_model import ParallelModel
+    from polymodal.train.step import StepMetrics, forward_backward, inverse_weights
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -116,14 +116,14 @@ def step(rank: int, directory: str, parallel: dict[str, Any]) -> dict[str, Any]:
     )
     family = catalog.family(recipe.model)
     mesh = Mesh(ParallelSizes.of(recipe.parallel, dist.get_world_size()), "cpu", rank)
-    model = LaidOut(lambda: family.build().trained, family, mesh, recipe, torch.device("cpu"))
-    model.fill(lambda part: weights.load(part, family))
+    model = ParallelModel(lambda: family.build().trained, family, mesh, recipe, torch.device("cpu"))
+    model.load_all(lambda part: weights.load(part, family))
     layout = BatchLayout(family, mesh, recipe.parallel)
     objective = LanguageObjective(**family.balance(None))
     whole = [batch(family, mesh.dp_rank + number) for number in range(mesh.sizes.pp)]
     inverse = inverse_weights(objective, whole, layout.weights_group)
     own = layout(whole)
-    tally = Tally(routers=family.routers())
+    tally = StepMetrics(routers=family.routers())
     with Sent() as sent:
         forward_backward(model.runner, objective, own, inverse, tally)
         if model.ties is not None:

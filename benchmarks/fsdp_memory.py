@@ -42,7 +42,7 @@ def rank_main(rank: int, world: int, port: int, root: str) -> None:
     )
     from polymodal.runtime import device
     from polymodal.runtime.process_group import runtime
-    from polymodal.train.step import Tally, forward_backward, inverse_weights
+    from polymodal.train.step import StepMetrics, forward_backward, inverse_weights
     from polymodal.train.trainer import Trainer
 
     with runtime(recipe) as rt:
@@ -63,7 +63,7 @@ def rank_main(rank: int, world: int, port: int, root: str) -> None:
                 batches,
                 inverse,
                 trainer.device,
-                Tally(trainer.objective.parts),
+                StepMetrics(trainer.objective.parts),
             )
         parameters = list(trainer.model.parameters())
         found = {

@@ -90,7 +90,7 @@ def measured(rank: int, source: str, parallel: dict[str, Any], precision: str, t
     example = Load(tokens, 0.25, 256).measure(family)
     mesh = Mesh(ParallelSizes.of(recipe.parallel, dist.get_world_size()), "cpu", rank)
     job = Job(recipe, family, mesh, example)
-    job.fill(seed=0)
+    job.load_all(seed=0)
     tracker = Tracker()
     groups = [
         group

@@ -34,7 +34,7 @@ from polymodal.models.card import Chain, Components, ModelCard, Output
 from polymodal.models.family import Family
 from polymodal.parallel import pipeline_split
 from polymodal.recipe import Model, Parallel, Recipe, Train
-from polymodal.train.parallel_model import LaidOut
+from polymodal.train.parallel_model import ParallelModel
 from tests.parallel.harness import run
 
 RANKS = 4
@@ -118,10 +118,10 @@ def measured(
     """Seconds of each step, on this rank."""
     parallel = Parallel(pp=RANKS, pp_schedule=schedule, **options)  # type: ignore[arg-type]
     family = SleeperFamily(CARD, None, "sleeper")
-    family.stages, family.unit = RANKS * pipeline_split.rounds(parallel), unit
+    family.stages, family.unit = RANKS * pipeline_split.stages_per_rank(parallel), unit
     mesh = Mesh(ParallelSizes.of(parallel, RANKS), "cpu", rank)
     recipe = Recipe(model=Model(source="-"), parallel=parallel, train=Train(precision="fp32"))
-    laid = LaidOut(lambda: family.build().trained, family, mesh, recipe, torch.device("cpu"))
+    laid = ParallelModel(lambda: family.build().trained, family, mesh, recipe, torch.device("cpu"))
     for model in laid.models:
         model.to_empty(device="cpu")
         for parameter in model.parameters():
@@ -140,7 +140,7 @@ def row(name: str, m: int, units: list[float], steps: int) -> dict[str, Any]:
     """The shortest of some steps for each length of the unit, and what a line through them says."""
     options, formula = CASES[name]
     parallel = Parallel(pp=RANKS, pp_schedule=name, **options)  # type: ignore[arg-type]
-    v = pipeline_split.rounds(parallel)
+    v = pipeline_split.stages_per_rank(parallel)
     taken = []
     for unit in units:
         seconds = run(RANKS, measured, name, options, m, unit, steps)

@@ -65,7 +65,7 @@ def launch(
     from polymodal import recipe as recipes
     from polymodal.tools import job_scripts
 
-    wish = job_scripts.Wish(
+    wish = job_scripts.JobRequest(
         str(recipe), tuple(overrides or ()), nodes, nproc, min_nodes, restarts, tuple(option or ()), setup, image,
         tuple(host for host in hosts.split(",") if host), kind, namespace, claim,
     )

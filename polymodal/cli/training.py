@@ -56,7 +56,7 @@ def check(
     recipe: RecipeFile,
     overrides: Overrides = None,
     world: Annotated[int | None, typer.Option(metavar="N", min=1, help="Processes it will be trained on.", show_default="what the layout needs")] = None,
-    data: Annotated[bool, typer.Option(help="Measure every sample (headers only).")] = True,
+    data: Annotated[bool, typer.Option(help="SampleLengths every sample (headers only).")] = True,
     as_json: AsJson = False,
 ) -> int:
     """Everything that train would refuse, and what it would do: samples, packs, steps, memory, disk. Trains nothing."""

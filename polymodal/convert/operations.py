@@ -271,7 +271,7 @@ def with_dim(shape: Shape, dim: int, size: int) -> Shape:
 
 
 @dataclass(frozen=True)
-class Cut:
+class TPShard:
     """How a tensor is cut over TP ranks. The plain one is not: every rank holds all of it."""
 
     dim: int | None = None
@@ -302,7 +302,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Parts(Cut):
+class Parts(TPShard):
     """`count` equal parts along a dimension, each of them cut: gate and up, or q, k and v."""
 
     dim: int | None = 0
@@ -320,7 +320,7 @@ class Parts(Cut):
 
 
 @dataclass(frozen=True)
-class Border(Cut):
+class Border(TPShard):
     """Columns before a border (heads * head_dim) and after it, each cut by itself."""
 
     dim: int | None = 1
@@ -340,7 +340,7 @@ class Border(Cut):
 
 
 @dataclass(frozen=True)
-class Uneven(Cut):
+class Uneven(TPShard):
     """Cut in units (heads, or rows when `fact` is empty); the first ranks get one more when they do not divide."""
 
     dim: int | None = 0
@@ -362,5 +362,5 @@ class Uneven(Cut):
         return f"dim {self.dim}, uneven {unit}" + (f", each of {self.count} parts" if self.count > 1 else "")
 
 
-WHOLE, ROWS, COLUMNS, GLU, QKV, KV = Cut(), Parts(0), Parts(1), Parts(0, 2), Parts(0, 3), Parts(0, 2)
+WHOLE, ROWS, COLUMNS, GLU, QKV, KV = TPShard(), Parts(0), Parts(1), Parts(0, 2), Parts(0, 3), Parts(0, 2)
 RENAME = Operation()

@@ -1,4 +1,4 @@
-"""The shapes that cross a room's wall: Record, Measure, Sample, Batch, and the MediaProcessor they come from.
+"""The shapes that cross a room's wall: Record, SampleLengths, Sample, Batch, and the MediaProcessor they come from.
 
 Ground floor: imports torch only. `data` makes these, `models` and `objectives` read them.
 """
@@ -53,7 +53,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Measure:
+class SampleLengths:
     """What planning needs of a sample, measured without decoding pixels."""
 
     tokens: int  # text stream, media tokens included
@@ -74,9 +74,9 @@ class Sample:
 
     id: int
     tensors: dict[str, Tensor]
-    measure: Measure
+    measure: SampleLengths
     where: str = ""
-    broken: str | None = None  # why this is a zero-weight hole
+    broken: str | None = None  # why this is a zero-weight padding_sample
     modality: Literal["text", "image", "video", "audio", "mixed"] = "text"  # for the loss by modality
 
 
@@ -157,7 +157,7 @@ def pack(samples: Sequence[Sample]) -> Batch:
     return Batch(tensors, {k: AXES[k] for k in tensors}, tuple(s.id for s in samples), {"text": cu}, groups)
 
 
-def without(batch: Batch, gone: Sequence[bool]) -> tuple[Batch, list[Measure]]:
+def without(batch: Batch, gone: Sequence[bool]) -> tuple[Batch, list[SampleLengths]]:
     """(a packed batch with holes in place of the samples that are gone, the lengths of what was there)."""
     cu, media = batch.segments["text"].tolist(), batch.groups["media"]
     grids, first = batch.get("grid_thw"), [0]
@@ -176,17 +176,19 @@ def without(batch: Batch, gone: Sequence[bool]) -> tuple[Batch, list[Measure]]:
                 tensors["pixel_values"] = batch["pixel_values"][patches[own.start] : patches[own.stop]]
         broken = "" if batch.groups["broken"][at] else None
         sample = Sample(
-            id, tensors, Measure(text.stop - text.start, 0), "", broken, batch.groups["modality"][at]
+            id, tensors, SampleLengths(text.stop - text.start, 0), "", broken, batch.groups["modality"][at]
         )
         if gone[at] and broken is None:
             trained = int((tensors["weights"] != 0).sum())
-            lost.append(Measure(sample.measure.tokens, trained, (1,) * media[at]))
-            sample = hole(min(2, sample.measure.tokens), len(tensors["position_ids"]), id, broken="")
+            lost.append(SampleLengths(sample.measure.tokens, trained, (1,) * media[at]))
+            sample = padding_sample(
+                min(2, sample.measure.tokens), len(tensors["position_ids"]), id, broken=""
+            )
         samples.append(sample)
     return pack(samples), lost
 
 
-def hole(
+def padding_sample(
     tokens: int = 2, rows: int = 1, id: int = -1, where: str = "", broken: str | None = None, token: int = 0
 ) -> Sample:
     """A sample without weight: stands for a broken row, or fills a global batch to a multiple of the ranks."""
@@ -198,7 +200,7 @@ def hole(
             "weights": torch.zeros(tokens),
             "position_ids": torch.arange(tokens).expand(rows, tokens).clone(),
         },
-        Measure(tokens, 0),
+        SampleLengths(tokens, 0),
         where,
         broken,
     )
@@ -216,7 +218,7 @@ class Span:
 
     @property
     def frames(self) -> tuple[int, ...]:
-        """Patches of each temporal patch, as `Measure.patches` counts them."""
+        """Patches of each temporal patch, as `SampleLengths.patches` counts them."""
         return (self.grid[1] * self.grid[2],) * self.grid[0]
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import IGNORE, Measure, Media, MediaProcessor, Message, Record, Sample, Span
+from polymodal.core.sample import IGNORE, Media, MediaProcessor, Message, Record, Sample, SampleLengths, Span
 from polymodal.data import media as files
 from polymodal.data.counting import TokenCounter, tokens_before
 from polymodal.data.template import Layout, Template
@@ -178,12 +178,12 @@ class ChatProcessor:
 
     # -- the four services --------------------------------------------------------------------------------------
 
-    def measure(self, records: Sequence[Record]) -> list[Measure | str]:
+    def measure(self, records: Sequence[Record]) -> list[SampleLengths | str]:
         """Lengths of records from texts and media headers; a string says why a record is not usable.
 
         Equal to `sample(record).measure`, without pixels.
         """
-        out: list[Measure | str] = [""] * len(records)
+        out: list[SampleLengths | str] = [""] * len(records)
         for first in range(0, len(records), _BATCH):
             jobs: list[tuple[int, Layout, list[tuple[int, int, float]], list[Span], list[int]]] = []
             texts = self.template.texts(records[first : first + _BATCH])
@@ -211,7 +211,7 @@ class ChatProcessor:
                     tokens += len(span.ids) - places
                     if any(a <= start < b for a, b, _ in regions):
                         trained -= places - (before[start] == 0)
-                out[n] = Measure(tokens, trained, tuple([n for s in spans for n in s.frames]))
+                out[n] = SampleLengths(tokens, trained, tuple([n for s in spans for n in s.frames]))
         return out
 
     def sample(self, record: Record, id: int = -1, pixels: bool = True) -> Sample:
@@ -284,7 +284,7 @@ class ChatProcessor:
             if decode:
                 tensors["pixel_values"] = torch.cat(pixels)
             tensors["grid_thw"] = torch.tensor([s.grid for s in spans])
-        measure = Measure(
+        measure = SampleLengths(
             len(tokens), int((labels != IGNORE).sum()), tuple(n for s in spans for n in s.frames)
         )
         modality: Any = "mixed" if len(set(kinds)) > 1 else kinds[0] if kinds else "text"

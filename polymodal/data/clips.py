@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Measure, Media, Record
+from polymodal.core.sample import Media, Record, SampleLengths
 from polymodal.data import media
 from polymodal.data.captions import GIVEN
 from polymodal.recipe import Clip
@@ -79,9 +79,9 @@ class Clips:
 
     # ------------------------------------------------------------------ measuring, from headers
 
-    def measure(self, records: Sequence[Record]) -> list[Measure | str]:
-        """For each record its Measure (patches = frames, height, width), or why it cannot be used, as one sentence."""
-        out: list[Measure | str] = []
+    def measure(self, records: Sequence[Record]) -> list[SampleLengths | str]:
+        """For each record its SampleLengths (patches = frames, height, width), or why it cannot be used, as one sentence."""
+        out: list[SampleLengths | str] = []
         for record in records:
             try:
                 out.append(self.bucket(record))
@@ -93,7 +93,7 @@ class Clips:
         """A clip is never split."""
         return [record]
 
-    def bucket(self, record: Record) -> Measure:
+    def bucket(self, record: Record) -> SampleLengths:
         """Raises PolymodalError for a medium that cannot be read or is too short."""
         medium = medium_of(record)
         lacking = next((role for role in self.needed if role not in self._given(record)), None)
@@ -153,7 +153,7 @@ class Clips:
         height, width = min(self.sizes, key=lambda s: (abs(math.log(s[0] / s[1]) - ratio), -s[0] * s[1]))
         frames += self.grid.time * self._references(record)
         tokens = self.grid.tokens(frames, height, width)
-        return Measure(tokens, tokens, (frames, height, width))
+        return SampleLengths(tokens, tokens, (frames, height, width))
 
     def _audible(self, medium: Media, header: media.VideoHeader) -> None:
         assert self.clip.fps is not None
@@ -188,12 +188,12 @@ class Clips:
 
     # ------------------------------------------------------------------ decoding
 
-    def frames(self, record: Record, measure: Measure) -> np.ndarray:
+    def frames(self, record: Record, measure: SampleLengths) -> np.ndarray:
         """The medium in its bucket's size: uint8 [F, H, W, 3]. Raises PolymodalError with the row's place."""
         count = measure.patches[0] - self.grid.time * self._references(record)
         return self._decoded(medium_of(record), record, count, *measure.patches[1:])
 
-    def given(self, record: Record, measure: Measure) -> dict[str, np.ndarray]:
+    def given(self, record: Record, measure: SampleLengths) -> dict[str, np.ndarray]:
         """What comes with the medium, by role, uint8: source and mask [F, H, W, 3] at the medium's own times (a
         picture stands for all of them), references [N, H, W, 3], whole, on white; float32: sound [2, samples], and the
         rate in frames a second. Raises PolymodalError."""

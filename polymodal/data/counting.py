@@ -1,6 +1,6 @@
 """How many tokens a text has, and how many lie before a place in it, several times faster than making the tokens.
 
-Part of the data room: sees nothing of the house. Byte-level BPE tokenizers cut a text at their added tokens and then
+Part of the data room: sees nothing of the packed_attention. Byte-level BPE tokenizers cut a text at their added tokens and then
 into words by one regular expression; the tokens of a word do not depend on its neighbours. So what lies between two
 spaces is counted once and remembered. For other tokenizers, and whenever a check on real text finds a difference,
 the tokenizer itself counts.

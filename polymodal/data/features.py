@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Measure, Record
+from polymodal.core.sample import Record, SampleLengths
 from polymodal.data.captions import TAKEN
 from polymodal.data.files import JsonLines
 
@@ -326,9 +326,9 @@ class Features:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def measure(self, i: int) -> Measure:
+    def measure(self, i: int) -> SampleLengths:
         frames, height, width = (int(x) for x in self.shapes[i])
-        return Measure(int(self.tokens[i]), int(self.tokens[i]), (frames, height, width))
+        return SampleLengths(int(self.tokens[i]), int(self.tokens[i]), (frames, height, width))
 
     def locate(self, i: int) -> tuple[int, int]:
         return i, -1

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Measure
+from polymodal.core.sample import SampleLengths
 from polymodal.data.index_file import Problem, Progress, cache_directory, cache_places, lock, read, write
 from polymodal.data.workers import quiet_threads
 from polymodal.recipe import Data
@@ -38,7 +38,7 @@ class Index:
     """Compact lengths of all rows. A row is a record, or one piece of a record that was split.
 
     tokens, trained, patches: int32 [N] (patches: sum over media); patch_values int32 [M], patch_offsets int64 [N + 1]:
-    `Measure.patches`; record int64 [N] and piece int32 [N] (-1 = whole), both None without split records;
+    `SampleLengths.patches`; record int64 [N] and piece int32 [N] (-1 = whole), both None without split records;
     usable bool [N]; problems: the broken rows. The arrays are views of the mapped cache file: read-only.
     """
 
@@ -68,10 +68,10 @@ class Index:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "corpus": None}
 
-    def measure(self, i: int) -> Measure:
+    def measure(self, i: int) -> SampleLengths:
         """Lengths of row i."""
         patches = self.patch_values[self.patch_offsets[i] : self.patch_offsets[i + 1]]
-        return Measure(int(self.tokens[i]), int(self.trained[i]), tuple(patches.tolist()))
+        return SampleLengths(int(self.tokens[i]), int(self.trained[i]), tuple(patches.tolist()))
 
     def locate(self, i: int) -> tuple[int, int]:
         """Row -> (record of the corpus, piece of it); piece -1 is the whole record."""
@@ -197,7 +197,7 @@ def _measure_here(start: int, stop: int) -> tuple[list[tuple[int, int, int, tupl
 
 
 def _measure_chunk(corpus: Any, chat: Any, data: Data, start: int, stop: int) -> tuple[list, list[Problem]]:
-    """Rows (record, piece, tokens, trained, Measure.patches) of records start..stop; problems by row here."""
+    """Rows (record, piece, tokens, trained, SampleLengths.patches) of records start..stop; problems by row here."""
     records: list[Any] = []
     for i in range(start, stop):
         try:
@@ -209,11 +209,11 @@ def _measure_chunk(corpus: Any, chat: Any, data: Data, start: int, stop: int) ->
     rows: list[tuple[int, int, int, int, tuple[int, ...]]] = []
     problems: list[Problem] = []
 
-    def add(record: int, piece: int, where: str, measure: Measure | str) -> None:
+    def add(record: int, piece: int, where: str, measure: SampleLengths | str) -> None:
         if isinstance(measure, str):
             reason = measure.removeprefix(f"{where}: ").rstrip(".")
             problems.append(Problem(len(rows), where, reason))
-            measure = Measure(0, 0)
+            measure = SampleLengths(0, 0)
         rows.append((record, piece, measure.tokens, measure.trained, measure.patches))
 
     for i, record in enumerate(records, start):

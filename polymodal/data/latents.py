@@ -18,7 +18,7 @@ from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Batch, Record
 from polymodal.data.clips import Clips
 from polymodal.data.features import Features
-from polymodal.data.loader import Notes, Task
+from polymodal.data.loader import MicroBatchStats, Task
 from polymodal.data.permute import key_of
 from polymodal.recipe import Data
 
@@ -40,13 +40,15 @@ def _batch(
     return Batch(tensors, axes, ids, groups=groups)
 
 
-def _notes(batch: Batch, began: float, broken: list[tuple[int, str]]) -> Notes:
+def _notes(batch: Batch, began: float, broken: list[tuple[int, str]]) -> MicroBatchStats:
     count = int((batch["weight"] != 0).sum())
     tokens = batch.groups["tokens"][0] * count
-    return Notes(tokens, tokens, count, count * batch.groups["shape"][0], time.perf_counter() - began, broken)
+    return MicroBatchStats(
+        tokens, tokens, count, count * batch.groups["shape"][0], time.perf_counter() - began, broken
+    )
 
 
-class FeatureMaker:
+class FeatureCollator:
     """Task -> batch of encoded samples: latents [B, ...], text and media tensors by the denoiser's names. Picklable.
 
     One caption of several is drawn a sample and epoch; text of unequal length is padded with zeros.
@@ -65,7 +67,7 @@ class FeatureMaker:
     def learn(self, batch: Batch) -> None:
         """The list of features says how large they are."""
 
-    def __call__(self, task: Task) -> tuple[Batch, Notes]:
+    def __call__(self, task: Task) -> tuple[Batch, MicroBatchStats]:
         began = time.perf_counter()
         rows: list[dict[str, Tensor]] = []
         for id, record, _, _ in task.samples:
@@ -94,7 +96,7 @@ def _stacked(parts: list[Tensor], text: bool) -> Tensor:
     return torch.stack(parts)
 
 
-class ClipMaker:
+class ClipCollator:
     """Task -> batch of frames: pixels uint8 [B, F, H, W, 3], captions in groups, to be encoded on the device. Picklable.
 
     groups["given"] has a mapping of Clips.given an item; where references are frames of the bucket, pixels are black.
@@ -116,7 +118,7 @@ class ClipMaker:
     def learn(self, batch: Batch) -> None:
         """Sizes are known before."""
 
-    def __call__(self, task: Task) -> tuple[Batch, Notes]:
+    def __call__(self, task: Task) -> tuple[Batch, MicroBatchStats]:
         began = time.perf_counter()
         pixels: list[Tensor | None] = []
         captions: list[str] = []

@@ -19,7 +19,7 @@ from multiprocessing import Pipe
 from typing import Any, NamedTuple
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Batch, Sample, hole, pack
+from polymodal.core.sample import Batch, Sample, pack, padding_sample
 from polymodal.data.permute import key_of
 from polymodal.data.schedule import GlobalBatch, Position, Schedule
 from polymodal.data.workers import Inline, Pool
@@ -62,7 +62,7 @@ class Task(NamedTuple):
     filler: bool = False  # of weight 0: a rank without work that computes what its peers do
 
 
-class Notes(NamedTuple):
+class MicroBatchStats(NamedTuple):
     """What a worker tells of a micro-batch."""
 
     tokens: int
@@ -73,7 +73,7 @@ class Notes(NamedTuple):
     broken: list[tuple[int, str]]
 
 
-class Maker:
+class Collator:
     """Task -> packed Batch. Picklable; it is all that a worker process knows.
 
     Whoever draws at random for a sample takes `record.extra["seed"]`, which comes from (seed, epoch, sample id) alone
@@ -90,11 +90,11 @@ class Maker:
         self._patch_bytes = _PATCH_BYTES if pixels else 0
 
     copies = False
-    """Whether a filler is a sample of the step once more, without weight; else it is a hole."""
+    """Whether a filler is a sample of the step once more, without weight; else it is a padding_sample."""
 
     def filler(self) -> Batch:
         """What a rank without a micro-batch is given."""
-        return pack([hole(rows=self.rows)])
+        return pack([padding_sample(rows=self.rows)])
 
     def bytes(self, index: Any, task: Task) -> int:
         """About what the batch will take; `learn` makes it better."""
@@ -107,7 +107,7 @@ class Maker:
         if pixels is not None and len(pixels):
             self._patch_bytes = pixels[0].numel() * pixels.element_size()
 
-    def __call__(self, task: Task) -> tuple[Batch, Notes]:
+    def __call__(self, task: Task) -> tuple[Batch, MicroBatchStats]:
         began = time.perf_counter()
         samples: list[Sample] = []
         broken: list[tuple[int, str]] = []
@@ -118,10 +118,10 @@ class Maker:
                 if self.on_error == "fail":
                     raise
                 broken.append((id, error.message))
-                samples.append(hole(max(1, min(2, planned)), self.rows, id, broken=error.message))
+                samples.append(padding_sample(max(1, min(2, planned)), self.rows, id, broken=error.message))
         batch = pack(samples)
         grid = batch.get("grid_thw")
-        notes = Notes(
+        notes = MicroBatchStats(
             sum(s.measure.tokens for s in samples if not s.broken),
             int((batch["weights"] != 0).sum()),
             len(samples) - len(broken),
@@ -167,7 +167,7 @@ class Loader:
 
     start: the first step; stop_after: steps to give (None: for ever); rows: rows of position_ids (for holes); pixels:
     whether media are decoded, or only their sizes read; make: what makes batches of tasks in place of the packed text's
-    Maker.
+    Collator.
     Ahead of the step that is due, at most data.prefetch steps and data.memory_budget MiB are prepared or in work.
     Raises PolymodalError from __next__: a broken sample (data.on_error: fail), a dead worker.
     """
@@ -202,7 +202,7 @@ class Loader:
         self._planned = self._taken = 0  # steps; each is written by one thread only
         self._made_bytes = self._taken_bytes = 0
         self._wake_read, self._wake_write = Pipe(duplex=False)
-        self._make = make if make is not None else Maker(corpus, chat, data, schedule.seed, rows, pixels)
+        self._make = make if make is not None else Collator(corpus, chat, data, schedule.seed, rows, pixels)
         self._pool = Pool(self._make, data.workers, self._about) if data.workers else Inline(self._make)
         self._thread = threading.Thread(target=self._run, name="polymodal-loader", daemon=True)
         self._thread.start()
@@ -306,7 +306,7 @@ class Loader:
         self._planned += 1
         return step, tasks
 
-    def _keep(self, step: _Step, place: int, batch: Batch, notes: Notes | None) -> None:
+    def _keep(self, step: _Step, place: int, batch: Batch, notes: MicroBatchStats | None) -> None:
         step.batches[place] = batch
         step.missing -= 1
         size = sum(t.numel() * t.element_size() for t in (*batch.tensors.values(), *batch.segments.values()))

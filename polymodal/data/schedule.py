@@ -33,7 +33,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Measure
+from polymodal.core.sample import SampleLengths
 from polymodal.data.packing import cut_to_multiple, first_fit_decreasing, next_fit
 from polymodal.data.permute import key_of, permute, scramble
 from polymodal.recipe import Data, Train
@@ -84,7 +84,7 @@ class GlobalBatch:
         return mine
 
 
-class Share(NamedTuple):
+class EpochShare(NamedTuple):
     """What one dataset gives to an epoch."""
 
     name: str
@@ -100,7 +100,7 @@ class IndexLike(Protocol):
     usable: np.ndarray  # bool [N]
     record: np.ndarray | None  # int64 [N], ascending: the corpus' record of each row; None = the row itself
 
-    def measure(self, i: int) -> Measure: ...
+    def measure(self, i: int) -> SampleLengths: ...
 
     def locate(self, i: int) -> tuple[int, int]: ...  # row -> (record, piece or -1)
 
@@ -129,7 +129,7 @@ class Schedule:
         parts: Sequence[Any],
         data: Data,
         train: Train,
-        cost: Callable[[Measure], float],
+        cost: Callable[[SampleLengths], float],
     ):
         self.index = index
         self.seed = train.seed
@@ -146,7 +146,7 @@ class Schedule:
                 f"Raise data.pack_length to {data.max_length}, or lower data.max_length.",
             )
         self._sources = _sources(index, parts, self.seed)
-        self.shares = [Share(s.name, s.usable, s.draws) for s in self._sources]
+        self.shares = [EpochShare(s.name, s.usable, s.draws) for s in self._sources]
         self.draws = sum(s.draws for s in self._sources)
         if not self.draws:
             raise PolymodalError(
@@ -203,7 +203,7 @@ class Schedule:
                 window, step = window + 1, 0
             epoch, window = epoch + 1, 0
 
-    def typical(self) -> Measure:
+    def mean_sample(self) -> SampleLengths:
         """The mean sample: of at most 16,384 usable rows of each dataset, evenly spread."""
         rows = [np.arange(s.first, s.stop, max(1, (s.stop - s.first) >> 14)) for s in self._sources]
         chosen = np.concatenate(rows)
@@ -212,7 +212,7 @@ class Schedule:
             int(np.mean(column[chosen], dtype=np.float64)) if len(chosen) else 0
             for column in (self.index.tokens, self.index.trained, self.index.patches)
         )
-        return Measure(max(1, tokens), trained, (patches,) if patches else ())
+        return SampleLengths(max(1, tokens), trained, (patches,) if patches else ())
 
     def steps_in_epoch(self, epoch: int = 0) -> int:
         """Global batches of an epoch, exactly. Packed, this plans every window (about 0.1 s each) and remembers."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from polymodal.core.errors import PolymodalError
-from polymodal.distributed.context_parallel import Cut
+from polymodal.distributed.context_parallel import PackedShard
 from polymodal.runtime import device
 
 NAME = "polymodal_flash"
@@ -86,7 +86,7 @@ def attend(
     causal: bool,
     scale: float | None = None,
     dropout: float = 0.0,
-    cut: Cut | None = None,
+    cut: PackedShard | None = None,
 ) -> Tensor:
     """Attention inside each segment of a packed stream.
 
@@ -177,7 +177,7 @@ def attention(
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     sliding_window: int | None = None,
-    cut: Cut | None = None,
+    cut: PackedShard | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [B, H, T, D] -> ([B, T, H, D], None).

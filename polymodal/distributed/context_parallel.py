@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from polymodal.core.errors import PolymodalError
-from polymodal.distributed import sequence_sharding as shares
+from polymodal.distributed import sequence_sharding
 from polymodal.distributed.ring_attention import ring_attention
-from polymodal.distributed.sequence_sharding import Share
+from polymodal.distributed.sequence_sharding import SequenceSharding
 from polymodal.distributed.ulysses import gather_heads, scatter_heads
 
 
@@ -61,7 +61,7 @@ class Context:
             self.ring_group, self.ulysses_group = both.get_group("ring"), both.get_group("ulysses")
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, share: Share, causal: bool, scale: float | None,
+        self, query: Tensor, key: Tensor, value: Tensor, share: SequenceSharding, causal: bool, scale: float | None,
         local: Callable[[Tensor, Tensor, Tensor], Tensor], kept: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Attention of this rank's rows to all ranks'.
@@ -95,25 +95,27 @@ class Context:
             out = gather_heads(out, heads, rows, self.ulysses_group)
         return out
 
-    def _of_kept(self, share: Share, kept: Tensor) -> tuple[Share, Tensor]:
+    def _of_kept(self, share: SequenceSharding, kept: Tensor) -> tuple[SequenceSharding, Tensor]:
         """The share of those rows alone, and where they lie among this ring rank's [B * rows]."""
         known = getattr(kept, "polymodal_share", None)
         if known is None:
             pieces = kept.split([sum(part) for part in share.parts], dim=1)
             runs = tuple(tuple(piece.sum(dim=1).tolist()) for piece in pieces)
             places = pieces[self.ring_rank].flatten().nonzero()[:, 0]
-            known = Share(runs, share.held, share.parts), places
+            known = SequenceSharding(runs, share.held, share.parts), places
             kept.polymodal_share = known  # type: ignore[attr-defined]
         return known
 
-    def spread(self, lengths: tuple[int, ...], causal: bool = True) -> Cut:
+    def spread(self, lengths: tuple[int, ...], causal: bool = True) -> PackedShard:
         """How a packed stream with these segments is cut over the group."""
-        share = shares.spread(lengths, self.ring, self.ulysses, causal)
-        return Cut(self, share, shares.rows(lengths, share, self.ring_rank, self.ulysses_rank))
+        share = sequence_sharding.shard_lengths(lengths, self.ring, self.ulysses, causal)
+        return PackedShard(
+            self, share, sequence_sharding.rows(lengths, share, self.ring_rank, self.ulysses_rank)
+        )
 
 
 @dataclass(frozen=True)
-class Cut:
+class PackedShard:
     """One packed stream, cut over a group: `rows` [n] int64 are the places of the whole stream that this rank holds.
 
     filler: tokens at the stream's end that stand for nothing: a stream shorter than the group is filled up, because
@@ -121,6 +123,6 @@ class Cut:
     """
 
     context: Context
-    share: Share
+    share: SequenceSharding
     rows: Tensor
     filler: int = 0

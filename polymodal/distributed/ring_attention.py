@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from polymodal.distributed import flash_kernels
-from polymodal.distributed.sequence_sharding import Share
+from polymodal.distributed.sequence_sharding import SequenceSharding
 
 SHORT = 256
 """Segments up to this many tokens are computed in float32 on a CPU when training in half precision (see attention)."""
@@ -196,7 +196,9 @@ def exchange(sent: Tensor, to: int, received: Tensor, source: int, group: dist.P
     )
 
 
-def _seen(share: Share, causal: bool, queries_of: int, keys_of: int) -> list[tuple[int, slice, int, slice]]:
+def _seen(
+    share: SequenceSharding, causal: bool, queries_of: int, keys_of: int
+) -> list[tuple[int, slice, int, slice]]:
     """(query piece, its rows, key piece, its rows) of what two ring ranks' pieces have to do with each other."""
     return [
         (i, rows, j, keys)
@@ -209,7 +211,7 @@ def _seen(share: Share, causal: bool, queries_of: int, keys_of: int) -> list[tup
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, share: Share, causal: bool, scale: float, group: dist.ProcessGroup
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, share: SequenceSharding, causal: bool, scale: float, group: dist.ProcessGroup
     ) -> Tensor:  # fmt: skip
         rank, size = group.rank(), group.size()
         out = lse = None
@@ -302,7 +304,7 @@ def ring_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    share: Share,
+    share: SequenceSharding,
     causal: bool,
     scale: float,
     group: dist.ProcessGroup,

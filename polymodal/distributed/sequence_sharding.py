@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Share:
+class SequenceSharding:
     """One stream over a group; rank c of the group is ring rank c // ulysses, ulysses rank c % ulysses.
 
     runs:  by piece, the rows that each segment has in it.
@@ -59,7 +59,7 @@ def cut_points(length: int, parts: int, shift: int = 0) -> list[int]:
     return [(length * part + shift) // parts for part in range(parts + 1)]
 
 
-def spread(lengths: tuple[int, ...], ring: int, ulysses: int, causal: bool) -> Share:
+def shard_lengths(lengths: tuple[int, ...], ring: int, ulysses: int, causal: bool) -> SequenceSharding:
     """A packed stream with these segment lengths over ring x ulysses ranks. Any lengths, also below the group's size.
 
     causal: with a ring, segments are cut into 2 x ring pieces and rank r holds pieces r and 2 x ring - 1 - r, the
@@ -74,17 +74,19 @@ def spread(lengths: tuple[int, ...], ring: int, ulysses: int, causal: bool) -> S
     for mine in held:
         points = cut_points(sum(sum(runs[piece]) for piece in mine), ulysses)
         parts.append(tuple(stop - start for start, stop in zip(points, points[1:], strict=False)))
-    return Share(runs, held, tuple(parts))
+    return SequenceSharding(runs, held, tuple(parts))
 
 
-def even(counts: tuple[int, ...], ring: int, batch: int = 1) -> Share:
+def even(counts: tuple[int, ...], ring: int, batch: int = 1) -> SequenceSharding:
     """Sequences [batch, S] cut alike: rank c of the group holds counts[c] consecutive rows of every one of them."""
     ulysses = len(counts) // ring
     parts = tuple(tuple(counts[r * ulysses : (r + 1) * ulysses]) for r in range(ring))
-    return Share(tuple((sum(part),) * batch for part in parts), tuple((r,) for r in range(ring)), parts)
+    return SequenceSharding(
+        tuple((sum(part),) * batch for part in parts), tuple((r,) for r in range(ring)), parts
+    )
 
 
-def rows(lengths: tuple[int, ...], share: Share, ring_rank: int, ulysses_rank: int) -> Tensor:
+def rows(lengths: tuple[int, ...], share: SequenceSharding, ring_rank: int, ulysses_rank: int) -> Tensor:
     """Which rows of the whole stream a rank of `spread` holds, in its order: int64 [n]."""
     starts, total = [], 0
     for length in lengths:

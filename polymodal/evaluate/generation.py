@@ -297,7 +297,7 @@ def _measured(
             seen[at] = measures.vector(references[at])
     except PolymodalError as caught:
         error = caught
-    world.agree(error)
+    world.raise_together(error)
     parts = world.gather((found, seen))
     found = {i: m for part in parts for i, m in part[0].items()}
     vectors = {at: v for part in parts for at, v in part[1].items()}

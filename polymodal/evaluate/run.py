@@ -152,14 +152,14 @@ def opened(store: Store, world: Ranks, restart: bool) -> dict[str, dict[str, Any
             store.open(restart)
     except PolymodalError as caught:
         error = caught
-    world.agree(error)
+    world.raise_together(error)
     try:
         if world.rank != 0:
             store.check()
         done = {k: e for k, e in store.answers().items() if not e.get("error")}  # what failed is asked again
     except PolymodalError as caught:
         error = caught
-    world.agree(error)
+    world.raise_together(error)
     return done
 
 

@@ -37,7 +37,7 @@ class Ranks:
 
             dist.barrier(self.group)
 
-    def agree(self, error: PolymodalError | None) -> None:
+    def raise_together(self, error: PolymodalError | None) -> None:
         """Raise on every rank what any rank raised: nobody is left waiting."""
         found: list[PolymodalError | None] = [error]
         if self.group is not None:

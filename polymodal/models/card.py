@@ -55,9 +55,9 @@ class ModelCard:
     tasks: tuple[str, ...]  # "image-text-to-text", "video-text-to-text", ...
     blocks: tuple[str, ...]  # FSDP unit = recompute unit = compile unit
     towers: Mapping[str, tuple[str, ...]]  # {"vision": ("model.visual",), ...}: freeze, lr, LoRA, balance
-    streams: tuple[str, ...] = ("hidden_states",)
+    block_streams: tuple[str, ...] = ("hidden_states",)
     """Arguments of blocks that are handed on from block to block, in the order in which blocks give them back."""
-    leading: str = ""
+    num_leading_rows: str = ""
     """Argument of blocks that counts rows at the beginning of the stream which are treated apart, if there is one."""
     pipeline: Mapping[str, Chain] = field(default_factory=dict)
     """What pipeline stages are cut from: tower -> its chain of blocks, in the order of the forward pass."""
@@ -144,7 +144,7 @@ class Components:
     frozen: dict[str, nn.Module] = field(default_factory=dict)
 
 
-class Dropped(nn.Module):
+class PrunedModule(nn.Module):
     """Stands where a module of another pipeline stage was; hands its first argument through, has no parameters."""
 
     def forward(self, first: Any = None, *args: Any, **kwargs: Any) -> Any:

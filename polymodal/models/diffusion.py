@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Batch, Measure
+from polymodal.core.sample import Batch, SampleLengths
 from polymodal.models.card import Components, Output, Process
 from polymodal.models.family import Family
 
@@ -216,7 +216,7 @@ class Generation(Family):
         """Of one sample's text and media tensors beside latents of this shape, by the config alone: what `plan` runs."""
         raise NotImplementedError
 
-    def example(self, measure: Measure) -> Batch:
+    def example(self, measure: SampleLengths) -> Batch:
         frames, height, width = measure.patches
         grid = self.grid()
         latents = grid.shape(frames, height, width)
@@ -284,7 +284,7 @@ class Generation(Family):
 
     # ------------------------------------------------------------------ cost
 
-    def cost(self, measure: Measure) -> float:
+    def cost(self, measure: SampleLengths) -> float:
         """Forward FLOPs: 2 x parameters of the blocks x tokens, and 4 x tokens^2 x width a layer for attention."""
         tokens = measure.tokens
         layers, width, parameters = self.size()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from polymodal.core.sample import Batch, Measure, MediaProcessor
+from polymodal.core.sample import Batch, MediaProcessor, SampleLengths
 from polymodal.models import partial
 from polymodal.models.card import Components, ModelCard, Output
 
@@ -35,7 +35,7 @@ class Family:
         """Knowledge of tokens and pixels; `data` is the recipe's data section."""
         raise NotImplementedError
 
-    def cost(self, measure: Measure) -> float:
+    def cost(self, measure: SampleLengths) -> float:
         """Forward FLOPs of one sample on the whole model (x 3 for training); balance, MFU and plan share it."""
         return sum(self.costs(measure).values())
 
@@ -58,11 +58,11 @@ class Family:
         """
         return partial.carry_spec(self, batch, dtype)
 
-    def beside(self) -> dict[str, str]:
+    def stage_neighbours(self) -> dict[str, str]:
         """Modules that lie in a pipeline stage with a certain block, as the config says: module -> block."""
         return {}
 
-    def costs(self, measure: Measure) -> dict[str, float]:
+    def costs(self, measure: SampleLengths) -> dict[str, float]:
         """Forward FLOPs of one sample, by the module pattern that spends them; their sum is `cost`."""
         raise NotImplementedError
 
@@ -79,7 +79,7 @@ class Family:
         """Tokens of the text stream that features of such a part stand at."""
         raise NotImplementedError
 
-    def example(self, measure: Measure) -> Batch:
+    def example(self, measure: SampleLengths) -> Batch:
         """A micro-batch of one sample of these sizes, without data: what `plan` runs. Floating-point tensors are zeros."""
         raise NotImplementedError
 

@@ -1,7 +1,7 @@
 """Random weights that depend on the seed and the parameter's name only, never on how the model is laid out.
 
-An initialiser of the library is run on stand-ins without memory while its in-place calls are noted; each rank then
-plays the notes on its own slices, block by block, with one generator a block. Imports torch and slices.py only.
+An initialiser of the library is run on stand-ins without memory while its in-place calls are recorded; each rank then
+replays them on its own slices, block by block, with one generator a block. Imports torch and slices.py only.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SAME = frozenset(
 
 
 @dataclass(frozen=True)
-class Note:
+class InitOp:
     """One in-place call on rows begin..end of a parameter (end None: on all of it); `random`: takes a generator."""
 
     function: Callable[..., Any]
@@ -63,13 +63,13 @@ class Note:
 
 
 class Unknown(Exception):
-    """An initialiser did something to a parameter that cannot be played on a slice."""
+    """An initialiser did something to a parameter that cannot be replayed on a slice."""
 
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, stand_ins: dict[str, Tensor]):
         super().__init__()
-        self.notes: dict[str, list[Note]] = {name: [] for name in stand_ins}
+        self.ops: dict[str, list[InitOp]] = {name: [] for name in stand_ins}
         self._known: dict[int, tuple[Tensor, str, int, int | None]] = {
             id(tensor): (tensor, name, 0, None) for name, tensor in stand_ins.items()
         }
@@ -90,7 +90,7 @@ class _Recorder(TorchDispatchMode):
             if call not in ELEMENTWISE or any(isinstance(a, Tensor) and a.is_meta for a in args[1:]):
                 raise Unknown(f"{name}: {call}")
             random = "generator" in {argument.name for argument in func._schema.arguments}
-            self.notes[name].append(Note(func, args[1:], kwargs, random, begin, end))
+            self.ops[name].append(InitOp(func, args[1:], kwargs, random, begin, end))
         return out
 
     @contextmanager
@@ -102,7 +102,7 @@ class _Recorder(TorchDispatchMode):
             known = self._known.get(id(tensor))
             if known is None:
                 return draw(tensor, *args, generator=generator)
-            self.notes[known[1]].append(Note(draw, args, {}, True, *known[2:]))
+            self.ops[known[1]].append(InitOp(draw, args, {}, True, *known[2:]))
             return tensor
 
         torch.nn.init._no_grad_trunc_normal_ = noted  # type: ignore[assignment]
@@ -148,18 +148,18 @@ def stand_ins(module: nn.Module, buffers: Collection[str] = ()) -> Iterator[dict
                 module._buffers[name] = buffer
 
 
-def notes(module: nn.Module, initialise: Callable[[nn.Module], Any]) -> dict[str, list[Note]]:
+def record_init(module: nn.Module, initialise: Callable[[nn.Module], Any]) -> dict[str, list[InitOp]]:
     """What `initialise` does to a module's own parameters, by name. Its buffers are shielded.
 
     Raises Unknown when that depends on more than one element at a time (an orthogonal matrix).
     """
     with torch.no_grad(), stand_ins(module) as fake, _Recorder(fake) as recorder, recorder.truncated_normal():
         initialise(module)
-    return recorder.notes
+    return recorder.ops
 
 
 @torch.no_grad()
-def play(parameter: Tensor, score: list[Note], name: str, seed: int) -> None:
+def replay_init(parameter: Tensor, ops: list[InitOp], name: str, seed: int) -> None:
     """Fill a parameter (or this rank's shard of it) as noted; values depend on `seed`, `name` and the position only."""
     shape = tuple(parameter.shape) or (1,)
     spans = local_spans(parameter) if parameter.ndim else [[(0, 1)]]
@@ -177,7 +177,7 @@ def play(parameter: Tensor, score: list[Note], name: str, seed: int) -> None:
     for begin, end in spans[0]:
         for first in range(begin // step * step, end, step):
             last = min(first + step, shape[0])
-            block = _block(score, name, seed, first, last, shape)
+            block = _block(ops, name, seed, first, last, shape)
             low, high = max(first, begin), min(last, end)
             part = block[low - first : high - first]
             for dim, chosen in enumerate(columns, 1):
@@ -186,9 +186,9 @@ def play(parameter: Tensor, score: list[Note], name: str, seed: int) -> None:
             at += high - low
 
 
-def _block(score: list[Note], name: str, seed: int, first: int, last: int, shape: tuple[int, ...]) -> Tensor:
+def _block(ops: list[InitOp], name: str, seed: int, first: int, last: int, shape: tuple[int, ...]) -> Tensor:
     block = torch.empty((last - first, *shape[1:]))
-    for number, note in enumerate(score):
+    for number, note in enumerate(ops):
         low, high = max(first, note.begin), min(last, shape[0] if note.end is None else note.end)
         if low >= high:
             continue

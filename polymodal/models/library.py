@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from polymodal.core.errors import PolymodalError
-from polymodal.models.card import Dropped
+from polymodal.models.card import PrunedModule
 from polymodal.models.slices import NotASlice, Stored
 
 ADAPTER = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
@@ -260,10 +260,10 @@ def ignorable(model: nn.Module, key: str, name: str) -> bool:
     at: nn.Module = model
     for part in path:
         if part not in at._modules:
-            return isinstance(at, Dropped)
+            return isinstance(at, PrunedModule)
         at = at._modules[part]  # type: ignore[assignment]
     missing_parameter = leaf in at._parameters and at._parameters[leaf] is None
-    return isinstance(at, Dropped) or leaf in at._non_persistent_buffers_set or missing_parameter
+    return isinstance(at, PrunedModule) or leaf in at._non_persistent_buffers_set or missing_parameter
 
 
 def beyond(model: nn.Module, name: str) -> bool:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from polymodal.core.errors import PolymodalError
 from polymodal.models import library, stacked, weights
 from polymodal.models.card import ModelCard
-from polymodal.models.initial import Note, play
+from polymodal.models.initial import InitOp, replay_init
 from polymodal.models.saving import appearing
 from polymodal.models.slices import Stored, copies, local_spans
 from polymodal.models.storage import Files, ShardWriter
@@ -199,13 +199,13 @@ def initialise(model: nn.Module, lora: Lora, seed: int) -> None:
     weights.materialise(model)
     for name, parameter in adapters(model).items():
         if ".lora_B." in name:
-            score = [Note(torch.Tensor.zero_, (), {}, False)]
+            score = [InitOp(torch.Tensor.zero_, (), {}, False)]
         elif lora.init == "gaussian":
-            score = [Note(torch.Tensor.normal_, (0.0, 1.0 / lora.rank), {}, True)]
+            score = [InitOp(torch.Tensor.normal_, (0.0, 1.0 / lora.rank), {}, True)]
         else:
             bound = 1.0 / sqrt(parameter.shape[1])
-            score = [Note(torch.Tensor.uniform_, (-bound, bound), {}, True)]
-        play(parameter, score, name, seed)
+            score = [InitOp(torch.Tensor.uniform_, (-bound, bound), {}, True)]
+        replay_init(parameter, score, name, seed)
 
 
 def gather(model: nn.Module) -> dict[str, Tensor]:

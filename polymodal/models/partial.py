@@ -1,7 +1,7 @@
 """A part of a model by its own forward: between the blocks that a pipeline stage holds, nothing of it copied.
 
 Ground floor of models/: sees card.py only. What comes before the blocks of a stage runs on stand-ins of the right
-shapes (`Hollow`), the streams enter at the first block that is here, and are taken out where a dropped module waits
+shapes (`ShapeStub`), the streams enter at the first block that is here, and are taken out where a dropped module waits
 for the last block's output.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.core.sample import Batch
-from polymodal.models.card import Chain, Dropped, Output
+from polymodal.models.card import Chain, Output, PrunedModule
 
 if TYPE_CHECKING:
     from polymodal.models.family import Family
@@ -32,7 +32,7 @@ ENTERED = "polymodal_entered"
 
 def arguments(module: nn.Module) -> list[str]:
     """Names of a module's forward's arguments, in order; of one that is dropped, those that it hands on."""
-    if isinstance(module, Dropped):
+    if isinstance(module, PrunedModule):
         return getattr(module, "names", [HIDDEN])
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
@@ -50,7 +50,7 @@ def on_argument(
     return args, kwargs
 
 
-class Passing(Dropped):
+class StreamPassthrough(PrunedModule):
     """Stands where a block of several streams was: hands them on as the block gives them back."""
 
     def __init__(self, block: nn.Module, streams: tuple[str, ...]):
@@ -80,7 +80,7 @@ def _together(main: Tensor, carry: Mapping[str, Tensor] | None) -> Tensor:
     return _Beside.apply(main, *others) if others else main
 
 
-class Hollow(Dropped):
+class ShapeStub(PrunedModule):
     """Stands where a module was that prepares the stream in another stage: gives zeros of its output's shape, which
     take no memory, or what travelled in its place. Other code may look at shapes and unpack tuples as before."""
 
@@ -118,7 +118,7 @@ def _meta(value: Any, dtype: torch.dtype | None) -> Any:
     return value.to("meta", dtype if value.is_floating_point() else None)
 
 
-class _Left(Exception):
+class _StreamLeft(Exception):
     """No error: the stream has left the blocks that are here, and the rest of the forward with it."""
 
     def __init__(self, hidden: Tensor):
@@ -185,7 +185,7 @@ def run(
         others.update({name: part for name, part in zip(streams, out, strict=True) if name != HIDDEN})
 
     def leave(_: nn.Module, __: Any, out: Tensor) -> None:
-        raise _Left(out)
+        raise _StreamLeft(out)
 
     end = model.get_submodule(chain.last[0])
     _show_absent(model, chain)
@@ -193,25 +193,25 @@ def run(
     here = [model.get_submodule(name) for name in blocks(model, chain)]
     try:
         if hidden is not None:
-            entry = next((block for block in here if not isinstance(block, Dropped)), end)
+            entry = next((block for block in here if not isinstance(block, PrunedModule)), end)
             change = enter_all if entering and entry is not end else enter
             handles.append(entry.register_forward_pre_hook(change, prepend=True, with_kwargs=True))
             for name in present(model, chain.first):
                 module = _found(model, name)
-                if isinstance(module, Hollow):
+                if isinstance(module, ShapeStub):
                     module.dtype = hidden.dtype
                     module.given = {
                         int(key.rpartition(".")[2]): tensor
                         for key, tensor in (carried or {}).items()
                         if key.rpartition(".")[0] == name
                     }
-        if isinstance(end, Dropped):
+        if isinstance(end, PrunedModule):
             handles.append(end.register_forward_hook(leave))
             if len(streams) > 1:
                 handles.append(here[-1].register_forward_hook(note))
         try:
             return None, call()
-        except _Left as left:
+        except _StreamLeft as left:
             return left.hidden, None
     finally:
         for handle in handles:
@@ -226,7 +226,7 @@ def drop_parameter(owner: nn.Module, name: str) -> None:
 
 
 def _show_absent(model: nn.Module, chain: Chain) -> None:
-    """Dropped parameters of the chain's end as zeros that take no memory: a forward may look at them on its way out."""
+    """Pruned parameters of the chain's end as zeros that take no memory: a forward may look at them on its way out."""
     for name in chain.last:
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
@@ -257,7 +257,7 @@ def _recorded(model: nn.Module, chain: Chain, into: dict[str, Tensor]) -> list[A
     return [
         module.register_forward_hook(note(name))
         for name in present(model, chain.carry)
-        if not isinstance(module := model.get_submodule(name), Dropped)
+        if not isinstance(module := model.get_submodule(name), PrunedModule)
     ]
 
 
@@ -269,7 +269,7 @@ def stage(
     if not chains:
         return family.whole(model, batch)
     (chain,) = chains
-    streams = family.card.streams
+    streams = family.card.block_streams
     carried = {name: tensor for name, tensor in (carry or {}).items() if name not in streams}
     others: dict[str, Tensor | None] = {
         n: t for n, t in (carry or {}).items() if n in streams and n != HIDDEN
@@ -315,8 +315,8 @@ def carry_spec(family: Family, batch: Batch, dtype: torch.dtype) -> dict[str, Te
 
     def leave(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = dict(zip(arguments(block), args, strict=False)) | kwargs
-        carried.update({name: given[name] for name in family.card.streams if name != HIDDEN})
-        raise _Left(given[HIDDEN])
+        carried.update({name: given[name] for name in family.card.block_streams if name != HIDDEN})
+        raise _StreamLeft(given[HIDDEN])
 
     first = model.get_submodule(blocks(model, chain)[0])
     hooks = [*_recorded(model, chain, carried), first.register_forward_pre_hook(leave, with_kwargs=True)]
@@ -331,7 +331,7 @@ def carry_spec(family: Family, batch: Batch, dtype: torch.dtype) -> dict[str, Te
     try:
         family.whole(model, meta)
         raise RuntimeError(f"The forward of {family.card.name} does not pass through {chain.blocks}.")
-    except _Left as left:
+    except _StreamLeft as left:
         found = {HIDDEN: left.hidden, **carried}
     finally:
         for hook in hooks:

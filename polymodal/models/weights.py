@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor
 
 from polymodal.core.errors import PolymodalError
 from polymodal.models import library
-from polymodal.models.card import Dropped
+from polymodal.models.card import PrunedModule
 from polymodal.models.family import Family
-from polymodal.models.initial import Unknown, notes, play, stand_ins
+from polymodal.models.initial import Unknown, record_init, replay_init, stand_ins
 from polymodal.models.library import Layout, plain
 from polymodal.models.saving import gather, save
 from polymodal.models.slices import Stored, copies, local_spans
@@ -114,7 +114,7 @@ def _agreed(model: nn.Module, work: Callable[[], None]) -> None:
         and dist.get_world_size() > 1
         and (
             any(isinstance(p, DTensor) for p in model.parameters())
-            or any(isinstance(m, Dropped) for m in model.modules())  # a stage of a pipeline
+            or any(isinstance(m, PrunedModule) for m in model.modules())  # a stage of a pipeline
         )
     )
     failure: Exception | None = None
@@ -352,7 +352,7 @@ def _draw(model: nn.Module, names: set[str], seed: int) -> None:
         if not mine or rule is None:
             continue
         try:
-            score = notes(module, rule)
+            score = record_init(module, rule)
         except Unknown as error:
             raise PolymodalError(
                 f"{path} ({library.class_of(module).__name__}) cannot be drawn slice by slice: {error}.",
@@ -361,7 +361,7 @@ def _draw(model: nn.Module, names: set[str], seed: int) -> None:
         for n, name in mine.items():
             parameter = module._parameters[n]
             if score[n] and parameter is not None:
-                play(parameter, score[n], ties.get(name, name), seed)
+                replay_init(parameter, score[n], ties.get(name, name), seed)
                 left.discard(name)
     if left:
         raise PolymodalError(

@@ -19,10 +19,10 @@ from polymodal.core.errors import PolymodalError
 from polymodal.distributed import collectives
 from polymodal.distributed.context_parallel import ulysses_size
 from polymodal.distributed.mesh import Mesh, ParallelSizes
-from polymodal.models.card import Dropped, ModelCard
+from polymodal.models.card import ModelCard, PrunedModule
 from polymodal.parallel import dit_context_parallel, expert, memory, pipeline_split, tensor
 from polymodal.parallel.batches import attention_heads, context
-from polymodal.parallel.pipeline_split import SCHEDULES, Kind
+from polymodal.parallel.pipeline_split import SCHEDULES, ScheduleTraits
 from polymodal.recipe import Parallel, Recipe
 
 COMPUTE_DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "pure_bf16": torch.bfloat16}
@@ -39,12 +39,12 @@ def matching(model: nn.Module, patterns: tuple[str, ...] | list[str], what: str)
     for pattern in patterns:
         expression = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
         hits = {name: module for name, module in modules.items() if expression.fullmatch(name)}
-        if not hits and not any(isinstance(module, Dropped) for module in modules.values()):
+        if not hits and not any(isinstance(module, PrunedModule) for module in modules.values()):
             raise PolymodalError(
                 f"{what}: no module of this model fits `{pattern}`.",
                 f"Its blocks are {', '.join(_block_patterns(modules))}.",
             )
-        found |= {name: module for name, module in hits.items() if not isinstance(module, Dropped)}
+        found |= {name: module for name, module in hits.items() if not isinstance(module, PrunedModule)}
     return found
 
 
@@ -124,8 +124,8 @@ def _contradictions(parallel: Parallel) -> list[PolymodalError]:
     if parallel.compile and "activations" in parallel.offload:
         cause = "parallel.offload of activations cannot see what compiled blocks save."
         reasons.append(PolymodalError(cause, "Leave it out, or set parallel.compile to false."))
-    kind = SCHEDULES[parallel.pp_schedule] if parallel.pp > 1 else Kind()
-    if key := pipeline_split.alone(parallel):
+    kind = SCHEDULES[parallel.pp_schedule] if parallel.pp > 1 else ScheduleTraits()
+    if key := pipeline_split.unused_pp_key(parallel):
         cause = f"parallel.{key} says how stages are cut, but parallel.pp is 1."
         reasons.append(PolymodalError(cause, f"Set parallel.pp to the number of stages, or leave {key} out."))
     if parallel.zero_stage < 3 and parallel.reshard_after_forward and not kind.gathers:
@@ -247,7 +247,7 @@ def kept_whole(
             found |= inside
         elif isinstance(module, nn.ModuleList):
             found |= {f"{path}.{name}": child for name, child in module.named_children()}
-        elif module is not None and not isinstance(module, Dropped):
+        elif module is not None and not isinstance(module, PrunedModule):
             found[path] = module
     return found
 

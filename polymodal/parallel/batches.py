@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from polymodal.core.sample import IGNORE, Batch, Measure
+from polymodal.core.sample import IGNORE, Batch, SampleLengths
 from polymodal.distributed import attention
 from polymodal.distributed.context_parallel import Context, ulysses_size
 from polymodal.distributed.mesh import Mesh
@@ -39,7 +39,7 @@ def context(mesh: Mesh, config: Any, parallel: Parallel) -> Context | None:
     return mesh.context(ulysses_size(mesh.sizes.cp, heads, parallel.ulysses))
 
 
-def filled(batch: Batch, count: int) -> Batch:
+def pad_to_cp(batch: Batch, count: int) -> Batch:
     """A packed batch with one more segment of `count` tokens (id 0) that have neither label nor weight."""
     tensors = dict(batch.tensors)
     for name, value in (("input_ids", 0), ("labels", IGNORE), ("weights", 0)):
@@ -80,8 +80,8 @@ class BatchLayout:
         out = [own for _, own in pairs]
         if self.group is None:
             return out
-        wishes = [self._wish(whole, own) for whole, own in pairs]
-        everyone = media.gather(wishes, self.group)
+        requests = [self._request(whole, own) for whole, own in pairs]
+        everyone = media.gather(requests, self.group)
         for number, batch in enumerate(out):
             exchange = media.plan(
                 [of[number] for of in everyone], self.mesh.sizes.cp, self._cost, self.family.media_tokens, self.group
@@ -90,12 +90,12 @@ class BatchLayout:
         return out
 
     def _cut(self, batch: Batch) -> tuple[Batch, Batch]:
-        """(the whole batch, filled up if it is shorter than the group, and this rank's)."""
+        """(the whole batch, pad_to_cp up if it is shorter than the group, and this rank's)."""
         if self.context is None:
             return batch, batch
         cut = self.context.spread(attention.plan(batch.segments["text"]).lengths)
         if any(0 in part for part in cut.share.parts):
-            batch = filled(batch, filler := 2 * self.context.size)
+            batch = pad_to_cp(batch, filler := 2 * self.context.size)
             cut = replace(self.context.spread(attention.plan(batch.segments["text"]).lengths), filler=filler)
         tensors = dict(batch.tensors)
         for name in ("input_ids", "position_ids"):
@@ -103,16 +103,16 @@ class BatchLayout:
         tensors["rows"] = cut.rows
         return batch, replace(batch, tensors=tensors, axes={**batch.axes, "rows": ("sequence",)}, cut=cut)
 
-    def _wish(self, whole: Batch, own: Batch) -> media.Wish:
+    def _request(self, whole: Batch, own: Batch) -> media.MediaRequest:
         if "grid_thw" not in whole.tensors:
-            return media.Wish((), ())
+            return media.MediaRequest((), ())
         places = self.family.places(whole)[0]
         numbers, rows = places.cumsum(0) - 1, own.get("rows")
         held = numbers[places] if rows is None else numbers[rows][places[rows]]
-        return media.wish(self.family.media_parts(whole["grid_thw"]), held)
+        return media.request(self.family.media_parts(whole["grid_thw"]), held)
 
     def _cost(self, part: media.Grid) -> float:
         if part not in self._costs:
             t, h, w = part
-            self._costs[part] = self.family.cost(Measure(0, 0, (h * w,) * t))
+            self._costs[part] = self.family.cost(SampleLengths(0, 0, (h * w,) * t))
         return self._costs[part]

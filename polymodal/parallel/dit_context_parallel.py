@@ -53,7 +53,7 @@ class _GatherRows(torch.autograd.Function):
         return grad.narrow(ctx.dim, start, ctx.counts[ctx.rank]) * len(ctx.counts), None, None, None
 
 
-class UniformCut:
+class DiTContextParallel:
     """The cut of one model's sequences; it is also the `_parallel_config` of its attention processors.
 
     Rank c of the group holds the c-th of `size` consecutive parts of every stream, which differ by at most one row.
@@ -164,7 +164,7 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """diffusers' attention backend: [B, n, H, D] -> [B, n, H, D], over a cut sequence where a processor has a cut."""
 
-    if isinstance(_parallel_config, UniformCut):
+    if isinstance(_parallel_config, DiTContextParallel):
         if is_causal or dropout_p:
             raise ValueError("a cut sequence is attended to whole: without causal order or dropout")
         rows = _parallel_config.rows(query.shape[1])
@@ -184,7 +184,7 @@ def _whole(
 
 @torch.compiler.disable
 def _cut_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, cut: UniformCut, rows: tuple[int, ...]
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, cut: DiTContextParallel, rows: tuple[int, ...]
 ) -> Tensor:  # fmt: skip
     context = cut.context
     share = shares.even(rows, context.ring, query.shape[0])
@@ -199,7 +199,7 @@ def _cut_attention(
 class _Attending(TorchFunctionMode):
     """Inside, torch's scaled_dot_product_attention is that over a cut sequence. rows: by rank."""
 
-    def __init__(self, cut: UniformCut, rows: tuple[int, ...]):
+    def __init__(self, cut: DiTContextParallel, rows: tuple[int, ...]):
         super().__init__()
         self.cut, self.rows = cut, rows
 
@@ -220,7 +220,7 @@ def _of_attention(
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, scale
 
 
-def _route(attention: nn.Module, cut: UniformCut) -> None:
+def _route(attention: nn.Module, cut: DiTContextParallel) -> None:
     """Let a layer whose processor calls torch itself attend over the cut sequence: of latents, joined with text where
     it is given both."""
     forward = attention.forward
@@ -248,13 +248,13 @@ def register() -> Any:
     return known
 
 
-def apply(model: nn.Module, card: ModelCard, context: Context) -> UniformCut:
+def apply(model: nn.Module, card: ModelCard, context: Context) -> DiTContextParallel:
     """Cut the sequences of a diffusion transformer over the group as the card's sequence_plan and sequence_exit say.
 
     sequence_plan: module -> {argument name, or index of an output: dimension}. The root "" is cut by whoever calls
     the library's forward, through `model.sequence_cut.around`. sequence_exit: the module that gives [B, n, D].
     """
-    cut = UniformCut(context, card.sequence_plan.get("", {}))
+    cut = DiTContextParallel(context, card.sequence_plan.get("", {}))
     model.sequence_cut = cut
     model.register_forward_pre_hook(lambda *_: setattr(cut, "lengths", {}))
     modules = dict(model.named_modules())
@@ -274,12 +274,12 @@ def apply(model: nn.Module, card: ModelCard, context: Context) -> UniformCut:
             processor._parallel_config, processor._attention_backend = cut, backend
         else:
             _route(module, cut)
-    for name in inside if card.leading else ():
-        modules[name].register_forward_pre_hook(_count_own(cut, card.leading), with_kwargs=True)
+    for name in inside if card.num_leading_rows else ():
+        modules[name].register_forward_pre_hook(_count_own(cut, card.num_leading_rows), with_kwargs=True)
     return cut
 
 
-def remember(block: nn.Module, cut: UniformCut) -> None:
+def remember(block: nn.Module, cut: DiTContextParallel) -> None:
     """Let a block that is computed again know the lengths of its own batch: under a pipeline others came after it."""
     forward = block.forward
 
@@ -295,14 +295,14 @@ def remember(block: nn.Module, cut: UniformCut) -> None:
     )
 
 
-def _count_own(cut: UniformCut, name: str) -> Any:
+def _count_own(cut: DiTContextParallel, name: str) -> Any:
     def count(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return on_argument(module, name, cut.leading, args, kwargs)
 
     return count
 
 
-def _hook(module: nn.Module, name: str, places: Any, cut: UniformCut) -> None:
+def _hook(module: nn.Module, name: str, places: Any, cut: DiTContextParallel) -> None:
     taken = {key: dim for key, dim in places.items() if isinstance(key, str)}
     outputs = {key: dim for key, dim in places.items() if isinstance(key, int)}
     order = arguments(module)

@@ -22,7 +22,7 @@ Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Wish:
+class MediaRequest:
     """What one rank brings to a micro-batch: the media of its data, and which of their tokens it holds.
 
     parts: grids in the order of its patches; runs: ranges (start, stop) of media tokens, numbered along its stream.
@@ -36,15 +36,15 @@ class Wish:
         return np.concatenate([np.arange(*run) for run in self.runs] or [np.zeros(0, dtype=np.int64)])
 
 
-def wish(parts: Sequence[Grid], tokens: Tensor) -> Wish:
+def request(parts: Sequence[Grid], tokens: Tensor) -> MediaRequest:
     """tokens [n] int64: numbers of the media tokens that a rank holds, in its order."""
     numbers = tokens.numpy()
     breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
     pieces = np.split(numbers, breaks) if len(numbers) else []
-    return Wish(tuple(parts), tuple((int(piece[0]), int(piece[-1]) + 1) for piece in pieces))
+    return MediaRequest(tuple(parts), tuple((int(piece[0]), int(piece[-1]) + 1) for piece in pieces))
 
 
-def deal(costs: Sequence[float], homes: Sequence[int], ranks: int, copies: int) -> list[int]:
+def assign_media(costs: Sequence[float], homes: Sequence[int], ranks: int, copies: int) -> list[int]:
     """The rank that computes each part: the largest first, each on a rank that has its patches while that one stays
     below the mean, else on the least loaded. Rank r has the patches of home r // copies."""
     target = sum(costs) / ranks
@@ -60,7 +60,7 @@ def deal(costs: Sequence[float], homes: Sequence[int], ranks: int, copies: int) 
 
 
 @dataclass(frozen=True)
-class Exchange:
+class MediaAllToAll:
     """One micro-batch's way of patches to the ranks that compute them, and of features back.
 
     grid:     [M, 3] int64 on the host: what this rank's tower computes.
@@ -102,26 +102,26 @@ class Exchange:
         return came[place]
 
 
-def gather(wishes: Sequence[Wish], group: dist.ProcessGroup) -> list[list[Wish]]:
-    """By rank of the group, the wishes of its micro-batches. One exchange on the host."""
+def gather(requests: Sequence[MediaRequest], group: dist.ProcessGroup) -> list[list[MediaRequest]]:
+    """By rank of the group, the requests of its micro-batches. One exchange on the host."""
     found: list = [None] * group.size()
-    dist.all_gather_object(found, list(wishes), group=group)
+    dist.all_gather_object(found, list(requests), group=group)
     return found
 
 
 def plan(
-    wishes: Sequence[Wish], copies: int, cost: Callable[[Grid], float], tokens: Callable[[Grid], int], group: dist.ProcessGroup
-) -> Exchange | None:  # fmt: skip
+    requests: Sequence[MediaRequest], copies: int, cost: Callable[[Grid], float], tokens: Callable[[Grid], int], group: dist.ProcessGroup
+) -> MediaAllToAll | None:  # fmt: skip
     """The exchange of one micro-batch from every rank's wish; None when nobody has media.
 
     copies: consecutive ranks of the group that have the same data; cost and tokens of a part: FLOPs, and features.
     """
     rank, ranks = group.rank(), group.size()
-    parts = [(home, part) for home in range(ranks // copies) for part in wishes[home * copies].parts]
+    parts = [(home, part) for home in range(ranks // copies) for part in requests[home * copies].parts]
     if not parts:
         return None
     homes = [home for home, _ in parts]
-    owner = deal([cost(part) for _, part in parts], homes, ranks, copies)
+    owner = assign_media([cost(part) for _, part in parts], homes, ranks, copies)
     source = [
         to if to // copies == home else home * copies + to % copies
         for to, home in zip(owner, homes, strict=True)
@@ -157,13 +157,13 @@ def plan(
     where = [np.concatenate(a) if a else np.zeros(0, dtype=np.int64) for a in places]
     order, counts = [], []
     for to in range(ranks):
-        wanted = wishes[to].tokens
+        wanted = requests[to].tokens
         local = wanted[whole[to // copies][wanted] == rank]
         order.append(where[to // copies][local])
         counts.append(len(local))
-    own = wishes[rank].tokens
+    own = requests[rank].tokens
     makers = whole[rank // copies][own]
-    return Exchange(
+    return MediaAllToAll(
         group,
         torch.tensor([parts[number][1] for number in mine], dtype=torch.int64).view(-1, 3),
         len(own),

@@ -192,7 +192,7 @@ class Pipeline:
         self._made: dict[bool, tuple[Any, Any]] = {}
 
     @property
-    def speaks(self) -> bool:
+    def has_last_stage(self) -> bool:
         """Whether this rank holds the last stage, which alone knows losses and logs."""
         return any(part.stage.last for part in self.parts)
 

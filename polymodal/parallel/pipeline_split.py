@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Measure
+from polymodal.core.sample import SampleLengths
 from polymodal.models import partial
 from polymodal.models.family import Family
 from polymodal.recipe import Parallel, Train
@@ -22,7 +22,7 @@ Counts = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Kind:
+class ScheduleTraits:
     """A schedule. least, most: stages a rank; v: a rank's stages lie in a V; split_backward: gradients of inputs and of
     weights are computed apart; gathers: it gathers and frees a stage's sharded parameters itself; otherwise: the one
     for forward passes alone, and for a step whose number of micro-batches it cannot take."""
@@ -36,18 +36,20 @@ class Kind:
 
 
 SCHEDULES = {
-    "1F1B": Kind(),
-    "GPipe": Kind(),
-    "Interleaved1F1B": Kind(2, 64, gathers=True, otherwise="LoopedBFS"),
-    "InterleavedZeroBubble": Kind(1, 64, split_backward=True, gathers=True, otherwise="LoopedBFS"),
-    "ZBVZeroBubble": Kind(2, 2, v=True, split_backward=True, gathers=True, otherwise="ZBVZeroBubble"),
+    "1F1B": ScheduleTraits(),
+    "GPipe": ScheduleTraits(),
+    "Interleaved1F1B": ScheduleTraits(2, 64, gathers=True, otherwise="LoopedBFS"),
+    "InterleavedZeroBubble": ScheduleTraits(1, 64, split_backward=True, gathers=True, otherwise="LoopedBFS"),
+    "ZBVZeroBubble": ScheduleTraits(
+        2, 2, v=True, split_backward=True, gathers=True, otherwise="ZBVZeroBubble"
+    ),
 }
 
 
 # ---- how many stages, and where they lie ----------------------------------------------------------------------------
 
 
-def rounds(parallel: Parallel) -> int:
+def stages_per_rank(parallel: Parallel) -> int:
     """Stages a rank (virtual stages), as asked, as pp_layers are nested, or as the schedule needs."""
     asked = {parallel.pp_virtual} if parallel.pp_virtual is not None else set()
     if not isinstance(parallel.pp_layers, str):
@@ -76,13 +78,13 @@ def rounds(parallel: Parallel) -> int:
     return count
 
 
-def alone(parallel: Parallel) -> str:
+def unused_pp_key(parallel: Parallel) -> str:
     """The key, if any, that says how to cut a model which parallel.pp leaves in one piece."""
     keys = {"pp_layers": parallel.pp_layers != "auto", "pp_virtual": parallel.pp_virtual is not None}
     return next((key for key, given in keys.items() if given and parallel.pp == 1), "")
 
 
-def home(parallel: Parallel, stage: int) -> int:
+def stage_to_rank(parallel: Parallel, stage: int) -> int:
     """Pipeline rank of a stage: in turn, or there and back in a V."""
     at = stage % (2 * parallel.pp)
     if SCHEDULES[parallel.pp_schedule].v:
@@ -126,7 +128,7 @@ def check_micro_batches(parallel: Parallel, train: Train, packed: bool, dp: int)
 
 
 def counts(
-    model: nn.Module, family: Family, parallel: Parallel, measure: Measure | None = None
+    model: nn.Module, family: Family, parallel: Parallel, measure: SampleLengths | None = None
 ) -> dict[str, tuple[int, ...]]:
     """Blocks of each tower in each stage, as parallel.pp_layers says or, for auto, as their cost says.
 
@@ -146,7 +148,7 @@ def counts(
     for tower, chain in card.pipeline.items():
         if not depth[tower]:
             raise PolymodalError(f"The card {card.name}: no module fits `{chain.blocks}` of its pipeline.")
-    stages = parallel.pp * rounds(parallel)
+    stages = parallel.pp * stages_per_rank(parallel)
     if isinstance(parallel.pp_layers, str):
         total = sum(depth.values())
         if stages > total:
@@ -237,11 +239,13 @@ def _check_order(found: Counts, stages: int, name: str) -> None:
 
 # ---- auto -----------------------------------------------------------------------------------------------------------
 
-TYPICAL = Measure(1024, 512, (1024,))
+TYPICAL = SampleLengths(1024, 512, (1024,))
 """A sample, when the data are not known: 1,024 tokens, half of them answers, with one picture of 1,024 patches."""
 
 
-def block_costs(model: nn.Module, family: Family, measure: Measure | None = None) -> dict[str, list[float]]:
+def block_costs(
+    model: nn.Module, family: Family, measure: SampleLengths | None = None
+) -> dict[str, list[float]]:
     """Tower -> cost of each block of its chain: forward and backward FLOPs, with what lies with the ends.
 
     A family's FLOPs by module, or parameters where it has none, times the passes that training makes over a block: one
@@ -286,7 +290,7 @@ def _parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
 
 
 def balanced(
-    model: nn.Module, family: Family, stages: int, measure: Measure | None = None
+    model: nn.Module, family: Family, stages: int, measure: SampleLengths | None = None
 ) -> dict[str, tuple[int, ...]]:
     """Counts whose most expensive stage is as cheap as can be; every stage has at least one block."""
     costs = block_costs(model, family, measure)

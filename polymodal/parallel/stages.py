@@ -1,7 +1,7 @@
 """The stages of a cut model, from a card's facts alone, and several of them on one rank as one model.
 
 Sees cuts.py, models/card.py, models/partial.py and the ground floor. Parameter names never change: a module of another
-stage is replaced by `Dropped`, so indices inside lists stay what they are in the checkpoint.
+stage is replaced by `PrunedModule`, so indices inside lists stay what they are in the checkpoint.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Measure
+from polymodal.core.sample import SampleLengths
 from polymodal.models import partial
-from polymodal.models.card import Dropped, ModelCard
+from polymodal.models.card import ModelCard, PrunedModule
 from polymodal.models.family import Family
-from polymodal.parallel.pipeline_split import Counts, counts, home, rounds
+from polymodal.parallel.pipeline_split import Counts, counts, stage_to_rank, stages_per_rank
 from polymodal.recipe import Parallel
 
 
@@ -78,8 +78,8 @@ def prune(model: nn.Module, family: Family, found: Counts, index: int) -> Stage:
     sharding and loading, adapters are on already. Raises PolymodalError for a card that places what is not there.
     """
     card = family.card
-    at, early = _homes(model, card, found, family.beside())
-    chains = card.pipeline.values() if len(card.streams) > 1 else ()
+    at, early = _homes(model, card, found, family.stage_neighbours())
+    chains = card.pipeline.values() if len(card.block_streams) > 1 else ()
     several = {name for chain in chains for name in partial.blocks(model, chain)}
     stages = len(next(iter(found.values())))
 
@@ -111,11 +111,11 @@ def prune(model: nn.Module, family: Family, found: Counts, index: int) -> Stage:
                 module = owner._modules[leaf]
                 assert module is not None
                 if name in early and stage < index:
-                    owner._modules[leaf] = partial.Hollow(module)
+                    owner._modules[leaf] = partial.ShapeStub(module)
                 elif name in several:
-                    owner._modules[leaf] = partial.Passing(module, card.streams)
+                    owner._modules[leaf] = partial.StreamPassthrough(module, card.block_streams)
                 else:
-                    owner._modules[leaf] = Dropped()
+                    owner._modules[leaf] = PrunedModule()
     before = [
         {tower: sum(numbers[:stage]) for tower, numbers in found.items()} for stage in range(stages + 1)
     ]
@@ -157,7 +157,7 @@ def build(
     family: Family,
     parallel: Parallel,
     rank: int,
-    measure: Measure | None = None,
+    measure: SampleLengths | None = None,
 ) -> list[Part]:
     """The parts of one pipeline rank, each cut from a model of its own that `make` gives (on meta, adapters attached,
     frozen parameters marked). Raises PolymodalError as `counts` does."""
@@ -166,8 +166,8 @@ def build(
     first = make()
     found = counts(first, family, parallel, measure)
     parts = []
-    for index in range(parallel.pp * rounds(parallel)):
-        if home(parallel, index) == rank:
+    for index in range(parallel.pp * stages_per_rank(parallel)):
+        if stage_to_rank(parallel, index) == rank:
             model = make() if parts else first
             parts.append(Part(model, prune(model, family, found, index)))
     return parts
@@ -179,7 +179,7 @@ def build(
 def named_parameters(parts: Iterable[Part], copies: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters of a rank by name; a tied weight's copy under its owner's name, so that it learns as the owner does.
 
-    A copy whose owner is on the same rank is left out: `follow` gives it the owner's values. copies: the copies alone.
+    A copy whose owner is on the same rank is left out: `sync_tied_copies` gives it the owner's values. copies: the copies alone.
     """
     own = {
         name for part in parts for name, _ in part.model.named_parameters() if name not in part.stage.copies
@@ -191,7 +191,7 @@ def named_parameters(parts: Iterable[Part], copies: bool = False) -> Iterator[tu
                 yield owners.get(name, name), parameter
 
 
-def follow(parts: Sequence[Part]) -> None:
+def sync_tied_copies(parts: Sequence[Part]) -> None:
     """Give copies of tied weights that lie on the rank of their owner the owner's values: after loading and steps."""
     own = {
         name: p

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement
 
 from polymodal.core.errors import PolymodalError
-from polymodal.models.card import Dropped, ModelCard
+from polymodal.models.card import ModelCard, PrunedModule
 
 STYLES = {
     "stream": "a tower (`` is the model): its blocks carry a residual stream, the card's `streams`, cut along the sequence under sequence parallelism",
@@ -65,7 +65,7 @@ def resolve(model: nn.Module, card: ModelCard) -> dict[str, str]:
     need not: dense layers among sparse ones): the card is wrong then.
     """
     names = [name for name, _ in model.named_modules()]
-    dropped = [name for name, module in model.named_modules() if isinstance(module, Dropped)]
+    dropped = [name for name, module in model.named_modules() if isinstance(module, PrunedModule)]
     styles: dict[str, str] = {}
     for pattern, style in card.tensor_plan.items():
         if style not in STYLES:

@@ -21,7 +21,7 @@ from torch.distributed.tensor import Shard
 
 from polymodal.core.errors import PolymodalError
 from polymodal.distributed import collectives
-from polymodal.models.card import Dropped, ModelCard
+from polymodal.models.card import ModelCard, PrunedModule
 from polymodal.models.partial import on_argument
 from polymodal.parallel import adapters, expert
 from polymodal.parallel.linears import LINEAR, Linears
@@ -47,8 +47,8 @@ class _Layout(Linears):
         self, model: nn.Module, card: ModelCard, styles: dict[str, str], blocks: list[str], mesh: DeviceMesh, sequence: bool
     ):  # fmt: skip
         super().__init__(model, styles, blocks, mesh)
-        self.sequence, self.leading = sequence, card.leading
-        names = card.streams
+        self.sequence, self.leading = sequence, card.num_leading_rows
+        names = card.block_streams
         self.streams = {n: Stream(self.group, sequence, names) for n, s in styles.items() if s == "stream"}
 
     # Where a module lies
@@ -307,13 +307,13 @@ class _Layout(Linears):
 
     def run(self) -> None:
         self.goes_on = any(
-            s == "end" and isinstance(self.modules[n], Dropped) for n, s in self.styles.items()
+            s == "end" and isinstance(self.modules[n], PrunedModule) for n, s in self.styles.items()
         )
         # What another pipeline stage holds is handed through; only the end of a stream still has to gather.
         self.styles = {
             name: style
             for name, style in self.styles.items()
-            if style == "exit" or not isinstance(self.modules[name], Dropped) or self.leaves(name, style)
+            if style == "exit" or not isinstance(self.modules[name], PrunedModule) or self.leaves(name, style)
         }
         for name, style in self.styles.items():
             if style in LINEAR:
@@ -326,7 +326,7 @@ class _Layout(Linears):
             if name not in self.done and any(p is not None for p in module._parameters.values()):
                 self.replicate(module, self.partial(name))
         for name, style in self.styles.items():
-            if isinstance(self.modules[name], Dropped) and style == "merger":
+            if isinstance(self.modules[name], PrunedModule) and style == "merger":
                 self.exit(name)
             elif style in REGIONS:
                 self.region(name, style)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Measure
+from polymodal.core.sample import SampleLengths
 from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models.card import ModelCard
 from polymodal.models.family import Family
@@ -106,7 +106,7 @@ def meta_model(family: Family, recipe: Recipe) -> nn.Module:
 
 
 def lay_out(
-    model: nn.Module, family: Family, recipe: Recipe, world: int, measure: Measure | None = None
+    model: nn.Module, family: Family, recipe: Recipe, world: int, measure: SampleLengths | None = None
 ) -> Estimate:
     """Counts the model, lays it out for rank 0 of `world` (in place) and, of a pipeline, of every stage, and counts
     what that rank holds, of a pipeline the one that holds most. measure: a typical sample, for pp_layers = auto.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Batch, Measure
+from polymodal.core.sample import Batch, SampleLengths
 from polymodal.data.clips import Clips
 from polymodal.distributed.mesh import Mesh
 from polymodal.models import pipelines, weights
@@ -23,8 +23,8 @@ from polymodal.parallel.batches import BatchLayout
 from polymodal.plan import estimate
 from polymodal.recipe import Recipe
 from polymodal.train import optim
-from polymodal.train.parallel_model import LaidOut
-from polymodal.train.step import Tally, forward_backward
+from polymodal.train.parallel_model import ParallelModel
+from polymodal.train.step import StepMetrics, forward_backward
 from polymodal.train.tasks import dtype_of, task_of
 
 
@@ -65,15 +65,15 @@ class Load:
         )
         return cls(tokens, media, patches)
 
-    def measure(self, family: Family) -> Measure:
+    def measure(self, family: Family) -> SampleLengths:
         """Sizes for `family.example`: as many whole pictures as fit into the share, every token of text trained."""
         if self.shape:
-            return Measure(self.tokens, self.tokens, self.shape)
+            return SampleLengths(self.tokens, self.tokens, self.shape)
         vision = getattr(family.config, "vision_config", None)
         merged = getattr(vision, "spatial_merge_size", 1) ** 2
         each = max(1, self.patches // merged)
         count = int(self.tokens * self.media // each) if vision is not None else 0
-        return Measure(self.tokens, self.tokens - count * each, (each * merged,) * count)
+        return SampleLengths(self.tokens, self.tokens - count * each, (each * merged,) * count)
 
     def batch(self, family: Family) -> Batch:
         """The micro-batch itself. Raises PolymodalError for families that cannot tell what one looks like without data."""
@@ -111,10 +111,10 @@ def resident_encoders(family: Any, placement: str, ranks: int) -> int:
 class Job:
     """One rank of a run. The caller sets the process group up, and a tracker around it if there is one."""
 
-    def __init__(self, recipe: Recipe, family: Family, mesh: Mesh, measure: Measure):
+    def __init__(self, recipe: Recipe, family: Family, mesh: Mesh, measure: SampleLengths):
         """measure: of a micro-batch, for parallel.pp_layers = auto."""
         self.recipe, self.family, self.mesh = recipe, family, mesh
-        self.model = LaidOut(
+        self.model = ParallelModel(
             lambda: estimate.meta_model(family, recipe), family, mesh, recipe, torch.device("cpu"), measure
         )
         self.objective = task_of(recipe, family).objective
@@ -134,7 +134,7 @@ class Job:
             else:
                 weights.initialise(model, self.family, seed, "cpu")
 
-        self.model.fill(load)
+        self.model.load_all(load)
         self.model.train()
         self.trainable = self.model.trainable
         blocks = {n for n in self.trainable if any(optim.in_tower(n, (b,)) for b in self.family.card.blocks)}
@@ -154,7 +154,7 @@ class Job:
         inverse: dict[str, float] = {}
         for batch in batches:
             inverse |= {term: 1.0 / max(value, 1.0) for term, value in self.objective.weights(batch).items()}
-        forward_backward(self.model.runner, self.objective, self.lay_out(batches), inverse, Tally())
+        forward_backward(self.model.runner, self.objective, self.lay_out(batches), inverse, StepMetrics())
 
     def update(self) -> None:
         """Norm, clipping, optimizer, average; gradients are freed."""
@@ -162,7 +162,7 @@ class Job:
         if self.recipe.optim.clip_norm:
             self.model.clip(norm, self.recipe.optim.clip_norm)
         self.optimizer.step()
-        self.model.stepped()
+        self.model.after_step()
         if self.average is not None:
             self.average.update()
         self.optimizer.zero_grad()

@@ -60,7 +60,10 @@ def ranks_of(sizes: ParallelSizes, question: Question) -> list[int]:
 
 def under_way(recipe: Recipe, sizes: ParallelSizes, packed: bool) -> int:
     """Micro-batches that are traced: enough for a step's highest moment, few enough to be quick."""
-    count, stages = per_rank(recipe, sizes, packed), sizes.pp * pipeline_split.rounds(recipe.parallel)
+    count, stages = (
+        per_rank(recipe, sizes, packed),
+        sizes.pp * pipeline_split.stages_per_rank(recipe.parallel),
+    )
     if sizes.pp == 1:
         return min(2, count)
     if recipe.parallel.pp_schedule == "GPipe":

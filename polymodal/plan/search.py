@@ -116,7 +116,7 @@ def candidates(made: Recipe, family: Family, question: Question) -> Iterator[tup
     pipeline that keeps parameters whole over a step, with gradients whole too (zero 1) and sharded (zero 2)."""
     packed = packs(made, family)
     micro = [1] if packed else [m for m in (1, 2, 4, 8) if m <= made.train.global_batch_size]
-    chains, rounds = family.card.pipeline.values(), pipeline_split.rounds(made.parallel)
+    chains, rounds = family.card.pipeline.values(), pipeline_split.stages_per_rank(made.parallel)
     model = family.build().trained
     depth = sum(len(partial.blocks(model, chain)) for chain in chains)
     for sizes in layouts(made, question, bool(family.balance(None))):
@@ -214,7 +214,7 @@ def seconds(
     exposed += 2 * ring("send", stream / sizes.tp, sizes.pp, sizes.world // sizes.pp, 1)
     once = fsdp if made.parallel.zero_stage == 1 else 0.0  # a step, not a micro-batch
     each = compute + exposed + max(0.0, fsdp - once - compute)
-    bubble = (sizes.pp - 1) / pipeline_split.rounds(made.parallel) if sizes.pp > 1 else 0.0
+    bubble = (sizes.pp - 1) / pipeline_split.stages_per_rank(made.parallel) if sizes.pp > 1 else 0.0
     replicas = ring(
         "all_reduce", sharded * 4 / sizes.dp_shard, sizes.dp_replicate, stride * sizes.dp_shard * sizes.cp, 1
     )

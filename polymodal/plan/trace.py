@@ -170,7 +170,7 @@ def _paths_of(kind: str, family: Family, cp: int) -> Iterator[None]:
 
         devices.packed_attention = partial(for_half, _kernel)  # type: ignore[assignment]
         flash_kernels.kernel = partial(for_half, flash)  # type: ignore[assignment]
-    media.gather = lambda wishes, group: _everyone(wishes, group, family, cp)
+    media.gather = lambda requests, group: _everyone(requests, group, family, cp)
     try:
         yield
     finally:
@@ -189,7 +189,13 @@ def _hosts(kind: str, tracker: Tracker) -> Iterator[None]:
 
     On an accelerator a tensor that comes back, and a shard that is gathered, is a copy; on a CPU it is not.
     """
-    kept = memory.to_host, memory.from_host, optim.bring, optim.put_away, layout.CPUOffloadPolicy
+    kept = (
+        memory.to_host,
+        memory.from_host,
+        optim.state_to_device,
+        optim.state_to_host,
+        layout.CPUOffloadPolicy,
+    )
     gathered = FSDPParam.all_gather_inputs
 
     def to_host(tensor: Tensor) -> Tensor:
@@ -211,34 +217,42 @@ def _hosts(kind: str, tracker: Tracker) -> Iterator[None]:
         same = own.untyped_storage()._cdata
         return [each.clone() if each.untyped_storage()._cdata == same else each for each in inputs]
 
-    def bring(state: dict[str, Any], device: torch.device) -> None:
+    def state_to_device(state: dict[str, Any], device: torch.device) -> None:
         tracker.put(list(state.values()), host=False)
 
-    def put_away(state: dict[str, Any]) -> None:
+    def state_to_host(state: dict[str, Any]) -> None:
         tracker.put(list(state.values()), host=True)
 
-    memory.to_host, memory.from_host, optim.bring, optim.put_away = to_host, from_host, bring, put_away
+    memory.to_host, memory.from_host, optim.state_to_device, optim.state_to_host = (
+        to_host,
+        from_host,
+        state_to_device,
+        state_to_host,
+    )
     if kind != CPU:
         FSDPParam.all_gather_inputs = property(shards)  # type: ignore[assignment, method-assign]
         layout.CPUOffloadPolicy = lambda **_: CPUOffloadPolicy(pin_memory=False)  # type: ignore[misc, assignment]
     try:
         yield
     finally:
-        memory.to_host, memory.from_host, optim.bring, optim.put_away = kept[:4]
+        memory.to_host, memory.from_host, optim.state_to_device, optim.state_to_host = kept[:4]
         layout.CPUOffloadPolicy = kept[4]  # type: ignore[misc]
         FSDPParam.all_gather_inputs = gathered  # type: ignore[method-assign]
 
 
-def _everyone(wishes: Any, group: dist.ProcessGroup, family: Family, cp: int) -> list[list[media.Wish]]:
-    """Every rank's wishes when all data-parallel ranks have the same load: the ranks that share this one's sequence
+def _everyone(
+    requests: Any, group: dist.ProcessGroup, family: Family, cp: int
+) -> list[list[media.MediaRequest]]:
+    """Every rank's requests when all data-parallel ranks have the same load: the ranks that share this one's sequence
     hold the tokens that it does not, in equal parts."""
     mine = group.rank() % cp
-    found: list[list[media.Wish]] = [[] for _ in range(group.size())]
-    for own in wishes:
+    found: list[list[media.MediaRequest]] = [[] for _ in range(group.size())]
+    for own in requests:
         total = sum(family.media_tokens(part) for part in own.parts)
         rest = np.array_split(np.setdiff1d(np.arange(total), own.tokens), max(1, cp - 1))
         shares = [
-            own if rank == mine else media.wish(own.parts, torch.from_numpy(rest.pop())) for rank in range(cp)
+            own if rank == mine else media.request(own.parts, torch.from_numpy(rest.pop()))
+            for rank in range(cp)
         ]
         for rank in range(group.size()):
             found[rank].append(shares[rank % cp])

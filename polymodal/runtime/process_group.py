@@ -296,7 +296,7 @@ class Runtime:
             with lost_peers(self.place):
                 dist.all_reduce(torch.zeros(1))
 
-    def agree(self, *flags: bool) -> list[bool]:
+    def any_rank(self, *flags: bool) -> list[bool]:
         """Which of the flags some process set: alike on every process. Collective (one small sum on the CPU group)."""
         if self.world == 1:
             return list(flags)

@@ -25,7 +25,7 @@ TASKS: dict[Task, str] = {
 
 
 @dataclass(frozen=True)
-class Coming:
+class PlannedFamily:
     """A family that the documents name and that has no card here yet."""
 
     name: str
@@ -38,28 +38,28 @@ class Coming:
     status: str = "not yet"
 
 
-COMING: tuple[Coming, ...] = (
-    Coming("internvl2.5", "understanding", ("image-text-to-text",), ("4b", "78b"), ("internvl", "internvl2"), converts="mm"),
-    Coming("internvl3", "understanding", ("image-text-to-text",), ("8b", "78b"), ("internvl",), converts="mm"),
-    Coming("internvl3.5", "understanding", ("image-text-to-text",), ("30b",), ("internvl",), converts="dcp"),
-    Coming("glm4.1v", "understanding", ("image-text-to-text",), ("9b",), ("glm4v", "glm-4.1v", "glm"), converts="mm"),
-    Coming("glm4.5v", "understanding", ("image-text-to-text",), (), ("glm4v", "glm-4.5v", "glm"), converts="dcp"),
-    Coming("deepseek-vl2", "understanding", ("image-text-to-text",), (), ("deepseekvl", "deepseekvl2", "deepseek-vl"), converts="mm"),
-    Coming("deepseek-ocr", "understanding", ("image-text-to-text", "ocr"), (), ("deepseekocr", "deepseekocr2", "deepseek-ocr2")),
-    Coming("llava-1.5", "understanding", ("image-text-to-text",), ("7b",), ("llava",)),
-    Coming("janus-pro", "understanding", ("image-text-to-text", "text-to-image"), (), ("janus", "januspro")),
-    Coming("ming", "omni", ("any-to-text",), (), ()),
-    Coming("bagel", "omni", ("image-text-to-text", "text-to-image"), (), ()),
-    Coming("opensora-plan", "generation", ("text-to-video", "image-to-video"), ("8.6b",), ("opensoraplan", "opensora", "open-sora"), True),
-    Coming("step-video", "generation", ("text-to-video",), (), ("stepvideo",), True, converts="mm"),
-    Coming("lumina", "generation", ("text-to-image",), (), ("lumina-mgpt",), True),
-    Coming("qwen2.5-omni", "omni", ("any-to-text", "text-to-speech"), ("3b", "7b"), ("qwen2.5omni", "qwen-omni"), converts="mm"),
-    Coming("qwen3-omni", "omni", ("any-to-text", "text-to-speech"), ("30b-a3b",), ("qwen3omni", "qwen-omni"), converts="dcp"),
-    Coming("whisper", "audio", ("speech-recognition",), ("1.5b",), ()),
-    Coming("fun-asr", "audio", ("speech-recognition",), (), ("funasr",)),
-    Coming("qwen3-asr", "audio", ("speech-recognition",), (), ("qwen3asr",)),
-    Coming("cosyvoice3", "audio", ("text-to-speech",), (), ("cosyvoice",)),
-    Coming("qwen3-tts", "audio", ("text-to-speech",), (), ("qwen3tts",)),
+PLANNED: tuple[PlannedFamily, ...] = (
+    PlannedFamily("internvl2.5", "understanding", ("image-text-to-text",), ("4b", "78b"), ("internvl", "internvl2"), converts="mm"),
+    PlannedFamily("internvl3", "understanding", ("image-text-to-text",), ("8b", "78b"), ("internvl",), converts="mm"),
+    PlannedFamily("internvl3.5", "understanding", ("image-text-to-text",), ("30b",), ("internvl",), converts="dcp"),
+    PlannedFamily("glm4.1v", "understanding", ("image-text-to-text",), ("9b",), ("glm4v", "glm-4.1v", "glm"), converts="mm"),
+    PlannedFamily("glm4.5v", "understanding", ("image-text-to-text",), (), ("glm4v", "glm-4.5v", "glm"), converts="dcp"),
+    PlannedFamily("deepseek-vl2", "understanding", ("image-text-to-text",), (), ("deepseekvl", "deepseekvl2", "deepseek-vl"), converts="mm"),
+    PlannedFamily("deepseek-ocr", "understanding", ("image-text-to-text", "ocr"), (), ("deepseekocr", "deepseekocr2", "deepseek-ocr2")),
+    PlannedFamily("llava-1.5", "understanding", ("image-text-to-text",), ("7b",), ("llava",)),
+    PlannedFamily("janus-pro", "understanding", ("image-text-to-text", "text-to-image"), (), ("janus", "januspro")),
+    PlannedFamily("ming", "omni", ("any-to-text",), (), ()),
+    PlannedFamily("bagel", "omni", ("image-text-to-text", "text-to-image"), (), ()),
+    PlannedFamily("opensora-plan", "generation", ("text-to-video", "image-to-video"), ("8.6b",), ("opensoraplan", "opensora", "open-sora"), True),
+    PlannedFamily("step-video", "generation", ("text-to-video",), (), ("stepvideo",), True, converts="mm"),
+    PlannedFamily("lumina", "generation", ("text-to-image",), (), ("lumina-mgpt",), True),
+    PlannedFamily("qwen2.5-omni", "omni", ("any-to-text", "text-to-speech"), ("3b", "7b"), ("qwen2.5omni", "qwen-omni"), converts="mm"),
+    PlannedFamily("qwen3-omni", "omni", ("any-to-text", "text-to-speech"), ("30b-a3b",), ("qwen3omni", "qwen-omni"), converts="dcp"),
+    PlannedFamily("whisper", "audio", ("speech-recognition",), ("1.5b",), ()),
+    PlannedFamily("fun-asr", "audio", ("speech-recognition",), (), ("funasr",)),
+    PlannedFamily("qwen3-asr", "audio", ("speech-recognition",), (), ("qwen3asr",)),
+    PlannedFamily("cosyvoice3", "audio", ("text-to-speech",), (), ("cosyvoice",)),
+    PlannedFamily("qwen3-tts", "audio", ("text-to-speech",), (), ("qwen3tts",)),
 )  # fmt: skip
 
 INTENTS: dict[Kind, dict[str, int]] = {
@@ -92,7 +92,7 @@ INTENTS: dict[Kind, dict[str, int]] = {
     },
 }  # fmt: skip
 
-WORKS: dict[str, dict[str, int]] = {  # what a family must do: tasks of cards and of COMING
+WORKS: dict[str, dict[str, int]] = {  # what a family must do: tasks of cards and of PLANNED
     "text-to-video": {"text to video": 5, "t2v": 5, "video generation": 3, "generate video": 3, "generate videos": 3, "文生视频": 5, "视频生成": 3, "生成视频": 3},
     "image-to-video": {"image to video": 5, "i2v": 5, "animate": 5, "animates": 5, "动起来": 5, "flf2v": 5, "图生视频": 5},
     "video-to-video": {"video to video": 5, "v2v": 5},
@@ -157,7 +157,7 @@ class Route:
     size: str | None = None
     devices: int | None = None
     others: tuple[ModelCard, ...] = ()
-    coming: tuple[Coming, ...] = ()
+    coming: tuple[PlannedFamily, ...] = ()
     notes: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = field(default=())
 
@@ -234,7 +234,7 @@ def route(wish: str, cards: Mapping[str, ModelCard]) -> Route:
     named = {name: _mentioned(text, _names(card)) for name, card in cards.items()}
     awaited = {
         family.name: _mentioned(text, (family.name, *family.aliases))
-        for family in COMING
+        for family in PLANNED
         if family.name not in cards
     }
     best_card, best_coming = max(named.values(), default=0), max(awaited.values(), default=0)
@@ -247,9 +247,9 @@ def route(wish: str, cards: Mapping[str, ModelCard]) -> Route:
         if best_card >= best_coming:
             chosen = [cards[name] for name, length in named.items() if length == best_card]
             kind: Kind | None = chosen[0].kind
-            later: tuple[Coming, ...] = ()
+            later: tuple[PlannedFamily, ...] = ()
         else:
-            later = tuple(f for f in COMING if awaited.get(f.name) == best_coming)
+            later = tuple(f for f in PLANNED if awaited.get(f.name) == best_coming)
             chosen, kind = [], later[0].kind
     else:
         scores = {kind: _score(text, {**_own_words(cards, kind), **words}) for kind, words in INTENTS.items()}
@@ -265,11 +265,11 @@ def route(wish: str, cards: Mapping[str, ModelCard]) -> Route:
         )
         later = tuple(
             f
-            for f in COMING
+            for f in PLANNED
             if f.kind == kind
             and f.name not in cards
             and (
-                work in f.tasks or work is None or not any(work in g.tasks for g in COMING if g.kind == kind)
+                work in f.tasks or work is None or not any(work in g.tasks for g in PLANNED if g.kind == kind)
             )
         )
     sizes = {key for card in chosen for key in card.sizes}
@@ -436,7 +436,7 @@ def _way_of_generation(card: ModelCard, key: str, task: Task, devices: int | Non
     return tuple(stages)
 
 
-def foreseen(families: tuple[Coming, ...], task: Task) -> tuple[Stage, ...]:
+def foreseen(families: tuple[PlannedFamily, ...], task: Task) -> tuple[Stage, ...]:
     """The way for families without a card: what the stages will be. None trains yet; what converts today is said."""
     if not families:
         return ()

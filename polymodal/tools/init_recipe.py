@@ -105,7 +105,7 @@ def _identify(model: str) -> tuple[ModelCard, str | None, str]:
     known = None if os.path.isdir(model) else catalog.named(model)
     if known is not None:
         return (*known, "")
-    later = next((f for f in advise.COMING if model.lower() in (f.name, *f.aliases)), None)
+    later = next((f for f in advise.PLANNED if model.lower() in (f.name, *f.aliases)), None)
     if later is not None and not os.path.exists(model):
         raise PolymodalError(f"{later.name} has no card here yet.", "`polymodal models` lists what there is.")
     near = catalog.nearest(model)

@@ -30,7 +30,7 @@ GRACE_SECONDS = 300
 
 
 @dataclass(frozen=True)
-class Wish:
+class JobRequest:
     """What is to be started: the recipe as on a command line, and the nodes to start it on.
 
     options: for slurm further sbatch options ("--partition=big"); image: container, with Kubernetes always.
@@ -53,7 +53,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Written:
+class JobFile:
     """A file, how it is submitted (empty: by hand), and what the user should know."""
 
     text: str
@@ -62,7 +62,7 @@ class Written:
     notes: tuple[str, ...] = field(default=())
 
 
-def checked(recipe: Recipe, wish: Wish) -> None:
+def checked(recipe: Recipe, wish: JobRequest) -> None:
     """Raises PolymodalError for what would fail on the cluster within the first second."""
     ParallelSizes.of(recipe.parallel, wish.nodes * wish.nproc)
     for name, value in recipe.device.env.items():
@@ -87,7 +87,7 @@ def name_of(recipe: Recipe) -> str:
     return re.sub(r"[^a-z0-9-]+", "-", recipe.name.lower()).strip("-")[:50] or "run"
 
 
-def train_words(wish: Wish) -> list[str]:
+def train_words(wish: JobRequest) -> list[str]:
     """`polymodal train ...` of one node; NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT come from the environment."""
     words = ["python", "-m", "polymodal", "train", wish.recipe, *wish.overrides, "--nproc", str(wish.nproc)]
     if wish.restarts:
@@ -110,7 +110,7 @@ def _opening(logs: Path, setup: str) -> list[str]:
 # ---- SLURM --------------------------------------------------------------------------------------------------------
 
 
-def slurm(recipe: Recipe, wish: Wish) -> Written:
+def slurm(recipe: Recipe, wish: JobRequest) -> JobFile:
     """An sbatch script: one task a node, which starts the node's processes and starts them again."""
     name = name_of(recipe)
     logs = recipe.run_dir / "logs"
@@ -156,13 +156,13 @@ def slurm(recipe: Recipe, wish: Wish) -> Written:
         notes.append(
             "the container options of srun are pyxis'; give the image the host's shared memory (pyxis does)"
         )
-    return Written("\n".join(lines), ".sbatch", ("sbatch",), tuple(notes))
+    return JobFile("\n".join(lines), ".sbatch", ("sbatch",), tuple(notes))
 
 
 # ---- Kubernetes ---------------------------------------------------------------------------------------------------
 
 
-def kubernetes(recipe: Recipe, wish: Wish) -> Written:
+def kubernetes(recipe: Recipe, wish: JobRequest) -> JobFile:
     """A PyTorchJob (training operator v1) or a TrainJob (trainer from 2.2 on), one pod a node."""
     if not wish.image:
         raise PolymodalError("A Kubernetes job needs a container image.", "Add --image REGISTRY/IMAGE:TAG.")
@@ -177,12 +177,12 @@ def kubernetes(recipe: Recipe, wish: Wish) -> Written:
     notes = ["logs: kubectl logs -f POD"]
     if not wish.claim:
         notes.append("no --claim: the run directory is lost with its pod")
-    return Written(
+    return JobFile(
         head + yaml.safe_dump(made, sort_keys=False), ".job.yaml", ("kubectl", "apply", "-f"), tuple(notes)
     )
 
 
-def _container(recipe: Recipe, wish: Wish) -> dict[str, Any]:
+def _container(recipe: Recipe, wish: JobRequest) -> dict[str, Any]:
     command = shlex.join(train_words(wish))
     resource = device.kubernetes_resource(recipe.device.kind)
     begin = (["cd /data"] if wish.claim else []) + ([wish.setup] if wish.setup else [])
@@ -201,7 +201,7 @@ def _container(recipe: Recipe, wish: Wish) -> dict[str, Any]:
     return container
 
 
-def _volumes(wish: Wish) -> list[dict[str, Any]]:
+def _volumes(wish: JobRequest) -> list[dict[str, Any]]:
     volumes: list[dict[str, Any]] = [
         {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": wish.shared_memory}}
     ]
@@ -210,7 +210,7 @@ def _volumes(wish: Wish) -> list[dict[str, Any]]:
     return volumes
 
 
-def _pytorchjob(recipe: Recipe, wish: Wish) -> dict[str, Any]:
+def _pytorchjob(recipe: Recipe, wish: JobRequest) -> dict[str, Any]:
     def replica(count: int) -> dict[str, Any]:
         pod = {
             "containers": [_container(recipe, wish)],
@@ -234,7 +234,7 @@ def _pytorchjob(recipe: Recipe, wish: Wish) -> dict[str, Any]:
     }
 
 
-def _trainjob(recipe: Recipe, wish: Wish) -> dict[str, Any]:
+def _trainjob(recipe: Recipe, wish: JobRequest) -> dict[str, Any]:
     container = _container(recipe, wish)
     trainer: dict[str, Any] = {
         "image": container["image"],
@@ -275,7 +275,7 @@ def _trainjob(recipe: Recipe, wish: Wish) -> dict[str, Any]:
 # ---- torchrun -----------------------------------------------------------------------------------------------------
 
 
-def torchrun(recipe: Recipe, wish: Wish) -> Written:
+def torchrun(recipe: Recipe, wish: JobRequest) -> JobFile:
     """A shell script with torchrun's line; run on every host, or one line a host when --hosts names them."""
     if wish.hosts and len(wish.hosts) != wish.nodes:
         raise PolymodalError(
@@ -312,17 +312,17 @@ def torchrun(recipe: Recipe, wish: Wish) -> Written:
         f"  -m {train}",
         "",
     ]
-    return Written("\n".join(lines), ".sh", (), (f"logs: {logs}",))
+    return JobFile("\n".join(lines), ".sh", (), (f"logs: {logs}",))
 
 
-MAKERS: dict[str, Callable[[Recipe, Wish], Written]] = {
+MAKERS: dict[str, Callable[[Recipe, JobRequest], JobFile]] = {
     "slurm": slurm,
     "kubernetes": kubernetes,
     "torchrun": torchrun,
 }
 
 
-def main(way: str, recipe: Recipe, wish: Wish, out: Path | None = None, submit: bool = False) -> int:
+def main(way: str, recipe: Recipe, wish: JobRequest, out: Path | None = None, submit: bool = False) -> int:
     """The command: writes the file (`-` prints it), submits it on request."""
     if way not in MAKERS:
         raise PolymodalError(f"launch {way} is not known.", f"Use {', '.join(WAYS[:-1])} or {WAYS[-1]}.")

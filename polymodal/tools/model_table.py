@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from polymodal.models.card import ModelCard, Size
-from polymodal.tools.advise import COMING, Coming
+from polymodal.tools.advise import PLANNED, PlannedFamily
 
 WhyNot = Callable[[ModelCard, str], str | None]
 """(card, axis) -> None when the model can be trained so, else the reason."""
@@ -95,7 +95,9 @@ def markdown(cards: Iterable[ModelCard], axes: Iterable[tuple[str, str]], why_no
     ]
     for card in cards:
         lines += _section(card, axes, why_not)
-    coming: list[Coming] = [family for family in COMING if family.name not in {card.name for card in cards}]
+    coming: list[PlannedFamily] = [
+        family for family in PLANNED if family.name not in {card.name for card in cards}
+    ]
     if coming:
         lines += ["## Not here yet", "", row(("model", "kind", "tasks")), "|---|---|---|"]
         lines += [row((family.name, family.kind, ", ".join(family.tasks))) for family in coming]

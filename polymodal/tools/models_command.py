@@ -68,7 +68,7 @@ def _table(cards: dict[str, ModelCard], console: Any) -> None:
             "[green]verified[/green]" if card.verified else "declared",
         )
     console.print(table)
-    rows = [family for family in advise.COMING if family.name not in cards]
+    rows = [family for family in advise.PLANNED if family.name not in cards]
     table = Table(title="\nNot yet", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in ("kind", "models"):
         table.add_column(column)
@@ -171,6 +171,7 @@ def _way(answer: advise.Route, wish: str, console: Any) -> None:
 def page() -> str:
     """docs/models.md."""
     from polymodal.models import catalog
+    from polymodal.tools import model_table
 
     return model_table.markdown(catalog.cards().values(), AXES.items(), why_not)
 
@@ -206,7 +207,7 @@ def main(name: str | None = None, wish: str | None = None, as_json: bool = False
         return 0
     known = catalog.named(name)
     if known is None:
-        later = next((f for f in advise.COMING if name.lower() in (f.name, *f.aliases)), None)
+        later = next((f for f in advise.PLANNED if name.lower() in (f.name, *f.aliases)), None)
         if later is not None:
             raise PolymodalError(
                 f"{later.name} has no card here yet.",

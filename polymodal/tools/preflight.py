@@ -351,13 +351,13 @@ def check(
             report.notes.append(
                 f"train.global_batch_size = {recipe.train.global_batch_size} is less than the {sizes.dp} ranks that see different data: some idle in every step."
             )
-    ratio, typical = 0.0, None
+    ratio, mean_sample = 0.0, None
     if family is not None and family.layout == "uniform":
         report.data, schedule = (
             measure_buckets(recipe, family, "datasets", problems) if measure_data else (None, None)
         )
         if schedule is not None:
-            typical = schedule.typical()
+            mean_sample = schedule.mean_sample()
             report.steps = recipe.train.steps or schedule.steps_in(recipe.train.epochs)
         if recipe.data.validation and measure_data:
             report.validation, _ = measure_buckets(recipe, family, "validation", problems)
@@ -366,7 +366,7 @@ def check(
             recipe, family, recipe.data.datasets, problems, "data.datasets", progress
         )
         if schedule is not None:
-            typical = schedule.typical()
+            mean_sample = schedule.mean_sample()
             report.steps = recipe.train.steps or schedule.steps_in(recipe.train.epochs)
         if recipe.data.validation:
             report.validation, _ = measure(
@@ -375,13 +375,19 @@ def check(
         if report.data is not None and report.data.tokens:
             ratio = report.data.patches / report.data.tokens
     if family is not None:
-        _model(recipe, family, world, ratio, typical, report, problems)
+        _model(recipe, family, world, ratio, mean_sample, report, problems)
     report.problems = [str(error) for error in problems.errors]
     return report
 
 
 def _model(
-    recipe: Recipe, family: Any, world: int, ratio: float, typical: Any, report: Report, problems: Problems
+    recipe: Recipe,
+    family: Any,
+    world: int,
+    ratio: float,
+    mean_sample: Any,
+    report: Report,
+    problems: Problems,
 ) -> None:
     from polymodal.plan import estimate
     from polymodal.train import optim
@@ -407,7 +413,7 @@ def _model(
                 else f"is neither a tower ({', '.join(family.card.towers)}) nor the pattern of a parameter"
             )
             report.notes.append(f"optim.groups.{i}.match = {group.match} {said}: it has no effect.")
-    found = problems.run(lambda: estimate.lay_out(model, family, recipe, world, typical))
+    found = problems.run(lambda: estimate.lay_out(model, family, recipe, world, mean_sample))
     if found is None:
         return
     found.activations, found.assumed = estimate.activations(family, recipe, ratio, world)

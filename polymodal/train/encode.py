@@ -23,7 +23,7 @@ from torch import Tensor
 from polymodal import __version__
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Measure, Record
+from polymodal.core.sample import Record, SampleLengths
 from polymodal.data import features as store
 from polymodal.data.clips import Clips
 from polymodal.data.source import Corpus, open_corpus
@@ -53,7 +53,7 @@ class Encoded:
 class _Job:
     number: int
     record: Record
-    measure: Measure
+    measure: SampleLengths
     path: Path
     row: dict[str, Any]
 

@@ -223,26 +223,26 @@ def _step_from_host(part: torch.optim.Optimizer) -> None:
             end += 1
         for parameter, gradient in zip(owners[start:end], gradients[start:end], strict=True):
             parameter.grad = gradient
-            bring(part.state[parameter], _local(parameter).device)
+            state_to_device(part.state[parameter], _local(parameter).device)
         part.step()
         for parameter in owners[start:end]:
             parameter.grad = None
-            put_away(part.state[parameter])
+            state_to_host(part.state[parameter])
         start = end
     for parameter, gradient in zip(owners, gradients, strict=True):
         parameter.grad = gradient
 
 
-def bring(state: dict[str, Any], device: torch.device) -> None:
+def state_to_device(state: dict[str, Any], device: torch.device) -> None:
     """A parameter's optimizer state to its device."""
     for key, value in state.items():
         if isinstance(value, Tensor) and value.device.type != device.type:
             state[key] = value.to(device)
 
 
-def put_away(state: dict[str, Any]) -> None:
+def state_to_host(state: dict[str, Any]) -> None:
     """And back to the host."""
-    bring(state, torch.device("cpu"))
+    state_to_device(state, torch.device("cpu"))
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polymodal.core.sample import Measure
+from polymodal.core.sample import SampleLengths
 from polymodal.distributed.collectives import clip_, grad_norm
 from polymodal.distributed.mesh import Mesh
 from polymodal.models import partial
@@ -25,7 +25,7 @@ from polymodal.recipe import Recipe
 from polymodal.train.step import Runner, bind
 
 
-class LaidOut:
+class ParallelModel:
     """Cut into stages, bound, and laid out over the mesh; without values until weights are loaded into its parts.
 
     make:    gives the whole model on meta, adapters attached and frozen parameters marked; called once a stage.
@@ -41,7 +41,7 @@ class LaidOut:
         mesh: Mesh,
         recipe: Recipe,
         device: torch.device,
-        measure: Measure | None = None,
+        measure: SampleLengths | None = None,
     ):
         self.mesh = mesh
         self.names: list[str] = []
@@ -73,7 +73,9 @@ class LaidOut:
                 if group is not None:
                     dit_context_parallel.apply(probe, family.card, group)
             line = mesh.world["pp"].get_group()
-            self.ties = TiedGradients(self.parts, mesh, lambda stage: pipeline_split.home(parallel, stage))
+            self.ties = TiedGradients(
+                self.parts, mesh, lambda stage: pipeline_split.stage_to_rank(parallel, stage)
+            )
             self.runner = Pipeline(self.parts, family, line, device, activations, parallel.pp_schedule)
         else:
             self.runner = Runner(self.parts[0].model, device)
@@ -94,15 +96,15 @@ class LaidOut:
         """Whether the first stage of the pipeline is here, or all of the model."""
         return any(part.stage.first for part in self.parts)
 
-    def fill(self, load: Callable[[nn.Module], Any]) -> None:
+    def load_all(self, load: Callable[[nn.Module], Any]) -> None:
         """Give every part its values: weights.load, weights.initialise or the like, then tied copies their owners'."""
         for model in self.models:
             load(model)
-        self.settle()
+        self.after_load()
 
-    def settle(self) -> None:
+    def after_load(self) -> None:
         """After values were given: parameters may be new tensors, and tied copies take their owners' values."""
-        stages.follow(self.parts)
+        stages.sync_tied_copies(self.parts)
         self._find_parameters()
 
     def train(self, mode: bool = True) -> None:
@@ -124,6 +126,6 @@ class LaidOut:
     def clip(self, norm: Tensor, largest: float) -> None:
         clip_(self.trainable.values(), norm, largest)
 
-    def stepped(self) -> None:
+    def after_step(self) -> None:
         """After the optimizer's step."""
-        stages.follow(self.parts)
+        stages.sync_tied_copies(self.parts)

@@ -54,17 +54,17 @@ def inverse_weights(
     return {n: (1.0 / t if t > 0 else 0.0) for n, t in zip(names, totals.tolist(), strict=True)}
 
 
-def agree(step: RankStep, line: dist.ProcessGroup | None) -> list[Batch]:
-    """A step's micro-batches, where a sample that some stage of a pipeline could not read is a hole on all of them.
+def drop_broken_samples(step: RankStep, pp_group: dist.ProcessGroup | None) -> list[Batch]:
+    """A step's micro-batches, where a sample that some stage of a pipeline could not read is a padding_sample on all of them.
 
-    Stages that do not decode pictures do not see that one is broken. line: the ranks of one pipeline, which read the
+    Stages that do not decode pictures do not see that one is broken. pp_group: the ranks of one pipeline, which read the
     same samples; None without one. step.stats is set right.
     """
-    if line is None:
+    if pp_group is None:
         return step.micro_batches
     known = [flag for batch in step.micro_batches for flag in batch.groups["broken"]]
     broken = torch.tensor(known, dtype=torch.int32)
-    dist.all_reduce(broken, dist.ReduceOp.MAX, group=line)
+    dist.all_reduce(broken, dist.ReduceOp.MAX, group=pp_group)
     if broken.tolist() == known:
         return step.micro_batches
     batches, stats = [], step.stats
@@ -81,7 +81,7 @@ def agree(step: RankStep, line: dist.ProcessGroup | None) -> list[Batch]:
     return batches
 
 
-class Tally:
+class StepMetrics:
     """Logs of a step, added over micro-batches and, as one vector on the CPU, over ranks. parts: the objective's.
 
     routers: layers with experts, and experts of each: `choices` is then summed too. A pipeline stage knows its own
@@ -115,10 +115,10 @@ class Tally:
 class Runner:
     """Runs a rank's micro-batches through its part of the model: here one after the other, through a whole model.
 
-    A pipeline (parallel/pipeline.py) has the same `step` and `speaks`.
+    A pipeline (parallel/pipeline.py) has the same `step` and `has_last_stage`.
     """
 
-    speaks = True
+    has_last_stage = True
 
     def __init__(self, model: nn.Module, device: torch.device):
         self.model, self.device = model, device
@@ -141,7 +141,7 @@ def forward_backward(
     objective: Any,
     batches: Sequence[Batch],
     inverse: dict[str, float],
-    tally: Tally,
+    tally: StepMetrics,
     scale: float = 1.0,
     backward: bool = True,
 ) -> None:

@@ -17,7 +17,7 @@ from polymodal.data.chat import ChatProcessor
 from polymodal.data.clips import Clips
 from polymodal.data.features import Features
 from polymodal.data.index import build_index
-from polymodal.data.latents import ClipMaker, FeatureMaker
+from polymodal.data.latents import ClipCollator, FeatureCollator
 from polymodal.data.loader import Loader
 from polymodal.data.schedule import Schedule
 from polymodal.data.source import open_corpus
@@ -142,7 +142,7 @@ class Diffusion:
                 )
         data = _section_data(recipe, section)
         schedule = Schedule(features, features.parts, data, recipe.train, family.cost)
-        make = FeatureMaker(features, recipe.train.seed, family.text, _factors(recipe, section))
+        make = FeatureCollator(features, recipe.train.seed, family.text, _factors(recipe, section))
 
         def loader(workers: int | None = None, first: bool = True, **options: Any) -> Loader:
             return Loader(schedule, features, None, _workers(data, workers), make=make, **options)
@@ -159,7 +159,7 @@ class Diffusion:
         _, bucket = _buckets(index.shapes())
         index.bucket = bucket
         schedule = Schedule(index, corpus.parts, data, recipe.train, family.cost)
-        make = ClipMaker(corpus, clips, data, recipe.train.seed, _factors(recipe, section))
+        make = ClipCollator(corpus, clips, data, recipe.train.seed, _factors(recipe, section))
 
         def loader(workers: int | None = None, first: bool = True, **options: Any) -> Loader:
             return Loader(schedule, corpus, clips, _workers(data, workers), make=make, **options)

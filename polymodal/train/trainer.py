@@ -28,8 +28,8 @@ from polymodal.runtime import device as devices
 from polymodal.runtime import host
 from polymodal.runtime.process_group import Runtime, runtime
 from polymodal.train import monitor, optim
-from polymodal.train.parallel_model import LaidOut
-from polymodal.train.step import Tally, agree, forward_backward, inverse_weights
+from polymodal.train.parallel_model import ParallelModel
+from polymodal.train.step import StepMetrics, drop_broken_samples, forward_backward, inverse_weights
 from polymodal.train.tasks import task_of
 
 
@@ -81,11 +81,13 @@ class Trainer:
 
     def _build_model(self) -> None:
         recipe, family = self.recipe, self.family
-        self.model = LaidOut(self._whole, family, self.mesh, recipe, self.device, self.schedule.typical())
+        self.model = ParallelModel(
+            self._whole, family, self.mesh, recipe, self.device, self.schedule.mean_sample()
+        )
         self.lay_out = BatchLayout(family, self.mesh, recipe.parallel)
         self.weights_group = self.lay_out.weights_group if self.rt.world > 1 else None
         packed = self.family.layout == "packed"
-        self.line = self.mesh.world["pp"].get_group() if packed and self.mesh.sizes.pp > 1 else None
+        self.pp_group = self.mesh.world["pp"].get_group() if packed and self.mesh.sizes.pp > 1 else None
 
         def load(model: torch.nn.Module) -> None:
             if recipe.model.init == "random":
@@ -95,7 +97,7 @@ class Trainer:
             if recipe.model.lora is not None:
                 lora.initialise(model, recipe.model.lora, recipe.train.seed)
 
-        self.model.fill(load)
+        self.model.load_all(load)
         self.model.train()
         self.trainable = self.model.trainable
         self.sampler = self.task.sampler(self.model.models[0], self.mesh, self.device)
@@ -158,7 +160,7 @@ class Trainer:
             )  # what is not trained is in no checkpoint of this run
         tensors = self._tensors(create=True)
         checkpoint.load(found, tensors, self.save_group)
-        self.model.settle()
+        self.model.after_load()
         if state.data and state.data != self.schedule.fingerprint:
             raise PolymodalError(
                 f"{found} was made with other data or other data keys (global_batch_size, micro_batch_size, packing, lengths) than this recipe's.",
@@ -172,15 +174,15 @@ class Trainer:
     def _init_from(self, source: str) -> None:
         path, place = Path(source), {"device": self.device, "offloaded": self.offloaded}
         if catalog.is_whole(path):
-            self.model.fill(lambda m: weights.load(m, self.family, str(path), **place))
+            self.model.load_all(lambda m: weights.load(m, self.family, str(path), **place))
             return
         if lora.is_adapter(path):
-            self.model.fill(lambda m: lora.load(m, self.recipe.model.lora, path))
+            self.model.load_all(lambda m: lora.load(m, self.recipe.model.lora, path))
             return
         own = checkpoint.at(path)
         other = None if own else storage.foreign(path, weights.directory_of(None, self.family))
         if other is not None:
-            self.model.fill(lambda m: weights.load(m, self.family, files=other, **place))
+            self.model.load_all(lambda m: weights.load(m, self.family, files=other, **place))
             return
         found = checkpoint.locate(path)
         have = checkpoint.names(found)
@@ -195,7 +197,7 @@ class Trainer:
                 "A run with adapters starts only runs with model.lora; otherwise export it with --merge-lora and start from the export.",
             )
         checkpoint.load(found, fitting, self.save_group)
-        self.model.settle()
+        self.model.after_load()
 
     def _build_monitor(self) -> None:
         recipe = self.recipe
@@ -281,14 +283,16 @@ class Trainer:
         recipe, state = self.recipe, self.state
         # Dropout is the only randomness left in a step; it depends on (seed, step, data rank), so resume needs no RNG.
         torch.manual_seed((recipe.train.seed * 1_000_003 + step) * 1_009 + self.mesh.dp_rank)
-        batches = self.objective.prepare(self.task.actors, agree(batch, self.line))
+        batches = self.objective.prepare(self.task.actors, drop_broken_samples(batch, self.pp_group))
         inverse = inverse_weights(self.objective, batches, self.weights_group)
         batches = self.lay_out(batches)
         extra = ("samples", "seqtokens", "media", "flops", "wait")
-        tally = Tally(self.objective.parts, extra, self.family.routers())
+        tally = StepMetrics(self.objective.parts, extra, self.family.routers())
         forward_backward(self.model.runner, self.objective, batches, inverse, tally, self.scaler.scale)
         stats = batch.stats
-        once = self.model.runner.speaks and self.mesh.at["cp"] == 0  # other ranks of these axes read the same
+        once = (
+            self.model.runner.has_last_stage and self.mesh.at["cp"] == 0
+        )  # other ranks of these axes read the same
         tally.add({
             "samples": stats.samples * once, "seqtokens": stats.tokens * once, "media": stats.media * once, "flops": stats.flops * once,
             "wait": stats.wait_seconds,
@@ -303,7 +307,7 @@ class Trainer:
                 self.model.clip(norm, recipe.optim.clip_norm)
             self.optimizer.set_rate(factor)
             self.optimizer.step()
-            self.model.stepped()
+            self.model.after_step()
             if self.average is not None:
                 self.average.update()
         else:
@@ -319,7 +323,7 @@ class Trainer:
                 step, total, float(norm), factor * recipe.optim.lr, time.perf_counter() - began, accepted
             )
         # Of the whole world, not of the loss group: ranks that hold other pieces of the model must stop at the same step.
-        stop, profile = self.rt.agree(self.rt.signal is not None, self.profiler.asked())
+        stop, profile = self.rt.any_rank(self.rt.signal is not None, self.profiler.asked())
         if profile:
             self.profiler.take(self.rt.share)
         return stop
@@ -364,13 +368,13 @@ class Trainer:
             first=self.model.first,
         )  # fmt: skip
         self.model.train(False)
-        tally, weight = Tally(objective.parts), 0.0
+        tally, weight = StepMetrics(objective.parts), 0.0
         loss = 0.0
         try:
             for batch in loader:
-                batches = objective.prepare(self.task.actors, agree(batch, self.line))
+                batches = objective.prepare(self.task.actors, drop_broken_samples(batch, self.pp_group))
                 inverse = inverse_weights(objective, batches, self.weights_group)
-                part, batches = Tally(objective.parts), self.lay_out(batches)
+                part, batches = StepMetrics(objective.parts), self.lay_out(batches)
                 forward_backward(self.model.runner, objective, batches, inverse, part, backward=False)
                 terms = part.total(self.log_group)
                 share = 1.0 / inverse[objective.term] if inverse[objective.term] else 0.0

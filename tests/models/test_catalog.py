@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Measure
+from polymodal.core.sample import SampleLengths
 from polymodal.models import catalog
 from polymodal.recipe import Model
 from tests.models import tiny
@@ -331,7 +331,7 @@ def test_a_published_config_builds_the_model_the_card_describes(name, key, tmp_p
         "tie_word_embeddings"
     ]
     tokens = 10  # too few for attention to weigh: two operations for each weight that a token meets
-    met = family.cost(Measure(tokens, tokens)) / 2 / tokens / 1e9
+    met = family.cost(SampleLengths(tokens, tokens)) / 2 / tokens / 1e9
     text = family.config.text_config
     embedding = text.vocab_size * text.hidden_size / 1e9
     tower = sum(parameter.numel() for parameter in model.model.visual.parameters()) / 1e9

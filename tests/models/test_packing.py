@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from polymodal.core.sample import hole, pack
+from polymodal.core.sample import pack, padding_sample
 from polymodal.models import catalog
 from polymodal.recipe import Data, Model
 from tests.models import tiny
@@ -97,7 +97,7 @@ def test_a_hole_gives_nothing_but_runs_every_module(setting):
     ran = []
     for name in ("model.visual", "model.visual.merger", "model.language_model"):
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
-    batch = pack([hole(rows=4)])
+    batch = pack([padding_sample(rows=4)])
     out, logits = ours(family, model, batch)
     (logits * batch["weights"][..., None]).sum().backward()
     assert sorted(ran) == ["model.language_model", "model.visual", "model.visual.merger"]

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.video_utils import VideoMetadata
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import IGNORE, Measure, pack
+from polymodal.core.sample import IGNORE, SampleLengths, pack
 from polymodal.distributed import attention
 from polymodal.models import catalog, weights
 from polymodal.models.card import Output
@@ -277,7 +277,7 @@ def test_cost_is_the_operations_that_run(name, family, checkpoint):
 def test_cost_of_a_window_tower_grows_in_proportion(family):
     family = family("qwen2.5-vl")
     family.config.vision_config.fullatt_block_indexes = []
-    one, two = (family.cost(Measure(0, 0, (patches,))) for patches in (16384, 32768))
+    one, two = (family.cost(SampleLengths(0, 0, (patches,))) for patches in (16384, 32768))
     assert two == 2 * one
 
 

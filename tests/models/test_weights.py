@@ -13,7 +13,7 @@ from torch import nn
 
 from polymodal.core.errors import PolymodalError
 from polymodal.models import library, weights
-from polymodal.models.card import Dropped
+from polymodal.models.card import PrunedModule
 from polymodal.models.slices import NotASlice, Stored
 from polymodal.models.storage import Files
 from tests.models import tiny
@@ -231,9 +231,9 @@ def test_parts_of_other_pipeline_stages_are_passed_over(checkpoints):
     """A stage holds its own blocks; a tied head without the embedding reads the embedding's tensor."""
     source = checkpoints["qwen2-vl tied"]
     model = on_meta(source)
-    model.model.visual = Dropped()
-    model.model.language_model.layers[0] = Dropped()
-    model.model.language_model.embed_tokens = Dropped()
+    model.model.visual = PrunedModule()
+    model.model.language_model.layers[0] = PrunedModule()
+    model.model.language_model.embed_tokens = PrunedModule()
     weights.load(model, None, source)
     reference = dict(auto(model.config).from_pretrained(source).named_parameters(remove_duplicate=False))
     assert model.lm_head.weight is not None
@@ -499,17 +499,17 @@ def test_random_weights_in_blocks():
         module.weight[10:12].fill_(2.0)
 
     table = Table()
-    score = initial.notes(table, rule)["weight"]
+    ops = initial.record_init(table, rule)["weight"]
     real = torch.empty(5000, 700)
-    initial.play(real, score, "weight", 3)
+    initial.replay_init(real, ops, "weight", 3)
     assert 0.42 < real.std() < 0.46 and real[12:4321].abs().max() <= 1.0
     assert not real[4321].any() and torch.equal(real[10:12], torch.full((2, 700), 2.0))
     rows = initial.BLOCK // 700
     assert not torch.equal(real[0], real[rows])
     assert table.weight.is_meta
     with pytest.raises(initial.Unknown, match="weight"):
-        initial.notes(table, lambda module: module.weight.normal_().cumsum_(0))
-    assert initial.notes(table, lambda module: nn.init.orthogonal_(module.weight)) == {
+        initial.record_init(table, lambda module: module.weight.normal_().cumsum_(0))
+    assert initial.record_init(table, lambda module: nn.init.orthogonal_(module.weight)) == {
         "weight": []
     }  # no rule then
 

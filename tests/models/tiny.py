@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from polymodal.core.sample import IGNORE, Measure, Media, Message, Record, Sample
+from polymodal.core.sample import IGNORE, Media, Message, Record, Sample, SampleLengths
 
 PATCH = 4  # pixels; two by two patches are one token, so a picture's sides are multiples of 8 pixels
 SPECIALS = [
@@ -281,5 +281,7 @@ def sample(
     if pixels:
         tensors |= {"pixel_values": torch.cat(pixels), "grid_thw": torch.tensor(grids)}
     return Sample(
-        id, tensors, Measure(len(ids), int(keep.sum()), tuple(h * w for t, h, w in grids for _ in range(t)))
+        id,
+        tensors,
+        SampleLengths(len(ids), int(keep.sum()), tuple(h * w for t, h, w in grids for _ in range(t))),
     )

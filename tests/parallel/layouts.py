@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from polymodal.core.sample import Batch, hole, pack
+from polymodal.core.sample import Batch, pack, padding_sample
 from polymodal.distributed.collectives import clip_
 from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models import catalog, weights
@@ -24,8 +24,8 @@ from polymodal.models.family import Family
 from polymodal.objectives.language import LanguageObjective
 from polymodal.parallel.batches import BatchLayout
 from polymodal.recipe import Data, Model, Parallel, Recipe, Train
-from polymodal.train.parallel_model import LaidOut
-from polymodal.train.step import Runner, Tally, bind, forward_backward, inverse_weights
+from polymodal.train.parallel_model import ParallelModel
+from polymodal.train.step import Runner, StepMetrics, bind, forward_backward, inverse_weights
 from tests.models import tiny
 from tests.parallel import dits
 from tests.parallel.exact import float64
@@ -162,9 +162,9 @@ def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps
         objective = dits.objective(family)
     if world > 1 or layout.world > 1 or layout.precision != "fp32" or layout.parallel:
         mesh = Mesh(ParallelSizes.of(recipe.parallel, world), "cpu", rank)
-        model = LaidOut(make, family, mesh, recipe, torch.device("cpu"))
+        model = ParallelModel(make, family, mesh, recipe, torch.device("cpu"))
         while len(data) % mesh.sizes.dp:  # equal work a rank, as the schedule gives it
-            data.append(pack([hole(rows=4)]) if family.layout == "packed" else dits.filler(data[0]))
+            data.append(pack([padding_sample(rows=4)]) if family.layout == "packed" else dits.filler(data[0]))
         mine = [seen(batch, model.first) for batch in data[mesh.dp_rank :: mesh.sizes.dp]]
         lay_out = BatchLayout(family, mesh, recipe.parallel)
         inverse = inverse_weights(objective, mine, lay_out.weights_group)
@@ -183,7 +183,7 @@ def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps
         draw_adapters(part)
 
     if model is not None:
-        model.fill(load)
+        model.load_all(load)
         trainable, owned = model.trainable, model.owned
     else:
         load(parts[0])
@@ -191,7 +191,7 @@ def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps
 
     def step() -> tuple[float, Tensor]:
         """Forward and backward; the global loss, and the norm of gradients that are complete."""
-        tally = Tally(objective.parts)
+        tally = StepMetrics(objective.parts)
         forward_backward(runner, objective, mine, inverse, tally)
         loss = tally.total(mesh.log_group if mesh is not None else None)
         total = loss["loss"] + objective.aux_weight * loss["balance"]
@@ -217,7 +217,7 @@ def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps
                 optimizer.step()
                 optimizer.zero_grad()
             if model is not None:
-                model.stepped()
+                model.after_step()
     after = {name: whole(p) for name, p in owned.items()} if steps else {}
     if mesh is not None and mesh.sizes.pp > 1:
         gradients, after = gathered(gradients, mesh), gathered(after, mesh)

@@ -22,7 +22,7 @@ def _stop(rank: int) -> list[bool]:
     rt = _runtime(rank)
     if rank == 1:
         rt.signal = signal.SIGTERM
-    return rt.agree(rt.signal is not None, False)
+    return rt.any_rank(rt.signal is not None, False)
 
 
 def test_a_signal_that_reached_one_rank_stops_all():
@@ -40,7 +40,7 @@ def _trace(rank: int, directory: str) -> list[str]:
             profile_request.request_profile(root, 2, "0,2")
         if rank == 2:
             time.sleep(0.02)
-        if rt.agree(profiler.asked())[0]:
+        if rt.any_rank(profiler.asked())[0]:
             profiler.take(rt.share)
         profiler.after(step)
     dist.barrier()

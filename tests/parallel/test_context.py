@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import hole, pack
+from polymodal.core.sample import pack, padding_sample
 from polymodal.distributed import attention, sequence_sharding
 from polymodal.distributed.context_parallel import Context, Cut, ulysses_size
 from polymodal.distributed.mesh import ParallelSizes
@@ -100,7 +100,7 @@ def short(rank: int, directory: str, layout: layouts.Layout, reference: Any) -> 
 
     def batches(family: Any) -> list[Any]:
         words = tiny.sample(family.media_processor(Data()), ["yes no"], id=7)
-        return [pack([hole(1, 4)]), whole(family)[0], pack([words])]
+        return [pack([padding_sample(1, 4)]), whole(family)[0], pack([words])]
 
     layouts.batches = batches
     if reference is None:

@@ -34,7 +34,7 @@ from tests.parallel.harness import run
 )
 def test_no_rank_has_more_than_the_mean_and_one_part(costs, homes, copies, data):
     of = [data.draw(st.integers(0, homes - 1)) for _ in costs]
-    owner = media.deal(costs, of, homes * copies, copies)
+    owner = media.assign_media(costs, of, homes * copies, copies)
     load = [0.0] * (homes * copies)
     for rank, cost in zip(owner, costs, strict=True):
         load[rank] += cost
@@ -42,15 +42,15 @@ def test_no_rank_has_more_than_the_mean_and_one_part(costs, homes, copies, data)
 
 
 def test_parts_stay_at_home_where_that_is_even():
-    assert media.deal([3.0, 3.0, 3.0, 3.0], [0, 0, 1, 1], 4, 2) == [0, 1, 2, 3]
-    assert media.deal([1.0, 1.0], [0, 1], 2, 1) == [0, 1]
-    assert sorted(media.deal([1.0] * 4, [1] * 4, 2, 1)) == [0, 0, 1, 1]
+    assert media.assign_media([3.0, 3.0, 3.0, 3.0], [0, 0, 1, 1], 4, 2) == [0, 1, 2, 3]
+    assert media.assign_media([1.0, 1.0], [0, 1], 2, 1) == [0, 1]
+    assert sorted(media.assign_media([1.0] * 4, [1] * 4, 2, 1)) == [0, 0, 1, 1]
 
 
 def test_a_wish_is_short_however_many_tokens():
-    made = media.wish([(1, 4, 4)], torch.tensor([0, 1, 2, 7, 8, 3]))
+    made = media.request([(1, 4, 4)], torch.tensor([0, 1, 2, 7, 8, 3]))
     assert made.runs == ((0, 3), (7, 9), (3, 4)) and made.tokens.tolist() == [0, 1, 2, 7, 8, 3]
-    assert media.wish([], torch.zeros(0, dtype=torch.int64)).runs == ()
+    assert media.request([], torch.zeros(0, dtype=torch.int64)).runs == ()
 
 
 def skewed(family: Family, rank: int) -> Batch:

@@ -8,9 +8,9 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Measure
+from polymodal.core.sample import SampleLengths
 from polymodal.models import partial, weights
-from polymodal.models.card import Dropped
+from polymodal.models.card import PrunedModule
 from polymodal.parallel import pipeline, pipeline_split, stages
 from polymodal.parallel.stages import prune
 from polymodal.recipe import Parallel, Train
@@ -105,14 +105,14 @@ def test_too_few_micro_batches_are_said_with_the_nearest_global_batch():
 
 def test_stages_lie_in_turn_or_in_a_v():
     loop, v = (Parallel(pp=2, pp_schedule=name) for name in ("Interleaved1F1B", "ZBVZeroBubble"))
-    assert [pipeline_split.home(loop, stage) for stage in range(4)] == [0, 1, 0, 1]
-    assert [pipeline_split.home(v, stage) for stage in range(4)] == [0, 1, 1, 0]
+    assert [pipeline_split.stage_to_rank(loop, stage) for stage in range(4)] == [0, 1, 0, 1]
+    assert [pipeline_split.stage_to_rank(v, stage) for stage in range(4)] == [0, 1, 1, 0]
 
 
 def test_auto_makes_the_most_expensive_stage_as_cheap_as_can_be():
     family = tiny_qwen3_vl()
     model = family.build().trained
-    short, long = Measure(8, 4, (400,)), Measure(400, 200, (8,))
+    short, long = SampleLengths(8, 4, (400,)), SampleLengths(400, 200, (8,))
     assert pipeline_split.balanced(model, family, 2, long)["vision"] == (3, 0), (
         "the tower is cheap: it stays together"
     )
@@ -151,11 +151,11 @@ def test_every_parameter_is_on_the_stage_that_needs_it_under_its_name(count):
         stage = prune(model, family, counts, index)
         found += [name for name, _ in model.named_parameters()]
         layers = model.model.language_model.layers
-        held = [i for i, layer in enumerate(layers) if not isinstance(layer, Dropped)]
+        held = [i for i, layer in enumerate(layers) if not isinstance(layer, PrunedModule)]
         assert held == list(stage.held["language"])
-        assert isinstance(model.model.visual.merger, Dropped) == (index > 0)
-        assert isinstance(model.lm_head, Dropped) == (index < count - 1)
-        assert not isinstance(model.model.language_model.rotary_emb, Dropped)
+        assert isinstance(model.model.visual.merger, PrunedModule) == (index > 0)
+        assert isinstance(model.lm_head, PrunedModule) == (index < count - 1)
+        assert not isinstance(model.model.language_model.rotary_emb, PrunedModule)
         assert stage.tied == (
             (("model.language_model.embed_tokens.weight", 0), ("lm_head.weight", count - 1)),
         )
@@ -168,9 +168,9 @@ def test_deepstack_mergers_lie_with_the_blocks_that_feed_them():
     model = family.build().trained
     prune(model, family, {"vision": (2, 1), "language": (0, 4)}, 1)
     mergers = model.model.visual.deepstack_merger_list
-    assert [isinstance(m, Dropped) for m in mergers] == [True, True, False]
-    assert isinstance(model.model.visual.patch_embed, partial.Hollow)
-    assert not isinstance(model.model.language_model.embed_tokens, Dropped), "where the tower ends"
+    assert [isinstance(m, PrunedModule) for m in mergers] == [True, True, False]
+    assert isinstance(model.model.visual.patch_embed, partial.ShapeStub)
+    assert not isinstance(model.model.language_model.embed_tokens, PrunedModule), "where the tower ends"
 
 
 def test_gradients_go_back_only_to_what_is_trained():
@@ -191,7 +191,7 @@ def test_gradients_go_back_only_to_what_is_trained():
 def test_without_a_pipeline_there_is_one_whole_part():
     family = tiny_qwen2_vl(2)
     (part,) = stages.build(lambda: family.build().trained, family, Parallel(), 0)
-    assert not any(isinstance(module, Dropped) for module in part.model.modules())
+    assert not any(isinstance(module, PrunedModule) for module in part.model.modules())
     assert part.stage.first and part.stage.last and not part.stage.copies and part.stage.tied == ()
 
 
@@ -207,7 +207,7 @@ def test_a_tied_copy_goes_by_its_owners_name_and_follows_it_on_the_same_rank():
     assert names.count(owner) == 1 and copy not in names
     with torch.no_grad():
         parts[0].model.get_parameter(owner).fill_(3)
-    stages.follow(parts)
+    stages.sync_tied_copies(parts)
     assert parts[1].model.get_parameter(copy).eq(3).all()
     last = stages.build(
         lambda: family.build().trained, family, Parallel(pp=2, pp_layers={"language": [1, 2]}), 1
@@ -242,12 +242,12 @@ def test_a_misspelt_card_is_not_silently_whole():
 
 def test_dropped_hands_its_first_argument_through():
     hidden = torch.ones(2)
-    assert Dropped()(hidden, 1, other=2) is hidden
-    assert not list(Dropped().parameters())
+    assert PrunedModule()(hidden, 1, other=2) is hidden
+    assert not list(PrunedModule().parameters())
 
 
 def test_a_hollow_module_has_the_shape_of_its_output_and_no_memory():
-    hollow = partial.Hollow(torch.nn.Linear(3, 5))
+    hollow = partial.ShapeStub(torch.nn.Linear(3, 5))
     out = hollow(torch.ones(1000, 3))
     assert out.shape == (1000, 5) and out.untyped_storage().nbytes() == 4 and not list(hollow.parameters())
     hollow.dtype = torch.bfloat16

@@ -109,7 +109,7 @@ def test_rows_of_no_stream_and_of_streams_too_alike_are_refused():
     class Three:
         size, rank = 3, 0
 
-    cut = dit_context_parallel.UniformCut(Three())  # type: ignore[arg-type]
+    cut = dit_context_parallel.DiTContextParallel(Three())  # type: ignore[arg-type]
     cut.lengths = {("x", "hidden_states"): 9, ("y", "encoder_hidden_states"): 7}
     assert cut.rows(5) == (5, 5, 6)  # joined
     with pytest.raises(ValueError, match="attention over 4 rows"):
@@ -130,12 +130,14 @@ def test_a_sequence_with_fewer_rows_than_ranks_is_refused_with_both_numbers():
     class Four:
         size, rank = 4, 0
 
-    cut = dit_context_parallel.UniformCut(Four())  # type: ignore[arg-type]
+    cut = dit_context_parallel.DiTContextParallel(Four())  # type: ignore[arg-type]
     with pytest.raises(
         PolymodalError, match=r"3 tokens \(hidden_states\) cannot be cut over parallel.cp = 4"
     ):
         cut.cut(torch.zeros(1, 3, 2), 1, ("x", "hidden_states"))
-    rows = [dit_context_parallel.UniformCut(type("Rank", (), {"size": 4, "rank": r})()) for r in range(4)]  # type: ignore[arg-type]
+    rows = [
+        dit_context_parallel.DiTContextParallel(type("Rank", (), {"size": 4, "rank": r})()) for r in range(4)
+    ]  # type: ignore[arg-type]
     for own in rows:
         own.lengths = {("x", "hidden_states"): 9}
     assert [own.leading(5) for own in rows] == [2, 2, 1, 0]  # of 2, 2, 2 and 3

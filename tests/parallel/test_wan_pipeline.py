@@ -9,8 +9,8 @@ from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models import weights
 from polymodal.models.card import Components
 from polymodal.recipe import Model, Parallel, Recipe, Train
-from polymodal.train.parallel_model import LaidOut
-from polymodal.train.step import Runner, Tally, forward_backward, inverse_weights
+from polymodal.train.parallel_model import ParallelModel
+from polymodal.train.step import Runner, StepMetrics, forward_backward, inverse_weights
 from polymodal.train.step import bind as bind_whole
 from tests.parallel.harness import run
 from tests.parallel.spike.comparison import fill, state_of, worst
@@ -72,7 +72,7 @@ def wan_pp(rank: int, layers: int, parallels: list[dict[str, Any]]) -> list[dict
     out = []
     with float64():
         batches = objective.prepare(None, _batches())
-        tally = Tally()
+        tally = StepMetrics()
         inverse = inverse_weights(objective, batches, None)
         forward_backward(Runner(model, CPU), objective, batches, inverse, tally)
         loss = tally.total(None)["loss"]
@@ -81,7 +81,7 @@ def wan_pp(rank: int, layers: int, parallels: list[dict[str, Any]]) -> list[dict
             parallel = Parallel(**settings)
             mesh = Mesh(ParallelSizes.of(parallel, torch.distributed.get_world_size()), "cpu", rank)
             recipe = Recipe(model=Model(source="wan"), parallel=parallel, train=Train(precision="fp32"))
-            laid = LaidOut(lambda: family.build().trained, family, mesh, recipe, CPU)
+            laid = ParallelModel(lambda: family.build().trained, family, mesh, recipe, CPU)
 
             def load(part: torch.nn.Module) -> None:
                 weights.materialise(part)
@@ -89,10 +89,10 @@ def wan_pp(rank: int, layers: int, parallels: list[dict[str, Any]]) -> list[dict
                 for name, buffer in tables.items():
                     part.rope.register_buffer(name, buffer, persistent=False)
 
-            laid.fill(load)
+            laid.load_all(load)
             mine = batches[mesh.dp_rank :: mesh.sizes.dp]
             inverse = inverse_weights(objective, mine, mesh.loss_group)
-            tally = Tally()
+            tally = StepMetrics()
             forward_backward(laid.runner, objective, mine, inverse, tally)
             found = {n: _whole(p.grad) for n, p in laid.owned.items() if p.grad is not None}
             cut = laid.parts[0].stage.cuts[0]

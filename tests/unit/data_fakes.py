@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import IGNORE, Measure, Message, Record, Sample
+from polymodal.core.sample import IGNORE, Message, Record, Sample, SampleLengths
 
 WIDTH = 8  # of a patch
 
@@ -76,7 +76,7 @@ class CountingChat:
             out.append(
                 row["unreadable"]
                 if "unreadable" in row
-                else Measure(n, row.get("trained", n - n // 2), tuple(row.get("media", ())))
+                else SampleLengths(n, row.get("trained", n - n // 2), tuple(row.get("media", ())))
             )
         return out
 
@@ -112,7 +112,7 @@ class CountingChat:
             if pixels:
                 tensors["pixel_values"] = torch.full((sum(media), WIDTH), chance)
             tensors["grid_thw"] = torch.tensor([[1, 1, m] for m in media])
-        return Sample(id, tensors, Measure(n, n - n // 2, tuple(media)), record.where)
+        return Sample(id, tensors, SampleLengths(n, n - n // 2, tuple(media)), record.where)
 
 
 def write_rows(path, rows):

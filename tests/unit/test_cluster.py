@@ -15,7 +15,7 @@ from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
 from polymodal.runtime import process_group
 from polymodal.tools import job_scripts
-from polymodal.tools.job_scripts import Wish
+from polymodal.tools.job_scripts import JobRequest
 
 
 def made(**sections) -> recipes.Recipe:
@@ -53,7 +53,7 @@ def run_script(text: str, tmp_path: Path, **environ: str) -> list[str]:
 
 def test_the_sbatch_script_gives_every_node_its_place(tmp_path):
     recipe = made(device={"env": {"HCCL_CONNECT_TIMEOUT": 1200}}, checkpoint={"dir": str(tmp_path / "run")})
-    wish = Wish(
+    wish = JobRequest(
         "r.yaml", ("train.steps=3",), nodes=2, nproc=4, min_nodes=1, options=("--partition=big", "--time=1:00:00")
     )  # fmt: skip
     text = job_scripts.slurm(recipe, wish).text
@@ -79,22 +79,24 @@ def test_the_sbatch_script_gives_every_node_its_place(tmp_path):
 
 
 def test_a_lost_node_does_not_end_a_job_that_can_do_with_fewer():
-    elastic = job_scripts.slurm(made(), Wish("r.yaml", nodes=4, min_nodes=2)).text
+    elastic = job_scripts.slurm(made(), JobRequest("r.yaml", nodes=4, min_nodes=2)).text
     assert "#SBATCH --no-kill\n" in elastic and "srun --cpu-bind=none --no-kill " in elastic
-    assert "--no-kill" not in job_scripts.slurm(made(), Wish("r.yaml", nodes=4)).text
+    assert "--no-kill" not in job_scripts.slurm(made(), JobRequest("r.yaml", nodes=4)).text
 
 
 @pytest.mark.parametrize("way", ["slurm", "torchrun"])
 def test_a_setup_may_read_variables_that_nobody_set(tmp_path, way):
     recipe = made(checkpoint={"dir": str(tmp_path / "run")})
-    wish = Wish("r.yaml", setup='export LIBRARIES="/opt/lib:$NEVER_SET"')
+    wish = JobRequest("r.yaml", setup='export LIBRARIES="/opt/lib:$NEVER_SET"')
     slurm = {"SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0"}
     assert run_script(job_scripts.MAKERS[way](recipe, wish).text, tmp_path, NODE_RANK="0", **slurm)
 
 
 def test_a_setup_runs_in_the_container_that_has_what_it_names(tmp_path):
     recipe = made(checkpoint={"dir": str(tmp_path / "run")})
-    text = job_scripts.slurm(recipe, Wish("r.yaml", image="i:1", setup="source /opt/image/activate")).text
+    text = job_scripts.slurm(
+        recipe, JobRequest("r.yaml", image="i:1", setup="source /opt/image/activate")
+    ).text
     before, _, inside = text.partition("srun ")
     assert "/opt/image" not in before and "source /opt/image/activate && exec python" in inside
 
@@ -102,7 +104,7 @@ def test_a_setup_runs_in_the_container_that_has_what_it_names(tmp_path):
 @pytest.mark.parametrize("kind", ["pytorchjob", "trainjob"])
 def test_a_pod_works_in_its_volume(kind):
     manifest = yaml.safe_load(
-        job_scripts.kubernetes(made(), Wish("r.yaml", image="i", claim="disk", kind=kind)).text
+        job_scripts.kubernetes(made(), JobRequest("r.yaml", image="i", claim="disk", kind=kind)).text
     )
     spec = manifest["spec"]
     command = (
@@ -112,7 +114,9 @@ def test_a_pod_works_in_its_volume(kind):
 
 
 def test_what_the_user_sets_is_honoured(tmp_path):
-    text = job_scripts.slurm(made(checkpoint={"dir": str(tmp_path / "run")}), Wish("r.yaml", nodes=2)).text
+    text = job_scripts.slurm(
+        made(checkpoint={"dir": str(tmp_path / "run")}), JobRequest("r.yaml", nodes=2)
+    ).text
     given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4444", "NNODES": "3", "NODE_RANK": "2"}
     slurm = {
         "SLURM_JOB_NODELIST": "n[1-2]",
@@ -128,14 +132,14 @@ def test_what_the_user_sets_is_honoured(tmp_path):
 
 
 def test_a_container_is_asked_of_srun(tmp_path):
-    text = job_scripts.slurm(made(), Wish("r.yaml", image="registry/polymodal:1")).text
+    text = job_scripts.slurm(made(), JobRequest("r.yaml", image="registry/polymodal:1")).text
     assert '--container-image=registry/polymodal:1 --container-mounts="$PWD:$PWD"' in text
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_torchruns_line_on_each_host(tmp_path, rank):
     recipe = made(checkpoint={"dir": str(tmp_path / "run")})
-    wish = Wish("r.yaml", nodes=2, nproc=4, min_nodes=1, hosts=("alpha", "beta"), restarts=2)
+    wish = JobRequest("r.yaml", nodes=2, nproc=4, min_nodes=1, hosts=("alpha", "beta"), restarts=2)
     (line,) = run_script(job_scripts.torchrun(recipe, wish).text, tmp_path, NODE_RANK=str(rank))
     for words in (
         "--nnodes 1:2", "--nproc-per-node 4", "--max-restarts 2", "--rdzv-backend c10d", "--rdzv-endpoint alpha:29500",
@@ -155,7 +159,7 @@ def pods(manifest: dict) -> list[dict]:
 
 def test_the_pytorchjob_has_what_its_controller_requires():
     recipe = made(device={"env": {"NCCL_DEBUG": "WARN"}})
-    wish = Wish("r.yaml", nodes=3, nproc=8, image="registry/polymodal:1", claim="disk")
+    wish = JobRequest("r.yaml", nodes=3, nproc=8, image="registry/polymodal:1", claim="disk")
     manifest = yaml.safe_load(job_scripts.kubernetes(recipe, wish).text)
     assert (manifest["apiVersion"], manifest["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     assert manifest["metadata"]["name"] == "my-run"
@@ -178,7 +182,7 @@ def test_the_pytorchjob_has_what_its_controller_requires():
 
 
 def test_the_trainjob_has_what_its_controller_requires():
-    wish = Wish("r.yaml", nodes=3, nproc=8, image="registry/polymodal:1", kind="trainjob")
+    wish = JobRequest("r.yaml", nodes=3, nproc=8, image="registry/polymodal:1", kind="trainjob")
     manifest = yaml.safe_load(job_scripts.kubernetes(made(device={"kind": "npu"}), wish).text)
     assert (manifest["apiVersion"], manifest["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
     spec = manifest["spec"]
@@ -204,23 +208,23 @@ def test_submitting_calls_the_clusters_command(tmp_path, monkeypatch, capfd):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     out = tmp_path / "job.sbatch"
-    assert job_scripts.main("slurm", made(), Wish("r.yaml"), out, submit=True) == 0
+    assert job_scripts.main("slurm", made(), JobRequest("r.yaml"), out, submit=True) == 0
     assert f"submitted {out}" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
     "way, wish, sections, submit, said",
     [
-        ("slurm", Wish("r", nodes=2, nproc=3), {"parallel": {"tp": 4}}, False, "6 processes cannot be divided by"),
-        ("slurm", Wish("r", min_nodes=2), {}, False, "--min-nodes 2 is more than --nodes 1"),
-        ("slurm", Wish("r", nodes=4, min_nodes=1), {"parallel": {"dp_shard": 32}}, False, "--min-nodes 1: the layout cannot be had"),
-        ("slurm", Wish("r"), {"device": {"env": {"NCCL_DEBUGG": 1}}}, False, "Did you mean NCCL_DEBUG?"),
-        ("slurm", Wish("r"), {}, True, "sbatch is not on this machine"),
-        ("kubernetes", Wish("r"), {}, False, "needs a container image"),
-        ("kubernetes", Wish("r", image="i", kind="job"), {}, False, "--kind job is not known"),
-        ("torchrun", Wish("r", nodes=2, hosts=("a",)), {}, False, "--hosts names 1 hosts for --nodes 2"),
-        ("torchrun", Wish("r"), {}, True, "nothing to submit to"),
-        ("pbs", Wish("r"), {}, False, "launch pbs is not known"),
+        ("slurm", JobRequest("r", nodes=2, nproc=3), {"parallel": {"tp": 4}}, False, "6 processes cannot be divided by"),
+        ("slurm", JobRequest("r", min_nodes=2), {}, False, "--min-nodes 2 is more than --nodes 1"),
+        ("slurm", JobRequest("r", nodes=4, min_nodes=1), {"parallel": {"dp_shard": 32}}, False, "--min-nodes 1: the layout cannot be had"),
+        ("slurm", JobRequest("r"), {"device": {"env": {"NCCL_DEBUGG": 1}}}, False, "Did you mean NCCL_DEBUG?"),
+        ("slurm", JobRequest("r"), {}, True, "sbatch is not on this machine"),
+        ("kubernetes", JobRequest("r"), {}, False, "needs a container image"),
+        ("kubernetes", JobRequest("r", image="i", kind="job"), {}, False, "--kind job is not known"),
+        ("torchrun", JobRequest("r", nodes=2, hosts=("a",)), {}, False, "--hosts names 1 hosts for --nodes 2"),
+        ("torchrun", JobRequest("r"), {}, True, "nothing to submit to"),
+        ("pbs", JobRequest("r"), {}, False, "launch pbs is not known"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, way, wish, sections, submit, said):
@@ -234,7 +238,7 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, way, wish, sections, s
 def test_the_recipe_is_never_written_over(tmp_path, monkeypatch, way):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("the recipe")
-    wish = Wish("mine.yaml", image="i")
+    wish = JobRequest("mine.yaml", image="i")
     assert job_scripts.main(way, made(name="mine"), wish) == 0
     assert Path("mine.yaml").read_text() == "the recipe"
     with pytest.raises(PolymodalError, match="out.yaml is the recipe"):
@@ -244,4 +248,4 @@ def test_the_recipe_is_never_written_over(tmp_path, monkeypatch, way):
 
 def test_printing_and_submitting_exclude_each_other():
     with pytest.raises(PolymodalError, match="--submit needs a file"):
-        job_scripts.main("slurm", made(), Wish("r"), Path("-"), submit=True)
+        job_scripts.main("slurm", made(), JobRequest("r"), Path("-"), submit=True)

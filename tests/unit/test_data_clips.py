@@ -165,9 +165,9 @@ class Buckets:
         self.record = None
 
     def measure(self, i):
-        from polymodal.core.sample import Measure
+        from polymodal.core.sample import SampleLengths
 
-        return Measure(int(self.tokens[i]), int(self.tokens[i]))
+        return SampleLengths(int(self.tokens[i]), int(self.tokens[i]))
 
     def locate(self, i):
         return i, -1

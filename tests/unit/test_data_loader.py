@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import IGNORE, hole, pack, without
+from polymodal.core.sample import IGNORE, pack, padding_sample, without
 from polymodal.data.index import build_index
 from polymodal.data.loader import Loader
 from polymodal.data.schedule import Position, Schedule
@@ -171,7 +171,7 @@ def test_a_hole_in_a_packed_batch_is_what_it_would_have_been(tmp_path, pixels):
         record.extra["seed"] = i
         samples.append(chat.sample(record, i, pixels))
     made, lost = without(pack(samples), [False, True, False, True])
-    holes = [hole(2, 4, i, broken="cat.png") for i in range(4)]
+    holes = [padding_sample(2, 4, i, broken="cat.png") for i in range(4)]
     wanted = pack([samples[0], holes[1], samples[2], holes[3]])
     assert made.tensors.keys() == wanted.tensors.keys() and ("pixel_values" in made.tensors) == pixels
     assert all(torch.equal(made[name], wanted[name]) for name in made.tensors)
@@ -312,7 +312,7 @@ def test_pieces_of_a_split_record(tmp_path):
 def test_a_batch_through_a_socket(shared):
     if shared and not memory_files_work():
         pytest.skip("no memory files here")
-    batch = pack([hole(3, 4, 7), hole(2, 4, 8)])
+    batch = pack([padding_sample(3, 4, 7), padding_sample(2, 4, 8)])
     batch.tensors |= {
         "pixel_values": torch.randn(5, 3).to(torch.bfloat16),
         "flags": torch.tensor([True, False, True]),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from polymodal.core.sample import IGNORE, Measure, Sample, pack
+from polymodal.core.sample import IGNORE, Sample, SampleLengths, pack
 from polymodal.distributed.router_loss import balance_loss, expert_choices, load_figures, router_sums
 from polymodal.models.card import Output
 from polymodal.objectives import language
@@ -25,7 +25,7 @@ def sample(number: int, length: int, trained: int, modality: str = "text") -> Sa
         "weights": (labels != IGNORE).float(),
         "position_ids": torch.arange(length)[None],
     }
-    return Sample(number, tensors, Measure(length, trained), modality=modality)
+    return Sample(number, tensors, SampleLengths(length, trained), modality=modality)
 
 
 SAMPLES = [sample(1, 9, 3), sample(2, 14, 7, "image"), sample(3, 6, 1), sample(4, 11, 5, "image")]

@@ -141,7 +141,7 @@ CARD = ModelCard(
         "transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1},
     },
     sequence_exit="proj_out",
-    streams=("hidden_states", "encoder_hidden_states"),
+    block_streams=("hidden_states", "encoder_hidden_states"),
     tensor_plan={
         "": "stream",
         "transformer_blocks.*.attn1": "joint_attention",

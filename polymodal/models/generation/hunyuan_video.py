@@ -110,8 +110,8 @@ CARD = ModelCard(
         "transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1},
     },
     sequence_exit="proj_out",
-    streams=("hidden_states", "encoder_hidden_states"),
-    leading="num_tokens",
+    block_streams=("hidden_states", "encoder_hidden_states"),
+    num_leading_rows="num_tokens",
     tensor_plan={
         "": "stream",
         **JOINT_BLOCKS,

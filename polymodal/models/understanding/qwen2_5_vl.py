@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polymodal.distributed import attention as house
+from polymodal.distributed import attention as packed_attention
 from polymodal.models.card import ModelCard, Size
 from polymodal.models.understanding.qwen_vl import (
     BLOCKS,
@@ -36,7 +36,7 @@ class Qwen25VL(QwenVL):
         return {
             **super().geometry(grid, device),
             "window_index": order.to(device, non_blocking=True),
-            "cu_window_seqlens": house.cumulative(windows, device),
+            "cu_window_seqlens": packed_attention.cumulative(windows, device),
             "max_window_seqlen": max(windows),
         }
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import AXES, IGNORE, Batch, Measure
-from polymodal.distributed import attention as house
+from polymodal.core.sample import AXES, IGNORE, Batch, SampleLengths
+from polymodal.distributed import attention as packed_attention
 from polymodal.models import partial
-from polymodal.models.card import Chain, Components, Dropped, Output
+from polymodal.models.card import Chain, Components, Output, PrunedModule
 from polymodal.models.understanding.qwen_vl_media import QwenVLMedia
 from polymodal.models.understanding.qwen_vl_sampling import Sampling
 from polymodal.recipe import Data
@@ -136,7 +136,7 @@ class QwenVL(Sampling):
             model = AutoModelForImageTextToText.from_config(
                 copy.deepcopy(self.config), dtype=torch.float32, attn_implementation="sdpa", **chosen
             )
-        house.use(model, self.attention)
+        packed_attention.use(model, self.attention)
         model.model.visual.patch_embed.proj.__class__ = PatchEmbedding
         return Components(model.train())
 
@@ -146,14 +146,14 @@ class QwenVL(Sampling):
     def stage(
         self, model: nn.Module, carry: Mapping[str, Tensor] | None, batch: Batch
     ) -> dict[str, Tensor] | Output:
-        """The whole model, or one pipeline stage of it whose other modules are Dropped.
+        """The whole model, or one pipeline stage of it whose other modules are PrunedModule.
 
         carry: None on the first stage; {"patches": [P, D of the tower]} while the vision tower goes on; then
         {"hidden_states": [1, T, D]}. With Qwen3-VL also {"deepstack": [levels, media tokens, D]}: what vision blocks
         before have made and language blocks ahead still want. Returns the same for the next stage, or Output.
         """
         text, carry = model.model.language_model, carry or {}
-        held = [number for number, block in enumerate(text.layers) if not isinstance(block, Dropped)]
+        held = [number for number, block in enumerate(text.layers) if not isinstance(block, PrunedModule)]
         places = self.places(batch)
         hidden, levels = carry.get("hidden_states"), carry.get("deepstack")
         if hidden is None:
@@ -164,8 +164,8 @@ class QwenVL(Sampling):
         start = held[0] if held else 0
         done = held[-1] + 1 if held else start
         extra: dict[str, Any] = {}
-        if held or not isinstance(model.lm_head, Dropped):
-            packed = text.config._attn_implementation == house.NAME
+        if held or not isinstance(model.lm_head, PrunedModule):
+            packed = text.config._attn_implementation == packed_attention.NAME
             arguments: dict[str, Any] = {"cu_seq_lens_q": batch.segments["text"]} if packed else {}
             if batch.cut is not None:
                 arguments["cut"] = batch.cut
@@ -185,7 +185,7 @@ class QwenVL(Sampling):
                 **self.text_arguments,
             )
             hidden, extra = out.last_hidden_state, self.extra(out, carry)
-        if not isinstance(model.lm_head, Dropped):
+        if not isinstance(model.lm_head, PrunedModule):
             return Output(hidden, model.lm_head, extra)
         ahead = (
             {} if levels is None or levels.shape[0] <= done - start else {"deepstack": levels[done - start :]}
@@ -230,7 +230,7 @@ class QwenVL(Sampling):
             spec |= {n: torch.empty(s, dtype=wide, device="meta") for n, s in self.carried_spec().items()}
         return spec
 
-    def beside(self) -> dict[str, str]:
+    def stage_neighbours(self) -> dict[str, str]:
         indexes = getattr(self.config.vision_config, "deepstack_visual_indexes", None) or ()
         return {
             f"model.visual.deepstack_merger_list.{at}": f"model.visual.blocks.{index}"
@@ -312,7 +312,7 @@ class QwenVL(Sampling):
             pixels = torch.zeros(side * side, width, device=device)
         grid = getattr(grid, "host", grid).cpu()
         made: list[Tensor] = []
-        mergers = [m for m in getattr(visual, "deepstack_merger_list", ()) if not isinstance(m, Dropped)]
+        mergers = [m for m in getattr(visual, "deepstack_merger_list", ()) if not isinstance(m, PrunedModule)]
         hooks = [m.register_forward_hook(lambda _, __, out: made.append(out)) for m in mergers]
         try:
             left, out = partial.run(
@@ -362,11 +362,11 @@ class QwenVL(Sampling):
         frames = [h * w for t, h, w in grid.tolist() for _ in range(t)]
         return {
             "position_ids": get_vision_position_ids(grid, merge).to(device, non_blocking=True),
-            "cu_seqlens": house.cumulative(frames, device),
+            "cu_seqlens": packed_attention.cumulative(frames, device),
             "max_seqlen": max(frames),
         }
 
-    def example(self, measure: Measure) -> Batch:
+    def example(self, measure: SampleLengths) -> Batch:
         """Pictures of nearly square grids first, then text; the last `trained` tokens have labels.
 
         Raises PolymodalError when the pictures' tokens do not fit into measure.tokens.
@@ -389,11 +389,11 @@ class QwenVL(Sampling):
             width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
             tensors["pixel_values"] = torch.zeros(media * merge**2, width)
             tensors["grid_thw"] = torch.tensor([[1, merge * h, merge * w] for h, w in grids])
-        segments = {"text": house.cumulative([measure.tokens])}
+        segments = {"text": packed_attention.cumulative([measure.tokens])}
         names = {"modality": ("image" if grids else "text",)}
         return Batch(tensors, {name: AXES[name] for name in tensors}, (0,), segments, names)
 
-    def costs(self, measure: Measure) -> dict[str, float]:
+    def costs(self, measure: SampleLengths) -> dict[str, float]:
         """Forward FLOPs: two a weight and token, plus attention. Each entry of `patches` attends to itself."""
         text, vision = self.config.text_config, self.config.vision_config
         width = text.hidden_size

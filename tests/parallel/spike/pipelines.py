@@ -15,7 +15,7 @@ from polymodal.distributed.mesh import Mesh
 from polymodal.models import weights
 from polymodal.objectives.language import LanguageObjective
 from polymodal.parallel.pipeline import Pipeline, TiedGradients, bind
-from polymodal.parallel.pipeline_split import home
+from polymodal.parallel.pipeline_split import stage_to_rank
 from polymodal.parallel.stages import Part, prune
 from polymodal.recipe import Parallel
 from polymodal.train.step import inverse_weights
@@ -132,7 +132,7 @@ def qwen2_tied_pp(rank: int, schedule: str = "1F1B", stages: int = 2) -> dict[st
     mesh = mesh_of(rank, pp=2)
     parts = []
     counts = {"vision": (1, *[0] * (stages - 1)), "language": (2, *[1] * (stages - 1))}
-    for index in (at for at in range(stages) if home(parallel, at) == rank):
+    for index in (at for at in range(stages) if stage_to_rank(parallel, at) == rank):
         model = build()
         stage = prune(model, family, counts, index)
         bind(model, family, stage, torch.float64)
@@ -140,7 +140,7 @@ def qwen2_tied_pp(rank: int, schedule: str = "1F1B", stages: int = 2) -> dict[st
         weights.rebuild_buffers(model)
         fill(model, {**state, HEAD: state[EMBEDDING]})
         parts.append(Part(model, stage))
-    ties = TiedGradients(parts, mesh, lambda stage: home(parallel, stage))
+    ties = TiedGradients(parts, mesh, lambda stage: stage_to_rank(parallel, stage))
     pipeline = Pipeline(parts, family, _line(mesh), torch.device("cpu"), torch.float64, schedule)
     found = _step(pipeline, mesh, batches)
 

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from polymodal.core.sample import IGNORE, Batch, hole, pack
+from polymodal.core.sample import IGNORE, Batch, pack, padding_sample
 from polymodal.models import weights
 from polymodal.models.card import Output
 from polymodal.train.step import bind
@@ -88,7 +88,7 @@ def _packed(*pairs: tuple[int, tuple[int, int] | None]) -> Batch:
     samples = []
     for id, picture in pairs:
         samples += [example(2 * id, 4 + id, picture), example(2 * id + 1, 7 - id, picture)]
-    batch = pack(samples or [hole(rows=4)])
+    batch = pack(samples or [padding_sample(rows=4)])
     batch.groups["pairs"] = tuple((place, place + 1) for place in range(0, len(samples), 2))
     return batch
 

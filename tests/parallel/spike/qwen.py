@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polymodal.core.sample import IGNORE, Batch, Measure, Sample
+from polymodal.core.sample import IGNORE, Batch, Sample, SampleLengths
 from polymodal.models.card import Output
 from polymodal.models.family import Family
 from polymodal.models.understanding import qwen2_vl, qwen3_vl
@@ -99,4 +99,4 @@ def example(id: int, answer: int, picture: tuple[int, int] | None = None) -> Sam
         patches = (picture[0] * picture[1],)
         tensors["pixel_values"] = torch.randn(patches[0], PATCH, generator=draw)
         tensors["grid_thw"] = torch.tensor([[1, *picture]])
-    return Sample(id, tensors, Measure(length, answer, patches))
+    return Sample(id, tensors, SampleLengths(length, answer, patches))
