@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
-from polymodal.convert.operations import RENAME, WHOLE, Cut, Facts, Operation, Shape
+from polymodal.convert.operations import RENAME, WHOLE, Facts, Operation, Shape, TPShard
 from polymodal.core.errors import PolymodalError
 from polymodal.models.slices import Stored
 
@@ -45,10 +45,10 @@ class Row:
     hub: tuple[str, ...]
     other: tuple[str, ...]
     operation: Operation = RENAME
-    cut: Cut = WHOLE
-    cuts: tuple[Cut, ...] = ()  # one for each of `other`, when they differ
+    cut: TPShard = WHOLE
+    cuts: tuple[TPShard, ...] = ()  # one for each of `other`, when they differ
 
-    def cut_of(self, position: int) -> Cut:
+    def cut_of(self, position: int) -> TPShard:
         return self.cuts[position] if self.cuts else self.cut
 
 
@@ -56,8 +56,8 @@ def row(
     hub: str | Sequence[str],
     other: str | Sequence[str],
     operation: Operation = RENAME,
-    cut: Cut = WHOLE,
-    cuts: tuple[Cut, ...] = (),
+    cut: TPShard = WHOLE,
+    cuts: tuple[TPShard, ...] = (),
 ) -> Row:
     """A row from one pattern or several on either side."""
 
@@ -237,7 +237,7 @@ def hub_shapes(table: Table, shapes: Mapping[str, Shape], facts: Facts, where: s
     return out
 
 
-def cut_of(table: Table, key: str) -> Cut:
+def cut_of(table: Table, key: str) -> TPShard:
     """How a tensor of the other side is cut over TP."""
     for one in table.rows:
         for position, pattern in enumerate(one.other):

@@ -101,7 +101,7 @@ def devices() -> Iterator[Row]:
 PROBE = """
 import sys, datetime
 import torch, torch.distributed as dist
-from polymodal import device
+from polymodal.runtime import device
 rank, world, port, backend = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 store = dist.TCPStore("127.0.0.1", port, world, rank == 0, datetime.timedelta(seconds=90))
 where = device.find("cpu" if backend == "gloo" else "auto", rank).torch

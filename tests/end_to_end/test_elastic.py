@@ -108,8 +108,8 @@ def test_a_killed_node_leads_to_a_smaller_world(ground, straight, tmp_path):  # 
 LATE = """
 import os, signal, sys, torch.distributed as dist
 from datetime import timedelta
-from polymodal import spawn
-spawn.enter_child()
+from polymodal.runtime import launcher
+launcher.enter_child()
 if os.environ["NODE"] == "1":  # this node met the other, and dies before its process joins the group
     os.kill(os.getppid(), signal.SIGKILL)
     signal.pause()
@@ -118,9 +118,9 @@ print("world", dist.get_world_size(), flush=True)
 """
 NODE = """
 import os, sys
-from polymodal import launch, spawn
-start = launch.Start(1, int(os.environ["NODE"]), 2, "127.0.0.1", int(os.environ["PORT"]))
-raise SystemExit(spawn.run([os.environ["LATE"]], start, restarts=1, min_nodes=1))
+from polymodal.runtime import launcher, process_group
+start = process_group.Start(1, int(os.environ["NODE"]), 2, "127.0.0.1", int(os.environ["PORT"]))
+raise SystemExit(launcher.run([os.environ["LATE"]], start, restarts=1, min_nodes=1))
 """
 
 

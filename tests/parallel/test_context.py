@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import pack, padding_sample
 from polymodal.distributed import attention, sequence_sharding
-from polymodal.distributed.context_parallel import Context, Cut, ulysses_size
+from polymodal.distributed.context_parallel import Context, PackedShard, ulysses_size
 from polymodal.distributed.mesh import ParallelSizes
 from polymodal.distributed.ring_attention import backward_block, forward_block, plain_backward, plain_forward
 from polymodal.models import catalog
@@ -128,7 +128,7 @@ def test_packs_shorter_than_the_group(tmp_path, ulysses: int):
     causal=st.booleans(),
 )
 def test_every_row_is_held_once_and_evenly(lengths, ring, ulysses, causal):
-    cut = sequence_sharding.spread(lengths, ring, ulysses, causal)
+    cut = sequence_sharding.shard_lengths(lengths, ring, ulysses, causal)
     held = [sequence_sharding.rows(lengths, cut, r, u) for r in range(ring) for u in range(ulysses)]
     assert sorted(torch.cat(held).tolist()) == list(range(sum(lengths)))
     for r in range(ring):
@@ -144,7 +144,7 @@ def test_every_row_is_held_once_and_evenly(lengths, ring, ulysses, causal):
     lengths=st.lists(st.integers(16, 300), min_size=1, max_size=6).map(tuple), ring=st.sampled_from([2, 3, 4])
 )
 def test_a_causal_ring_gives_every_rank_the_same_work(lengths, ring):
-    cut = sequence_sharding.spread(lengths, ring, 1, True)
+    cut = sequence_sharding.shard_lengths(lengths, ring, 1, True)
     work = []
     for r in range(ring):
         rows = sequence_sharding.rows(lengths, cut, r, 0)
@@ -200,7 +200,7 @@ class Ring:
 
 def test_what_attention_over_ranks_cannot_do_is_said():
     inputs, cu_seqlens = draw([4], 2, 2, 4, torch.float32), attention.cumulative([8])
-    cut = Cut(Ring(), sequence_sharding.spread((8,), 2, 1, True), torch.arange(4))  # type: ignore[arg-type]
+    cut = PackedShard(Ring(), sequence_sharding.shard_lengths((8,), 2, 1, True), torch.arange(4))  # type: ignore[arg-type]
     with pytest.raises(PolymodalError, match="dropout cannot run over a ring"):
         attention.attend(*inputs, cu_seqlens, True, dropout=0.1, cut=cut)
     with pytest.raises(ValueError, match="this rank holds 4 rows, the stream has 3"):

@@ -158,5 +158,5 @@ def test_environment_listing(capsys, monkeypatch):
 
 
 def test_listing_the_environment_imports_no_torch():
-    code = "import sys; from polymodal import doctor; doctor.main(env=True); sys.exit('torch' in sys.modules)"
+    code = "import sys; from polymodal.tools import doctor; doctor.main(env=True); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

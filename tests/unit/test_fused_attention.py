@@ -80,7 +80,7 @@ def test_blocks_by_the_fused_operators_are_those_of_the_cpu(monkeypatch, causal,
         functools.partial(flash_kernels._ascend_forward, OPERATORS),
         functools.partial(flash_kernels._ascend_backward, OPERATORS),
     )
-    monkeypatch.setattr(ring_attention.fused_attention, "kernel", lambda *_: kernel)
+    monkeypatch.setattr(ring_attention.flash_kernels, "kernel", lambda *_: kernel)
     for mine, theirs in zip(both(), expected, strict=True):
         torch.testing.assert_close(
             mine, theirs, rtol=1e-5, atol=1e-6

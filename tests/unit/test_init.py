@@ -197,7 +197,7 @@ def test_shipped_recipes_cover_every_size_and_are_what_init_writes():
         if path.name != "base.yaml"
     }
     assert shipped == init_recipe.standard(), (
-        "run: python -c \"from polymodal import init; init.refresh('recipes')\""
+        "run: python -c \"from polymodal.tools import init_recipe; init_recipe.refresh('recipes')\""
     )
 
 

@@ -22,34 +22,35 @@ from polymodal.runtime.process_group import Place, Start, first_host, place
 
 PREAMBLE = """
 import os, signal, sys, time
-from polymodal import launch, recipe, spawn
+from polymodal import recipe
+from polymodal.runtime import launcher, process_group
 from polymodal.core.errors import PolymodalError
 
-spawn.enter_child()
+launcher.enter_child()
 rank = int(os.environ.get("RANK", 0))
 
 def say(*words):  # one write, so that lines of two processes never mix
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 
 def joined():
-    return launch.runtime(recipe.validate({"model": {"source": "x"}}))
+    return process_group.runtime(recipe.validate({"model": {"source": "x"}}))
 
 try:
     BODY
 except PolymodalError as error:
-    if spawn.record(error):
+    if launcher.record(error):
         print("error:", error, file=sys.stderr)
     sys.exit(error.code)
 except Exception as error:
-    if not spawn.record(error):
+    if not launcher.record(error):
         sys.exit(1)
     raise
 """
 
 PARENT = """
 import sys
-from polymodal import launch, spawn
-sys.exit(spawn.run([sys.argv[1]], launch.place(int(sys.argv[2]))))
+from polymodal.runtime import launcher, process_group
+sys.exit(launcher.run([sys.argv[1]], process_group.place(int(sys.argv[2]))))
 """
 
 NAMES = (
@@ -345,7 +346,7 @@ def test_a_bug_of_all_ranks_shows_one_traceback(processes):
 @pytest.mark.parametrize("number, after", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_signals_reach_the_processes_and_their_code_comes_back(processes, tmp_path, number, after):
     body = f"""
-    rt = launch.Runtime(launch.place(), None, 1)
+    rt = process_group.Runtime(process_group.place(), None, 1)
     rt.catch_signals()
     open({str(tmp_path)!r} + f'/ready{{rank}}', 'w').close()
     while rt.signal is None:
@@ -399,7 +400,7 @@ def test_a_command_started_by_a_launched_process_stands_alone(processes):
         out = subprocess.run([sys.executable, __file__, "inner"], capture_output=True, text=True)
         say(out.returncode, out.stdout.strip())
         sys.exit(0)
-    say(launch.place().how, spawn.CHILD in os.environ)
+    say(process_group.place().how, launcher.CHILD in os.environ)
     """
     assert processes(body, 1) == (0, "0 alone False\n", "")
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 START = """
 import torch
-from polymodal import device
+from polymodal.runtime import device
 info = device.find("auto", 1)
 """
 CASES = {

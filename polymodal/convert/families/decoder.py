@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from polymodal.convert.operations import COLUMNS, GLU, ROWS, Concatenate, Cut, QueryGroups
+from polymodal.convert.operations import COLUMNS, GLU, ROWS, Concatenate, QueryGroups, TPShard
 from polymodal.convert.table import Row, Tower, row
 
 LLM = "text_decoder.decoder.layers.{n}"
@@ -44,7 +44,7 @@ def gated(layer: str, ours: str = f"{LLM}.mlp", mlp: str = "mlp") -> tuple[Row, 
     )  # fmt: skip
 
 
-def outer(hub: str, head: str, vocabulary: Cut = ROWS) -> tuple[Row, ...]:
+def outer(hub: str, head: str, vocabulary: TPShard = ROWS) -> tuple[Row, ...]:
     """What is around the layers. hub, head: keys up to the embedding and of the head."""
     return (
         row(f"{hub}.embed_tokens.weight", TIE[1], cut=vocabulary),
@@ -65,7 +65,7 @@ def layers(
     )  # fmt: skip
 
 
-def decoder(hub: str, head: str, vocabulary: Cut = ROWS) -> tuple[Row, ...]:
+def decoder(hub: str, head: str, vocabulary: TPShard = ROWS) -> tuple[Row, ...]:
     """All of a Qwen2 or Llama."""
     layer = f"{hub}.layers.{{n}}"
     return (*outer(hub, head, vocabulary), *layers(layer, fused_attention(layer), gated(layer)))

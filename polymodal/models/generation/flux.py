@@ -92,7 +92,7 @@ CARD = ModelCard(
         "embedders": ("x_embedder", "context_embedder", "time_text_embed"),
         "output": ("norm_out", "proj_out"),
     },
-    streams=("encoder_hidden_states", "hidden_states"),
+    block_streams=("encoder_hidden_states", "hidden_states"),
     pipeline={
         "blocks": Chain(
             ("transformer_blocks.*", "single_transformer_blocks.*"),

@@ -56,7 +56,7 @@ CARD = ModelCard(
     },
     sequence_plan={"transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1}},
     sequence_exit="proj_out",
-    streams=("encoder_hidden_states", "hidden_states"),
+    block_streams=("encoder_hidden_states", "hidden_states"),
     tensor_plan={
         "": "stream",
         **{f"{n}?" if any(part in n for part in GIVEN_UP) else n: style for n, style in JOINT_BLOCKS.items()},
