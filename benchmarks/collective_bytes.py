@@ -133,14 +133,14 @@ def step(rank: int, directory: str, parallel: dict[str, Any]) -> dict[str, Any]:
     if isinstance(choices, torch.Tensor) and ep > 1:  # [layers, experts]: those of the other ranks
         mine = choices.chunk(ep, dim=1)[dist.get_rank(mesh.view("ep").get_group())]
         routed = float(choices.sum() - mine.sum())
-    media = own[0].media
+    media = own[0].media.get("vision")
     away = lambda counts: sum(counts) - counts[media.group.rank()] if media is not None else 0  # noqa: E731
     first = whole[0]
     tied = [name for tie in model.parts[0].stage.tied for name, _ in tie]
     return {
         "sent": sent.bytes, "total": sum(sent.bytes.values()), "parameters": {n: p.numel() for n, p in model.all.items()},
         "rows": own[0]["input_ids"].shape[1], "routed": routed, "stage": mesh.at["pp"], "tied": tied[:1],
-        "patches": away(media.patches_sent) if media is not None and media.moves else 0,
+        "patches": away(media.rows_sent) if media is not None and media.moves else 0,
         "features": away(media.features_sent) if media is not None else 0,
         "pixels": first["pixel_values"].shape[1], "tokens": first["input_ids"].shape[1],
         "all_patches": first["pixel_values"].shape[0], "trained": int((first["weights"] > 0).sum()),

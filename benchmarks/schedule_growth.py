@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from polymodal.core.sample import SampleLengths
 from polymodal.data.packing import first_fit_decreasing
 from polymodal.data.schedule import Schedule
 from polymodal.recipe import Data, Train
@@ -48,7 +49,8 @@ def spread(count: int) -> tuple[np.ndarray, np.ndarray]:
 def cost(measure: Any) -> float:
     """Forward FLOPs: 3 billion parameters, 36 layers of width 2048; a tower of 0.6 billion, 4 of 32 layers global."""
     text = 6e9 * measure.tokens + 2 * 36 * 2048 * measure.tokens**2
-    return text + 1.2e9 * measure.patches + 4 * 1280 * measure.patches * (4 * measure.patches + 28 * 64)
+    patches = measure.total("vision")
+    return text + 1.2e9 * patches + 4 * 1280 * patches * (4 * patches + 28 * 64)
 
 
 def index_of(tokens: np.ndarray, patches: np.ndarray) -> Any:
@@ -56,7 +58,8 @@ def index_of(tokens: np.ndarray, patches: np.ndarray) -> Any:
         tokens=tokens,
         usable=np.ones(len(tokens), dtype=bool),
         record=None,
-        measure=lambda i: SimpleNamespace(tokens=int(tokens[i]), patches=int(patches[i])),
+        media={"vision": patches},
+        measure=lambda i: SampleLengths(int(tokens[i]), 0, {"vision": (int(patches[i]),)}),
     )
 
 

@@ -5,7 +5,7 @@ Ground floor: imports torch only. `data` makes these, `models` and `objectives` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -53,14 +53,36 @@ class Record:
 
 
 @dataclass(frozen=True)
+class MediaStream:
+    """Media tensors that one tower reads, as a model's processor declares them.
+
+    tensor: name of the tower's input in a Sample and a Batch, rows of all media concatenated along dimension 0;
+    sizes:  name of an int64 tensor [M, k], one row a medium in reading order, whose product is the medium's rows of
+            `tensor`: (t, h, w) in patches, (tiles,), (frames,).
+    axes:   meaning of the dimensions of `tensor`.
+    """
+
+    name: str  # "vision", "audio"
+    tensor: str  # "pixel_values"
+    sizes: str  # "grid_thw"
+    axes: tuple[Axis, ...] = ("patch", "none")
+
+
+@dataclass(frozen=True)
 class SampleLengths:
-    """What planning needs of a sample, measured without decoding pixels."""
+    """What planning needs of a sample, measured without decoding media."""
 
     tokens: int  # text stream, media tokens included
     trained: int  # tokens with a label
-    patches: tuple[int, ...] = ()
-    """Vision patches (before merging) that attend to each other: of each picture, and of each temporal patch of each
-    video, in reading order. What is to be generated: (frames, height, width)."""
+    media: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Media stream -> lengths of what attends to each other in its tower, in reading order: patches (before merging)
+    of each picture and of each temporal patch of a video, patches of each tile, frames of each sound."""
+    shape: tuple[int, ...] = ()
+    """Of what is to be generated: (frames, height, width)."""
+
+    def total(self, stream: str) -> int:
+        """Sum of the lengths of a media stream; 0 without any."""
+        return sum(self.media.get(stream, ()))
 
 
 @dataclass
@@ -69,29 +91,35 @@ class Sample:
 
     input_ids [T] int64; labels [T] int64: the NEXT token at each place, or IGNORE; weights [T] float32: weight of
     that label before normalisation, 0 where there is none; position_ids [R, T] int64: row 0 counts the sample's own
-    tokens from 0, further rows (three for mRoPE) are the model's; pixel_values [P, D] float32; grid_thw [M, 3] int64.
+    tokens from 0, further rows (three for mRoPE) are the model's; of each media stream its `tensor` and its `sizes`.
     """
 
     id: int
     tensors: dict[str, Tensor]
     measure: SampleLengths
     where: str = ""
-    broken: str | None = None  # why this is a zero-weight padding_sample
+    broken: str | None = None  # why this is a padding sample without weight
     modality: Literal["text", "image", "video", "audio", "mixed"] = "text"  # for the loss by modality
+    streams: tuple[MediaStream, ...] = ()  # that its model has, with media in it or not
 
 
 @dataclass
 class Batch:
     """A micro-batch.
 
-    tensors:  name -> tensor; text streams are packed [1, T] (position_ids [R, 1, T]), media [P, D].
+    tensors:  name -> tensor; text streams are packed [1, T] (position_ids [R, 1, T]), media [rows, ...].
     axes:     name -> the meaning of each dimension.
     samples:  ids of the samples inside, in order.
-    segments: stream -> cumulative lengths [S + 1] int32 ("text"; families add "vision" if they wish).
+    segments: stream -> cumulative lengths [S + 1] int32 ("text"; families add others if they wish).
     groups:   ties between samples: pairs (DPO), rollouts (GRPO).
-    cut:      how the text stream is cut over a context-parallel group (distributed/context_parallel.py), None: it is whole. Then
-              input_ids and position_ids hold this rank's rows, `rows` [n] says which; labels and weights are whole.
-    media:    how pictures are dealt out to ranks (parallel/media.py), None: this rank computes its own.
+    cut:      how the text stream is cut over a context-parallel group (distributed/context_parallel.py), None: it is
+              whole. Then input_ids and position_ids hold this rank's rows, `rows` [n] says which; labels and weights
+              are whole.
+    media:    media stream -> how its media are assigned to ranks (parallel/media.py); without an entry this rank
+              computes its own.
+    host:     name -> copy on the host of an integer tensor that was moved to a device: lengths and sizes are read
+              there, so that nothing waits for the device.
+    streams:  the media streams that its samples may have.
     """
 
     tensors: dict[str, Tensor]
@@ -100,17 +128,24 @@ class Batch:
     segments: dict[str, Tensor] = field(default_factory=dict)
     groups: dict[str, Any] = field(default_factory=dict)
     cut: Any = None
-    media: Any = None
+    media: Mapping[str, Any] = field(default_factory=dict)
+    host: dict[str, Tensor] = field(default_factory=dict)
+    streams: tuple[MediaStream, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        def move(d: dict[str, Tensor]) -> dict[str, Tensor]:
-            moved = {k: v.to(device, non_blocking=non_blocking) for k, v in d.items()}
-            for name, tensor in moved.items():
-                if not tensor.is_floating_point() and tensor is not d[name]:
-                    tensor.host = d[name]  # type: ignore[attr-defined]  # lengths and grids are read on the host: no wait for the device
-            return moved
+        tensors = {k: v.to(device, non_blocking=non_blocking) for k, v in self.tensors.items()}
+        segments = {k: v.to(device, non_blocking=non_blocking) for k, v in self.segments.items()}
+        host = dict(self.host)
+        for name, moved in {**tensors, **segments}.items():
+            before = self.tensors[name] if name in self.tensors else self.segments[name]
+            if not moved.is_floating_point() and moved is not before:
+                host.setdefault(name, before)
+        return replace(self, tensors=tensors, segments=segments, host=host)
 
-        return replace(self, tensors=move(self.tensors), segments=move(self.segments))
+    def on_host(self, name: str) -> Tensor | None:
+        """An integer tensor as it was before it was moved to a device; None when the batch has none of that name."""
+        found = self.host.get(name, self.tensors.get(name))
+        return None if found is None else found.cpu()
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -124,16 +159,15 @@ AXES: dict[str, tuple[Axis, ...]] = {
     "labels": ("batch", "sequence"),
     "weights": ("batch", "sequence"),
     "position_ids": ("none", "batch", "sequence"),
-    "pixel_values": ("patch", "none"),
-    "grid_thw": ("none", "none"),
 }
 
 
 def pack(samples: Sequence[Sample]) -> Batch:
     """Concatenate samples into one packed micro-batch [1, T]; attention is bounded by segments["text"].
 
-    Media are concatenated in reading order; the batch has no pixel_values when no sample has media, or when samples
-    were made without. `groups` says of each sample its modality, its number of media and whether it is broken.
+    Media are concatenated in reading order; the batch has no tensor of a stream when no sample has such media, or when
+    samples were made without. `groups` says of each sample its modality, its number of media a stream and whether it
+    is broken.
     """
     if not samples:
         raise ValueError("a micro-batch needs at least one sample")
@@ -143,55 +177,77 @@ def pack(samples: Sequence[Sample]) -> Batch:
         for name in ("input_ids", "labels", "weights")
     }
     tensors["position_ids"] = torch.cat([s.tensors["position_ids"] for s in samples], dim=1).unsqueeze(1)
-    for name in ("pixel_values", "grid_thw"):
-        parts = [s.tensors[name] for s in samples if name in s.tensors]
-        if parts:
-            tensors[name] = torch.cat(parts)
+    axes = dict(AXES)
+    streams = tuple(dict.fromkeys(stream for s in samples for stream in s.streams))
+    for stream in streams:
+        axes |= {stream.tensor: stream.axes, stream.sizes: ("none", "none")}
+        for name in (stream.tensor, stream.sizes):
+            parts = [s.tensors[name] for s in samples if name in s.tensors]
+            if parts:
+                tensors[name] = torch.cat(parts)
     cu = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     cu[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
     groups = {
         "modality": tuple(s.modality for s in samples),
-        "media": tuple(len(s.tensors.get("grid_thw", ())) for s in samples),
+        "media": {
+            stream.name: tuple(len(s.tensors.get(stream.sizes, ())) for s in samples) for stream in streams
+        },
         "broken": tuple(s.broken is not None for s in samples),
     }
-    return Batch(tensors, {k: AXES[k] for k in tensors}, tuple(s.id for s in samples), {"text": cu}, groups)
+    return Batch(
+        tensors,
+        {k: axes[k] for k in tensors},
+        tuple(s.id for s in samples),
+        {"text": cu},
+        groups,
+        streams=streams,
+    )
 
 
-def without(batch: Batch, gone: Sequence[bool]) -> tuple[Batch, list[SampleLengths]]:
-    """(a packed batch with holes in place of the samples that are gone, the lengths of what was there)."""
-    cu, media = batch.segments["text"].tolist(), batch.groups["media"]
-    grids, first = batch.get("grid_thw"), [0]
-    for number in media:
-        first.append(first[-1] + number)
-    patches = [0, *(grids.prod(dim=1).cumsum(0).tolist() if grids is not None else ())]
-    samples, lost = [], []
+def unpack(batch: Batch) -> list[Sample]:
+    """The samples of a packed batch, as `pack` took them, but for their lengths in media streams."""
+    cu = batch.segments["text"].tolist()
+    samples = []
     for at, id in enumerate(batch.samples):
         text = slice(cu[at], cu[at + 1])
         tensors = {name: batch[name][0, text] for name in ("input_ids", "labels", "weights")}
         tensors["position_ids"] = batch["position_ids"][:, 0, text]
-        own = slice(first[at], first[at + 1])
-        if grids is not None and media[at]:
-            tensors["grid_thw"] = grids[own]
-            if "pixel_values" in batch.tensors:
-                tensors["pixel_values"] = batch["pixel_values"][patches[own.start] : patches[own.stop]]
+        trained = int((tensors["weights"] != 0).sum())
         broken = "" if batch.groups["broken"][at] else None
-        sample = Sample(
-            id, tensors, SampleLengths(text.stop - text.start, 0), "", broken, batch.groups["modality"][at]
-        )
-        if gone[at] and broken is None:
-            trained = int((tensors["weights"] != 0).sum())
-            lost.append(SampleLengths(sample.measure.tokens, trained, (1,) * media[at]))
-            sample = padding_sample(
-                min(2, sample.measure.tokens), len(tensors["position_ids"]), id, broken=""
-            )
-        samples.append(sample)
+        measure = SampleLengths(text.stop - text.start, trained)
+        modality = batch.groups["modality"][at]
+        samples.append(Sample(id, tensors, measure, "", broken, modality, batch.streams))
+    for stream in batch.streams:
+        sizes, rows = batch.get(stream.sizes), batch.get(stream.tensor)
+        if sizes is None:
+            continue
+        counts = list(batch.groups["media"][stream.name])
+        by_sample = sizes.split(counts)
+        by_rows = None if rows is None else rows.split([int(own.prod(dim=1).sum()) for own in by_sample])
+        for at, (sample, own) in enumerate(zip(samples, by_sample, strict=True)):
+            if counts[at]:
+                sample.tensors[stream.sizes] = own
+                if by_rows is not None:
+                    sample.tensors[stream.tensor] = by_rows[at]
+    return samples
+
+
+def without(batch: Batch, gone: Sequence[bool]) -> tuple[Batch, list[Sample]]:
+    """(a packed batch with padding samples in place of the samples that are gone, what was there)."""
+    samples, lost = unpack(batch), []
+    for at, sample in enumerate(samples):
+        if gone[at] and sample.broken is None:
+            lost.append(sample)
+            tokens = min(2, sample.measure.tokens)
+            rows = len(sample.tensors["position_ids"])
+            samples[at] = padding_sample(tokens, rows, sample.id, broken="")
     return pack(samples), lost
 
 
 def padding_sample(
     tokens: int = 2, rows: int = 1, id: int = -1, where: str = "", broken: str | None = None, token: int = 0
 ) -> Sample:
-    """A sample without weight: stands for a broken row, or fills a global batch to a multiple of the ranks."""
+    """A sample without weight: for a broken record, or to fill a global batch to a multiple of the ranks."""
     return Sample(
         id,
         {
@@ -207,50 +263,64 @@ def padding_sample(
 
 
 @dataclass(frozen=True)
+class MediaShape:
+    """What a medium's header says of it, before anything is decoded."""
+
+    kind: Literal["image", "video", "audio"]
+    height: int = 0  # pixels
+    width: int = 0
+    frames: int = 1  # sampled frames of a video
+    seconds: tuple[float, ...] = ()  # time of each sampled frame
+    step: float = 0.0  # seconds between temporal patches of a video
+    samples: int = 0  # of a sound, at the processor's rate
+
+
+@dataclass(frozen=True)
+class MediaPart:
+    """What one medium gives to one media stream."""
+
+    stream: str  # name of a MediaStream
+    size: tuple[int, ...]  # its row of the stream's `sizes`
+    lengths: tuple[int, ...]  # what attends to each other, as SampleLengths.media counts
+
+
+@dataclass(frozen=True)
 class Span:
-    """What one medium becomes in the token stream."""
+    """What one medium becomes in the token stream, and in the streams of the towers (a video with sound: in two)."""
 
     ids: (
         tuple[int, ...] | list[int]
     )  # put in place of ALL tokens of `MediaProcessor.placeholder` (start and end marks too)
-    patches: int  # vision patches before merging
-    grid: tuple[int, int, int]  # (t, h, w) in patches
-
-    @property
-    def frames(self) -> tuple[int, ...]:
-        """Patches of each temporal patch, as `SampleLengths.patches` counts them."""
-        return (self.grid[1] * self.grid[2],) * self.grid[0]
+    parts: tuple[MediaPart, ...]
+    shape: MediaShape
 
 
 class MediaProcessor(Protocol):
-    """A family's knowledge of tokens and pixels, handed to `data` so that it never imports `models`.
+    """A family's knowledge of tokens and media, handed to `data` so that it never imports `models`.
 
     Must be picklable (it travels to data workers). Shapes as in `Sample`.
     """
 
     tokenizer: Any  # a transformers fast tokenizer
+    streams: tuple[MediaStream, ...]
     rows: int  # rows of position_ids (4 with mRoPE, else 1)
-    frame_multiple: int = 2  # sampled video frames are a multiple of this (frames a temporal patch joins)
+    frame_multiple: int  # sampled video frames are a multiple of this (frames a temporal patch joins)
+    sample_rate: int  # of sound, in Hz; 0: the model does not take sound
 
     def placeholder(self, kind: str) -> str:
-        """Text that the chat is rendered with where a medium stands, e.g. "<|vision_start|><|image_pad|><|vision_end|>"."""
+        """Text that the chat is rendered with where a medium stands, e.g. "<|vision_start|><|image_pad|><|vision_end|>".
+
+        Raises PolymodalError for a kind that the model does not read."""
 
     def template_content(self, part: str | Media) -> dict:
         """One part of a message in the form the chat template wants."""
 
-    def span(
-        self, kind: str, height: int, width: int, frames: int = 1, seconds: Sequence[float] = ()
-    ) -> Span:
-        """Tokens and patches of a medium from its size alone (pixels; `seconds`: time of each sampled frame)."""
+    def span(self, shape: MediaShape) -> Span:
+        """Tokens of a medium, and its part of each stream, from its size alone."""
 
-    def pixels(self, kind: str, frames: Any) -> tuple[Tensor, Tensor]:
-        """Decoded medium (PIL image, or uint8 [F, H, W, 3] for video) -> pixel_values [P, D], grid [1, 3]."""
+    def features(self, shape: MediaShape, decoded: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """Decoded medium (PIL image; uint8 [F, H, W, 3] for video; float32 [samples] for sound) -> stream name ->
+        (rows of the stream's `tensor`, its row of `sizes` [1, k])."""
 
-    def position_ids(
-        self,
-        input_ids: Tensor,
-        kinds: Sequence[str],
-        grids: Sequence[tuple[int, int, int]],
-        seconds_per_grid: Sequence[float],
-    ) -> Tensor:
-        """Positions [rows, T] of one sample; seconds_per_grid: seconds between temporal patches of a video, 0 for an image."""
+    def position_ids(self, input_ids: Tensor, spans: Sequence[Span]) -> Tensor:
+        """Positions [rows, T] of one sample; spans: of its media in reading order."""

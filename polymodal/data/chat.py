@@ -12,15 +12,26 @@ import json
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import IGNORE, Media, MediaProcessor, Message, Record, Sample, SampleLengths, Span
+from polymodal.core.sample import (
+    IGNORE,
+    Media,
+    MediaProcessor,
+    MediaShape,
+    Message,
+    Record,
+    Sample,
+    SampleLengths,
+    Span,
+)
 from polymodal.data import media as files
 from polymodal.data.counting import TokenCounter, tokens_before
 from polymodal.data.template import Layout, Template
@@ -55,7 +66,7 @@ class ChatProcessor:
         self.backend = backend
         self.template = Template(media, _read_template(data.chat_template), data.template_kwargs)
         self.counter = TokenCounter(backend)
-        self.multiple = int(getattr(media, "frame_multiple", 2))
+        self.streams = media.streams
         self._begin = _automatic_begin(media.tokenizer)
         self._spans: OrderedDict[Any, Span] = OrderedDict()
 
@@ -69,20 +80,23 @@ class ChatProcessor:
         Media are asked for the spans of a few sizes, so that any setting that changes a length changes the hash.
         """
         spans: list[Any] = []
-        for kind, height, width, frames in (
-            ("image", 10, 10, 1),
-            ("image", 777, 333, 1),
-            ("image", 9000, 7000, 1),
-            ("video", 360, 640, 4),
-            ("video", 1080, 1920, 64),
+        halves = tuple(i / 2 for i in range(64))
+        for shape in (
+            MediaShape("image", 10, 10),
+            MediaShape("image", 777, 333),
+            MediaShape("image", 9000, 7000),
+            MediaShape("video", 360, 640, 4, halves[:4], 1.0),
+            MediaShape("video", 1080, 1920, 64, halves, 1.0),
+            MediaShape("audio", samples=123_457),
         ):
             try:
-                span = self.media.span(kind, height, width, frames, tuple(i / 2 for i in range(frames)))
-                spans.append([list(span.ids), span.patches, list(span.grid)])
+                self.media.placeholder(shape.kind)
+                span = self.media.span(shape)
+                spans.append([list(span.ids), [(p.stream, p.size, p.lengths) for p in span.parts]])
             except PolymodalError as error:
                 spans.append(error.message)
         state = [
-            VERSION, self.template.text, self.template.kwargs, self.template.marks, self.train_on, self.multiple, spans,
+            VERSION, self.template.text, self.template.kwargs, self.template.marks, self.train_on, self.media.frame_multiple, spans,
             self.video.model_dump(), getattr(self.media, "settings", None), str(self.media.tokenizer.eos_token), self._begin,
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode())
@@ -143,23 +157,30 @@ class ChatProcessor:
 
     # -- media --------------------------------------------------------------------------------------------------
 
-    def _span(self, medium: Media) -> tuple[Span, files.VideoHeader | None, files.Clip | None]:
-        """Tokens of a medium from its header; for a video also which frames are taken."""
-        files.refuse_audio(medium)
-        header = clip = None
+    def _opened(self, medium: Media) -> tuple[Span, Callable[[], Any]]:
+        """Tokens of a medium from its header, and what decodes it."""
+        self.media.placeholder(medium.kind)  # or the model does not read this kind
+        decode: Callable[[], Any]
         if medium.kind == "video":
             header = files.video_header(medium.source, self.video.fps)
-            clip = files.clip(header, self.video, self.multiple)
-            key: Any = ("video", header.height, header.width, clip.seconds)
-        else:
+            clip = files.clip(header, self.video, self.media.frame_multiple)
+            step = self.media.frame_multiple / clip.fps
+            frames = len(clip.indices)
+            shape = MediaShape("video", header.height, header.width, frames, clip.seconds, step)
+            decode = partial(files.video, medium.source, header, clip.indices)
+        elif medium.kind == "image":
             assert not isinstance(medium.source, tuple)
-            key = ("image", *files.image_size(medium.source))
-        span = self._spans.get(key)
+            shape = MediaShape("image", *files.image_size(medium.source))
+            decode = partial(files.image, medium.source)
+        else:
+            raise PolymodalError("this release decodes no sound.")
+        return self._span(shape, medium), decode
+
+    def _span(self, shape: MediaShape, medium: Media) -> Span:
+        span = self._spans.get(shape)
         if span is None:
             try:
-                span = self.media.span(
-                    key[0], key[1], key[2], len(clip.indices) if clip else 1, clip.seconds if clip else ()
-                )
+                span = self.media.span(shape)
             except (ValueError, ZeroDivisionError) as error:
                 raise PolymodalError(
                     f"the {medium.kind} {files.label(medium.source)} cannot be used: {error}.",
@@ -169,12 +190,20 @@ class ChatProcessor:
                 raise PolymodalError(f"{files.label(medium.source)}: {error.message}", error.hint) from None
             if len(self._spans) >= _SPANS:
                 self._spans.popitem(last=False)
-            self._spans[key] = span
-        return span, header, clip
+            self._spans[shape] = span
+        return span
 
     def span(self, medium: Media) -> Span:
         """What a medium becomes, from its header. Raises PolymodalError."""
-        return self._span(medium)[0]
+        return self._opened(medium)[0]
+
+    def _lengths(self, spans: Sequence[Span]) -> dict[str, tuple[int, ...]]:
+        parts = [part for span in spans for part in span.parts]
+        return {
+            stream.name: tuple(n for part in parts if part.stream == stream.name for n in part.lengths)
+            for stream in self.streams
+            if any(part.stream == stream.name for part in parts)
+        }
 
     # -- the four services --------------------------------------------------------------------------------------
 
@@ -192,7 +221,7 @@ class ChatProcessor:
                 try:
                     layout = self._layout(record, text)
                     media = record.media if layout.media else ()
-                    spans = [self._span(media[k])[0] for _, _, k in layout.media]
+                    spans = [self._opened(media[k])[0] for _, _, k in layout.media]
                     regions = self._regions(record, layout)
                 except PolymodalError as error:
                     out[n] = str(error)
@@ -211,11 +240,11 @@ class ChatProcessor:
                     tokens += len(span.ids) - places
                     if any(a <= start < b for a, b, _ in regions):
                         trained -= places - (before[start] == 0)
-                out[n] = SampleLengths(tokens, trained, tuple([n for s in spans for n in s.frames]))
+                out[n] = SampleLengths(tokens, trained, self._lengths(spans))
         return out
 
     def sample(self, record: Record, id: int = -1, pixels: bool = True) -> Sample:
-        """The tensors of a record; pixels: decoded, or only their grids from the media's headers, no pixel_values.
+        """The tensors of a record; pixels: decoded, or only their sizes from the media's headers.
 
         Raises PolymodalError with the record's place.
         """
@@ -252,22 +281,19 @@ class ChatProcessor:
         for start, stop, weight in regions:
             weights[tokens_before(encoding, start, length) : tokens_before(encoding, stop, length)] = weight
         pieces, kept, at = [], [], 0
-        pixels: list[torch.Tensor] = []
+        features: dict[str, list[torch.Tensor]] = {}
         spans: list[Span] = []
-        kinds: list[str] = []
-        seconds: list[float] = []
         media = record.media
         for start, stop, number in layout.media:
             a, b = tokens_before(encoding, start, length), tokens_before(encoding, stop, length)
-            span, header, clip = self._span(media[number])
+            span, open_medium = self._opened(media[number])
             pieces += [ids[at:a], np.asarray(span.ids, np.int64)]
             kept += [weights[at:a], np.zeros(len(span.ids), np.float32)]
             at = b
             if decode:
-                pixels.append(self._pixels(media[number], span, header, clip))
+                for stream, rows in self._features(media[number], span, open_medium).items():
+                    features.setdefault(stream, []).append(rows)
             spans.append(span)
-            kinds.append(media[number].kind)
-            seconds.append(self.multiple / clip.fps if clip else 0.0)
         tokens = torch.from_numpy(np.concatenate([*pieces, ids[at:]]))
         loss = torch.from_numpy(np.concatenate([*kept, weights[at:]]))
         labels = torch.full_like(tokens, IGNORE)
@@ -278,32 +304,29 @@ class ChatProcessor:
             "input_ids": tokens,
             "labels": labels,
             "weights": shifted,
-            "position_ids": self.media.position_ids(tokens, kinds, [s.grid for s in spans], seconds),
+            "position_ids": self.media.position_ids(tokens, spans),
         }
-        if spans:
-            if decode:
-                tensors["pixel_values"] = torch.cat(pixels)
-            tensors["grid_thw"] = torch.tensor([s.grid for s in spans])
-        measure = SampleLengths(
-            len(tokens), int((labels != IGNORE).sum()), tuple(n for s in spans for n in s.frames)
-        )
+        for stream in self.streams:
+            sizes = [part.size for span in spans for part in span.parts if part.stream == stream.name]
+            if sizes:
+                tensors[stream.sizes] = torch.tensor(sizes)
+            if stream.name in features:
+                tensors[stream.tensor] = torch.cat(features[stream.name])
+        measure = SampleLengths(len(tokens), int((labels != IGNORE).sum()), self._lengths(spans))
+        kinds = [span.shape.kind for span in spans]
         modality: Any = "mixed" if len(set(kinds)) > 1 else kinds[0] if kinds else "text"
-        return Sample(id, tensors, measure, record.where, modality=modality)
+        return Sample(id, tensors, measure, record.where, modality=modality, streams=self.streams)
 
-    def _pixels(
-        self, medium: Media, span: Span, header: files.VideoHeader | None, clip: files.Clip | None
-    ) -> torch.Tensor:
-        if header is not None and clip is not None:
-            decoded: Any = files.video(medium.source, header, clip.indices)
-        else:
-            decoded = files.image(medium.source)  # type: ignore[arg-type]
-        values, grid = self.media.pixels(medium.kind, decoded)
-        if tuple(grid[0].tolist()) != tuple(span.grid):
-            raise PolymodalError(
-                f"the {medium.kind} {files.label(medium.source)} decodes to another size than its header says.",
-                "Fetch it again, or write it anew with a current tool.",
-            )
-        return values
+    def _features(self, medium: Media, span: Span, decode: Callable[[], Any]) -> dict[str, torch.Tensor]:
+        """Stream -> rows of its tensor."""
+        found = self.media.features(span.shape, decode())
+        for part in span.parts:
+            if tuple(found[part.stream][1][0].tolist()) != tuple(part.size):
+                raise PolymodalError(
+                    f"the {medium.kind} {files.label(medium.source)} decodes to another size than its header says.",
+                    "Fetch it again, or write it anew with a current tool.",
+                )
+        return {stream: rows for stream, (rows, _) in found.items()}
 
     def pieces(self, record: Record) -> list[Record]:
         """A record cut between messages into records of at most max_length tokens; [record] when it fits.
@@ -355,7 +378,7 @@ class ChatProcessor:
         room = self.max_length - 2 - len(self.backend.encode(self._begin, add_special_tokens=False))
         for part in record.messages[0].content:
             if isinstance(part, Media):
-                atoms.append((part, len(self._span(part)[0].ids)))
+                atoms.append((part, len(self._opened(part)[0].ids)))
                 continue
             offsets, step, at = (
                 self.backend.encode(part, add_special_tokens=False).offsets,

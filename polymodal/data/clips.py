@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Media, Record, SampleLengths
+from polymodal.core.sample import Media, MediaStream, Record, SampleLengths
 from polymodal.data import media
 from polymodal.data.captions import GIVEN
 from polymodal.recipe import Clip
@@ -32,6 +32,8 @@ class Clips:
     grid: the family's LatentGrid (side, fits, tokens); given: the roles of what a row's medium is made from that the
     family takes; needed: those that every row must have. Raises PolymodalError for sizes and lengths that the latents do not divide.
     """
+
+    streams: tuple[MediaStream, ...] = ()  # there is no token stream that media stand in
 
     def __init__(self, clip: Clip, grid: Any, given: Sequence[str] = (), needed: Sequence[str] = ()):
         self.clip, self.grid, self.roles, self.needed = clip, grid, tuple(given), tuple(needed)
@@ -80,7 +82,7 @@ class Clips:
     # ------------------------------------------------------------------ measuring, from headers
 
     def measure(self, records: Sequence[Record]) -> list[SampleLengths | str]:
-        """For each record its SampleLengths (patches = frames, height, width), or why it cannot be used, as one sentence."""
+        """For each record its SampleLengths, or why it cannot be used, as one sentence."""
         out: list[SampleLengths | str] = []
         for record in records:
             try:
@@ -153,7 +155,7 @@ class Clips:
         height, width = min(self.sizes, key=lambda s: (abs(math.log(s[0] / s[1]) - ratio), -s[0] * s[1]))
         frames += self.grid.time * self._references(record)
         tokens = self.grid.tokens(frames, height, width)
-        return SampleLengths(tokens, tokens, (frames, height, width))
+        return SampleLengths(tokens, tokens, shape=(frames, height, width))
 
     def _audible(self, medium: Media, header: media.VideoHeader) -> None:
         assert self.clip.fps is not None
@@ -190,15 +192,15 @@ class Clips:
 
     def frames(self, record: Record, measure: SampleLengths) -> np.ndarray:
         """The medium in its bucket's size: uint8 [F, H, W, 3]. Raises PolymodalError with the row's place."""
-        count = measure.patches[0] - self.grid.time * self._references(record)
-        return self._decoded(medium_of(record), record, count, *measure.patches[1:])
+        count = measure.shape[0] - self.grid.time * self._references(record)
+        return self._decoded(medium_of(record), record, count, *measure.shape[1:])
 
     def given(self, record: Record, measure: SampleLengths) -> dict[str, np.ndarray]:
         """What comes with the medium, by role, uint8: source and mask [F, H, W, 3] at the medium's own times (a
         picture stands for all of them), references [N, H, W, 3], whole, on white; float32: sound [2, samples], and the
         rate in frames a second. Raises PolymodalError."""
-        height, width = measure.patches[1:]
-        count = measure.patches[0] - self.grid.time * self._references(record)
+        height, width = measure.shape[1:]
+        count = measure.shape[0] - self.grid.time * self._references(record)
         out = {}
         for role, shown in self._given(record).items():
             if role == "references":

@@ -274,7 +274,8 @@ class Features:
         self.shapes, self.datasets = shapes, datasets
         self.buckets, self.bucket = np.unique(shapes, axis=0, return_inverse=True)
         self.bucket = self.bucket.reshape(-1).astype(np.int32)
-        self.patches, self.trained = np.zeros(count, np.int32), self.tokens
+        self.media: dict[str, np.ndarray] = {}
+        self.trained = self.tokens
         self.usable = np.ones(count, bool)
         self.record = None
         self.parts = self._parts(datasets, shares)
@@ -328,7 +329,7 @@ class Features:
 
     def measure(self, i: int) -> SampleLengths:
         frames, height, width = (int(x) for x in self.shapes[i])
-        return SampleLengths(int(self.tokens[i]), int(self.tokens[i]), (frames, height, width))
+        return SampleLengths(int(self.tokens[i]), int(self.tokens[i]), shape=(frames, height, width))
 
     def locate(self, i: int) -> tuple[int, int]:
         return i, -1

@@ -28,7 +28,7 @@ from polymodal.data.index_file import Problem, Progress, cache_directory, cache_
 from polymodal.data.workers import quiet_threads
 from polymodal.recipe import Data
 
-VERSION = 2  # of the file's form: part of its key
+VERSION = 3  # of the file's form: part of its key
 UNTRAINED = "no token of it is trained on (data.train_on)"
 _CHUNK = 256  # records a task
 _START_SECONDS = 8.0  # more than this must be saved by it before processes are started
@@ -37,8 +37,7 @@ _START_SECONDS = 8.0  # more than this must be saved by it before processes are 
 class Index:
     """Compact lengths of all rows. A row is a record, or one piece of a record that was split.
 
-    tokens, trained, patches: int32 [N] (patches: sum over media); patch_values int32 [M], patch_offsets int64 [N + 1]:
-    `SampleLengths.patches`; record int64 [N] and piece int32 [N] (-1 = whole), both None without split records;
+    tokens, trained: int32 [N]; media: stream -> sum of its lengths in each row, int32 [N]; record int64 [N] and piece int32 [N] (-1 = whole), both None without split records;
     usable bool [N]; problems: the broken rows. The arrays are views of the mapped cache file: read-only.
     """
 
@@ -50,8 +49,11 @@ class Index:
         corpus: Any = None,
         key: str = "",
     ):
-        self.tokens, self.trained, self.patches = columns["tokens"], columns["trained"], columns["patches"]
-        self.patch_values, self.patch_offsets = columns["patch_values"], columns["patch_offsets"]
+        self.tokens, self.trained = columns["tokens"], columns["trained"]
+        names = [name.partition("/")[2] for name in columns if name.startswith("media/")]
+        self.media = {name: columns[f"media/{name}"] for name in names}
+        self._lengths = {name: (columns[f"lengths/{name}"], columns[f"offsets/{name}"]) for name in names}
+        self._shapes = columns.get("shape")
         self.record: np.ndarray | None = columns.get("record")
         self.piece: np.ndarray | None = columns.get("piece")
         self.problems = tuple(problems)
@@ -70,8 +72,12 @@ class Index:
 
     def measure(self, i: int) -> SampleLengths:
         """Lengths of row i."""
-        patches = self.patch_values[self.patch_offsets[i] : self.patch_offsets[i + 1]]
-        return SampleLengths(int(self.tokens[i]), int(self.trained[i]), tuple(patches.tolist()))
+        media = {}
+        for stream, (values, offsets) in self._lengths.items():
+            if offsets[i] < offsets[i + 1]:
+                media[stream] = tuple(values[offsets[i] : offsets[i + 1]].tolist())
+        shape = () if self._shapes is None else tuple(self._shapes[3 * i : 3 * i + 3].tolist())
+        return SampleLengths(int(self.tokens[i]), int(self.trained[i]), media, shape)
 
     def locate(self, i: int) -> tuple[int, int]:
         """Row -> (record of the corpus, piece of it); piece -1 is the whole record."""
@@ -81,10 +87,7 @@ class Index:
 
     def shapes(self) -> np.ndarray:
         """(frames, height, width) of each row of what is to be generated, int32 [N, 3]; zeros where it is broken."""
-        out = np.zeros((len(self), 3), np.int32)
-        whole = np.diff(self.patch_offsets) == 3
-        out[whole] = np.asarray(self.patch_values).reshape(-1, 3)
-        return out
+        return np.zeros((len(self), 3), np.int32) if self._shapes is None else self._shapes.reshape(-1, 3)
 
     @property
     def too_long(self) -> str:
@@ -192,12 +195,16 @@ def _start(corpus: Any, chat: Any, data: Data) -> None:
     torch.set_num_threads(1)
 
 
-def _measure_here(start: int, stop: int) -> tuple[list[tuple[int, int, int, tuple[int, ...]]], list[Problem]]:
+Row = tuple[int, int, SampleLengths]
+"""Record, piece of it or -1, lengths."""
+
+
+def _measure_here(start: int, stop: int) -> tuple[list[Row], list[Problem]]:
     return _measure_chunk(_corpus, _chat, _data, start, stop)
 
 
 def _measure_chunk(corpus: Any, chat: Any, data: Data, start: int, stop: int) -> tuple[list, list[Problem]]:
-    """Rows (record, piece, tokens, trained, SampleLengths.patches) of records start..stop; problems by row here."""
+    """Rows of records start..stop; problems by row here."""
     records: list[Any] = []
     for i in range(start, stop):
         try:
@@ -206,7 +213,7 @@ def _measure_chunk(corpus: Any, chat: Any, data: Data, start: int, stop: int) ->
             records.append(error.message)
     good = [r for r in records if not isinstance(r, str)]
     measures = iter(chat.measure(good))
-    rows: list[tuple[int, int, int, int, tuple[int, ...]]] = []
+    rows: list[Row] = []
     problems: list[Problem] = []
 
     def add(record: int, piece: int, where: str, measure: SampleLengths | str) -> None:
@@ -214,7 +221,7 @@ def _measure_chunk(corpus: Any, chat: Any, data: Data, start: int, stop: int) ->
             reason = measure.removeprefix(f"{where}: ").rstrip(".")
             problems.append(Problem(len(rows), where, reason))
             measure = SampleLengths(0, 0)
-        rows.append((record, piece, measure.tokens, measure.trained, measure.patches))
+        rows.append((record, piece, measure))
 
     for i, record in enumerate(records, start):
         if isinstance(record, str):
@@ -238,6 +245,7 @@ def _measure_all(
     corpus: Any, chat: Any, data: Data, report: Progress, processes: int | None
 ) -> tuple[dict[str, np.ndarray], list[Problem]]:
     total = len(corpus)
+    streams = [stream.name for stream in chat.streams]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = processes if processes is not None else cores
     blocks: list[dict[str, np.ndarray]] = []
@@ -248,7 +256,7 @@ def _measure_all(
     def keep(result: tuple[list, list[Problem]], records: int) -> None:
         nonlocal rows_done, done
         rows, found = result
-        blocks.append(_columns(rows))
+        blocks.append(_columns(rows, streams))
         problems.extend(p._replace(row=p.row + rows_done) for p in found)
         rows_done += len(rows)
         done += records
@@ -263,11 +271,12 @@ def _measure_all(
         keep(_measure_chunk(corpus, chat, data, done, stop), stop - done)
     if done < total:
         _measure_parallel(corpus, chat, data, done, total, processes, keep)
-    out = {
-        name: np.concatenate([b[name] for b in blocks]) if blocks else empty
-        for name, empty in _columns([]).items()
-    }
-    out["patch_offsets"] = np.append(0, np.cumsum(out.pop("media"), dtype=np.int64))
+    blocks = blocks or [_columns([], streams)]
+    out = {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
+    for name in [name for name in out if name.startswith("offsets/")]:
+        out[name] = np.append(0, np.cumsum(out[name], dtype=np.int64))
+    if not out["shape"].any():
+        del out["shape"]
     if not (out["piece"] >= 0).any():
         del out["record"], out["piece"]  # every row is its record
     return out, problems
@@ -313,17 +322,22 @@ def _measure_parallel(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _columns(rows: list[tuple[int, int, int, int, tuple[int, ...]]]) -> dict[str, np.ndarray]:
-    record, piece, tokens, trained, patches = zip(*rows, strict=True) if rows else ((), (), (), (), ())
-    return {
+def _columns(rows: list[Row], streams: Sequence[str]) -> dict[str, np.ndarray]:
+    """Rows as arrays; `offsets/<stream>` holds the number of lengths of each row here, their sums later."""
+    record, piece, lengths = zip(*rows, strict=True) if rows else ((), (), ())
+    out = {
         "record": np.array(record, dtype=np.int64),
         "piece": np.array(piece, dtype=np.int32),
-        "tokens": np.array(tokens, dtype=np.int32),
-        "trained": np.array(trained, dtype=np.int32),
-        "patches": np.array([sum(p) for p in patches], dtype=np.int32),
-        "media": np.array([len(p) for p in patches], dtype=np.int64),
-        "patch_values": np.array([x for p in patches for x in p], dtype=np.int32),
+        "tokens": np.array([each.tokens for each in lengths], dtype=np.int32),
+        "trained": np.array([each.trained for each in lengths], dtype=np.int32),
+        "shape": np.array([x for each in lengths for x in (each.shape or (0, 0, 0))], dtype=np.int32),
     }
+    for stream in streams:
+        own = [each.media.get(stream, ()) for each in lengths]
+        out[f"media/{stream}"] = np.array([sum(values) for values in own], dtype=np.int32)
+        out[f"offsets/{stream}"] = np.array([len(values) for values in own], dtype=np.int64)
+        out[f"lengths/{stream}"] = np.array([x for values in own for x in values], dtype=np.int32)
+    return out
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ class FeatureCollator:
     def bytes(self, index: Any, task: Task) -> int:
         return int(index.bytes[[s[0] for s in task.samples]].sum())
 
-    def learn(self, batch: Batch) -> None:
+    def learn(self, index: Any, task: Task, batch: Batch) -> None:
         """The list of features says how large they are."""
 
     def __call__(self, task: Task) -> tuple[Batch, MicroBatchStats]:
@@ -112,10 +112,10 @@ class ClipCollator:
         self.on_error = data.on_error
 
     def bytes(self, index: Any, task: Task) -> int:
-        frames, height, width = index.measure(task.samples[0][0]).patches
+        frames, height, width = index.measure(task.samples[0][0]).shape
         return len(task.samples) * frames * height * width * 3
 
-    def learn(self, batch: Batch) -> None:
+    def learn(self, index: Any, task: Task, batch: Batch) -> None:
         """Sizes are known before."""
 
     def __call__(self, task: Task) -> tuple[Batch, MicroBatchStats]:
@@ -129,11 +129,11 @@ class ClipCollator:
             record: Record = self.corpus[number]
             try:
                 measure = self.clips.bucket(record)
-                if shape and measure.patches != shape:
+                if shape and measure.shape != shape:
                     raise PolymodalError(
                         f"{record.where}: its size changed after it was measured.", "Measure again."
                     )
-                shape = measure.patches
+                shape = measure.shape
                 shown = {r: torch.tensor(f) for r, f in self.clips.given(record, measure).items()}
                 frames = torch.tensor(self.clips.frames(record, measure))
                 ahead = frames.new_zeros(shape[0] - len(frames), *frames.shape[1:])  # where references stand

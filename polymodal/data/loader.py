@@ -26,7 +26,9 @@ from polymodal.data.workers import Inline, Pool
 from polymodal.recipe import Data
 
 log = logging.getLogger("polymodal.data")
-_PATCH_BYTES = 6144  # of a patch, until the first was seen: 16 x 16 x 2 frames x 3 colours in float32
+_UNIT_BYTES = (
+    6144  # of a unit of media length, until the first was seen: 16 x 16 x 2 frames x 3 colours in float32
+)
 
 
 @dataclass
@@ -87,7 +89,8 @@ class Collator:
         self.seed = seed
         self.rows = rows
         self.pixels = pixels
-        self._patch_bytes = _PATCH_BYTES if pixels else 0
+        self.streams = chat.streams
+        self._unit_bytes = {stream.name: float(_UNIT_BYTES) if pixels else 0.0 for stream in self.streams}
 
     copies = False
     """Whether a filler is a sample of the step once more, without weight; else it is a padding_sample."""
@@ -98,14 +101,20 @@ class Collator:
 
     def bytes(self, index: Any, task: Task) -> int:
         """About what the batch will take; `learn` makes it better."""
-        patches = int(index.patches[[s[0] for s in task.samples]].sum())
-        return sum(s[3] for s in task.samples) * (20 + 8 * self.rows) + patches * self._patch_bytes
+        text = sum(s[3] for s in task.samples) * (20 + 8 * self.rows)
+        return text + int(sum(n * self._unit_bytes[name] for name, n in self._media(index, task).items()))
 
-    def learn(self, batch: Batch) -> None:
-        """Bytes of a patch, as the family makes them: what the next estimates are built on."""
-        pixels = batch.get("pixel_values")
-        if pixels is not None and len(pixels):
-            self._patch_bytes = pixels[0].numel() * pixels.element_size()
+    def _media(self, index: Any, task: Task) -> dict[str, int]:
+        rows = [s[0] for s in task.samples]
+        return {stream.name: int(index.media[stream.name][rows].sum()) for stream in self.streams}
+
+    def learn(self, index: Any, task: Task, batch: Batch) -> None:
+        """Bytes of a unit of media length, as the model makes them: what the next estimates are built on."""
+        lengths = self._media(index, task)
+        for stream in self.streams:
+            made = batch.get(stream.tensor)
+            if made is not None and lengths[stream.name]:
+                self._unit_bytes[stream.name] = made.numel() * made.element_size() / lengths[stream.name]
 
     def __call__(self, task: Task) -> tuple[Batch, MicroBatchStats]:
         began = time.perf_counter()
@@ -120,12 +129,11 @@ class Collator:
                 broken.append((id, error.message))
                 samples.append(padding_sample(max(1, min(2, planned)), self.rows, id, broken=error.message))
         batch = pack(samples)
-        grid = batch.get("grid_thw")
         notes = MicroBatchStats(
             sum(s.measure.tokens for s in samples if not s.broken),
             int((batch["weights"] != 0).sum()),
             len(samples) - len(broken),
-            0 if grid is None else len(grid),
+            sum(sum(counts) for counts in batch.groups["media"].values()),
             time.perf_counter() - began,
             broken,
         )
@@ -284,7 +292,7 @@ class Loader:
             for done, batch, notes in self._pool.wait(self._wake_read):
                 step, place, task, _ = working.pop(done)
                 self._keep(step, place, batch, notes)
-                self._make.learn(batch)
+                self._make.learn(self.schedule.index, task, batch)
 
     def _plan(self) -> tuple[_Step, list[tuple[_Step, int, Task, int]]]:
         plan = next(self._plans)

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -96,7 +96,7 @@ class IndexLike(Protocol):
     """What planning and loading need to know of the samples (polymodal.data.index.Index has it)."""
 
     tokens: np.ndarray  # int32 [N]
-    patches: np.ndarray  # int32 [N]
+    media: Mapping[str, np.ndarray]  # stream -> sum of its lengths, int32 [N]
     usable: np.ndarray  # bool [N]
     record: np.ndarray | None  # int64 [N], ascending: the corpus' record of each row; None = the row itself
 
@@ -208,11 +208,12 @@ class Schedule:
         rows = [np.arange(s.first, s.stop, max(1, (s.stop - s.first) >> 14)) for s in self._sources]
         chosen = np.concatenate(rows)
         chosen = chosen[self.index.usable[chosen]]
-        tokens, trained, patches = (
-            int(np.mean(column[chosen], dtype=np.float64)) if len(chosen) else 0
-            for column in (self.index.tokens, self.index.trained, self.index.patches)
-        )
-        return SampleLengths(max(1, tokens), trained, (patches,) if patches else ())
+
+        def mean(column: np.ndarray) -> int:
+            return int(np.mean(column[chosen], dtype=np.float64)) if len(chosen) else 0
+
+        media = {stream: (mean(column),) for stream, column in self.index.media.items() if mean(column)}
+        return SampleLengths(max(1, mean(self.index.tokens)), mean(self.index.trained), media)
 
     def steps_in_epoch(self, epoch: int = 0) -> int:
         """Global batches of an epoch, exactly. Packed, this plans every window (about 0.1 s each) and remembers."""

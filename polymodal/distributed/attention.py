@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from polymodal.core.errors import PolymodalError
 from polymodal.distributed.context_parallel import PackedShard
@@ -37,15 +38,20 @@ class Plan:
     total: int
 
 
-def plan(cu_seqlens: Tensor) -> Plan:
-    """The Plan of cumulative lengths [S + 1] (int32, first 0); cached on the tensor, which must not change after."""
-    known = getattr(cu_seqlens, "polymodal_plan", None)
+_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Plans of cu_seqlens tensors that are alive. The library's layers hand on the tensor alone."""
+
+
+def plan(cu_seqlens: Tensor, host: Tensor | None = None) -> Plan:
+    """The Plan of cumulative lengths [S + 1] (int32, first 0); kept for the tensor, which must not change after.
+
+    host: the same on the host, where cu_seqlens was moved to a device: its lengths are read without waiting for it.
+    """
+    known = _plans.get(cu_seqlens)
     if known is None:
-        ends = getattr(
-            cu_seqlens, "host", cu_seqlens
-        ).tolist()  # Batch.to leaves the host's copy on a moved tensor
+        ends = (cu_seqlens if host is None else host).tolist()
         known = _plan(tuple(stop - start for start, stop in zip(ends, ends[1:], strict=False)))
-        cu_seqlens.polymodal_plan = known
+        _plans[cu_seqlens] = known
     return known
 
 
@@ -55,7 +61,7 @@ def cumulative(lengths: list[int] | tuple[int, ...], on: torch.device | str = "c
     for length in lengths:
         ends.append(ends[-1] + length)
     cu_seqlens = torch.tensor(ends, dtype=torch.int32).to(on, non_blocking=True)
-    cu_seqlens.polymodal_plan = _plan(tuple(lengths))
+    _plans[cu_seqlens] = _plan(tuple(lengths))
     return cu_seqlens
 
 

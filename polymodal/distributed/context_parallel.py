@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from polymodal.core.errors import PolymodalError
 from polymodal.distributed import sequence_sharding
@@ -47,6 +48,7 @@ class Context:
     def __init__(self, view: DeviceMesh, ulysses: int):
         """view: the 1-D mesh of the cp axis. Collective: every rank of the world makes it at the same point."""
         self.size, self.rank = view.size(), view.get_local_rank()
+        self._kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.group: dist.ProcessGroup = view.get_group()
         self.ulysses, self.ring = ulysses, self.size // ulysses
         self.ring_rank, self.ulysses_rank = divmod(self.rank, ulysses)
@@ -97,13 +99,13 @@ class Context:
 
     def _of_kept(self, share: SequenceSharding, kept: Tensor) -> tuple[SequenceSharding, Tensor]:
         """The share of those rows alone, and where they lie among this ring rank's [B * rows]."""
-        known = getattr(kept, "polymodal_share", None)
+        known = self._kept.get(kept)
         if known is None:
             pieces = kept.split([sum(part) for part in share.parts], dim=1)
             runs = tuple(tuple(piece.sum(dim=1).tolist()) for piece in pieces)
             places = pieces[self.ring_rank].flatten().nonzero()[:, 0]
             known = SequenceSharding(runs, share.held, share.parts), places
-            kept.polymodal_share = known  # type: ignore[attr-defined]
+            self._kept[kept] = known
         return known
 
     def spread(self, lengths: tuple[int, ...], causal: bool = True) -> PackedShard:

@@ -21,6 +21,7 @@ from torch import nn
 
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import MediaShape
 from polymodal.distributed import checkpoint as checkpoints
 from polymodal.generate.engine import Engine
 from polymodal.models import catalog, lora, weights
@@ -232,7 +233,8 @@ def processor_of(
 def _by_volume(family: Family) -> bool:
     """Whether the checkpoint's own limits make the frames of a long video smaller than those of a short one."""
     media = family.media_processor(recipes.Data())
-    return len({tuple(media.span("video", 1024, 1024, frames).grid[1:]) for frames in (2, 64)}) > 1
+    spans = [media.span(MediaShape("video", 1024, 1024, frames)) for frames in (2, 64)]
+    return len({tuple(span.parts[0].size[1:]) for span in spans}) > 1
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------

@@ -57,6 +57,9 @@ class ModelCard:
     towers: Mapping[str, tuple[str, ...]]  # {"vision": ("model.visual",), ...}: freeze, lr, LoRA, balance
     block_streams: tuple[str, ...] = ("hidden_states",)
     """Arguments of blocks that are handed on from block to block, in the order in which blocks give them back."""
+    masked_rows: Mapping[str, str] = field(default_factory=dict)
+    """Arguments of the language model that go together: a mask of rows of the stream [1, T] -> a list of tensors that
+    have one row for each True (or None); sequence parallelism cuts them alike."""
     num_leading_rows: str = ""
     """Argument of blocks that counts rows at the beginning of the stream which are treated apart, if there is one."""
     pipeline: Mapping[str, Chain] = field(default_factory=dict)

@@ -217,7 +217,7 @@ class Generation(Family):
         raise NotImplementedError
 
     def example(self, measure: SampleLengths) -> Batch:
-        frames, height, width = measure.patches
+        frames, height, width = measure.shape
         grid = self.grid()
         latents = grid.shape(frames, height, width)
         beside = self.shapes(latents)
@@ -229,7 +229,7 @@ class Generation(Family):
         if not grid.still:
             axes["latents"] = ("batch", "none", "frame", "none", "none")
         kind = "video" if frames > 1 else "image"
-        groups = {"seeds": (0,), "tokens": (measure.tokens,), "shape": measure.patches, "kind": kind}
+        groups = {"seeds": (0,), "tokens": (measure.tokens,), "shape": measure.shape, "kind": kind}
         return Batch(tensors, axes, (0,), groups=groups)
 
     # ------------------------------------------------------------------ the denoiser

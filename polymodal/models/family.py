@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from polymodal.core.sample import Batch, MediaProcessor, SampleLengths
+from polymodal.core.sample import Batch, MediaProcessor, MediaStream, SampleLengths
 from polymodal.models import partial
 from polymodal.models.card import Components, ModelCard, Output
 
@@ -20,6 +20,7 @@ class Family:
     """The calls that differ between families. One instance a run; holds the config and the card, no weights."""
 
     layout: Literal["packed", "padded", "uniform"] = "packed"
+    streams: tuple[MediaStream, ...] = ()  # what its towers read
     line: str = ""  # what several cards have in common, as the directory of their recipes is called
 
     def __init__(self, card: ModelCard, config: Any, source: str):
@@ -66,38 +67,14 @@ class Family:
         """Forward FLOPs of one sample, by the module pattern that spends them; their sum is `cost`."""
         raise NotImplementedError
 
-    def places(self, batch: Batch) -> Tensor:
-        """Where media features stand among the tokens of a batch: bool [1, T]."""
-        raise NotImplementedError
-
-    def media_parts(self, grid: Tensor) -> list[tuple[int, int, int]]:
-        """The smallest parts of media [M, 3] that the tower computes independently of each other, as grids in the
-        order of their patches."""
-        return [(t, h, w) for t, h, w in grid.tolist()]
-
-    def media_tokens(self, part: tuple[int, int, int]) -> int:
-        """Tokens of the text stream that features of such a part stand at."""
-        raise NotImplementedError
-
     def example(self, measure: SampleLengths) -> Batch:
         """A micro-batch of one sample of these sizes, without data: what `plan` runs. Floating-point tensors are zeros."""
         raise NotImplementedError
 
     def balance(self, weight: float | None) -> dict[str, Any]:
         """Arguments of the objective's router term: {} without experts; weight None = the checkpoint's own."""
-        text = getattr(self.config, "text_config", self.config)
-        chosen = getattr(text, "num_experts_per_tok", 0) if getattr(text, "num_experts", 0) else 0
-        if not chosen:
-            return {}
-        own = getattr(text, "router_aux_loss_coef", 0.0)
-        return {"aux_weight": own if weight is None else weight, "experts_per_token": chosen}
+        return {}
 
     def routers(self) -> tuple[int, int]:
         """Layers with experts, and experts of each; (0, 0) without any."""
-        text = getattr(self.config, "text_config", self.config)
-        experts = getattr(text, "num_experts", 0) or 0
-        return (text.num_hidden_layers, experts) if experts else (0, 0)
-
-    def generate(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Sampling, by the library's own model."""
-        raise NotImplementedError
+        return 0, 0

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from polymodal.core.sample import IGNORE, Batch, SampleLengths
+from polymodal.core.sample import IGNORE, Batch, MediaStream, SampleLengths
 from polymodal.distributed import attention
 from polymodal.distributed.context_parallel import Context, ulysses_size
 from polymodal.distributed.mesh import Mesh
@@ -63,7 +64,7 @@ class BatchLayout:
             self.group = mesh.shard_group
         elif self.context is not None:
             self.group = self.context.group
-        self._costs: dict[media.Grid, float] = {}
+        self._costs: dict[tuple[str, media.Size], float] = {}
 
     @property
     def weights_group(self) -> dist.ProcessGroup:
@@ -80,13 +81,19 @@ class BatchLayout:
         out = [own for _, own in pairs]
         if self.group is None:
             return out
-        requests = [self._request(whole, own) for whole, own in pairs]
+        streams = self.family.streams
+        requests = [self._request(stream, whole, own) for whole, own in pairs for stream in streams]
         everyone = media.gather(requests, self.group)
+        plans: list[media.MediaAllToAll | None] = []
+        for number in range(len(requests)):
+            stream = streams[number % len(streams)]
+            cost, tokens = partial(self._cost, stream), partial(self.family.media_tokens, stream)
+            of = [rank[number] for rank in everyone]
+            plans.append(media.plan(of, self.mesh.sizes.cp, cost, tokens, self.group))
         for number, batch in enumerate(out):
-            exchange = media.plan(
-                [of[number] for of in everyone], self.mesh.sizes.cp, self._cost, self.family.media_tokens, self.group
-            )  # fmt: skip
-            out[number] = replace(batch, media=exchange)
+            own = plans[number * len(streams) : (number + 1) * len(streams)]
+            found = {stream.name: each for stream, each in zip(streams, own, strict=True) if each is not None}
+            out[number] = replace(batch, media=found)
         return out
 
     def _cut(self, batch: Batch) -> tuple[Batch, Batch]:
@@ -103,16 +110,16 @@ class BatchLayout:
         tensors["rows"] = cut.rows
         return batch, replace(batch, tensors=tensors, axes={**batch.axes, "rows": ("sequence",)}, cut=cut)
 
-    def _request(self, whole: Batch, own: Batch) -> media.MediaRequest:
-        if "grid_thw" not in whole.tensors:
+    def _request(self, stream: MediaStream, whole: Batch, own: Batch) -> media.MediaRequest:
+        if stream.sizes not in whole.tensors:
             return media.MediaRequest((), ())
-        places = self.family.places(whole)[0]
+        places = self.family.places(stream, whole)[0]
         numbers, rows = places.cumsum(0) - 1, own.get("rows")
         held = numbers[places] if rows is None else numbers[rows][places[rows]]
-        return media.request(self.family.media_parts(whole["grid_thw"]), held)
+        return media.request(self.family.media_parts(stream, whole[stream.sizes]), held)
 
-    def _cost(self, part: media.Grid) -> float:
-        if part not in self._costs:
-            t, h, w = part
-            self._costs[part] = self.family.cost(SampleLengths(0, 0, (h * w,) * t))
-        return self._costs[part]
+    def _cost(self, stream: MediaStream, part: media.Size) -> float:
+        if (stream.name, part) not in self._costs:
+            lengths = SampleLengths(0, 0, {stream.name: self.family.media_lengths(stream, part)})
+            self._costs[stream.name, part] = self.family.cost(lengths)
+        return self._costs[stream.name, part]

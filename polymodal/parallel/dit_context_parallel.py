@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from polymodal.core.errors import PolymodalError
 from polymodal.distributed import sequence_sharding as shares
@@ -62,6 +63,7 @@ class DiTContextParallel:
     def __init__(self, context: Context, root: Mapping[str | int, int] | None = None):
         """root: the plan of the model's own arguments, name -> dimension (those that have it are cut)."""
         self.context, self.root = context, dict(root or {})
+        self._kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.lengths: dict[tuple[str, str | int], int] = {}  # of the streams in the forward that is running
 
     def counts(self, length: int) -> tuple[int, ...]:
@@ -122,7 +124,7 @@ class DiTContextParallel:
     def kept(self, mask: Tensor) -> Tensor:
         """A mask of keys [B, 1, 1, N] over all streams joined -> the same [B, N] in the order of ranks, each of which
         joins its own rows. Worked out once a mask."""
-        known = getattr(mask, "polymodal_kept", None)
+        known = self._kept.get(mask)
         if known is None:
             places, start = [], 0
             points = [cut_points(length, self.context.size) for length in self._streams()]
@@ -136,7 +138,7 @@ class DiTContextParallel:
                     f"a cut sequence of {start} rows knows masks of its keys, not {mask.dtype} {list(mask.shape)}"
                 )
             known = mask[:, 0, 0, torch.tensor(places, device=mask.device)]
-            mask.polymodal_kept = known  # type: ignore[attr-defined]
+            self._kept[mask] = known
         return known
 
     def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:

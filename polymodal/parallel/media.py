@@ -1,12 +1,13 @@
-"""Pictures over ranks: which rank's tower computes which picture, patches sent there and features sent back.
+"""Media over ranks: which rank's tower computes which medium, its rows sent there and features sent back.
 
-Sees ops.py and torch. Pictures are dealt out greedily by cost, whole (or by the frame, where a tower sees frames
-apart), over a group of ranks that may see different data, or share one sequence, or both; every rank then gets the
+Sees ops.py and torch. Media of one stream are assigned greedily by cost, whole (or by the part, where a tower sees
+parts apart, such as frames and tiles), over a group of ranks that may see different data, or share one sequence, or both; every rank then gets the
 features of the media tokens it holds. All ranks plan alike from lists gathered on the host once a step.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,18 +18,18 @@ from torch import Tensor
 
 from polymodal.distributed import collectives
 
-Grid = tuple[int, int, int]
-"""Time, height and width of a part of the media, in patches."""
+Size = tuple[int, ...]
+"""Of a part of the media, as a row of its stream's `sizes`: the product is its rows of the stream's tensor."""
 
 
 @dataclass(frozen=True)
 class MediaRequest:
     """What one rank brings to a micro-batch: the media of its data, and which of their tokens it holds.
 
-    parts: grids in the order of its patches; runs: ranges (start, stop) of media tokens, numbered along its stream.
+    parts: sizes in the order of its rows; runs: ranges (start, stop) of media tokens, numbered along its stream.
     """
 
-    parts: tuple[Grid, ...]
+    parts: tuple[Size, ...]
     runs: tuple[tuple[int, int], ...]
 
     @property
@@ -36,7 +37,7 @@ class MediaRequest:
         return np.concatenate([np.arange(*run) for run in self.runs] or [np.zeros(0, dtype=np.int64)])
 
 
-def request(parts: Sequence[Grid], tokens: Tensor) -> MediaRequest:
+def request(parts: Sequence[Size], tokens: Tensor) -> MediaRequest:
     """tokens [n] int64: numbers of the media tokens that a rank holds, in its order."""
     numbers = tokens.numpy()
     breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
@@ -45,8 +46,8 @@ def request(parts: Sequence[Grid], tokens: Tensor) -> MediaRequest:
 
 
 def assign_media(costs: Sequence[float], homes: Sequence[int], ranks: int, copies: int) -> list[int]:
-    """The rank that computes each part: the largest first, each on a rank that has its patches while that one stays
-    below the mean, else on the least loaded. Rank r has the patches of home r // copies."""
+    """The rank that computes each part: the largest first, each on a rank that has its rows while that one stays
+    below the mean, else on the least loaded. Rank r has the rows of home r // copies."""
     target = sum(costs) / ranks
     load = [0.0] * ranks
     owner = [0] * len(costs)
@@ -61,38 +62,40 @@ def assign_media(costs: Sequence[float], homes: Sequence[int], ranks: int, copie
 
 @dataclass(frozen=True)
 class MediaAllToAll:
-    """One micro-batch's way of patches to the ranks that compute them, and of features back.
+    """One micro-batch's way of media rows to the ranks that compute them, and of features back.
 
-    grid:     [M, 3] int64 on the host: what this rank's tower computes.
+    sizes:    [M, k] int64 on the host: what this rank's tower computes.
     received: media tokens that this rank gets features of.
     """
 
     group: dist.ProcessGroup
-    grid: Tensor
+    sizes: Tensor
     received: int
-    moves: bool  # do patches travel at all?
-    patches_order: Tensor  # rows of own pixel_values, as they are sent
-    patches_sent: tuple[int, ...]
-    patches_received: tuple[int, ...]
-    patches_place: Tensor  # where the rows of this rank's grids are among those that came
+    moves: bool  # are any rows sent to another rank?
+    rows_order: Tensor  # rows of this rank's own tensor, as they are sent
+    rows_sent: tuple[int, ...]
+    rows_received: tuple[int, ...]
+    rows_place: Tensor  # where the rows of `sizes` are among those that were received
     features_order: Tensor
     features_sent: tuple[int, ...]
     features_received: tuple[int, ...]
     features_place: Tensor
 
-    def patches(self, pixels: Tensor | None, width: int, device: torch.device) -> Tensor | None:
-        """pixel_values [P, width] of this rank's data (None: it has none) -> those of `grid`, None when it is empty."""
-        if pixels is None:
-            pixels = torch.zeros(0, width, device=device)
-        rows = pixels[self.patches_order.to(device)]
+    def rows(self, own: Tensor | None, shape: Sequence[int], device: torch.device) -> Tensor | None:
+        """The stream's tensor [rows, *shape] of this rank's data (None: it has none) -> the rows of `sizes`, None when
+        that is empty."""
+        if own is None:
+            own = torch.zeros(0, *shape, device=device)
+        rows = own[self.rows_order.to(device)]
         if self.moves:
-            came = rows.new_empty(sum(self.patches_received), width)
-            dist.all_to_all_single(came, rows, list(self.patches_received), list(self.patches_sent), group=self.group)  # fmt: skip
-            rows = came[self.patches_place.to(device)]
-        return rows if len(self.grid) else None
+            came = rows.new_empty(sum(self.rows_received), *shape)
+            sent = list(self.rows_sent)
+            dist.all_to_all_single(came, rows, list(self.rows_received), sent, group=self.group)
+            rows = came[self.rows_place.to(device)]
+        return rows if len(self.sizes) else None
 
     def features(self, features: Tensor) -> Tensor:
-        """Features of `grid`'s media tokens [m, D] -> features of the media tokens of this rank [received, D].
+        """Features of the media tokens of `sizes` [m, D] -> features of the media tokens of this rank [received, D].
 
         A rank without media passes what its tower made of a dummy, any [., D]: it sends none, but is part of the
         graph, so that every rank meets the others in the backward pass too."""
@@ -110,7 +113,7 @@ def gather(requests: Sequence[MediaRequest], group: dist.ProcessGroup) -> list[l
 
 
 def plan(
-    requests: Sequence[MediaRequest], copies: int, cost: Callable[[Grid], float], tokens: Callable[[Grid], int], group: dist.ProcessGroup
+    requests: Sequence[MediaRequest], copies: int, cost: Callable[[Size], float], tokens: Callable[[Size], int], group: dist.ProcessGroup
 ) -> MediaAllToAll | None:  # fmt: skip
     """The exchange of one micro-batch from every rank's wish; None when nobody has media.
 
@@ -126,23 +129,23 @@ def plan(
         to if to // copies == home else home * copies + to % copies
         for to, home in zip(owner, homes, strict=True)
     ]
-    patches = [t * h * w for _, (t, h, w) in parts]
+    rows = [math.prod(part) for _, part in parts]
     sizes = [tokens(part) for _, part in parts]
 
-    # patches: from `source` to `owner`, on both sides in the order of parts
+    # rows: from `source` to `owner`, on both sides in the order of parts
     start, begins = 0, []
     for number, (home, _) in enumerate(parts):
         if number and home != homes[number - 1]:
             start = 0
         begins.append(start)
-        start += patches[number]
+        start += rows[number]
     sent: list[list[int]] = [[n for n in range(len(parts)) if source[n] == rank and owner[n] == to] for to in range(ranks)]  # fmt: skip
     came: list[list[int]] = [[n for n in range(len(parts)) if source[n] == of and owner[n] == rank] for of in range(ranks)]  # fmt: skip
     arrived, place = {}, 0
     for numbers in came:
         for number in numbers:
             arrived[number] = place
-            place += patches[number]
+            place += rows[number]
     mine = [number for number in range(len(parts)) if owner[number] == rank]
 
     # features: every media token has a number along its stream, a rank that computed it and a place there
@@ -165,13 +168,13 @@ def plan(
     makers = whole[rank // copies][own]
     return MediaAllToAll(
         group,
-        torch.tensor([parts[number][1] for number in mine], dtype=torch.int64).view(-1, 3),
+        torch.tensor([parts[number][1] for number in mine], dtype=torch.int64).view(-1, len(parts[0][1])),
         len(own),
         source != owner,
-        _ranges([(begins[n], patches[n]) for numbers in sent for n in numbers]),
-        tuple(sum(patches[n] for n in numbers) for numbers in sent),
-        tuple(sum(patches[n] for n in numbers) for numbers in came),
-        _ranges([(arrived[n], patches[n]) for n in mine]),
+        _ranges([(begins[n], rows[n]) for numbers in sent for n in numbers]),
+        tuple(sum(rows[n] for n in numbers) for numbers in sent),
+        tuple(sum(rows[n] for n in numbers) for numbers in came),
+        _ranges([(arrived[n], rows[n]) for n in mine]),
         torch.from_numpy(np.concatenate(order)),
         tuple(counts),
         tuple(int((makers == of).sum()) for of in range(ranks)),

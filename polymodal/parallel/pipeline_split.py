@@ -239,7 +239,7 @@ def _check_order(found: Counts, stages: int, name: str) -> None:
 
 # ---- auto -----------------------------------------------------------------------------------------------------------
 
-TYPICAL = SampleLengths(1024, 512, (1024,))
+TYPICAL = SampleLengths(1024, 512, {"vision": (1024,)})
 """A sample, when the data are not known: 1,024 tokens, half of them answers, with one picture of 1,024 patches."""
 
 

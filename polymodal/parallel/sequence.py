@@ -132,13 +132,12 @@ class Stream:
         """Rows of the whole streams, as a block was told when it was called first."""
         self.lengths.update(lengths)
 
-    def cut_deepstack(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of a language model whose layers add vision features to the stream: only this rank's rows.
+    def cut_masked_rows(self, kwargs: dict[str, Any], mask_name: str, rows_name: str) -> dict[str, Any]:
+        """Arguments of a model that go together, as `ModelCard.masked_rows` names them: only this rank's rows.
 
-        visual_pos_masks [B = 1, T] bool and deepstack_visual_embeds, a list of [number of True, D] or
-        None (added before, in another pipeline stage), as in Qwen3-VL.
+        A mask [B = 1, T] bool, and a list of [number of True, D] or None (added in another pipeline stage).
         """
-        mask, features = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
+        mask, features = kwargs.get(mask_name), kwargs.get(rows_name)
         if not self.sequence or mask is None or features is None:
             return kwargs
         count = collectives.rows_per_rank(mask.shape[-1], self.group.size())
@@ -151,4 +150,4 @@ class Stream:
             None if level is None else collectives.copy_to_region(level, self.group)[mine]
             for level in features
         ]
-        return {**kwargs, "visual_pos_masks": own, "deepstack_visual_embeds": cut}
+        return {**kwargs, mask_name: own, rows_name: cut}

@@ -48,6 +48,7 @@ class _Layout(Linears):
     ):  # fmt: skip
         super().__init__(model, styles, blocks, mesh)
         self.sequence, self.leading = sequence, card.num_leading_rows
+        self.masked_rows = card.masked_rows
         names = card.block_streams
         self.streams = {n: Stream(self.group, sequence, names) for n, s in styles.items() if s == "stream"}
 
@@ -207,9 +208,15 @@ class _Layout(Linears):
     def tower(self, name: str) -> None:
         module, stream = self.modules[name], self.streams[name]
         forward = module.forward
-        module.forward = wraps(forward)(
-            lambda *args, **kwargs: forward(*args, **stream.cut_deepstack(kwargs))
-        )
+
+        @wraps(forward)
+        def cut(*args: Any, **kwargs: Any) -> Any:
+            for mask, rows in self.masked_rows.items():
+                kwargs = stream.cut_masked_rows(kwargs, mask, rows)
+            return forward(*args, **kwargs)
+
+        if self.masked_rows:
+            module.forward = cut
 
     def embedding(self, name: str) -> None:
         module = self.modules[name]

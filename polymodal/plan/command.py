@@ -28,9 +28,10 @@ def text(made: Prediction) -> str:
     layout = " x ".join(f"{name} {size}" for name, size in axes.items() if size > 1) or "one process"
     measure = made.stages[0].trace.measure
     samples = made.stages[0].trace.samples
-    held = f"{len(measure.patches)} pictures of {measure.patches[0] if measure.patches else 0} patches"
+    pictures = measure.media.get("vision", ())
+    held = f"{len(pictures)} pictures of {pictures[0] if pictures else 0} patches"
     if made.uniform:
-        held = f"{samples} x {' x '.join(map(str, measure.patches))} (frames, height, width)"
+        held = f"{samples} x {' x '.join(map(str, measure.shape))} (frames, height, width)"
     lines = [
         f"{sizes.world} x {accelerator.name}: {layout}, recompute {made.recipe.parallel.recompute}, {made.recipe.train.precision}",
         f"micro-batch: {measure.tokens * samples} tokens, {held}; {made.micro_batches} a data-parallel rank and step",

@@ -68,12 +68,14 @@ class Load:
     def measure(self, family: Family) -> SampleLengths:
         """Sizes for `family.example`: as many whole pictures as fit into the share, every token of text trained."""
         if self.shape:
-            return SampleLengths(self.tokens, self.tokens, self.shape)
-        vision = getattr(family.config, "vision_config", None)
-        merged = getattr(vision, "spatial_merge_size", 1) ** 2
-        each = max(1, self.patches // merged)
-        count = int(self.tokens * self.media // each) if vision is not None else 0
-        return SampleLengths(self.tokens, self.tokens - count * each, (each * merged,) * count)
+            return SampleLengths(self.tokens, self.tokens, shape=self.shape)
+        if not family.streams:
+            return SampleLengths(self.tokens, self.tokens)
+        stream = family.streams[0]
+        size = family.medium(stream, self.patches)  # type: ignore[attr-defined]
+        each, lengths = family.media_tokens(stream, size), family.media_lengths(stream, size)  # type: ignore[attr-defined]
+        count = int(self.tokens * self.media // each)
+        return SampleLengths(self.tokens, self.tokens - count * each, {stream.name: lengths * count})
 
     def batch(self, family: Family) -> Batch:
         """The micro-batch itself. Raises PolymodalError for families that cannot tell what one looks like without data."""

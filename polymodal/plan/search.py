@@ -159,7 +159,7 @@ def states(made: Recipe, sizes: ParallelSizes, have: Counts) -> float:
 def beside(made: Recipe, family: Family, sizes: ParallelSizes, have: Counts, load: Load) -> float:
     """Bytes beside the states, unscaled: activations as `check` estimates them, gathered blocks and their gradients."""
     measure = load.measure(family)
-    patches = 0.0 if load.shape else sum(measure.patches) / measure.tokens
+    patches = 0.0 if load.shape else measure.total("vision") / measure.tokens
     kept, _ = estimate.activations(family, made, patches, sizes.world)
     width = 4 if made.train.precision == "fp32" else 2
     gathered = (2 * width + 8) * have.whole / sizes.tp / sizes.ep if made.parallel.zero_stage == 3 else 0.0

@@ -247,8 +247,9 @@ def _everyone(
     hold the tokens that it does not, in equal parts."""
     mine = group.rank() % cp
     found: list[list[media.MediaRequest]] = [[] for _ in range(group.size())]
-    for own in requests:
-        total = sum(family.media_tokens(part) for part in own.parts)
+    for number, own in enumerate(requests):
+        stream = family.streams[number % len(family.streams)]
+        total = sum(family.media_tokens(stream, part) for part in own.parts)  # type: ignore[attr-defined]
         rest = np.array_split(np.setdiff1d(np.arange(total), own.tokens), max(1, cp - 1))
         shares = [
             own if rank == mine else media.request(own.parts, torch.from_numpy(rest.pop()))

@@ -89,8 +89,9 @@ def choose(corpus: Corpus, n: int, seed: int) -> list[int]:
 def _card(i: int, record: Record, sample: Sample, chat: ChatProcessor) -> str:
     measure = sample.measure
     facts = [f"record {i}", f"{measure.tokens} tokens", f"{measure.trained} learned"]
-    if measure.patches:
-        facts.append(f"{sum(measure.patches)} patches in {len(record.media)} media")
+    facts += [
+        f"{stream} {sum(lengths)} in {len(record.media)} media" for stream, lengths in measure.media.items()
+    ]
     if measure.tokens > chat.max_length:
         facts.append(f"longer than max_length {chat.max_length}")
     pictures = "".join(_figure(n, m, chat) for n, m in enumerate(record.media, 1))
@@ -103,7 +104,7 @@ def _card(i: int, record: Record, sample: Sample, chat: ChatProcessor) -> str:
 def _figure(number: int, medium: Media, chat: ChatProcessor) -> str:
     if medium.kind == "video":
         header = files.video_header(medium.source, chat.video.fps)
-        clip = files.clip(header, chat.video, chat.multiple)
+        clip = files.clip(header, chat.video, chat.media.frame_multiple)
         step = max(1, len(clip.indices) // 4)
         from PIL import Image
 

@@ -200,7 +200,7 @@ class DataFacts:
     dropped: dict[str, dict[str, Any]]  # reason -> {"count", "first": places}
     tokens: int  # of usable rows, each once
     trained: int
-    patches: int
+    media: dict[str, int]  # stream -> sum of its lengths
     longest: int
     histogram: list[tuple[int, int, int]]  # (from, to, rows)
     steps_per_epoch: int = 0
@@ -271,7 +271,7 @@ def measure(
     known = [i for i in range(len(index)) if i not in broken] if broken else slice(None)
     facts = DataFacts(
         rows=len(corpus), usable=int(usable.sum()), parts=[], dropped={reason: {"count": len(places), "first": places[:3]} for reason, places in index.dropped.items()},
-        tokens=int(index.tokens[usable].sum(dtype="int64")), trained=int(index.trained[usable].sum(dtype="int64")), patches=int(index.patches[usable].sum(dtype="int64")),
+        tokens=int(index.tokens[usable].sum(dtype="int64")), trained=int(index.trained[usable].sum(dtype="int64")), media={n: int(c[usable].sum(dtype="int64")) for n, c in index.media.items()},
         longest=int(index.tokens.max()) if len(index) else 0, histogram=histogram(index.tokens[known], recipe.data.max_length),
     )  # fmt: skip
     schedule = problems.run(lambda: Schedule(index, corpus.parts, recipe.data, recipe.train, family.cost))
@@ -316,7 +316,7 @@ def measure_buckets(
     usable, tokens = np.asarray(index.usable), np.asarray(index.tokens)
     facts = DataFacts(
         rows=len(usable), usable=int(usable.sum()), parts=[], dropped={}, tokens=int(tokens[usable].sum(dtype="int64")), trained=int(tokens[usable].sum(dtype="int64")),
-        patches=0, longest=int(tokens.max()) if len(tokens) else 0, histogram=histogram(tokens[usable], int(tokens.max()) if len(tokens) else 1),
+        media={}, longest=int(tokens.max()) if len(tokens) else 0, histogram=histogram(tokens[usable], int(tokens.max()) if len(tokens) else 1),
     )  # fmt: skip
     facts.parts = [
         {"name": s.name, "usable": s.usable, "draws": s.draws, "weight": None, "repeat": 1.0}
@@ -373,7 +373,7 @@ def check(
                 recipe, family, recipe.data.validation, problems, "data.validation", progress
             )
         if report.data is not None and report.data.tokens:
-            ratio = report.data.patches / report.data.tokens
+            ratio = report.data.media.get("vision", 0) / report.data.tokens
     if family is not None:
         _model(recipe, family, world, ratio, mean_sample, report, problems)
     report.problems = [str(error) for error in problems.errors]

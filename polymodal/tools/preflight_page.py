@@ -100,8 +100,7 @@ def _data(console: Console, title: str, recipe: Recipe, facts: DataFacts) -> Non
             f"{count(facts.tokens)}, {count(facts.trained)} trained on ({facts.trained / max(1, facts.tokens):.0%}); longest row {facts.longest:,}",
         )
     )
-    if facts.patches:
-        rows.append(("patches", f"{count(facts.patches)} of pictures and videos"))
+    rows += [(stream, f"{count(total)} patches or frames") for stream, total in facts.media.items() if total]
     rows += [(f"  {shape}", f"{n:,}") for shape, n in facts.buckets]
     if facts.buckets:
         rows.append(

@@ -239,8 +239,8 @@ class Encoding:
             text = error.message if error.message.startswith(where) else f"{where}: {error.message}"
             self._broken(text, error.hint)
             return None
-        name = store.file_name({**who, "shape": measure.patches}, self.data.feature_files)
-        frames, height, width = measure.patches
+        name = store.file_name({**who, "shape": measure.shape}, self.data.feature_files)
+        frames, height, width = measure.shape
         given = {k: v for k, v in record.extra.items() if k not in ("captions", "given")}
         row = {
             **given, "cap": list(record.extra["captions"]), "file": name, "sample_size": f"{frames}x{height}x{width}",
@@ -262,7 +262,7 @@ class Encoding:
         unique: dict[Path, _Job] = {}
         for job in jobs:  # the same medium and captions twice are one file
             unique.setdefault(job.path, job)
-        order = sorted(unique.values(), key=lambda job: job.measure.patches)
+        order = sorted(unique.values(), key=lambda job: job.measure.shape)
         ahead = max(self.batch * 2, 4)
         decoding: dict[int, Future] = {}
 
@@ -274,7 +274,7 @@ class Encoding:
         at = 0
         while at < len(order):
             look_ahead(at)
-            group = [j for j in order[at : at + self.batch] if j.measure.patches == order[at].measure.patches]
+            group = [j for j in order[at : at + self.batch] if j.measure.shape == order[at].measure.shape]
             ready: list[_Ready] = []
             for job in group:
                 try:
@@ -318,7 +318,7 @@ class Encoding:
             names = self.family.documented if job.path.suffix == ".pt" else {}
             store.write_sample(job.path, {n: t[i].cpu() for n, t in media.items()}, captions, names)
             self.done.made += 1
-            self.done.frames += job.measure.patches[0]
+            self.done.frames += job.measure.shape[0]
         self.done.encoding += time.perf_counter() - began
 
     def _relieve(self, ready: list[_Ready]) -> None:
@@ -335,7 +335,7 @@ class Encoding:
             print("out of memory: encoding in tiles", file=sys.stderr, flush=True)
             self._encode(ready)
         else:
-            frames, height, width = ready[0][0].measure.patches
+            frames, height, width = ready[0][0].measure.shape
             raise PolymodalError(
                 f"One sample of {frames} frames of {height} x {width} does not fit the device, even in tiles.",
                 "Lower data.clip.pixels or data.clip.frames, or start fewer processes on a device.",

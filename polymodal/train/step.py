@@ -74,9 +74,9 @@ def drop_broken_samples(step: RankStep, pp_group: dist.ProcessGroup | None) -> l
         whole, lost = without(batch, gone.tolist())
         batches.append(whole)
         stats.samples -= len(lost)
-        stats.tokens -= sum(measure.tokens for measure in lost)
-        stats.trained -= sum(measure.trained for measure in lost)
-        stats.media -= sum(len(measure.patches) for measure in lost)
+        stats.tokens -= sum(sample.measure.tokens for sample in lost)
+        stats.trained -= sum(sample.measure.trained for sample in lost)
+        stats.media -= sum(len(s.tensors.get(stream.sizes, ())) for s in lost for stream in batch.streams)
         stats.broken += ["another stage of the pipeline could not read it"] * len(lost)
     return batches
 

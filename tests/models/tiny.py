@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from polymodal.core.sample import IGNORE, Media, Message, Record, Sample, SampleLengths
+from polymodal.core.sample import IGNORE, Media, MediaShape, Message, Record, Sample, SampleLengths, Span
 
 PATCH = 4  # pixels; two by two patches are one token, so a picture's sides are multiples of 8 pixels
 SPECIALS = [
@@ -250,24 +251,21 @@ def sample(
     """A Sample of texts, pictures and videos (uint8 [F, H, W, 3], frames `seconds` apart), loss on every text token."""
     ids: list[int] = []
     trained: list[bool] = []
-    kinds, grids, apart, pixels = [], [], [], []
+    spans: list[Span] = []
+    features: dict[str, list[torch.Tensor]] = {}
     for part in parts:
         if isinstance(part, str):
             new = media.tokenizer.encode(part, add_special_tokens=False)
             trained += [True] * len(new)
         else:
-            kind = "video" if isinstance(part, np.ndarray) else "image"
-            height, width = part.shape[1:3] if kind == "video" else (part.height, part.width)
-            frames = len(part) if kind == "video" else 1
-            span = media.span(kind, height, width, frames, [seconds * i for i in range(frames)])
-            values, grid = media.pixels(kind, part)
-            assert tuple(grid[0].tolist()) == tuple(span.grid) and values.shape[0] == span.patches
+            span = media.span(shape_of(part, seconds))
+            for stream, (rows, size) in media.features(span.shape, part).items():
+                assert tuple(size[0].tolist()) == tuple(span.parts[0].size)
+                assert rows.shape[0] == math.prod(span.parts[0].size)
+                features.setdefault(stream, []).append(rows)
             new = list(span.ids)
             trained += [False] * len(new)
-            kinds.append(kind)
-            grids.append(span.grid)
-            apart.append(2 * seconds)
-            pixels.append(values)
+            spans.append(span)
         ids += new
     input_ids = torch.tensor(ids)
     keep = torch.tensor([*trained[1:], False])
@@ -276,12 +274,25 @@ def sample(
         "input_ids": input_ids,
         "labels": labels,
         "weights": keep.float(),
-        "position_ids": media.position_ids(input_ids, kinds, grids, apart),
+        "position_ids": media.position_ids(input_ids, spans),
     }
-    if pixels:
-        tensors |= {"pixel_values": torch.cat(pixels), "grid_thw": torch.tensor(grids)}
-    return Sample(
-        id,
-        tensors,
-        SampleLengths(len(ids), int(keep.sum()), tuple(h * w for t, h, w in grids for _ in range(t))),
-    )
+    lengths: dict[str, tuple[int, ...]] = {}
+    for stream in media.streams:
+        own = [part for span in spans for part in span.parts if part.stream == stream.name]
+        if own:
+            tensors |= {
+                stream.tensor: torch.cat(features[stream.name]),
+                stream.sizes: torch.tensor([part.size for part in own]),
+            }
+            lengths[stream.name] = tuple(n for part in own for n in part.lengths)
+    measure = SampleLengths(len(ids), int(keep.sum()), lengths)
+    return Sample(id, tensors, measure, streams=media.streams)
+
+
+def shape_of(part, seconds: float = 0.5) -> MediaShape:
+    """What a header says of a PIL image or of frames uint8 [F, H, W, 3] that are `seconds` apart."""
+    if isinstance(part, np.ndarray):
+        frames = len(part)
+        times = tuple(seconds * i for i in range(frames))
+        return MediaShape("video", part.shape[1], part.shape[2], frames, times, 2 * seconds)
+    return MediaShape("image", part.height, part.width)

@@ -107,9 +107,10 @@ def test_the_tower_computes_frames_apart_as_it_computes_them_together(name, tmp_
 
     weights.load(model, family)
     processor = family.media_processor(Data())
-    values, grid = processor.pixels("video", tiny.clip(8))
+    video = tiny.clip(8)
+    values, grid = processor.features(tiny.shape_of(video), video)["vision"]
     together = model.model.visual(values, grid_thw=grid, **family.geometry(grid, torch.device("cpu")))
-    parts = family.media_parts(grid)
+    parts = family.media_parts(family.streams[0], grid)
     assert len(parts) > 1
     apart = [
         model.model.visual(rows, grid_thw=own, **family.geometry(own, torch.device("cpu"))).pooler_output

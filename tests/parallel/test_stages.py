@@ -112,7 +112,7 @@ def test_stages_lie_in_turn_or_in_a_v():
 def test_auto_makes_the_most_expensive_stage_as_cheap_as_can_be():
     family = tiny_qwen3_vl()
     model = family.build().trained
-    short, long = SampleLengths(8, 4, (400,)), SampleLengths(400, 200, (8,))
+    short, long = SampleLengths(8, 4, {"vision": (400,)}), SampleLengths(400, 200, {"vision": (8,)})
     assert pipeline_split.balanced(model, family, 2, long)["vision"] == (3, 0), (
         "the tower is cheap: it stays together"
     )

@@ -17,9 +17,12 @@ from pathlib import Path
 import torch
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import IGNORE, Message, Record, Sample, SampleLengths
+from polymodal.core.sample import IGNORE, MediaStream, Message, Record, Sample, SampleLengths
 
 WIDTH = 8  # of a patch
+
+
+VISION = MediaStream("vision", "pixel_values", "grid_thw")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class CountingChat:
     def __init__(self, max_length, tally=None, rows=1):
         self.max_length, self.tally, self.rows = max_length, tally, rows
         self.fingerprint = "counting"
+        self.streams = (VISION,)
 
     def measure(self, records):
         if self.tally:
@@ -76,7 +80,7 @@ class CountingChat:
             out.append(
                 row["unreadable"]
                 if "unreadable" in row
-                else SampleLengths(n, row.get("trained", n - n // 2), tuple(row.get("media", ())))
+                else SampleLengths(n, row.get("trained", n - n // 2), lengths(row))
             )
         return out
 
@@ -112,7 +116,13 @@ class CountingChat:
             if pixels:
                 tensors["pixel_values"] = torch.full((sum(media), WIDTH), chance)
             tensors["grid_thw"] = torch.tensor([[1, 1, m] for m in media])
-        return Sample(id, tensors, SampleLengths(n, n - n // 2, tuple(media)), record.where)
+        return Sample(
+            id, tensors, SampleLengths(n, n - n // 2, lengths(row)), record.where, streams=self.streams
+        )
+
+
+def lengths(row):
+    return {"vision": tuple(row["media"])} if row.get("media") else {}
 
 
 def write_rows(path, rows):

@@ -79,7 +79,7 @@ def test_the_data_are_counted_as_training_would(make):
     assert facts.rows == 40 and facts.usable == int(index.usable.sum()) < 40
     assert (
         facts.tokens == int(index.tokens[index.usable].sum())
-        and facts.patches == int(index.patches[index.usable].sum()) > 0
+        and facts.media["vision"] == int(index.media["vision"][index.usable].sum()) > 0
     )
     assert sum(found["count"] for found in facts.dropped.values()) == 40 - facts.usable
     broken = next(found for reason, found in facts.dropped.items() if "absent.png" in reason)

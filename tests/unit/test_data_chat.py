@@ -350,7 +350,7 @@ def test_videos_longer_than_max_frames_and_lists_of_frames(qwen, folder):
     assert chat.measure([row]) == [sample.measure]
     sizes = [h * w for t, h, w in sample.tensors["grid_thw"].tolist() for _ in range(t)]
     assert (
-        list(sample.measure.patches) == sizes and len(sizes) == 6
+        list(sample.measure.media["vision"]) == sizes and len(sizes) == 6
     )  # a frame's patches see their frame alone
 
 

@@ -238,7 +238,7 @@ def test_a_row_takes_a_cut_and_a_crop_of_its_medium(tmp_path):
     cut, whole, picture = corpus(tmp_path, rows)
     made = clips(sizes=[[32, 32]], fps=None)
     measure = made.bucket(cut)
-    assert measure.patches == (5, 32, 32) and made.bucket(whole).patches[0] == 9
+    assert measure.shape == (5, 32, 32) and made.bucket(whole).shape[0] == 9
     assert np.array_equal(made.frames(cut, measure), place[3:8, 8:40, 16:48])
     assert np.array_equal(made.frames(picture, made.bucket(picture))[0], place[5, 16:48, 32:64])
     half = clips(sizes=[[16, 16]], fps=None)

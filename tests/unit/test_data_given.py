@@ -46,8 +46,8 @@ def test_a_clip_and_what_it_is_made_from_have_the_same_frames(file):
     }
     assert plain.extra["given"] == {} and full.media[-1].source.endswith("target.mp4")
     measure = clips().bucket(full)
-    assert measure.patches == (9 + 2 * 4, 48, 64)  # two pictures are two latent frames more
-    assert GRID.shape(*measure.patches)[1] == 2 + 3 and clips().bucket(plain).patches == (9, 48, 64)
+    assert measure.shape == (9 + 2 * 4, 48, 64)  # two pictures are two latent frames more
+    assert GRID.shape(*measure.shape)[1] == 2 + 3 and clips().bucket(plain).shape == (9, 48, 64)
     frames, given = clips().frames(full, measure), clips().given(full, measure)
     assert {role: shown.shape for role, shown in given.items()} == {
         "source": (9, 48, 64, 3),
@@ -146,7 +146,7 @@ def test_a_clip_has_the_sound_of_its_frames(sounding):
     first, second = records(sounding)
     measure = hearing().bucket(first)
     given = hearing().given(first, measure)
-    assert measure.patches == (17, 48, 64) and given["rate"] == 16
+    assert measure.shape == (17, 48, 64) and given["rate"] == 16
     assert given["sound"].shape == (2, 17000) and given["sound"].dtype == np.float32
     for record, pitch in ((first, 440), (second, 880)):
         left, right = hearing().given(record, measure)["sound"]
@@ -162,7 +162,7 @@ def test_sound_is_cut_with_the_frames(sounding):
     (whole,) = records(sounding, rows)
     (part,) = records(sounding, [{**rows[0], "cut": [8, 20]}])
     measure = hearing().bucket(part)
-    assert measure.patches == (9, 48, 64)
+    assert measure.shape == (9, 48, 64)
     cut = hearing().given(part, measure)["sound"]
     late = hearing().given(whole, hearing().bucket(whole))["sound"][:, 8000:17000]
     assert cut.shape == late.shape and np.abs(cut - late).max() < 0.02

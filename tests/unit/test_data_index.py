@@ -47,8 +47,8 @@ def rows(tmp_path):
 def test_lengths_and_patches(rows, tmp_path):
     index = build(rows)
     assert len(index) == 600 and index.usable.all() and index.tokens.dtype == np.int32
-    assert index.tokens[7] == 17 and index.patches[[0, 1, 2]].tolist() == [0, 4, 8]
-    assert index.measure(5).patches == (4, 4) and index.measure(3).patches == ()
+    assert index.tokens[7] == 17 and index.media["vision"][[0, 1, 2]].tolist() == [0, 4, 8]
+    assert index.measure(5).media == {"vision": (4, 4)} and index.measure(3).media == {}
     assert index.locate(9) == (9, -1) and index.dropped == {}
 
 

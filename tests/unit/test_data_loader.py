@@ -176,7 +176,10 @@ def test_a_hole_in_a_packed_batch_is_what_it_would_have_been(tmp_path, pixels):
     assert made.tensors.keys() == wanted.tensors.keys() and ("pixel_values" in made.tensors) == pixels
     assert all(torch.equal(made[name], wanted[name]) for name in made.tensors)
     assert torch.equal(made.segments["text"], wanted.segments["text"]) and made.groups == wanted.groups
-    assert [(m.tokens, m.trained, len(m.patches)) for m in lost] == [(7, 4, 2), (8, 4, 1)]
+    assert [(s.measure.tokens, s.measure.trained, len(s.tensors.get("grid_thw", ()))) for s in lost] == [
+        (7, 4, 2),
+        (8, 4, 1),
+    ]
     assert without(made, [False, True, False, False])[1] == [], "a hole already"
 
 
@@ -393,6 +396,6 @@ def test_the_real_corpus_and_processor(tmp_path):
                 seen += ids
                 assert b["input_ids"].shape[1] == index.tokens[ids].sum() <= 256
                 assert (b["labels"] != IGNORE).sum() == index.trained[ids].sum()
-                assert len(b.tensors.get("pixel_values", ())) == index.patches[ids].sum()
+                assert len(b.tensors.get("pixel_values", ())) == index.media["vision"][ids].sum()
                 assert b["position_ids"].shape[0] == 4
     assert sorted(seen) == [i for i in range(len(index)) if index.usable[i]]

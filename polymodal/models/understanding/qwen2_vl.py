@@ -5,17 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from polymodal.models.card import ModelCard, Size
-from polymodal.models.understanding.qwen_vl import (
-    BLOCKS,
-    DENSE_PLAN,
-    KEYWORDS,
-    TASKS,
-    TEXT_PLAN,
-    QwenVL,
-    pipeline,
-    towers,
-    vision_plan,
-)
+from polymodal.models.understanding.language import DENSE_PLAN, TEXT_PLAN
+from polymodal.models.understanding.qwen_vl import BLOCKS, QwenVL, pipeline, towers, vision_plan
+from polymodal.models.understanding.vision_language import KEYWORDS, TASKS
 
 
 class Qwen2VL(QwenVL):

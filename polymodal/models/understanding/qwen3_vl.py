@@ -7,18 +7,10 @@ from __future__ import annotations
 from typing import Any
 
 from polymodal.models.card import Components, ModelCard, Size
-from polymodal.models.understanding.qwen_vl import (
-    BLOCKS,
-    DENSE_PLAN,
-    KEYWORDS,
-    TASKS,
-    TEXT_PLAN,
-    QwenVL,
-    pipeline,
-    towers,
-    vision_plan,
-)
+from polymodal.models.understanding.language import DENSE_PLAN, TEXT_PLAN
+from polymodal.models.understanding.qwen_vl import BLOCKS, QwenVL, pipeline, towers, vision_plan
 from polymodal.models.understanding.qwen_vl_media import Qwen3VLMedia
+from polymodal.models.understanding.vision_language import KEYWORDS, TASKS
 
 VISION_PLAN = vision_plan(
     ("linear_fc1",), "linear_fc2", ("linear_fc1", "linear_fc2"), "merger", "deepstack_merger_list.*"
@@ -57,6 +49,7 @@ CARD = ModelCard(
     blocks=BLOCKS,
     towers=TOWERS,
     pipeline=PIPELINE,
+    masked_rows={"visual_pos_masks": "deepstack_visual_embeds"},
     sequence_entry="model.language_model",
     sequence_exit="model.language_model",
     tensor_plan={**TEXT_PLAN, **DENSE_PLAN, **VISION_PLAN},

@@ -2,68 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
-
-from polymodal.core.sample import Batch
-from polymodal.distributed.router_loss import router_sums
 from polymodal.models.card import ModelCard, Size
+from polymodal.models.understanding.language import EXPERTS_PLAN, SPREAD_PLAN, TEXT_PLAN
 from polymodal.models.understanding.qwen3_vl import PIPELINE, TOWERS, VISION_PLAN, Qwen3VL
-from polymodal.models.understanding.qwen_vl import (
-    BLOCKS,
-    EXPERTS_PLAN,
-    KEYWORDS,
-    SPREAD_PLAN,
-    TASKS,
-    TEXT_PLAN,
-)
+from polymodal.models.understanding.qwen_vl import BLOCKS
+from polymodal.models.understanding.vision_language import KEYWORDS, TASKS
 
 
 class Qwen3VLMoe(Qwen3VL):
     rope = "Qwen3VLMoeModel"
-    text_arguments = {
-        "output_router_logits": True
-    }  # the library hooks the routers alone, no hidden states are kept
-
-    def extra(self, out: Any, carry: Mapping[str, Tensor]) -> dict[str, Any]:
-        extra: dict[str, Any] = {"router_logits": list(out.router_logits or ())}
-        if "router_sums" in carry:
-            here = len(extra["router_logits"])
-            extra |= {
-                "router_sums_before": carry["router_sums"],
-                "router_layers_before": self.sparse_layers(self.config.text_config) - here,
-            }
-        return extra
-
-    def carried(
-        self, batch: Batch, hidden: Tensor, extra: Mapping[str, Any], carry: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        before = carry.get("router_sums")
-        if routers := extra.get("router_logits"):
-            own = router_sums(routers, self.config.text_config.num_experts_per_tok, batch)
-            before = own if before is None else own + before
-        elif before is None and extra:  # dense layers only, so far
-            before = hidden.new_zeros(2, self.config.text_config.num_experts)
-        return {} if before is None else {"router_sums": before}
-
-    def carried_spec(self) -> dict[str, tuple[int, ...]]:
-        return {"router_sums": (2, self.config.text_config.num_experts)}
-
-    def sparse_layers(self, text: Any) -> int:
-        """Language layers that have experts."""
-        layers = range(text.num_hidden_layers)
-        return sum(i not in text.mlp_only_layers and (i + 1) % text.decoder_sparse_step == 0 for i in layers)
-
-    def routers(self) -> tuple[int, int]:
-        return self.sparse_layers(self.config.text_config), self.config.text_config.num_experts
-
-    def mlp_weights(self, text: Any) -> float:
-        sparse = self.sparse_layers(text)
-        dense = 3 * text.hidden_size * text.intermediate_size * (text.num_hidden_layers - sparse)
-        experts = 3 * text.moe_intermediate_size * text.num_experts_per_tok + text.num_experts
-        return dense + text.hidden_size * experts * sparse
 
 
 CARD = ModelCard(
@@ -74,6 +21,7 @@ CARD = ModelCard(
     blocks=BLOCKS,
     towers=TOWERS,
     pipeline=PIPELINE,
+    masked_rows={"visual_pos_masks": "deepstack_visual_embeds"},
     sequence_entry="model.language_model",
     sequence_exit="model.language_model",
     tensor_plan={**TEXT_PLAN, **EXPERTS_PLAN, **VISION_PLAN},

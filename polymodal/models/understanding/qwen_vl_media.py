@@ -1,6 +1,6 @@
 """What the Qwen VL line makes of pictures and videos: token spans, patches and positions.
 
-Data workers hold it (it is picklable and needs no model), the family makes it. Sizes, pixels and positions are the
+Sizes, pixels and positions are the
 library's own functions; what is here is the order in which they are called.
 """
 
@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Media, Span
+from polymodal.core.sample import MediaPart, MediaShape, MediaStream, Span
+from polymodal.models.understanding.media import TokenMedia
 from polymodal.recipe import Data
 
 START, END = "<|vision_start|>", "<|vision_end|>"
 PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+VISION = MediaStream("vision", "pixel_values", "grid_thw")
+"""Patches [P, D] float32, and (t, h, w) in patches of each medium."""
 
 
-class QwenVLMedia:
+class QwenVLMedia(TokenMedia):
     """MediaProcessor of Qwen2-VL and Qwen2.5-VL.
 
     directory: a checkpoint with its tokenizer and processor files; config: its transformers config; rope: name of
@@ -31,13 +34,17 @@ class QwenVLMedia:
     checkpoint's pixel limits. Raises PolymodalError when files are missing or the limits contradict each other.
     """
 
+    streams = (VISION,)
     rows = 4
+    reads = {kind: START + pad + END for kind, pad in PADS.items()}
 
     def __init__(self, directory: str, config: Any, rope: str, data: Data):
         self.config = config
         self.rope = rope
-        self.tokenizer, self.image_processor, self.video_processor = _processors(directory)
-        self.ids = {text: _id(self.tokenizer, text, directory) for text in (START, END, *PADS.values())}
+        super().__init__(directory)
+        self.image_processor = self.load("AutoImageProcessor", "image processor")
+        self.video_processor = self.load("AutoVideoProcessor", "video processor")
+        self.ids = {text: self.token_id(text) for text in (START, END, *PADS.values())}
         self.image_limits = self._limits("image", self.image_processor, data.image)
         self.video_limits = self._limits("video", self.video_processor, data.video)
         self.frame_multiple: int = self.video_processor.temporal_patch_size
@@ -77,22 +84,6 @@ class QwenVLMedia:
             "ids": self.ids,
         }
 
-    def placeholder(self, kind: str) -> str:
-        """Text of a medium before it is expanded. Raises PolymodalError for sound."""
-        if kind not in PADS:
-            raise PolymodalError(
-                f"This model reads images and videos, not {kind}.",
-                "Remove the medium or choose an omni model.",
-            )
-        return START + PADS[kind] + END
-
-    def template_content(self, part: str | Media) -> dict:
-        """One part of a message as the chat templates of the line read it."""
-        if isinstance(part, str):
-            return {"type": "text", "text": part}
-        self.placeholder(part.kind)
-        return {"type": part.kind}
-
     def resized(self, kind: str, height: int, width: int, frames: int = 1) -> tuple[int, int]:
         """(height, width) in pixels after the library's resizing. Raises PolymodalError for impossible shapes."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
@@ -124,24 +115,24 @@ class QwenVLMedia:
         t = -(-frames // temporal) if kind == "video" else 1
         return t, height // processor.patch_size, width // processor.patch_size
 
-    def span(
-        self, kind: str, height: int, width: int, frames: int = 1, seconds: Sequence[float] = ()
-    ) -> Span:
+    def span(self, shape: MediaShape) -> Span:
         """Tokens and patches of a medium from its size alone."""
-        grid = self.grid(kind, height, width, frames)
+        kind = shape.kind
+        grid = self.grid(kind, shape.height, shape.width, shape.frames)
         tokens = grid[0] * grid[1] * grid[2] // self._processor(kind).merge_size ** 2
         ids = [self.ids[START], *[self.ids[PADS[kind]]] * tokens, self.ids[END]]
-        return Span(ids, grid[0] * grid[1] * grid[2], grid)
+        return Span(ids, (_part(grid),), shape)
 
-    def pixels(self, kind: str, frames: Any) -> tuple[Tensor, Tensor]:
+    def features(self, shape: MediaShape, decoded: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """PIL image, or video frames uint8 [F, H, W, 3] -> patches [P, D] float32, grid [1, 3] int64."""
+        kind, frames = shape.kind, decoded
         processor = self._processor(kind)
         if kind == "image":
             low, high = self._call_limits(kind, 1)
             out = processor(
                 images=[frames], size={"shortest_edge": low, "longest_edge": high}, return_tensors="pt"
             )
-            return out["pixel_values"], out["image_grid_thw"]
+            return {VISION.name: (out["pixel_values"], out["image_grid_thw"])}
         video = torch.as_tensor(frames)
         missing = processor.temporal_patch_size - video.shape[0]
         if missing > 0:
@@ -154,22 +145,12 @@ class QwenVLMedia:
             cap_pixels_per_frame=False,
             return_tensors="pt",
         )
-        return out["pixel_values_videos"], out["video_grid_thw"]
+        return {VISION.name: (out["pixel_values_videos"], out["video_grid_thw"])}
 
-    def position_ids(
-        self,
-        input_ids: Tensor,
-        kinds: Sequence[str],
-        grids: Sequence[tuple[int, int, int]],
-        seconds_per_grid: Sequence[float],
-    ) -> Tensor:
-        """Positions [4, T] int64 of one sample: its own tokens from 0, then the library's time, height, width.
-
-        kinds, grids, seconds_per_grid: one entry a medium in reading order; seconds_per_grid is the time between two
-        temporal patches of a video (any number for an image).
-        """
+    def position_ids(self, input_ids: Tensor, spans: Sequence[Span]) -> Tensor:
+        """Positions [4, T] int64 of one sample: its own tokens from 0, then the library's time, height, width."""
         own = torch.arange(input_ids.shape[0])
-        if not kinds:
+        if not spans:
             return own.expand(4, -1).clone()
         import transformers
 
@@ -179,9 +160,10 @@ class QwenVLMedia:
         types = (input_ids == self.ids[PADS["image"]]).int() + 2 * (
             input_ids == self.ids[PADS["video"]]
         ).int()
-        of = {kind: [index for index, value in enumerate(kinds) if value == kind] for kind in PADS}
+        of = {kind: [span for span in spans if span.shape.kind == kind] for kind in PADS}
         rows = {
-            kind: torch.tensor([grids[i] for i in index]) if index else None for kind, index in of.items()
+            kind: torch.tensor([span.parts[0].size for span in found]) if found else None
+            for kind, found in of.items()
         }
         positions, _ = library.get_rope_index(
             holder,
@@ -189,7 +171,7 @@ class QwenVLMedia:
             mm_token_type_ids=types[None],
             image_grid_thw=rows["image"],
             video_grid_thw=rows["video"],
-            second_per_grid_ts=torch.tensor([float(seconds_per_grid[i]) for i in of["video"]])
+            second_per_grid_ts=torch.tensor([span.shape.step for span in of["video"]])
             if of["video"]
             else None,
         )
@@ -217,22 +199,20 @@ class Qwen3VLMedia(QwenVLMedia):
             return super()._call_limits(kind, frames)
         return self._pixels_of(self.video_processor, self.video_limits, volume=frames)
 
-    def span(
-        self, kind: str, height: int, width: int, frames: int = 1, seconds: Sequence[float] = ()
-    ) -> Span:
+    def span(self, shape: MediaShape) -> Span:
         """As the library writes a video: each temporal patch after the mean time of its first and last frame.
 
         The template's own start and end stay around the whole, as transformers 5 leaves them.
         """
-        if kind == "image":
-            return super().span(kind, height, width)
-        grid = self.grid(kind, height, width, frames)
-        pads = [self.ids[PADS[kind]]] * (grid[1] * grid[2] // self.video_processor.merge_size**2)
+        if shape.kind == "image":
+            return super().span(shape)
+        grid = self.grid(shape.kind, shape.height, shape.width, shape.frames)
+        pads = [self.ids[PADS[shape.kind]]] * (grid[1] * grid[2] // self.video_processor.merge_size**2)
         ids = [self.ids[START]]
-        for time in self.times(frames, seconds):
+        for time in self.times(shape.frames, shape.seconds):
             ids += _encoded(self.tokenizer, f"<{time:.1f} seconds>")
             ids += [self.ids[START], *pads, self.ids[END]]
-        return Span([*ids, self.ids[END]], grid[0] * grid[1] * grid[2], grid)
+        return Span([*ids, self.ids[END]], (_part(grid),), shape)
 
     def times(self, frames: int, seconds: Sequence[float] = ()) -> list[float]:
         """Time of each temporal patch in seconds; without `seconds` the frames are data.video.fps apart."""
@@ -249,32 +229,5 @@ def _encoded(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _processors(directory: str) -> tuple[Any, Any, Any]:
-    """(tokenizer, image processor, video processor) of a checkpoint."""
-    from transformers import AutoImageProcessor, AutoTokenizer, AutoVideoProcessor
-
-    parts = []
-    for what, auto in (
-        ("tokenizer", AutoTokenizer),
-        ("image processor", AutoImageProcessor),
-        ("video processor", AutoVideoProcessor),
-    ):
-        try:
-            parts.append(auto.from_pretrained(directory, local_files_only=True))
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise PolymodalError(
-                f"The {what} of {directory} cannot be read: {reason}",
-                "Copy the checkpoint's tokenizer and preprocessor files beside its weights, or fetch it again with `polymodal download`.",
-            ) from None
-    return tuple(parts)
-
-
-def _id(tokenizer: Any, text: str, directory: str) -> int:
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) != 1:
-        raise PolymodalError(
-            f"The tokenizer of {directory} does not know the token {text}.",
-            "Take the tokenizer files of this very model.",
-        )
-    return ids[0]
+def _part(grid: tuple[int, int, int]) -> MediaPart:
+    return MediaPart(VISION.name, grid, (grid[1] * grid[2],) * grid[0])

@@ -16,6 +16,7 @@ from polymodal.core.sample import IGNORE, Batch, Sample, SampleLengths
 from polymodal.models.card import Output
 from polymodal.models.family import Family
 from polymodal.models.understanding import qwen2_vl, qwen3_vl
+from polymodal.models.understanding.qwen_vl_media import VISION as STREAM
 
 IMAGE, VOCABULARY, MERGE = 5, 64, 4  # token of a picture, vocabulary, patches a picture token stands for
 PATCH = 3 * 2 * 4 * 4  # channels x frames x height x width of a patch
@@ -99,4 +100,5 @@ def example(id: int, answer: int, picture: tuple[int, int] | None = None) -> Sam
         patches = (picture[0] * picture[1],)
         tensors["pixel_values"] = torch.randn(patches[0], PATCH, generator=draw)
         tensors["grid_thw"] = torch.tensor([[1, *picture]])
-    return Sample(id, tensors, SampleLengths(length, answer, patches))
+    lengths = {"vision": patches} if patches else {}
+    return Sample(id, tensors, SampleLengths(length, answer, lengths), streams=(STREAM,))

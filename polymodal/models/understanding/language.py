@@ -1,0 +1,68 @@
+"""Decoder-only language models as transformers names their modules and config keys: plans for cutting them, and FLOPs.
+
+Shared by all models whose text part is such a decoder (llama, qwen2, qwen3, qwen3_moe and those named alike).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+TEXT_PLAN = {  # styles of parallel/tensor.py
+    "model.language_model": "stream",
+    "model.language_model.embed_tokens": "embedding",
+    "model.language_model.layers.*.self_attn": "attention",
+    "model.language_model.layers.*.self_attn.q_proj": "colwise",
+    "model.language_model.layers.*.self_attn.k_proj": "colwise",
+    "model.language_model.layers.*.self_attn.v_proj": "colwise",
+    "model.language_model.layers.*.self_attn.o_proj": "rowwise",
+    "model.language_model.layers.*.mlp": "mlp",
+    "model.language_model.norm": "exit",
+    "lm_head": "head",
+}
+DENSE_PLAN = {
+    "model.language_model.layers.*.mlp.gate_proj": "colwise",
+    "model.language_model.layers.*.mlp.up_proj": "colwise",
+    "model.language_model.layers.*.mlp.down_proj": "rowwise",
+}
+EXPERTS_PLAN = {  # of experts cut over the tensor-parallel group, and of layers without any
+    "model.language_model.layers.*.mlp.gate": "router",
+    "model.language_model.layers.*.mlp.experts": "experts",
+    **{f"{name}?": style for name, style in DENSE_PLAN.items()},
+}
+SPREAD_PLAN = {  # of experts spread over the expert-parallel group: styles of parallel/expert.py
+    "model.language_model.layers.*.mlp.gate": "router",
+    "model.language_model.layers.*.mlp.experts": "dispatch",
+}
+
+
+def optional(plan: dict[str, str]) -> dict[str, str]:
+    """A plan whose patterns need not fit: of cards whose models differ in their text part."""
+    return {name if name.endswith("?") else f"{name}?": style for name, style in plan.items()}
+
+
+def experts(text: Any) -> int:
+    """Experts of each sparse layer; 0 without any."""
+    return getattr(text, "num_experts", None) or 0
+
+
+def sparse_layers(text: Any) -> int:
+    """Layers that have experts."""
+    if not experts(text):
+        return 0
+    dense, step = getattr(text, "mlp_only_layers", ()), getattr(text, "decoder_sparse_step", 1)
+    return sum(i not in dense and (i + 1) % step == 0 for i in range(text.num_hidden_layers))
+
+
+def costs(text: Any, tokens: int, trained: int) -> tuple[float, float]:
+    """Forward FLOPs of (all layers, the head): two a weight and token, and causal attention over all tokens."""
+    width = text.hidden_size
+    head_dim = getattr(text, "head_dim", None) or width // text.num_attention_heads
+    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    sparse = sparse_layers(text)
+    weights = text.num_hidden_layers * width * (2 * queries + 2 * keys)
+    weights += 3 * width * text.intermediate_size * (text.num_hidden_layers - sparse)
+    if sparse:
+        met = 3 * text.moe_intermediate_size * text.num_experts_per_tok + experts(text)
+        weights += width * met * sparse
+    attention = 2.0 * text.num_hidden_layers * queries * float(tokens) ** 2  # causal: half of 4 T^2
+    return 2.0 * tokens * weights + attention, 2.0 * trained * width * text.vocab_size

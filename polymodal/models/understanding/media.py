@@ -1,0 +1,70 @@
+"""What processors of media share: the checkpoint's files read by the library, ids of special tokens, kinds that are read.
+
+Data workers hold a processor (it is picklable and needs no model), a family makes it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Media, MediaStream
+
+
+class TokenMedia:
+    """MediaProcessor whose media stand at placeholder tokens. directory: a checkpoint with its processor files.
+
+    reads: kind -> text that the chat is rendered with where such a medium stands.
+    """
+
+    streams: tuple[MediaStream, ...] = ()
+    rows = 1
+    frame_multiple = 1
+    sample_rate = 0
+    reads: dict[str, str] = {}
+
+    def __init__(self, directory: str):
+        self.directory = directory
+        self.tokenizer = self.load("AutoTokenizer", "tokenizer")
+
+    def load(self, auto: str, what: str, **options: Any) -> Any:
+        """A part of the checkpoint by the library's Auto class. Raises PolymodalError when its files are not there."""
+        import transformers
+
+        try:
+            return getattr(transformers, auto).from_pretrained(
+                self.directory, local_files_only=True, **options
+            )
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise PolymodalError(
+                f"The {what} of {self.directory} cannot be read: {reason}",
+                "Copy the checkpoint's tokenizer and preprocessor files beside its weights, or fetch it again with `polymodal download`.",
+            ) from None
+
+    def token_id(self, text: str) -> int:
+        """Id of a special token. Raises PolymodalError when the tokenizer does not have it."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
+            raise PolymodalError(
+                f"The tokenizer of {self.directory} does not know the token {text}.",
+                "Take the tokenizer files of this very model.",
+            )
+        return ids[0]
+
+    def placeholder(self, kind: str) -> str:
+        """Text of a medium before it is expanded. Raises PolymodalError for a kind that is not read."""
+        if kind not in self.reads:
+            known = " and ".join(f"{name}s" for name in self.reads)
+            raise PolymodalError(
+                f"This model reads {known}, not {kind}.",
+                "Remove the medium or choose a model that reads it (`polymodal models`).",
+            )
+        return self.reads[kind]
+
+    def template_content(self, part: str | Media) -> dict:
+        """One part of a message as the library's chat templates read it."""
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
+        self.placeholder(part.kind)
+        return {"type": part.kind}

@@ -1,0 +1,412 @@
+"""Models of towers, projectors and a language model: what they share in building, running, cutting and costing.
+
+A tower reads one media stream (core/sample.py: MediaStream), its projector makes features of the language model's
+width, and these take the places of placeholder tokens among the token embeddings. A model's own file says where its
+modules are (its card) and how its tower is called (`tower`); the library owns the architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import AXES, IGNORE, Batch, MediaStream, SampleLengths
+from polymodal.distributed import attention as packed_attention
+from polymodal.distributed.router_loss import router_sums
+from polymodal.models import partial
+from polymodal.models.card import Chain, Components, Output, PrunedModule
+from polymodal.models.family import Family
+from polymodal.models.understanding import language
+
+TASKS = ("image-text-to-text", "video-text-to-text")
+KEYWORDS = (
+    "vision-language", "image understanding", "video understanding", "visual question answering", "vqa", "ocr",
+    "document", "chart", "caption", "grounding", "multimodal chat", "image", "picture", "photo", "video question",
+)  # fmt: skip
+
+
+class VisionLanguage(Family):
+    """Packed samples of text and media. `attention` and `experts` are the recipe's model.* choices.
+
+    A tower has the name of its stream, in `card.towers` and `card.pipeline` too. Its chain of blocks ends with the
+    modules that make features of the stream of the last block; the last tower's chain also holds the embedding.
+    """
+
+    layout = "packed"
+    attention = "auto"
+    experts = "auto"
+    streams: tuple[MediaStream, ...] = (MediaStream("vision", "pixel_values", "grid_thw"),)
+
+    # -- what a model's file says -------------------------------------------------------------------------------------
+
+    def tower(
+        self, model: nn.Module, stream: MediaStream, rows: Tensor, sizes: Tensor, device: torch.device
+    ) -> Tensor:
+        """The tower and its projector, by the library's modules: `stream.tensor` rows and sizes [M, k] on the host ->
+        features [media tokens, D] in reading order."""
+        raise NotImplementedError
+
+    def tower_state(self, stream: MediaStream, rows: int) -> tuple[int, ...]:
+        """Shape of what one block of the tower hands to the next, for so many rows of the stream's tensor."""
+        raise NotImplementedError
+
+    def row_shape(self, stream: MediaStream) -> tuple[int, ...]:
+        """Shape of one row of the stream's tensor."""
+        raise NotImplementedError
+
+    def medium(self, stream: MediaStream, length: int) -> tuple[int, ...]:
+        """Size of a medium of about this length (SampleLengths.media); of the smallest one for 0."""
+        raise NotImplementedError
+
+    def media_tokens(self, stream: MediaStream, part: tuple[int, ...]) -> int:
+        """Features, and so placeholder tokens, of a part of this size."""
+        raise NotImplementedError
+
+    def media_lengths(self, stream: MediaStream, part: tuple[int, ...]) -> tuple[int, ...]:
+        """SampleLengths.media of a part of this size."""
+        raise NotImplementedError
+
+    def media_ids(self, stream: MediaStream) -> tuple[int, ...]:
+        """Token ids at which the features of a stream stand."""
+        raise NotImplementedError
+
+    def tower_costs(self, stream: MediaStream, lengths: Sequence[int]) -> dict[str, float]:
+        """Forward FLOPs of the tower and its projector, by module pattern."""
+        raise NotImplementedError
+
+    def media_parts(self, stream: MediaStream, sizes: Tensor) -> list[tuple[int, ...]]:
+        """The smallest parts of media [M, k] that the tower computes apart from each other, in the order of rows."""
+        return [tuple(size) for size in sizes.tolist()]
+
+    # -- building -----------------------------------------------------------------------------------------------------
+
+    @property
+    def text(self) -> Any:
+        """The language model's config."""
+        return self.config.get_text_config()
+
+    def create(self, **options: Any) -> nn.Module:
+        """The library's model of this config; under the meta device."""
+        from transformers import AutoModelForImageTextToText
+
+        return AutoModelForImageTextToText.from_config(copy.deepcopy(self.config), **options)
+
+    def build(self) -> Components:
+        """The library's model on meta in float32, with packed attention in text and towers."""
+        chosen = {} if self.experts == "auto" else {"experts_implementation": self.experts}
+        with torch.device("meta"):
+            model = self.create(dtype=torch.float32, attn_implementation="sdpa", **chosen)
+        packed_attention.use(model, self.attention)
+        return Components(model.train())
+
+    def language_model(self, model: nn.Module) -> nn.Module:
+        """Embeddings, layers and last norm."""
+        return model.get_submodule(self.card.embedding.rpartition(".")[0])
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def places(self, stream: MediaStream, batch: Batch) -> Tensor:
+        """Where features of a stream stand among the tokens of a batch: bool [1, T]."""
+        ids = batch["input_ids"]
+        first, *others = self.media_ids(stream)
+        found = ids == first
+        for other in others:
+            found = found | (ids == other)
+        return found
+
+    def rows(self, stream: MediaStream, batch: Batch) -> int:
+        """Rows of a stream that the tower of this rank computes; a later stage of a pipeline knows their sizes only."""
+        exchange = batch.media.get(stream.name)
+        sizes = batch.on_host(stream.sizes) if exchange is None else exchange.sizes
+        return 0 if sizes is None else int(sizes.prod(dim=1).sum())
+
+    def received(self, stream: MediaStream, batch: Batch) -> int:
+        """Features of a stream that stand at tokens of this batch, on this rank."""
+        exchange = batch.media.get(stream.name)
+        if exchange is not None:
+            return exchange.received
+        sizes = batch.on_host(stream.sizes)
+        if sizes is None:
+            return 0
+        return sum(self.media_tokens(stream, part) for part in self.media_parts(stream, sizes))
+
+    def tower_inputs(
+        self, stream: MediaStream, batch: Batch, entering: Tensor | None
+    ) -> tuple[Tensor, Tensor, int]:
+        """(rows of the stream's tensor, sizes on the host, features), after media were exchanged between ranks.
+
+        A rank without media computes the smallest medium there is (0 features), whose result is multiplied by zero:
+        every rank of a sharded model must run the same modules. entering: the state of a tower that began in another
+        stage of a pipeline, where only the number of rows counts.
+        """
+        device = batch["input_ids"].device
+        exchange, shape = batch.media.get(stream.name), self.row_shape(stream)
+        sizes, rows = batch.on_host(stream.sizes), batch.get(stream.tensor)
+        if exchange is not None:
+            sizes = exchange.sizes
+            if entering is None:
+                rows = exchange.rows(rows, shape, device)
+        count = 0 if sizes is None else int(sizes.prod(dim=1).sum())
+        if entering is not None:
+            rows = torch.zeros((), device=device).expand(count, *shape) if count else None
+        if rows is None or sizes is None:
+            sizes = torch.tensor([self.medium(stream, 0)])
+            return torch.zeros(int(sizes.prod()), *shape, device=device), sizes, 0
+        return (
+            rows,
+            sizes,
+            sum(self.media_tokens(stream, part) for part in self.media_parts(stream, sizes)),
+        )
+
+    def run_tower(
+        self, model: nn.Module, stream: MediaStream, batch: Batch, carry: dict[str, Tensor]
+    ) -> Tensor | None:
+        """One call of a tower, or of the part of it that is in this stage: its state if it goes on in another stage,
+        else None, and carry["<stream>.features"] [features, D] is set.
+
+        carry["<stream>.state"]: of a tower that began in another stage; taken out.
+        """
+        entering = carry.pop(f"{stream.name}.state", None)
+        rows, sizes, count = self.tower_inputs(stream, batch, entering)
+        device = batch["input_ids"].device
+        state, features = partial.run(
+            model,
+            self.card.pipeline[stream.name],
+            entering,
+            lambda: self.tower(model, stream, rows, sizes, device),
+        )
+        if features is not None:
+            # of no media: the dummy's features, all of them, so that they stay in the graph
+            carry[f"{stream.name}.features"] = features[:count] if count else features
+        return state
+
+    def begins_here(self, model: nn.Module, stream: MediaStream) -> bool:
+        first = partial.blocks(model, self.card.pipeline[stream.name])[0]
+        return not isinstance(model.get_submodule(first), PrunedModule)
+
+    def stage(
+        self, model: nn.Module, carry: Mapping[str, Tensor] | None, batch: Batch
+    ) -> dict[str, Tensor] | Output:
+        """The whole model, or one pipeline stage of it whose other modules are PrunedModule.
+
+        carry: None on the first stage; of a tower that goes on {"<stream>.state"} and features of towers that are done
+        {"<stream>.features": [n, D]}; then {"hidden_states": [1, T, D]}; besides what the family's hooks put in.
+        Returns the same for the next stage, or Output.
+        """
+        carried = dict(carry or {})
+        hidden = carried.pop(partial.HIDDEN, None)
+        if hidden is None:
+            for stream in self.streams:
+                if f"{stream.name}.features" in carried:
+                    continue
+                if f"{stream.name}.state" not in carried and not self.begins_here(model, stream):
+                    return carried
+                state = self.run_tower(model, stream, batch, carried)
+                if state is not None:
+                    return {f"{stream.name}.state": state, **carried}
+            hidden = self.embed(model, batch, carried)
+        return self.run_language(model, batch, hidden, carried)
+
+    def embed(self, model: nn.Module, batch: Batch, carried: dict[str, Tensor]) -> Tensor:
+        """Token embeddings with media features in their places; features are taken out of `carried`."""
+        hidden = model.get_submodule(self.card.embedding)(batch["input_ids"])
+        for stream in self.streams:
+            features = carried.pop(f"{stream.name}.features").to(hidden.dtype)
+            exchange = batch.media.get(stream.name)
+            if exchange is not None:
+                features = exchange.features(features)
+            hidden = self.place(stream, batch, hidden, features, carried)
+        return hidden
+
+    def place(
+        self, stream: MediaStream, batch: Batch, hidden: Tensor, features: Tensor, carried: dict[str, Tensor]
+    ) -> Tensor:
+        """Features of this rank's tokens, put among the token embeddings [1, T, D]."""
+        if not self.received(stream, batch):
+            return hidden + features.sum() * 0.0
+        places = self.places(stream, batch)
+        torch._assert_async(
+            places.sum() == features.shape[0], "media tokens and media features differ in number"
+        )
+        return hidden.masked_scatter(places[..., None], features)
+
+    def positions(self, batch: Batch, packed: bool) -> Tensor:
+        """What the language model is given as position_ids; packed: packed attention bounds the samples itself."""
+        return batch["position_ids"][0]
+
+    def run_language(
+        self, model: nn.Module, batch: Batch, hidden: Tensor, carried: dict[str, Tensor]
+    ) -> dict[str, Tensor] | Output:
+        """The language layers of this stage, and the head if it is here."""
+        text = self.language_model(model)
+        held = [number for number, block in enumerate(text.layers) if not isinstance(block, PrunedModule)]
+        start = held[0] if held else 0
+        done = held[-1] + 1 if held else start
+        head = model.get_submodule(self.card.head)
+        extra: dict[str, Any] = {}
+        if held or not isinstance(head, PrunedModule):
+            packed = text.config._attn_implementation == packed_attention.NAME
+            arguments: dict[str, Any] = {}
+            if packed:
+                packed_attention.plan(batch.segments["text"], batch.host.get("text"))
+                arguments["cu_seq_lens_q"] = batch.segments["text"]
+            if batch.cut is not None:
+                arguments["cut"] = batch.cut
+            if self.routers()[0]:
+                arguments["output_router_logits"] = (
+                    True  # hooks of the routers alone, no hidden states are kept
+                )
+            out = text(
+                inputs_embeds=hidden,
+                position_ids=self.positions(batch, packed),
+                attention_mask=None,
+                use_cache=False,
+                **arguments,
+                **self.language_arguments(batch, carried, start, done),
+            )
+            hidden, extra = out.last_hidden_state, self.router_extra(out, carried)
+        if not isinstance(head, PrunedModule):
+            return Output(hidden, head, extra)
+        return {partial.HIDDEN: hidden, **carried, **self.router_carry(batch, hidden, extra, carried)}
+
+    def language_arguments(
+        self, batch: Batch, carried: dict[str, Tensor], start: int, done: int
+    ) -> dict[str, Any]:
+        """Further arguments of the language model, whose layers start..done are here."""
+        return {}
+
+    # -- mixture-of-experts layers: their routers' logits over stages -------------------------------------------------
+
+    def routers(self) -> tuple[int, int]:
+        """Layers with experts, and experts of each; (0, 0) without any."""
+        return language.sparse_layers(self.text), language.experts(self.text)
+
+    def balance(self, weight: float | None) -> dict[str, Any]:
+        if not language.experts(self.text):
+            return {}
+        own = getattr(self.text, "router_aux_loss_coef", 0.0)
+        chosen = self.text.num_experts_per_tok
+        return {"aux_weight": own if weight is None else weight, "experts_per_token": chosen}
+
+    def router_extra(self, out: Any, carried: dict[str, Tensor]) -> dict[str, Any]:
+        """Output.extra: the logits of this stage's routers, and the sums of those of earlier stages."""
+        layers, _ = self.routers()
+        if not layers:
+            return {}
+        logits = list(out.router_logits or ())
+        before = carried.pop("router_sums", None)
+        if before is None:
+            return {"router_logits": logits}
+        return {
+            "router_logits": logits,
+            "router_sums_before": before,
+            "router_layers_before": layers - len(logits),
+        }
+
+    def router_carry(
+        self, batch: Batch, hidden: Tensor, extra: Mapping[str, Any], carried: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        before = extra.get("router_sums_before")
+        if routers := extra.get("router_logits"):
+            own = router_sums(routers, self.text.num_experts_per_tok, batch)
+            before = own if before is None else own + before
+        elif before is None and extra:  # dense layers only, so far
+            before = hidden.new_zeros(2, self.routers()[1])
+        return {} if before is None else {"router_sums": before}
+
+    # -- shapes without data ------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def depths(self) -> dict[str, int]:
+        """Blocks of each tower."""
+        model = self.build().trained
+        return {
+            name: len(partial.blocks(model, chain))
+            for name, chain in self.card.pipeline.items()
+            if any(stream.name == name for stream in self.streams)
+        }
+
+    def carry_spec(self, batch: Batch, before: Mapping[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
+        shapes = self.carry_shapes(batch, before)
+        spec = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+        if before["language"] and self.routers()[0]:
+            wide = torch.promote_types(dtype, torch.float32)
+            spec["router_sums"] = torch.empty(2, self.routers()[1], dtype=wide, device="meta")
+        return spec
+
+    def carry_shapes(self, batch: Batch, before: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of what `stage` hands on, but for what routers say."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for stream in self.streams:
+            smallest = self.medium(stream, 0)
+            if before[stream.name] < self.depths[stream.name]:
+                if before[stream.name]:
+                    rows = self.rows(stream, batch) or math.prod(smallest)
+                    shapes = {f"{stream.name}.state": self.tower_state(stream, rows), **shapes}
+                return shapes
+            exchange = batch.media.get(stream.name)
+            sizes = batch.on_host(stream.sizes) if exchange is None else exchange.sizes
+            if sizes is None or not len(sizes):
+                sizes = torch.tensor([smallest])
+            tokens = sum(self.media_tokens(stream, part) for part in self.media_parts(stream, sizes))
+            shapes[f"{stream.name}.features"] = (tokens, self.text.hidden_size)
+        return {partial.HIDDEN: (1, batch["input_ids"].shape[1], self.text.hidden_size)}
+
+    def example(self, measure: SampleLengths) -> Batch:
+        """Media first, then text; the last `trained` tokens have labels.
+
+        Raises PolymodalError when the media's tokens do not fit into measure.tokens.
+        """
+        ids = torch.ones(1, measure.tokens, dtype=torch.int64)
+        tensors, axes, media, at = {}, dict(AXES), {}, 0
+        for stream in self.streams:
+            found = [self.medium(stream, length) for length in measure.media.get(stream.name, ())]
+            media[stream.name] = (len(found),)
+            if not found:
+                continue
+            sizes = torch.tensor(found)
+            count = sum(self.media_tokens(stream, part) for part in self.media_parts(stream, sizes))
+            if at + count > measure.tokens:
+                raise PolymodalError(f"Media of {at + count} tokens do not fit into {measure.tokens} tokens.")
+            ids[0, at : at + count] = self.media_ids(stream)[0]
+            at += count
+            rows = int(sizes.prod(dim=1).sum())
+            tensors |= {stream.tensor: torch.zeros(rows, *self.row_shape(stream)), stream.sizes: sizes}
+            axes |= {stream.tensor: stream.axes, stream.sizes: ("none", "none")}
+        trained = torch.arange(measure.tokens)[None] >= measure.tokens - measure.trained
+        tensors |= {
+            "input_ids": ids,
+            "labels": torch.where(trained, ids, IGNORE),
+            "weights": trained.float(),
+            "position_ids": torch.arange(measure.tokens).expand(self.position_rows, 1, -1).clone(),
+        }
+        kinds = {"vision": "image"}
+        modality = next((kinds.get(name, name) for name, (count,) in media.items() if count), "text")
+        groups = {"modality": (modality,), "media": media, "broken": (False,)}
+        segments = {"text": packed_attention.cumulative([measure.tokens])}
+        return Batch(
+            tensors, {name: axes[name] for name in tensors}, (0,), segments, groups, streams=self.streams
+        )
+
+    position_rows = 1
+
+    def costs(self, measure: SampleLengths) -> dict[str, float]:
+        """Forward FLOPs: two a weight and token, plus attention. Each length of a media stream attends to itself."""
+        layers, head = language.costs(self.text, measure.tokens, measure.trained)
+        out: dict[str, float] = {}
+        for stream in self.streams:
+            out |= self.tower_costs(stream, measure.media.get(stream.name, ()))
+        blocks = self.card.pipeline["language"].blocks
+        return {**out, (blocks if isinstance(blocks, str) else blocks[0]): layers, self.card.head: head}
+
+
+def language_chain() -> Chain:
+    """The language model's chain of blocks, as transformers names it."""
+    return Chain("model.language_model.layers.*", last=("model.language_model.norm", "lm_head"))
