@@ -81,7 +81,7 @@ def vision_flops(rank: int, directory: str, balance: bool) -> tuple[float, int]:
     model.model.visual.register_forward_pre_hook(lambda *_: counter.__enter__() and None)
     model.model.visual.register_forward_hook(lambda *_: counter.__exit__(None, None, None))
     model(batch, lambda output, batch: output.hidden_states)
-    return float(counter.get_total_flops()), family.received(batch)
+    return float(counter.get_total_flops()), family.received(family.streams[0], batch)
 
 
 def test_on_a_skewed_batch_no_rank_computes_much_more_than_the_mean(tmp_path):

@@ -125,6 +125,9 @@ def test_a_moved_batch_is_not_asked_for_its_lengths():
         (),
         {"text": torch.tensor([0, 3, 8], dtype=torch.int32)},
     )
-    moved = batch.to("meta").segments["text"]
-    assert moved.is_meta and attention.plan(moved).lengths == (3, 5)
+    there = batch.to("meta")
+    moved = there.segments["text"]
+    assert moved.is_meta and attention.plan(moved, there.host["text"]).lengths == (3, 5)
+    assert attention.plan(moved).lengths == (3, 5)  # layers of the library hand on the tensor alone
+    assert torch.equal(there.on_host("input_ids"), batch["input_ids"])
     assert batch.to("cpu").segments["text"] is batch.segments["text"]

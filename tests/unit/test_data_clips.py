@@ -100,14 +100,14 @@ def test_buckets_are_the_nearest_shape_and_the_longest_length(folder, tmp_path):
     rows = [{"path": p, "cap": "x"} for p in ("wide.mp4", "fast.mp4", "tall.png", "short.mp4")]
     found = corpus(tmp_path, rows, media_dir=str(folder))
     wide, fast, tall, short = clips().measure(list(found))
-    assert wide.patches == (9, 48, 64) and fast.patches == (5, 64, 48)  # 24 frames at 48 are 8 at 16
-    assert tall.patches[0] == 1 and tall.patches[1] / tall.patches[2] == pytest.approx(1.5, rel=0.2)
+    assert wide.shape == (9, 48, 64) and fast.shape == (5, 64, 48)  # 24 frames at 48 are 8 at 16
+    assert tall.shape[0] == 1 and tall.shape[1] / tall.shape[2] == pytest.approx(1.5, rel=0.2)
     assert (
         short
         == f"{tmp_path / 'data.json'}, row 4: the video {folder / 'short.mp4'} has 3 frames at 16 a second, fewer than the shortest length 5."
     )
     assert wide.tokens == 3 * 3 * 4 == GRID.tokens(9, 48, 64)
-    assert clips(sizes=[[32, 32], [48, 64]], frames=[9]).bucket(found[0]).patches == (9, 48, 64)
+    assert clips(sizes=[[32, 32], [48, 64]], frames=[9]).bucket(found[0]).shape == (9, 48, 64)
 
 
 def test_frames_are_sampled_at_the_rate_scaled_and_cut(folder, tmp_path):
@@ -160,7 +160,7 @@ class Buckets:
     def __init__(self, bucket):
         self.bucket = np.array(bucket, np.int32)
         self.tokens = 10 * (1 + self.bucket)
-        self.patches = np.zeros(len(bucket), np.int32)
+        self.media = {}
         self.usable = np.ones(len(bucket), bool)
         self.record = None
 

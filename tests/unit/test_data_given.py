@@ -60,7 +60,7 @@ def test_a_clip_and_what_it_is_made_from_have_the_same_frames(file):
     assert np.abs(frames - red).mean() < 6 and np.abs(given["source"] - blue).mean() < 6
     assert given["mask"][..., :24, :].mean() < 20 and given["mask"][..., 40:, :].mean() > 235
     assert (given["references"][:, :, :8] == 255).all()  # a square picture lies whole, on white
-    assert clips(()).bucket(full).patches == (9, 48, 64) and clips(()).given(full, measure) == {}
+    assert clips(()).bucket(full).shape == (9, 48, 64) and clips(()).given(full, measure) == {}
 
 
 def test_a_mask_that_is_a_picture_stands_for_every_frame(file):
@@ -179,7 +179,7 @@ def test_clips_that_cannot_be_learned_with_their_sound_are_named(sounding, file)
     with pytest.raises(PolymodalError, match="source.mp4 has no sound") as caught:
         hearing().bucket(silent)
     assert "data.clip.sound to false" in caught.value.hint
-    assert hearing(sound=False).bucket(silent).patches == (9, 48, 64)
+    assert hearing(sound=False).bucket(silent).shape == (9, 48, 64)
     heard = records(sounding)[0]
     with pytest.raises(
         PolymodalError, match="has 16 frames a second, fewer than data.clip.fps = 24"
