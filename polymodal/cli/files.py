@@ -12,7 +12,7 @@ import typer
 
 from polymodal.cli.app import AsJson, MediaDir, Overrides, RecipeFile, command, data_app, one_of, recipe_app
 
-FORMATS = ("auto", "mllm", "llava", "sharegpt", "alpaca", "openai", "text", "caption")
+FORMATS = ("auto", "mllm", "llava", "sharegpt", "alpaca", "openai", "text", "caption", "asr")
 DataFormat = Annotated[str, typer.Option(help="auto, mllm, llava, sharegpt, alpaca or openai.")]
 
 # One line an option reads best.

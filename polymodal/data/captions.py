@@ -16,8 +16,8 @@ from typing import Any
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Message, Record
-from polymodal.data.files import IMAGE, VIDEO, Rows
-from polymodal.data.references import References, first, listed
+from polymodal.data.files import AUDIO, IMAGE, VIDEO, Rows
+from polymodal.data.references import KINDS, References, first, listed, member_named, row_members
 from polymodal.recipe import Attr
 
 MEDIA = ("path", "video", "image", "file", "file_name", "media_path", "videos", "images")
@@ -43,16 +43,15 @@ def is_caption_row(row: Mapping[str, Any], attr: Attr) -> bool:
 def caption_record(row: Mapping[str, Any], where: str, attr: Attr, references: References) -> Record:
     """Raises PolymodalError with `where`, the key, the cause and the mend."""
     value, key = first(row, attr.videos or attr.images, MEDIA)
-    if value is None and row.get("__media__"):
-        members = [
-            Media(k.removesuffix("s"), data)
-            for k, group in row["__media__"].items()
-            for data in group.values()
-        ]  # type: ignore[arg-type]
-        value = members[0] if members else None
     value = listed(value)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
+    members = {kind: row_members(row, kind) for kind in KINDS} if "__media__" in row else {}
+    for kind, named in members.items():
+        if value is None and named:
+            value = Media(kind, next(iter(named.values())))
+        elif data := member_named(named, value):
+            value = Media(kind, data)
     if value is None or value == "":
         raise PolymodalError(
             f"{where}: the row names no picture or clip (looked for {', '.join(MEDIA[:5])}).",
@@ -67,10 +66,15 @@ def caption_record(row: Mapping[str, Any], where: str, attr: Attr, references: R
     if not captions or not all(isinstance(c, str) and c.strip() for c in captions):
         raise PolymodalError(
             f"{where}: the row has no caption (looked for {', '.join(CAPTIONS)}).",
-            "Write one as `cap`, or a list of several; name another column in data.attr.prompt.",
+            "Write one as `cap`, or a list of several; name another column in data.attr.prompt. For a file in a directory: in a .txt of its name beside it, or one for all as `caption`.",
         )
+    media_columns = {*MEDIA, attr.videos, attr.images, *(name for names in GIVEN.values() for name in names)}
     extra = {
-        k: v for k, v in row.items() if isinstance(v, (str, int, float, dict)) and not k.startswith("__")
+        k: v
+        for k, v in row.items()
+        if isinstance(v, (str, int, float, dict))
+        and not k.startswith("__")
+        and not (isinstance(v, dict) and k in media_columns)
     }
     given = _given(row, where, references)
     taken = {
@@ -141,32 +145,61 @@ def _kind(value: Any, key: str, where: str) -> Any:
 
 
 class Folder(Rows):
-    """The pictures and clips in a directory and below, as rows {path}; hidden ones and partial files are passed over."""
+    """The media in a directory and below, as rows {path, cap}, of audio {audio, text}; hidden files are passed over.
+
+    The text is that of the .txt or .caption of the same name beside the medium; without one it is left out. texts: of
+    how many media there is one.
+    """
 
     unit = "file"
 
     def __init__(self, path: str):
         super().__init__(path)
-        self.files = sorted(
+        found = {
             os.path.relpath(os.path.join(place, name), path)
             for place, _, names in os.walk(path)
             for name in names
             if not name.startswith(".")
-            and os.path.splitext(name)[1].lower().removeprefix(".") in IMAGE | VIDEO
-        )
+        }
+        self.files = sorted(n for n in found if _ending(n) in IMAGE | VIDEO | AUDIO)
+        self.beside = [next((t for t in _texts(name) if t in found), None) for name in self.files]
+        self.texts = len(self.beside) - self.beside.count(None)
         digest = hashlib.blake2b(digest_size=16)
-        for name in self.files:
+        for name, text in zip(self.files, self.beside, strict=True):
             digest.update(f"{name} {os.path.getsize(os.path.join(path, name))}\n".encode())
+            if text is not None:
+                with open(os.path.join(path, text), "rb") as file:
+                    digest.update(file.read())
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        return {"path": self.files[i]}
+        name, beside = self.files[i], self.beside[i]
+        medium, caption = ("audio", "text") if _ending(name) in AUDIO else ("path", CAPTIONS[0])
+        if beside is None:
+            return {medium: name}
+        try:
+            with open(os.path.join(self.path, beside), encoding="utf-8-sig") as file:
+                return {medium: name, caption: file.read().strip()}
+        except (OSError, UnicodeDecodeError) as error:
+            raise PolymodalError(
+                f"{os.path.join(self.path, beside)} cannot be read: {error}.", "Save it as UTF-8 text."
+            ) from None
 
     def where(self, i: int) -> str:
         return os.path.join(self.path, self.files[i])
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower().removeprefix(".")
+
+
+def _texts(name: str) -> tuple[str, str]:
+    """Names of the text that may lie beside a medium."""
+    stem = os.path.splitext(name)[0]
+    return f"{stem}.txt", f"{stem}.caption"
 
 
 class Captioned(Rows):

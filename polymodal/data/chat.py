@@ -32,6 +32,7 @@ from polymodal.core.sample import (
     SampleLengths,
     Span,
 )
+from polymodal.data import audio
 from polymodal.data import media as files
 from polymodal.data.counting import TokenCounter, tokens_before
 from polymodal.data.template import Layout, Template
@@ -173,7 +174,10 @@ class ChatProcessor:
             shape = MediaShape("image", *files.image_size(medium.source))
             decode = partial(files.image, medium.source)
         else:
-            raise PolymodalError("this release decodes no sound.")
+            assert not isinstance(medium.source, tuple)
+            heard, rate = audio.audio_header(medium.source), self.media.sample_rate
+            shape = MediaShape("audio", samples=heard.samples(rate))
+            decode = partial(audio.decode_audio, medium.source, heard, rate)
         return self._span(shape, medium), decode
 
     def _span(self, shape: MediaShape, medium: Media) -> Span:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, MediaStream, Record, SampleLengths
-from polymodal.data import media
+from polymodal.data import audio, media
 from polymodal.data.captions import GIVEN
 from polymodal.recipe import Clip
 
@@ -213,7 +213,7 @@ class Clips:
             if self.sounds:
                 medium = medium_of(record)
                 try:
-                    out["sound"] = media.sound(
+                    out["sound"] = audio.sound(
                         _source(medium), self.grid.sound, round(count / rate * self.grid.sound), self._begin(record)
                     )  # fmt: skip
                 except PolymodalError as error:
@@ -294,7 +294,10 @@ def medium_of(record: Record) -> Media:
             'Write rows as {"path": "clip.mp4", "cap": "what it shows"}, or set format: caption.',
         )
     medium = record.media[-1]
-    media.refuse_audio(medium)
+    if medium.kind == "audio":
+        raise PolymodalError(
+            "the row's medium is audio, this model makes pictures and clips.", "Remove the row."
+        )
     return medium
 
 

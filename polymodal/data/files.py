@@ -26,7 +26,7 @@ ROW_GROUPS = 256 << 20  # bytes of decompressed parquet row groups a process kee
 
 IMAGE = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "ppm"})
 VIDEO = frozenset({"mp4", "webm", "mkv", "mov", "avi", "m4v"})
-AUDIO = frozenset({"wav", "flac", "mp3", "ogg", "m4a", "opus"})
+AUDIO = frozenset({"wav", "flac", "mp3", "ogg", "m4a", "opus", "aac", "oga", "wma"})
 
 
 class Rows:

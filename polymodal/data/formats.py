@@ -1,4 +1,4 @@
-"""How a row becomes a Record: MLLM JSON, ShareGPT, LLaVA, Alpaca, OpenAI messages, plain text.
+"""How a row becomes a Record: MLLM JSON, ShareGPT, LLaVA, Alpaca, OpenAI messages, speech with its text, plain text.
 
 Part of the data room: sees errors, recipe and core/sample.py; opens no file. All chat formats are one reader, for
 they differ in names only: `<image>`, `<video>`, `<audio>` in a text stand for the next entry of the row's list of
@@ -17,10 +17,11 @@ from typing import Any
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Message, Record
 from polymodal.data.captions import caption_record, is_caption_row
-from polymodal.data.references import Kind, References, first, listed
+from polymodal.data.files import AUDIO
+from polymodal.data.references import KINDS, References, first, listed, member_named, row_members
 from polymodal.recipe import Attr
 
-KINDS: tuple[Kind, ...] = ("image", "video", "audio")
+TRANSCRIPTS = ("text", "sentence", "transcription", "transcript")
 ROLES = {
     "system": ("system", "developer"),
     "user": ("user", "human"),
@@ -61,6 +62,8 @@ class RowReader:
         kind = self._shape(row, where)
         if kind == "caption":
             return caption_record(row, where, self.attr, self.references)
+        if kind == "asr":
+            return self._asr(row, where)
         if kind == "chat":
             turns, literal = self._chat(row, where)
         elif kind == "alpaca":
@@ -80,20 +83,17 @@ class RowReader:
             )
             for t in turns
         )
-        extra = {
-            k: v
-            for k, v in row.items()
-            if (0 < len(v) <= 256 and k != "text" if isinstance(v, str) else isinstance(v, (int, float)))
-        }
-        return Record(
-            messages, where, self._tools(row, where) if kind == "chat" else (), extra, plain=kind == "text"
+        tools = self._tools(row, where) if kind == "chat" else ()
+        timed = ("start" in row or "end" in row) and any(
+            isinstance(p, Media) and p.kind == "audio" for m in messages for p in m.content
         )
+        return Record(messages, where, tools, _extra(row, where, timed), plain=kind == "text")
 
     def _shape(self, row: Mapping[str, Any], where: str) -> str:
         a = self.attr
         if self.format in ("mllm", "sharegpt", "llava", "openai"):
             return "chat"
-        if self.format in ("alpaca", "text", "caption"):
+        if self.format in ("alpaca", "text", "caption", "asr"):
             return self.format
         if first(row, a.messages, ("messages", "conversations"))[0] is not None:
             return "chat"
@@ -104,12 +104,14 @@ class RowReader:
             return "alpaca"
         if is_caption_row(row, a):
             return "caption"
+        if self._speech(row)[0] is not None and first(row, a.response, TRANSCRIPTS)[0] is not None:
+            return "asr"
         if isinstance(row.get("text"), str):
             return "text"
         columns = ", ".join(k for k in row if not k.startswith("__")) or "none"
         raise PolymodalError(
             f"{where}: no known format has these columns: {columns}.",
-            "Expected messages or conversations, instruction and output, text, or a picture's or clip's path with its caption (cap); else name yours in data.attr (for example data.attr.messages=dialog).",
+            "Expected messages or conversations, instruction and output, text, audio with its text, or a picture's or clip's path with its caption (cap); else name yours in data.attr (for example data.attr.messages=dialog).",
         )
 
     # -- conversations ------------------------------------------------------------------------------------------
@@ -242,7 +244,7 @@ class RowReader:
             if kind is None:
                 raise PolymodalError(
                     f"{where}: `{here}.type` = {name!r} is no known part.",
-                    "Known: text, image, image_url, video, video_url.",
+                    "Known: text, image, image_url, video, video_url, audio, audio_url, input_audio.",
                 )
             source = next(
                 (
@@ -305,6 +307,38 @@ class RowReader:
         ]
         self._system(turns, row, where)
         return turns
+
+    def _speech(self, row: Mapping[str, Any]) -> tuple[Any, str]:
+        """The row's audio and its column; `file_name` (the hub's audio folders) only where it names a sound."""
+        value, key = first(row, self.attr.audios, ("audio", "audios", "audio_filepath", "file_name"))
+        members = row_members(row, "audio")
+        if members:
+            own = member_named(members, value)
+            return (list(members.values()) if own is None else own), key
+        if key == "file_name" and str(value).rpartition(".")[2].lower() not in AUDIO:
+            return None, "audio"
+        return value, key
+
+    def _asr(self, row: Mapping[str, Any], where: str) -> Record:
+        """Speech and its transcription: the user's turn is the audio alone, the assistant's the text."""
+        value, key = self._speech(row)
+        value = listed(value)
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if value is None or isinstance(value, list):
+            raise PolymodalError(
+                f"{where}: the row names {'no' if not value else 'more than one'} audio (`{key}`).",
+                "Name the column in data.attr.audios; conversations about several go into messages.",
+            )
+        text, text_key = first(row, self.attr.response, TRANSCRIPTS)
+        if not isinstance(text, str):
+            raise PolymodalError(
+                f"{where}: the column `{text_key}` of the transcription is {'missing' if text is None else 'no text'}.",
+                "Name the column in data.attr.response.",
+            )
+        medium = self.references.medium("audio", value, where, key)
+        turns = (Message("user", (medium,)), Message("assistant", (text,)))
+        return Record(turns, where, extra=_extra(row, where, speech=True))
 
     # -- media --------------------------------------------------------------------------------------------------
 
@@ -379,6 +413,38 @@ class RowReader:
                 turn["parts"] = parts
         for turn in turns if marked else ():
             turn["parts"] = [str(p) if isinstance(p, str) else p for p in turn["parts"]]
+
+
+def _extra(row: Mapping[str, Any], where: str, speech: bool) -> dict[str, Any]:
+    """Columns that are not trained on (id, language, task...); speech: `start` and `end` as seconds (NeMo: `offset`)."""
+    extra = {
+        k: v
+        for k, v in row.items()
+        if (0 < len(v) <= 256 and k != "text" if isinstance(v, str) else isinstance(v, (int, float)))
+    }
+    if speech:
+        if extra.get("offset") and isinstance(
+            extra.get("duration"), (int, float)
+        ):  # an excerpt in a NeMo manifest
+            extra.setdefault("start", extra["offset"])
+            extra.setdefault("end", float(extra["offset"]) + extra["duration"])
+        for key in ("start", "end"):
+            if extra.get(key) is None:
+                continue
+            try:
+                extra[key] = float(extra[key])
+            except ValueError:
+                extra[key] = math.nan
+            if not 0 <= extra[key] < math.inf:
+                raise PolymodalError(
+                    f"{where}: `{key}` = {row.get(key)!r} is no time in seconds.", "Write seconds, e.g. 12.5."
+                )
+        if extra.get("end", math.inf) <= extra.get("start", 0.0):
+            raise PolymodalError(
+                f"{where}: `end` = {extra['end']:g} s is not after `start` = {extra.get('start', 0.0):g} s.",
+                "Correct the two; they are in seconds.",
+            )
+    return extra
 
 
 class _Literal(str):

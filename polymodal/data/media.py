@@ -1,4 +1,4 @@
-"""Pictures and videos: their size from the header alone, and their pixels.
+"""Pictures and videos: their size from the header alone, and their pixels. Audio: data/audio.py.
 
 Part of the data room: sees errors, recipe and core/sample.py. Every call opens, reads and closes, so that a worker
 holds no decoder between samples. Faults are PolymodalErrors that name the file; who calls adds the row. Pictures
@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Media
 from polymodal.recipe import Video
 
 Source = str | bytes
@@ -30,7 +29,7 @@ _SEEK = 2.0  # seconds to the next frame from which a jump to a key frame may pa
 def label(source: Any) -> str:
     """How an error names a medium: its path, or its size when it came as bytes."""
     if isinstance(source, str):
-        return source
+        return source if len(source) <= 300 else f"{source[:60]}... ({len(source)} characters)"
     return (
         f"{len(source)} bytes inside the row"
         if isinstance(source, bytes)
@@ -41,7 +40,8 @@ def label(source: Any) -> str:
 # Pictures ------------------------------------------------------------------------------------------------------------
 
 
-def _fault(source: Any, kind: str, error: BaseException) -> PolymodalError:
+def fault(source: Any, kind: str, error: BaseException) -> PolymodalError:
+    """What a library's error about a medium means to the user."""
     name = label(source)
     if isinstance(error, FileNotFoundError):
         return PolymodalError(
@@ -104,7 +104,7 @@ def image_size(source: Source) -> tuple[int, int]:
             width, height = picture.size
             return (width, height) if _orientation(picture) >= 5 else (height, width)
     except _PICTURE_FAULTS as error:
-        raise _fault(source, "image", error) from None
+        raise fault(source, "image", error) from None
 
 
 def _jpeg_size(source: Source) -> tuple[int, int] | None:
@@ -141,7 +141,7 @@ def image(source: Source) -> Image.Image:
             out = _rgb(picture)
         return out.transpose(turn) if turn is not None else out
     except _PICTURE_FAULTS as error:
-        raise _fault(source, "image", error) from None
+        raise fault(source, "image", error) from None
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
@@ -216,8 +216,8 @@ def video_header(source: Source | tuple[str, ...], fps: float = 2.0) -> VideoHea
     import av
 
     try:
-        with _container(source) as container:
-            stream = _stream(container, source)
+        with open_container(source) as container:
+            stream = video_stream(container, source)
             sound = bool(container.streams.audio)
             width, height = stream.codec_context.width, stream.codec_context.height
             rate = float(stream.average_rate or stream.guessed_rate or 0)
@@ -236,7 +236,7 @@ def video_header(source: Source | tuple[str, ...], fps: float = 2.0) -> VideoHea
                     f"the video {label(source)} holds no frames.", "Fetch it again, or remove the row."
                 )
     except (av.FFmpegError, OSError, ValueError, OverflowError) as error:
-        raise _fault(source, "video", error) from None
+        raise fault(source, "video", error) from None
     if _sideways(source):
         height, width = width, height
     return VideoHeader(height, width, frames, rate or 25.0, sound=sound)
@@ -266,8 +266,8 @@ def video(
 
     frames: list[np.ndarray] = []
     try:
-        with _container(source) as container:
-            stream = _stream(container, source)
+        with open_container(source) as container:
+            stream = video_stream(container, source)
             stream.thread_type = "NONE"  # a worker is one thread among many
             begin = float((stream.start_time or 0) * stream.time_base)
             half = 0.5 / header.fps
@@ -311,50 +311,12 @@ def video(
                     ahead = False
                 frames.append(_pixels(current, size) if current is not None else frames[-1])
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise _fault(source, "video", error) from None
+        raise fault(source, "video", error) from None
     return np.stack(frames)
 
 
-def sound(source: Source, rate: int, count: int, after: float = 0.0) -> np.ndarray:
-    """`count` samples of a video's sound from `after` seconds of its first frame on, float32 [2, count] in -1..1 at `rate` a second.
-
-    One channel stands for both; silence fills what is missing before and after. Raises PolymodalError without a track.
-    """
-    import av
-
-    parts: list[np.ndarray] = []
-    have = 0
-    try:
-        with _container(source) as container:
-            if not container.streams.audio:
-                raise PolymodalError(f"the video {label(source)} has no sound.", "Remove the row.")
-            track = container.streams.audio[0]
-            picture = _stream(container, source)
-            begin = float((picture.start_time or 0) * picture.time_base) + after
-            late = float((track.start_time or 0) * track.time_base) - begin
-            skip = round(late * rate)  # below 0: sound before that
-            if skip > 0:
-                parts.append(np.zeros((2, skip), np.float32))
-                have = skip
-            resampler = av.AudioResampler(format="fltp", layout="stereo", rate=rate)
-            for frame in [*container.decode(track), None]:
-                for piece in resampler.resample(frame):
-                    samples = piece.to_ndarray()
-                    drop = min(max(0, -skip), samples.shape[1])
-                    skip += drop
-                    parts.append(samples[:, drop:])
-                    have += samples.shape[1] - drop
-                if have >= count:
-                    break
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise _fault(source, "video", error) from None
-    out = np.zeros((2, count), np.float32)
-    joined = np.concatenate(parts, axis=1)[:, :count] if parts else out[:, :0]
-    out[:, : joined.shape[1]] = joined
-    return out
-
-
-def _container(source: Source) -> Any:
+def open_container(source: Source) -> Any:
+    """A file or bytes opened by PyAV. Raises av.FFmpegError and OSError; `fault` says these in a sentence."""
     import av
 
     av.logging.set_level(av.logging.PANIC)
@@ -363,7 +325,8 @@ def _container(source: Source) -> Any:
     return av.open(source if isinstance(source, str) else io.BytesIO(source))
 
 
-def _stream(container: Any, source: Source) -> Any:
+def video_stream(container: Any, source: Source) -> Any:
+    """The picture of a video. Raises PolymodalError when there is none."""
     if not container.streams.video:
         raise PolymodalError(
             f"the video {label(source)} holds no video stream.", "Remove the row, or name a video file."
@@ -421,12 +384,3 @@ def _sideways(source: Source) -> bool:
                             if m[9] and m[10]:  # the audio track has no size
                                 return m[0] == 0 and m[4] == 0 and m[1] != 0
         return False
-
-
-def refuse_audio(media: Media) -> None:
-    """Raises PolymodalError for sound: no model here hears yet."""
-    if media.kind == "audio":
-        raise PolymodalError(
-            "the row holds audio, which no model here reads.",
-            "Remove the audio, or leave such rows to data.on_error=skip.",
-        )

@@ -9,9 +9,13 @@ import base64
 import binascii
 import json
 import os
+import re
+import struct
 from collections.abc import Mapping
 from typing import Any, Literal
 from urllib.parse import unquote
+
+import numpy as np
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media
@@ -22,10 +26,15 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "video": ("videos", "video"),
     "audio": ("audios", "audio"),
 }
-BASE64 = ("/9j/", "iVBO", "R0lG", "UklG", "Qk0")  # first letters of JPEG, PNG, GIF, WebP, BMP in base64
-
-
+BASE64 = re.compile(
+    r"(?:/9j/|iVBO|R0lG|UklG|Qk0|T2dn|ZkxhQ|SUQz|AAAA..Z0eX)(?:[A-Za-z0-9+/\s]{24,}={0,2}\s*|.{256,})"
+    r"|[A-Za-z0-9+/\s]{1024,}={0,2}\s*",
+    re.DOTALL,
+)
+"""Base64 without a prefix: by the first letters of JPEG, PNG, GIF, RIFF, BMP, Ogg, FLAC, ID3, MP4; or longer than a path."""
+TYPES = {"image": "png", "video": "mp4", "audio": "wav"}
 Kind = Literal["image", "video", "audio"]
+KINDS: tuple[Kind, ...] = ("image", "video", "audio")
 
 
 class References:
@@ -47,31 +56,28 @@ class References:
         value, key = first(row, own, COLUMNS[kind])
         if value is None and "__media__" not in row:
             return [], key
-        members = dict(row.get("__media__", {}).get(f"{kind}s", ()))  # of a tar: member name -> bytes
+        members = row_members(row, kind)
         if value is None or (isinstance(value, (str, list)) and not value):
             return [Media(kind, data) for data in members.values()], key
         value = listed(value)
         entries = value if isinstance(value, list) else [value]
         out = []
         for n, entry in enumerate(entries):
-            if members and isinstance(entry, str):
-                found = [
-                    m
-                    for m in members
-                    if m == entry or m.endswith("/" + entry) or os.path.basename(m) == os.path.basename(entry)
-                ]
-                if len(found) == 1:
-                    out.append(Media(kind, members[found[0]]))
-                    continue
-            out.append(self.medium(kind, entry, where, f"{key}[{n}]"))
+            data = member_named(members, entry)
+            out.append(Media(kind, data) if data else self.medium(kind, entry, where, f"{key}[{n}]"))
         return out, key
 
     def medium(self, kind: Kind, source: Any, where: str, at: str) -> Media:
         """One entry: a path, bytes, a data: URL, an object that holds one of them, or a video's list of frames."""
         if isinstance(source, Mapping):
-            source = next(
-                (source[k] for k in ("bytes", "url", "path", kind, "data") if source.get(k) is not None), None
+            if kind == "audio" and source.get("array") is not None:
+                return Media(kind, _wav(source, where, at))
+            name = next(
+                (k for k in ("bytes", "url", "path", kind, "data") if source.get(k) is not None), None
             )
+            source = None if name is None else source[name]
+            if name == "data" and isinstance(source, str) and not source.startswith("data:"):
+                source = f"data:;base64,{source}"  # OpenAI's input_audio
         if isinstance(source, (bytes, bytearray)):
             return Media(kind, bytes(source))
         if isinstance(source, str) and source:
@@ -84,9 +90,9 @@ class References:
                 except (ValueError, binascii.Error) as error:
                     raise PolymodalError(
                         f"{where}: `{at}` is a data: URL that cannot be decoded ({error}).",
-                        "Write data:image/png;base64,...",
+                        f"Write data:{kind}/{TYPES[kind]};base64,...",
                     ) from None
-            if len(source) > 256 and source.startswith(BASE64):
+            if BASE64.fullmatch(source):
                 try:
                     return Media(kind, base64.b64decode(source, validate=True))
                 except (ValueError, binascii.Error) as error:
@@ -94,6 +100,11 @@ class References:
                         f"{where}: `{at}` looks like base64 but cannot be decoded ({error}).",
                         "Give a path, or whole base64 text.",
                     ) from None
+            if len(source) > 4096:
+                raise PolymodalError(
+                    f"{where}: `{at}` is neither a path nor base64: {len(source)} characters, from {source[:40]!r}.",
+                    f"Give a path, or data:{kind}/{TYPES[kind]};base64,...",
+                )
             return Media(kind, self.path(source, where, at))
         if (
             kind == "video"
@@ -127,6 +138,48 @@ class References:
             inside = os.path.isdir(os.path.join(self.base, folder) or ".") or not os.path.isdir(folder)
             base = self._folders[folder] = self.base if inside else ""
         return os.path.join(base, source)
+
+
+def row_members(row: Mapping[str, Any], kind: str) -> dict[str, bytes]:
+    """Members of a webdataset row that are of a kind: name -> bytes, in order."""
+    return dict(row.get("__media__", {}).get(f"{kind}s", ()))
+
+
+def member_named(members: Mapping[str, bytes], name: Any) -> bytes | None:
+    """The one member that a row's entry names, by its path in the tar or by its file name; None without one."""
+    if not members or not isinstance(name, str):
+        return None
+    last = os.path.basename(name)
+    found = [m for m in members if m == name or m.endswith("/" + name) or os.path.basename(m) == last]
+    return members[found[0]] if len(found) == 1 else None
+
+
+def _wav(source: Mapping[str, Any], where: str, at: str) -> bytes:
+    """Decoded audio {array [samples] or [samples, channels], sampling_rate} as the bytes of a float32 wav file."""
+    rate = source.get("sampling_rate")
+    try:
+        values = np.asarray(source["array"], np.float32)
+    except (ValueError, TypeError):
+        values = np.zeros(0, np.float32)
+    if not isinstance(rate, int) or rate < 1 or values.ndim not in (1, 2) or not values.size:
+        raise PolymodalError(
+            f"{where}: `{at}` is decoded audio without samples or without its sampling_rate.",
+            'Write {"array": [...], "sampling_rate": 16000}, or the path of a file.',
+        )
+    data, channels = values.astype("<f4").tobytes(), values.shape[1] if values.ndim == 2 else 1
+    form = struct.pack("<HHIIHH", 3, channels, rate, rate * channels * 4, channels * 4, 32)
+    return b"".join(
+        (
+            b"RIFF",
+            struct.pack("<I", 36 + len(data)),
+            b"WAVEfmt ",
+            struct.pack("<I", 16),
+            form,
+            b"data",
+            struct.pack("<I", len(data)),
+            data,
+        )
+    )
 
 
 def first(row: Mapping[str, Any], own: str | None, names: tuple[str, ...]) -> tuple[Any, str]:

@@ -99,8 +99,8 @@ def expand(path: str, key: str = "data.datasets.path") -> list[str]:
         found = sorted(os.path.join(text, f) for f in os.listdir(text) if _is_data(f))
         if not found:
             raise PolymodalError(
-                f"{key} = {path}: the directory holds no data file ({', '.join(OPENERS)}).",
-                f"Name a file, or a glob such as {os.path.join(path, '**', '*.jsonl')}.",
+                f"{key} = {path}: the directory holds no data file ({', '.join(OPENERS)}), and no media with a .txt of the same name beside.",
+                f"Name a file, or a glob such as {os.path.join(path, '**', '*.jsonl')}; write what a medium shows or says beside it, or one caption for all as `caption`.",
             )
         return found
     if os.path.exists(text):
@@ -134,16 +134,21 @@ def _annotated(paths: list[str]) -> list[tuple[str, str | None]]:
 
 
 def _opened(dataset: Dataset, names: Attr, key: str) -> Iterator[tuple[Rows, str | None]]:
-    """(rows, folder of their media or None) of a dataset's files; of a directory of pictures, when it has a caption."""
+    """(rows, folder of their media or None) of a dataset's files, or of a directory of media with their texts."""
+    media = _media_folder(dataset)
+    listed = [] if media is not None else _annotated(expand(dataset.path, key))
+    files = [(media, media.path)] if media is not None else ((open_rows(path), root) for path, root in listed)
+    for rows, folder in files:
+        yield (rows if dataset.caption is None else Captioned(rows, dataset.caption, names)), folder
+
+
+def _media_folder(dataset: Dataset) -> Folder | None:
+    """The directory of media that a dataset names: no data file lies in it; there is a text of some, or one for all."""
     root = os.path.expanduser(dataset.path)
-    if dataset.caption is None:
-        for path, folder in _annotated(expand(dataset.path, key)):
-            yield open_rows(path), folder
-    elif os.path.isdir(root) and not any(_is_data(name) for name in os.listdir(root)):
-        yield Captioned(Folder(root), dataset.caption, names), root
-    else:
-        for path, folder in _annotated(expand(dataset.path, key)):
-            yield Captioned(open_rows(path), dataset.caption, names), folder
+    if not os.path.isdir(root) or any(map(_is_data, os.listdir(root))):
+        return None
+    folder = Folder(root)
+    return folder if folder.texts or dataset.caption is not None else None
 
 
 def check_path(dataset: Dataset, key: str) -> None:
@@ -151,14 +156,14 @@ def check_path(dataset: Dataset, key: str) -> None:
     root = os.path.expanduser(dataset.path)
     if dataset.generate and (os.path.isdir(root) or not os.path.exists(root)):
         return
-    if dataset.caption is not None and os.path.isdir(root) and not any(map(_is_data, os.listdir(root))):
-        if not len(Folder(root)):
-            raise PolymodalError(
-                f"{key} = {dataset.path}: the directory holds neither data files nor pictures or clips.",
-                "Check the path.",
-            )
-        return
-    expand(dataset.path, key)
+    folder = _media_folder(dataset)
+    if folder is None:
+        expand(dataset.path, key)
+    elif not len(folder):
+        raise PolymodalError(
+            f"{key} = {dataset.path}: the directory holds neither data files nor pictures, clips or recordings.",
+            "Check the path.",
+        )
 
 
 def _is_data(name: str) -> bool:

@@ -68,7 +68,7 @@ class Template:
         names = "|".join(re.escape(t) for t in sorted(special, key=len, reverse=True)) or "(?!)"
         self._end_of_turn = re.compile(rf"\s*(?:{names})")
         self.marks: dict[str, str] = {}
-        for kind in ("image", "video"):
+        for kind in ("image", "video", "audio"):
             try:
                 self.marks[kind] = self.media.placeholder(kind)
             except PolymodalError:

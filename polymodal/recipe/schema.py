@@ -70,7 +70,7 @@ class Attr(Section):
     videos: str | None = None
     """Column with video paths (default: videos, then video)."""
     audios: str | None = None
-    """Column with audio paths (default: audios, then audio)."""
+    """Column with audio paths (default: audios, then audio; asr: also audio_filepath and file_name)."""
     system: str | None = None
     """Column with the system prompt (default: system)."""
     tools: str | None = None
@@ -80,7 +80,7 @@ class Attr(Section):
     query: str | None = None
     """Alpaca: column with the input (default: input, then query)."""
     response: str | None = None
-    """Alpaca: column with the answer (default: output, then response)."""
+    """Alpaca: column with the answer (default: output, then response). asr: column with the transcription (default: text, sentence, transcription, transcript)."""
     history: str | None = None
     """Alpaca: column with earlier turns (default: history)."""
     user: str | None = None
@@ -98,8 +98,10 @@ class Dataset(Section):
     """File or directory: json, jsonl, parquet, csv, tsv, webdataset tar (globs allowed)."""
     name: str | None = None
     """Name in logs and reports (default: the file's name)."""
-    format: Literal["auto", "mllm", "sharegpt", "llava", "alpaca", "openai", "text", "caption"] = "auto"
-    """How a row becomes messages; `text` is plain text for pretraining, `caption` a medium with what it shows, to be generated."""
+    format: Literal["auto", "mllm", "sharegpt", "llava", "alpaca", "openai", "text", "caption", "asr"] = (
+        "auto"
+    )
+    """How a row becomes messages; `text` is plain text for pretraining, `caption` a medium with what it shows, to be generated, `asr` audio with its transcription."""
     media_dir: str | None = None
     """Directory that relative media paths start from (default: the file's own directory)."""
     weight: Annotated[float, Field(gt=0)] | None = None

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Record
+from polymodal.data import audio
 from polymodal.data import media as files
 from polymodal.data.source import Corpus, open_corpus
 from polymodal.recipe import Attr, Dataset
@@ -35,7 +36,9 @@ class Findings:
     characters: int = 0
     media: dict[str, int] = field(default_factory=dict)  # by kind
     pixels: dict[str, list[int]] = field(default_factory=dict)  # by kind: smallest, middle, largest
-    seconds: list[float] = field(default_factory=list)  # of videos: shortest, middle, longest
+    seconds: dict[str, list[float]] = field(
+        default_factory=dict
+    )  # of videos, of audio: shortest, middle, longest
     problems: list[str] = field(default_factory=list)
 
 
@@ -43,7 +46,7 @@ def check(corpus: Corpus, progress: Callable[[int, int], None] | None = None) ->
     """Read all rows and the headers of all their media; pixels are not decoded. progress(done, total)."""
     out = Findings()
     sizes: dict[str, list[int]] = {}
-    seconds: list[float] = []
+    seconds: dict[str, list[float]] = {}
     kinds: Counter[str] = Counter()
 
     def read(i: int) -> Record | str:
@@ -78,14 +81,15 @@ def check(corpus: Corpus, progress: Callable[[int, int], None] | None = None) ->
                 )
                 kinds.update(m.kind for m in record.media)
                 for kind, pixels, length in headers:
-                    sizes.setdefault(kind, []).append(pixels)
-                    if kind == "video":
-                        seconds.append(length)
+                    if kind != "audio":
+                        sizes.setdefault(kind, []).append(pixels)
+                    if kind != "image":
+                        seconds.setdefault(kind, []).append(length)
             if progress:
                 progress(out.rows, len(corpus))
     out.media = dict(kinds)
     out.pixels = {kind: _spread(values) for kind, values in sizes.items()}
-    out.seconds = [round(s, 2) for s in _spread(seconds)] if seconds else []
+    out.seconds = {kind: [round(s, 2) for s in _spread(values)] for kind, values in seconds.items()}
     return out
 
 
@@ -96,11 +100,12 @@ def _spread(values: list) -> list:
 
 def _header(medium: Media) -> tuple[str, int, float]:
     """(kind, pixels of the picture or of one frame, seconds)."""
-    files.refuse_audio(medium)
     if medium.kind == "video":
         header = files.video_header(medium.source)
         return "video", header.height * header.width, header.duration
     assert not isinstance(medium.source, tuple)
+    if medium.kind == "audio":
+        return "audio", 0, audio.audio_header(medium.source).seconds
     height, width = files.image_size(medium.source)
     return "image", height * width, 0.0
 
@@ -138,9 +143,12 @@ def main(
             if kind in found.pixels
             else ""
         )
-        print(f"{count} {kind}{'s' if count != 1 else ''}{spread}.")
-    if found.seconds:
-        print(f"Videos of {' / '.join(map(str, found.seconds))} seconds (shortest / middle / longest).")
+        length = (
+            f", {' / '.join(map(str, found.seconds[kind]))} seconds (shortest / middle / longest)"
+            if kind in found.seconds
+            else ""
+        )
+        print(f"{count} {kind}{'s' if count != 1 else ''}{spread}{length}.")
     if found.unanswered:
         print(f"{found.unanswered} rows have no assistant's turn: nothing is learned from them.")
     for problem in found.problems[:limit]:

@@ -24,7 +24,11 @@ from polymodal.data.references import References
 from polymodal.data.source import expand
 from polymodal.recipe import Attr
 
-MAGIC = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"}
+MAGIC = {
+    "image": {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"},
+    "video": {b"\x1aE\xdf\xa3": ".webm"},
+    "audio": {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff": ".mp3"},
+}
 
 
 @dataclass
@@ -201,8 +205,8 @@ class _Writer:
             return names if isinstance(medium.source, tuple) else names[0]
         data = medium.source
         ending = next(
-            (e for magic, e in MAGIC.items() if data.startswith(magic)),
-            ".mp4" if medium.kind == "video" else ".bin",
+            (e for magic, e in MAGIC[medium.kind].items() if data.startswith(magic)),
+            {"image": ".bin", "video": ".mp4", "audio": ".m4a"}[medium.kind],
         )
         os.makedirs(self.media, exist_ok=True)
         path = os.path.join(self.media, hashlib.blake2b(data, digest_size=12).hexdigest() + ending)

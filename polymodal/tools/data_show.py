@@ -16,6 +16,7 @@ from typing import Any
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import IGNORE, Media, Record, Sample
+from polymodal.data import audio
 from polymodal.data import media as files
 from polymodal.data.chat import ChatProcessor
 from polymodal.data.source import Corpus
@@ -102,6 +103,10 @@ def _card(i: int, record: Record, sample: Sample, chat: ChatProcessor) -> str:
 
 
 def _figure(number: int, medium: Media, chat: ChatProcessor) -> str:
+    if medium.kind == "audio":
+        heard = audio.audio_header(medium.source)  # type: ignore[arg-type]
+        note = f"{heard.seconds:.1f} s, {heard.rate} Hz"
+        return f"<figure><figcaption>{number}. {html.escape(files.label(medium.source))}, {note}</figcaption></figure>"
     if medium.kind == "video":
         header = files.video_header(medium.source, chat.video.fps)
         clip = files.clip(header, chat.video, chat.media.frame_multiple)

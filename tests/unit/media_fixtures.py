@@ -47,6 +47,46 @@ def write_mp4(
     return Path(path)
 
 
+def sweep(seconds: float, rate: int, low: float = 200.0, high: float = 2000.0) -> np.ndarray:
+    """A sine that rises from low to high Hz: every place of it sounds different. float32 [samples], half of full scale."""
+    t = np.arange(round(seconds * rate)) / rate
+    return (0.5 * np.sin(2 * np.pi * (low * t + (high - low) * t**2 / (2 * seconds)))).astype(np.float32)
+
+
+AUDIO = {
+    "wav": ("pcm_s16le", 16000),
+    "flac": ("flac", 44100),
+    "mp3": ("libmp3lame", 44100),
+    "opus": ("libopus", 48000),
+    "ogg": ("vorbis", 44100),
+    "m4a": ("aac", 44100),
+    "aac": ("aac", 22050),
+    "webm": ("libopus", 48000),
+    "mkv": ("aac", 48000),
+}
+
+
+def write_audio(
+    path: str | Path,
+    seconds: float = 2.0,
+    channels: tuple[float, ...] | None = None,
+    options: dict[str, str] | None = None,
+) -> Path:
+    """A sweep as a real file, by the ending; channels: the sweep's factor in each."""
+    import av
+
+    codec, rate = AUDIO[Path(path).suffix[1:]]
+    layout = {1: "mono", 2: "stereo"}[len(channels or (1, 1) if codec == "vorbis" else channels or (1,))]
+    values = np.outer(channels or (1,) * (1 + (layout == "stereo")), sweep(seconds, rate)).astype(np.float32)
+    with av.open(str(path), "w", options=options or {}) as container:
+        stream = container.add_stream(codec, rate=rate, layout=layout, options={"strict": "-2"})
+        frame = av.AudioFrame.from_ndarray(values, format="fltp", layout=layout)
+        frame.sample_rate, frame.pts = rate, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return Path(path)
+
+
 def picture_bytes(
     format: str = "PNG", width: int = 24, height: int = 16, seed: int = 0, **options: Any
 ) -> bytes:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from polymodal.core.errors import PolymodalError
-from polymodal.data import features, media
+from polymodal.data import audio, features
 from polymodal.data.clips import Clips
 from polymodal.data.features import Features
 from polymodal.data.source import open_corpus
@@ -170,7 +170,7 @@ def test_sound_is_cut_with_the_frames(sounding):
 
 def test_silence_fills_what_a_track_lacks(sounding):
     source = str(sounding.parent / "sounding/0.mp4")
-    long = media.sound(source, 8000, 40000)
+    long = audio.sound(source, 8000, 40000)
     assert np.abs(long[0, :8000]).max() > 0.3 and np.abs(long[:, 20000:]).max() == 0
 
 

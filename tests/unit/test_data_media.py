@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Media
 from polymodal.data import media as files
 from polymodal.recipe import Video
 from tests.models import tiny
@@ -299,8 +298,3 @@ def test_frames_of_two_sizes_are_refused(tmp_path):
     paths = (str(tmp_path / "a.png"), str(tmp_path / "b.png"))
     with pytest.raises(PolymodalError, match="differ in size: .*a.png and .*b.png"):
         files.video(paths, files.video_header(paths), [0, 1])
-
-
-def test_sound_is_refused():
-    with pytest.raises(PolymodalError, match="holds audio.*Remove"):
-        files.refuse_audio(Media("audio", "a.wav"))

@@ -417,7 +417,7 @@ def test_data_check_lists_what_is_broken_and_counts_the_rest(tmp_path, capsys):
     assert (
         found["media"] == {"image": 2, "video": 1}
         and found["pixels"]["image"] == [384] * 3
-        and found["seconds"] == [2.0] * 3
+        and found["seconds"] == {"video": [2.0] * 3}
     )
     assert [p.split(": ")[0] for p in found["problems"]] == [f"{path}, line 4", f"{path}, line 5"]
     assert main([str(path)], limit=1) == 2

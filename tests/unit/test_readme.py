@@ -175,7 +175,16 @@ def test_the_committed_page_of_models_is_up_to_date():
 def test_the_rows_of_the_data_page_are_read():
     text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
     found = re.findall(r"^```json (\w+)\n(.*?)^```", text, re.S | re.M)
-    assert {kind for kind, _ in found} == {"mllm", "llava", "sharegpt", "alpaca", "openai", "text", "attr"}
+    assert {kind for kind, _ in found} == {
+        "mllm",
+        "llava",
+        "sharegpt",
+        "alpaca",
+        "openai",
+        "asr",
+        "text",
+        "attr",
+    }
     fields = next(
         data["data"]["attr"]
         for data in map(yaml.safe_load, blocks(ROOT / "docs/data.md", "yaml"))
@@ -186,4 +195,4 @@ def test_the_rows_of_the_data_page_are_read():
             own = recipe.Attr(**fields) if kind == "attr" else recipe.Attr()
             record = RowReader(format, own, "docs/data.md", "").record(json.loads(row), kind)
             assert record.messages[-1].role == "assistant" and record.messages[-1].content[-1]
-            assert bool(record.media) == (kind in ("mllm", "llava", "openai", "attr"))
+            assert bool(record.media) == (kind in ("mllm", "llava", "openai", "asr", "attr"))
