@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from polymodal.models.family import Family
 
 Style = str
 """How a module is cut over ranks: a name known to parallel/tensor.py (STYLES)."""
@@ -50,7 +47,7 @@ class ModelCard:
     """Facts. Patterns are module or parameter names with `*` for one dotted part."""
 
     name: str  # "qwen2.5-vl"
-    family: type[Family]
+    family: type  # a subclass of models/family.py: Family
     architectures: tuple[str, ...]  # names in config.json that choose this card
     tasks: tuple[str, ...]  # "image-text-to-text", "video-text-to-text", ...
     blocks: tuple[str, ...]  # FSDP unit = recompute unit = compile unit

@@ -1,6 +1,6 @@
 """A part of a model by its own forward: between the blocks that a pipeline stage holds, nothing of it copied.
 
-Ground floor of models/: sees card.py only. What comes before the blocks of a stage runs on stand-ins of the right
+Sees card.py only. What comes before the blocks of a stage runs on stand-ins of the right
 shapes (`ShapeStub`), the streams enter at the first block that is here, and are taken out where a dropped module waits
 for the last block's output.
 """
@@ -13,16 +13,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from polymodal.core.sample import Batch
-from polymodal.models.card import Chain, Output, PrunedModule
-
-if TYPE_CHECKING:
-    from polymodal.models.family import Family
+from polymodal.models.card import Chain, Components, ModelCard, Output, PrunedModule
 
 HIDDEN = "hidden_states"
 """Name of the stream in a carry; of several, the one that the model's end takes."""
@@ -261,8 +258,18 @@ def _recorded(model: nn.Module, chain: Chain, into: dict[str, Tensor]) -> list[A
     ]
 
 
+class WholeModel(Protocol):
+    """What is asked of a family here."""
+
+    card: ModelCard
+
+    def build(self) -> Components: ...
+
+    def whole(self, model: nn.Module, batch: Batch) -> Output: ...
+
+
 def stage(
-    family: Family, model: nn.Module, carry: Mapping[str, Tensor] | None, batch: Batch
+    family: WholeModel, model: nn.Module, carry: Mapping[str, Tensor] | None, batch: Batch
 ) -> dict[str, Tensor] | Output:
     """Family.stage for a card with one chain: its own forward (`whole`) between the blocks that are here."""
     chains = list(family.card.pipeline.values())
@@ -290,7 +297,7 @@ def stage(
     return {HIDDEN: _together(left, carry), **others, **carried}  # type: ignore[dict-item]
 
 
-def probe(family: Family, anew: bool = False) -> nn.Module:
+def probe(family: WholeModel, anew: bool = False) -> nn.Module:
     """The model on meta that tells what travels, made once; anew: for another layout, what is known is forgotten.
 
     Whatever changes the shapes of streams on their way to the first block (cuts over ranks) is to be done to it too.
@@ -302,7 +309,7 @@ def probe(family: Family, anew: bool = False) -> nn.Module:
 
 
 @torch.no_grad()
-def carry_spec(family: Family, batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
+def carry_spec(family: WholeModel, batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
     """Family.carry_spec for a card with one chain: the stream before a block and the carried outputs, found by a
     forward on meta tensors up to the first block. Floating tensors travel in `dtype`."""
     known: dict[Any, dict[str, Tensor]] = family.__dict__.setdefault("_carry_specs", {})
