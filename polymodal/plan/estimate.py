@@ -39,6 +39,7 @@ class Estimate:
     trained: int = 0
     towers: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> (parameters, trained)
     checkpoint: int = 0  # bytes of one checkpoint
+    saving: int = 0  # bytes of the host that rank 0 takes while a checkpoint is written in the background
     export: int = 0  # bytes of the model in the hub's format
 
     @property
@@ -153,6 +154,7 @@ def lay_out(
         gradients=most.gradients,
         optimizer=most.optimizer,
         average=most.average,
+        saving=most.saving,
         gathered=most.gathered,
         checkpoint=sum(held.checkpoint for held in ranks),
         export=out.total * 2,
@@ -181,7 +183,7 @@ def _held(
     from polymodal.parallel.apply import COMPUTE_DTYPE
 
     out = Estimate()
-    full = recipe.checkpoint.save == "full"
+    full, copied = recipe.checkpoint.save == "full", recipe.checkpoint.asynchronous
     for part in parts:
         for name, parameter in part.model.named_parameters():
             held = _bytes(_local(parameter))
@@ -195,6 +197,8 @@ def _held(
             if recipe.train.ema:
                 out.average += 4 * _local(parameter).numel()
             if name not in part.stage.copies:
+                average = 4 * _local(parameter).numel() * bool(recipe.train.ema)
+                out.saving += (held + (moments * held + average) * full) * copied
                 out.checkpoint += parameter.numel() * parameter.element_size() * (1 + moments * full)
                 out.checkpoint += 4 * parameter.numel() * bool(recipe.train.ema and full)
     if sizes.dp_shard * sizes.cp * sizes.dp_replicate > 1:

@@ -79,6 +79,13 @@ def _memory(report: Report) -> list[tuple[str, str]]:
     ]
     rows.append(("activations", f"{size(e['activations'])} (an estimate, for {e['assumed']})"))
     rows.append(("together", f"about {size(e['memory'])} a rank"))
+    if e["saving"]:
+        rows.append(
+            (
+                "on the host",
+                f"{size(e['saving'])} a rank more while a checkpoint is written in the background",
+            )
+        )
     return rows
 
 

@@ -259,6 +259,17 @@ def test_an_average_and_muon_are_counted(make):
     assert plain.optimizer / 2 < muon.optimizer < plain.optimizer
 
 
+def test_the_copy_that_a_background_save_makes_is_counted(make):
+    plain = laid_out(make("train.precision=fp32", "train.ema=0.99"), 1)
+    assert plain.saving == plain.checkpoint == 16 * plain.total, "parameters, two moments, average"
+    assert laid_out(make("train.precision=fp32", "checkpoint.save=weights"), 1).saving == 4 * plain.total
+    assert laid_out(make("checkpoint.asynchronous=false"), 1).saving == 0
+    part = laid_out(make("train.precision=fp32", "train.ema=0.99", "parallel.tp=2"), 4)
+    assert part.saving == part.parameters + part.optimizer + part.average < 0.4 * plain.saving
+    adapters = laid_out(make("model.lora.rank=2"), 1)
+    assert adapters.saving == 12 * adapters.trained < plain.saving / 4
+
+
 def test_recompute_and_cutting_lower_the_activations(make):
     def kept(*overrides: str) -> int:
         r = make(*overrides)
