@@ -37,7 +37,7 @@ class Family:
         raise NotImplementedError
 
     def cost(self, measure: SampleLengths) -> float:
-        """Forward FLOPs of one sample on the whole model (x 3 for training); balance, MFU and plan share it."""
+        """Forward FLOPs of one sample on the whole model; balance, MFU and plan share it."""
         return sum(self.costs(measure).values())
 
     def whole(self, model: nn.Module, batch: Batch) -> Output:

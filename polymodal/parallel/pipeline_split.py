@@ -14,6 +14,7 @@ from torch import nn
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import SampleLengths
 from polymodal.models import partial
+from polymodal.models.card import Chain
 from polymodal.models.family import Family
 from polymodal.recipe import Parallel, Train
 
@@ -246,37 +247,56 @@ TYPICAL = SampleLengths(1024, 512, {"vision": (1024,)})
 def block_costs(
     model: nn.Module, family: Family, measure: SampleLengths | None = None
 ) -> dict[str, list[float]]:
-    """Tower -> cost of each block of its chain: forward and backward FLOPs, with what lies with the ends.
+    """Tower -> cost of each block of its chain: forward and backward FLOPs, with what lies with the ends."""
+    work = _block_work(model, family, measure)
+    return {tower: [flops * passes for flops, passes in blocks] for tower, blocks in work.items()}
 
-    A family's FLOPs by module, or parameters where it has none, times the passes that training makes over a block: one
-    forward, one for gradients of weights if it has trained ones, one for gradients of inputs if it or anything before
-    it is trained.
+
+def training_passes(model: nn.Module, family: Family, measure: SampleLengths | None = None) -> float:
+    """FLOPs of training over those of the forward pass, for a typical sample: 3 where all is trained, about 2 for
+    adapters, and in between with frozen towers. What is computed again to save memory does not count.
+
+    model: whole, on meta, with its frozen parameters marked.
+    """
+    blocks = [block for tower in _block_work(model, family, measure).values() for block in tower]
+    forward = sum(flops for flops, _ in blocks)
+    return sum(flops * passes for flops, passes in blocks) / forward if forward else 3.0
+
+
+def _block_work(
+    model: nn.Module, family: Family, measure: SampleLengths | None
+) -> dict[str, list[tuple[float, float]]]:
+    """Tower -> (forward FLOPs, passes) of each block of its chain, with what lies with the ends.
+
+    A family's FLOPs by module, or parameters where it has none. Passes that training makes over a block: one forward,
+    one for gradients of weights if it has trained ones, one for gradients of inputs if it or anything before it is
+    trained.
     """
     try:
-        flops: dict[str, float] | None = family.costs(measure or TYPICAL)
+        by_module: dict[str, float] | None = family.costs(measure or TYPICAL)
     except NotImplementedError:
-        flops = None
-    out: dict[str, list[float]] = {}
+        by_module = None
+    out: dict[str, list[tuple[float, float]]] = {}
     trained = False
-    for tower, chain in family.card.pipeline.items():
+    for tower, chain in (family.card.pipeline or {"blocks": Chain(family.card.blocks)}).items():
         blocks = [model.get_submodule(name) for name in partial.blocks(model, chain)]
         sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
         patterns = (chain.blocks,) if isinstance(chain.blocks, str) else chain.blocks
-        total = float(sum(sizes)) if flops is None else sum(flops.get(each, 0.0) for each in patterns)
-        costs = [total * size / max(1, sum(sizes)) for size in sizes]
+        total = float(sum(sizes)) if by_module is None else sum(by_module.get(each, 0.0) for each in patterns)
+        flops = [total * size / max(1, sum(sizes)) for size in sizes]
         for names, at in ((chain.first, 0), (chain.last, -1)):
             for name in partial.present(model, names):
-                if flops is not None:
-                    costs[at] += flops.get(name, 0.0)
+                if by_module is not None:
+                    flops[at] += by_module.get(name, 0.0)
                 elif name != family.card.embedding:  # a table is looked up, not multiplied
-                    costs[at] += sum(p.numel() for p in _parameters(model, name))
+                    flops[at] += sum(p.numel() for p in _parameters(model, name))
         before = [p for name in partial.present(model, chain.first) for p in _parameters(model, name)]
         trained = trained or any(p.requires_grad for p in before)
-        for at, block in enumerate(blocks):
-            own = sum(p.numel() for p in block.parameters() if p.requires_grad) / max(1, sizes[at])
-            costs[at] *= 1 + own + (trained or own > 0)
+        out[tower] = []
+        for block, size, cost in zip(blocks, sizes, flops, strict=True):
+            own = sum(p.numel() for p in block.parameters() if p.requires_grad) / max(1, size)
+            out[tower].append((cost, 1 + own + (trained or own > 0)))
             trained = trained or own > 0
-        out[tower] = costs
     return out
 
 

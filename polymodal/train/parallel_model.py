@@ -31,7 +31,8 @@ class ParallelModel:
     make:    gives the whole model on meta, adapters attached and frozen parameters marked; called once a stage.
     measure: a typical sample, for parallel.pp_layers = auto.
     trainable: parameters by name, a tied weight's copy under its owner's; owned: the same without such copies.
-    total, trained: parameters of the whole model; names: of all of them.
+    total, trained: parameters of the whole model; names: of all of them; passes: of training over the model, where the
+    forward pass is one (pipeline_split.training_passes).
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class ParallelModel:
                 self.names = list(named)
                 self.total = sum(p.numel() for p in named.values())
                 self.trained = sum(p.numel() for p in named.values() if p.requires_grad)
+                self.passes = pipeline_split.training_passes(model, family, measure)
                 self.dtype = next(iter(named.values())).dtype
             return model
 

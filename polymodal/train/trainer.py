@@ -348,7 +348,7 @@ class Trainer:
             values["balance"] = total["balance"]
         values |= {key: value for key, value in total.items() if key.startswith("experts/")}
         if self.peak:
-            values["mfu"] = 3 * total["flops"] / seconds / self.rt.world / self.peak
+            values["mfu"] = self.model.passes * total["flops"] / seconds / self.rt.world / self.peak
         if self.scaler.enabled:
             values["loss_scale"] = self.scaler.scale
         self.metrics.log(step, values)

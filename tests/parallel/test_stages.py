@@ -9,11 +9,11 @@ from torch.distributed.pipelining import PipelineStage
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import SampleLengths
-from polymodal.models import partial, weights
+from polymodal.models import lora, partial, weights
 from polymodal.models.card import PrunedModule
 from polymodal.parallel import pipeline, pipeline_split, stages
 from polymodal.parallel.stages import prune
-from polymodal.recipe import Parallel, Train
+from polymodal.recipe import Lora, Parallel, Train
 from tests.parallel.harness import run
 from tests.parallel.spike.qwen import tiny_qwen2_vl, tiny_qwen3_vl
 from tests.parallel.spike.wan import wan
@@ -125,6 +125,27 @@ def test_auto_makes_the_most_expensive_stage_as_cheap_as_can_be():
     frozen = pipeline_split.block_costs(model, family, long)
     assert frozen["vision"][1] == pytest.approx(costs["vision"][1] / 3), "forward only"
     assert frozen["language"] == pytest.approx(costs["language"])
+
+
+def test_training_passes_are_counted_by_module():
+    family = tiny_qwen3_vl()
+    model, measure = family.build().trained, SampleLengths(400, 200, {"vision": (400,)})
+    assert pipeline_split.training_passes(model, family, measure) == pytest.approx(3)
+    costs = family.costs(measure)
+    vision = sum(cost for name, cost in costs.items() if name.startswith("model.visual"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith("model.visual"))
+    frozen = (vision + 3 * (sum(costs.values()) - vision)) / sum(costs.values())
+    assert pipeline_split.training_passes(model, family, measure) == pytest.approx(frozen)
+    model.requires_grad_(False)
+    assert pipeline_split.training_passes(model, family, measure) == pytest.approx(1)
+    adapted = family.build().trained
+    lora.attach(adapted, Lora(rank=1), family.card)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    share = trained / sum(p.numel() for p in adapted.parameters())
+    language = sum(costs.values()) - vision
+    least = (vision + 2 * language) / (vision + language)  # adapters lie on the language model alone
+    assert least <= pipeline_split.training_passes(adapted, family, measure) < least + 3 * share
 
 
 def test_auto_goes_by_parameters_where_a_family_tells_no_flops():
