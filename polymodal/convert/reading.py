@@ -11,8 +11,8 @@ import io
 import json
 import pickle
 import struct
-import types
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from polymodal.convert.source import Flat, Place, dense
+from polymodal.core import inert_pickle
 from polymodal.core.errors import PolymodalError
+from polymodal.distributed.dcp_reader import INDEX, read_metadata
 from polymodal.models.slices import Stored
 from polymodal.models.storage import STEMS, Files, dtype_of
 
@@ -60,56 +62,20 @@ def hub_files(
 # --------------------------------------------------------------------------------------------------------- torch files
 
 
-class Opaque:
-    """Stands for any object of a pickle that is no tensor; whatever is done to it, nothing happens."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Opaque:
-        return object.__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Opaque:
-        return self
-
-    def append(self, item: Any) -> None:
-        pass
-
-    extend = append
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-
 REBUILD = {
     ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"), ("torch", "Size"),
     ("torch._utils", "_rebuild_tensor"), ("torch._tensor", "_rebuild_from_type_v2"), ("torch", "Tensor"),
     ("torch.nn.parameter", "Parameter"), ("collections", "OrderedDict"), ("builtins", "dict"), ("builtins", "list"),
     ("builtins", "set"), ("builtins", "tuple"),
 }  # fmt: skip
-"""What a pickle of tensors needs; everything else becomes Opaque."""
+"""What a pickle of tensors needs; everything else becomes inert."""
 
 
-def _inert(allowed: set[tuple[str, str]]) -> Any:
-    """A stand-in for the pickle module whose unpickler knows the allowed globals only."""
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            storage = module == "torch" and name.endswith("Storage")
-            dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-            if (module, name) in allowed or storage or dtype:
-                return super().find_class(module, name)
-            return type(name.rpartition(".")[2], (Opaque,), {})
-
-    def load(file: Any, **options: Any) -> Any:
-        return Unpickler(file, **options).load()
-
-    module: Any = types.ModuleType("inert")
-    module.Unpickler, module.load = Unpickler, load
-    return module
+def _known(module: str, name: str) -> Any:
+    found = getattr(torch, name, None) if module == "torch" else None
+    if isinstance(found, torch.dtype) or (found is not None and name.endswith("Storage")):
+        return found
+    return getattr(import_module(module), name) if (module, name) in REBUILD else None
 
 
 def torch_file(path: Path, allow_pickle: bool = False) -> dict[str, Any]:
@@ -133,7 +99,12 @@ def torch_file(path: Path, allow_pickle: bool = False) -> dict[str, Any]:
         )
     try:
         if allow_pickle:
-            made = torch.load(path, map_location="meta", weights_only=False, pickle_module=_inert(REBUILD))
+            made = torch.load(
+                path,
+                map_location="meta",
+                weights_only=False,
+                pickle_module=inert_pickle.pickle_module(_known),
+            )
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 made = torch.load(path, map_location="meta", weights_only=True)
@@ -197,33 +168,15 @@ def any_file(path: Path, *keys: str, allow_pickle: bool = False) -> Flat:
 
 
 def is_dcp(directory: Path) -> bool:
-    return (directory / ".metadata").is_file()
-
-
-METADATA = {
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in (
-        "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
-        "TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta",
-    )
-} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
-    ("torch.serialization", "_get_layout"), ("torch", "Size"), ("pathlib", "PosixPath"), ("pathlib", "Path"),
-}  # fmt: skip
+    return (directory / INDEX).is_file()
 
 
 def dcp(directory: Path) -> tuple[Flat, dict[str, Stored]]:
     """(the chunks of a DCP directory, each tensor by its name in terms of the chunks)."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    path = directory / ".metadata"
-    try:
-        with open(path, "rb") as file:
-            metadata = _inert(METADATA).load(file)
-        table = metadata.state_dict_metadata
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, IndexError) as error:
-        raise PolymodalError(f"{path} is not the index of a DCP checkpoint ({error}).", AGAIN) from None
+    metadata = read_metadata(directory)
+    path, table = directory / INDEX, metadata.state_dict_metadata
     where = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
     places: dict[str, Place] = {}
     layout: dict[str, Stored] = {}

@@ -40,6 +40,14 @@ from polymodal.recipe import Data, Train
 
 _BATCHES_A_WINDOW = 8
 
+DECIDING_KEYS = (
+    "train.seed", "train.global_batch_size", "train.micro_batch_size", "model.source", "model.revision", "data.datasets",
+    "data.attr", "data.max_length", "data.overlong", "data.pack", "data.pack_length", "data.train_on", "data.on_error",
+    "data.image", "data.video", "data.clip", "data.features", "data.chat_template", "data.template_kwargs",
+    "data.shuffle", "data.window",
+)  # fmt: skip
+"""Keys of the recipe that decide which samples make up a batch: by themselves, or by the samples' lengths."""
+
 
 @dataclass(frozen=True, order=True)
 class Position:
@@ -171,7 +179,8 @@ class Schedule:
             keys = (*keys, hashlib.sha256(self.bucket.tobytes()).hexdigest())
         prints = [(p.fingerprint, s.usable, s.draws) for p, s in zip(parts, self._sources, strict=True)]
         self.fingerprint: str = hashlib.sha256(repr((keys, prints)).encode()).hexdigest()[:16]
-        """Equal fingerprints plan the same batches: a checkpoint keeps it beside its position."""
+        """Schedules of equal fingerprints and lengths plan the same batches: a checkpoint keeps both beside its position."""
+        self.lengths: str = _lengths(index, self.pack)
 
     def _window_size(self, asked: int) -> int:
         if not self.pack:
@@ -385,6 +394,17 @@ def _sources(index: IndexLike, parts: Sequence[Any], seed: int) -> list[_Source]
     for s, weight in mixed:
         s.draws = max(1, round(scale * weight))
     return sources
+
+
+def _lengths(index: IndexLike, pack: bool) -> str:
+    """Digest of what the index says of samples that decides the batches: which are usable and, packed, their tokens."""
+    digest = hashlib.sha256()
+    for a in range(0, len(index.usable), 1 << 16):
+        rows = slice(a, a + (1 << 16))
+        digest.update(np.packbits(index.usable[rows]).tobytes())
+        if pack:
+            digest.update(np.ascontiguousarray(index.tokens[rows], dtype="<i4").tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _positions(usable: np.ndarray, first: int, stop: int, value: bool, count: int) -> np.ndarray:

@@ -2,33 +2,40 @@
 
 `<run>/checkpoints/step-00000100/` holds the trainable parameters, the optimizer, the average (all by parameter name,
 any sharding) and `state.json`: step, data position, recipe, versions. It is written as `.step-...tmp` and renamed
-when every rank has finished. Sees torch, recipe and errors; knows nothing of models.
+when every rank has finished. Sees torch, runtime, recipe and errors; knows nothing of models.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
+from pydantic.types import AllowInfNan
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, Shard
 
 from polymodal import __version__
 from polymodal.core.errors import PolymodalError
+from polymodal.distributed.dcp_reader import INDEX, Reader
 from polymodal.runtime import process_group
 
 STATE = "state.json"
+FINISH_SECONDS = 600.0
+"""How long a run that ends with an error waits for the checkpoint that is being written."""
 
 # one process is a layout like any other here
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -38,13 +45,16 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 class RunState:
     """Everything of a run that is not a tensor. `position` is the data state, whatever the world size."""
 
-    step: int = 0
-    position: dict[str, int] = field(default_factory=lambda: {"epoch": 0, "window": 0, "step": 0})
+    step: NonNegativeInt = 0
+    position: dict[Literal["epoch", "window", "step"], NonNegativeInt] = field(
+        default_factory=lambda: {"epoch": 0, "window": 0, "step": 0}
+    )
     data: str = ""  # fingerprint of the schedule that `position` belongs to
-    samples: int = 0
-    tokens: int = 0
+    lengths: str = ""  # and of the samples' lengths it was planned with; "" where an older version wrote
+    samples: NonNegativeInt = 0
+    tokens: NonNegativeInt = 0
     scaler: dict[str, float] = field(default_factory=dict)
-    norm_mean: float | None = None
+    norm_mean: Annotated[float, AllowInfNan(False)] | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -95,25 +105,112 @@ def locate(path: str | os.PathLike) -> Path:
 
 
 def read_state(checkpoint: Path) -> RunState:
+    """Raises PolymodalError for a file that is missing, cut, or holds other things than a RunState."""
+    path = checkpoint / STATE
     try:
-        return RunState(**json.loads((checkpoint / STATE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise PolymodalError(f"{checkpoint / STATE} cannot be read: {error}.") from None
+        return TypeAdapter(RunState).validate_json(path.read_bytes(), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        reason = f"{where}: {first['msg']}" if where else first["msg"]
+        raise PolymodalError(f"{path} cannot be read ({reason}).", _instead(checkpoint)) from None
+    except OSError as error:
+        raise PolymodalError(f"{path} cannot be read ({error.strerror}).", _instead(checkpoint)) from None
 
 
-def _plain(value: Tensor) -> Tensor:
-    """DTensors whose chunks lie strided (FSDP over TP) are stored as plain shards of the inner dimension."""
-    if isinstance(value, DTensor) and any(type(p).__name__ == "_StridedShard" for p in value.placements):
-        placements = [Replicate() if type(p).__name__ == "_StridedShard" else p for p in value.placements]
-        return value.redistribute(placements=placements)
-    return value
+def _instead(checkpoint: Path) -> str:
+    """What to do about a checkpoint that cannot be read."""
+    others = [other for other in found(checkpoint.parent) if other.name < checkpoint.name]
+    if not others:
+        return "There is no earlier checkpoint beside it: start anew (checkpoint.resume: never, or another checkpoint.dir)."
+    return f"Give the one before it, {others[-1]}, or remove the damaged directory."
+
+
+def agreed(rt: process_group.Runtime, choose: Callable[[], Path | None]) -> Path | None:
+    """The checkpoint that rank 0 chooses, on every rank. Collective.
+
+    Directories of a network disk may look different from two nodes for a while, and torch would put a model together
+    from two checkpoints. Raises PolymodalError, on all ranks, when they do not read the same state and index there.
+    """
+    made: Any = None
+    if rt.is_main:
+        try:
+            made = choose(), None
+        except PolymodalError as error:
+            made = None, error
+    chosen, failed = cast(Any, rt.share(made))
+    if failed is not None:
+        raise failed
+    if chosen is None or rt.world == 1:
+        return chosen
+    read: list[Any] = [None] * rt.world
+    with process_group.lost_peers(rt.place):
+        dist.all_gather_object(read, _digest(chosen))
+    other = next((rank for rank, digest in enumerate(read) if digest != read[0]), None)
+    if other is not None:
+        what = "cannot read it" if read[other] is None else "reads other content there"
+        raise PolymodalError(
+            f"Rank 0 found the checkpoint {chosen}, rank {other} {what}.",
+            "Put the run on a disk that all nodes share; where it is one, start again once its caches agree.",
+        )
+    return chosen
+
+
+def _digest(checkpoint: Path) -> str | None:
+    """Of what says which checkpoint it is: state.json and the index. None where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        for name in (STATE, INDEX):
+            with open(checkpoint / name, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def _check_strided(tensors: dict[str, Tensor]) -> None:
+    """Raise PolymodalError where DCP would take a rank's rows of a weight for others.
+
+    FSDP over TP cuts a weight's rows twice, TP first, though TP comes last on the mesh: a `_StridedShard`. What a rank
+    holds is then one run of rows, but DCP believes what torch computes of the placements: a shape and the first row,
+    which torch's releases did not always get right, and which cannot describe rows that are apart.
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as claimed
+
+    for name, value in tensors.items():
+        if not isinstance(value, DTensor):
+            continue
+        strided = [i for i, p in enumerate(value.placements) if type(p).__name__ == "_StridedShard"]
+        if not strided:
+            continue
+        mesh, coordinate = value.device_mesh, value.device_mesh.get_coordinate()
+        shape, offset = claimed(value.shape, mesh, value.placements)
+        plain = [i for i, p in enumerate(value.placements) if isinstance(p, Shard) and i not in strided]
+        first, size = [0] * value.ndim, list(value.shape)
+        for i in (*plain, *reversed(strided)):
+            dim = cast(Shard, value.placements[i]).dim
+            chunk = -(-size[dim] // mesh.size(i))
+            begin = min(cast(Any, coordinate)[i] * chunk, size[dim])
+            first[dim], size[dim] = first[dim] + begin, min(chunk, size[dim] - begin)
+        held = tuple(value.to_local().shape)
+        if (
+            held != tuple(shape)
+            or held != tuple(size)
+            or (value.to_local().numel() and list(offset) != first)
+        ):
+            raise PolymodalError(
+                f"torch {torch.__version__} cannot store the rows of {name} that FSDP over TP gives a rank "
+                f"(it holds {list(size)} from {first}, torch says {list(shape)} from {list(offset)}).",
+                "Use torch 2.14 or newer, or parallel.tp: 1.",
+            )
 
 
 def _staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What may be written while training goes on. CPU tensors are copied here; torch's stager copies the others."""
     out = {}
     for name, value in tensors.items():
-        value = _plain(value.detach())
+        value = value.detach()
         if value.device.type != "cpu":
             out[name] = value
         elif isinstance(value, DTensor):
@@ -132,11 +229,14 @@ def _staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Writer:
-    """Writes checkpoints of one run, one at a time, in the background if asked, and prunes old ones."""
+    """Writes checkpoints of one run, one at a time, in the background if asked, and prunes old ones.
+
+    Every rank writes what it holds, with nothing gathered.
+    """
 
     def __init__(self, run: Path, keep: int, asynchronous: bool, rank: int, group: dist.ProcessGroup | None):
         self.run, self.keep, self.asynchronous, self.rank, self.group = run, keep, asynchronous, rank, group
-        self._pending: tuple[Future, Path, Path] | None = None
+        self._pending: tuple[Future, Path] | None = None
         if rank == 0:
             base = run / "checkpoints"
             base.mkdir(parents=True, exist_ok=True)
@@ -146,6 +246,7 @@ class Writer:
     def save(self, tensors: dict[str, Tensor], state: RunState) -> Path:
         """Start (or, if synchronous, do) one checkpoint. Raises PolymodalError on a full or unwritable disk."""
         self.finish()
+        _check_strided(tensors)
         final = directory(self.run, state.step)
         temporary = final.with_name(f".{final.name}.tmp")
         if self.rank == 0:
@@ -165,33 +266,45 @@ class Writer:
                     process_group=self.group,
                     no_dist=self.group is None,
                 )
-                self._pending = (
-                    cast(Future, future),
-                    temporary,
-                    final,
-                )  # a thread writes: no staging is reported apart
+                # a thread writes: no staging is reported apart
+                self._pending = self._completing(cast(Future, future), temporary, final), temporary
             else:
                 dcp.save(
-                    {k: _plain(v.detach()) for k, v in tensors.items()},
+                    {k: v.detach() for k, v in tensors.items()},
                     checkpoint_id=temporary,
                     process_group=self.group,
                     no_dist=self.group is None,
                 )
                 self._complete(temporary, final)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             raise self._said(error, temporary) from error
         return final
 
-    def _said(self, error: Exception, path: Path) -> PolymodalError:
+    def _completing(self, written: Future, temporary: Path, final: Path) -> Future:
+        """Ends when a checkpoint has its name, which the thread that wrote gives it: the run may have ended by then."""
+        done: Future = Future()
+
+        def complete(written: Future) -> None:
+            try:
+                written.result()
+                self._complete(temporary, final)
+            except BaseException as error:  # noqa: B036 - raised where the future is waited for
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        written.add_done_callback(complete)
+        return done
+
+    def _said(self, error: BaseException, path: Path) -> PolymodalError:
         if self.group is not None and process_group.lost(str(error)):
             return process_group.LostPeer(
                 f"Rank {self.rank} lost contact with another process while {path} was written.",
                 "Look for the first error of another rank or node; the run resumes from the newest whole checkpoint.",
             )
         usage = shutil.disk_usage(self.run)
-        cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         return PolymodalError(
-            f"The checkpoint {path} could not be written ({cause}; {usage.free / 2**30:.1f} GiB free there).",
+            f"The checkpoint {path} could not be written ({_cause(error)}; {usage.free / 2**30:.1f} GiB free there).",
             "Free space or set checkpoint.dir to another disk; earlier checkpoints are untouched, the run resumes from the newest.",
         )
 
@@ -203,7 +316,7 @@ class Writer:
                 shutil.rmtree(old, ignore_errors=True)
 
     def poll(self) -> None:
-        """Give a finished background checkpoint its name; rank 0's future ends when all ranks have written."""
+        """Raise what went wrong with a checkpoint in the background, once it has ended."""
         if self._pending is not None and self._pending[0].done():
             self.finish()
 
@@ -211,29 +324,66 @@ class Writer:
         """Wait for the checkpoint under way."""
         if self._pending is None:
             return
-        future, temporary, final = self._pending
-        self._pending = None
+        (done, temporary), self._pending = self._pending, None
         try:
-            future.result()
-        except Exception as error:
+            done.result()
+        except (Exception, CheckpointException) as error:
             raise self._said(error, temporary) from error
-        self._complete(temporary, final)
+
+    def close(self, seconds: float = FINISH_SECONDS) -> None:
+        """At the end of a run, whatever ended it: the checkpoint under way becomes whole if the others still write it.
+
+        Waits for at most `seconds`, and prints what did not work: the error that ended the run is on its way.
+        """
+        if self._pending is None:
+            return
+        (done, temporary), self._pending = self._pending, None
+        if self.rank == 0 and not done.done():
+            print(f"{temporary} is still being written: waiting for it", flush=True)
+        try:
+            done.result(timeout=seconds)
+        except futures.TimeoutError:
+            print(f"{temporary} was not written within {seconds:.0f} s and is given up", flush=True)
+        except (Exception, CheckpointException) as error:
+            print(self._said(error, temporary), flush=True)
 
 
-def _keys(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
+def _cause(error: BaseException) -> str:
+    """An error in a few words; of DCP's collection, the first rank's."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+
+
+def _reader(checkpoint: Path) -> Reader:
     try:
-        metadata = dcp.FileSystemReader(checkpoint).read_metadata()
-    except Exception as error:
+        return Reader(checkpoint)
+    except PolymodalError as error:
         raise PolymodalError(
-            f"The checkpoint {checkpoint} cannot be read ({type(error).__name__}: {error}).",
-            "Use an earlier one, or checkpoint.resume: never.",
+            f"The checkpoint {checkpoint} cannot be read: {error.message}", _instead(checkpoint)
         ) from None
-    return {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+
+
+def _fill(targets: dict[str, Tensor], reader: Reader, group: dist.ProcessGroup | None, alone: bool) -> None:
+    """dcp.load; PolymodalError for files that are missing, cut or of other content than the index says."""
+    try:
+        dcp.load(targets, storage_reader=reader, process_group=group, no_dist=alone)
+    except (Exception, CheckpointException) as error:
+        if not alone and process_group.lost(str(error)):
+            raise process_group.LostPeer(
+                f"Lost contact with another process while {reader.path} was read.",
+                "Look for the first error of another rank or node.",
+            ) from error
+        checkpoint = Path(reader.path)
+        raise PolymodalError(
+            f"The checkpoint {checkpoint} cannot be read ({_cause(error)}).", _instead(checkpoint)
+        ) from error
 
 
 def names(checkpoint: Path) -> set[str]:
     """Keys of the tensors that a checkpoint holds."""
-    return set(_keys(checkpoint))
+    return set(_reader(checkpoint).tensors)
 
 
 def load(
@@ -244,7 +394,8 @@ def load(
     required: Callable[[str], bool] = lambda key: True,
 ) -> None:
     """Fill `tensors` in place from a checkpoint of any layout. Raises PolymodalError when keys or shapes differ."""
-    have = _keys(checkpoint)
+    reader = _reader(checkpoint)
+    have = reader.tensors
     missing = [k for k in tensors if k not in have and required(k)]
     if missing:
         raise PolymodalError(
@@ -258,26 +409,9 @@ def load(
             f"The checkpoint {checkpoint} has {k} of shape {tuple(have[k].size)}, the model {tuple(tensors[k].shape)}.",
             "Give the model.source and model.config that the checkpoint was made with.",
         )
-    wanted = {k: v for k, v in tensors.items() if k in have}
-    strided = {
-        k: v
-        for k, v in wanted.items()
-        if isinstance(v, DTensor) and any(type(p).__name__ == "_StridedShard" for p in v.placements)
-    }
-    targets = {k: _plain(v.detach()) if k in strided else v.detach() for k, v in wanted.items()}
-    dcp.load(targets, checkpoint_id=checkpoint, process_group=group, no_dist=group is None)
-    with torch.no_grad():
-        for k, v in strided.items():
-            v.to_local().copy_(cast(DTensor, targets[k]).redistribute(placements=v.placements).to_local())
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads the list of all tensors once, not once a tensor: it grows with the model."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(self, "_listing"):
-            self._listing = super().read_metadata(*args, **kwargs)
-        return self._listing
+    wanted = {k: v.detach() for k, v in tensors.items() if k in have}
+    _check_strided(wanted)
+    _fill(wanted, reader, group, group is None)
 
 
 def read_model(checkpoint: Path, prefix: str = "model.") -> Iterator[tuple[str, Tensor]]:
@@ -285,16 +419,15 @@ def read_model(checkpoint: Path, prefix: str = "model.") -> Iterator[tuple[str, 
 
     prefix: "model." for the weights, "ema." for the average. Names come without it.
     """
-    have = _keys(checkpoint)
-    names = sorted(k for k in have if k.startswith(prefix))
+    reader = _reader(checkpoint)
+    names = sorted(k for k in reader.tensors if k.startswith(prefix))
     if not names:
         raise PolymodalError(
             f"The checkpoint {checkpoint} holds no `{prefix[:-1]}` tensors.",
             "Averages exist only in runs with train.ema." if prefix == "ema." else "",
         )
-    reader = _Reader(checkpoint)
     for key in names:
-        info = have[key]
+        info = reader.tensors[key]
         target = {key: torch.empty(info.size, dtype=info.properties.dtype)}
-        dcp.load(target, storage_reader=reader, no_dist=True)
+        _fill(target, reader, None, True)
         yield key[len(prefix) :], target[key]

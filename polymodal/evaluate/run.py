@@ -280,7 +280,7 @@ def main(
     from rich.console import Console
 
     from polymodal import recipe as recipes
-    from polymodal.generate.opening import open_engine
+    from polymodal.generate.opening import alike, open_engine
     from polymodal.runtime import process_group
 
     facts = benchmarks.find(benchmark)
@@ -291,7 +291,13 @@ def main(
     recipe = recipes.Recipe(model=recipes.Model(source=checkpoint), device=recipes.Device(kind=device))  # type: ignore[arg-type]
     with process_group.runtime(recipe) as rt:
         engine = open_engine(
-            checkpoint, revision=revision, device=rt.device.torch, dtype=dtype, ema=ema, base=base
+            checkpoint,
+            revision=revision,
+            device=rt.device.torch,
+            dtype=dtype,
+            ema=ema,
+            base=base,
+            locate=alike(rt),
         )
         result = evaluate(
             engine, data, metric, benchmark=facts.name, out=where, sampling=sampling, progress=True, **options

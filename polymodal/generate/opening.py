@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from polymodal.distributed import checkpoint as checkpoints
 from polymodal.generate.engine import Engine
 from polymodal.models import catalog, lora, weights
 from polymodal.models.family import Family
+from polymodal.runtime.process_group import Runtime
 
 Kind = Literal["hub", "adapter", "run"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -88,13 +90,34 @@ class Assembled:
     checkpoint: Path
 
 
-def assemble(source: str | os.PathLike, *, ema: bool = False, base: str | None = None) -> Assembled:
+Locate = Callable[[str | os.PathLike], Path]
+"""How a run's checkpoint is found; where several ranks open one, `alike` has all of them find the same."""
+
+
+def alike(rt: Runtime) -> Locate:
+    """Collective: every rank opens the run, and gets the checkpoint that rank 0 finds. Raises PolymodalError."""
+
+    def locate(path: str | os.PathLike) -> Path:
+        found = checkpoints.agreed(rt, lambda: checkpoints.locate(path))
+        assert found is not None
+        return found
+
+    return locate
+
+
+def assemble(
+    source: str | os.PathLike,
+    *,
+    ema: bool = False,
+    base: str | None = None,
+    locate: Locate = checkpoints.locate,
+) -> Assembled:
     """The model of a run or of one checkpoint: its base (where the checkpoint needs one) with the trained tensors on top.
 
     ema: the average instead of the last weights. base: where model.source lies now, when it was moved.
     Raises PolymodalError: no checkpoint, no average, a base that is gone, tensors that do not fit.
     """
-    found = checkpoints.locate(source)
+    found = locate(source)
     state = checkpoints.read_state(found)
     if not state.recipe:
         raise PolymodalError(
@@ -126,7 +149,7 @@ def assemble(source: str | os.PathLike, *, ema: bool = False, base: str | None =
             "Give the model.source and model.config that it was trained with.",
         )
     if set(names) - set(tensors):
-        _base(model, family, recipe)
+        _base(model, family, recipe, locate)
     else:
         weights.materialise(model, "cpu")
         weights.rebuild_buffers(model, persistent=True)
@@ -134,7 +157,7 @@ def assemble(source: str | os.PathLike, *, ema: bool = False, base: str | None =
     return Assembled(model.eval(), family, recipe, found)
 
 
-def _base(model: nn.Module, family: Family, recipe: recipes.Recipe) -> None:
+def _base(model: nn.Module, family: Family, recipe: recipes.Recipe, locate: Locate) -> None:
     """What the run started from: frozen parameters, and the base under adapters."""
     if recipe.model.init == "random":
         weights.initialise(model, family, recipe.train.seed, "cpu")
@@ -148,7 +171,7 @@ def _base(model: nn.Module, family: Family, recipe: recipes.Recipe) -> None:
     elif start and lora.is_adapter(start):
         lora.load(model, recipe.model.lora, start)
     elif start:
-        found = checkpoints.locate(start)
+        found = locate(start)
         under = {
             weights.plain(n): n for n, _ in model.named_parameters()
         }  # a whole run under this one's adapters
@@ -287,11 +310,13 @@ def open_engine(
     ema: bool = False,
     base: str | None = None,
     trust_remote_code: bool = False,
+    locate: Locate = checkpoints.locate,
 ) -> Engine:
     """Any checkpoint as an Engine: hub directory or id, export, run, one of its checkpoints, peft adapter.
 
     device: None = the accelerator that is there. dtype: auto (the checkpoint's; for runs float32 on the CPU, else the
     precision trained in), fp32, bf16, fp16. ema: a run's average. base: where an adapter's or a run's base lies now.
+    locate: `alike(rt)` where several ranks open one run.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise PolymodalError(f"dtype = {dtype} is not known.", f"Use auto, {', '.join(DTYPES)}.")
@@ -307,7 +332,7 @@ def open_engine(
         )
     text = os.fspath(checkpoint).rstrip("/")
     if kind == "run":
-        made = assemble(checkpoint, ema=ema, base=base)
+        made = assemble(checkpoint, ema=ema, base=base, locate=locate)
         model, recipe = made.model, made.recipe
         chosen = DTYPES.get(dtype) or (
             torch.float32

@@ -21,9 +21,10 @@ import torch
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
 from polymodal.data.files import VIDEO
+from polymodal.distributed import checkpoint as checkpoints
 from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.generate import opening
-from polymodal.generate.opening import DTYPES, Assembled, assemble, fingerprint, kind_of
+from polymodal.generate.opening import DTYPES, Assembled, Locate, alike, assemble, fingerprint, kind_of
 from polymodal.models import catalog, pipelines, weights
 from polymodal.models.lora import DIFFUSERS_STEM
 from polymodal.runtime import process_group
@@ -222,11 +223,13 @@ def open_generator(
     ema: bool = False,
     base: str | None = None,
     other: str | None = None,
+    locate: Locate = checkpoints.locate,
 ) -> Generator:
     """Any checkpoint of a generating model: pipeline directory or hub id, export, run, one of its checkpoints, LoRA.
 
     dtype: auto (float32 on the CPU, else bf16), fp32, bf16, fp16. ema: a run's average. base: where a base lies now.
-    other: a run of the pipeline's other denoiser (Wan2.2 A14B has two), which takes its place too.
+    other: a run of the pipeline's other denoiser (Wan2.2 A14B has two), which takes its place too. locate: `alike(rt)`
+    where several ranks open one run.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise PolymodalError(f"dtype = {dtype} is not known.", f"Use auto, {', '.join(DTYPES)}.")
@@ -244,7 +247,7 @@ def open_generator(
     text = os.fspath(checkpoint).rstrip("/")
     adapter: Path | None = None
     if kind == "run":
-        made = assemble(checkpoint, ema=ema, base=base)
+        made = assemble(checkpoint, ema=ema, base=base, locate=locate)
         family, model, identity = (
             made.family,
             made.model,
@@ -263,7 +266,7 @@ def open_generator(
     _only_generation(family, checkpoint)
     parts = {family.part: model}
     if other is not None:
-        second = other_denoiser(family, checkpoint, other, ema=ema, base=base)
+        second = other_denoiser(family, checkpoint, other, ema=ema, base=base, locate=locate)
         parts[second.family.part] = second.model  # type: ignore[attr-defined]
         identity += f" with {fingerprint(second.checkpoint)}"
     parts = {n: pipelines.cast(m.eval().requires_grad_(False), chosen).to(device) for n, m in parts.items()}
@@ -298,7 +301,13 @@ def cut_sequences(generator: Generator, mesh: Mesh, parallel: recipes.Parallel) 
 
 
 def other_denoiser(
-    family: Any, checkpoint: Any, other: str, *, ema: bool = False, base: str | None = None
+    family: Any,
+    checkpoint: Any,
+    other: str,
+    *,
+    ema: bool = False,
+    base: str | None = None,
+    locate: Locate = checkpoints.locate,
 ) -> Assembled:
     """The run of a pipeline's other denoiser, put together. Raises PolymodalError when the two do not belong together."""
     if len(family.denoisers) < 2:
@@ -307,7 +316,7 @@ def other_denoiser(
         )
     if kind_of(other) != "run":
         raise PolymodalError(f"--with {other} is no run.", "Give the run of the other denoiser.")
-    made = assemble(other, ema=ema, base=base)
+    made = assemble(other, ema=ema, base=base, locate=locate)
     theirs: Any = made.family
     if theirs.card.name != family.card.name or theirs.part == family.part:
         what = theirs.card.name if theirs.card.name != family.card.name else f"{theirs.part} too"
@@ -375,7 +384,7 @@ def opened(
     recipe.parallel.cp = cp
     with process_group.runtime(recipe) as rt:
         sizes = ParallelSizes.of(recipe.parallel, rt.world)
-        generator = open_generator(checkpoint, device=rt.device.torch, **how)
+        generator = open_generator(checkpoint, device=rt.device.torch, locate=alike(rt), **how)
         if cp > 1:
             cut_sequences(generator, Mesh(sizes, rt.device.torch.type, rt.rank), recipe.parallel)
         yield rt, generator

@@ -26,6 +26,7 @@ from polymodal.recipe.schema import (
     Train,
     Video,
     all_keys,
+    changed,
     dump,
     json_schema,
     load,
@@ -35,5 +36,5 @@ from polymodal.recipe.schema import (
 __all__ = [
     "Attr", "Checkpoint", "Clip", "Data", "Dataset", "Device", "Diffusion", "Evaluate", "Group", "Image", "Lora",
     "LossGuard", "Model", "Monitor", "Optim", "Parallel", "Profile", "Recipe", "Samples", "Schedule", "Section",
-    "Train", "Video", "all_keys", "dump", "file", "json_schema", "load", "validate",
+    "Train", "Video", "all_keys", "changed", "dump", "file", "json_schema", "load", "validate",
 ]  # fmt: skip

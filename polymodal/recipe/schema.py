@@ -7,6 +7,7 @@ with its lines, and saying what is wrong with it, is the work of `file.py`.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -399,6 +400,23 @@ def validate(data: dict, places: dict | None = None, path: Path | None = None) -
 def dump(recipe: Recipe) -> str:
     """The whole recipe as YAML; `load` of it gives the same recipe."""
     return file.write(recipe.model_dump(mode="json"))
+
+
+def changed(before: Mapping[str, Any], recipe: Recipe, keys: Sequence[str]) -> list[str]:
+    """The dotted keys below `keys` whose values differ between a recipe of an earlier run (as JSON) and this one."""
+    now: dict[str, Any] = recipe.model_dump(mode="json")
+
+    def differing(old: Any, new: Any, name: str) -> list[str]:
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            return [key for k in {**old, **new} for key in differing(old.get(k), new.get(k), f"{name}.{k}")]
+        return [name] if old != new else []
+
+    def at(values: Any, key: str) -> Any:
+        for part in key.split("."):
+            values = values.get(part) if isinstance(values, Mapping) else None
+        return values
+
+    return [found for key in keys for found in differing(at(before, key), at(now, key), key)]
 
 
 def all_keys() -> list[str]:

@@ -23,26 +23,16 @@ from polymodal.runtime.device import DeviceInfo
 class Metrics:
     """One line a logged step into metrics.jsonl, and the same numbers to the trackers."""
 
-    def __init__(self, run: Path, monitor: Monitor, name: str, config: dict[str, Any]):
+    def __init__(self, run: Path, monitor: Monitor, name: str, config: dict[str, Any], step: int = 0):
+        """step: the last one that is done, of a resumed run: what was told of later ones is dropped."""
         run.mkdir(parents=True, exist_ok=True)
         self.path = run / "metrics.jsonl"
+        if self.path.is_file():
+            _forget_after(self.path, step)
         self._file = self.path.open("a", buffering=1)
         self._trackers: list[Any] = []
         for tracker in monitor.trackers:
-            self._trackers.append(_TRACKERS[tracker](run, monitor.project, name, config))
-
-    def forget_after(self, step: int) -> None:
-        """Drop lines after a resumed step, so that the file is one curve."""
-        self._file.close()
-        kept = [
-            line
-            for line in self.path.read_text().splitlines()
-            if line and json.loads(line).get("step", 0) <= step
-        ]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(self.path)
-        self._file = self.path.open("a", buffering=1)
+            self._trackers.append(_TRACKERS[tracker](run, monitor.project, name, config, step))
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         try:
@@ -66,11 +56,25 @@ class Metrics:
                 each.close()
 
 
+def _forget_after(path: Path, step: int) -> None:
+    """Drop the lines of later steps, so that the file is one curve, and those that a full disk or lost power cut."""
+
+    def kept(line: bytes) -> bool:
+        try:
+            return json.loads(line)["step"] <= step
+        except (ValueError, TypeError, KeyError):
+            return False
+
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(b"".join(line + b"\n" for line in path.read_bytes().splitlines() if kept(line)))
+    temporary.replace(path)
+
+
 class _TensorBoard:
-    def __init__(self, run: Path, project: str, name: str, config: dict):
+    def __init__(self, run: Path, project: str, name: str, config: dict, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run / "tensorboard"))
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for key, value in values.items():
@@ -97,7 +101,7 @@ def _needs(module: str) -> Any:
 
 
 class _Wandb:
-    def __init__(self, run: Path, project: str, name: str, config: dict):
+    def __init__(self, run: Path, project: str, name: str, config: dict, step: int):
         kept = (
             run / "wandb.id"
         )  # of this directory: a resumed run goes on, another of the same name is its own
@@ -115,7 +119,7 @@ class _Wandb:
 
 
 class _Mlflow:
-    def __init__(self, run: Path, project: str, name: str, config: dict):
+    def __init__(self, run: Path, project: str, name: str, config: dict, step: int):
         self.mlflow = _needs("mlflow")
         self.mlflow.set_experiment(project)
         kept = run / "mlflow.id"

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
-from polymodal.data.schedule import Position
+from polymodal.data.schedule import DECIDING_KEYS, Position
 from polymodal.distributed import checkpoint
 from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.distributed.router_loss import load_figures
@@ -135,13 +135,12 @@ class Trainer:
         recipe = self.recipe
         self.resumed_at: int | None = None
         chosen = recipe.checkpoint.resume
-        found = (
-            None
-            if chosen == "never"
-            else checkpoint.newest(self.run_dir)
-            if chosen == "auto"
-            else checkpoint.locate(chosen)
-        )
+        found = None
+        if chosen != "never":
+            found = checkpoint.agreed(
+                self.rt,
+                lambda: checkpoint.newest(self.run_dir) if chosen == "auto" else checkpoint.locate(chosen),
+            )
         if found is None:
             if recipe.checkpoint.init_from:
                 self._init_from(recipe.checkpoint.init_from)
@@ -161,15 +160,34 @@ class Trainer:
         tensors = self._tensors(create=True)
         checkpoint.load(found, tensors, self.save_group)
         self.model.after_load()
-        if state.data and state.data != self.schedule.fingerprint:
-            raise PolymodalError(
-                f"{found} was made with other data or other data keys (global_batch_size, micro_batch_size, packing, lengths) than this recipe's.",
-                "Resume with the recipe the run began with (recipe.yaml beside it), or start anew from its weights with checkpoint.init_from.",
-            )
+        self._check_position(found, state)
         self.state = state
         self.scaler.load(state.scaler)
         self.guard.mean = state.norm_mean
         self.resumed_at = state.step
+
+    def _check_position(self, found: Path, state: checkpoint.RunState) -> None:
+        """Raise PolymodalError when the position in the data that a checkpoint holds means other samples here."""
+        same = state.data in ("", self.schedule.fingerprint)
+        if same and state.lengths in ("", self.schedule.lengths):
+            if state.data and not state.lengths and self.main:
+                print(
+                    f"warning: {found} does not say how long its samples were; if that has changed, some are now trained twice or never",
+                    flush=True,
+                )
+            return
+        what = "The samples have other lengths than" if same else "The batches hold other samples than"
+        rest = "tokenizer, processor, chat template or media files" if same else "files of data.datasets"
+        keys = recipes.changed(state.recipe, self.recipe, DECIDING_KEYS)
+        why = (
+            f"keys of the recipe that differ: {', '.join(keys)}"
+            if keys
+            else f"no key of the recipe differs, so the {rest} did"
+        )
+        raise PolymodalError(
+            f"{what} when {found} was written ({why}).",
+            "Resume with what the run began with (recipe.yaml beside it), or start anew from its weights with checkpoint.init_from.",
+        )
 
     def _init_from(self, source: str) -> None:
         path, place = Path(source), {"device": self.device, "offloaded": self.offloaded}
@@ -184,7 +202,8 @@ class Trainer:
         if other is not None:
             self.model.load_all(lambda m: weights.load(m, self.family, files=other, **place))
             return
-        found = checkpoint.locate(path)
+        found = checkpoint.agreed(self.rt, lambda: checkpoint.locate(path))
+        assert found is not None
         have = checkpoint.names(found)
         # under adapters too, which rename the weights below them
         ours = {f"model.{name}": p for n, p in self.model.all.items() for name in (n, weights.plain(n))}
@@ -212,9 +231,8 @@ class Trainer:
         if self.main:
             (self.run_dir / "recipe.yaml").write_text(recipes.dump(recipe))
             self.metrics = monitor.Metrics(
-                self.run_dir, recipe.monitor, recipe.name, recipe.model_dump(mode="json")
+                self.run_dir, recipe.monitor, recipe.name, recipe.model_dump(mode="json"), self.state.step
             )
-            self.metrics.forget_after(self.state.step)
             self.progress = monitor.Progress(recipe.name, self.steps, self.state.step)
             total, train = self.model.total, self.model.trained
             self.progress.say(
@@ -402,7 +420,7 @@ class Trainer:
         state = self.state
         state.scaler = self.scaler.state()
         state.recipe = self.recipe.model_dump(mode="json")
-        state.data = self.schedule.fingerprint
+        state.data, state.lengths = self.schedule.fingerprint, self.schedule.lengths
         state.source = {"path": str(self.family.source), "card": self.card.name}
         state.versions = checkpoint.versions()
         self.writer.save(self._tensors(create=False), state)
@@ -431,6 +449,8 @@ class Trainer:
             self.progress.say(text)
 
     def close(self) -> None:
+        """Leave nothing under way, whatever ended the run."""
+        self.writer.close()
         if self.metrics is not None:
             self.metrics.close()
         if self.progress is not None:

@@ -314,6 +314,19 @@ def test_what_cannot_be_planned_is_said():
         next(schedule_of(index_of([5, 5])).batches(Position(0, 7, 0)))
 
 
+def test_lengths_tell_plans_apart_where_they_decide_them():
+    tokens, usable = lengths_of(300), np.arange(300) % 7 != 0
+    longer = tokens + (np.arange(300) == 150)
+    other = np.roll(usable, 1)
+    other[0] = usable[0]
+    for pack in (True, False):
+        first = schedule_of(index_of(tokens, usable), pack=pack)
+        same = schedule_of(index_of(tokens.copy(), usable.copy()), pack=pack)
+        assert first.lengths == same.lengths
+        assert (schedule_of(index_of(longer, usable), pack=pack).lengths == first.lengths) is not pack
+        assert schedule_of(index_of(tokens, other), pack=pack).lengths != first.lengths
+
+
 def test_the_fingerprint_tells_plans_apart():
     tokens = lengths_of(300)
     same = [schedule_of(index_of(tokens)).fingerprint for _ in range(2)]

@@ -52,11 +52,38 @@ def test_metrics_forget_what_a_resume_does_again(tmp_path):
     metrics = Metrics(tmp_path, Monitor(trackers=[]), "run", {})
     for step in range(1, 6):
         metrics.log(step, {"loss": 1.0 / step})
-    metrics.forget_after(3)
+    metrics.close()
+    metrics = Metrics(tmp_path, Monitor(trackers=[]), "run", {}, 3)
     metrics.log(4, {"loss": 9.0})
     metrics.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines] == [1, 2, 3, 4] and lines[-1]["loss"] == 9.0
+
+
+@pytest.mark.parametrize(
+    "end", [b'{"step": 3, "lo', b"\0" * 40, b"\xff\xfe", b"[1]\n", b'{"loss": 1}\n', b'{"step": "4"}\n']
+)
+def test_lines_that_a_full_disk_or_lost_power_cut_are_left_out(tmp_path, end):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n' + end)
+    metrics = Metrics(tmp_path, Monitor(trackers=[]), "run", {}, 4)
+    metrics.log(5, {"loss": 0.125})
+    metrics.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(x["step"], x["loss"]) for x in lines] == [(1, 0.5), (2, 0.25), (5, 0.125)]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_tensorboard_forgets_what_a_resume_does_again(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for done, steps in ((0, range(1, 6)), (3, range(4, 6))):
+        metrics = Metrics(tmp_path, Monitor(trackers=["tensorboard"]), "run", {}, done)
+        for step in steps:
+            metrics.log(step, {"loss": 10.0 * done + step})
+        metrics.close()
+    scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(s.step, s.value) for s in scalars] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 34.0), (5, 35.0)]
 
 
 def test_tensorboard_gets_the_numbers(tmp_path):

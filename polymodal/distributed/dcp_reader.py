@@ -1,0 +1,138 @@
+"""DCP directories read as data: their index, `.metadata`, is a pickle, and torch's own reader would run what it names.
+
+`read_metadata` rebuilds the index from inert records, each part checked for its type; `Reader` gives it to torch's
+loader. Everything that opens a DCP directory (training, export, conversion) goes through one of the two.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from polymodal.core.errors import PolymodalError
+from polymodal.core.inert_pickle import Inert, unpickler
+
+INDEX = ".metadata"
+
+
+def _known(module: str, name: str) -> Any:
+    """dtypes and sizes are values that nothing can be done to."""
+    if module == "torch":
+        found = getattr(torch, name, None)
+        return found if found is torch.Size or isinstance(found, torch.dtype) else None
+    return None
+
+
+def read_metadata(directory: str | os.PathLike, name: str = INDEX) -> Metadata:
+    """The index of a DCP directory: tensors with their chunks, and where each chunk lies. No code of the file is run.
+
+    Raises PolymodalError for a file that is no such index, or that names files outside of the directory.
+    """
+    path = Path(directory) / name
+    try:
+        with open(path, "rb") as file:
+            index = _fields(unpickler(_known)(file).load(), "Metadata")
+        table = {_text(key): _entry(entry) for key, entry in index["state_dict_metadata"].items()}
+        places = dict(map(_place, index["storage_data"].items()))
+    except OSError as error:
+        raise PolymodalError(f"{path} cannot be read: {error.strerror}.", _MEND) from None
+    except Exception as error:  # a pickle can fail in any way
+        raise PolymodalError(
+            f"{path} is not the index of a DCP checkpoint ({type(error).__name__}: {str(error)[:200]}).",
+            _MEND,
+        ) from None
+    return Metadata(table, None, places, StorageMeta(), index.get("version"))
+
+
+_MEND = "Take another checkpoint, or fetch or copy this one again."
+
+
+def _fields(record: Any, kind: str) -> Mapping[str, Any]:
+    if not isinstance(record, Inert) or type(record).__name__ != kind:
+        raise ValueError(f"a {kind} was expected, not {_named(record)}")
+    state = record.state
+    return state if isinstance(state, Mapping) else {}
+
+
+def _named(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"a name was expected, not {_named(value)}")
+    return value
+
+
+def _size(value: Any) -> torch.Size:
+    if not isinstance(value, torch.Size):
+        raise ValueError(f"a size was expected, not {_named(value)}")
+    return value
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"a number of bytes was expected, not {value!r:.40}")
+    return value
+
+
+def _entry(entry: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+    if isinstance(entry, Inert) and type(entry).__name__ == "BytesStorageMetadata":
+        return BytesStorageMetadata()
+    fields = _fields(entry, "TensorStorageMetadata")
+    properties = fields["properties"]
+    if not isinstance(properties, Inert) or not isinstance(properties.state, tuple):
+        raise ValueError(f"properties of a tensor were expected, not {_named(properties)}")
+    dtype = properties.state[0]
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"a dtype was expected, not {_named(dtype)}")
+    pieces = [_fields(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
+    chunks = [ChunkStorageMetadata(_size(piece["offsets"]), _size(piece["sizes"])) for piece in pieces]
+    return TensorStorageMetadata(TensorProperties(dtype), _size(fields["size"]), chunks)
+
+
+def _place(item: tuple[Any, Any]) -> tuple[MetadataIndex, _StorageInfo]:
+    where, info = _fields(item[0], "MetadataIndex"), _fields(item[1], "_StorageInfo")
+    offset = where.get("offset")
+    file = _text(info["relative_path"])
+    if os.path.isabs(file) or ".." in Path(file).parts:
+        raise ValueError(f"{file} lies outside of the directory")
+    transforms = info.get("transform_descriptors")
+    return (
+        MetadataIndex(_text(where["fqn"]), None if offset is None else _size(offset), where.get("index")),
+        _StorageInfo(
+            file, _count(info["offset"]), _count(info["length"]), [_text(t) for t in transforms or ()] or None
+        ),
+    )
+
+
+class Reader(dcp.FileSystemReader):
+    """torch's reader over an index that was read as data, once: it grows with the model.
+
+    Only tensors are handed on. torch unpickles whatever an index calls bytes, under a tensor's name too.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        super().__init__(path)
+        self.metadata = read_metadata(path)
+        table = self.metadata.state_dict_metadata
+        self.tensors = {k: v for k, v in table.items() if isinstance(v, TensorStorageMetadata)}
+        self.metadata.state_dict_metadata = dict(self.tensors)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self.metadata
