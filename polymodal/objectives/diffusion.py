@@ -160,6 +160,23 @@ class DiffusionObjective:
         return out
 
     def _noised(self, batch: Batch, quantile: int | None) -> Batch:
+        """A batch with noise: at the levels drawn, or all at the middle of a quantile.
+
+        Every sample has a generator of its own, from its seed, and the order in which it is asked is part of what a
+        seed means: a draw that is moved, added before others or left out changes every run of a recipe, and resumed
+        runs part from straight ones. The order:
+
+        1. one uniform number for the noise level,
+        2. one uniform number that drops the caption,
+        3. normal numbers of the latents' shape: the noise,
+        4. one uniform number that gives the first frame, where the process or the recipe may give it and the sample
+           is a clip,
+        5. for each further stream of the process that the batch has, in the process' order, normal numbers of its
+           shape.
+
+        1 and 2 are drawn in validation too, and with drop = 0, though nothing looks at them: the noise is the same.
+        All numbers are float32, drawn on the CPU.
+        """
         latents = batch["latents"].float()
         seeds = batch.groups["seeds"]
         draws = [torch.Generator().manual_seed(seed & (2**63 - 1)) for seed in seeds]
@@ -173,8 +190,7 @@ class DiffusionObjective:
                 u = u[:1].expand_as(u).clone()
             dropped = torch.tensor([c < self.settings.drop for c in chance])
             for name, empty in self.unconditional.items() if bool(dropped.any()) else ():
-                where = dropped.view(-1, *[1] * (tensors[name].ndim - 1))
-                tensors[name] = torch.where(where, _fitted(empty, tensors[name]), tensors[name])
+                tensors[name] = _replaced(tensors[name], dropped, empty)
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in draws]).to(latents.device)
         s, timestep, weight = self._levels(u, batch.groups["tokens"][0])
         mixed, target = self._mixed(latents, noise, s.to(latents.device))
@@ -301,14 +317,21 @@ class DiffusionObjective:
         return loss, logs
 
 
-def _fitted(empty: Tensor, like: Tensor) -> Tensor:
-    """The empty caption's tensor [1, L, ...] padded with zeros, or cut, to the length of the batch's."""
-    empty = empty.to(like.device, like.dtype)
-    if empty.ndim < 3 or empty.shape[1] == like.shape[1]:
-        return empty
-    if empty.shape[1] > like.shape[1]:
-        return empty[:, : like.shape[1]]
-    return torch.cat([empty, empty.new_zeros(1, like.shape[1] - empty.shape[1], *empty.shape[2:])], dim=1)
+def _replaced(text: Tensor, dropped: Tensor, empty: Tensor) -> Tensor:
+    """A text tensor [B, L, ...] with the empty caption's [1, M, ...] in the rows where dropped [B] is true.
+
+    Lengths that differ are both padded with zeros to the longer one, masks as well as embeddings: a masked token more
+    changes no prediction, whereas a token less, or one broadcast along the mask, would.
+    """
+    empty = empty.to(text.device, text.dtype)
+    if text.ndim > 1 and text.shape[1] != empty.shape[1]:
+        length = max(text.shape[1], empty.shape[1])
+        text, empty = (
+            torch.cat([t, t.new_zeros(len(t), length - t.shape[1], *t.shape[2:])], dim=1)
+            for t in (text, empty)
+        )
+    where = dropped.to(text.device).view(-1, *[1] * (text.ndim - 1))
+    return torch.where(where, empty, text)
 
 
 def _misfit(key: str, value: Any, why: Literal["is trained by flow matching"] | str) -> PolymodalError:

@@ -8,6 +8,17 @@ import numpy as np
 from PIL import Image
 
 COLOURS = {"red": (220, 40, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
+CAPTIONS = (
+    "a {colour} square moving {direction}",
+    "{colour}",
+    "the {colour} square of the video moving up and down to the {direction}",
+)
+"""Of unequal length, shorter and longer ones in one batch, as people write them."""
+
+
+def caption(i: int, colour: str, direction: str = "left") -> str:
+    """What sample i is said to show."""
+    return CAPTIONS[i % len(CAPTIONS)].format(colour=colour, direction=direction)
 
 
 def frames(colour: str, direction: str, count: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -36,7 +47,7 @@ def sounding(directory: Path, length: int = 9) -> Path:
     for i, (colour, pitch) in enumerate((("red", 440.0), ("blue", 880.0))):
         path = directory / "sounding" / f"{i}.mp4"
         write(path, frames(colour, "left", length), 16, tone(length / 16, pitch), 16000)
-        rows.append({"path": str(path.relative_to(directory)), "cap": f"a {colour} square moving left"})
+        rows.append({"path": str(path.relative_to(directory)), "cap": caption(i, colour)})
     file = directory / "sounding.json"
     file.write_text(json.dumps(rows))
     return file
@@ -74,7 +85,7 @@ def edits(directory: Path, length: int = 9) -> Path:
             "video": paths["target"], "cap": "a red square moving left", "src_video": paths["source"], "src_video_mask": paths["mask"],
             "src_ref_images": ["edits/red.png", "edits/green.png"],
         },
-        {"video": paths["source"], "cap": "a blue square", "src_video": None, "src_video_mask": None, "src_ref_images": None},
+        {"video": paths["source"], "cap": "blue", "src_video": None, "src_video_mask": None, "src_ref_images": None},
     ]  # fmt: skip
     file = directory / "edits.json"
     file.write_text(json.dumps(rows))
@@ -89,7 +100,8 @@ def pairs(directory: Path) -> Path:
             path = directory / "pairs" / f"{name}{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(frames(shown, "left", 2)[0]).save(path)
-        rows.append({"path": f"pairs/result{i}.png", "src_image": f"pairs/source{i}.png", "cap": f"a {wanted} square"})  # fmt: skip
+        shown = {"path": f"pairs/result{i}.png", "src_image": f"pairs/source{i}.png"}
+        rows.append({**shown, "cap": caption(i, wanted)})
     file = directory / "pairs.json"
     file.write_text(json.dumps(rows))
     return file
@@ -114,11 +126,11 @@ def data(directory: Path, clips: int = 4, pictures: int = 0, length: int = 9) ->
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(frames(colour, direction, 2, *size)[0]).save(path)
             row = {}
-        caption = f"a {colour} square moving {direction}"
+        said = caption(i, colour, direction)
         rows.append(
             {
                 "path": str(path.relative_to(directory)),
-                "cap": [caption, caption.upper()] if i == 0 else caption,
+                "cap": [said, said.upper()] if i == 0 else said,
                 **row,
             }
         )

@@ -14,11 +14,14 @@ from diffusers import DiffusionPipeline
 
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Batch
 from polymodal.data import media
 from polymodal.generate.media import save
 from polymodal.generate.pipeline import Prompt, Settings, open_generator
 from polymodal.models import catalog, pipelines
+from polymodal.objectives.diffusion import DiffusionObjective
 from polymodal.train import encode, trainer
+from polymodal.train.actors import Encoders
 from polymodal.train.export import export
 from tests.models import clips, tiny_pipelines
 
@@ -58,7 +61,7 @@ def recipe(source, family, data, stills, run, **model):
                 "datasets": [{"path": str(stills if still else data)}], "workers": 0, "on_error": "skip", "features": str(run / "features"),
                 "clip": {"frames": [tiny_pipelines.FRAMES.get(family.config.get("patch_size_t"), 9)], "sizes": [tiny_pipelines.SIZES.get(family.card.name, (32, 32))]},
             },
-            "train": {"steps": 3, "global_batch_size": 2, "micro_batch_size": 1 if "references" in family.given else 2, "precision": "fp32", "ema": 0.5},
+            "train": {"steps": 3, "global_batch_size": 2, "micro_batch_size": 1 if "references" in family.given else 2, "precision": "fp32", "ema": 0.5, "diffusion": {"drop": 0.5}},
             "optim": {"lr": 1e-2, "schedule": {"name": "constant", "warmup": 0}},
             "checkpoint": {"dir": str(run / "run"), "asynchronous": False},
             "monitor": {"trackers": []},
@@ -230,6 +233,44 @@ def test_captions_of_unequal_length_are_encoded_together(tmp_path):
                 and not together[name][i, length:].any()
             )
     assert len({alone["encoder_attention_mask"].shape[1] for alone in apart}) == 2
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "hunyuan-video-i2v", "hunyuan-video-i2v-33ch"])
+def test_a_dropped_caption_is_the_empty_caption_whatever_lies_beside_it(name, tmp_path):
+    """Families whose text has as many tokens as a caption: the prediction is that of the sample alone, undropped."""
+    source = tiny_pipelines.pipeline(name, tmp_path / "p")
+    family = catalog.family(recipes.Model(source=str(source)))
+    encoders = Encoders(family, torch.float32, torch.device("cpu"))
+    model = pipelines.open_pipeline(source).components[family.part].double()
+    # the second number of a seed's generator drops the caption: three samples, of which only the first and last lose it
+    chance = {s: float(torch.rand(2, generator=torch.Generator().manual_seed(s))[1]) for s in range(40)}
+    lost, kept = (
+        [s for s, c in chance.items() if (c < 0.3) == dropped and abs(c - 0.3) > 0.1]
+        for dropped in (True, False)
+    )
+    seeds = (lost[0], kept[0], lost[1])
+    pixels = torch.randint(0, 256, (3, 1 if family.grid().still else 9, 32, 32, 3), dtype=torch.uint8)
+    media = encoders.media(pixels)
+    texts = encoders.text(["a red square moving left", "blue", "a red one"], pixels), encoders.text([""])
+    masks = [text[next(n for n in text if "mask" in n)] for text in texts]
+    assert len({(mask.shape[1], int(row.sum())) for mask in masks for row in mask}) > 1, "lengths differ"
+
+    def predicted(tensors, of, drop):
+        tensors = {**tensors, "weight": torch.ones(len(of))}
+        axes = {n: ("batch", *["none"] * (t.ndim - 1)) for n, t in tensors.items()}
+        groups = {"seeds": of, "tokens": (4,) * len(of), "kind": "image"}
+        objective = DiffusionObjective(family.process(), recipes.Diffusion(drop=drop))
+        objective.unconditional = texts[1]
+        (made,) = objective.prepare(None, [Batch(tensors, axes, tuple(range(len(of))), groups=groups)])
+        with torch.no_grad():
+            return family.denoise(model, made["noisy"].double(), made["timestep"], made)
+
+    together = predicted({**media, **texts[0]}, seeds, 0.3)
+    for i, seed in enumerate(seeds):
+        own = {n: t[i : i + 1] for n, t in texts[0].items()} if i == 1 else texts[1]
+        alone = predicted({**{n: t[i : i + 1] for n, t in media.items()}, **own}, (seed,), 0.0)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(together, predicted({**media, **texts[0]}, seeds, 0.0), rtol=1e-3, atol=1e-6)
 
 
 def test_guidance_of_qwen_image_leads_away_from_a_blank(tmp_path):

@@ -204,6 +204,61 @@ def test_captions_are_dropped_at_the_asked_rate():
     assert not any((b["encoder_hidden_states"] == 7).any() for b in held)
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+def test_a_dropped_caption_brings_its_own_length_and_mask(length):
+    """Shorter than the batch's captions, as long or longer: nothing is cut away, nothing is broadcast along the mask."""
+    o = objective(drop=0.999999)
+    o.unconditional = {
+        "encoder_hidden_states": torch.full((1, length, 5), 7.0),
+        "mask": torch.ones(1, length, dtype=torch.long),
+        "pooled": torch.full((1, 6), 7.0),
+    }
+    given = batch()
+    given.tensors |= {"mask": torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]]), "pooled": torch.zeros(3, 6)}
+    given.axes |= {"mask": ("batch", "sequence"), "pooled": ("batch", "none")}
+    (made,) = o.prepare(None, [given])
+    total = max(3, length)
+    assert made["encoder_hidden_states"].shape == (3, total, 5) and made["mask"].shape == (3, total)
+    for name, value in (("encoder_hidden_states", 7), ("mask", 1)):
+        assert (made[name][:, :length] == value).all() and not made[name][:, length:].any(), name
+    assert (made["pooled"] == 7).all() and made["mask"].dtype == torch.long
+    (kept,) = objective(drop=0.0).prepare(None, [given])
+    assert torch.equal(kept["mask"], given["mask"])
+
+
+def test_the_order_of_a_seeds_draws_is_level_drop_noise_first_frame_streams():
+    """Every number that a sample is given is the one that stands at its place in the generator's stream."""
+    process = Process(per_token=True, density="uniform", streams=("audio", "depth"))
+    settings = Diffusion(drop=0.5, first_frame=0.5)
+    o = DiffusionObjective(process, settings)
+    o.unconditional = {"encoder_hidden_states": torch.full((1, 3, 5), 7.0)}
+    dropped, first = [], []
+    for id in range(16):
+        made = batch((id,))
+        beside = {"audio": torch.randn(1, 7, 6), "depth": torch.randn(1, 2, 4)}
+        for name, tensor in beside.items():
+            made.tensors[f"{name}_latents"] = tensor
+            made.axes[f"{name}_latents"] = ("batch", "none", "none")
+        g = torch.Generator().manual_seed(1000 + id)
+        level, drop = (torch.rand((), generator=g) for _ in range(2))
+        noise = torch.randn((4, 2, 4, 4), generator=g)
+        given = float(torch.rand((), generator=g)) < 0.5
+        own = {name: torch.randn(tensor.shape[1:], generator=g) for name, tensor in beside.items()}
+        (noised,) = o.prepare(None, [made])
+        assert float(noised["timestep"]) == pytest.approx(1000 * float(level), rel=1e-5)
+        assert bool((noised["encoder_hidden_states"] == 7).all()) == (float(drop) < 0.5)
+        torch.testing.assert_close(noised["target"][0], noise - made["latents"][0])
+        assert bool(noised["clean"].any()) == given
+        for name, numbers in own.items():
+            torch.testing.assert_close(noised[f"{name}_target"][0], numbers - beside[name][0])
+        # the same noise without a level or a caption drawn: in validation, and where nothing is dropped
+        for other in (o.validation(), DiffusionObjective(process, Diffusion(drop=0.0, first_frame=0.5))):
+            torch.testing.assert_close(other.prepare(None, [made])[0]["target"], noised["target"])
+        dropped.append(float(drop) < 0.5)
+        first.append(given)
+    assert len(set(dropped)) == len(set(first)) == 2, "both outcomes were seen"
+
+
 def error_of(o, batches, wrong=0.5):
     inverse = inverse_weights(o, batches, None)
     return sum(float(o.loss(Output(b["target"] + wrong), b, inverse)[0]) for b in batches)
