@@ -13,6 +13,7 @@ from polymodal.models import catalog, lora, weights
 from polymodal.models.card import ModelCard
 from polymodal.models.family import Family
 from polymodal.recipe import Lora
+from tests.bounds import assert_near
 from tests.models import tiny
 
 CARD = ModelCard(
@@ -101,7 +102,7 @@ def test_peft_opens_what_is_saved(checkpoint, tmp_path, name, tied):
         out = lora.save(lora.gather(model), model, options, tmp_path / str(number), base=str(source))
         assert sorted(p.name for p in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
         ours, theirs = logits(model, source), logits(by_peft(source, out).get_base_model(), source)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        assert_near(ours, theirs)
         assert (ours - base).abs().max() > 1e-3
 
 
@@ -120,7 +121,7 @@ def test_peft_opens_adapters_on_stacked_experts(checkpoint, tmp_path):
     assert settings["target_parameters"] == ["experts.down_proj", "experts.gate_up_proj"]
     assert settings["target_modules"] == ["q_proj"]
     ours, theirs = logits(model, source), logits(by_peft(source, out).get_base_model(), source)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert_near(ours, theirs)
     assert (ours - logits(plain(source), source)).abs().max() > 1e-3
     merged = weights.save(
         lora.merged_state(model), None, tmp_path / "merged", model=on_meta(source), source=source
@@ -128,14 +129,12 @@ def test_peft_opens_adapters_on_stacked_experts(checkpoint, tmp_path):
     torch.testing.assert_close(logits(plain(merged), source), ours, rtol=1e-4, atol=1e-4)
     again = adapted(source, EXPERTS, seed=9, trained=False)
     lora.load(again, EXPERTS, out)
-    torch.testing.assert_close(logits(again, source), ours, rtol=0, atol=0)
+    assert_near(logits(again, source), ours)
     only = adapted(source, Lora(targets=["experts.down_proj"]))
     out = lora.save(
         lora.gather(only), only, Lora(targets=["experts.down_proj"]), tmp_path / "only", base=str(source)
     )
-    torch.testing.assert_close(
-        logits(by_peft(source, out).get_base_model(), source), logits(only, source), rtol=0, atol=0
-    )
+    assert_near(logits(by_peft(source, out).get_base_model(), source), logits(only, source))
 
 
 @pytest.mark.parametrize(("name", "tied"), NAMES)
@@ -159,7 +158,7 @@ def test_nothing_changes_at_step_zero(checkpoint):
     source = checkpoint("qwen2.5-vl")
     for options in (Lora(rank=4), Lora(rank=4, init="gaussian")):
         model = adapted(source, options, trained=False)
-        assert torch.equal(logits(model, source), logits(plain(source), source))
+        assert_near(logits(model, source), logits(plain(source), source))
         first = {n: p.clone() for n, p in lora.adapters(model).items()}
         again = adapted(source, options, trained=False)
         assert all(torch.equal(first[n], p) for n, p in lora.adapters(again).items())

@@ -23,6 +23,7 @@ from polymodal.models.card import Output
 from polymodal.models.understanding.qwen_vl import PatchEmbedding
 from polymodal.parallel.stages import prune
 from polymodal.recipe import Data, Model
+from tests.bounds import EXACT
 from tests.models import tiny
 
 CASES = {
@@ -239,7 +240,7 @@ def test_two_pipeline_stages_equal_the_whole(name, family, checkpoint):
         }
         received = {key: tensor.detach().requires_grad_() for key, tensor in carry.items()}
         _, got = ours_from(family, stages[1], received, batch)
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(got, expected, rtol=EXACT, atol=EXACT)
         token_loss(got, batch["labels"]).backward()
         sent = [key for key in carry if received[key].grad is not None]
         torch.autograd.backward([carry[key] for key in sent], [received[key].grad for key in sent])

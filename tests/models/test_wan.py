@@ -11,6 +11,7 @@ from polymodal.models import catalog, pipelines, weights
 from polymodal.parallel.apply import matching
 from polymodal.recipe import Model
 from polymodal.train import optim
+from tests.bounds import assert_near
 from tests.models import tiny_pipelines
 
 WANS = ("wan", "wan-i2v", "wan-flf2v")
@@ -77,9 +78,10 @@ def test_prediction_and_gradients_equal_the_librarys(made, name):
         arguments["encoder_hidden_states_image"] = image.reshape(-1, 257, 16)
     wanted = theirs(latents, timestep, **arguments).sample
     wanted.square().sum().backward()
-    assert torch.equal(ours, wanted)
+    assert_near(ours, wanted)
     grads = dict(theirs.named_parameters())
-    assert all(torch.equal(p.grad, grads[n].grad) for n, p in model.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert_near(parameter.grad, grads[name].grad)
 
 
 def test_image_conditions_are_those_that_the_pipeline_samples_with(made):
@@ -113,7 +115,7 @@ def test_image_conditions_are_those_that_the_pipeline_samples_with(made):
     assert torch.allclose(
         media["encoder_hidden_states_image"], seen["encoder_hidden_states_image"][:1], atol=1e-3
     )
-    assert torch.equal(text["encoder_hidden_states"], seen["encoder_hidden_states"][:1])
+    assert_near(text["encoder_hidden_states"], seen["encoder_hidden_states"][:1])
 
 
 def test_latents_come_back_as_the_pixels_that_the_vae_makes_of_them(made):

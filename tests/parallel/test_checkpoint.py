@@ -19,6 +19,7 @@ from polymodal.distributed import checkpoint
 from polymodal.distributed.checkpoint import RunState, Writer
 from polymodal.recipe import Optim
 from polymodal.train.optim import Optimizer
+from tests.bounds import EXACT
 from tests.parallel import harness
 
 
@@ -132,7 +133,7 @@ def test_saved_by_one_layout_resumed_by_others(tmp_path, world, tp, asynchronous
         results.append(harness.run(other, resume, tmp_path, other_tp, inner)[0])
     for result in results:
         for name, value in straight.items():
-            torch.testing.assert_close(result[name], value, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(result[name], value, rtol=EXACT, atol=EXACT)
     read = dict(checkpoint.read_model(checkpoint.newest(tmp_path)))
     assert set(read) == set(straight) and read["layers.0.weight"].shape == (inner, 12)
 

@@ -22,6 +22,7 @@ from polymodal.distributed.ring_attention import backward_block, forward_block, 
 from polymodal.models import catalog
 from polymodal.parallel.apply import check
 from polymodal.recipe import Data, Parallel
+from tests.bounds import EXACT
 from tests.models import tiny
 from tests.parallel import layouts
 from tests.parallel.harness import run
@@ -73,7 +74,7 @@ def every(rank: int, ulysses: int) -> float:
     ],
 )
 def test_attention_over_ranks_is_attention_of_one_process(world: int, ulysses: int):
-    assert max(run(world, every, ulysses)) < 1e-12
+    assert max(run(world, every, ulysses)) < EXACT
 
 
 def precisions(rank: int) -> dict[str, float]:
@@ -114,7 +115,7 @@ def test_packs_shorter_than_the_group(tmp_path, ulysses: int):
     (reference,) = run(1, short, source, layouts.Layout("one process", 1), None)
     cut = layouts.Layout("four", 4, {"cp": 4, "ulysses": ulysses, "recompute": "full"})
     for found in run(4, short, source, cut, reference):
-        assert max(found.loss, found.gradients, found.norm) < 1e-9, found
+        assert max(found.loss, found.gradients, found.norm) < EXACT, found
 
 
 # ---- the cut, without processes

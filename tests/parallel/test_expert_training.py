@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from polymodal.train.export import export
+from tests.bounds import CURVE
 from tests.parallel.harness import run
 from tests.parallel.training import Job, lines, make, runs, same
 
@@ -49,14 +50,14 @@ def test_a_run_from_the_command_line_resumes_under_another_ep_and_is_exported(gr
     assert not said[0].error
     got, want = lines(ground, "resumed"), lines(ground, "whole-1")
     for key in ("loss", "grad_norm", "experts/idle", "experts/busiest"):
-        assert [line[key] for line in got] == pytest.approx([line[key] for line in want], rel=1e-5), key
+        assert [line[key] for line in got] == pytest.approx([line[key] for line in want], rel=CURVE), key
     one, other = (
         load(export(str(directory), str(directory) + "-export").directory)
         for directory in (straight, ground / "resumed")
     )
     assert one.keys() == other.keys()
     for name, tensor in one.items():
-        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=2e-4)
 
 
 def load(directory: Path) -> dict[str, torch.Tensor]:
@@ -75,7 +76,7 @@ def test_adapters_on_experts_resume_under_another_layout_and_are_exported(ground
     (said, *_) = run(4, runs, 4, ground, [Job("adapters", place, ("parallel.ep=4", "parallel.tp=2"))])
     assert not said[0].error
     got, want = lines(ground, "adapters"), lines(ground, "lora-1")
-    assert [line["loss"] for line in got] == pytest.approx([line["loss"] for line in want], rel=1e-5)
+    assert [line["loss"] for line in got] == pytest.approx([line["loss"] for line in want], rel=CURVE)
     made = [export(str(ground / name), str(ground / f"{name}-export")) for name in ("lora-1", "adapters")]
     assert [each.what for each in made] == ["adapter", "adapter"]
     one, other = (load_file(Path(each.directory) / "adapter_model.safetensors") for each in made)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from polymodal.distributed import collectives
 from polymodal.distributed.mesh import Mesh, ParallelSizes
+from tests.bounds import EXACT
 from tests.parallel.harness import run
 
 
@@ -151,6 +152,6 @@ def _mixed(rank: int) -> tuple[float, float, float, float]:
 
 def test_norm_and_clipping_over_mixed_meshes():
     for norm, expected, clipped, untouched in run(4, _mixed):
-        assert norm == pytest.approx(expected, rel=1e-12)
-        assert clipped == pytest.approx(0.5, rel=1e-12)
+        assert norm == pytest.approx(expected, rel=EXACT)
+        assert clipped == pytest.approx(0.5, rel=EXACT)
         assert untouched == clipped

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bounds import CURVE
 from tests.parallel.harness import run
 from tests.parallel.training import Job, Said, lines, make, runs, same
 
@@ -51,7 +52,7 @@ def done(ground) -> dict[str, tuple[list[Said], list[Said]]]:
 @pytest.mark.parametrize("loss", ["per_sample", "per_micro_batch"])
 def test_weightings_of_the_loss(done, ground, loss):
     found = same(ground, loss)
-    assert found[0]["loss"] != pytest.approx(lines(ground, "evaluated-2")[0]["loss"], rel=1e-5), (
+    assert found[0]["loss"] != pytest.approx(lines(ground, "evaluated-2")[0]["loss"], rel=CURVE), (
         "not per token"
     )
 
@@ -98,7 +99,7 @@ def test_adapters_resume_across_pipelines_and_their_run_is_used_like_any(done, g
         )
         assert not any(of[0].error for of in said)
     straight, resumed = lines(ground, "lora-1"), lines(ground, "resumed")
-    assert [line["loss"] for line in resumed] == pytest.approx([line["loss"] for line in straight], rel=1e-5)
+    assert [line["loss"] for line in resumed] == pytest.approx([line["loss"] for line in straight], rel=CURVE)
     same(ground, "lora")
     adapter = export(str(ground / "resumed"), str(ground / "adapter"))
     merged = export(str(ground / "lora-2"), str(ground / "merged"), merge_lora=True)

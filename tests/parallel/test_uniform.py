@@ -14,6 +14,7 @@ from polymodal.core.errors import PolymodalError
 from polymodal.distributed.context_parallel import Context
 from polymodal.models import catalog
 from polymodal.parallel import dit_context_parallel
+from tests.bounds import EXACT
 from tests.parallel.exact import float64
 from tests.parallel.harness import run
 
@@ -94,7 +95,7 @@ def compare(rank: int, which: str, ulysses: int) -> dict[str, Any]:
 )
 def test_a_cut_transformer_is_the_whole_one(which: str, world: int, ulysses: int):
     for found in run(world, compare, which, ulysses):
-        assert found["out"] < 1e-10 and found["grad"][1] < 1e-9, found
+        assert found["out"] < EXACT and found["grad"][1] < EXACT, found
 
 
 def test_the_backend_alone_is_the_librarys_own():

@@ -17,6 +17,7 @@ from polymodal.core.errors import PolymodalError
 from polymodal.data import media
 from polymodal.runtime import device, process_group
 from polymodal.train import optim, trainer
+from tests.bounds import CURVE
 from tests.models import tiny
 
 STEPS = 4
@@ -106,7 +107,7 @@ def lines(root: Path, name: str) -> list[dict[str, float]]:
 
 
 def same(
-    root: Path, name: str, rel: float = 1e-5, keys: tuple[str, ...] = (), world: int = 2
+    root: Path, name: str, rel: float = CURVE, keys: tuple[str, ...] = (), world: int = 2
 ) -> list[dict[str, float]]:
     """The metrics of a laid out run, which are those of one process."""
     one, two = lines(root, f"{name}-1"), lines(root, f"{name}-{world}")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Batch
 from polymodal.distributed import attention
+from tests.bounds import EXACT
 
 
 def dense(query, key, value, lengths, causal, scale=None):
@@ -48,12 +49,12 @@ def test_equals_dense_attention_with_a_mask(lengths, groups, causal, scale):
     ours = attention.attend(*inputs, cu_seqlens, causal, scale)
     theirs = dense(*inputs, lengths, causal, scale)
     assert ours.shape == (1, sum(lengths), groups[0], 8)
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(ours, theirs, rtol=EXACT, atol=EXACT)
     weight = torch.randn_like(ours)
     got = torch.autograd.grad((ours * weight).sum(), inputs)
     expected = torch.autograd.grad((theirs * weight).sum(), inputs)
     for mine, reference in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(mine, reference, rtol=EXACT, atol=EXACT)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from polymodal.distributed.router_loss import balance_loss, expert_choices, load
 from polymodal.models.card import Output
 from polymodal.objectives import language
 from polymodal.objectives.language import LanguageObjective, head_loss, token_weights
+from tests.bounds import EXACT
 
 torch.manual_seed(0)
 VOCABULARY, WIDTH = 37, 12
@@ -77,7 +78,7 @@ def test_the_cut_into_micro_batches_does_not_matter(weighting, cut):
         start += size
     got, want = step(LanguageObjective(weighting), batches), reference(weighting)
     # the token weights travel as float32, so per_sample is exact to its precision
-    tolerance = 1e-12 if weighting == "per_token" else 1e-6
+    tolerance = EXACT if weighting == "per_token" else 1e-6
     assert got[0] == pytest.approx(want[0], rel=tolerance)
     for a, b in zip(got[1:], want[1:], strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
