@@ -21,7 +21,9 @@ parts the first loss of such a model by as little as 4e-5; what kernels part it 
 
 def assert_near(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-4) -> None:
     """float32 results of one computation: apart by `tolerance` of the largest element at most."""
-    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * max(1e-3, float(wanted.detach().abs().max())))
+    torch.testing.assert_close(
+        found, wanted, rtol=0, atol=tolerance * max(1e-3, float(wanted.detach().abs().max()))
+    )
 
 
 def assert_one_picture(found: Any, wanted: Any) -> None:

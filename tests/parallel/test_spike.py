@@ -2,7 +2,7 @@
 
 Qwen3-VL with LoRA on PP 2 x FSDP 2, a tied Qwen2-VL on PP 2, Wan on FSDP 2 x Ulysses 2, Whisper padded on FSDP 2, and
 a DPO step with two kinds of reference. Errors are relative: of the loss, and the L2 norm of the worst parameter's
-gradient. 1e-9 in float64, 1e-5 in float32.
+gradient. 1e-9 in float64, 1e-4 in float32.
 """
 
 from typing import Any
@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.bounds import EXACT
 from tests.parallel.harness import run
 from tests.parallel.spike import pipelines, worlds
 
-EXACT, SINGLE = 1e-9, 1e-5
+SINGLE = 1e-4
 
 
 @pytest.fixture(scope="module")
