@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo demo-image wan-digits test slow lint parity docs clean
+.PHONY: install demo demo-image wan-digits static test slow nightly lint parity docs clean
 
 install: $(VENV)/.ready
 
@@ -26,11 +26,18 @@ demo-image: install
 wan-digits: install
 	$(BIN)/python examples/wan-digits/demo.py --dir runs/wan-digits
 
+# what needs neither torch nor a model: seconds
+static: install
+	$(BIN)/python -m pytest tests/static
+
 test: install
 	$(BIN)/python -m pytest -n 2
 
 slow: install
 	$(BIN)/python -m pytest -n 2 -m slow
+
+nightly: install
+	$(BIN)/python -m pytest -n 2 -m nightly
 
 lint: install
 	$(BIN)/ruff check .

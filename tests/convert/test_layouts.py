@@ -67,7 +67,7 @@ def test_hub_to_tree_to_hub_is_exact_and_cutting_again_commutes(name, hubs):
         )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", HUBS)
 def test_the_same_for_many_layouts(name, hubs):
     prove(name, hubs(name), 10)

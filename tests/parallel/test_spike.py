@@ -111,7 +111,7 @@ def test_dpo_with_a_reference_on_fsdp(two, reference):
     assert abs(ranks[0]["value"] - ranks[0]["neutral"]) > 1e-3, "the policy differs from its reference"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "schedule, stages",
     [("GPipe", 2), ("Interleaved1F1B", 4), ("InterleavedZeroBubble", 4), ("ZBVZeroBubble", 4)],
