@@ -231,6 +231,22 @@ def test_who_imports_whom():
     assert done.returncode == 0 and "0 broken" in done.stdout, done.stdout + done.stderr
 
 
+def floors(text: str) -> list[set[str]]:
+    """The fenced block that begins with ```floors: top to bottom, one a line, folders of one floor parted by |."""
+    (block,) = re.findall(r"^```floors\n(.*?)^```", text, re.S | re.M)
+    return [{room.strip() for room in line.split("|")} for line in block.splitlines() if line.strip()]
+
+
+def test_the_floors_of_the_architecture_page_are_those_that_imports_are_held_to():
+    """docs/architecture.md, the layers of pyproject.toml and the folders of polymodal/ are one list."""
+    lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("\nlayers = [\n")[2]
+    layers = re.findall(r'^    "([^"]+)",', lines.partition("\n]")[0], re.M)
+    held = [{room.strip().removeprefix("polymodal.") for room in layer.split("|")} for layer in layers]
+    assert floors((ROOT / "docs/architecture.md").read_text(encoding="utf-8")) == held
+    assert sum(map(len, held)) == len(set().union(*held))
+    assert set().union(*held) == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+
+
 def test_what_stands_here_is_collected_without_the_heavy_libraries():
     code = """
 import sys, pytest
