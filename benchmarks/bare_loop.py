@@ -29,7 +29,7 @@ def measure(args: argparse.Namespace) -> list[tuple[float, float]]:
 
         from polymodal.train.step import inverse_weights
 
-        laid_out = [trainer.lay_out(step.micro_batches) for step in batches]
+        laid_out = [trainer.shard_batches(step.micro_batches) for step in batches]
         model, objective = trainer.model.models[0], trainer.objective
         parameters = list(trainer.trainable.values())
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)

@@ -104,7 +104,7 @@ def step(rank: int, directory: str, parallel: dict[str, Any]) -> dict[str, Any]:
     from polymodal.distributed.mesh import Mesh, ParallelSizes
     from polymodal.models import catalog, weights
     from polymodal.objectives.language import LanguageObjective
-    from polymodal.parallel.batches import BatchLayout
+    from polymodal.parallel.batches import PackedBatchSharding
     from polymodal.recipe import Model, Parallel, Recipe, Train
     from polymodal.train.parallel_model import ParallelModel
     from polymodal.train.step import StepMetrics, forward_backward, inverse_weights
@@ -118,7 +118,7 @@ def step(rank: int, directory: str, parallel: dict[str, Any]) -> dict[str, Any]:
     mesh = Mesh(ParallelSizes.of(recipe.parallel, dist.get_world_size()), "cpu", rank)
     model = ParallelModel(lambda: family.build().trained, family, mesh, recipe, torch.device("cpu"))
     model.load_all(lambda part: weights.load(part, family))
-    layout = BatchLayout(family, mesh, recipe.parallel)
+    layout = PackedBatchSharding(family, mesh, recipe.parallel)
     objective = LanguageObjective(**family.balance(None))
     whole = [batch(family, mesh.dp_rank + number) for number in range(mesh.sizes.pp)]
     inverse = inverse_weights(objective, whole, layout.weights_group)

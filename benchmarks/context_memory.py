@@ -48,7 +48,7 @@ def kept(rank: int, directory: str, tokens: int, ulysses: int | None) -> dict[st
     from polymodal.distributed.mesh import Mesh, ParallelSizes
     from polymodal.models import catalog, weights
     from polymodal.parallel.apply import apply
-    from polymodal.parallel.batches import BatchLayout
+    from polymodal.parallel.batches import PackedBatchSharding
     from polymodal.recipe import Model, Parallel, Recipe, Train
     from polymodal.train.step import bind
 
@@ -66,7 +66,7 @@ def kept(rank: int, directory: str, tokens: int, ulysses: int | None) -> dict[st
     mesh = Mesh(ParallelSizes.of(recipe.parallel, world), "cpu", rank)
     apply(model, family.card, mesh, recipe)
     weights.load(model, family)
-    (own,) = BatchLayout(family, mesh, recipe.parallel)([batch(family, tokens)])
+    (own,) = PackedBatchSharding(family, mesh, recipe.parallel)([batch(family, tokens)])
     seen: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,7 @@ def rank_main(rank: int, world: int, port: int, root: str) -> None:
                 trainer._step(number, step, time.perf_counter())
                 continue
             inverse = inverse_weights(trainer.objective, step.micro_batches, trainer.dp_group)
-            batches = trainer.lay_out(step.micro_batches)
+            batches = trainer.shard_batches(step.micro_batches)
             forward_backward(
                 trainer.model,
                 trainer.objective,

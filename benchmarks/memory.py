@@ -77,17 +77,18 @@ def measured(rank: int, source: str, parallel: dict[str, Any], precision: str, t
     from polymodal.distributed.mesh import Mesh, ParallelSizes
     from polymodal.models import catalog
     from polymodal.parallel import memory
-    from polymodal.plan.job import Job, Load
+    from polymodal.plan.job import Job
     from polymodal.plan.tracker import Tracker
     from polymodal.recipe import validate
     from polymodal.train import step
+    from polymodal.train.layouts.packed import lengths
 
     recipe = validate({
         "model": {"source": source, "init": "random"}, "parallel": parallel, "train": {"precision": precision},
         "data": {"max_length": tokens},
     })  # fmt: skip
     family = catalog.family(recipe.model)
-    example = Load(tokens, 0.25, 256).measure(family)
+    example = lengths(family, tokens, 0.25, 256)
     mesh = Mesh(ParallelSizes.of(recipe.parallel, dist.get_world_size()), "cpu", rank)
     job = Job(recipe, family, mesh, example)
     job.load_all(seed=0)

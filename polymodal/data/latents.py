@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Batch, Record
 from polymodal.data.clips import Clips
 from polymodal.data.features import Features
-from polymodal.data.loader import MicroBatchStats, Task
+from polymodal.data.loader import MicroBatchStats, StepStats, Task
 from polymodal.data.permute import key_of
 from polymodal.recipe import Data
 
@@ -147,17 +148,55 @@ class ClipCollator:
                 given.append({})
             said = record.extra["captions"]
             captions.append(said[key_of(self.seed, 6, task.epoch, id) % len(said)])
-        told = next((g for g in given if g), {})  # a hole has as many tensors as the others
-        steady = {role: t for role, t in told.items() if t.is_floating_point()}
-        given = [g or steady for g in given]
-        shape = shape or (1, self.clips.grid.side, self.clips.grid.side)
-        black = torch.zeros(*shape, 3, dtype=torch.uint8)
-        tensors = {"pixels": torch.stack([black if p is None else p for p in pixels])}
+        tensors, given = _filled(pixels, given, shape, self.clips.grid.side)
+        shape = tuple(tensors["pixels"].shape[1:4])
         if self.factors:
             starts = [part.start for part in self.corpus.parts]
             datasets = [bisect_right(starts, number) - 1 for _, number, _, _ in task.samples]
             tensors["loss_weight"] = torch.tensor([self.factors[d] for d in datasets])
         weight = [0.0 if p is None else 1.0 for p in pixels]
         batch = _batch(tensors, task, self.seed, shape, task.samples[0][3], weight)
-        batch.groups |= {"captions": tuple(captions), "given": tuple(given)}
+        broken_ids = {id for id, _ in broken}
+        batch.groups |= {
+            "captions": tuple(captions),
+            "given": tuple(given),
+            "broken": tuple(id in broken_ids for id, *_ in task.samples),
+        }
         return batch, _notes(batch, began, broken)
+
+
+def _filled(
+    pixels: Sequence[Tensor | None], given: Sequence[dict[str, Tensor]], shape: tuple[int, ...], side: int
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """(pixels [B, F, H, W, 3], `given` of each item) where frames that are None are black.
+
+    A broken item has as many conditions as the others; without any good item the frames are one black square.
+    """
+    told = next((g for g, p in zip(given, pixels, strict=True) if p is not None and g), {})
+    steady = {role: t for role, t in told.items() if t.is_floating_point()}
+    if all(p is None for p in pixels):
+        shape = (1, side, side)
+    black = torch.zeros(*shape, 3, dtype=torch.uint8)
+    tensors = {"pixels": torch.stack([black if p is None else p for p in pixels])}
+    return tensors, [steady if p is None else g for g, p in zip(given, pixels, strict=True)]
+
+
+def without(batch: Batch, gone: Sequence[bool], side: int) -> tuple[Batch, StepStats]:
+    """(a ClipCollator's batch in which the items that are `gone` are black and have no weight, what was lost with them).
+
+    side: least height and width of frames, of the family's grid.
+    """
+    before, shape = batch.groups["broken"], batch.groups["shape"]
+    pixels = [None if out else p for p, out in zip(batch["pixels"], gone, strict=True)]
+    tensors, given = _filled(pixels, batch.groups["given"], shape, side)
+    weight = batch["weight"].clone()
+    count = sum(
+        bool(w) and out and not was for w, out, was in zip(weight.tolist(), gone, before, strict=True)
+    )
+    weight[torch.tensor(gone)] = 0.0
+    tokens = batch.groups["tokens"][0] * count
+    lost = StepStats(tokens=tokens, trained=tokens, samples=count, media=count * shape[0])
+    groups = {**batch.groups, "given": tuple(given), "broken": tuple(bool(out) for out in gone)}
+    frames = tuple(tensors["pixels"].shape[1:4])
+    groups |= {"shape": frames, "kind": "video" if frames[0] > 1 else "image"}
+    return replace(batch, tensors={**batch.tensors, **tensors, "weight": weight}, groups=groups), lost

@@ -110,6 +110,7 @@ class Mesh:
         self._shard = shard_cp
         self._contexts: dict[int, Context] = {}
         self._copies: DeviceMesh | None = None
+        self._same_samples: dist.ProcessGroup | None = None
         self._log = self._loss
         if sizes.pp > 1:
             self._log = self.world["pp", "dp_replicate", "dp_shard", "cp"]._flatten("log")
@@ -177,6 +178,18 @@ class Mesh:
     def log_group(self) -> dist.ProcessGroup:
         """Ranks that a step's logs are summed over: the loss group of every stage; the last stage speaks."""
         return self._log.get_group()
+
+    @property
+    def same_samples_group(self) -> dist.ProcessGroup:
+        """Ranks that read the same samples: those of all stages, context- and tensor-parallel ranks of one data-parallel
+        rank. Collective over the world at first use."""
+        if self._same_samples is None:
+            for ranks in self.world.mesh.permute(1, 2, 0, 3, 4).flatten(0, 1).flatten(1).tolist():
+                group = dist.new_group(ranks)
+                if isinstance(group, dist.ProcessGroup):  # of the ranks that are not in it another value
+                    self._same_samples = group
+        assert self._same_samples is not None
+        return self._same_samples
 
     @property
     def dp_group(self) -> dist.ProcessGroup:

@@ -26,6 +26,7 @@ from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.generate import opening
 from polymodal.generate.opening import DTYPES, Assembled, Locate, alike, assemble, fingerprint, kind_of
 from polymodal.models import catalog, pipelines, weights
+from polymodal.models.diffusion import Generation
 from polymodal.models.lora import DIFFUSERS_STEM
 from polymodal.runtime import process_group
 from polymodal.runtime.process_group import Runtime
@@ -334,7 +335,7 @@ def other_denoiser(
 
 
 def _only_generation(family: Any, checkpoint: Any) -> None:
-    if family.layout != "uniform":
+    if not isinstance(family, Generation):
         raise PolymodalError(
             f"{checkpoint} is {family.card.name}, which answers and does not generate.",
             "Use `polymodal chat`.",

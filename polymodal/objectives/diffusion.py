@@ -18,7 +18,8 @@ from torch import Tensor
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Batch
 from polymodal.models.card import Output, Process
-from polymodal.recipe import Diffusion
+from polymodal.models.diffusion import Generation
+from polymodal.recipe import Diffusion, Recipe
 
 KINDS = ("image", "video")
 
@@ -130,6 +131,10 @@ class DiffusionObjective:
         names = [f"noise {self._quantile(i):.3g}" for i in range(settings.quantiles)]
         self.parts: tuple[str, ...] = (*KINDS, *names, *process.streams)
         """What losses are told apart by in logs: nll/<part> and tokens/<part>."""
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, family: Generation) -> DiffusionObjective:
+        return cls(family.process(), recipe.train.diffusion)
 
     def _quantile(self, i: int) -> float:
         return (i + 0.5) / self.settings.quantiles

@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from polymodal.core.sample import IGNORE, Batch
 from polymodal.distributed.router_loss import balance_loss, expert_choices, router_sums
 from polymodal.models.card import Output
+from polymodal.models.family import Family
+from polymodal.recipe import Recipe
 
 Weighting = Literal["per_token", "per_sample", "per_micro_batch"]
 CHUNK_BYTES = 512 << 20
@@ -204,6 +206,7 @@ class LanguageObjective:
     """
 
     term = "text"
+    aux_weight = 0.0
     parts = ("text", "image", "video", "audio", "mixed")
     """What losses are told apart by in logs: nll/<part> and tokens/<part>."""
 
@@ -213,6 +216,10 @@ class LanguageObjective:
         self.weighting = weighting
         self.aux_weight = aux_weight
         self.experts_per_token = experts_per_token
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, family: Family) -> LanguageObjective:
+        return cls(recipe.train.loss, **family.balance(recipe.train.router_aux_loss))
 
     def weights(self, batch: Batch) -> dict[str, float]:
         """Denominators of this micro-batch's terms; no model is needed."""

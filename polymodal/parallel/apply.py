@@ -81,7 +81,7 @@ def check(
         reasons.append(PolymodalError(cause, f"Its towers: {', '.join(card.towers)}."))
     if "cp" not in card.limits:
         reasons += _check_context(card, config, sizes, parallel, attention)
-    if parallel is not None and parallel.balance_media and card.family.layout != "packed":
+    if parallel is not None and parallel.balance_media and not card.family.streams:
         cause = f"parallel.balance_media deals out pictures within a sequence of text, {card.name} has none."
         reasons.append(PolymodalError(cause, "Leave it out."))
     if sizes.tp > 1 and "tp" not in card.limits:

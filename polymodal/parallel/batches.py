@@ -1,8 +1,8 @@
-"""Batches over a mesh: what `apply` does to the model, `BatchLayout` does to every step's micro-batches.
+"""Batches over a mesh: what `apply` does to the model, BatchSharding does to every step's micro-batches.
 
-Sees the ground floor, media.py and models/card.py. Sequences are cut over the context-parallel group, pictures are
-dealt out to the ranks that share sequences, or to all that see data; a step cuts its batches once, on the host, after
-the denominators of its loss were counted on whole ones.
+Sees the ground floor, media.py and models/card.py. Packed sequences are cut over the context-parallel group, pictures
+are dealt out to the ranks that share sequences, or to all that see data; a step cuts its batches once, on the host,
+after the denominators of its loss were counted on whole ones.
 """
 
 from __future__ import annotations
@@ -52,15 +52,34 @@ def pad_to_cp(batch: Batch, count: int) -> Batch:
     return replace(batch, tensors=tensors, segments={**batch.segments, "text": attention.cumulative(lengths)})
 
 
-class BatchLayout:
-    """Calls turn the whole micro-batches of a step into those this rank computes; alike on all ranks of a stage."""
+class BatchSharding:
+    """Calls turn the whole micro-batches of a step into those this rank computes; alike on all ranks of a stage.
+
+    Here whole micro-batches are computed: a sequence that is cut over ranks is cut inside of the model
+    (dit_context_parallel.py), and all ranks of a context-parallel group then compute the whole loss.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+
+    @property
+    def weights_group(self) -> dist.ProcessGroup:
+        """Ranks over which the denominators of a loss are summed, as often as its terms are."""
+        return self.mesh.loss_group
+
+    def __call__(self, batches: Sequence[Batch]) -> list[Batch]:
+        return list(batches)
+
+
+class PackedBatchSharding(BatchSharding):
+    """Cuts packed sequences over the context-parallel group, and deals pictures out."""
 
     def __init__(self, family: Family, mesh: Mesh, parallel: Parallel):
-        self.family, self.mesh = family, mesh
-        packed = family.layout == "packed"
-        self.context = context(mesh, family.config, parallel) if packed else None
+        super().__init__(mesh)
+        self.family = family
+        self.context = context(mesh, family.config, parallel)
         self.group = None
-        if packed and parallel.balance_media and mesh.sizes.dp_shard * mesh.sizes.cp > 1:
+        if parallel.balance_media and mesh.sizes.dp_shard * mesh.sizes.cp > 1:
             self.group = mesh.shard_group
         elif self.context is not None:
             self.group = self.context.group
@@ -68,15 +87,12 @@ class BatchLayout:
 
     @property
     def weights_group(self) -> dist.ProcessGroup:
-        """Ranks over which the denominators of a loss are summed: each batch once where ranks of a context-parallel
-        group count different rows, once a rank where they all compute the whole loss."""
-        return self.mesh.dp_group if self.family.layout == "packed" else self.mesh.loss_group
+        """Each batch once: ranks of a context-parallel group count different rows of it."""
+        return self.mesh.dp_group
 
     def __call__(self, batches: Sequence[Batch]) -> list[Batch]:
         """Packed batches -> the same with this rank's rows of input_ids and position_ids, `rows` [n] int64 among the
         tensors (labels and weights stay whole), `cut` for attention, and `media` where pictures are dealt out."""
-        if self.family.layout == "uniform":  # samples of one shape: neither cut nor dealt out
-            return list(batches)
         pairs = [self._cut(batch) for batch in batches]
         out = [own for _, own in pairs]
         if self.group is None:

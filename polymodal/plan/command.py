@@ -17,6 +17,7 @@ from polymodal.plan.predict import Prediction
 from polymodal.plan.tracker import KINDS
 from polymodal.recipe import Recipe
 from polymodal.runtime import host
+from polymodal.train.layouts import Workload
 
 
 def text(made: Prediction) -> str:
@@ -28,10 +29,7 @@ def text(made: Prediction) -> str:
     layout = " x ".join(f"{name} {size}" for name, size in axes.items() if size > 1) or "one process"
     measure = made.stages[0].trace.measure
     samples = made.stages[0].trace.samples
-    pictures = measure.media.get("vision", ())
-    held = f"{len(pictures)} pictures of {pictures[0] if pictures else 0} patches"
-    if made.uniform:
-        held = f"{samples} x {' x '.join(map(str, measure.shape))} (frames, height, width)"
+    held = made.layout.describe(Workload(measure, samples))
     lines = [
         f"{sizes.world} x {accelerator.name}: {layout}, recompute {made.recipe.parallel.recompute}, {made.recipe.train.precision}",
         f"micro-batch: {measure.tokens * samples} tokens, {held}; {made.micro_batches} a data-parallel rank and step",

@@ -19,9 +19,11 @@ from polymodal.core.sample import SampleLengths
 from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models.card import ModelCard
 from polymodal.models.family import Family
+from polymodal.parallel import pipeline_split
 from polymodal.parallel.stages import Part
 from polymodal.recipe import Recipe
 from polymodal.train import optim
+from polymodal.train.layouts import layout_of
 
 
 @dataclass
@@ -218,84 +220,20 @@ def activations(
     family: Family, recipe: Recipe, patches_per_token: float, world: int | None = None
 ) -> tuple[int, str]:
     """(bytes, what they are for): tensors kept for backward in one micro-batch, of a pipeline in all that are under way
-    on its first rank (1F1B starts as many as there are ranks, GPipe all). world: of a pipeline. An estimate.
-
-    A layer keeps, a token, in the compute dtype: about 6 hidden sizes (norms, residuals, outputs), queries, keys and
-    values twice, and three MLP widths (Korthikanti et al. 2022 for gated MLPs and flash attention). Full recompute
-    keeps one hidden size a layer and one whole layer; selective keeps the matrix products. Without recompute the same
-    holds for the vision tower, by patches.
+    on its first rank (1F1B starts as many as there are ranks, GPipe all). world: of a pipeline. An estimate
+    (Layout.block_bytes).
     """
-    if world is not None and recipe.parallel.pp > 1:
-        from polymodal.parallel import pipeline_split
-
-        one, assumed = activations(family, recipe, patches_per_token)
-        dp = ParallelSizes.of(recipe.parallel, world).dp
-        packed = recipe.data.pack and family.layout == "packed"
-        count = pipeline_split.micro_batches(recipe.train, packed, dp)
-        under_way = count if recipe.parallel.pp_schedule == "GPipe" else min(count, recipe.parallel.pp)
-        return (
-            one * under_way // recipe.parallel.pp,
-            f"{under_way} x {assumed} on 1 / {recipe.parallel.pp} of the layers",
-        )
-    config, data, parallel = family.config, recipe.data, recipe.parallel
-    if family.layout == "uniform":
-        return _denoiser_activations(family, recipe)
-    text = getattr(config, "text_config", config)
-    tokens = (
-        (data.pack_length or data.max_length)
-        if data.pack
-        else data.max_length * recipe.train.micro_batch_size
+    layout = layout_of(recipe, family)
+    one, assumed = layout.activations(patches_per_token)
+    if world is None or recipe.parallel.pp == 1:
+        return one, assumed
+    dp = ParallelSizes.of(recipe.parallel, world).dp
+    count = pipeline_split.micro_batches(recipe.train, layout.packs, dp)
+    under_way = count if recipe.parallel.pp_schedule == "GPipe" else min(count, recipe.parallel.pp)
+    return (
+        one * under_way // recipe.parallel.pp,
+        f"{under_way} x {assumed} on 1 / {recipe.parallel.pp} of the layers",
     )
-    width = 4 if recipe.train.precision == "fp32" else 2
-    cut = parallel.tp if parallel.sp is not False else 1
-
-    def tower(count: float, layers: int, hidden: int, attention: int, mlp: int) -> float:
-        inside = (2 * attention + 3 * mlp) / parallel.tp
-        layer = count * width * (6 * hidden / cut + inside)
-        kept = count * width * hidden / cut
-        share = {"none": layer, "selective": kept + count * width * inside * 0.7, "full": kept}[
-            parallel.recompute
-        ]
-        return layers * share + (layer if parallel.recompute != "none" else 0)
-
-    heads = text.num_attention_heads
-    head = getattr(text, "head_dim", None) or text.hidden_size // heads
-    attention = head * (heads + 2 * getattr(text, "num_key_value_heads", heads))
-    mlp = text.intermediate_size
-    if getattr(text, "num_experts", 0):
-        mlp = text.moe_intermediate_size * text.num_experts_per_tok
-    total = tower(tokens / parallel.cp, text.num_hidden_layers, text.hidden_size, attention, mlp)
-    assumed = f"{tokens} tokens"
-    vision = getattr(config, "vision_config", None)
-    if vision is not None and patches_per_token:
-        side = getattr(vision, "embed_dim", None) or vision.hidden_size
-        inner = getattr(vision, "intermediate_size", None) or int(side * getattr(vision, "mlp_ratio", 4))
-        patches = tokens * patches_per_token / parallel.cp
-        total += tower(patches, vision.depth, side, 3 * side, inner)
-        assumed += f" with {patches:.0f} patches"
-    from polymodal.objectives.language import CHUNK_BYTES
-
-    rows = tokens / parallel.cp
-    total += rows * text.hidden_size * 4 + 2 * min(CHUNK_BYTES, rows * text.vocab_size * width)
-    return int(total), assumed
-
-
-def _denoiser_activations(family: Any, recipe: Recipe) -> tuple[int, str]:
-    """The same for the largest shape of data.clip: a block's norms, modulations, attention and a feed-forward of four widths."""
-    clip, grid = recipe.data.clip, family.grid()
-    frames = 1 if grid.still else max(clip.frames)
-    height, width = (
-        max(clip.sizes, key=lambda s: s[0] * s[1]) if clip.sizes else (grid.side, clip.pixels // grid.side)
-    )
-    tokens = grid.tokens(frames, height, width) * recipe.train.micro_batch_size / recipe.parallel.cp
-    layers, hidden, _ = family.size()
-    byte = 4 if recipe.train.precision == "fp32" else 2
-    layer, kept = tokens * byte * hidden * (10 + 8 + 8), tokens * byte * hidden
-    share = {"none": layer, "selective": kept + 0.7 * layer, "full": kept}[recipe.parallel.recompute]
-    total = layers * share + (layer if recipe.parallel.recompute != "none" else 0)
-    return int(
-        total
-    ), f"{recipe.train.micro_batch_size} x {tokens / recipe.train.micro_batch_size:.0f} latent tokens"
 
 
 def disk(recipe: Recipe, estimate: Estimate) -> tuple[int, int]:

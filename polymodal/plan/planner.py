@@ -16,10 +16,10 @@ from polymodal.parallel import apply as layout
 from polymodal.parallel import pipeline_split
 from polymodal.plan import devices
 from polymodal.plan.devices import Accelerator
-from polymodal.plan.job import Load
-from polymodal.plan.predict import Prediction, packs, per_rank, predict
+from polymodal.plan.predict import Prediction, per_rank, predict
 from polymodal.plan.trace import trace
 from polymodal.recipe import Recipe
+from polymodal.train.layouts import layout_of
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,9 @@ def plan(recipe: Recipe, family: Family, question: Question, progress: bool = Fa
     if compiled:  # what a compiler makes of a block is not known without its device
         parallel = recipe.parallel.model_copy(update={"compile": False})
         recipe = recipe.model_copy(update={"parallel": parallel})
-    load, packed = Load.of(recipe, family, question.media, question.patches), packs(recipe, family)
-    load.batch(family)
+    batches = layout_of(recipe, family)
+    load, packed = batches.workload(question.media, question.patches), batches.packs
+    batches.example(load)
     pipeline_split.check_micro_batches(recipe.parallel, recipe.train, packed, sizes.dp)
     count = under_way(recipe, sizes, packed)
     traces = []

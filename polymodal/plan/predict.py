@@ -18,6 +18,7 @@ from polymodal.plan.timeline import Timeline, play, stages_of
 from polymodal.plan.trace import Trace
 from polymodal.recipe import Recipe
 from polymodal.runtime.host import size as sized
+from polymodal.train.layouts import Layout, layout_of
 
 SHARDING = {"dp_replicate", "dp_shard", "cp"}
 """Mesh axes of FSDP2's groups: their gathers and reductions run beside the arithmetic of another block."""
@@ -59,7 +60,7 @@ class Prediction:
     bubble: float
     mfu: float
     tokens: float  # a second, over all devices
-    uniform: bool = False  # samples of one shape to be generated, not packs of text
+    layout: Layout
     advice: list[str] = field(default_factory=list)
 
     @property
@@ -156,7 +157,8 @@ def predict(
         )
         for trace in traces
     ]
-    micro = per_rank(recipe, sizes, packs(recipe, family))
+    layout = layout_of(recipe, family)
+    micro = per_rank(recipe, sizes, layout.packs)
     timeline, bubble = None, 0.0
     if sizes.pp > 1:
         line = stages * (sizes.pp // len(stages))  # of one rank alone: the others are taken to be like it
@@ -180,15 +182,10 @@ def predict(
     mfu = flops / (step * sizes.world * accelerator.half_flops)
     made = Prediction(
         recipe, sizes, accelerator, stages, micro, timeline, step, bubble, mfu, measure.tokens * samples / step,
-        family.layout == "uniform",
+        layout,
     )  # fmt: skip
     made.advice = advise(made)
     return made
-
-
-def packs(recipe: Recipe, family: Family) -> bool:
-    """Whether a micro-batch is one pack: only text streams are packed."""
-    return recipe.data.pack and family.layout == "packed"
 
 
 def per_rank(recipe: Recipe, sizes: ParallelSizes, packed: bool) -> int:
@@ -254,7 +251,7 @@ def advise(made: Prediction) -> list[str]:
         said.append(
             "There is room: parallel.recompute: selective, none, or full for fewer blocks (recompute_first, recompute_every) saves arithmetic where it fits."
         )
-    each = recipe.train.micro_batch_size if made.uniform or not recipe.data.pack else 1
+    each = made.layout.samples_per_micro_batch
     if made.micro_batches * sizes.dp * each > recipe.train.global_batch_size * 1.01:
         said.append(
             f"train.global_batch_size = {recipe.train.global_batch_size} does not fill {sizes.dp} data-parallel ranks evenly: some idle."

@@ -25,11 +25,11 @@ from polymodal.models.family import Family
 from polymodal.parallel import apply as layout
 from polymodal.parallel import pipeline_split
 from polymodal.plan import devices, estimate, page, planner
-from polymodal.plan.job import Load
 from polymodal.plan.planner import Question
-from polymodal.plan.predict import Prediction, packs, per_rank
+from polymodal.plan.predict import Prediction, per_rank
 from polymodal.recipe import Recipe
 from polymodal.runtime import host
+from polymodal.train.layouts import Workload, layout_of
 
 RECOMPUTE = ("none", "selective", "full")
 AGAIN = {"none": 3.0, "selective": 3.15, "full": 4.0}
@@ -114,7 +114,7 @@ def layouts(made: Recipe, question: Question, experts: bool) -> Iterator[Paralle
 def candidates(made: Recipe, family: Family, question: Question) -> Iterator[tuple[Recipe, ParallelSizes]]:
     """Every layout of the world that the model can have and the batch can fill, with and without recompute; of a
     pipeline that keeps parameters whole over a step, with gradients whole too (zero 1) and sharded (zero 2)."""
-    packed = packs(made, family)
+    packed = layout_of(made, family).packs
     micro = [1] if packed else [m for m in (1, 2, 4, 8) if m <= made.train.global_batch_size]
     chains, rounds = family.card.pipeline.values(), pipeline_split.stages_per_rank(made.parallel)
     model = family.build().trained
@@ -156,22 +156,13 @@ def states(made: Recipe, sizes: ParallelSizes, have: Counts) -> float:
     return held / (sizes.pp * sizes.tp)
 
 
-def beside(made: Recipe, family: Family, sizes: ParallelSizes, have: Counts, load: Load) -> float:
+def beside(made: Recipe, family: Family, sizes: ParallelSizes, have: Counts, load: Workload) -> float:
     """Bytes beside the states, unscaled: activations as `check` estimates them, gathered blocks and their gradients."""
-    measure = load.measure(family)
-    patches = 0.0 if load.shape else measure.total("vision") / measure.tokens
+    patches = load.measure.total("vision") / load.measure.tokens
     kept, _ = estimate.activations(family, made, patches, sizes.world)
     width = 4 if made.train.precision == "fp32" else 2
     gathered = (2 * width + 8) * have.whole / sizes.tp / sizes.ep if made.parallel.zero_stage == 3 else 0.0
     return kept + gathered
-
-
-def shape_of(family: Family) -> tuple[int, int, int]:
-    """Layers, hidden size, and experts that a token goes to."""
-    if family.layout == "uniform":
-        return (*family.size()[:2], 0)  # type: ignore[attr-defined]
-    text = family.config.get_text_config() if hasattr(family.config, "get_text_config") else family.config
-    return text.num_hidden_layers, text.hidden_size, getattr(text, "num_experts_per_tok", 0)
 
 
 def seconds(
@@ -179,17 +170,18 @@ def seconds(
     family: Family,
     sizes: ParallelSizes,
     have: Counts,
-    load: Load,
+    load: Workload,
     question: Question,
     scale: float,
 ) -> float:
     """Seconds of a step: arithmetic, what collectives it does not hide, the bubble."""
-    accelerator, measure = question.accelerator, load.measure(family)
+    accelerator, measure = question.accelerator, load.measure
     again = AGAIN[made.parallel.recompute]
     share = sizes.tp * sizes.cp * sizes.pp
     peak = accelerator.half_flops if made.train.precision != "fp32" else accelerator.single_flops
     compute = scale * again * family.cost(measure) * load.samples / share / (peak * accelerator.matmul)
-    depth, hidden, chosen = shape_of(family)
+    batches = layout_of(made, family)
+    depth, hidden, chosen = batches.blocks_shape()
     width = 4 if made.train.precision == "fp32" else 2
     stream = measure.tokens * load.samples / sizes.cp * hidden * width
     layers = depth / sizes.pp
@@ -210,7 +202,7 @@ def seconds(
     stride = sizes.tp
     fsdp = ring("all_gather", sharded * width * gathers, sizes.dp_shard * sizes.cp, stride, layers * gathers)
     fsdp += ring("reduce_scatter", sharded * 4, sizes.dp_shard * sizes.cp, stride, layers)
-    micro = per_rank(made, sizes, packs(made, family))
+    micro = per_rank(made, sizes, batches.packs)
     exposed += 2 * ring("send", stream / sizes.tp, sizes.pp, sizes.world // sizes.pp, 1)
     once = fsdp if made.parallel.zero_stage == 1 else 0.0  # a step, not a micro-batch
     each = compute + exposed + max(0.0, fsdp - once - compute)
@@ -230,7 +222,7 @@ def rank(made: Recipe, family: Family, question: Question, say: Any = lambda tex
             f"No layout of {question.world} devices suits {family.card.name} with train.global_batch_size = {made.train.global_batch_size}.",
             "Raise train.global_batch_size, or use fewer devices.",
         )
-    load = {id(one): Load.of(one, family, question.media, question.patches) for one, _ in found}
+    load = {id(one): layout_of(one, family).workload(question.media, question.patches) for one, _ in found}
     scales = {kind: Scale() for kind in RECOMPUTE}
 
     def estimated() -> list[Candidate]:
@@ -239,7 +231,7 @@ def rank(made: Recipe, family: Family, question: Question, say: Any = lambda tex
             scale = scales[one.parallel.recompute]
             memory = states(one, sizes, have) + scale.memory * beside(one, family, sizes, have, load[id(one)])
             took = seconds(one, family, sizes, have, load[id(one)], question, scale.compute)
-            out.append(Candidate(one, sizes, memory, took, not packs(made, family)))
+            out.append(Candidate(one, sizes, memory, took, not layout_of(made, family).packs))
         return sorted(out, key=lambda candidate: candidate.seconds)
 
     room = question.accelerator.memory * question.accelerator.usable

@@ -32,11 +32,12 @@ from polymodal.objectives import language
 from polymodal.parallel import apply as layout
 from polymodal.parallel import media, memory
 from polymodal.plan.estimate import pretended_group
-from polymodal.plan.job import Job, Load
+from polymodal.plan.job import Job
 from polymodal.plan.tracker import Sent, Tracker, Usage
 from polymodal.recipe import Recipe
 from polymodal.runtime import device as devices
 from polymodal.train import optim
+from polymodal.train.layouts import Workload
 
 CPU = "cpu"
 
@@ -77,7 +78,13 @@ class Trace:
 
 
 def trace(
-    recipe: Recipe, family: Family, world: int, rank: int, load: Load, kind: str = CPU, micro_batches: int = 2
+    recipe: Recipe,
+    family: Family,
+    world: int,
+    rank: int,
+    load: Workload,
+    kind: str = CPU,
+    micro_batches: int = 2,
 ) -> Trace:
     """Trace a step of `micro_batches` on rank `rank` of `world` processes.
 
@@ -93,10 +100,10 @@ def trace(
         mesh = Mesh(sizes, CPU, rank)
         if kind != CPU:
             mesh.device_type = kind  # what `apply` chooses by; the groups themselves are of this process
-        measure = load.measure(family)
+        measure = load.measure
         job = Job(recipe, family, mesh, measure)
         if sizes.pp > 1:  # what travels may be found by a probe of the whole model, which is not the rank's
-            for batch in job.objective.prepare(None, [load.batch(family)]):
+            for batch in job.objective.prepare(None, [job.layout.example(load)]):
                 stage = job.model.parts[0].stage
                 for cut in stage.cuts:
                     family.carry_spec(batch, cut, job.model.runner.dtype)
@@ -105,7 +112,7 @@ def trace(
             known(tracker, job)
 
             def batches(count: int) -> list[Batch]:
-                made = [load.batch(family) for _ in range(count)]
+                made = [job.layout.example(load) for _ in range(count)]
                 tracker.mark([[batch.tensors, batch.segments] for batch in made], "batch")
                 return made
 

@@ -12,11 +12,14 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from polymodal.core.errors import PolymodalError
 from polymodal.recipe import Dataset, Recipe
 from polymodal.runtime import device, host
+
+if TYPE_CHECKING:
+    from polymodal.train.layouts import DataFacts
 
 T = TypeVar("T")
 
@@ -148,25 +151,29 @@ def family_of(recipe: Recipe, world: int, problems: Problems) -> Any:
     """The family, with the layout held against the card and the config. None when the source is refused."""
     from polymodal.distributed.mesh import ParallelSizes
     from polymodal.models import catalog
-    from polymodal.parallel import apply as layout
+    from polymodal.parallel import apply as parallel
     from polymodal.parallel import pipeline_split
+    from polymodal.train.layouts import layout_of
 
     family = problems.run(lambda: catalog.family(recipe.model))
     if family is None:
         return None
+    layout = layout_of(recipe, family)
+    problems.run(lambda: layout.objective)
     try:
         sizes = ParallelSizes.of(recipe.parallel, world)
     except PolymodalError:  # said already
         return family
     if sizes.pp > 1 and "pp" not in family.card.limits:
-        packed = recipe.data.pack and family.layout == "packed"
         if recipe.evaluate.samples.prompts:
             problems.add(
                 "evaluate.samples needs the whole model on every rank, a pipeline has a part on each.",
                 "Set parallel.pp to 1, or sample from the checkpoints with `polymodal generate`.",
             )
-        problems.run(pipeline_split.check_micro_batches, recipe.parallel, recipe.train, packed, sizes.dp)
-    problems.errors += layout.check(
+        problems.run(
+            pipeline_split.check_micro_batches, recipe.parallel, recipe.train, layout.packs, sizes.dp
+        )
+    problems.errors += parallel.check(
         family.card, family.config, sizes, recipe.parallel, recipe.model.attention
     )
     towers = family.card.towers
@@ -191,28 +198,6 @@ def refuse(recipe: Recipe, world: int) -> None:
 
 
 @dataclass
-class DataFacts:
-    """What one section of data comes to."""
-
-    rows: int
-    usable: int
-    parts: list[dict[str, Any]]
-    dropped: dict[str, dict[str, Any]]  # reason -> {"count", "first": places}
-    tokens: int  # of usable rows, each once
-    trained: int
-    media: dict[str, int]  # stream -> sum of its lengths
-    longest: int
-    histogram: list[tuple[int, int, int]]  # (from, to, rows)
-    steps_per_epoch: int = 0
-    packs: int = 0  # of the batches that were looked at
-    fill: float = 0.0  # share of the packs' tokens that are samples
-    looked_at: int = 0  # batches
-    buckets: list[tuple[str, int]] = field(
-        default_factory=list
-    )  # of what is to be generated: (frames x height x width, rows)
-
-
-@dataclass
 class Report:
     """Everything that was found."""
 
@@ -228,114 +213,12 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
 
-def histogram(tokens: Any, longest: int, bins: int = 10) -> list[tuple[int, int, int]]:
-    """Rows by length in equal bins from 1 to `longest` tokens: (from, to, rows); longer rows in one more."""
-    import numpy as np
-
-    edges = np.unique(np.linspace(0, longest, bins + 1).round().astype(int))
-    counts, _ = np.histogram(np.minimum(tokens, longest), edges + 0.5)
-    out = [(int(a) + 1, int(b), int(n)) for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)]
-    above = int((np.asarray(tokens) > longest).sum())
-    if above:
-        first, last, count = out[-1]
-        out[-1] = (first, last, count - above)
-        out.append((longest + 1, int(np.max(tokens)), above))
-    return out
-
-
-def measure(
-    recipe: Recipe, family: Any, datasets: list[Dataset], problems: Problems, key: str, progress: Any = None
-) -> tuple[DataFacts | None, Any]:
-    """Index and plan one section of data as the trainer would. (facts, schedule), None where it is refused."""
-    from polymodal.data.chat import ChatProcessor
-    from polymodal.data.index import build_index
-    from polymodal.data.schedule import Schedule
-    from polymodal.data.source import open_corpus
-
-    corpus = problems.run(lambda: open_corpus(datasets, recipe.data.attr, key))
-    chat = problems.run(lambda: ChatProcessor(family.media_processor(recipe.data), recipe.data))
-    if corpus is None or chat is None:
-        return None, None
-    problems.run(lambda: build_index(corpus, chat, recipe.data, progress=progress))  # what train would refuse
-    lenient = recipe.data.model_copy(
-        update={
-            "on_error": "skip",
-            "overlong": "drop" if recipe.data.overlong == "error" else recipe.data.overlong,
-        }
-    )
-    index = problems.run(lambda: build_index(corpus, chat, lenient, progress=progress))
-    if index is None:
-        return None, None
-    usable = index.usable
-    broken = {problem.row for problem in index.problems}
-    known = [i for i in range(len(index)) if i not in broken] if broken else slice(None)
-    facts = DataFacts(
-        rows=len(corpus), usable=int(usable.sum()), parts=[], dropped={reason: {"count": len(places), "first": places[:3]} for reason, places in index.dropped.items()},
-        tokens=int(index.tokens[usable].sum(dtype="int64")), trained=int(index.trained[usable].sum(dtype="int64")), media={n: int(c[usable].sum(dtype="int64")) for n, c in index.media.items()},
-        longest=int(index.tokens.max()) if len(index) else 0, histogram=histogram(index.tokens[known], recipe.data.max_length),
-    )  # fmt: skip
-    schedule = problems.run(lambda: Schedule(index, corpus.parts, recipe.data, recipe.train, family.cost))
-    if schedule is None:
-        return facts, None
-    facts.parts = [
-        {
-            "name": share.name,
-            "usable": share.usable,
-            "draws": share.draws,
-            "weight": part.weight,
-            "repeat": part.repeat,
-        }
-        for share, part in zip(schedule.shares, corpus.parts, strict=True)
-    ]
-    facts.steps_per_epoch = schedule.steps_in_epoch(0)
-    filled = 0
-    for batch in schedule.batches(epochs=1):
-        facts.looked_at += 1
-        facts.packs += len(batch.packs)
-        filled += int(sum(index.tokens[list(pack)].sum() for pack in batch.packs))
-        if facts.looked_at == 200:  # enough for the share of filling
-            break
-    if recipe.data.pack and facts.packs:
-        facts.fill = filled / (facts.packs * schedule.pack_length)
-    return facts, schedule
-
-
-def measure_buckets(
-    recipe: Recipe, family: Any, section: Any, problems: Problems
-) -> tuple[DataFacts | None, Any]:
-    """The same for a model that generates: its features, or its clips when data.encode is online."""
-    import numpy as np
-
-    from polymodal.train.tasks import task_of
-
-    task = problems.run(lambda: task_of(recipe, family))
-    feed = problems.run(lambda: task.feed(section, 0)) if task is not None else None
-    if feed is None:
-        return None, None
-    schedule, index = feed.schedule, feed.schedule.index
-    usable, tokens = np.asarray(index.usable), np.asarray(index.tokens)
-    facts = DataFacts(
-        rows=len(usable), usable=int(usable.sum()), parts=[], dropped={}, tokens=int(tokens[usable].sum(dtype="int64")), trained=int(tokens[usable].sum(dtype="int64")),
-        media={}, longest=int(tokens.max()) if len(tokens) else 0, histogram=histogram(tokens[usable], int(tokens.max()) if len(tokens) else 1),
-    )  # fmt: skip
-    facts.parts = [
-        {"name": s.name, "usable": s.usable, "draws": s.draws, "weight": None, "repeat": 1.0}
-        for s in schedule.shares
-    ]
-    facts.steps_per_epoch = schedule.steps_in_epoch(0)
-    shapes = index.shapes() if callable(index.shapes) else index.shapes
-    kinds, counts = np.unique(shapes[usable], axis=0, return_counts=True)
-    facts.buckets = [
-        ("x".join(map(str, kind)), int(n)) for kind, n in zip(kinds.tolist(), counts.tolist(), strict=True)
-    ]
-    return facts, schedule
-
-
 def check(
     recipe: Recipe, world: int | None = None, measure_data: bool = True, progress: Any = None
 ) -> Report:
     """All of it. The report's `problems` holds every sentence that `train` would stop with; nothing is raised."""
     from polymodal.distributed.mesh import ParallelSizes
+    from polymodal.train.layouts import layout_of
 
     problems = Problems()
     world = world or needs(recipe)
@@ -352,26 +235,14 @@ def check(
                 f"train.global_batch_size = {recipe.train.global_batch_size} is less than the {sizes.dp} ranks that see different data: some idle in every step."
             )
     ratio, mean_sample = 0.0, None
-    if family is not None and family.layout == "uniform":
-        report.data, schedule = (
-            measure_buckets(recipe, family, "datasets", problems) if measure_data else (None, None)
-        )
-        if schedule is not None:
-            mean_sample = schedule.mean_sample()
-            report.steps = recipe.train.steps or schedule.steps_in(recipe.train.epochs)
-        if recipe.data.validation and measure_data:
-            report.validation, _ = measure_buckets(recipe, family, "validation", problems)
-    elif family is not None and measure_data and recipe.data.datasets:
-        report.data, schedule = measure(
-            recipe, family, recipe.data.datasets, problems, "data.datasets", progress
-        )
+    if family is not None and measure_data:
+        layout = layout_of(recipe, family)
+        report.data, schedule = layout.facts("datasets", problems.run, progress)
         if schedule is not None:
             mean_sample = schedule.mean_sample()
             report.steps = recipe.train.steps or schedule.steps_in(recipe.train.epochs)
         if recipe.data.validation:
-            report.validation, _ = measure(
-                recipe, family, recipe.data.validation, problems, "data.validation", progress
-            )
+            report.validation, _ = layout.facts("validation", problems.run, progress)
         if report.data is not None and report.data.tokens:
             ratio = report.data.media.get("vision", 0) / report.data.tokens
     if family is not None:
@@ -429,18 +300,13 @@ def _model(
 
 def show(recipe: Recipe, out: Path, samples: int, seed: int) -> int:
     """`polymodal data show`: a page of samples as the model meets them. Needs the checkpoint's config, not its weights."""
-    from polymodal.data.chat import ChatProcessor
     from polymodal.data.source import open_corpus
     from polymodal.models import catalog
     from polymodal.tools import data_show as page
+    from polymodal.train.layouts import layout_of
 
     family = catalog.family(recipe.model.model_copy(update={"init": "random"}))
-    if family.layout != "packed":
-        raise PolymodalError(
-            f"{family.card.name} generates: what it learns from are pictures and clips, not tokens to be shown.",
-            "`polymodal data check` looks at every row and file, `polymodal check` counts sizes and lengths.",
-        )
-    chat = ChatProcessor(family.media_processor(recipe.data), recipe.data)
+    chat = layout_of(recipe, family).processor()
     corpus = open_corpus(recipe.data.datasets, recipe.data.attr)
     chosen = page.show(corpus, chat, str(out), samples, seed)
     print(f"{out}: {len(chosen)} of {len(corpus)} samples")

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from polymodal.recipe import Recipe
 from polymodal.runtime.host import count, size
-from polymodal.tools.preflight import DataFacts, Report
+from polymodal.tools.preflight import Report
+from polymodal.train.layouts import DataFacts
 
 
 def _rows(console: Console, title: str, rows: list[tuple[str, str]]) -> None:

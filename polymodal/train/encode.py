@@ -28,10 +28,12 @@ from polymodal.data import features as store
 from polymodal.data.clips import Clips
 from polymodal.data.source import Corpus, open_corpus
 from polymodal.models import catalog
+from polymodal.models.diffusion import Generation
 from polymodal.runtime.process_group import runtime
 from polymodal.train import prior
 from polymodal.train.actors import Encoders
-from polymodal.train.tasks import Section, captioned, dtype_of, features_directory, wanted_settings
+from polymodal.train.layouts import Section, layout_of
+from polymodal.train.layouts.uniform import captioned, features_directory, wanted_settings
 
 WINDOW = 256
 """Records that are sorted into buckets together."""
@@ -62,7 +64,7 @@ def run(recipe: recipes.Recipe) -> int:
     """The command, in one of its processes. Returns the exit code."""
     with runtime(recipe) as rt:
         family: Any = catalog.family(recipe.model.model_copy(update={"init": "random"}))
-        if family.layout != "uniform":
+        if not isinstance(family, Generation):
             raise PolymodalError(
                 f"{family.card.name} is trained on its data as they are: it has no frozen encoders.",
                 "Run `polymodal train`; only models that generate have features to encode.",
@@ -96,6 +98,7 @@ class Encoding:
         self.directory = features_directory(recipe, section)
         self.clips = Clips(self.data.clip, family.grid(), family.given, family.needed)
         self.settings = wanted_settings(recipe, family)
+        self.dtype = layout_of(recipe, family).dtype
         self.encoders = encoders
         self.batch = self.data.encode_batch
         self.done = Encoded()
@@ -159,7 +162,7 @@ class Encoding:
         store.write_list(self.directory, rows)
         manifest = {
             "version": store.VERSION, "polymodal": __version__, "settings": self.settings, "model": str(self.family.source),
-            "card": self.family.card.name, "dtype": str(dtype_of(self.recipe)).removeprefix("torch."), "samples": len(rows),
+            "card": self.family.card.name, "dtype": str(self.dtype).removeprefix("torch."), "samples": len(rows),
             "datasets": [{"name": p.name, "rows": len(p), "fingerprint": p.fingerprint} for p in corpus.parts],
             "broken": total.broken[:1000],
         }  # fmt: skip
@@ -200,7 +203,7 @@ class Encoding:
 
     def _encoders(self) -> Encoders:
         if not self.encoders:
-            self.encoders.append(Encoders(self.family, dtype_of(self.recipe), self.rt.device.torch))
+            self.encoders.append(Encoders(self.family, self.dtype, self.rt.device.torch))
         return self.encoders[0]
 
     # ------------------------------------------------------------------ the work

@@ -39,6 +39,7 @@ from polymodal.generate.opening import (
     put_on,
 )
 from polymodal.models import catalog, lora, weights
+from polymodal.models.diffusion import Generation
 from polymodal.models.saving import appearing
 from polymodal.train import export_pipeline
 
@@ -106,7 +107,7 @@ def export(
     _refuse(final, made.family.source, force)
     second = None
     if other is not None:
-        if made.family.layout != "uniform":
+        if not isinstance(made.family, Generation):
             raise PolymodalError(
                 f"{source} has no denoiser, --with is for models that generate.", "Leave out --with."
             )
@@ -114,7 +115,7 @@ def export(
     adapter = adapted and not merge_lora
     chosen = DTYPES[dtype] if dtype else torch.float32 if adapter else _dtype_of(made.family.config)
     with appearing(final, overwrite=True) as partial:
-        if made.family.layout == "uniform":
+        if isinstance(made.family, Generation):
             what, tokens, difference, largest, computed = export_pipeline.write(
                 made, partial, DTYPES[dtype] if dtype else None, merge_lora, max_shard_bytes, second
             )

@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from polymodal.core.sample import Batch, without
-from polymodal.data.loader import RankStep
+from polymodal.core.sample import Batch
+from polymodal.data.loader import RankStep, StepStats
 from polymodal.models.card import Output
 from polymodal.models.family import Family
 from polymodal.parallel.memory import before_backward
+from polymodal.train.layouts import Layout
 
 Finish = Callable[[Output, Batch], Any]
 
@@ -54,31 +55,37 @@ def inverse_weights(
     return {n: (1.0 / t if t > 0 else 0.0) for n, t in zip(names, totals.tolist(), strict=True)}
 
 
-def drop_broken_samples(step: RankStep, pp_group: dist.ProcessGroup | None) -> list[Batch]:
-    """A step's micro-batches, where a sample that some stage of a pipeline could not read is a padding_sample on all of them.
+def drop_broken_samples(step: RankStep, layout: Layout, group: dist.ProcessGroup | None) -> list[Batch]:
+    """A step's micro-batches, where a sample that some rank of the group could not read has no weight on any of them.
 
-    Stages that do not decode pictures do not see that one is broken. pp_group: the ranks of one pipeline, which read the
-    same samples; None without one. step.stats is set right.
+    group: ranks that read the same samples (Layout.same_samples_group), None without others. One of them alone may fail:
+    a file system that others reach, or a pipeline stage that decodes pictures where others do not. If each went on with
+    what it read, ranks that cut one batch or one model would hold batches of different shapes. step.stats is set right.
     """
-    if pp_group is None:
+    if group is None:
         return step.micro_batches
-    known = [flag for batch in step.micro_batches for flag in batch.groups["broken"]]
+    known = [flag for batch in step.micro_batches for flag in _broken(batch)]
     broken = torch.tensor(known, dtype=torch.int32)
-    dist.all_reduce(broken, dist.ReduceOp.MAX, group=pp_group)
+    dist.all_reduce(broken, dist.ReduceOp.MAX, group=group)
     if broken.tolist() == known:
         return step.micro_batches
     batches, stats = [], step.stats
     for batch, gone in zip(
         step.micro_batches, broken.bool().split([len(b.samples) for b in step.micro_batches]), strict=True
     ):
-        whole, lost = without(batch, gone.tolist())
+        whole, lost = layout.without(batch, gone.tolist()) if gone.any() else (batch, StepStats())
         batches.append(whole)
-        stats.samples -= len(lost)
-        stats.tokens -= sum(sample.measure.tokens for sample in lost)
-        stats.trained -= sum(sample.measure.trained for sample in lost)
-        stats.media -= sum(len(s.tensors.get(stream.sizes, ())) for s in lost for stream in batch.streams)
-        stats.broken += ["another stage of the pipeline could not read it"] * len(lost)
+        stats.samples -= lost.samples
+        stats.tokens -= lost.tokens
+        stats.trained -= lost.trained
+        stats.media -= lost.media
+        stats.broken += ["another rank that reads the same samples could not read it"] * lost.samples
     return batches
+
+
+def _broken(batch: Batch) -> tuple[bool, ...]:
+    """Which samples of a batch could not be read; none where a broken one stops the run."""
+    return batch.groups.get("broken", (False,) * len(batch.samples))
 
 
 class StepMetrics:

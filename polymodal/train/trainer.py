@@ -22,15 +22,14 @@ from polymodal.distributed import checkpoint
 from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.distributed.router_loss import load_figures
 from polymodal.models import catalog, lora, storage, weights
-from polymodal.parallel.batches import BatchLayout
 from polymodal.recipe import Recipe
 from polymodal.runtime import device as devices
 from polymodal.runtime import host
 from polymodal.runtime.process_group import Runtime, runtime
 from polymodal.train import monitor, optim
+from polymodal.train.layouts import layout_of
 from polymodal.train.parallel_model import ParallelModel
 from polymodal.train.step import StepMetrics, drop_broken_samples, forward_backward, inverse_weights
-from polymodal.train.tasks import task_of
 
 
 def run(recipe: Recipe) -> int:
@@ -61,8 +60,8 @@ class Trainer:
 
         self.family = catalog.family(recipe.model)
         self.card = self.family.card
-        self.task = task_of(recipe, self.family)
-        self.objective = self.task.objective
+        self.layout = layout_of(recipe, self.family)
+        self.objective = self.layout.objective
         self._build_data()
         self._build_model()
         self._build_optimizer()
@@ -84,10 +83,9 @@ class Trainer:
         self.model = ParallelModel(
             self._whole, family, self.mesh, recipe, self.device, self.schedule.mean_sample()
         )
-        self.lay_out = BatchLayout(family, self.mesh, recipe.parallel)
-        self.weights_group = self.lay_out.weights_group if self.rt.world > 1 else None
-        packed = self.family.layout == "packed"
-        self.pp_group = self.mesh.world["pp"].get_group() if packed and self.mesh.sizes.pp > 1 else None
+        self.shard_batches = self.layout.batch_sharding(self.mesh)
+        self.weights_group = self.shard_batches.weights_group if self.rt.world > 1 else None
+        self.same_samples_group = self.layout.same_samples_group(self.mesh)
 
         def load(model: torch.nn.Module) -> None:
             if recipe.model.init == "random":
@@ -100,14 +98,14 @@ class Trainer:
         self.model.load_all(load)
         self.model.train()
         self.trainable = self.model.trainable
-        self.sampler = self.task.sampler(self.model.models[0], self.mesh, self.device)
+        self.sampler = self.layout.sampler(self.model.models[0], self.mesh, self.device)
 
     def _build_data(self) -> None:
         recipe = self.recipe
-        self.task.start(self.device, self.mesh)
-        self.feed = self.task.feed("datasets", self.rt.rank)
+        self.layout.start(self.device, self.mesh)
+        self.feed = self.layout.feed("datasets", self.rt.rank)
         self.schedule = self.feed.schedule
-        self.validation = self.task.feed("validation", self.rt.rank) if recipe.data.validation else None
+        self.validation = self.layout.feed("validation", self.rt.rank) if recipe.data.validation else None
         self.steps = recipe.train.steps or self.schedule.steps_in(recipe.train.epochs)
 
     def _build_optimizer(self) -> None:
@@ -301,9 +299,11 @@ class Trainer:
         recipe, state = self.recipe, self.state
         # Dropout is the only randomness left in a step; it depends on (seed, step, data rank), so resume needs no RNG.
         torch.manual_seed((recipe.train.seed * 1_000_003 + step) * 1_009 + self.mesh.dp_rank)
-        batches = self.objective.prepare(self.task.actors, drop_broken_samples(batch, self.pp_group))
+        batches = self.objective.prepare(
+            self.layout.actors, drop_broken_samples(batch, self.layout, self.same_samples_group)
+        )
         inverse = inverse_weights(self.objective, batches, self.weights_group)
-        batches = self.lay_out(batches)
+        batches = self.shard_batches(batches)
         extra = ("samples", "seqtokens", "media", "flops", "wait")
         tally = StepMetrics(self.objective.parts, extra, self.family.routers())
         forward_backward(self.model.runner, self.objective, batches, inverse, tally, self.scaler.scale)
@@ -390,9 +390,11 @@ class Trainer:
         loss = 0.0
         try:
             for batch in loader:
-                batches = objective.prepare(self.task.actors, drop_broken_samples(batch, self.pp_group))
+                batches = objective.prepare(
+                    self.layout.actors, drop_broken_samples(batch, self.layout, self.same_samples_group)
+                )
                 inverse = inverse_weights(objective, batches, self.weights_group)
-                part, batches = StepMetrics(objective.parts), self.lay_out(batches)
+                part, batches = StepMetrics(objective.parts), self.shard_batches(batches)
                 forward_backward(self.model.runner, objective, batches, inverse, part, backward=False)
                 terms = part.total(self.log_group)
                 share = 1.0 / inverse[objective.term] if inverse[objective.term] else 0.0

@@ -15,7 +15,7 @@ from polymodal.models import catalog
 from polymodal.models.card import Output, Process
 from polymodal.objectives.diffusion import DiffusionObjective
 from polymodal.train import encode, trainer
-from polymodal.train.tasks import task_of
+from polymodal.train.layouts import layout_of
 from tests.models import tiny_pipelines
 
 
@@ -63,7 +63,7 @@ def test_pictures_of_the_class_are_drawn_once_and_their_weight_acts(source, subj
     made = recipe(source, subject, prior, tmp_path)
     online = recipe(source, subject, prior, tmp_path, encode="online")
     with pytest.raises(PolymodalError, match=r"datasets.1.path = .*class lacks 2 of the 2 pictures"):
-        task_of(online, catalog.family(online.model)).feed("datasets", 0)
+        layout_of(online, catalog.family(online.model)).feed("datasets", 0)
     encode.run(made)
     drawn = sorted((prior / "made").glob("*.png"))
     assert [p.name for p in drawn] == ["0000.png", "0001.png"] and Image.open(drawn[0]).size == (32, 32)

@@ -8,8 +8,8 @@ import torch
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
 from polymodal.plan import command, devices, planner, predict
-from polymodal.plan.job import Load
 from polymodal.train.actors import Encoders
+from polymodal.train.layouts import layout_of
 from tests.models import tiny_pipelines
 
 SIDE, FRAMES = 64, 9
@@ -31,10 +31,11 @@ def planned(made, world=2):
 def test_an_example_is_shaped_like_what_encoders_give(name, tmp_path):
     made = recipe(tiny_pipelines.pipeline(name, tmp_path / name))
     family = planner.family_of(made)
-    load = Load.of(made, family, 0.0, 1)
-    batch = load.batch(family)
+    layout = layout_of(made, family)
+    load = layout.workload(0.0, 1)
+    batch = layout.example(load)
     frames = 1 if family.grid().still else FRAMES
-    assert load.shape == (frames, SIDE, SIDE) and len(batch["latents"]) == load.samples == 2
+    assert load.measure.shape == (frames, SIDE, SIDE) and len(batch["latents"]) == load.samples == 2
     encoders = Encoders(family, torch.float32, "cpu")
     real = encoders.media(torch.zeros(2, frames, SIDE, SIDE, 3, dtype=torch.uint8)) | encoders.text(
         ["a", "red"]
@@ -71,8 +72,8 @@ def test_rows_of_a_cut_sequence_travel_between_stages(tmp_path):
         return traffic.bytes
 
     whole, cut, again = sent(), sent(cp=2), sent()
-    load = Load.of(recipe(source), family, 0.0, 1)
-    stream = load.samples * load.tokens * family.width() * 2  # bfloat16
+    load = layout_of(recipe(source), family).workload(0.0, 1)
+    stream = load.samples * load.measure.tokens * family.width() * 2  # bfloat16
     assert whole == again and whole - cut == stream / 2
 
 

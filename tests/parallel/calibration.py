@@ -23,15 +23,17 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models import catalog
-from polymodal.plan.job import Job, Load
+from polymodal.plan.job import Job
 from polymodal.plan.trace import trace
 from polymodal.recipe import Recipe, validate
+from polymodal.train.layouts import Workload
+from polymodal.train.layouts.packed import lengths
 from tests.models import tiny
 from tests.parallel.harness import run
 
 BOUND = 0.05
 MARKS = ("<!-- calibration -->", "<!-- end of calibration -->")
-LOAD = Load(1024, 0.25, 256)
+TOKENS, MEDIA, PATCHES = 1024, 0.25, 256  # of a micro-batch: tokens, share of pictures, patches of one
 MICRO_BATCHES = 2
 
 
@@ -85,7 +87,7 @@ CASES = [
 def recipe_of(case: Case, source: str) -> Recipe:
     data: dict[str, Any] = {"model": {"source": source, "init": "random"}, "parallel": dict(case.parallel)}
     data["train"] = {"precision": "fp32"}
-    data["data"] = {"max_length": LOAD.tokens}
+    data["data"] = {"max_length": TOKENS}
     for key, value in case.recipe.items():
         section, _, leaf = key.partition(".")
         data.setdefault(section, {})[leaf] = value
@@ -108,7 +110,7 @@ def allocated(rank: int, case: Case, source: str) -> int:
     dist.Work.wait = patient  # this process ends with the measurement
     recipe = recipe_of(case, source)
     family = catalog.family(recipe.model)
-    measure = LOAD.measure(family)
+    measure = lengths(family, TOKENS, MEDIA, PATCHES)
     held = []
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         mesh = Mesh(ParallelSizes.of(recipe.parallel, case.world), "cpu", rank)
@@ -153,8 +155,9 @@ def compare(case: Case) -> tuple[int, int, float]:
         measured = run(case.world, allocated, case, source, timeout=600)
         recipe = recipe_of(case, source)
         family = catalog.family(recipe.model)
+        load = Workload(lengths(family, TOKENS, MEDIA, PATCHES))
         predicted = [
-            trace(recipe, family, case.world, rank, LOAD, micro_batches=MICRO_BATCHES).usage.both
+            trace(recipe, family, case.world, rank, load, micro_batches=MICRO_BATCHES).usage.both
             for rank in {0, case.world - 1}
         ]
     errors = [abs(p - measured[r]) / measured[r] for p, r in zip(predicted, {0, case.world - 1}, strict=True)]

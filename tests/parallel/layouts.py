@@ -20,10 +20,11 @@ from polymodal.core.sample import Batch, pack, padding_sample
 from polymodal.distributed.collectives import clip_
 from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models import catalog, weights
+from polymodal.models.diffusion import Generation
 from polymodal.models.family import Family
 from polymodal.objectives.language import LanguageObjective
-from polymodal.parallel.batches import BatchLayout
 from polymodal.recipe import Data, Model, Parallel, Recipe, Train
+from polymodal.train.layouts import layout_of
 from polymodal.train.parallel_model import ParallelModel
 from polymodal.train.step import Runner, StepMetrics, bind, forward_backward, inverse_weights
 from tests.models import tiny
@@ -94,7 +95,7 @@ def seen(batch: Batch, first: bool) -> Batch:
 def build(family: Family, layout: Layout, dtype: torch.dtype) -> nn.Module:
     """The model on meta in `dtype`, adapters attached, frozen where the layout says."""
     model = family.build().trained
-    packed = family.layout == "packed"
+    packed = not isinstance(family, Generation)
     if packed and dtype == torch.float64 and getattr(family.config.get_text_config(), "num_experts", 0):
         model.set_experts_implementation("eager")  # torch's grouped product knows no float64
     for parameter in model.parameters():
@@ -154,7 +155,7 @@ def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps
         return build(family, layout, dtype)
 
     objective: Any
-    if family.layout == "packed":
+    if not isinstance(family, Generation):
         data = batches(family)
         objective = LanguageObjective("per_token", **family.balance(None))
     else:
@@ -164,11 +165,13 @@ def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps
         mesh = Mesh(ParallelSizes.of(recipe.parallel, world), "cpu", rank)
         model = ParallelModel(make, family, mesh, recipe, torch.device("cpu"))
         while len(data) % mesh.sizes.dp:  # equal work a rank, as the schedule gives it
-            data.append(pack([padding_sample(rows=4)]) if family.layout == "packed" else dits.filler(data[0]))
+            data.append(
+                pack([padding_sample(rows=4)]) if not isinstance(family, Generation) else dits.filler(data[0])
+            )
         mine = [seen(batch, model.first) for batch in data[mesh.dp_rank :: mesh.sizes.dp]]
-        lay_out = BatchLayout(family, mesh, recipe.parallel)
-        inverse = inverse_weights(objective, mine, lay_out.weights_group)
-        mine = lay_out(mine)
+        shard_batches = layout_of(recipe, family).batch_sharding(mesh)
+        inverse = inverse_weights(objective, mine, shard_batches.weights_group)
+        mine = shard_batches(mine)
         parts, names, runner = model.models, tuple(model.names), model.runner
     else:
         mesh, model, mine = None, None, data

@@ -18,7 +18,7 @@ from polymodal.models import catalog
 from polymodal.models.family import Family
 from polymodal.parallel import media
 from polymodal.parallel.apply import apply
-from polymodal.parallel.batches import BatchLayout
+from polymodal.parallel.batches import PackedBatchSharding
 from polymodal.recipe import Data, Model, Parallel, Recipe, Train
 from polymodal.train.step import bind
 from tests.models import tiny
@@ -76,7 +76,7 @@ def vision_flops(rank: int, directory: str, balance: bool) -> tuple[float, int]:
     model.to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):
         torch.nn.init.ones_(tensor)
-    (batch,) = BatchLayout(family, mesh, recipe.parallel)([skewed(family, rank)])
+    (batch,) = PackedBatchSharding(family, mesh, recipe.parallel)([skewed(family, rank)])
     counter = FlopCounterMode(display=False)
     model.model.visual.register_forward_pre_hook(lambda *_: counter.__enter__() and None)
     model.model.visual.register_forward_hook(lambda *_: counter.__exit__(None, None, None))

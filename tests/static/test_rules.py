@@ -166,6 +166,40 @@ def test_the_model_rule_finds_them(code):
     assert model_branches(code)
 
 
+def layout_branches(source: str) -> list[int]:
+    """Lines where some `.layout` is compared with a string, or with strings."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            asked = any(isinstance(s, ast.Attribute) and s.attr == "layout" for s in sides)
+            texts = [c for s in sides for c in ast.walk(s) if isinstance(c, ast.Constant)]
+            if asked and any(isinstance(c.value, str) for c in texts):
+                found.append(node.lineno)
+        elif isinstance(node, ast.Match) and ast.unparse(node.subject).endswith(".layout"):
+            found.append(node.lineno)
+    return found
+
+
+def test_no_branch_on_a_layouts_name_outside_of_layouts():
+    files = [path for path in FILES if not name(path).startswith("train/layouts/")]
+    seen = offenders(lambda path: layout_branches(path.read_text()), files)
+    assert not seen, f"{seen}: ask the object of train.layouts.layout_of"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'if family.layout == "packed": pass',
+        'x = card.family.layout != "uniform"',
+        'y = made.family.layout in ("packed", "padded")',
+        'match family.layout:\n    case "packed": pass',
+    ],
+)
+def test_the_layout_rule_finds_them(code):
+    assert layout_branches(code)
+
+
 def test_files_begin_by_saying_what_they_are():
     def found(path: Path) -> str:
         text = path.read_text()

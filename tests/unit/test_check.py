@@ -14,6 +14,7 @@ from polymodal.core.errors import PolymodalError
 from polymodal.models import catalog
 from polymodal.plan import estimate
 from polymodal.tools import preflight
+from polymodal.train.layouts.base import histogram
 from tests.models import tiny
 
 
@@ -353,6 +354,6 @@ def test_json(make, capsys):
 
 
 def test_histogram():
-    assert preflight.histogram([1, 5, 10, 11, 50, 100, 101, 300], 100) == [
+    assert histogram([1, 5, 10, 11, 50, 100, 101, 300], 100) == [
         (1, 10, 3), (11, 20, 1), (21, 30, 0), (31, 40, 0), (41, 50, 1), (51, 60, 0), (61, 70, 0), (71, 80, 0), (81, 90, 0), (91, 100, 1), (101, 300, 2),
     ]  # fmt: skip

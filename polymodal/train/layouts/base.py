@@ -1,0 +1,244 @@
+"""Layout: what a family's batches are like, from measuring samples to the loss, as one object.
+
+Subclasses, a file each: `packed` (language: samples one after the other in a sequence [1, T]) and `uniform`
+(generation: micro-batches of samples of one shape). The trainer, `check` and `plan` know this interface only.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Batch, SampleLengths
+from polymodal.data.loader import Loader, StepStats
+from polymodal.data.schedule import Schedule
+from polymodal.distributed.mesh import Mesh
+from polymodal.models.family import Family
+from polymodal.parallel.apply import COMPUTE_DTYPE
+from polymodal.parallel.batches import BatchSharding
+from polymodal.recipe import Data, Dataset, Recipe
+
+Section = Literal["datasets", "validation"]
+Attempt = Callable[..., Any]
+"""attempt(action) returns what the action returns, or None when it raises PolymodalError: `check` collects errors."""
+
+
+@dataclass
+class Feed:
+    """A section of data, planned. loader(dp_rank=, dp_size=, start=, stop_after=, workers=None, first=True) opens it.
+
+    first: whether the first stage of a pipeline is here, which alone looks at pictures; targets of diffusion are
+    made of them, and so needed on all.
+    """
+
+    schedule: Schedule
+    loader: Callable[..., Loader]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A micro-batch for planning: `samples` samples of these lengths."""
+
+    measure: SampleLengths
+    samples: int = 1
+
+
+@dataclass
+class DataFacts:
+    """What `check` reports of one section of data."""
+
+    rows: int
+    usable: int
+    parts: list[dict[str, Any]]
+    dropped: dict[str, dict[str, Any]]  # reason -> {"count", "first": places}
+    tokens: int  # of usable rows, each once
+    trained: int
+    media: dict[str, int]  # stream -> sum of its lengths
+    longest: int
+    histogram: list[tuple[int, int, int]]  # (from, to, rows)
+    steps_per_epoch: int = 0
+    packs: int = 0  # of the batches that were looked at
+    fill: float = 0.0  # share of the packs' tokens that are samples
+    looked_at: int = 0  # batches
+    buckets: list[tuple[str, int]] = field(
+        default_factory=list
+    )  # of what is to be generated: (frames x height x width, rows)
+
+
+def histogram(tokens: Any, longest: int, bins: int = 10) -> list[tuple[int, int, int]]:
+    """Rows by length in equal bins from 1 to `longest` tokens: (from, to, rows); longer rows in one more."""
+    edges = np.unique(np.linspace(0, longest, bins + 1).round().astype(int))
+    counts, _ = np.histogram(np.minimum(tokens, longest), edges + 0.5)
+    out = [(int(a) + 1, int(b), int(n)) for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)]
+    above = int((np.asarray(tokens) > longest).sum())
+    if above:
+        first, last, count = out[-1]
+        out[-1] = (first, last, count - above)
+        out.append((longest + 1, int(np.max(tokens)), above))
+    return out
+
+
+class Layout(ABC):
+    """One instance a run, made by `layout_of`. Making one opens no file and takes no memory."""
+
+    objective_class: Any
+
+    def __init__(self, recipe: Recipe, family: Family):
+        self.recipe, self.family = recipe, family
+        self.actors: Any = None
+        """Frozen models that the objective's `prepare` uses (train/actors.py), None without."""
+
+    @cached_property
+    def objective(self) -> Any:
+        """What is learned. Raises PolymodalError for settings that do not fit."""
+        return self.objective_class.from_recipe(self.recipe, self.family)
+
+    # ---------------------------------------------------------------- data
+
+    @abstractmethod
+    def feed(self, section: Section, rank: int) -> Feed:
+        """Measure and plan a section of the recipe's data. Raises PolymodalError."""
+
+    @abstractmethod
+    def facts(
+        self, section: Section, attempt: Attempt, progress: Any = None
+    ) -> tuple[DataFacts | None, Schedule | None]:
+        """What `check` reports of a section, and its plan; None for what is refused. progress(done, total)."""
+
+    def processor(self) -> Any:
+        """What turns a record into tokens, for `polymodal data show`. Raises PolymodalError where there are none."""
+        raise NotImplementedError
+
+    def without(self, batch: Batch, gone: Sequence[bool]) -> tuple[Batch, StepStats]:
+        """(a micro-batch in which the samples that are `gone` have no weight, what was lost with them).
+
+        A sample that is broken already (batch.groups["broken"]) is not counted as lost. The result depends on the
+        samples that are left, not on which of the others this rank could read.
+        """
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------- ranks
+
+    @property
+    @abstractmethod
+    def packs(self) -> bool:
+        """Whether a micro-batch is one pack of samples: global_batch_size then counts packs."""
+
+    @property
+    def samples_per_micro_batch(self) -> int:
+        """Of what train.global_batch_size counts, so many make a micro-batch."""
+        return 1 if self.packs else self.recipe.train.micro_batch_size
+
+    @abstractmethod
+    def batch_sharding(self, mesh: Mesh) -> BatchSharding:
+        """What cuts the micro-batches of a step over the ranks that share them. Collective."""
+
+    def same_samples_group(self, mesh: Mesh) -> dist.ProcessGroup | None:
+        """Ranks that read the same samples and must agree on which are broken; None where none can be, or one rank
+        reads alone. Collective."""
+        if self.recipe.data.on_error == "fail" or mesh.sizes.dp == mesh.sizes.world:
+            return None
+        return mesh.same_samples_group
+
+    # ---------------------------------------------------------------- training
+
+    def start(self, device: torch.device, mesh: Mesh) -> None:
+        """What must be there before data are planned, besides the model: frozen encoders. Collective."""
+        return
+
+    def sampler(self, model: Any, mesh: Mesh, device: torch.device) -> Any:
+        """What samples while it trains (train/samples.py), None where nothing is. Raises PolymodalError."""
+        return None
+
+    # ---------------------------------------------------------------- planning
+
+    @abstractmethod
+    def workload(self, media: float, patches: int) -> Workload:
+        """The largest micro-batch that the recipe allows. media: share of tokens that stand for pictures of so many
+        patches each, where samples mix both. Raises PolymodalError for sizes that training would refuse."""
+
+    def example(self, load: Workload) -> Batch:
+        """A micro-batch of such samples, without data. Raises PolymodalError where the family cannot tell."""
+        try:
+            return self.family.example(load.measure)
+        except NotImplementedError:
+            raise PolymodalError(
+                f"{self.family.card.name} cannot be planned: its family does not say what a batch without data looks like.",
+                "`polymodal check` estimates the memory of every model.",
+            ) from None
+
+    def describe(self, load: Workload) -> str:
+        """What a micro-batch holds besides tokens, for `polymodal plan`."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def activations(self, patches_per_token: float) -> tuple[int, str]:
+        """(bytes kept for the backward pass of one micro-batch on a rank, what they were estimated for)."""
+
+    @abstractmethod
+    def blocks_shape(self) -> tuple[int, int, int]:
+        """Layers, hidden size, and experts that a token goes to (0 without experts)."""
+
+    def resident_encoders(self, ranks: int) -> int:
+        """Parameters of frozen encoders that lie on a device during the passes of a step."""
+        return 0
+
+    def block_bytes(self, tokens: float, layers: int, hidden: int, attention: float, mlp: float) -> float:
+        """Bytes that a stack of blocks keeps for the backward pass of so many tokens on a rank. An estimate.
+
+        A layer keeps, a token, in the compute dtype: about 6 hidden sizes (norms, residuals, outputs), queries, keys and
+        values (`attention` wide together) twice, and three MLP widths (Korthikanti et al. 2022 for gated MLPs and flash
+        attention). Full recompute keeps one hidden size a layer and one whole layer; selective keeps the matrix products.
+        """
+        parallel = self.recipe.parallel
+        width = 4 if self.recipe.train.precision == "fp32" else 2
+        cut = parallel.tp if parallel.sp is not False else 1
+        inside = (2 * attention + 3 * mlp) / parallel.tp
+        layer = tokens * width * (6 * hidden / cut + inside)
+        kept = tokens * width * hidden / cut
+        share = {"none": layer, "selective": kept + tokens * width * inside * 0.7, "full": kept}
+        return layers * share[parallel.recompute] + (layer if parallel.recompute != "none" else 0)
+
+    # ---------------------------------------------------------------- for subclasses
+
+    def datasets(self, section: Section) -> list[Dataset]:
+        """The section's datasets. Raises PolymodalError when there are none, and no features either."""
+        found = list(getattr(self.recipe.data, section))
+        if not found and self.recipe.data.features is None:
+            raise PolymodalError(
+                f"The recipe has no data.{section}.",
+                "Add at least one, e.g. data.datasets: [{path: train.json}].",
+            )
+        return found
+
+    def section_data(self, section: Section, **changes: Any) -> Data:
+        """The recipe's data keys for a section: validation keeps the order of its files."""
+        if section == "validation":
+            changes["shuffle"] = False
+        return self.recipe.data.model_copy(update=changes) if changes else self.recipe.data
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What frozen encoders compute in and features are stored in."""
+        return COMPUTE_DTYPE[self.recipe.train.precision] or torch.float32
+
+
+def with_workers(data: Data, workers: int | None) -> Data:
+    """data with another number of loading processes; None: as it is."""
+    return data if workers is None else data.model_copy(update={"workers": workers})
+
+
+def shares(schedule: Schedule, parts: Sequence[Any]) -> list[dict[str, Any]]:
+    """What each dataset gives to an epoch, for DataFacts. parts: with weight and repeat."""
+    return [
+        {"name": s.name, "usable": s.usable, "draws": s.draws, "weight": p.weight, "repeat": p.repeat}
+        for s, p in zip(schedule.shares, parts, strict=True)
+    ]

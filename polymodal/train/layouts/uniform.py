@@ -1,0 +1,255 @@
+"""The uniform layout: pictures and clips to be generated, every micro-batch of samples of one shape.
+
+Features that were encoded before (data.encode: cached), or frames that are encoded on the device (online), in buckets;
+diffusion objectives; sampling while training. Sees every floor below train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Batch, SampleLengths
+from polymodal.data import latents
+from polymodal.data.clips import Clips
+from polymodal.data.features import Features
+from polymodal.data.index import build_index
+from polymodal.data.loader import Loader, StepStats
+from polymodal.data.schedule import Schedule
+from polymodal.data.source import open_corpus
+from polymodal.distributed.mesh import Mesh
+from polymodal.models import pipelines
+from polymodal.objectives.diffusion import DiffusionObjective
+from polymodal.parallel.batches import BatchSharding
+from polymodal.recipe import Dataset, Recipe
+from polymodal.train import prior
+from polymodal.train.layouts.base import (
+    Attempt,
+    DataFacts,
+    Feed,
+    Layout,
+    Section,
+    Workload,
+    histogram,
+    with_workers,
+)
+
+PER_SAMPLE = ("seeds", "tokens")
+"""Groups of a batch that have an entry a sample."""
+
+
+class Uniform(Layout):
+    """Samples of one shape (frames, height, width) joined along the batch dimension, micro_batch_size of them."""
+
+    objective_class = DiffusionObjective
+    family: Any
+    """A models.diffusion.Generation."""
+
+    def start(self, device: torch.device, mesh: Mesh) -> None:
+        """The frozen encoders, when they are needed while training; and the empty caption, for guidance."""
+        data = self.recipe.data
+        if data.encode == "online":
+            from polymodal.train.actors import Encoders
+
+            prior.make(self.recipe, self.family, device)
+            self.actors = Encoders(self.family, self.dtype, device, data.encoders, mesh)
+            if self.recipe.train.diffusion.drop:
+                with self.actors.at_hand():
+                    self.objective.unconditional = {n: t.cpu() for n, t in self.actors.text([""]).items()}
+        elif data.encoders != "replicate":
+            raise PolymodalError(
+                f"data.encoders = {data.encoders}: training from features holds no encoders.",
+                "Leave it out, or set data.encode to online.",
+            )
+
+    def sampler(self, model: Any, mesh: Mesh, device: torch.device) -> Any:
+        if not self.recipe.evaluate.samples.prompts:
+            return None
+        from polymodal.train.samples import Sampler
+
+        return Sampler(self.recipe, self.family, model, mesh, device, self.dtype, self.actors)
+
+    def processor(self) -> Any:
+        raise PolymodalError(
+            f"{self.family.card.name} generates: what it learns from are pictures and clips, not tokens to be shown.",
+            "`polymodal data check` looks at every row and file, `polymodal check` counts sizes and lengths.",
+        )
+
+    # ---------------------------------------------------------------- data
+
+    def feed(self, section: Section, rank: int) -> Feed:
+        return self._online(section, rank) if self.recipe.data.encode == "online" else self._cached(section)
+
+    def _cached(self, section: Section) -> Feed:
+        recipe, family = self.recipe, self.family
+        weights = [(d.weight, d.repeat) for d in self.datasets(section)]
+        directory = features_directory(recipe, section)
+        wanted = [n for n in (*family.text, *family.media) if n in family.documented]
+        features = Features(
+            directory, family.documented, family.grid(), wanted_settings(recipe, family), weights, wanted
+        )
+        if section == "datasets" and recipe.train.diffusion.drop:
+            self.objective.unconditional = features.empty()
+            if not self.objective.unconditional:
+                raise PolymodalError(
+                    f"{directory} has no empty caption's embedding, which train.diffusion.drop = {recipe.train.diffusion.drop} needs.",
+                    "Set train.diffusion.drop to 0, or encode the data with `polymodal encode`.",
+                )
+        data = self.section_data(section)
+        schedule = Schedule(features, features.parts, data, recipe.train, family.cost)
+        make = latents.FeatureCollator(features, recipe.train.seed, family.text, self._factors(section))
+
+        def loader(workers: int | None = None, first: bool = True, **options: Any) -> Loader:
+            return Loader(schedule, features, None, with_workers(data, workers), make=make, **options)
+
+        return Feed(schedule, loader)
+
+    def _online(self, section: Section, rank: int) -> Feed:
+        recipe, family = self.recipe, self.family
+        data = self.section_data(section, max_length=1 << 30, overlong="drop")
+        clips = Clips(data.clip, family.grid(), family.given, family.needed)
+        prior.require(recipe, section)
+        corpus = open_corpus(captioned(self.datasets(section)), data.attr)
+        index: Any = build_index(corpus, clips, data, rank=rank)
+        _, bucket = np.unique(index.shapes(), axis=0, return_inverse=True)
+        index.bucket = bucket.reshape(-1).astype(np.int32)
+        schedule = Schedule(index, corpus.parts, data, recipe.train, family.cost)
+        make = latents.ClipCollator(corpus, clips, data, recipe.train.seed, self._factors(section))
+
+        def loader(workers: int | None = None, first: bool = True, **options: Any) -> Loader:
+            return Loader(schedule, corpus, clips, with_workers(data, workers), make=make, **options)
+
+        return Feed(schedule, loader)
+
+    def _factors(self, section: Section) -> tuple[float, ...]:
+        """Factor of each dataset's loss; () where all are 1."""
+        found = tuple(d.loss_weight for d in getattr(self.recipe.data, section))
+        return found if any(f != 1 for f in found) else ()
+
+    def facts(
+        self, section: Section, attempt: Attempt, progress: Any = None
+    ) -> tuple[DataFacts | None, Schedule | None]:
+        feed = attempt(lambda: self.feed(section, 0))
+        if feed is None:
+            return None, None
+        schedule, index = feed.schedule, feed.schedule.index
+        usable, tokens = np.asarray(index.usable), np.asarray(index.tokens)
+        longest, total = int(tokens.max()) if len(tokens) else 0, int(tokens[usable].sum(dtype="int64"))
+        shapes = index.shapes() if callable(index.shapes) else index.shapes
+        kinds, counts = np.unique(shapes[usable], axis=0, return_counts=True)
+        facts = DataFacts(
+            rows=len(usable),
+            usable=int(usable.sum()),
+            parts=[
+                {"name": s.name, "usable": s.usable, "draws": s.draws, "weight": None, "repeat": 1.0}
+                for s in schedule.shares
+            ],
+            dropped={},
+            tokens=total,
+            trained=total,
+            media={},
+            longest=longest,
+            histogram=histogram(tokens[usable], longest or 1),
+            steps_per_epoch=schedule.steps_in_epoch(0),
+            buckets=[
+                ("x".join(map(str, kind)), int(n))
+                for kind, n in zip(kinds.tolist(), counts.tolist(), strict=True)
+            ],
+        )
+        return facts, schedule
+
+    def without(self, batch: Batch, gone: Sequence[bool]) -> tuple[Batch, StepStats]:
+        return latents.without(batch, gone, self.family.grid().side)
+
+    @property
+    def packs(self) -> bool:
+        return False
+
+    def batch_sharding(self, mesh: Mesh) -> BatchSharding:
+        return BatchSharding(mesh)
+
+    # ---------------------------------------------------------------- planning
+
+    def workload(self, media: float, patches: int) -> Workload:
+        """micro_batch_size samples of the largest shape of data.clip; there is no text for media to have a share of."""
+        Clips(self.recipe.data.clip, self.family.grid())
+        return self._largest()
+
+    def _largest(self) -> Workload:
+        clip, grid = self.recipe.data.clip, self.family.grid()
+        frames = 1 if grid.still else max(clip.frames)
+        side = int(clip.pixels**0.5) // grid.side * grid.side
+        height, width = max(clip.sizes, key=lambda s: s[0] * s[1], default=(side, side))
+        tokens = grid.tokens(frames, height, width)
+        return Workload(
+            SampleLengths(tokens, tokens, shape=(frames, height, width)), self.recipe.train.micro_batch_size
+        )
+
+    def example(self, load: Workload) -> Batch:
+        one, n = super().example(load), load.samples
+        if n == 1:
+            return one
+        tensors = {name: t.repeat(n, *[1] * (t.ndim - 1)) for name, t in one.tensors.items()}
+        groups = {
+            name: value * n if isinstance(value, tuple) and name in PER_SAMPLE else value
+            for name, value in one.groups.items()
+        }
+        return replace(one, tensors=tensors, samples=tuple(range(n)), groups=groups)
+
+    def describe(self, load: Workload) -> str:
+        return f"{load.samples} x {' x '.join(map(str, load.measure.shape))} (frames, height, width)"
+
+    def activations(self, patches_per_token: float) -> tuple[int, str]:
+        """For the largest shape of data.clip; a block's MLP is taken to be four widths."""
+        load = self._largest()
+        rows = load.measure.tokens * load.samples / self.recipe.parallel.cp
+        layers, hidden, _ = self.family.size()
+        total = self.block_bytes(rows, layers, hidden, 4 * hidden, 4 * hidden)
+        return int(total), f"{load.samples} x {load.measure.tokens} latent tokens"
+
+    def blocks_shape(self) -> tuple[int, int, int]:
+        return (*self.family.size()[:2], 0)
+
+    def resident_encoders(self, ranks: int) -> int:
+        data = self.recipe.data
+        if data.encode != "online" or data.encoders == "offload":
+            return 0
+        found = pipelines.sizes(self.family.source, self.family.encoders())
+        libraries = pipelines.models_of(self.family.source)
+        sharded = data.encoders == "shard"
+        cut = {n for n in found if sharded and libraries.get(n, ("", ""))[0] == "transformers"}
+        return sum(-(-count // ranks) if name in cut else count for name, count in found.items())
+
+
+# ---- features -------------------------------------------------------------------------------------------------------
+
+
+def captioned(datasets: Sequence[Dataset]) -> list[Dataset]:
+    """Datasets of a model that generates: rows of a medium and its caption, whatever else their columns look like."""
+    return [d.model_copy(update={"format": "caption"}) if d.format == "auto" else d for d in datasets]
+
+
+def features_directory(recipe: Recipe, section: Section = "datasets") -> Path:
+    """Where a section's features lie: data.features, or <run>/features; validation in a directory inside."""
+    root = Path(recipe.data.features).expanduser() if recipe.data.features else recipe.run_dir / "features"
+    return root if section == "datasets" else root / "validation"
+
+
+def wanted_settings(recipe: Recipe, family: Any) -> dict[str, Any]:
+    """What features depend on besides the data: the manifest holds it, training compares it."""
+    grid = family.grid()
+    clip = recipe.data.clip.model_dump(mode="json")
+    if "sound" not in family.given:
+        del clip["sound"]
+    return {
+        **{f"data.clip.{k}": v for k, v in clip.items()},
+        "latents": [grid.channels, grid.time, grid.space],
+        "tensors": sorted([*family.text, *family.media]),
+        **{name: pipelines.fingerprint(family.source, name) for name in family.encoders()},
+    }
