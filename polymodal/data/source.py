@@ -17,9 +17,11 @@ from dataclasses import dataclass
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Record
+from polymodal.core.user_code import load_object
 from polymodal.data.captions import Captioned, Folder, listing
 from polymodal.data.files import OPENERS, Rows, open_rows
 from polymodal.data.formats import RowReader
+from polymodal.data.own_reader import OwnRows
 from polymodal.recipe import Attr, Dataset
 
 
@@ -135,6 +137,10 @@ def _annotated(paths: list[str]) -> list[tuple[str, str | None]]:
 
 def _opened(dataset: Dataset, names: Attr, key: str) -> Iterator[tuple[Rows, str | None]]:
     """(rows, folder of their media or None) of a dataset's files, or of a directory of media with their texts."""
+    if dataset.reader is not None:
+        own = OwnRows(os.path.expanduser(dataset.path), dataset.reader, f"{key.rpartition('.')[0]}.reader")
+        yield (own if dataset.caption is None else Captioned(own, dataset.caption, names)), None
+        return
     media = _media_folder(dataset)
     listed = [] if media is not None else _annotated(expand(dataset.path, key))
     files = [(media, media.path)] if media is not None else ((open_rows(path), root) for path, root in listed)
@@ -152,8 +158,14 @@ def _media_folder(dataset: Dataset) -> Folder | None:
 
 
 def check_path(dataset: Dataset, key: str) -> None:
-    """Raise PolymodalError when a dataset's path cannot be opened; nothing is read. What is drawn first may be missing."""
+    """Raise PolymodalError when a dataset's path cannot be opened, or its reader not be found; nothing is read.
+
+    What is drawn first may be missing, and a reader may take what is no path.
+    """
     root = os.path.expanduser(dataset.path)
+    if dataset.reader is not None:
+        load_object(dataset.reader, f"{key.rpartition('.')[0]}.reader")
+        return
     if dataset.generate and (os.path.isdir(root) or not os.path.exists(root)):
         return
     folder = _media_folder(dataset)

@@ -231,12 +231,22 @@ def _staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 class Writer:
     """Writes checkpoints of one run, one at a time, in the background if asked, and prunes old ones.
 
-    Every rank writes what it holds, with nothing gathered.
+    Every rank writes what it holds, with nothing gathered. saved(directory) is called on every rank, in the thread that
+    calls the writer, when a checkpoint is written; rank 0 has given it its name by then.
     """
 
-    def __init__(self, run: Path, keep: int, asynchronous: bool, rank: int, group: dist.ProcessGroup | None):
+    def __init__(
+        self,
+        run: Path,
+        keep: int,
+        asynchronous: bool,
+        rank: int,
+        group: dist.ProcessGroup | None,
+        saved: Callable[[Path], None] = lambda path: None,
+    ):
         self.run, self.keep, self.asynchronous, self.rank, self.group = run, keep, asynchronous, rank, group
-        self._pending: tuple[Future, Path] | None = None
+        self.saved = saved
+        self._pending: tuple[Future, Path, Path] | None = None
         if rank == 0:
             base = run / "checkpoints"
             base.mkdir(parents=True, exist_ok=True)
@@ -267,7 +277,7 @@ class Writer:
                     no_dist=self.group is None,
                 )
                 # a thread writes: no staging is reported apart
-                self._pending = self._completing(cast(Future, future), temporary, final), temporary
+                self._pending = self._completing(cast(Future, future), temporary, final), temporary, final
             else:
                 dcp.save(
                     {k: v.detach() for k, v in tensors.items()},
@@ -278,6 +288,8 @@ class Writer:
                 self._complete(temporary, final)
         except (Exception, CheckpointException) as error:
             raise self._said(error, temporary) from error
+        if not self.asynchronous:
+            self.saved(final)
         return final
 
     def _completing(self, written: Future, temporary: Path, final: Path) -> Future:
@@ -324,11 +336,12 @@ class Writer:
         """Wait for the checkpoint under way."""
         if self._pending is None:
             return
-        (done, temporary), self._pending = self._pending, None
+        (done, temporary, final), self._pending = self._pending, None
         try:
             done.result()
         except (Exception, CheckpointException) as error:
             raise self._said(error, temporary) from error
+        self.saved(final)
 
     def close(self, seconds: float = FINISH_SECONDS) -> None:
         """At the end of a run, whatever ended it: the checkpoint under way becomes whole if the others still write it.
@@ -337,7 +350,7 @@ class Writer:
         """
         if self._pending is None:
             return
-        (done, temporary), self._pending = self._pending, None
+        (done, temporary, _), self._pending = self._pending, None
         if self.rank == 0 and not done.done():
             print(f"{temporary} is still being written: waiting for it", flush=True)
         try:

@@ -117,6 +117,8 @@ class Dataset(Section):
     """Models that generate: what each medium shows whose row says nothing; path may then be a directory of pictures or clips."""
     loss_weight: Annotated[float, Field(ge=0)] = 1.0
     """Models that generate: factor of these samples' loss; the mean stays one over samples (DreamBooth: weight of the prior)."""
+    reader: str | None = None
+    """Own code as module:function: function(path) gives the rows, a sequence of mappings, in place of opening path as a file (docs/extending.md)."""
     generate: Annotated[int, Field(ge=0)] = 0
     """Picture models: pictures that path must hold; those that it lacks the untrained model draws from caption, once, before encoding."""
 
@@ -222,6 +224,10 @@ class Train(Section):
     """Weight of the experts' balance loss (default: the checkpoint's config)."""
     diffusion: Diffusion = Diffusion()
     """Noise levels, weighting and condition dropping of generating models."""
+    objective: str | None = None
+    """Own code as module:Class: what is learned in place of the model's own loss (docs/extending.md)."""
+    callbacks: list[str] = []
+    """Own code as module:Class, called at the begin and end of training, after steps, checkpoints and validation (docs/extending.md)."""
     freeze: list[str] = []
     """Towers (by the card's names) or parameter patterns that are not trained."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -76,6 +76,7 @@ def static(recipe: Recipe, world: int, problems: Problems) -> None:
     """Sizes, paths, names of packages, environment variables, the output directory."""
     from polymodal.data.source import check_path
     from polymodal.distributed.mesh import ParallelSizes
+    from polymodal.train import callbacks
 
     problems.run(ParallelSizes.of, recipe.parallel, world)
     for name, value in recipe.device.env.items():
@@ -117,6 +118,7 @@ def static(recipe: Recipe, world: int, problems: Problems) -> None:
             f"monitor.profile.ranks names {absent[0]}, and there are ranks 0 to {world - 1}.",
             "Name ranks of the run.",
         )
+    problems.run(lambda: callbacks.load(recipe.train.callbacks))
     _starts(recipe, problems)
     problems.run(lambda: host.require_writable(recipe.run_dir))
 

@@ -26,7 +26,7 @@ from polymodal.recipe import Recipe
 from polymodal.runtime import device as devices
 from polymodal.runtime import host
 from polymodal.runtime.process_group import Runtime, runtime
-from polymodal.train import monitor, optim
+from polymodal.train import callbacks, monitor, optim
 from polymodal.train.layouts import layout_of
 from polymodal.train.parallel_model import ParallelModel
 from polymodal.train.step import StepMetrics, drop_broken_samples, forward_backward, inverse_weights
@@ -62,6 +62,9 @@ class Trainer:
         self.card = self.family.card
         self.layout = layout_of(recipe, self.family)
         self.objective = self.layout.objective
+        self.callbacks = callbacks.build(recipe.train.callbacks)
+        self.should_stop = False
+        """Set by a callback: training ends after this step as if it had been asked to by a signal."""
         self._build_data()
         self._build_model()
         self._build_optimizer()
@@ -224,6 +227,7 @@ class Trainer:
             recipe.checkpoint.asynchronous,
             self.rt.rank,
             self.save_group,
+            lambda path: self.callbacks.on_save(self, path),
         )
         self.metrics = self.progress = None
         if self.main:
@@ -256,6 +260,7 @@ class Trainer:
             stop_after=self.steps - state.step, first=self.model.first,
         )  # fmt: skip
         saved = state.step
+        self.callbacks.on_train_begin(self)
         began = time.perf_counter()
         try:
             for batch in loader:
@@ -287,11 +292,13 @@ class Trainer:
         self.writer.finish()
         if state.step < self.steps:
             self._say(f"stopped at step {state.step} as asked; the same command goes on from there")
+            self.callbacks.on_train_end(self)
             return 0
         self._validate(state.step)
         if self.sampler is not None:
             self.sampler.after(state.step, self.metrics)
         self._finish()
+        self.callbacks.on_train_end(self)
         return 0
 
     def _step(self, step: int, batch: Any, began: float) -> bool:
@@ -340,8 +347,16 @@ class Trainer:
             self._log(
                 step, total, float(norm), factor * recipe.optim.lr, time.perf_counter() - began, accepted
             )
+        values = {
+            "loss": total["loss"],
+            "grad_norm": float(norm),
+            "lr": factor * recipe.optim.lr,
+            "skipped": not accepted,
+        }
+        self.callbacks.on_step_end(self, step, values)
         # Of the whole world, not of the loss group: ranks that hold other pieces of the model must stop at the same step.
-        stop, profile = self.rt.any_rank(self.rt.signal is not None, self.profiler.asked())
+        asked = self.rt.signal is not None or self.should_stop
+        stop, profile = self.rt.any_rank(asked, self.profiler.asked())
         if profile:
             self.profiler.take(self.rt.share)
         return stop
@@ -415,6 +430,7 @@ class Trainer:
                 f"validation at step {step}: "
                 + ", ".join(f"{k.partition('/')[2]} {v:.4f}" for k, v in values.items())
             )
+        self.callbacks.on_evaluate(self, step, values)
 
     # ---------------------------------------------------------------- saving and ending
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Batch, SampleLengths
+from polymodal.core.user_code import load_object
 from polymodal.data.loader import Loader, StepStats
 from polymodal.data.schedule import Schedule
 from polymodal.distributed.mesh import Mesh
@@ -29,6 +30,8 @@ from polymodal.recipe import Data, Dataset, Recipe
 Section = Literal["datasets", "validation"]
 Attempt = Callable[..., Any]
 """attempt(action) returns what the action returns, or None when it raises PolymodalError: `check` collects errors."""
+OBJECTIVE = ("term", "parts", "aux_weight", "weights", "prepare", "loss", "validation")
+"""What the trainer uses of an objective."""
 
 
 @dataclass
@@ -89,7 +92,8 @@ def histogram(tokens: Any, longest: int, bins: int = 10) -> list[tuple[int, int,
 class Layout(ABC):
     """One instance a run, made by `layout_of`. Making one opens no file and takes no memory."""
 
-    objective_class: Any
+    objective_class: type
+    """What is learned where the recipe names no other."""
 
     def __init__(self, recipe: Recipe, family: Family):
         self.recipe, self.family = recipe, family
@@ -98,8 +102,18 @@ class Layout(ABC):
 
     @cached_property
     def objective(self) -> Any:
-        """What is learned. Raises PolymodalError for settings that do not fit."""
-        return self.objective_class.from_recipe(self.recipe, self.family)
+        """The recipe's train.objective, or the layout's own. Raises PolymodalError for settings that do not fit."""
+        chosen = self.objective_class
+        if self.recipe.train.objective is not None:
+            key = f"train.objective = {self.recipe.train.objective}"
+            chosen = load_object(self.recipe.train.objective, "train.objective")
+            lacking = [name for name in (*OBJECTIVE, "from_recipe") if not hasattr(chosen, name)]
+            if lacking:
+                raise PolymodalError(
+                    f"{key} has no `{lacking[0]}`, which the trainer uses of an objective.",
+                    f"Derive the class from {self.objective_class.__module__}.{self.objective_class.__name__}.",
+                )
+        return chosen.from_recipe(self.recipe, self.family)
 
     # ---------------------------------------------------------------- data
 
