@@ -75,15 +75,16 @@ def neighbours(pictures: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
 def report(root: Path, result: dict, rows: list[dict], pictures: np.ndarray, nearest: np.ndarray) -> Path:
     from PIL import Image
 
-    from polymodal.evaluate import report as parts
-    from polymodal.evaluate import run_page as pages
+    from polymodal import pages
+    from polymodal.evaluate import run_page
+    from polymodal.evaluate.thumbnails import thumbnail
 
     images, _ = build.scans()
     folder = root / "neighbours"
     folder.mkdir(exist_ok=True)
     shown = [
-        parts.Shown(
-            "All samples of the sheet", [], "", [parts.thumbnail(str(root / "samples" / "sheet.png"), 900)]
+        pages.Card(
+            "All samples of the sheet", [], None, [thumbnail(str(root / "samples" / "sheet.png"), 900)]
         )
     ]
     for i in random.Random(1).sample(range(len(rows)), min(24, len(rows))):
@@ -92,11 +93,11 @@ def report(root: Path, result: dict, rows: list[dict], pictures: np.ndarray, nea
         Image.fromarray(pair).resize((256, 128), Image.Resampling.NEAREST).save(place)
         answered = [("judged", f"{row['seen_colour']} {build.WORDS[row['seen_digit']]}", float(row["right"]))]
         shown.append(
-            parts.Shown(
+            pages.Card(
                 row["prompt"],
                 answered,
                 f"{row['colour']} {build.WORDS[row['digit']]}",
-                [parts.thumbnail(str(place))],
+                [thumbnail(str(place))],
             )
         )
     numbers = {
@@ -113,11 +114,11 @@ def report(root: Path, result: dict, rows: list[dict], pictures: np.ndarray, nea
         ("Export it and open it with diffusers.", f"polymodal export {root}/run {root}/export --ema"),
         ("Write a recipe for a real checkpoint.", "polymodal init flux.1 --size dev --task lora --devices 8"),
     ]  # fmt: skip
-    text = pages.page(
+    text = run_page.page(
         "Coloured digits, from captions",
         lead,
         numbers,
-        pages.curves(pages.read_metrics(root / "run"), unit="mean squared error"),
+        run_page.curves(run_page.read_metrics(root / "run"), unit="mean squared error"),
         shown,
         steps,
     )

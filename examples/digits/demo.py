@@ -79,8 +79,9 @@ def ask_with_transformers(export: Path, image: Path, question: str) -> str:
 def report(
     root: Path, run: Path, result: dict, rows: list[dict], before: dict[str, str], after: dict[str, str]
 ) -> Path:
-    from polymodal.evaluate import report as parts
-    from polymodal.evaluate import run_page as pages
+    from polymodal import pages
+    from polymodal.evaluate import run_page
+    from polymodal.evaluate.thumbnails import thumbnail
 
     chosen = random.Random(1).sample(range(len(rows)), min(24, len(rows)))
     shown = []
@@ -92,9 +93,7 @@ def report(
         ]
         question = row["messages"][0]["content"].replace("<image>", "")
         shown.append(
-            parts.Shown(
-                question, answered, expected, [parts.thumbnail(str(root / "data" / row["images"][0]))]
-            )
+            pages.Card(question, answered, expected, [thumbnail(str(root / "data" / row["images"][0]))])
         )
     numbers = {
         "right before": f"{result['before']:.0%}",
@@ -114,11 +113,11 @@ def report(
         ("Train again with adapters only.", "polymodal train examples/digits/recipe.yaml --nproc 2 model.source=runs/demo/run/export model.lora.rank=8 checkpoint.dir=runs/demo/lora name=lora"),
         ("Write a recipe for a real checkpoint.", "polymodal init qwen2.5-vl --size 7b --task sft --devices 8"),
     ]  # fmt: skip
-    text = pages.page(
+    text = run_page.page(
         "Handwritten digits, before and after",
         lead,
         numbers,
-        pages.curves(pages.read_metrics(run), result["resumed_at"]),
+        run_page.curves(run_page.read_metrics(run), result["resumed_at"]),
         shown,
         steps,
     )

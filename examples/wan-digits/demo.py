@@ -121,17 +121,18 @@ def strip(frames: np.ndarray) -> Any:
 
 
 def report(root: Path, result: dict, rows: list[dict], clips: list[np.ndarray], nearest: list[Path]) -> Path:
-    from polymodal.evaluate import report as parts
-    from polymodal.evaluate import run_page as pages
+    from polymodal import pages
+    from polymodal.evaluate import run_page
+    from polymodal.evaluate.thumbnails import thumbnail
 
-    sheet = parts.thumbnail(str(root / "samples" / "sheet.png"), 1200)
-    shown = [parts.Shown("A clip a row, six of its frames", [], "", [sheet])]
+    sheet = thumbnail(str(root / "samples" / "sheet.png"), 1200)
+    shown = [pages.Card("A clip a row, six of its frames", [], None, [sheet])]
     for i in random.Random(1).sample(range(len(rows)), min(24, len(rows))):
         row = rows[i]
         answered = [("judged", build.caption(row["seen_digit"], row["seen_direction"]), float(row["right"]))]
-        pictures = [parts.thumbnail(strip(clip), 384) for clip in (clips[i], frames_of(nearest[i]))]
+        pictures = [thumbnail(strip(clip), 384) for clip in (clips[i], frames_of(nearest[i]))]
         shown.append(
-            parts.Shown(row["prompt"], answered, build.caption(row["digit"], row["direction"]), pictures)
+            pages.Card(row["prompt"], answered, build.caption(row["digit"], row["direction"]), pictures)
         )
     real, vae, distance = result["judge"], result["reconstructed"], result["distance"]
     numbers = {
@@ -150,9 +151,10 @@ def report(root: Path, result: dict, rows: list[dict], clips: list[np.ndarray], 
         ("Export it and open it with diffusers.", f"polymodal export {root}/run {root}/export --ema"),
         ("Write a recipe for a real checkpoint.", "polymodal init wan2.1 --size 1.3b --task lora --devices 8"),
     ]  # fmt: skip
-    curves = pages.curves(pages.read_metrics(root / "run"), unit="mean squared error")
+    curves = run_page.curves(run_page.read_metrics(root / "run"), unit="mean squared error")
     return pages.write(
-        root / "report.html", pages.page("Moving digits, from captions", lead, numbers, curves, shown, steps)
+        root / "report.html",
+        run_page.page("Moving digits, from captions", lead, numbers, curves, shown, steps),
     )
 
 

@@ -62,10 +62,10 @@ def check(
     """Everything that train would refuse, and what it would do: samples, packs, steps, memory, disk. Trains nothing."""
     from polymodal import recipe as recipes
     from polymodal.convert import recognise
-    from polymodal.tools import preflight as checks
+    from polymodal.tools import preflight_report
 
     recognise.register()
-    return checks.main(recipes.load(recipe, overrides or []), world, measure=data, as_json=as_json)
+    return preflight_report.main(recipes.load(recipe, overrides or []), world, measure=data, as_json=as_json)
 
 
 @command(app, "polymodal export runs/mine out/my-model --merge-lora --dtype bf16", panel="Train")

@@ -1,6 +1,6 @@
 """What an evaluation found, of answers or of what was generated: the result, its files, its page and its table.
 
-Sees evaluate/report.py, the store and errors. Every kind of evaluation ends here.
+Every kind of evaluation ends here.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from polymodal import __version__
+from polymodal import __version__, pages
 from polymodal.core.errors import PolymodalError
-from polymodal.evaluate import report
-from polymodal.evaluate.store import replace_file
+from polymodal.core.files import replace_file
+from polymodal.evaluate.thumbnails import thumbnail
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def lines_of(result: Result) -> Iterator[tuple[str, str, int]]:
                         yield f"{group}: {value}{shown[1]}", shown[0], int(part["n"])
 
 
-def cards(result: Result, pictures: Pictures, most: int, label: str = "answer") -> list[report.Shown]:
+def cards(result: Result, pictures: Pictures, most: int, label: str = "answer") -> list[pages.Card]:
     """Samples with thumbnails for a grid: at most `most`, evenly spread over the right and over the others."""
     right = [i for i, s in enumerate(result.samples) if s.score == 1]
     other = [i for i, s in enumerate(result.samples) if s.score != 1]
@@ -150,11 +150,11 @@ def cards(result: Result, pictures: Pictures, most: int, label: str = "answer") 
         note = "" if s.finished else "cut by max_new_tokens"
         note = ", ".join([*([note] if note else []), *(f"{k} {v:.4g}" for k, v in s.measures.items())])
         shown.append(
-            report.Shown(
+            pages.Card(
                 question,
                 [(label, text, s.score)],
                 " | ".join(s.expected),
-                [report.thumbnail(m) for m in media],
+                [thumbnail(m) for m in media],
                 note,
                 {"id": s.id, **s.groups},
             )
@@ -169,25 +169,22 @@ def _spread(positions: list[int], most: int) -> list[int]:
 
 
 def _page(result: Result, pictures: Pictures, most: int, label: str) -> str:
-    shown = cards(result, pictures, most, label)
-    facts = [
+    counts = [
         ("samples", result.n),
         ("not asked (errors, counted as wrong)", result.errors),
         ("without a readable choice", result.unparsed),
         ("cut by max_new_tokens", result.cut),
     ]
-    sections = [
-        report.table(("", "value" if result.measures else "score", "samples"), list(lines_of(result))),
-        report.table(("", "count"), [f for f in facts if f[1]]),
-        f"<details><summary>settings</summary>{report.table(('key', 'value'), [(k, json.dumps(v, ensure_ascii=False)) for k, v in result.settings.items()])}</details>",
-        f"<h2>Samples</h2><p class=dim>{len(shown)} of {result.n}; all of them are in samples.jsonl</p>",
-        report.grid(shown),
-    ]
-    return report.page(
-        f"{result.name}: {result.benchmark}",
-        sections,
-        _lead(result),
-    )
+    settings = [(key, json.dumps(value, ensure_ascii=False)) for key, value in result.settings.items()]
+    return pages.render(
+        "evaluation.html", title=f"{result.name}: {result.benchmark}", lead=_lead(result),
+        scores=pages.Table(_headers(result), list(lines_of(result))), counts=pages.Table(("", "count"), [c for c in counts if c[1]]),
+        settings=pages.Table(("key", "value"), settings), cards=cards(result, pictures, most, label), total=result.n,
+    )  # fmt: skip
+
+
+def _headers(result: Result) -> tuple[str, str, str]:
+    return "", "value" if result.measures else "score", "samples"
 
 
 def _lead(result: Result) -> str:
@@ -197,13 +194,14 @@ def _lead(result: Result) -> str:
 
 
 def table(result: Result) -> Any:
-    """The result as a rich table."""
+    """The result as a rich table; names and categories are the user's, so they are text and no markup."""
     from rich.table import Table
+    from rich.text import Text
 
     title = f"{result.name}: {result.benchmark} ({result.metric})"
-    out = Table(title=title, title_justify="left", min_width=min(len(title), 78))
-    for name in ("", "value" if result.measures else "score", "samples"):
+    out = Table(title=Text(title), title_justify="left", min_width=min(len(title), 78))
+    for name in _headers(result):
         out.add_column(name, justify="left" if not name else "right")
     for row in lines_of(result):
-        out.add_row(*map(str, row))
+        out.add_row(*(Text(str(value)) for value in row))
     return out

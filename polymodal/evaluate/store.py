@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.files import replace_file
 
 LAST_BARRIER = timedelta(days=7)
 """Ranks meet once, when all are done: a slow one may take long, and the launcher ends all when one dies."""
@@ -201,16 +202,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def replace_file(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 class Progress:
     """A bar over all ranks' answers on rank 0's terminal; silent elsewhere."""
 
@@ -223,7 +214,7 @@ class Progress:
             from rich.console import Console
 
             columns = (
-                rich.TextColumn("{task.description}"),
+                rich.TextColumn("{task.description}", markup=False),
                 rich.BarColumn(),
                 rich.MofNCompleteColumn(),
                 rich.TimeRemainingColumn(),

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import format_bytes
 from polymodal.plan import page
 from polymodal.plan import search as searching
 from polymodal.plan.planner import Question, family_of, plan
 from polymodal.plan.predict import Prediction
 from polymodal.plan.tracker import KINDS
 from polymodal.recipe import Recipe
-from polymodal.runtime import host
 from polymodal.train.layouts import Workload
 
 
@@ -49,7 +49,7 @@ def text(made: Prediction) -> str:
         )
     verdict = "fits" if made.fits else "does NOT fit"
     lines += [
-        f"  {verdict}: {host.size(made.peak)} of {host.size(made.room)} that {accelerator.name} can hand out",
+        f"  {verdict}: {format_bytes(made.peak)} of {format_bytes(made.room)} that {accelerator.name} can hand out",
         "",
         "collectives of a micro-batch (stage, axes, kind, direction: calls, GiB)",
     ]

@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from polymodal.core.text import format_bytes
 from polymodal.distributed.mesh import ParallelSizes
 from polymodal.models.family import Family
 from polymodal.plan import devices
@@ -17,7 +18,6 @@ from polymodal.plan.devices import Accelerator
 from polymodal.plan.timeline import Timeline, play, stages_of
 from polymodal.plan.trace import Trace
 from polymodal.recipe import Recipe
-from polymodal.runtime.host import size as sized
 from polymodal.train.layouts import Layout, layout_of
 
 SHARDING = {"dp_replicate", "dp_shard", "cp"}
@@ -222,19 +222,19 @@ def advise(made: Prediction) -> list[str]:
     if made.host:
         node = min(sizes.world, made.accelerator.node)
         said.append(
-            f"parallel.offload keeps {sized(made.host)} of a rank on the host: {sized(made.host * node)} for {node} ranks of a node."
+            f"parallel.offload keeps {format_bytes(made.host)} of a rank on the host: {format_bytes(made.host * node)} for {node} ranks of a node."
         )
     if not made.fits:
         over = worst.peak - made.room
         said.append(
-            f"It needs {sized(over)} more than the device can give ({sized(made.room)} of {sized(made.accelerator.memory)})."
+            f"It needs {format_bytes(over)} more than the device can give ({format_bytes(made.room)} of {format_bytes(made.accelerator.memory)})."
         )
         kept, state = (
             worst.parts["activations"],
             worst.parts["parameters"] + worst.parts["gradients"] + worst.parts["optimizer"],
         )
         if kept > over and recipe.parallel.recompute != "full":
-            said.append(f"parallel.recompute: full would free most of {sized(kept)} of activations.")
+            said.append(f"parallel.recompute: full would free most of {format_bytes(kept)} of activations.")
         if state > over / 2 and sizes.dp_replicate > 1:
             said.append("parallel.dp_replicate: 1 shards the states over all ranks instead of copying them.")
         if not recipe.parallel.reshards:

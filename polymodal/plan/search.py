@@ -19,6 +19,7 @@ import yaml
 
 from polymodal import recipe
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import format_bytes
 from polymodal.distributed.mesh import ParallelSizes
 from polymodal.models import partial
 from polymodal.models.family import Family
@@ -28,7 +29,6 @@ from polymodal.plan import devices, estimate, page, planner
 from polymodal.plan.planner import Question
 from polymodal.plan.predict import Prediction, per_rank
 from polymodal.recipe import Recipe
-from polymodal.runtime import host
 from polymodal.train.layouts import Workload, layout_of
 
 RECOMPUTE = ("none", "selective", "full")
@@ -276,7 +276,7 @@ def rank(made: Recipe, family: Family, question: Question, say: Any = lambda tex
         if not confirmed:
             needed = least.traced.peak if least.traced else 0
             raise PolymodalError(
-                f"No layout of {question.world} x {question.accelerator.name} holds this run: the smallest needs about {host.size(needed)} a device of {host.size(room)} ({least.name}).",
+                f"No layout of {question.world} x {question.accelerator.name} holds this run: the smallest needs about {format_bytes(needed)} a device of {format_bytes(room)} ({least.name}).",
                 "Use more devices, a shorter data.pack_length, or model.lora.",
             )
     confirmed.sort(key=lambda candidate: candidate.traced.step if candidate.traced else math.inf)

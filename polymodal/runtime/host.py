@@ -16,26 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import format_bytes
 
 MIB = 1 << 20
 GIB = 1 << 30
-
-
-def count(number: float) -> str:
-    """1234567 -> "1.23 M"."""
-    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e4)):
-        if abs(number) >= scale:
-            return f"{number / (1e3 if unit == 'k' else scale):.3g} {unit}"
-    return f"{number:,.0f}"
-
-
-def size(count: float) -> str:
-    """Bytes for people: 1536 -> "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def command_of(pid: int) -> str:
@@ -152,7 +136,7 @@ def require_writable(
     left = space(directory)
     if left.free < least_free:
         raise PolymodalError(
-            f"The disk of {directory} has only {size(left.free)} free; at least {size(least_free)} are needed to start.",
+            f"The disk of {directory} has only {format_bytes(left.free)} free; at least {format_bytes(least_free)} are needed to start.",
             f"Free some space, or set {key} to another disk.",
         )
 

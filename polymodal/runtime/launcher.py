@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import format_bytes
 from polymodal.runtime import host
 from polymodal.runtime.process_group import RENDEZVOUS_SECONDS, Start, _number, leave_note
 
@@ -148,7 +149,7 @@ def before_start(run_dir: str | os.PathLike | None, start: Start) -> list[str]:
     shared = host.shared_memory()
     if shared is not None and shared.free < 64 * host.MIB * start.nproc:
         warnings.append(
-            f"/dev/shm has {host.size(shared.free)} free for {start.nproc} processes; data workers may fall back to slower copies. "
+            f"/dev/shm has {format_bytes(shared.free)} free for {start.nproc} processes; data workers may fall back to slower copies. "
             "Start the container with --ipc=host or --shm-size=16g, or set data.workers to 0."
         )
     return warnings

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import format_bytes
 from polymodal.runtime import device, host
 
 Verdict = Literal["ok", "warn", "fail"]
@@ -91,7 +92,7 @@ def devices() -> Iterator[Row]:
         yield Row(
             "memory",
             "warn" if low else "ok",
-            f"{host.size(memory.free)} free of {host.size(memory.total)}",
+            f"{format_bytes(memory.free)} free of {format_bytes(memory.total)}",
             "Less than 4 GiB: close other programs, or lower data.workers and data.memory_budget."
             if low
             else "",
@@ -190,7 +191,7 @@ def shared_memory() -> Iterator[Row]:
     yield Row(
         "/dev/shm",
         "warn" if low else "ok",
-        f"{host.size(space.free)} free of {host.size(space.total)}",
+        f"{format_bytes(space.free)} free of {format_bytes(space.total)}",
         "Start the container with --ipc=host or --shm-size=16g, or set data.workers to 0." if low else "",
     )
 
@@ -228,7 +229,7 @@ def disks() -> Iterator[Row]:
     ):
         space = host.space(path)
         writable = os.access(space.path, os.W_OK)
-        found = f"{host.size(space.free)} free of {host.size(space.total)} ({Path(path).expanduser()})"
+        found = f"{format_bytes(space.free)} free of {format_bytes(space.total)} ({Path(path).expanduser()})"
         if not writable:
             yield Row(
                 title,

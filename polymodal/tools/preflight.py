@@ -7,7 +7,6 @@ lists every problem, not only the first.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import format_bytes
 from polymodal.recipe import Dataset, Recipe
 from polymodal.runtime import device, host
 
@@ -295,7 +295,7 @@ def _model(
     report.disk = {"wanted": wanted, "free": free, "one": found.checkpoint}
     if wanted > free:
         problems.add(
-            f"Checkpoints of this run take up to {host.size(wanted)} ({recipe.checkpoint.keep} kept and one being written), the disk of {recipe.run_dir} has {host.size(free)} free.",
+            f"Checkpoints of this run take up to {format_bytes(wanted)} ({recipe.checkpoint.keep} kept and one being written), the disk of {recipe.run_dir} has {format_bytes(free)} free.",
             "Free some, lower checkpoint.keep, set checkpoint.save to weights, or checkpoint.dir to another disk.",
         )
 
@@ -312,27 +312,4 @@ def show(recipe: Recipe, out: Path, samples: int, seed: int) -> int:
     corpus = open_corpus(recipe.data.datasets, recipe.data.attr)
     chosen = page.show(corpus, chat, str(out), samples, seed)
     print(f"{out}: {len(chosen)} of {len(corpus)} samples")
-    return 0
-
-
-def main(recipe: Recipe, world: int | None = None, *, measure: bool = True, as_json: bool = False) -> int:
-    """The command: prints the report; raises all problems when there are any (exit code 2)."""
-    from dataclasses import asdict
-
-    report = check(recipe, world, measure)
-    if as_json:
-        print(json.dumps({"ok": not report.problems, **asdict(report)}, indent=2, ensure_ascii=False))
-        return 2 if report.problems else 0
-    from polymodal.tools.preflight_page import show_report
-
-    show_report(recipe, report)
-    if report.problems:
-        head = (
-            "this recipe would not train:"
-            if len(report.problems) == 1
-            else f"this recipe would not train, for {len(report.problems)} reasons:"
-        )
-        raise PolymodalError(
-            "\n".join([head, *(f"{i}. {text}" for i, text in enumerate(report.problems, 1))])
-        )
     return 0

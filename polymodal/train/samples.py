@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from polymodal import pages
 from polymodal.core.errors import PolymodalError
 from polymodal.distributed.mesh import Mesh
 from polymodal.evaluate import run_page
@@ -168,4 +169,4 @@ class Sampler:
             path.unlink()
         run = self.recipe.run_dir
         if (run / "metrics.jsonl").is_file():
-            run_page.write(run / "report.html", run_page.of_generation(run, self.asked.prompts))
+            pages.write(run / "report.html", run_page.of_generation(run, self.asked.prompts))

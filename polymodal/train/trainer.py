@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import format_count
 from polymodal.data.schedule import DECIDING_KEYS, Position
 from polymodal.distributed import checkpoint
 from polymodal.distributed.mesh import Mesh, ParallelSizes
@@ -24,7 +25,6 @@ from polymodal.distributed.router_loss import load_figures
 from polymodal.models import catalog, lora, storage, weights
 from polymodal.recipe import Recipe
 from polymodal.runtime import device as devices
-from polymodal.runtime import host
 from polymodal.runtime.process_group import Runtime, runtime
 from polymodal.train import callbacks, monitor, optim
 from polymodal.train.layouts import layout_of
@@ -238,7 +238,7 @@ class Trainer:
             self.progress = monitor.Progress(recipe.name, self.steps, self.state.step)
             total, train = self.model.total, self.model.trained
             self.progress.say(
-                f"{self.card.name}: {host.count(total)} parameters, {host.count(train)} trained, {self.rt.world} x {self.rt.device.kind}, {self.steps} steps"
+                f"{self.card.name}: {format_count(total)} parameters, {format_count(train)} trained, {self.rt.world} x {self.rt.device.kind}, {self.steps} steps"
             )
             if self.resumed_at is not None:
                 done = (

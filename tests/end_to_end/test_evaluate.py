@@ -1,12 +1,15 @@
 """Evaluation: scores, files and pages of one process; the same result on several; killed half-way it goes on."""
 
+import html
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -15,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polymodal.core.errors import PolymodalError
-from polymodal.evaluate import report, results, run
+from polymodal.evaluate import results, run
+from polymodal.evaluate.thumbnails import thumbnail
 from polymodal.generate.engine import Engine, Sampling
 from polymodal.generate.opening import open_engine
 from tests.models import tiny
@@ -304,21 +308,38 @@ def test_killed_half_way_it_goes_on(model, engine, tmp_path):
 # --- the page's parts ------------------------------------------------------------------------------------------------
 
 
-def test_everything_from_data_is_escaped(tmp_path):
-    shown = report.Shown(
-        "<script>alert(1)</script>",
-        [("before", "<b>", 0.0), ("after", '"&', 1.0)],
-        "<i>",
-        [report.thumbnail(str(tmp_path / "<gone>.png"))],
-        "<u>",
-        {"id": "<s>"},
+TAGS = ("<script>alert(1)</script>", "<b>", '"&', "<i>", "<u>", "<s>", "<c>", "<k>", "[/b0]")
+
+
+def test_everything_from_data_is_escaped(tmp_path, capsys):
+    """On the page and in the printed table: markup of data is text, in every place that data reaches."""
+    script, bold, quote, italic, under, strike, category, key, closing = TAGS
+    judged = results.Judged(
+        0, strike, "f", script, (italic,), {"A": under}, {"group": category}, bold, quote, 1.0
     )
-    page = report.page("<t>", [report.grid([shown]), report.table(["<h>", "n"], [["<c>", 0.5]])], "<lead>")
-    for tag in ("<script>alert", "<b>", "<i>", "<gone>", "<u>", "<s>", "<t>", "<h>", "<c>", "<lead>"):
-        assert tag not in page.replace("<b>expected</b>", "").replace("<b>before</b>", "").replace(
-            "<b>after</b>", ""
-        ).replace("<b></b>", ""), tag
-    assert 'class="card right"' in page  # coloured by the last answer
+    other = replace(judged, groups={"group": closing}, score=0.0, error=under)
+    samples = [judged, other]
+    found = results.Result(
+        f"x{closing}", "<t>", "<m>", 0.5, 2, 2, 0, 0, 0, results.by_group(samples, ["group"]), 1.0, 0, {key: script}, samples
+    )  # fmt: skip
+    results.write(tmp_path, found, lambda i: [str(tmp_path / "<gone>.png")], 2, "answer")
+    page = (tmp_path / "report.html").read_text()
+    body = page.partition("<body>")[2].partition("<script>")[0]
+    elements = {tag for tag, _ in re.findall(r"<(\w+)((?:\s[^<>]*)?)>", body)}
+    assert elements <= {
+        "h1", "h2", "p", "div", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "button", "input", "b", "span"
+    }, elements  # fmt: skip
+    text = html.unescape(re.sub(r"<[^<>]+>", "", body))
+    for each in (*TAGS, "<gone>.png does not exist", "<t>"):
+        assert each in text, each
+    assert (
+        '<div class="card wrong">' in page and '<div class="card right">' in page
+    )  # coloured by the last answer
+    from rich.console import Console
+
+    Console(width=200).print(results.table(found))
+    printed = capsys.readouterr().out
+    assert f"x{closing}: <t> (<m>)" in printed and f"group: {closing}" in printed
 
 
 def test_thumbnails_keep_small_pictures_exact_and_reduce_large_ones():
@@ -327,12 +348,12 @@ def test_thumbnails_keep_small_pictures_exact_and_reduce_large_ones():
 
     from PIL import Image
 
-    def back(html):
-        return Image.open(io.BytesIO(base64.b64decode(html.partition("base64,")[2].rstrip('">'))))
+    def back(picture):
+        return Image.open(io.BytesIO(base64.b64decode(picture.uri.partition("base64,")[2])))
 
     digit = tiny.picture(8, 8)
-    assert list(back(report.thumbnail(digit)).getdata()) == list(digit.getdata())
-    assert max(back(report.thumbnail(tiny.picture(800, 600))).size) == 240
+    assert list(back(thumbnail(digit)).getdata()) == list(digit.getdata()) and thumbnail(digit).exact
+    assert max(back(thumbnail(tiny.picture(800, 600))).size) == 240
 
 
 def test_the_default_directory_and_the_printed_table(model, data, tmp_path, monkeypatch, capsys):

@@ -611,14 +611,14 @@ def test_samples_while_training_want_their_pictures_before_the_first_step(data, 
 
 
 def test_check_counts_buckets_and_says_what_train_would_refuse(wan, data, tmp_path, capsys):
-    from polymodal.tools import preflight
+    from polymodal.tools import preflight, preflight_report
 
     made = recipe(wan, data, tmp_path)
     with pytest.raises(PolymodalError, match="holds no finished features"):
-        preflight.main(made)
+        preflight_report.main(made)
     encode.run(made)
     capsys.readouterr()
-    assert preflight.main(made) == 0
+    assert preflight_report.main(made) == 0
     said = capsys.readouterr().out
     assert "9x32x48" in said and "1x48x32" in said and "of 3 samples" in said and "packs" not in said
     report = preflight.check(made)

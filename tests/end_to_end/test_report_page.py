@@ -7,9 +7,10 @@ import subprocess
 import pytest
 from PIL import Image
 
+from polymodal import pages
 from polymodal.core.errors import PolymodalError
-from polymodal.evaluate import report as parts
-from polymodal.evaluate import run_page as pages
+from polymodal.evaluate import run_page
+from polymodal.evaluate.thumbnails import thumbnail
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -26,18 +27,18 @@ def page(tmp_path):
     ]
     picture = Image.new("RGB", (56, 56), "white")
     shown = [
-        parts.Shown(
+        pages.Card(
             "Which digit <b>is</b> this?",
             [("before", "3", 0.0), ("after", "7", 1.0)],
             "7",
-            [parts.thumbnail(picture)],
+            [thumbnail(picture)],
         )
     ]
-    text = pages.page(
+    text = run_page.page(
         "Digits",
         "A small model.",
         {"right after": "94%"},
-        pages.curves(metrics, 150),
+        run_page.curves(metrics, 150),
         shown,
         [("Talk to it.", "polymodal chat x")],
     )
@@ -55,10 +56,10 @@ def test_sheets_of_samples_stand_by_step_and_are_not_too_many(tmp_path):
         (tmp_path / "samples" / f"step-{step:08d}").mkdir(parents=True)
         Image.new("RGB", (80, 80), "red").save(tmp_path / "samples" / f"step-{step:08d}" / "sheet.png")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 40, "loss": 0.25}\n')
-    steps = [step for step, _ in pages.drawn(tmp_path)]
-    assert len(steps) == pages.SHEETS and steps[0] == 1 and steps[-1] == 40 and steps == sorted(steps)
-    text = pages.of_generation(tmp_path, ["a <cat>"])
-    assert text.count("<figure>") == pages.SHEETS and "a &lt;cat&gt;" in text and "step 40<" in text
+    steps = [step for step, _ in run_page.drawn(tmp_path)]
+    assert len(steps) == run_page.SHEETS and steps[0] == 1 and steps[-1] == 40 and steps == sorted(steps)
+    text = run_page.of_generation(tmp_path, ["a <cat>"])
+    assert text.count("<figure>") == run_page.SHEETS and "a &lt;cat&gt;" in text and "step 40<" in text
 
 
 @pytest.mark.browser
@@ -88,4 +89,4 @@ def test_a_browser_draws_it(page, tmp_path):
 
 def test_a_directory_without_metrics_is_said(tmp_path):
     with pytest.raises(PolymodalError, match="has no metrics.jsonl"):
-        pages.read_metrics(tmp_path)
+        run_page.read_metrics(tmp_path)

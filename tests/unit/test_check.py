@@ -13,7 +13,7 @@ from polymodal import recipe
 from polymodal.core.errors import PolymodalError
 from polymodal.models import catalog
 from polymodal.plan import estimate
-from polymodal.tools import preflight
+from polymodal.tools import preflight, preflight_report
 from polymodal.train.layouts.base import histogram
 from tests.models import tiny
 
@@ -307,7 +307,7 @@ def test_a_disk_that_is_too_small_for_the_checkpoints(make, monkeypatch):
 
 def test_the_page_fits_80_columns(make, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert preflight.main(make(), 2) == 0
+    assert preflight_report.main(make(), 2) == 0
     out = capsys.readouterr().out
     for words in (
         "parameters",
@@ -325,7 +325,7 @@ def test_the_page_fits_80_columns(make, capsys, monkeypatch):
 
 def test_refusals_end_the_command_with_all_of_them(make, capsys):
     with pytest.raises(PolymodalError) as caught:
-        preflight.main(make("data.on_error=fail", "parallel.pp=2", "train.global_batch_size=1"), 2)
+        preflight_report.main(make("data.on_error=fail", "parallel.pp=2", "train.global_batch_size=1"), 2)
     lines = str(caught.value).splitlines()
     assert (
         lines[0] == "this recipe would not train, for 2 reasons:"
@@ -336,7 +336,7 @@ def test_refusals_end_the_command_with_all_of_them(make, capsys):
 
 
 def test_json(make, capsys):
-    assert preflight.main(make(), 2, measure=False, as_json=True) == 0
+    assert preflight_report.main(make(), 2, measure=False, as_json=True) == 0
     said = json.loads(capsys.readouterr().out)
     assert (
         said["ok"]
@@ -345,7 +345,7 @@ def test_json(make, capsys):
         and said["data"] is None
     )
     assert (
-        preflight.main(
+        preflight_report.main(
             make("parallel.pp=2", "parallel.pp_layers={language: [1, 3]}"), 2, measure=False, as_json=True
         )
         == 2

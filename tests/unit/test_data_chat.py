@@ -452,7 +452,7 @@ def test_samples_as_a_page(qwen, folder, tmp_path):
     text = page.read_text()
     assert "<script" not in text and "&lt;My&gt; data" in text and "lost.png does not exist" in text
     assert "</div><script>alert(1)</script>" in html.unescape(re.sub("<[^>]+>", "", text))
-    assert text.count("data:image/jpeg;base64,") == 4 + 4 and "http" not in text.split("</style>")[1]
+    assert text.count("data:image/png;base64,") == 4 + 4 and "http" not in text.split("</style>")[1]
     assert (
         "b.jsonl, line 2" in text
         and "weight 0.5" in text

@@ -1,16 +1,19 @@
-"""How the report of `polymodal check` looks in a terminal of 80 columns. Prints; decides nothing."""
+"""`polymodal check`: what preflight.py found, printed for a terminal of 80 columns or as JSON. Decides nothing."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from polymodal.core.errors import PolymodalError
+from polymodal.core.text import format_bytes, format_count
 from polymodal.recipe import Recipe
-from polymodal.runtime.host import count, size
-from polymodal.tools.preflight import Report
+from polymodal.tools.preflight import Report, check
 from polymodal.train.layouts import DataFacts
 
 
@@ -37,19 +40,22 @@ def _model(report: Report) -> list[tuple[str, str]]:
     if estimate is not None:
         share = estimate["trained"] / max(1, estimate["total"])
         rows.append(
-            ("parameters", f"{count(estimate['total'])}, {count(estimate['trained'])} trained ({share:.1%})")
+            (
+                "parameters",
+                f"{format_count(estimate['total'])}, {format_count(estimate['trained'])} trained ({share:.1%})",
+            )
         )
         for tower, (total, trained) in estimate["towers"].items():
             rows.append(
                 (
                     f"  {tower}",
-                    f"{count(total)}, "
+                    f"{format_count(total)}, "
                     + (
                         "frozen"
                         if not trained
                         else "all trained"
                         if trained == total
-                        else f"{count(trained)} trained"
+                        else f"{format_count(trained)} trained"
                     ),
                 )
             )
@@ -74,17 +80,17 @@ def _layout(recipe: Recipe, report: Report) -> list[tuple[str, str]]:
 def _memory(report: Report) -> list[tuple[str, str]]:
     e = report.estimate or {}
     rows = [
-        (name, size(e[name]))
+        (name, format_bytes(e[name]))
         for name in ("parameters", "gradients", "optimizer", "average", "gathered")
         if e.get(name)
     ]
-    rows.append(("activations", f"{size(e['activations'])} (an estimate, for {e['assumed']})"))
-    rows.append(("together", f"about {size(e['memory'])} a rank"))
+    rows.append(("activations", f"{format_bytes(e['activations'])} (an estimate, for {e['assumed']})"))
+    rows.append(("together", f"about {format_bytes(e['memory'])} a rank"))
     if e["saving"]:
         rows.append(
             (
                 "on the host",
-                f"{size(e['saving'])} a rank more while a checkpoint is written in the background",
+                f"{format_bytes(e['saving'])} a rank more while a checkpoint is written in the background",
             )
         )
     return rows
@@ -105,10 +111,10 @@ def _data(console: Console, title: str, recipe: Recipe, facts: DataFacts) -> Non
     rows.append(
         (
             "tokens",
-            f"{count(facts.tokens)}, {count(facts.trained)} trained on ({facts.trained / max(1, facts.tokens):.0%}); longest row {facts.longest:,}",
+            f"{format_count(facts.tokens)}, {format_count(facts.trained)} trained on ({facts.trained / max(1, facts.tokens):.0%}); longest row {facts.longest:,}",
         )
     )
-    rows += [(stream, f"{count(total)} patches or frames") for stream, total in facts.media.items() if total]
+    rows += [(stream, f"{format_count(total)} patches or frames") for stream, total in facts.media.items() if total]
     rows += [(f"  {shape}", f"{n:,}") for shape, n in facts.buckets]
     if facts.buckets:
         rows.append(
@@ -165,8 +171,11 @@ def show_report(recipe: Recipe, report: Report, console: Any = None) -> None:
             console,
             "Disk",
             [
-                ("one checkpoint", size(disk["one"])),
-                ("at most", f"{size(disk['wanted'])} in {recipe.run_dir}, {size(disk['free'])} free"),
+                ("one checkpoint", format_bytes(disk["one"])),
+                (
+                    "at most",
+                    f"{format_bytes(disk['wanted'])} in {recipe.run_dir}, {format_bytes(disk['free'])} free",
+                ),
             ],
         )
     if report.steps is not None:
@@ -179,3 +188,22 @@ def show_report(recipe: Recipe, report: Report, console: Any = None) -> None:
         console.print(f"[yellow]note:[/yellow] {escape(note)}")
     if not report.problems:
         console.print("[green]train would start.[/green]")
+
+
+def main(recipe: Recipe, world: int | None = None, *, measure: bool = True, as_json: bool = False) -> int:
+    """The command: prints the report; raises all problems when there are any (exit code 2)."""
+    report = check(recipe, world, measure)
+    if as_json:
+        print(json.dumps({"ok": not report.problems, **asdict(report)}, indent=2, ensure_ascii=False))
+        return 2 if report.problems else 0
+    show_report(recipe, report)
+    if report.problems:
+        head = (
+            "this recipe would not train:"
+            if len(report.problems) == 1
+            else f"this recipe would not train, for {len(report.problems)} reasons:"
+        )
+        raise PolymodalError(
+            "\n".join([head, *(f"{i}. {text}" for i, text in enumerate(report.problems, 1))])
+        )
+    return 0

@@ -1,0 +1,49 @@
+"""Words for people: numbers and sizes that are read at a glance, and the known name that a wrong one was meant to be."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def format_count(number: float) -> str:
+    """1234567 -> "1.23 M"; below 10,000 all digits."""
+    for unit, scale, least in (("B", 1e9, 1e9), ("M", 1e6, 1e6), ("k", 1e3, 1e4)):
+        if abs(number) >= least:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:,.0f}"
+
+
+def format_bytes(number: float) -> str:
+    """Bytes in binary units: 1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(number) < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"
+
+
+def nearest(name: object, known: Iterable[str], cutoff: float = 0.6, most: int = 1) -> list[str]:
+    """Those of `known` that are spelled most like `name`, the nearest first: at most `most`, perhaps none.
+
+    Case does not count. cutoff: 0 to 1, `difflib`'s ratio that a name must reach to be offered.
+    """
+    folded: dict[str, str] = {}
+    for each in known:
+        folded.setdefault(each.casefold(), each)
+    return [folded[found] for found in difflib.get_close_matches(str(name).casefold(), folded, most, cutoff)]
+
+
+def did_you_mean(
+    name: object, known: Iterable[str], otherwise: str | None = None, cutoff: float = 0.6
+) -> str:
+    """The mend for a name that is not known: "Did you mean sdpa?", else `otherwise` (default: all that are known)."""
+    known = list(known)
+    near = nearest(name, known, cutoff)
+    return (
+        f"Did you mean {near[0]}?"
+        if near
+        else f"Known: {', '.join(known)}."
+        if otherwise is None
+        else otherwise
+    )
