@@ -134,9 +134,9 @@ def one_rank(name: str, title: str | None) -> argparse.Namespace:
 @contextmanager
 def opened(chosen: Any, steps: int) -> Iterator[tuple[Any, list[Any]]]:
     """The trainer of a recipe on one core, and the steps of its first batches, made beforehand."""
-    from polymodal.runtime.device import apply_environment
+    from polymodal.runtime import environment
 
-    apply_environment(chosen.device)
+    environment.apply(chosen.device)
     import torch
 
     from polymodal.runtime.process_group import runtime

@@ -32,10 +32,10 @@ SKIPPED = 1  # step
 
 def ours(root: Path, data: Path, steps: int, precision: str, out: Path) -> dict:
     """The trainer as a user starts it. CPU seconds: of its process, and what its worker took to make these batches."""
-    from polymodal.runtime.device import apply_environment
+    from polymodal.runtime import environment
 
     recipe = ground.recipe(root, data, out, steps, precision)
-    apply_environment(recipe.device)  # as the command does before torch starts
+    environment.apply(recipe.device)  # as the command does before torch starts
     from polymodal.runtime.process_group import runtime
     from polymodal.train.trainer import Trainer
 

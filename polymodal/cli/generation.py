@@ -32,10 +32,10 @@ def encode(recipe: RecipeFile, overrides: Overrides = None, nproc: Processes = N
     The same command again makes only what is missing.
     """
     from polymodal import recipe as recipes
-    from polymodal.runtime import device
+    from polymodal.runtime import environment
 
     read = recipes.load(recipe, overrides or [])
-    device.apply_environment(read.device)
+    environment.apply(read.device)
 
     def here() -> int:
         from polymodal.train import encode as room

@@ -29,11 +29,11 @@ def train(
     """
     from polymodal import recipe as recipes
     from polymodal.convert import recognise
-    from polymodal.runtime import device, launcher, process_group
+    from polymodal.runtime import device, environment, launcher, process_group
 
     read = recipes.load(recipe, overrides or [])
     recognise.register()
-    device.apply_environment(read.device)
+    environment.apply(read.device)
     if launcher.CHILD not in os.environ:
         target = process_group.place(process_group.default_nproc(nproc, read.device.kind))
         if isinstance(target, process_group.Start) or target.rank == 0:

@@ -1,11 +1,10 @@
-"""The only file that names cuda or npu: backend, memory, streams, random state, peak FLOP/s, environment.
+"""The only file that names cuda or npu: backend, memory, streams, peak FLOP/s, kernels.
 
-Ground floor: imports torch (late, inside functions) and the recipe's Device section.
+Imports torch late, inside functions: `polymodal --help` and the launcher do without it.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from polymodal.runtime.cann import find_cann
 
 if TYPE_CHECKING:
     import torch
-
-    from polymodal import recipe
 
 
 @dataclass(frozen=True)
@@ -249,27 +246,6 @@ def set_threads(threads: int | None, local_world: int) -> int:
     return count
 
 
-def rng_state() -> dict[str, Any]:
-    """Random state of the CPU and the accelerator of this process."""
-    import torch
-
-    state = {"cpu": torch.get_rng_state()}
-    kind = _accelerator()
-    if kind is not None:
-        state[kind] = _module(kind).get_rng_state()
-    return state
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    import torch
-
-    for kind, value in state.items():
-        if kind == "cpu":
-            torch.set_rng_state(value)
-        elif kind == _accelerator():
-            _module(kind).set_rng_state(value)
-
-
 def packed_attention(kind: str, dtype: torch.dtype, head_dim: int) -> Any | None:
     """The device's own kernel for packed attention, or None (then dense attention is called by segment length).
 
@@ -326,137 +302,3 @@ def _npu_mask(on: torch.device) -> torch.Tensor:
     import torch
 
     return torch.ones(2048, 2048, dtype=torch.bool, device=on).triu(1)
-
-
-@dataclass(frozen=True)
-class Variable:
-    """One environment variable of the documented table."""
-
-    name: str
-    what: str
-    values: tuple[str, ...] = ()  # the only values there are
-    low: int | None = None  # or a whole number from low to high
-    high: int | None = None
-    default: str = ""  # what counts when it is not set
-    boolean: bool = False  # true/false, in the spelling the reader wants
-    prefix: tuple[str, ...] = ()  # or comma-separated options `name:value` with these names
-    lead: tuple[str, ...] = ()  # or one of these, then further options after a comma
-    by: str = "recipe"  # "start": read when processes are started, so the shell sets it
-
-    @property
-    def range(self) -> str:
-        if self.values or self.lead:
-            return " | ".join(self.values or self.lead)
-        if self.boolean:
-            return "true | false"
-        if self.low is not None:
-            return f"{self.low:,} to {self.high:,}" if self.high is not None else f"from {self.low}"
-        return ", ".join(f"{name}:..." for name in self.prefix[:2]) if self.prefix else "text"
-
-
-_SWITCH = ("0", "1")
-ENVIRONMENT: tuple[Variable, ...] = (
-    Variable("ASCEND_SLOG_PRINT_TO_STDOUT", "print the device log on the terminal", _SWITCH, default="0"),
-    Variable("ASCEND_GLOBAL_LOG_LEVEL", "device log: 0 debug, 1 info, 2 warning, 3 error, 4 none", ("0", "1", "2", "3", "4"), default="3"),
-    Variable("TASK_QUEUE_ENABLE", "operator dispatch queue: 0 off, 1 and 2 levels of overlap", ("0", "1", "2"), default="1"),
-    Variable("COMBINED_ENABLE", "join pairs of non-contiguous operators", _SWITCH, default="0"),
-    Variable("CPU_AFFINITY_CONF", "bind threads to cores: 0 off, 1 coarse, 2 fine (options may follow a comma)", lead=("0", "1", "2"), default="0"),
-    Variable("HCCL_CONNECT_TIMEOUT", "seconds to wait for the other devices' sockets", low=120, high=7200, default="120"),
-    Variable("HCCL_EXEC_TIMEOUT", "seconds one collective may wait for the others", low=68, high=17340, default="1800"),
-    Variable("HCCL_SOCKET_IFNAME", "network interface of HCCL, e.g. eth0"),
-    Variable("HCCL_BUFFSIZE", "MiB of buffer a communicator", low=1, default="200"),
-    Variable("HCCL_WHITELIST_DISABLE", "do not check the list of allowed peers", _SWITCH, default="1"),
-    Variable("PYTORCH_NPU_ALLOC_CONF", "allocator, e.g. expandable_segments:True", prefix=("expandable_segments", "max_split_size_mb", "garbage_collection_threshold", "base_addr_aligned_kb", "page_size")),
-    Variable("ACLNN_CACHE_LIMIT", "operators kept in the host's cache", low=1, high=10_000_000, default="10000"),
-    Variable("TOKENIZERS_PARALLELISM", "threads inside tokenizers", boolean=True, default="true"),
-    Variable("MULTI_STREAM_MEMORY_REUSE", "reuse memory across streams", ("0", "1", "2"), default="1"),
-    Variable("NPU_ASD_ENABLE", "watch for silent data errors: 0 off, 1 log, 2 alarm, 3 alarm and record", ("0", "1", "2", "3"), default="0"),
-    Variable("ASCEND_LAUNCH_BLOCKING", "run every operator synchronously (debugging)", _SWITCH, default="0"),
-    Variable("ASCEND_RT_VISIBLE_DEVICES", "devices this run may use, e.g. 0,1"),
-    Variable("CUDA_DEVICE_MAX_CONNECTIONS", "hardware queues: 1 orders Megatron's overlap, FSDP2 wants more than 1", low=1, high=32, default="8"),
-    Variable("CUDA_VISIBLE_DEVICES", "devices this run may use, e.g. 0,1"),
-    Variable("PYTORCH_CUDA_ALLOC_CONF", "allocator, e.g. expandable_segments:True", prefix=("expandable_segments", "max_split_size_mb", "garbage_collection_threshold", "backend", "roundup_power2_divisions", "pinned_use_background_threads")),
-    Variable("NCCL_DEBUG", "NCCL's log", ("VERSION", "WARN", "INFO", "TRACE")),
-    Variable("NCCL_SOCKET_IFNAME", "network interface of NCCL, e.g. eth0"),
-    Variable("NCCL_IB_DISABLE", "do not use InfiniBand", _SWITCH, default="0"),
-    Variable("NCCL_P2P_DISABLE", "do not copy between devices directly", _SWITCH, default="0"),
-    Variable("GLOO_SOCKET_IFNAME", "network interface of gloo, e.g. eth0"),
-    Variable("OMP_NUM_THREADS", "CPU threads of numeric libraries (device.threads sets torch's)", low=1, high=4096),
-    Variable("THP_MEM_ALLOC_ENABLE", "host tensors of 2 MiB and more in large pages, where the system allows it on request", _SWITCH, default="1"),
-    Variable("HF_HOME", "directory of downloaded checkpoints"),
-    Variable("HF_ENDPOINT", "mirror of the hub, an https address"),
-    Variable("HF_HUB_OFFLINE", "never ask the hub", _SWITCH, default="0"),
-    Variable("MASTER_ADDR", "address of the first node", by="start"),
-    Variable("MASTER_PORT", "port of the first node", low=1, high=65535, default="free, or 29500", by="start"),
-    Variable("NNODES", "nodes of the run", low=1, default="1", by="start"),
-    Variable("NODE_RANK", "number of this node, from 0", low=0, default="0", by="start"),
-    Variable("NPUS_PER_NODE", "processes to start on this node (as --nproc)", low=1, by="start"),
-)  # fmt: skip
-"""The documented environment variables with their ranges; `polymodal doctor --env` prints them."""
-
-OWN = {"THP_MEM_ALLOC_ENABLE": "1"}
-"""What is set when neither the recipe nor the shell says otherwise. Large pages: a training step on a CPU spends a fifth
-of its time on page faults without (logits, gradients and activations come and go in every micro-batch)."""
-
-
-def checked_variable(name: str, value: str | int | bool) -> str:
-    """The value as it goes into the environment. Raises PolymodalError for an unknown name or a value out of range."""
-    variable = next((v for v in ENVIRONMENT if v.name == name), None)
-    if variable is None:
-        near = difflib.get_close_matches(name.upper(), [v.name for v in ENVIRONMENT], 1, 0.6)
-        raise PolymodalError(
-            f"device.env: {name} is not a known environment variable.",
-            f"Did you mean {near[0]}?"
-            if near
-            else "`polymodal doctor --env` lists the known ones; set others in the shell.",
-        )
-    if variable.by == "start":
-        raise PolymodalError(
-            f"device.env: {name} is needed before the recipe is read.",
-            f"Set it in the shell: export {name}={value}",
-        )
-    if variable.boolean:
-        if str(value).lower() not in ("true", "false", "0", "1"):
-            raise PolymodalError(
-                f"device.env: {name} = {value!r} is neither true nor false.",
-                f"Set it to true or false: {variable.what}.",
-            )
-        return "true" if str(value).lower() in ("true", "1") else "false"
-    text = str(int(value)) if isinstance(value, bool) else str(value)
-    if (variable.values and text not in variable.values) or (
-        variable.lead and text.partition(",")[0].strip() not in variable.lead
-    ):
-        raise PolymodalError(
-            f"device.env: {name} = {text} is not one of {', '.join(variable.values or variable.lead)}.",
-            f"It means: {variable.what}.",
-        )
-    if variable.low is not None:
-        number = int(text) if text.lstrip("-").isdigit() else None
-        if number is None or number < variable.low or (variable.high is not None and number > variable.high):
-            raise PolymodalError(
-                f"device.env: {name} = {text} is outside its range, {variable.range}.",
-                f"It means: {variable.what}.",
-            )
-    if variable.prefix:
-        for option in text.split(","):
-            key = option.partition(":")[0].strip()
-            if key not in variable.prefix or ":" not in option:
-                near = difflib.get_close_matches(key, variable.prefix, 1, 0.5)
-                raise PolymodalError(
-                    f"device.env: {name}: the option `{option}` is not of the form name:value with a known name.",
-                    f"Did you mean {near[0]}:...?" if near else f"Known: {', '.join(variable.prefix)}.",
-                )
-    return text
-
-
-def apply_environment(section: recipe.Device, environ: Any = None) -> dict[str, str]:
-    """Check device.env and set it in `environ` (default os.environ), before torch starts. Returns what was set of it.
-
-    What is in OWN is set too where nobody has said otherwise. Raises PolymodalError naming the key; nothing is set then.
-    """
-    values = {name: checked_variable(name, value) for name, value in section.env.items()}
-    into = os.environ if environ is None else environ
-    into.update(values)
-    for name, value in OWN.items():
-        into.setdefault(name, value)
-    return values

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from polymodal.core.errors import PolymodalError
 from polymodal.recipe import Recipe
-from polymodal.runtime import device, host
+from polymodal.runtime import device, environment, host
 
 DEFAULT_PORT = 29500
 RENDEZVOUS_SECONDS = 900
@@ -413,7 +413,7 @@ def start(recipe: Recipe, *, rendezvous: float | None = None, here: Place | None
     rendezvous: seconds to wait for the others. here: this process's place (default: from the environment).
     Raises PolymodalError when the port is taken, the others do not come, or the device is not there.
     """
-    device.apply_environment(recipe.device)
+    environment.apply(recipe.device)
     found = here or place()
     if isinstance(found, Start) and found.nproc * found.nodes == 1:
         found = Place(0, 1, 0, 1, 0, 1)

@@ -1,7 +1,6 @@
 """The pre-flight list: is this machine fit to train, and if not, what mends it.
 
-Sees the ground floor; the device's own facts come from device.py. Each check answers with one row: ok, warn or fail,
-what was found, and the mend. Only failures make the exit code 1.
+Each check answers with rows: ok, warn or fail, what was found, and the mend. Only failures make the exit code 1.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +21,7 @@ from typing import Literal
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.text import format_bytes
-from polymodal.runtime import device, host
+from polymodal.runtime import device, environment, host
 
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -36,16 +36,21 @@ class Row:
     mend: str = ""
 
 
+def row(what: str, found: str, good: bool, mend: str, otherwise: Verdict = "warn") -> Row:
+    """ok without a mend when it is good, else `otherwise` with it."""
+    return Row(what, "ok", found) if good else Row(what, otherwise, found, mend)
+
+
+def free(space: host.Space) -> str:
+    return f"{format_bytes(space.free)} free of {format_bytes(space.total)}"
+
+
 def packages() -> Iterator[Row]:
     """The interpreter, and every dependency against the range that this release declares."""
     from packaging.requirements import Requirement
 
-    version = platform.python_version()
-    yield Row(
-        "python",
-        "ok" if sys.version_info >= (3, 10) else "fail",
-        version,
-        "" if sys.version_info >= (3, 10) else "Use Python 3.10 or newer.",
+    yield row(
+        "python", platform.python_version(), sys.version_info >= (3, 10), "Use Python 3.10 or newer.", "fail"
     )
     try:
         declared = importlib.metadata.requires("polymodal") or []
@@ -53,71 +58,35 @@ def packages() -> Iterator[Row]:
         yield Row("polymodal", "fail", "not installed", "Run `pip install -e .` in the repository.")
         return
     for text in declared:
-        requirement = Requirement(text)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        needed = Requirement(text)
+        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
             continue
-        wanted = str(requirement.specifier)
+        mend = f"Run `pip install '{needed.name}{needed.specifier}'`."
         try:
-            have = importlib.metadata.version(requirement.name)
+            have = importlib.metadata.version(needed.name)
         except importlib.metadata.PackageNotFoundError:
-            yield Row(
-                requirement.name,
-                "fail",
-                f"missing, {wanted or 'any'} is needed",
-                f"Run `pip install '{requirement.name}{wanted}'`.",
-            )
+            yield Row(needed.name, "fail", f"missing, {needed.specifier or 'any'} is needed", mend)
             continue
-        if requirement.specifier.contains(have, prereleases=True):
-            yield Row(requirement.name, "ok", have)
-        else:
-            yield Row(
-                requirement.name,
-                "fail",
-                f"{have}, {wanted} is needed",
-                f"Run `pip install '{requirement.name}{wanted}'`.",
-            )
+        good = needed.specifier.contains(have, prereleases=True)
+        yield row(needed.name, have if good else f"{have}, {needed.specifier} is needed", good, mend, "fail")
 
 
 def devices() -> Iterator[Row]:
     """Accelerators with their names and memory, and Ascend's software."""
     import torch
 
-    for name, verdict, found, mend in device.survey():
-        yield Row(name, verdict, found, mend)  # type: ignore[arg-type]
+    for found in device.survey():
+        yield Row(*found)  # type: ignore[arg-type]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Row("cpu", "ok", f"{cores} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
     memory = host.memory()
     if memory is not None:
-        low = memory.free < 4 * host.GIB
-        yield Row(
-            "memory",
-            "warn" if low else "ok",
-            f"{format_bytes(memory.free)} free of {format_bytes(memory.total)}",
-            "Less than 4 GiB: close other programs, or lower data.workers and data.memory_budget."
-            if low
-            else "",
-        )
-
-
-PROBE = """
-import sys, datetime
-import torch, torch.distributed as dist
-from polymodal.runtime import device
-rank, world, port, backend = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-store = dist.TCPStore("127.0.0.1", port, world, rank == 0, datetime.timedelta(seconds=90))
-where = device.find("cpu" if backend == "gloo" else "auto", rank).torch
-dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=90))
-value = torch.full((1024,), rank + 1.0, device=where)
-dist.all_reduce(value)
-assert value.eq(world * (world + 1) / 2).all(), value
-dist.destroy_process_group()
-"""
+        mend = "Less than 4 GiB: close other programs, or lower data.workers and data.memory_budget."
+        yield row("memory", free(memory), memory.free >= 4 * host.GIB, mend)
 
 
 def backend(name: str, processes: int, seconds: float = 120) -> Row:
     """A sum over `processes` real processes with one backend."""
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -127,20 +96,16 @@ def backend(name: str, processes: int, seconds: float = 120) -> Row:
     began = time.perf_counter()
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", PROBE, str(rank), str(processes), str(port), name],
-            env=environ,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+            [sys.executable, "-m", "polymodal.tools.backend_probe", str(rank), str(processes), str(port), name],
+            env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(processes)
-    ]
+    ]  # fmt: skip
     problems = []
     try:
         for process in started:
-            left = max(1.0, seconds - (time.perf_counter() - began))
             try:
-                _, said = process.communicate(timeout=left)
+                _, said = process.communicate(timeout=max(1.0, seconds - (time.perf_counter() - began)))
             except subprocess.TimeoutExpired:
                 problems.append(f"no answer within {seconds:.0f} s")
                 continue
@@ -152,17 +117,12 @@ def backend(name: str, processes: int, seconds: float = 120) -> Row:
             if process.poll() is None:
                 process.kill()
                 process.communicate()
-    title = f"all-reduce {name}"
-    if problems:
-        return Row(
-            title,
-            "fail",
-            problems[0],
-            "See the network interfaces (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, HCCL_SOCKET_IFNAME), the driver, and a firewall on the loopback.",
-        )
-    return Row(
-        title, "ok", f"{processes} processes agree, {time.perf_counter() - began:.1f} s with their start"
+    found = f"{processes} processes agree, {time.perf_counter() - began:.1f} s with their start"
+    mend = (
+        "See the network interfaces (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, HCCL_SOCKET_IFNAME), the driver, "
+        "and a firewall on the loopback."
     )
+    return row(f"all-reduce {name}", problems[0] if problems else found, not problems, mend, "fail")
 
 
 def backends() -> Iterator[Row]:
@@ -170,12 +130,8 @@ def backends() -> Iterator[Row]:
     import torch.distributed as dist
 
     if not dist.is_available():
-        yield Row(
-            "torch.distributed",
-            "fail",
-            "not in this build of torch",
-            "Install a build of torch with distributed support.",
-        )
+        mend = "Install a build of torch with distributed support."
+        yield Row("torch.distributed", "fail", "not in this build of torch", mend)
         return
     for name, processes in device.backends():
         yield backend(name, processes)
@@ -187,13 +143,8 @@ def shared_memory() -> Iterator[Row]:
     if space is None:
         yield Row("/dev/shm", "warn", "not on this system", "Data workers use slower copies.")
         return
-    low = space.free < host.GIB
-    yield Row(
-        "/dev/shm",
-        "warn" if low else "ok",
-        f"{format_bytes(space.free)} free of {format_bytes(space.total)}",
-        "Start the container with --ipc=host or --shm-size=16g, or set data.workers to 0." if low else "",
-    )
+    mend = "Start the container with --ipc=host or --shm-size=16g, or set data.workers to 0."
+    yield row("/dev/shm", free(space), space.free >= host.GIB, mend)
 
 
 def ports() -> Iterator[Row]:
@@ -201,20 +152,14 @@ def ports() -> Iterator[Row]:
     from polymodal.runtime.process_group import DEFAULT_PORT
 
     named = os.environ.get("MASTER_PORT", "")
+    mend = "Several nodes: end that process or set MASTER_PORT. One node: a free port is chosen by itself."
     for port, name in {
-        **{DEFAULT_PORT: "default"},
+        DEFAULT_PORT: "default",
         **({int(named): "MASTER_PORT"} if named.isdigit() else {}),
     }.items():
-        if host.port_free(port):
-            yield Row(f"port {port}", "ok", f"free ({name})")
-        else:
-            owner = host.port_owner(port) or "somebody"
-            yield Row(
-                f"port {port}",
-                "warn",
-                f"in use by {owner}",
-                "Several nodes: end that process or set MASTER_PORT. One node: a free port is chosen by itself.",
-            )
+        good = host.port_free(port)
+        found = f"free ({name})" if good else f"in use by {host.port_owner(port) or 'somebody'}"
+        yield row(f"port {port}", found, good, mend)
 
 
 def disks() -> Iterator[Row]:
@@ -228,130 +173,85 @@ def disks() -> Iterator[Row]:
         ("disk: temporary", tempfile.gettempdir(), 2),
     ):
         space = host.space(path)
-        writable = os.access(space.path, os.W_OK)
-        found = f"{format_bytes(space.free)} free of {format_bytes(space.total)} ({Path(path).expanduser()})"
-        if not writable:
-            yield Row(
-                title,
-                "fail" if title == "disk: temporary" else "warn",
-                f"not writable ({space.path})",
-                "Work in a directory that you may write, or set TMPDIR or HF_HOME.",
-            )
-        elif space.free < least * host.GIB:
-            yield Row(
-                title,
-                "warn",
-                found,
-                f"Less than {least} GiB: checkpoints may not fit; free some, or set checkpoint.dir, HF_HOME or TMPDIR to another disk.",
-            )
-        else:
-            yield Row(title, "ok", found)
+        if not os.access(space.path, os.W_OK):
+            mend = "Work in a directory that you may write, or set TMPDIR or HF_HOME."
+            verdict: Verdict = "fail" if title == "disk: temporary" else "warn"
+            yield Row(title, verdict, f"not writable ({space.path})", mend)
+            continue
+        mend = f"Less than {least} GiB: checkpoints may not fit; free some, or set checkpoint.dir, HF_HOME or TMPDIR to another disk."
+        yield row(title, f"{free(space)} ({Path(path).expanduser()})", space.free >= least * host.GIB, mend)
 
 
 def limits() -> Iterator[Row]:
-    """Open files (data workers keep many), and locked memory (network cards register theirs)."""
+    """Open files (data workers keep many) and processes."""
     files = host.open_files()
     if files is not None:
-        low = 0 < files[0] < 4096
-        yield Row(
+        good = not 0 < files[0] < 4096
+        yield row(
             "open files",
-            "warn" if low else "ok",
             f"limit {files[0]}, at most {files[1]}",
-            "Run `ulimit -n 65536` before starting." if low else "",
+            good,
+            "Run `ulimit -n 65536` before starting.",
         )
     processes = host.process_limit()
     if processes is not None:
-        low = processes < 1024
-        yield Row(
-            "processes",
-            "warn" if low else "ok",
-            f"limit {processes}",
-            "Run `ulimit -u 65536`, or raise the container's --pids-limit." if low else "",
-        )
+        mend = "Run `ulimit -u 65536`, or raise the container's --pids-limit."
+        yield row("processes", f"limit {processes}", processes >= 1024, mend)
 
 
 def clock() -> Iterator[Row]:
     """Nodes compare times of files and errors: a wrong clock misleads."""
     now = time.time()
-    with (
-        tempfile.NamedTemporaryFile(dir=".", prefix=".clock-")
-        if os.access(".", os.W_OK)
-        else tempfile.NamedTemporaryFile() as file
-    ):
+    with tempfile.NamedTemporaryFile(dir="." if os.access(".", os.W_OK) else None, prefix=".clock-") as file:
         skew = os.stat(file.name).st_mtime - now
-    synchronised = host.clock_synchronised()
     utc = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
     if abs(skew) > 2:
-        yield Row(
-            "clock",
-            "warn",
-            f"{utc}; the file server's is {skew:+.0f} s off",
-            "Let NTP or chrony set both clocks.",
-        )
+        found = f"{utc}; the file server's is {skew:+.0f} s off"
+        yield Row("clock", "warn", found, "Let NTP or chrony set both clocks.")
         return
+    synchronised = host.clock_synchronised()
     several = any(
-        (os.environ.get(name) or "1") != "1" for name in ("NNODES", "PET_NNODES", "SLURM_JOB_NUM_NODES")
+        os.environ.get(name, "1") not in ("", "1") for name in ("NNODES", "PET_NNODES", "SLURM_JOB_NUM_NODES")
     )
-    known = {True: "synchronised", False: "not kept by NTP", None: "cannot be asked"}[synchronised]
-    if several and not synchronised:
-        yield Row(
-            "clock", "warn", f"{utc}, {known}", "Start NTP or chrony, and compare `date -u` on all nodes."
-        )
-    else:
-        yield Row(
-            "clock",
-            "ok",
-            f"{utc}, {known}" + ("" if synchronised else "; with several nodes compare `date -u`"),
-        )
+    found = (
+        f"{utc}, " + {True: "synchronised", False: "not kept by NTP", None: "cannot be asked"}[synchronised]
+    )
+    if not several and not synchronised:
+        found += "; with several nodes compare `date -u`"
+    good = bool(synchronised) or not several
+    yield row("clock", found, good, "Start NTP or chrony, and compare `date -u` on all nodes.")
 
 
-def environment() -> Iterator[Row]:
+def variables() -> Iterator[Row]:
     """What is set of the documented variables, each against its range."""
-    for variable in device.ENVIRONMENT:
+    for variable in environment.VARIABLES.values():
         value = os.environ.get(variable.name)
         if value is None:
             continue
         try:
-            if variable.by == "recipe":
-                device.checked_variable(variable.name, value)
-            elif variable.low is not None and not (
-                value.isdigit() and variable.low <= int(value) <= (variable.high or int(value))
-            ):
-                raise PolymodalError(f"{value} is outside its range, {variable.range}.")
+            variable.check(value)
         except PolymodalError as error:
-            yield Row(
-                variable.name,
-                "warn",
-                f"{value}: {error.message.removeprefix('device.env: ')}",
-                error.hint or f"It means: {variable.what}.",
-            )
+            yield Row(variable.name, "warn", f"{value}: {error.message}", error.hint)
         else:
             yield Row(variable.name, "ok", value)
 
 
 CHECKS: dict[str, Callable[[], Iterator[Row]]] = {
     "Software": packages, "Devices": devices, "Communication": backends, "Shared memory": shared_memory, "Ports": ports,
-    "Disks": disks, "Limits": limits, "Clock": clock, "Environment": environment,
+    "Disks": disks, "Limits": limits, "Clock": clock, "Environment": variables,
 }  # fmt: skip
 
 
 def examine(names: list[str] | None = None) -> dict[str, list[Row]]:
     """All checks (or those of `names`) by group. A check that breaks is itself a failure, never an exception."""
-    found = {}
+    found: dict[str, list[Row]] = {}
     for name in names or CHECKS:
-        rows: list[Row] = []
+        rows = found[name] = []
         try:
             rows.extend(CHECKS[name]())
         except Exception as error:
-            rows.append(
-                Row(
-                    name.lower(),
-                    "fail",
-                    f"the check itself failed: {type(error).__name__}: {error}",
-                    "Please report this.",
-                )
-            )
-        found[name] = rows
+            why = f"the check itself failed: {type(error).__name__}: {error}"
+            rows.append(Row(name.lower(), "fail", why, "Please report this."))
     return found
 
 
@@ -360,15 +260,35 @@ def environment_lines() -> Iterator[str]:
     from rich.markup import escape
 
     yield "Environment variables for [bold]device.env[/bold] in the recipe; those marked * are set in the shell."
-    for variable in device.ENVIRONMENT:
+    for variable in environment.VARIABLES.values():
         now = os.environ.get(variable.name)
         facts = [
-            escape(variable.range),
+            escape(variable.allowed),
             f"default {variable.default}" if variable.default else "",
             f"[green]now {escape(now)}[/green]" if now else "",
         ]
-        yield f"[bold]{variable.name}[/bold]{'*' if variable.by == 'start' else ''}  {', '.join(fact for fact in facts if fact)}"
+        yield f"[bold]{variable.name}[/bold]{'*' * variable.shell}  {', '.join(fact for fact in facts if fact)}"
         yield f"    [dim]{escape(variable.what)}[/dim]"
+
+
+def show_environment(as_json: bool) -> int:
+    """`doctor --env`."""
+    from rich.console import Console
+
+    if as_json:
+        listed = [
+            {
+                "name": v.name, "what": v.what, "range": v.allowed, "default": v.default, "now": os.environ.get(v.name),
+                "set_in": "shell" if v.shell else "device.env",
+            }
+            for v in environment.VARIABLES.values()
+        ]  # fmt: skip
+        print(json.dumps(listed, indent=2))
+        return 0
+    console = Console()
+    for line in environment_lines():
+        console.print(line, highlight=False)
+    return 0
 
 
 def main(env: bool = False, as_json: bool = False) -> int:
@@ -377,50 +297,26 @@ def main(env: bool = False, as_json: bool = False) -> int:
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
     if env:
-        if as_json:
-            listed = [
-                {
-                    "name": v.name,
-                    "what": v.what,
-                    "range": v.range,
-                    "default": v.default,
-                    "now": os.environ.get(v.name),
-                    "set_in": "shell" if v.by == "start" else "device.env",
-                }
-                for v in device.ENVIRONMENT
-            ]
-            print(json.dumps(listed, indent=2))
-        else:
-            for line in environment_lines():
-                console.print(line, highlight=False)
-        return 0
+        return show_environment(as_json)
     found = examine()
     verdicts = [row.verdict for rows in found.values() for row in rows]
     failed = verdicts.count("fail")
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "ok": not failed,
-                    "checks": {name: [asdict(row) for row in rows] for name, rows in found.items()},
-                },
-                indent=2,
-            )
-        )
+        checks = {name: [asdict(row) for row in rows] for name, rows in found.items()}
+        print(json.dumps({"ok": not failed, "checks": checks}, indent=2))
         return 1 if failed else 0
     style = {"ok": "[green]ok[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[bold red]FAIL[/bold red]"}
     table = Table(box=None, padding=(0, 1), show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    for options in ({"no_wrap": True}, {"no_wrap": True}, {"overflow": "fold"}):
+        table.add_column(**options)  # type: ignore[arg-type]
     for name, rows in found.items():
         if rows:
             table.add_row(f"[bold]{name}[/bold]", "", "")
-        for row in rows:
-            mend = f"\n[dim]{escape(row.mend)}[/dim]" if row.mend else ""
-            table.add_row(f"  {escape(row.what)}", style[row.verdict], escape(row.found) + mend)
+        for each in rows:
+            mend = f"\n[dim]{escape(each.mend)}[/dim]" if each.mend else ""
+            table.add_row(f"  {escape(each.what)}", style[each.verdict], escape(each.found) + mend)
+    console = Console()
     console.print(table)
     console.print(f"{verdicts.count('ok')} ok, {verdicts.count('warn')} warnings, {failed} failures")
     return 1 if failed else 0

@@ -21,7 +21,7 @@ import yaml
 from polymodal.core.errors import PolymodalError
 from polymodal.distributed.mesh import ParallelSizes
 from polymodal.recipe import Recipe
-from polymodal.runtime import device
+from polymodal.runtime import device, environment
 from polymodal.runtime.process_group import DEFAULT_PORT
 
 WAYS = ("slurm", "kubernetes", "torchrun")
@@ -66,7 +66,7 @@ def checked(recipe: Recipe, wish: JobRequest) -> None:
     """Raises PolymodalError for what would fail on the cluster within the first second."""
     ParallelSizes.of(recipe.parallel, wish.nodes * wish.nproc)
     for name, value in recipe.device.env.items():
-        device.checked_variable(name, value)
+        environment.check(name, value)
     if wish.min_nodes is not None:
         if wish.min_nodes > wish.nodes:
             raise PolymodalError(
@@ -97,9 +97,9 @@ def train_words(wish: JobRequest) -> list[str]:
     return words
 
 
-def environment(recipe: Recipe) -> dict[str, str]:
+def device_env(recipe: Recipe) -> dict[str, str]:
     """device.env as it goes into the environment."""
-    return {name: device.checked_variable(name, value) for name, value in recipe.device.env.items()}
+    return {name: environment.check(name, value) for name, value in recipe.device.env.items()}
 
 
 def _opening(logs: Path, setup: str) -> list[str]:
@@ -141,7 +141,7 @@ def slurm(recipe: Recipe, wish: JobRequest) -> JobFile:
         'export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"',
         'export NNODES="${NNODES:-$SLURM_JOB_NUM_NODES}"',
     ]
-    lines += [f"export {key}={shlex.quote(value)}" for key, value in environment(recipe).items()]
+    lines += [f"export {key}={shlex.quote(value)}" for key, value in device_env(recipe).items()]
     stop = " --kill-on-bad-exit=1" if wish.min_nodes is None else " --no-kill --kill-on-bad-exit=0"
     command = shlex.join(train_words(wish))
     inside = f"{wish.setup} && " if container and wish.setup else ""  # what it names is in the image
@@ -190,7 +190,7 @@ def _container(recipe: Recipe, wish: JobRequest) -> dict[str, Any]:
         "name": "pytorch",
         "image": wish.image,
         "command": ["bash", "-c", f"{' && '.join([*begin, ''])}exec {command}"],
-        "env": [{"name": key, "value": value} for key, value in environment(recipe).items()],
+        "env": [{"name": key, "value": value} for key, value in device_env(recipe).items()],
         "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}},
         "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],
     }
@@ -297,7 +297,7 @@ def torchrun(recipe: Recipe, wish: JobRequest) -> JobFile:
         "# In a container: --ipc=host (or --shm-size=16g) and --network=host; no further privileges are needed.",
         *_opening(logs, wish.setup),
     ]
-    lines += [f"export {key}={shlex.quote(value)}" for key, value in environment(recipe).items()]
+    lines += [f"export {key}={shlex.quote(value)}" for key, value in device_env(recipe).items()]
     lines.append(
         "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a restart must not find the addresses of those who died"
     )

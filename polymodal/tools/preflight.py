@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from polymodal.core.errors import PolymodalError
 from polymodal.core.text import format_bytes
 from polymodal.recipe import Dataset, Recipe
-from polymodal.runtime import device, host
+from polymodal.runtime import environment, host
 
 if TYPE_CHECKING:
     from polymodal.train.layouts import DataFacts
@@ -80,7 +80,7 @@ def static(recipe: Recipe, world: int, problems: Problems) -> None:
 
     problems.run(ParallelSizes.of, recipe.parallel, world)
     for name, value in recipe.device.env.items():
-        problems.run(device.checked_variable, name, value)
+        problems.run(environment.check, name, value)
     if not recipe.data.datasets and recipe.data.features is None:
         problems.add(
             "The recipe has no data.datasets.", "Add at least one, e.g. data.datasets: [{path: train.json}]."

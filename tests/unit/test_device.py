@@ -9,7 +9,7 @@ import pytest
 from polymodal import recipe
 from polymodal.core.errors import PolymodalError
 from polymodal.runtime import cann as cann_room
-from polymodal.runtime import device
+from polymodal.runtime import device, environment
 
 
 @pytest.mark.parametrize(
@@ -33,15 +33,15 @@ from polymodal.runtime import device
 )  # fmt: skip
 def test_documented_values_are_set(name, value, written):
     environ: dict[str, str] = {}
-    assert device.apply_environment(recipe.Device(env={name: value}), environ) == {name: written}
-    assert environ == {**device.OWN, name: written}
+    assert environment.apply(recipe.Device(env={name: value}), environ) == {name: written}
+    assert environ == {**environment.OWN, name: written}
 
 
 def test_what_the_shell_says_stays_where_the_recipe_is_silent():
     environ = {"THP_MEM_ALLOC_ENABLE": "0"}
-    device.apply_environment(recipe.Device(), environ)
+    environment.apply(recipe.Device(), environ)
     assert environ == {"THP_MEM_ALLOC_ENABLE": "0"}
-    device.apply_environment(recipe.Device(env={"THP_MEM_ALLOC_ENABLE": True}), environ)
+    environment.apply(recipe.Device(env={"THP_MEM_ALLOC_ENABLE": True}), environ)
     assert environ == {"THP_MEM_ALLOC_ENABLE": "1"}
 
 
@@ -69,7 +69,7 @@ def test_what_the_shell_says_stays_where_the_recipe_is_silent():
 def test_bad_values_are_refused_and_nothing_is_set(name, value, message):
     environ: dict[str, str] = {}
     with pytest.raises(PolymodalError) as caught:
-        device.apply_environment(recipe.Device(env={"TOKENIZERS_PARALLELISM": True, name: value}), environ)
+        environment.apply(recipe.Device(env={"TOKENIZERS_PARALLELISM": True, name: value}), environ)
     assert message in str(caught.value)
     assert environ == {}
 
@@ -96,15 +96,15 @@ def test_every_documented_variable_is_in_the_table():
         "NNODES",
         "NODE_RANK",
     ]
-    names = [variable.name for variable in device.ENVIRONMENT]
+    names = [variable.name for variable in environment.VARIABLES.values()]
     assert set(documented) <= set(names) and len(set(names)) == len(names)
-    assert all(variable.what and variable.range for variable in device.ENVIRONMENT)
+    assert all(variable.what and variable.allowed for variable in environment.VARIABLES.values())
 
 
 def test_defaults_of_the_table_are_in_their_own_range():
-    for variable in device.ENVIRONMENT:
-        if variable.default and variable.by == "recipe":
-            assert device.checked_variable(variable.name, variable.default) == variable.default
+    for variable in environment.VARIABLES.values():
+        if variable.default and not variable.shell:
+            assert environment.check(variable.name, variable.default) == variable.default
 
 
 def install(root, part: str, version: str = "8.2.RC1"):
@@ -166,15 +166,6 @@ def test_memory_and_threads():
         assert device.set_threads(2, 1) == 2
     finally:
         torch.set_num_threads(before)
-
-
-def test_random_state_comes_back():
-    import torch
-
-    state = device.rng_state()
-    first = torch.rand(4)
-    device.set_rng_state(state)
-    assert torch.equal(first, torch.rand(4))
 
 
 def test_environment_reaches_a_started_run(monkeypatch):

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from polymodal.runtime import cann as cann_room
-from polymodal.runtime import device, host
+from polymodal.runtime import environment, host
 from polymodal.tools import doctor
 
 
@@ -76,7 +76,7 @@ def test_full_disks(monkeypatch, tmp_path):
 
 
 def test_environment_is_held_against_the_table(monkeypatch):
-    for variable in device.ENVIRONMENT:
+    for variable in environment.VARIABLES.values():
         monkeypatch.delenv(variable.name, raising=False)
     monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "60")
     monkeypatch.setenv("TASK_QUEUE_ENABLE", "2")
