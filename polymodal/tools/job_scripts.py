@@ -1,32 +1,43 @@
 """Writes what starts a run on a cluster: an sbatch script, a Kubernetes manifest, or torchrun's line for each host.
 
-Sees the ground floor and the recipe. Nothing here joins a world: `launch` reads what these leave in the environment,
-`spawn` starts a node's processes and starts them again. What is written is complete and meant to be read and kept.
+The scripts are templates in jobs/, to be read and checked there. Nothing here joins a world: process_group.py reads what
+these leave in the environment, launcher.py starts a node's processes and starts them again.
 """
 
 from __future__ import annotations
 
-import os
+import json
 import re
 import shlex
 import shutil
 import subprocess
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import yaml
+import jinja2
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.files import replace_file
+from polymodal.core.text import did_you_mean
 from polymodal.distributed.mesh import ParallelSizes
 from polymodal.recipe import Recipe
 from polymodal.runtime import device, environment
 from polymodal.runtime.process_group import DEFAULT_PORT
 
-WAYS = ("slurm", "kubernetes", "torchrun")
 GRACE_SECONDS = 300
 """Between the warning that time is up and the end: enough to finish a step and to write a checkpoint."""
+
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "jobs"), undefined=jinja2.StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+)  # fmt: skip
+TEMPLATES.filters |= {
+    "q": shlex.quote,
+    "y": lambda value: json.dumps(value, ensure_ascii=False),  # JSON is YAML
+    "block": lambda text, width: textwrap.indent(text.strip("\n"), " " * width).lstrip(),
+}
 
 
 @dataclass(frozen=True)
@@ -97,27 +108,20 @@ def train_words(wish: JobRequest) -> list[str]:
     return words
 
 
-def device_env(recipe: Recipe) -> dict[str, str]:
-    """device.env as it goes into the environment."""
-    return {name: environment.check(name, value) for name, value in recipe.device.env.items()}
-
-
-def _opening(logs: Path, setup: str) -> list[str]:
-    """A script's first lines. The scripts that a setup sources (conda's, CANN's) read variables that nobody set."""
-    return ["set -eo pipefail", *([setup] if setup else []), "set -u", f"mkdir -p {shlex.quote(str(logs))}"]
-
-
-# ---- SLURM --------------------------------------------------------------------------------------------------------
+def _filled(template: str, recipe: Recipe, wish: JobRequest, **more: object) -> str:
+    values = {
+        "job": wish, "name": name_of(recipe), "grace": GRACE_SECONDS, "logs": str(recipe.run_dir / "logs"),
+        "env": {name: environment.check(name, value) for name, value in recipe.device.env.items()}, **more,
+    }  # fmt: skip
+    return TEMPLATES.get_template(template).render(values)
 
 
 def slurm(recipe: Recipe, wish: JobRequest) -> JobFile:
-    """An sbatch script: one task a node, which starts the node's processes and starts them again."""
+    """An sbatch script. Options of the user replace and extend those that are set here."""
     name = name_of(recipe)
-    logs = recipe.run_dir / "logs"
     directives = {
         "job-name": name, "nodes": str(wish.nodes), "ntasks-per-node": "1", "exclusive": "",
-        "output": "%x-%j.log", "open-mode": "append",
-        "requeue": "", "signal": f"TERM@{GRACE_SECONDS}",
+        "output": "%x-%j.log", "open-mode": "append", "requeue": "", "signal": f"TERM@{GRACE_SECONDS}",
     }  # fmt: skip
     if wish.min_nodes is not None:
         directives["no-kill"] = ""  # else SLURM ends the whole job with its first lost node
@@ -126,153 +130,31 @@ def slurm(recipe: Recipe, wish: JobRequest) -> JobFile:
     for option in wish.options:
         key, _, value = option.lstrip("-").partition("=")
         directives[key] = value
-    container = ""
-    if wish.image:
-        container = f' --container-image={shlex.quote(wish.image)} --container-mounts="$PWD:$PWD" --container-workdir="$PWD"'
-    lines = ["#!/bin/bash"]
-    lines += [
-        f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in directives.items()
-    ]
-    lines += [
-        "# Submit with `sbatch` from the directory that the recipe's paths start from. Submitted or requeued again, it goes on",
-        f"# from the newest checkpoint. {GRACE_SECONDS} s before the time limit every process gets SIGTERM, saves and ends.",
-        *_opening(logs, "" if container else wish.setup),
-        'export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"',
-        'export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"',
-        'export NNODES="${NNODES:-$SLURM_JOB_NUM_NODES}"',
-    ]
-    lines += [f"export {key}={shlex.quote(value)}" for key, value in device_env(recipe).items()]
-    stop = " --kill-on-bad-exit=1" if wish.min_nodes is None else " --no-kill --kill-on-bad-exit=0"
-    command = shlex.join(train_words(wish))
-    inside = f"{wish.setup} && " if container and wish.setup else ""  # what it names is in the image
-    inner = f'export NODE_RANK="${{NODE_RANK:-$SLURM_NODEID}}"; {inside}exec {command}'
-    lines += [  # one task starts the processes of a whole node: it must not be bound to one core
-        f"srun --cpu-bind=none{stop}{container} --label --output={shlex.quote(f'{logs}/%j-node%n.log')} \\",
-        f"  bash -c {shlex.quote(inner)}",
-        "",
-    ]
-    notes = [f"logs: {name}-JOB.log here, and of each node {logs}/JOB-nodeN.log"]
+    text = _filled(
+        "slurm.sbatch.j2", recipe, wish, directives=directives, train=shlex.join(train_words(wish))
+    )
+    notes = [f"logs: {name}-JOB.log here, and of each node {recipe.run_dir / 'logs'}/JOB-nodeN.log"]
     if wish.image:
         notes.append(
             "the container options of srun are pyxis'; give the image the host's shared memory (pyxis does)"
         )
-    return JobFile("\n".join(lines), ".sbatch", ("sbatch",), tuple(notes))
-
-
-# ---- Kubernetes ---------------------------------------------------------------------------------------------------
+    return JobFile(text, ".sbatch", ("sbatch",), tuple(notes))
 
 
 def kubernetes(recipe: Recipe, wish: JobRequest) -> JobFile:
-    """A PyTorchJob (training operator v1) or a TrainJob (trainer from 2.2 on), one pod a node."""
+    """A PyTorchJob or a TrainJob, one pod a node."""
     if not wish.image:
         raise PolymodalError("A Kubernetes job needs a container image.", "Add --image REGISTRY/IMAGE:TAG.")
     if wish.kind not in ("pytorchjob", "trainjob"):
         raise PolymodalError(f"--kind {wish.kind} is not known.", "Use pytorchjob or trainjob.")
-    made = _pytorchjob(recipe, wish) if wish.kind == "pytorchjob" else _trainjob(recipe, wish)
-    head = (
-        "# Submit with `kubectl apply -f`. A pod that fails is started again and goes on from the newest checkpoint,\n"
-        "# so checkpoint.dir must lie on a volume that all pods share. /dev/shm holds batches on their way to the\n"
-        "# training processes: the default of 64 MiB is too small. IPC_LOCK lets RDMA pin memory; no pod is privileged.\n"
-    )
+    begin = (["cd /data"] if wish.claim else []) + ([wish.setup] if wish.setup else [])
+    command = ["bash", "-c", " && ".join([*begin, f"exec {shlex.join(train_words(wish))}"])]
+    resource = device.kubernetes_resource(recipe.device.kind)
+    text = _filled(f"{wish.kind}.yaml.j2", recipe, wish, command=command, resource=resource)
     notes = ["logs: kubectl logs -f POD"]
     if not wish.claim:
         notes.append("no --claim: the run directory is lost with its pod")
-    return JobFile(
-        head + yaml.safe_dump(made, sort_keys=False), ".job.yaml", ("kubectl", "apply", "-f"), tuple(notes)
-    )
-
-
-def _container(recipe: Recipe, wish: JobRequest) -> dict[str, Any]:
-    command = shlex.join(train_words(wish))
-    resource = device.kubernetes_resource(recipe.device.kind)
-    begin = (["cd /data"] if wish.claim else []) + ([wish.setup] if wish.setup else [])
-    container: dict[str, Any] = {
-        "name": "pytorch",
-        "image": wish.image,
-        "command": ["bash", "-c", f"{' && '.join([*begin, ''])}exec {command}"],
-        "env": [{"name": key, "value": value} for key, value in device_env(recipe).items()],
-        "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}},
-        "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],
-    }
-    if resource:
-        container["resources"] = {"limits": {resource: wish.nproc}}
-    if wish.claim:
-        container["volumeMounts"].append({"name": "data", "mountPath": "/data"})
-    return container
-
-
-def _volumes(wish: JobRequest) -> list[dict[str, Any]]:
-    volumes: list[dict[str, Any]] = [
-        {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": wish.shared_memory}}
-    ]
-    if wish.claim:
-        volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": wish.claim}})
-    return volumes
-
-
-def _pytorchjob(recipe: Recipe, wish: JobRequest) -> dict[str, Any]:
-    def replica(count: int) -> dict[str, Any]:
-        pod = {
-            "containers": [_container(recipe, wish)],
-            "volumes": _volumes(wish),
-            "terminationGracePeriodSeconds": GRACE_SECONDS,
-        }
-        return {"replicas": count, "restartPolicy": "OnFailure", "template": {"spec": pod}}
-
-    replicas = {"Master": replica(1)}
-    if wish.nodes > 1:
-        replicas["Worker"] = replica(wish.nodes - 1)
-    return {
-        "apiVersion": "kubeflow.org/v1",
-        "kind": "PyTorchJob",
-        "metadata": {"name": name_of(recipe), "namespace": wish.namespace},
-        "spec": {
-            "nprocPerNode": str(wish.nproc),
-            "runPolicy": {"cleanPodPolicy": "None", "backoffLimit": wish.restarts},
-            "pytorchReplicaSpecs": replicas,
-        },
-    }
-
-
-def _trainjob(recipe: Recipe, wish: JobRequest) -> dict[str, Any]:
-    container = _container(recipe, wish)
-    trainer: dict[str, Any] = {
-        "image": container["image"],
-        "command": container["command"],
-        "numNodes": wish.nodes,
-        "numProcPerNode": wish.nproc,
-        "env": container["env"],
-    }
-    if "resources" in container:
-        trainer["resourcesPerNode"] = container["resources"]
-    node = {
-        "name": "node",
-        "securityContext": container["securityContext"],
-        "volumeMounts": container["volumeMounts"],
-    }
-    pod = {
-        "containers": [node],
-        "volumes": _volumes(wish),
-        "terminationGracePeriodSeconds": GRACE_SECONDS,
-    }
-    job = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}
-    patch = {
-        "manager": "polymodal/launch",
-        "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [job]}}},
-    }
-    return {
-        "apiVersion": "trainer.kubeflow.org/v1alpha1",
-        "kind": "TrainJob",
-        "metadata": {"name": name_of(recipe), "namespace": wish.namespace},
-        "spec": {
-            "runtimeRef": {"name": "torch-distributed"},
-            "trainer": trainer,
-            "runtimePatches": [patch],
-        },
-    }
-
-
-# ---- torchrun -----------------------------------------------------------------------------------------------------
+    return JobFile(text, ".job.yaml", ("kubectl", "apply", "-f"), tuple(notes))
 
 
 def torchrun(recipe: Recipe, wish: JobRequest) -> JobFile:
@@ -281,38 +163,12 @@ def torchrun(recipe: Recipe, wish: JobRequest) -> JobFile:
         raise PolymodalError(
             f"--hosts names {len(wish.hosts)} hosts for --nodes {wish.nodes}.", "Name every host once."
         )
-    logs = recipe.run_dir / "logs"
-    first = wish.hosts[0] if wish.hosts else "FIRST-HOST"
-    at_least = "" if wish.min_nodes is None else f"{wish.min_nodes}:"
-    lines = [
-        "#!/bin/bash",
-        "# Run this on every host, from the directory that the recipe's paths start from:",
-    ]
-    lines += [
-        f"#   {host}: NODE_RANK={rank} bash THIS-FILE"
-        for rank, host in enumerate(wish.hosts or [f"host {rank}" for rank in range(wish.nodes)])
-    ]
-    lines += [
-        "# A process that dies is started again, with all others, from the newest checkpoint. Host 0 keeps the meeting place.",
-        "# In a container: --ipc=host (or --shm-size=16g) and --network=host; no further privileges are needed.",
-        *_opening(logs, wish.setup),
-    ]
-    lines += [f"export {key}={shlex.quote(value)}" for key, value in device_env(recipe).items()]
-    lines.append(
-        "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a restart must not find the addresses of those who died"
-    )
-    train = shlex.join(["polymodal", "train", wish.recipe, *wish.overrides])
-    lines += [
-        f'MASTER_ADDR="${{MASTER_ADDR:-{first}}}"; MASTER_PORT="${{MASTER_PORT:-{DEFAULT_PORT}}}"',
-        f'NNODES="${{NNODES:-{wish.nodes}}}"; NODE_RANK="${{NODE_RANK:?say which host this is, from 0}}"',
-        'HOST=false; [ "$NODE_RANK" = 0 ] && HOST=true',
-        f'exec torchrun --nnodes "{at_least}$NNODES" --nproc-per-node {wish.nproc} --max-restarts {wish.restarts} \\',
-        '  --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-conf "is_host=$HOST" \\',
-        f"  --rdzv-id {name_of(recipe)} --log-dir {shlex.quote(str(logs))} --redirects 3 --tee 3 \\",
-        f"  -m {train}",
-        "",
-    ]
-    return JobFile("\n".join(lines), ".sh", (), (f"logs: {logs}",))
+    text = _filled(
+        "torchrun.sh.j2", recipe, wish, hosts=wish.hosts or [f"host {rank}" for rank in range(wish.nodes)],
+        first=wish.hosts[0] if wish.hosts else "FIRST-HOST", port=DEFAULT_PORT,
+        alone=shlex.join(["polymodal", "train", wish.recipe, *wish.overrides]),
+    )  # fmt: skip
+    return JobFile(text, ".sh", (), (f"logs: {recipe.run_dir / 'logs'}",))
 
 
 MAKERS: dict[str, Callable[[Recipe, JobRequest], JobFile]] = {
@@ -325,7 +181,7 @@ MAKERS: dict[str, Callable[[Recipe, JobRequest], JobFile]] = {
 def main(way: str, recipe: Recipe, wish: JobRequest, out: Path | None = None, submit: bool = False) -> int:
     """The command: writes the file (`-` prints it), submits it on request."""
     if way not in MAKERS:
-        raise PolymodalError(f"launch {way} is not known.", f"Use {', '.join(WAYS[:-1])} or {WAYS[-1]}.")
+        raise PolymodalError(f"launch {way} is not known.", did_you_mean(way, MAKERS))
     checked(recipe, wish)
     written = MAKERS[way](recipe, wish)
     if str(out) == "-":
@@ -336,11 +192,9 @@ def main(way: str, recipe: Recipe, wish: JobRequest, out: Path | None = None, su
     path = out or Path(f"{name_of(recipe)}{written.suffix}")
     if path.exists() and Path(wish.recipe).exists() and path.samefile(wish.recipe):
         raise PolymodalError(f"{path} is the recipe.", "Choose another file with -o.")
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(written.text)
-        os.replace(partial, path)
+        replace_file(path, written.text)
     except OSError as error:
         raise PolymodalError(
             f"{path} cannot be written: {error.strerror}.", "Choose another file with -o."

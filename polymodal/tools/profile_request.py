@@ -1,6 +1,6 @@
 """Talks to a run that is training in other processes, through files in its directory.
 
-Ground floor: standard library and errors only. The trainer polls for what is written here (train/monitor.py).
+The trainer polls for what is written here (train/monitor.py).
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.files import replace_file
+from polymodal.train.monitor import Profiler
 
-REQUEST = "profile.request"
 QUIET = 600
 """Seconds without a new line of metrics after which a run is thought to have ended."""
 
@@ -42,12 +43,9 @@ def request_profile(
             f"{run} is not the directory of a run: it has no recipe.yaml.",
             "Give the directory that train writes to (checkpoint.dir of its recipe, runs/<name> by default).",
         )
-    temporary = run / f".{REQUEST}.{os.getpid()}"
+    asked = {"steps": steps, "ranks": chosen, "stacks": stacks, "memory": memory}
     try:
-        temporary.write_text(
-            json.dumps({"steps": steps, "ranks": chosen, "stacks": stacks, "memory": memory})
-        )
-        os.replace(temporary, run / REQUEST)
+        replace_file(run / Profiler.REQUEST, json.dumps(asked))
     except OSError as error:
         raise PolymodalError(
             f"{run} cannot be written: {error.strerror}.", "Run this as the user who trains."

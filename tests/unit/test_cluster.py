@@ -234,7 +234,7 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, way, wish, sections, s
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("way", job_scripts.WAYS)
+@pytest.mark.parametrize("way", list(job_scripts.MAKERS))
 def test_the_recipe_is_never_written_over(tmp_path, monkeypatch, way):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("the recipe")
