@@ -114,7 +114,9 @@ def _data(console: Console, title: str, recipe: Recipe, facts: DataFacts) -> Non
             f"{format_count(facts.tokens)}, {format_count(facts.trained)} trained on ({facts.trained / max(1, facts.tokens):.0%}); longest row {facts.longest:,}",
         )
     )
-    rows += [(stream, f"{format_count(total)} patches or frames") for stream, total in facts.media.items() if total]
+    rows += [
+        (stream, f"{format_count(total)} patches or frames") for stream, total in facts.media.items() if total
+    ]
     rows += [(f"  {shape}", f"{n:,}") for shape, n in facts.buckets]
     if facts.buckets:
         rows.append(
