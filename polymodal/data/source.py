@@ -6,7 +6,6 @@ Part of the data room: sees errors, recipe, data/files.py and data/formats.py. I
 
 from __future__ import annotations
 
-import difflib
 import glob
 import hashlib
 import json
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Record
+from polymodal.core.text import nearest
 from polymodal.core.user_code import load_object
 from polymodal.data.captions import Captioned, Folder, listing
 from polymodal.data.files import OPENERS, Rows, open_rows
@@ -120,7 +120,7 @@ def expand(path: str, key: str = "data.datasets.path") -> list[str]:
             f"{key} = {path}: the directory {folder} does not exist.",
             f"Paths start from the working directory, {os.getcwd()}.",
         )
-    near = difflib.get_close_matches(os.path.basename(text), os.listdir(folder), 1, 0.6)
+    near = nearest(os.path.basename(text), os.listdir(folder))
     raise PolymodalError(
         f"{key} = {path}: the file does not exist.",
         f"Did you mean {os.path.join(folder, near[0])}?" if near else "Check the path.",

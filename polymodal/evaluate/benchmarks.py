@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import difflib
 import hashlib
 import io
 import json
@@ -21,6 +20,7 @@ from typing import Any
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Message
+from polymodal.core.text import nearest
 from polymodal.data.files import Delimited, open_rows
 from polymodal.data.formats import RowReader
 from polymodal.evaluate.metrics import as_list
@@ -133,9 +133,7 @@ def read(
     path = os.fspath(rows)
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or "."
-        near = difflib.get_close_matches(
-            os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else [], 1, 0.6
-        )
+        near = nearest(os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else [])
         raise PolymodalError(
             f"The file of questions {path} does not exist.",
             f"Did you mean {os.path.join(folder, near[0])}?" if near else "Give it with --data.",

@@ -6,7 +6,6 @@ generator. Figures depend on the model that measures: they compare runs that wer
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import did_you_mean
 from polymodal.data import media
 from polymodal.data.files import IMAGE, VIDEO
 
@@ -188,10 +188,9 @@ class Measures:
         same = {c.casefold(): c for c in self.classes}
         found = same.get(label.strip().casefold())
         if found is None:
-            near = difflib.get_close_matches(label.casefold(), same, 1)
             raise PolymodalError(
                 f"{where}: `label` = {label} is no class of the classifier.",
-                f"Did you mean {same[near[0]]}?" if near else f"It knows {', '.join(self.classes[:8])}, ...",
+                did_you_mean(label, self.classes, f"It knows {', '.join(self.classes[:8])}, ..."),
             )
         return found
 

@@ -6,7 +6,6 @@ source is said here, before anything is built.
 
 from __future__ import annotations
 
-import difflib
 import errno
 import functools
 import importlib
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import nearest as nearest_names
 from polymodal.models.card import ModelCard
 from polymodal.models.family import Family
 from polymodal.recipe import Model
@@ -70,9 +70,7 @@ def named(text: str) -> tuple[ModelCard, str | None] | None:
 
 def nearest(text: str, count: int = 3) -> list[str]:
     """Names of cards and sizes that look like the text."""
-    close = difflib.get_close_matches(
-        _plain(text).rpartition("/")[2], [n for n in _names() if "/" not in n], count, 0.5
-    )
+    close = nearest_names(_plain(text).rpartition("/")[2], [n for n in _names() if "/" not in n], 0.5, count)
     return list(
         dict.fromkeys(
             card.name if key is None else f"{card.name}-{key}"
@@ -96,9 +94,7 @@ def find(source: str | os.PathLike, revision: str | None = None) -> ModelCard:
     for card in cards().values():
         if set(wanted) & set(card.architectures) and _claims(card, directory):
             return card
-    near = difflib.get_close_matches(
-        wanted[0] if wanted else "", [a for c in cards().values() for a in c.architectures], 1, 0.6
-    )
+    near = nearest_names(wanted[0] if wanted else "", [a for c in cards().values() for a in c.architectures])
     closest = next((card.name for card in cards().values() if near and near[0] in card.architectures), None)
     raise PolymodalError(
         f"{directory / 'config.json'}: the architecture {' / '.join(wanted) or '(none named)'} has no card.",
@@ -436,7 +432,7 @@ def _mean(key: str, known: Mapping[str, Any]) -> str:
     near = [name for name in known if name.rpartition(".")[2] == leaf]
     if not near:
         leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
-        near = [leaves[name] for name in difflib.get_close_matches(leaf, list(leaves), 1, 0.7)]
+        near = [leaves[name] for name in nearest_names(leaf, leaves, 0.7)]
     if not near:
         return "See the checkpoint's config.json for its keys."
     return f"Did you mean {' or '.join(f'`{name}`' for name in near[:2])}?"

@@ -6,7 +6,6 @@ laid out; from then on they are parameters like others, named `<layer>.lora_A.de
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import nearest
 from polymodal.models import library, stacked, weights
 from polymodal.models.card import ModelCard
 from polymodal.models.initial import InitOp, replay_init
@@ -146,7 +146,7 @@ def _no_layer(
                 f"Name linear layers: {', '.join(sorted({n.rpartition('.')[2] for n in linear}))}.",
             )
     endings = sorted({n.rpartition(".")[2] for n in linear})
-    near = difflib.get_close_matches(leaf, endings, 1, 0.5)
+    near = nearest(leaf, endings, 0.5)
     return PolymodalError(
         f"{what} fits no linear layer of {', '.join(towers_of(lora, card))} in {card.name}.",
         (f"Did you mean {near[0]}? " if near else "") + f"There are: {', '.join(endings)}.",

@@ -6,7 +6,6 @@ directory appears under its name when everything in it is written. Called throug
 
 from __future__ import annotations
 
-import difflib
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import nearest
 from polymodal.models import library
 from polymodal.models.family import Family
 from polymodal.models.library import Layout, plain
@@ -226,7 +226,7 @@ def _write(
         if name not in names_of:
             raise PolymodalError(
                 f"The state has {name}, which {library.class_of(model).__name__} does not.",
-                f"Nearest: {', '.join(difflib.get_close_matches(name, list(names_of), 2, 0.6)) or 'none'}.",
+                f"Nearest: {', '.join(nearest(name, names_of, most=2)) or 'none'}.",
             )
         for alias in [n for n in names_of[name] if n not in seen]:
             seen.add(alias)

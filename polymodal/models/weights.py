@@ -6,7 +6,6 @@ initial values comes from library.py, what lies on disk from storage.py, the ari
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import nearest
 from polymodal.models import library
 from polymodal.models.card import PrunedModule
 from polymodal.models.family import Family
@@ -199,7 +199,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _nearest(name: str, have: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, have, 2, 0.6)
+    near = nearest(name, have, most=2)
     return (
         f"Nearest to {name}: {', '.join(near)}."
         if near

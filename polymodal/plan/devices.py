@@ -5,10 +5,10 @@ This room may touch `device` only, whose table of peaks is the one that a run's 
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import did_you_mean
 from polymodal.runtime import device
 
 GIB = 2**30
@@ -67,10 +67,8 @@ def named(name: str) -> Accelerator:
     """A row of the table. Raises PolymodalError with the nearest name."""
     found = DEVICES.get(name.lower())
     if found is None:
-        near = difflib.get_close_matches(name.lower(), DEVICES, 1)
         raise PolymodalError(
-            f"--device {name} is not in the table of accelerators.",
-            f"Did you mean {near[0]}?" if near else f"Known: {', '.join(DEVICES)}.",
+            f"--device {name} is not in the table of accelerators.", did_you_mean(name, DEVICES)
         )
     return found
 

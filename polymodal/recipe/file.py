@@ -5,7 +5,6 @@ Ground floor: pydantic and yaml only, never torch. Knows nothing of the keys; `r
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import did_you_mean, nearest
 
 Places = dict[str, tuple[str, int]]
 """Dotted key -> (file, line); line 0 for overrides."""
@@ -280,8 +280,7 @@ def _message(item: Mapping[str, Any], section: type[BaseModel] | None) -> tuple[
     kind, context, value = item["type"], item.get("ctx", {}), item.get("input")
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", context["expected"])
-        near = difflib.get_close_matches(str(value), allowed, 1, 0.5)
-        return f"is not one of {', '.join(allowed)}", f"Did you mean {near[0]}?" if near else ""
+        return f"is not one of {', '.join(allowed)}", did_you_mean(value, allowed, "", 0.5)
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         known = list(section.model_fields) if section is not None else []
         mend = (
@@ -321,12 +320,12 @@ def _unknown(root: type[BaseModel], location: tuple) -> str:
     section = _section_at(root, parents)
     known = list(section.model_fields) if section is not None else []
     every = keys(root)
-    if near := difflib.get_close_matches(name, known, 1, 0.6):
+    if near := nearest(name, known):
         return f"Did you mean `{'.'.join([*map(str, parents), near[0]])}`?"
     if elsewhere := [key for key in every if key.rpartition(".")[2] == name]:
         return f"Did you mean `{elsewhere[0]}`?"
     last = {key.rpartition(".")[2]: key for key in reversed(every)}
-    if near := difflib.get_close_matches(name, list(last), 1, 0.75):
+    if near := nearest(name, last, 0.75):
         return f"Did you mean `{last[near[0]]}`?"
     return f"Known keys here: {', '.join(known) or 'none'}."
 

@@ -6,7 +6,6 @@ Sees the cards and the recipe. What it writes always validates; figures in its c
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import yaml
 
 from polymodal import recipe
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import did_you_mean
 from polymodal.models import catalog
 from polymodal.models.card import ModelCard
 from polymodal.tools import advise
@@ -57,10 +57,7 @@ class Plan:
 def plan(model: str, task: str, size: str | None, devices: int | None) -> Plan:
     """Choose the size and the layout. Raises PolymodalError for unknown names, tasks and impossible device counts."""
     if task not in TASKS:
-        near = difflib.get_close_matches(task, TASKS, 1)
-        raise PolymodalError(
-            f"--task {task} is not known.", f"Did you mean {near[0]}?" if near else f"Use {', '.join(TASKS)}."
-        )
+        raise PolymodalError(f"--task {task} is not known.", did_you_mean(task, TASKS))
     card, key, source = _identify(model)
     if size is not None:
         found = size.lower()
