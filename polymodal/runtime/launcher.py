@@ -1,6 +1,6 @@
 """Starts the local processes of a run with torchrun's agent as a library, and tells how they ended.
 
-Sees launch and the ground floor. One sentence a failure: the process that failed FIRST speaks (its PolymodalError
+One sentence a failure: the process that failed FIRST speaks (its PolymodalError
 comes through whole), those that only lost contact with it stay silent, and its exit code is the command's.
 """
 
@@ -19,7 +19,6 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -156,18 +155,22 @@ def before_start(run_dir: str | os.PathLike | None, start: Start) -> list[str]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torchrun's own report of a failure repeats ours at length."""
-    names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]
-    levels = {name: logging.getLogger(name).level for name in names}
+def _while_running(handler: Any, variables: dict[str, str]) -> Iterator[None]:
+    """SIGTERM and SIGINT go to `handler`, `variables` are set for what is started; torchrun's own report of a failure,
+    which repeats ours at length, is silent. All is put back in the end."""
+    environ = dict(os.environ)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    os.environ.update(variables)
     if not os.environ.get("LOGLEVEL"):
-        for name in names:
-            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+        logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        logging.disable(logging.NOTSET)
+        for number, old in before.items():
+            signal.signal(number, old)
+        os.environ.clear()
+        os.environ.update(environ)
 
 
 def run(
@@ -190,6 +193,7 @@ def run(
     """
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
 
     seconds = int(rendezvous or _number(os.environ, "HCCL_CONNECT_TIMEOUT") or RENDEZVOUS_SECONDS)
@@ -224,46 +228,31 @@ def run(
             raise Stopped(128 + number)
 
     kills = host.oom_kills()
-    old = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
-    environ = {
-        name: os.environ.get(name)
-        for name in (CHILD, GOES_ALONE, "TORCHELASTIC_SIGNALS_TO_HANDLE", "OMP_NUM_THREADS", FRESH_STORE)
-    }
-    os.environ[CHILD] = str(os.getpid())
-    if restarts or elastic:
-        os.environ[FRESH_STORE] = "1"
-    if elastic:
-        os.environ[GOES_ALONE] = "1"
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # the other two are forwarded above
-    try:
-        with _quiet(), tempfile.TemporaryDirectory(prefix="polymodal-") as directory:
-            spec = WorkerSpec(
-                role="polymodal", local_world_size=start.nproc, entrypoint=sys.executable, args=tuple(command),
-                rdzv_handler=registry.get_rendezvous_handler(parameters), max_restarts=restarts, monitor_interval=0.1,
-                master_addr=start.address if fixed and not elastic else None,
-                master_port=start.port if fixed and not elastic else None,
-                local_addr=None if start.nodes > 1 else "127.0.0.1",
-            )  # fmt: skip
-            agent = _agent(asked)(
-                spec,
-                DefaultLogsSpecs(log_dir=directory),
-                start_method="spawn",
-                exit_barrier_timeout=timedelta(minutes=5).total_seconds(),
-            )
-            try:
-                result = agent.run()
-            except (PolymodalError, Stopped):
-                raise
-            except Exception as error:
-                raise _no_rendezvous(error, start, seconds) from error
-            if not result.is_failed():
-                return 0
-            return _failed(result.failures, start, asked, kills)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-        for name, value in environ.items():
-            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+    variables = {
+        CHILD: str(os.getpid()),
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGHUP,SIGQUIT",
+    }  # the others: forward
+    variables |= {GOES_ALONE: "1"} if elastic else {}
+    variables |= {FRESH_STORE: "1"} if restarts or elastic else {}
+    with _while_running(forward, variables), tempfile.TemporaryDirectory(prefix="polymodal-") as directory:
+        spec = WorkerSpec(
+            role="polymodal", local_world_size=start.nproc, entrypoint=sys.executable, args=tuple(command),
+            rdzv_handler=registry.get_rendezvous_handler(parameters), max_restarts=restarts, monitor_interval=0.1,
+            master_addr=start.address if fixed and not elastic else None,
+            master_port=start.port if fixed and not elastic else None,
+            local_addr=None if start.nodes > 1 else "127.0.0.1",
+        )  # fmt: skip
+        agent = _agent(asked)(spec, DefaultLogsSpecs(log_dir=directory), start_method="spawn")
+        try:
+            result = agent.run()
+            failures = result.failures if result.is_failed() else {}
+        except ChildFailedError as error:
+            failures = error.failures
+        except (PolymodalError, Stopped):
+            raise
+        except Exception as error:
+            raise _no_rendezvous(error, start, seconds) from error
+        return _failed(failures, start, asked, kills) if failures else 0
 
 
 def _agent(asked: Sequence[signal.Signals]) -> type:
@@ -271,54 +260,66 @@ def _agent(asked: Sequence[signal.Signals]) -> type:
     that died before its processes ever met ours (these would wait for it until the collectives' timeout).
 
     asked: the signals that were passed on. After one, processes that end as asked are no failure that ends the others.
+    What torch offers for the same (`launch_agent`) falls short of it: docs/dependencies.md says where.
     """
-    from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     class Agent(LocalElasticAgent):
         why = ""
         look = 0.0
         patience = 0.0
 
-        def _monitor_workers(self, worker_group: object) -> RunResult:
-            if asked and self._some_still_end():
+        def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+            if self.why:
+                print(f"starting again from the newest checkpoint: {self.why}", file=sys.stderr, flush=True)
+            self.why = "the number of nodes changed"  # unless a failure says otherwise
+            return super()._start_workers(worker_group)
+
+        def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+            if asked and self._some_still_end(worker_group):
                 return RunResult(state=WorkerState.HEALTHY)
             result = super()._monitor_workers(worker_group)
             if result.state == WorkerState.FAILED and result.failures:
                 rank, failure = min(result.failures.items(), key=lambda item: _order(item, False))
                 self.why = f"rank {rank} ended with exit code {failure.exitcode}"
                 facts = [_facts(each) for each in result.failures.values()]
-                if any(each.get("code") == 2 and not each.get("lost") for each in facts):
-                    self._remaining_restarts = 0
-            elif result.state == WorkerState.HEALTHY and self._a_node_left():
+                if asked or any(each.get("code") == 2 and not each.get("lost") for each in facts):
+                    raise ChildFailedError("", result.failures)  # no start again mends it
+            elif result.state == WorkerState.HEALTHY and self._a_node_left(worker_group):
                 self._restart_workers(worker_group)  # as for one that comes: no attempt is spent
             return result
 
-        def _some_still_end(self) -> bool:
+        def _some_still_end(self, worker_group: WorkerGroup) -> bool:
             """Whether some processes ended as they were asked to, and others are still at it."""
-            codes = [handler.proc.poll() for handler in self._pcontext.subprocess_handlers.values()]
+            codes = [_exit_code(worker.id) for worker in worker_group.workers]
             ended = [code for code in codes if code is not None]
             if not ended or len(ended) == len(codes) or not set(ended) <= {0, 128 + asked[-1]}:
                 return False
             self.patience = self.patience or time.monotonic() + PATIENCE_SECONDS
             return time.monotonic() < self.patience
 
-        def _a_node_left(self) -> bool:
+        def _a_node_left(self, worker_group: WorkerGroup) -> bool:
             """Whether a node of this round ended or no longer sends its heartbeat. Looks once a second."""
-            group = self._worker_group
-            holder = getattr(group.spec.rdzv_handler, "_state_holder", None)
+            holder = getattr(worker_group.spec.rdzv_handler, "_state_holder", None)
             if holder is None or time.monotonic() < self.look:
                 return False
             self.look = time.monotonic() + 1
-            return len(holder.state.participants) < group.group_world_size
-
-        def _restart_workers(self, worker_group: object) -> None:
-            why = self.why or "the number of nodes changed"
-            print(f"starting again from the newest checkpoint: {why}", file=sys.stderr, flush=True)
-            self.why = ""
-            super()._restart_workers(worker_group)
+            return len(holder.state.participants) < worker_group.group_world_size
 
     return Agent
+
+
+def _exit_code(pid: int) -> int | None:
+    """Exit code of a child that ended (-N: by signal N), None while it runs; who waits for it later still can."""
+    try:
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # somebody did
+        return 0
+    if ended is None:
+        return None
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
 
 def _no_rendezvous(error: Exception, start: Start, seconds: int) -> Exception:
