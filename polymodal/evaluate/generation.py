@@ -392,5 +392,5 @@ def main(
             console.print(f"{result.errors} could not be made")
         if result.resumed:
             console.print(f"{result.resumed} taken over from an earlier start")
-        console.print(f"{where}/result.json, samples.jsonl, samples/", soft_wrap=True)
+        console.print(f"{where}/result.json, samples.jsonl, samples/", markup=False, soft_wrap=True)
     return result

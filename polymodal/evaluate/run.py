@@ -320,6 +320,7 @@ def main(
         console.print(
             f"{where}/result.json, samples.jsonl"
             + (", report.html" if (where / "report.html").exists() else ""),
+            markup=False,
             soft_wrap=True,
         )
     return result

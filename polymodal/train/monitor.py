@@ -167,7 +167,7 @@ class Progress:
         self.live = self.console.is_terminal
         if self.live:
             self.bar = WithNumbers(
-                TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+                TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
                 console=self.console, expand=True,
             )  # fmt: skip
             self.bar.start()
@@ -182,7 +182,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         if self.live:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
             print(text, flush=True)
 
