@@ -1,15 +1,15 @@
 """The page of models and the table in README, written from the cards: `polymodal models --markdown > docs/models.md`.
 
-Sees the cards and the router's list of families to come. What a layout needs is told by the caller, who knows what
-parallelism is built.
+The page is the template models.md.j2. What a layout needs is told by the caller, who knows what parallelism is built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from polymodal.models.card import ModelCard, Size
-from polymodal.tools.advise import PLANNED, PlannedFamily
+from polymodal.tools.advise import PLANNED
 
 WhyNot = Callable[[ModelCard, str], str | None]
 """(card, axis) -> None when the model can be trained so, else the reason."""
@@ -26,10 +26,6 @@ INPUTS = {
 }
 
 
-def row(columns: Sequence[str]) -> str:
-    return "| " + " | ".join(columns) + " |"
-
-
 def billions(size: Size) -> str:
     return f"{size.parameters:g} B" + (f" ({size.active:g} B active)" if size.active else "")
 
@@ -44,62 +40,27 @@ def readme_row(card: ModelCard, why_not: WhyNot) -> str:
     weights = "full" + (", LoRA" if why_not(card, "lora") is None else "")
     names = {"fsdp": "FSDP2, HSDP", "tp": "TP", "sp": "SP", "pp": "PP", "cp": "CP", "ep": "EP"}
     layouts = ", ".join(text for axis, text in names.items() if why_not(card, axis) is None)
-    return row((name, sizes, inputs, f"{weights}; {layouts}"))
+    return f"| {name} | {sizes} | {inputs} | {weights}; {layouts} |"
 
 
-def _layout(size: Size) -> str:
-    return (
-        ", ".join(f"{axis} {count}" for axis, count in size.layout.items() if count not in (-1, 1)) or "fsdp"
-    )
-
-
-def _section(card: ModelCard, axes: Iterable[tuple[str, str]], why_not: WhyNot) -> list[str]:
-    status = f"Verified here: {card.verified}." if card.verified else "Declared: not verified here."
-    lines = [f"## {card.name}", "", f"{', '.join(card.tasks)}. {status}", ""]
-    lines += [row(("size", "hub", "parameters", "layers", "devices", "layout")), "|---|---|---|---|---|---|"]
-    for key, size in card.sizes.items():
-        layers = f"{size.layers}" + (f" + {size.vision_layers} vision" if size.vision_layers else "")
-        lines.append(
-            row(
-                (
-                    f"`{card.name}-{key}`",
-                    f"`{size.hub}`",
-                    billions(size),
-                    layers,
-                    f"{size.devices}",
-                    _layout(size),
-                )
-            )
-        )
-    lines += ["", row(("training", "here")), "|---|---|"]
-    for axis, title in axes:
-        reason = why_not(card, axis)
-        lines.append(row((title, "yes" if reason is None else f"no: {reason.rstrip('.')}")))
-    lines += ["", row(("tower", "modules")), "|---|---|"]
-    lines += [
-        row((f"`{name}`", ", ".join(f"`{module}`" for module in modules)))
-        for name, modules in card.towers.items()
-    ]
-    return [*lines, ""]
+def layout(size: Size) -> str:
+    """The recommended axes that are more than 1: "dp_shard 8, tp 2"."""
+    return ", ".join(f"{axis} {n}" for axis, n in size.layout.items() if n not in (-1, 1)) or "fsdp"
 
 
 def markdown(cards: Iterable[ModelCard], axes: Iterable[tuple[str, str]], why_not: WhyNot) -> str:
     """docs/models.md. axes: (axis, title) in the order of the page."""
-    cards, axes = list(cards), list(axes)
-    lines = [
-        "# Models",
-        "",
-        "Written by `polymodal models --markdown` from the cards. Devices: recommended for full fine-tuning, 64 to 80 GB each.",
-        "Towers are the names that `train.freeze`, `optim.groups` and `model.lora.towers` take.",
-        "",
-    ]
-    for card in cards:
-        lines += _section(card, axes, why_not)
-    coming: list[PlannedFamily] = [
-        family for family in PLANNED if family.name not in {card.name for card in cards}
-    ]
-    if coming:
-        lines += ["## Not here yet", "", row(("model", "kind", "tasks")), "|---|---|---|"]
-        lines += [row((family.name, family.kind, ", ".join(family.tasks))) for family in coming]
-        lines.append("")
-    return "\n".join(lines).rstrip("\n") + "\n"
+    import jinja2
+
+    def reason(card: ModelCard, axis: str) -> str:
+        why = why_not(card, axis)
+        return "yes" if why is None else f"no: {why.rstrip('.')}"
+
+    made = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    made.filters |= {"billions": billions, "layout": layout, "reason": reason}
+    cards = list(cards)
+    here = {card.name for card in cards}
+    template = made.from_string(Path(__file__).with_name("models.md.j2").read_text(encoding="utf-8"))
+    return template.render(
+        cards=cards, axes=list(axes), coming=[family for family in PLANNED if family.name not in here]
+    )

@@ -12,7 +12,7 @@ from typing import Any
 from polymodal.core.errors import PolymodalError
 from polymodal.models.card import ModelCard
 from polymodal.tools import advise
-from polymodal.tools.model_table import billions
+from polymodal.tools.model_table import billions, layout
 
 AXES = {
     "fsdp": "FSDP2, HSDP (dp_shard, dp_replicate)", "tp": "tensor (tp)", "sp": "sequence in the tp group (sp)", "pp": "pipeline (pp)",
@@ -96,10 +96,9 @@ def _page(card: ModelCard, only: str | None, console: Any) -> None:
             layers = f"{size.layers} layers" + (
                 f" + {size.vision_layers} vision" if size.vision_layers else ""
             )
-            layout = ", ".join(f"{k} {v}" for k, v in size.layout.items() if v not in (-1, 1)) or "fsdp"
             table.add_row(
                 f"[bold]{key}[/bold]",
-                f"{billions(size)}, {layers}, {size.devices} devices, {layout}\n[dim]{size.hub}[/dim]",
+                f"{billions(size)}, {layers}, {size.devices} devices, {layout(size)}\n[dim]{size.hub}[/dim]",
             )
     console.print(table)
     console.print("[dim]devices: recommended for full fine-tuning, 64 to 80 GB each[/dim]")
