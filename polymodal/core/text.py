@@ -1,4 +1,5 @@
-"""Words for people: numbers and sizes that are read at a glance, and the known name that a wrong one was meant to be."""
+"""Words for people: numbers and sizes that are read at a glance, and the known name that a wrong one was
+meant to be."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def nearest(name: object, known: Iterable[str], cutoff: float = 0.6, most: int =
 def did_you_mean(
     name: object, known: Iterable[str], otherwise: str | None = None, cutoff: float = 0.6
 ) -> str:
-    """The mend for a name that is not known: "Did you mean sdpa?", else `otherwise` (default: all that are known)."""
+    """The mend for a name that is not known: "Did you mean sdpa?", else `otherwise` (default: all that are
+    known)."""
     known = list(known)
     near = nearest(name, known, cutoff)
     return (

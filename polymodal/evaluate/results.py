@@ -1,4 +1,5 @@
-"""What an evaluation found, of answers or of what was generated: the result, its files, its page and its table.
+"""What an evaluation found, of answers or of what was generated: the result, its files, its page and its
+table.
 
 Every kind of evaluation ends here.
 """
@@ -19,7 +20,8 @@ from polymodal.evaluate.thumbnails import thumbnail
 
 @dataclass(frozen=True)
 class Judged:
-    """One question with its answer and its score; index: its place in the data, from 0; score None: not scored."""
+    """One question with its answer and its score; index: its place in the data, from 0; score None: not
+    scored."""
 
     index: int
     id: str
@@ -42,9 +44,10 @@ class Judged:
 class Result:
     """score: mean over scored questions, 0..1 (None when none has an answer to compare with).
 
-    errors: questions that could not be asked (a broken picture); they count as wrong. unparsed: answers without a
-    readable choice. cut: answers that max_new_tokens ended. by: group -> value -> {"score", "n"}, of what was
-    generated also the means of its measures. measures: of all that was generated; those of a whole set (frechet) too.
+    errors: questions that could not be asked (a broken picture); they count as wrong. unparsed: answers
+    without a readable choice. cut: answers that max_new_tokens ended. by: group -> value -> {"score", "n"},
+    of what was generated also the means of its measures. measures: of all that was generated; those of a
+    whole set (frechet) too.
     """
 
     name: str
@@ -128,7 +131,8 @@ def lines_of(result: Result) -> Iterator[tuple[str, str, int]]:
 
 
 def cards(result: Result, pictures: Pictures, most: int, label: str = "answer") -> list[pages.Card]:
-    """Samples with thumbnails for a grid: at most `most`, evenly spread over the right and over the others."""
+    """Samples with thumbnails for a grid: at most `most`, evenly spread over the right and over the
+    others."""
     right = [i for i, s in enumerate(result.samples) if s.score == 1]
     other = [i for i, s in enumerate(result.samples) if s.score != 1]
     half = max(most // 2, most - len(right), 0)
@@ -177,10 +181,15 @@ def _page(result: Result, pictures: Pictures, most: int, label: str) -> str:
     ]
     settings = [(key, json.dumps(value, ensure_ascii=False)) for key, value in result.settings.items()]
     return pages.render(
-        "evaluation.html", title=f"{result.name}: {result.benchmark}", lead=_lead(result),
-        scores=pages.Table(_headers(result), list(lines_of(result))), counts=pages.Table(("", "count"), [c for c in counts if c[1]]),
-        settings=pages.Table(("key", "value"), settings), cards=cards(result, pictures, most, label), total=result.n,
-    )  # fmt: skip
+        "evaluation.html",
+        title=f"{result.name}: {result.benchmark}",
+        lead=_lead(result),
+        scores=pages.Table(_headers(result), list(lines_of(result))),
+        counts=pages.Table(("", "count"), [c for c in counts if c[1]]),
+        settings=pages.Table(("key", "value"), settings),
+        cards=cards(result, pictures, most, label),
+        total=result.n,
+    )
 
 
 def _headers(result: Result) -> tuple[str, str, str]:

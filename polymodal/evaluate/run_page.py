@@ -17,7 +17,8 @@ from polymodal.pages import charts
 
 @dataclass(frozen=True)
 class Curve:
-    """One chart: points (step, value); `mark` draws a vertical line at a step; `smooth` adds a running mean."""
+    """One chart: points (step, value); `mark` draws a vertical line at a step; `smooth` adds a running
+    mean."""
 
     title: str
     unit: str
@@ -62,8 +63,12 @@ def of_generation(run: Path, prompts: Sequence[str], resumed_at: int | None = No
         "loss": charts.number(float(last.get("loss", math.nan))),
     }
     return page(
-        Path(run).name, "Samples: " + " | ".join(prompts), numbers, curves(metrics, resumed_at, "mean squared error"), drawn=drawn(run)
-    )  # fmt: skip
+        Path(run).name,
+        "Samples: " + " | ".join(prompts),
+        numbers,
+        curves(metrics, resumed_at, "mean squared error"),
+        drawn=drawn(run),
+    )
 
 
 def curves(
@@ -97,7 +102,8 @@ def page(
     steps: Sequence[tuple[str, str]] = (),
     drawn: Sequence[tuple[int, Path]] = (),
 ) -> str:
-    """The whole page. cards: held-out pictures; steps: (what to try next, the command); drawn: (step, sheet of samples)."""
+    """The whole page. cards: held-out pictures; steps: (what to try next, the command); drawn: (step, sheet
+    of samples)."""
     drawings: list[tuple[str, str, Any]] = [
         (
             c.title,
@@ -107,6 +113,12 @@ def page(
         for c in charted
     ]
     return pages.render(
-        "run.html", title=title, lead=lead, numbers=numbers, charts=drawings, cards=cards, steps=steps,
+        "run.html",
+        title=title,
+        lead=lead,
+        numbers=numbers,
+        charts=drawings,
+        cards=cards,
+        steps=steps,
         sheets=[(step, thumbnail(str(sheet), 900)) for step, sheet in drawn],
-    )  # fmt: skip
+    )

@@ -1,7 +1,9 @@
-"""HTML pages: one file each, with its style and pictures inside; nothing is loaded from elsewhere, so they open anywhere.
+"""HTML pages: one file each, with its style and pictures inside; nothing is loaded from elsewhere, so they
+open anywhere.
 
-A page is a template in templates/ (all of them extend base.html) and the values that it shows. Autoescape is on: what
-comes from data is plain text wherever it lands. The rooms above hand over plain values; of them this room knows nothing.
+A page is a template in templates/ (all of them extend base.html) and the values that it shows. Autoescape is
+on: what comes from data is plain text wherever it lands. The rooms above hand over plain values; of them this
+room knows nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as a data URI, or (without `uri`) the reason why there is none; exact: small, enlarged without blurring."""
+    """An image as a data URI, or (without `uri`) the reason why there is none; exact: small, enlarged without
+    blurring."""
 
     uri: str = ""
     exact: bool = False
@@ -33,8 +36,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Card:
-    """One question in a grid. answers: (label, text, score 0..1 or None for "not judged"), e.g. before and after
-    training; the last one colours the card. expected None: there is nothing to compare with."""
+    """One question in a grid. answers: (label, text, score 0..1 or None for "not judged"), e.g. before and
+    after training; the last one colours the card. expected None: there is nothing to compare with."""
 
     question: str
     answers: Sequence[tuple[str, str, float | None]] = ()
@@ -81,21 +84,26 @@ def _environment() -> jinja2.Environment:
     import jinja2
 
     made = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     made.filters |= {"verdict": verdict, "cell": cell, "numeric_columns": numeric_columns}
     made.tests["numeric"] = is_number
     return made
 
 
 def render(template: str, **values: Any) -> str:
-    """The page of `templates/<template>` with these values. A value that the template lacks is a bug and raises."""
+    """The page of `templates/<template>` with these values. A value that the template lacks is a bug and
+    raises."""
     return _environment().get_template(template).render(**values)
 
 
 def write(file: Path, text: str, hint: str = "Choose another place for the page.") -> Path:
-    """The page as a file, whole or not at all; missing directories are made. Raises PolymodalError where it cannot be."""
+    """The page as a file, whole or not at all; missing directories are made. Raises PolymodalError where it
+    cannot be."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(file, text)
@@ -105,7 +113,8 @@ def write(file: Path, text: str, hint: str = "Choose another place for the page.
 
 
 def thumbnail(picture: Image, side: int = 240) -> Picture:
-    """The picture, reduced to at most `side` pixels; one of at most 64 (digits, icons) is kept exactly and enlarged."""
+    """The picture, reduced to at most `side` pixels; one of at most 64 (digits, icons) is kept exactly and
+    enlarged."""
     picture = picture.convert(
         "RGB"
     )  # a copy or the picture itself: thumbnail() below must not change the caller's

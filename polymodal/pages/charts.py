@@ -1,4 +1,5 @@
-"""Charts as lists of SVG shapes: values become coordinates here, `chart` in templates/parts.html writes them down.
+"""Charts as lists of SVG shapes: values become coordinates here, `chart` in templates/parts.html writes them
+down.
 
 Every function returns a `Chart` in its own units of length; the page scales it to its width.
 """
@@ -18,7 +19,8 @@ LEFT = 70
 
 @dataclass
 class Chart:
-    """Shapes on a canvas. wide: made for a whole page's width, it scrolls on a narrow screen instead of shrinking."""
+    """Shapes on a canvas. wide: made for a whole page's width, it scrolls on a narrow screen instead of
+    shrinking."""
 
     width: float
     height: float
@@ -27,11 +29,14 @@ class Chart:
     shapes: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, tag: str, title: str = "", text: str = "", **attributes: Any) -> None:
-        """One SVG element. attributes: numbers are rounded; `_` in a name becomes `-`, one at its end is dropped."""
+        """One SVG element. attributes: numbers are rounded; `_` in a name becomes `-`, one at its end is
+        dropped."""
         named = {
-            name.rstrip("_").replace("_", "-"): f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
+            name.rstrip("_").replace("_", "-"): f"{value:.2f}".rstrip("0").rstrip(".")
+            if isinstance(value, float)
+            else value
             for name, value in attributes.items()
-        }  # fmt: skip
+        }
         self.shapes.append({"tag": tag, "title": title, "text": text, "attributes": named})
 
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
@@ -66,8 +71,8 @@ def curve(
 ) -> Chart:
     """A line through (x, y) with round numbers at its axes. mark: a vertical line at x, with its text.
 
-    smooth: values of a running mean; where there are enough of them it is drawn strong and the values pale. from_zero:
-    the vertical axis begins at 0 even when values are negative.
+    smooth: values of a running mean; where there are enough of them it is drawn strong and the values pale.
+    from_zero: the vertical axis begins at 0 even when values are negative.
     """
     chart, left, right, top, bottom = Chart(460, 240, label), 58, 14, 14, 36
     xs, ys = zip(*points, strict=True)
@@ -113,8 +118,15 @@ class Bar:
     opacity: float = 1.0
 
 
-def bars(label: str, rows: Sequence[Bar], colours: Mapping[str, str], limit: tuple[float, str], text: Callable[[float], str]) -> Chart:  # fmt: skip
-    """Stacked horizontal bars, kinds in the order of `colours`; limit: a vertical line at a size, with its text."""
+def bars(
+    label: str,
+    rows: Sequence[Bar],
+    colours: Mapping[str, str],
+    limit: tuple[float, str],
+    text: Callable[[float], str],
+) -> Chart:
+    """Stacked horizontal bars, kinds in the order of `colours`; limit: a vertical line at a size, with its
+    text."""
     each, width = 34, 960
     chart = Chart(width, len(rows) * each + 24, label, wide=True)
     scale = (width - LEFT - 90) / (max([limit[0], *(row.total for row in rows)]) * 1.02)
@@ -125,7 +137,16 @@ def bars(label: str, rows: Sequence[Bar], colours: Mapping[str, str], limit: tup
             size = row.sizes.get(kind, 0)
             wide = size * scale
             if wide >= 0.3:
-                chart.add("rect", f"{kind}: {text(size)}", x=x, y=y, width=wide, height=22, fill=colour, fill_opacity=row.opacity)  # fmt: skip
+                chart.add(
+                    "rect",
+                    f"{kind}: {text(size)}",
+                    x=x,
+                    y=y,
+                    width=wide,
+                    height=22,
+                    fill=colour,
+                    fill_opacity=row.opacity,
+                )
             if wide >= 64:
                 chart.text(x + wide / 2, y + 15, text(size), "middle", "inside")
             x += wide
@@ -136,8 +157,15 @@ def bars(label: str, rows: Sequence[Bar], colours: Mapping[str, str], limit: tup
     return chart
 
 
-def areas(label: str, course: Sequence[Mapping[str, float]], colours: Mapping[str, str], text: Callable[[float], str], mark: tuple[int, str] | None = None) -> Chart:  # fmt: skip
-    """Stacked areas over the events of `course`, kinds in the order of `colours`; mark: a line at an event."""
+def areas(
+    label: str,
+    course: Sequence[Mapping[str, float]],
+    colours: Mapping[str, str],
+    text: Callable[[float], str],
+    mark: tuple[int, str] | None = None,
+) -> Chart:
+    """Stacked areas over the events of `course`, kinds in the order of `colours`; mark: a line at an
+    event."""
     height, width = 220, 960
     chart = Chart(width, height + 6, label, wide=True)
     peak = max(sum(held.values()) for held in course)
@@ -165,7 +193,8 @@ def areas(label: str, course: Sequence[Mapping[str, float]], colours: Mapping[st
 
 @dataclass(frozen=True)
 class Span:
-    """A slot of `timeline`: from `start` to `end` (seconds) in a row; text stands inside where there is room."""
+    """A slot of `timeline`: from `start` to `end` (seconds) in a row; text stands inside where there is
+    room."""
 
     row: int
     start: float
@@ -176,7 +205,9 @@ class Span:
     opacity: float = 1.0
 
 
-def timeline(label: str, rows: Sequence[str], spans: Sequence[Span], seconds: float, colours: Mapping[str, str]) -> Chart:  # fmt: skip
+def timeline(
+    label: str, rows: Sequence[str], spans: Sequence[Span], seconds: float, colours: Mapping[str, str]
+) -> Chart:
     """One row a worker, time to the right."""
     each, width = 26, 960
     chart, scale = Chart(width, len(rows) * each + 20, label, wide=True), (width - LEFT) / seconds
@@ -184,7 +215,16 @@ def timeline(label: str, rows: Sequence[str], spans: Sequence[Span], seconds: fl
         chart.text(0, at * each + 17, name, kind="label")
     for span in spans:
         x, wide = LEFT + span.start * scale, (span.end - span.start) * scale
-        chart.add("rect", span.title, x=x, y=span.row * each + 3, width=max(wide - 0.4, 0.3), height=each - 6, fill=colours[span.kind], fill_opacity=span.opacity)  # fmt: skip
+        chart.add(
+            "rect",
+            span.title,
+            x=x,
+            y=span.row * each + 3,
+            width=max(wide - 0.4, 0.3),
+            height=each - 6,
+            fill=colours[span.kind],
+            fill_opacity=span.opacity,
+        )
         if wide > 16:
             chart.text(x + wide / 2, span.row * each + 17, span.text, "middle", "inside")
     foot = len(rows) * each + 14

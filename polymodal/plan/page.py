@@ -1,4 +1,5 @@
-"""The page of `plan --html`: a rank's memory over a step as stacked areas and bars, and the pipeline as a timeline."""
+"""The page of `plan --html`: a rank's memory over a step as stacked areas and bars, and the pipeline as a
+timeline."""
 
 from __future__ import annotations
 
@@ -44,12 +45,18 @@ def page(made: Prediction) -> str:
     }
     passes = {slot.kind for slot in made.timeline.slots} if made.timeline is not None else set()
     return pages.render(
-        "plan.html", title=f"{made.recipe.name} on {sizes.world} x {made.accelerator.name}", lead="", fits=made.fits, facts=facts,
-        advice=made.advice, kinds=kinds, memory=_memory(made, kinds),
+        "plan.html",
+        title=f"{made.recipe.name} on {sizes.world} x {made.accelerator.name}",
+        lead="",
+        fits=made.fits,
+        facts=facts,
+        advice=made.advice,
+        kinds=kinds,
+        memory=_memory(made, kinds),
         passes={kind: colour for kind, colour in ACTIONS.items() if kind in passes},
         pipeline=_pipeline(made.timeline) if made.timeline is not None else None,
         stages=[_stage(stage) for stage in made.stages],
-    )  # fmt: skip
+    )
 
 
 def _memory(made: Prediction, kinds: dict[str, str]) -> charts.Chart:
@@ -90,12 +97,16 @@ def _pipeline(timeline: Timeline) -> charts.Chart:
     lowest = [min(s.stage for s in timeline.slots if s.rank == rank) for rank in range(ranks)]
     spans = [
         charts.Span(
-            s.rank, s.start, s.end, s.kind, str(s.micro_batch),
+            s.rank,
+            s.start,
+            s.end,
+            s.kind,
+            str(s.micro_batch),
             f"stage {s.stage}, micro-batch {s.micro_batch}, {s.kind}: {s.start:.4g} to {s.end:.4g} s",
             1.0 if s.stage == lowest[s.rank] else 0.6,
         )
         for s in timeline.slots
-    ]  # fmt: skip
+    ]
     rows = [f"rank {rank}" for rank in range(ranks)]
     return charts.timeline("The pipeline's step", rows, spans, timeline.seconds, ACTIONS)
 

@@ -1,4 +1,5 @@
-"""Environment variables of accelerators and launchers: the table in environment.yaml, and values held against it."""
+"""Environment variables of accelerators and launchers: the table in environment.yaml, and values held against
+it."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from polymodal import recipe
 
 OWN = {"THP_MEM_ALLOC_ENABLE": "1"}
-"""What is set when neither the recipe nor the shell says otherwise. Large pages: a training step on a CPU spends a fifth
-of its time on page faults without (logits, gradients and activations come and go in every micro-batch)."""
+"""What is set when neither the recipe nor the shell says otherwise. Large pages: a training step on a CPU
+spends a fifth of its time on page faults without (logits, gradients and activations come and go in every
+micro-batch)."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ VARIABLES = _read()
 
 
 def check(name: str, value: str | int | bool) -> str:
-    """A value of device.env as it goes into the environment. Raises PolymodalError for an unknown name or a bad value."""
+    """A value of device.env as it goes into the environment. Raises PolymodalError for an unknown name or a
+    bad value."""
     variable = VARIABLES.get(name)
     if variable is None:
         raise PolymodalError(
@@ -108,9 +111,11 @@ def check(name: str, value: str | int | bool) -> str:
 
 
 def apply(section: recipe.Device, environ: MutableMapping[str, str] | None = None) -> dict[str, str]:
-    """Check device.env and set it in `environ` (default os.environ), before torch starts. Returns what was set of it.
+    """Check device.env and set it in `environ` (default os.environ), before torch starts. Returns what was
+    set of it.
 
-    What is in OWN is set too where nobody has said otherwise. Raises PolymodalError naming the key; nothing is set then.
+    What is in OWN is set too where nobody has said otherwise. Raises PolymodalError naming the key; nothing
+    is set then.
     """
     values = {name: check(name, value) for name, value in section.env.items()}
     into = os.environ if environ is None else environ

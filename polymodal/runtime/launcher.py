@@ -32,7 +32,8 @@ CHILD = "POLYMODAL_LAUNCHED_BY"
 
 
 GOES_ALONE = "POLYMODAL_NODE_GOES_ALONE"
-"""Set where a node may die and the others go on: its processes end with its launcher, at once and without a word."""
+"""Set where a node may die and the others go on: its processes end with its launcher, at once and without a
+word."""
 
 
 OURS = (
@@ -47,7 +48,8 @@ PATIENCE_SECONDS = 60.0
 
 
 FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-"""torch's switch for a store of its own at every start: in the agent's, gloo finds the addresses of those who died."""
+"""torch's switch for a store of its own at every start: in the agent's, gloo finds the addresses of those who
+died."""
 
 
 class Stopped(Exception):
@@ -116,8 +118,8 @@ def _first_here(text: str) -> bool:
 def record(error: BaseException) -> bool:
     """Leave `error` for the launcher. Returns whether this process should print it itself.
 
-    Under `spawn` the launcher prints PolymodalErrors; under torchrun, SLURM and Kubernetes the first process of a
-    node that meets an error prints it.
+    Under `spawn` the launcher prints PolymodalErrors; under torchrun, SLURM and Kubernetes the first process
+    of a node that meets an error prints it.
     """
     leave_note(error)
     ours = isinstance(error, PolymodalError)
@@ -156,8 +158,8 @@ def before_start(run_dir: str | os.PathLike | None, start: Start) -> list[str]:
 
 @contextlib.contextmanager
 def _while_running(handler: Any, variables: dict[str, str]) -> Iterator[None]:
-    """SIGTERM and SIGINT go to `handler`, `variables` are set for what is started; torchrun's own report of a failure,
-    which repeats ours at length, is silent. All is put back in the end."""
+    """SIGTERM and SIGINT go to `handler`, `variables` are set for what is started; torchrun's own report of a
+    failure, which repeats ours at length, is silent. All is put back in the end."""
     environ = dict(os.environ)
     before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     os.environ.update(variables)
@@ -181,15 +183,16 @@ def run(
     restarts: int = 0,
     min_nodes: int | None = None,
 ) -> int:
-    """Run `python command...` in `start.nproc` processes here (part of `start.nodes` nodes) and wait for them.
+    """Run `python command...` in `start.nproc` processes here (part of `start.nodes` nodes) and wait for
+    them.
 
-    restarts: times that all processes are started anew after one died, of itself or by a signal; bad input is no such
-    death. min_nodes: nodes that are enough to go on with when others are gone; node 0 keeps the meeting place and
-    must live.
+    restarts: times that all processes are started anew after one died, of itself or by a signal; bad input is
+    no such death. min_nodes: nodes that are enough to go on with when others are gone; node 0 keeps the
+    meeting place and must live.
 
-    SIGTERM and SIGINT are passed on to them; a second SIGINT ends them at once. Returns their exit code (0 when all
-    succeeded). Raises PolymodalError for the one that failed first, with its code in `error.code` if it has another
-    than 2; Stopped when a signal ended them.
+    SIGTERM and SIGINT are passed on to them; a second SIGINT ends them at once. Returns their exit code (0
+    when all succeeded). Raises PolymodalError for the one that failed first, with its code in `error.code` if
+    it has another than 2; Stopped when a signal ended them.
     """
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -203,17 +206,25 @@ def run(
     settings: dict[str, object] = {"timeout": seconds}
     if elastic:  # nodes may leave and come back; who is still there is asked every second
         settings |= {
-            "is_host": start.node == 0, "join_timeout": seconds, "last_call_timeout": 5, "keep_alive_interval": 1, "keep_alive_max_attempt": 10,
-        }  # fmt: skip
+            "is_host": start.node == 0,
+            "join_timeout": seconds,
+            "last_call_timeout": 5,
+            "keep_alive_interval": 1,
+            "keep_alive_max_attempt": 10,
+        }
     elif fixed:
         settings["rank"] = start.node
     parameters = RendezvousParameters(
         backend="static" if fixed and not elastic else "c10d",
-        endpoint=f"{start.address}:{start.port}" if fixed else "localhost:0",  # 0: the store takes a free port itself
+        endpoint=f"{start.address}:{start.port}"
+        if fixed
+        else "localhost:0",  # 0: the store takes a free port itself
         run_id=f"polymodal-{start.port}" if fixed else uuid.uuid4().hex,
-        min_nodes=fewest, max_nodes=start.nodes, local_addr=None if start.nodes > 1 else "127.0.0.1",
+        min_nodes=fewest,
+        max_nodes=start.nodes,
+        local_addr=None if start.nodes > 1 else "127.0.0.1",
         **settings,
-    )  # fmt: skip
+    )
     asked: list[signal.Signals] = []
     agent: Any = None
 
@@ -236,12 +247,17 @@ def run(
     variables |= {FRESH_STORE: "1"} if restarts or elastic else {}
     with _while_running(forward, variables), tempfile.TemporaryDirectory(prefix="polymodal-") as directory:
         spec = WorkerSpec(
-            role="polymodal", local_world_size=start.nproc, entrypoint=sys.executable, args=tuple(command),
-            rdzv_handler=registry.get_rendezvous_handler(parameters), max_restarts=restarts, monitor_interval=0.1,
+            role="polymodal",
+            local_world_size=start.nproc,
+            entrypoint=sys.executable,
+            args=tuple(command),
+            rdzv_handler=registry.get_rendezvous_handler(parameters),
+            max_restarts=restarts,
+            monitor_interval=0.1,
             master_addr=start.address if fixed and not elastic else None,
             master_port=start.port if fixed and not elastic else None,
             local_addr=None if start.nodes > 1 else "127.0.0.1",
-        )  # fmt: skip
+        )
         agent = _agent(asked)(spec, DefaultLogsSpecs(log_dir=directory), start_method="spawn")
         try:
             result = agent.run()
@@ -256,11 +272,13 @@ def run(
 
 
 def _agent(asked: Sequence[signal.Signals]) -> type:
-    """torchrun's agent, which does not start again what bad input ended, says why it starts again, and notices a node
-    that died before its processes ever met ours (these would wait for it until the collectives' timeout).
+    """torchrun's agent, which does not start again what bad input ended, says why it starts again, and
+    notices a node that died before its processes ever met ours (these would wait for it until the
+    collectives' timeout).
 
-    asked: the signals that were passed on. After one, processes that end as asked are no failure that ends the others.
-    What torch offers for the same (`launch_agent`) falls short of it: docs/dependencies.md says where.
+    asked: the signals that were passed on. After one, processes that end as asked are no failure that ends
+    the others. What torch offers for the same (`launch_agent`) falls short of it: docs/dependencies.md says
+    where.
     """
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -312,7 +330,8 @@ def _agent(asked: Sequence[signal.Signals]) -> type:
 
 
 def _exit_code(pid: int) -> int | None:
-    """Exit code of a child that ended (-N: by signal N), None while it runs; who waits for it later still can."""
+    """Exit code of a child that ended (-N: by signal N), None while it runs; who waits for it later still
+    can."""
     try:
         ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:  # somebody did
@@ -360,7 +379,8 @@ def _order(item: tuple[int, Any], asked: bool) -> tuple:
 
 
 def _failed(failures: dict, start: Start, asked: list[signal.Signals], kills: int | None) -> int:
-    """Raises the one sentence of the process that failed first; returns its code when it had nothing to say."""
+    """Raises the one sentence of the process that failed first; returns its code when it had nothing to
+    say."""
 
     rank, failure = min(failures.items(), key=lambda item: _order(item, bool(asked)))
     extra, code = _facts(failure), failure.exitcode

@@ -1,6 +1,7 @@
 """From a wish in plain words to a model, a task and the steps to take. English and Chinese.
 
-Phrases, planned families and the steps of every way are data, in advise.yaml; here is what weighs and fills them.
+Phrases, planned families and the steps of every way are data, in advise.yaml; here is what weighs and fills
+them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ FILES: dict[str, str] = TABLES["benchmark_files"]
 
 @dataclass(frozen=True)
 class PlannedFamily:
-    """A family that the documents name and that has no card here yet; advise.yaml says what the fields mean."""
+    """A family that the documents name and that has no card here yet; advise.yaml says what the fields
+    mean."""
 
     name: str
     kind: str
@@ -57,7 +59,8 @@ KIND_PHRASES, USE_PHRASES = _weights(TABLES["kind_phrases"]), _weights(TABLES["u
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the way: what to run, what it reads and writes. `command` "" = nothing to run; `here` False = not yet."""
+    """One step of the way: what to run, what it reads and writes. `command` "" = nothing to run; `here` False
+    = not yet."""
 
     title: str
     command: str = ""
@@ -83,7 +86,8 @@ class Route:
 
 
 def _plain(text: str) -> str:
-    """Lower case, words apart by single spaces, also from Chinese beside them; dots stay inside words (names have them)."""
+    """Lower case, words apart by single spaces, also from Chinese beside them; dots stay inside words (names
+    have them)."""
     text = re.sub(r"[^\w.]+|_|\.(?!\w)|(?<!\w)\.", " ", text.lower())
     text = re.sub(r"(?<=[\u4e00-\u9fff])(?=[a-z0-9])|(?<=[a-z0-9])(?=[\u4e00-\u9fff])", " ", text)
     return " " + " ".join(text.split()) + " "
@@ -97,7 +101,8 @@ def _holds(text: str, phrase: str) -> bool:
 
 
 def _score(text: str, words: Mapping[str, int]) -> int:
-    """Sum of the weights of the phrases in the text; a phrase inside a longer one that is there counts not."""
+    """Sum of the weights of the phrases in the text; a phrase inside a longer one that is there counts
+    not."""
     hits = [phrase for phrase in words if _holds(text, phrase)]
     return sum(
         words[phrase] for phrase in hits if not any(phrase != other and phrase in other for other in hits)
@@ -146,9 +151,11 @@ def _size(text: str, sizes: Iterable[str]) -> str | None:
 
 
 def route(wish: str, cards: Mapping[str, ModelCard]) -> Route:
-    """What a wish in plain words means: kind of model, task, the card (with size) or the families still to come.
+    """What a wish in plain words means: kind of model, task, the card (with size) or the families still to
+    come.
 
-    A model that is named decides; else the words of each kind are weighed. The stages are those of the whole way.
+    A model that is named decides; else the words of each kind are weighed. The stages are those of the whole
+    way.
     """
     text = _plain(wish)
     named = {name: _mentioned(text, _names(card)) for name, card in cards.items()}
@@ -257,17 +264,23 @@ def _preferred(cards: list[ModelCard]) -> ModelCard | None:
 
 
 def middle(card: ModelCard) -> str:
-    """The size to begin with when none is named: of those that the documents name, the one nearest to 7 billion parameters."""
+    """The size to begin with when none is named: of those that the documents name, the one nearest to 7
+    billion parameters."""
     return min(card.seeds or card.sizes, key=lambda key: (abs(card.sizes[key].parameters - 7), key))
 
 
 def _steps(names: Iterable[str], facts: Mapping[str, Any], without: Iterable[str] = ()) -> tuple[Stage, ...]:
     """The named steps of advise.yaml with the facts in their places, but for those in `without`."""
     return tuple(
-        Stage(**{key: value.format_map(facts) if isinstance(value, str) else value for key, value in TABLES["steps"][name].items()})
+        Stage(
+            **{
+                key: value.format_map(facts) if isinstance(value, str) else value
+                for key, value in TABLES["steps"][name].items()
+            }
+        )
         for name in names
         if name not in without
-    )  # fmt: skip
+    )
 
 
 def _conversion(weights: str, to: str) -> dict[str, str]:
@@ -284,7 +297,8 @@ def _conversion(weights: str, to: str) -> dict[str, str]:
 def way(
     card: ModelCard, size: str | None, task: str, devices: int | None = None, benchmark: str = "ai2d"
 ) -> tuple[Stage, ...]:
-    """The way for a model that is here, each stage with its paths and its command; `benchmark` is a key of FILES."""
+    """The way for a model that is here, each stage with its paths and its command; `benchmark` is a key of
+    FILES."""
     key, generates = size or middle(card), card.kind == "generation"
     facts = card.sizes[key]
     method = task if task in ("sft", "lora", "pretrain", *card.methods) else "sft"
@@ -299,29 +313,47 @@ def way(
     return _steps(
         ways.get(task, ways["train"]),
         {
-            "hub": facts.hub, "key": key, "method": method, "devices": count, "nproc": min(count, 8), "run": run, "weights": weights,
-            "data": data, "learned_from": f"runs/{run}/features/" if generates else data, "subject": subject,
-            "subject_name": subject.rpartition("/")[2], "benchmark": benchmark, "file": FILES[benchmark], "TASK": task.upper(),
-            "index": "model_index.json" if generates else "config.json", "nodes": nodes if count > 8 and not generates else "",
-            "merge": " --merge-lora" if method in ("lora", "dreambooth") else "", "not_yet": NOT_YET.get(task, ""),
-            "format": "diffusers' layout" if generates else "hub format", **_conversion(weights, "mm"),
+            "hub": facts.hub,
+            "key": key,
+            "method": method,
+            "devices": count,
+            "nproc": min(count, 8),
+            "run": run,
+            "weights": weights,
+            "data": data,
+            "learned_from": f"runs/{run}/features/" if generates else data,
+            "subject": subject,
+            "subject_name": subject.rpartition("/")[2],
+            "benchmark": benchmark,
+            "file": FILES[benchmark],
+            "TASK": task.upper(),
+            "index": "model_index.json" if generates else "config.json",
+            "nodes": nodes if count > 8 and not generates else "",
+            "merge": " --merge-lora" if method in ("lora", "dreambooth") else "",
+            "not_yet": NOT_YET.get(task, ""),
+            "format": "diffusers' layout" if generates else "hub format",
+            **_conversion(weights, "mm"),
         },
         left_out,
-    )  # fmt: skip
+    )
 
 
 def foreseen(families: tuple[PlannedFamily, ...], task: str) -> tuple[Stage, ...]:
-    """The way for families without a card: what the stages will be. None trains yet; what converts today is said."""
+    """The way for families without a card: what the stages will be. None trains yet; what converts today is
+    said."""
     if not families:
         return ()
     first, features = families[0], any(family.features for family in families)
     names = TABLES["ways"]["planned"][first.kind]
     data, weights = TABLES["data_of_planned"][first.kind], f"weights/{first.name}"
     facts = {
-        "weights": weights, "data": data, "learned_from": "dataset/features/" if features else data.split(" (")[0],
+        "weights": weights,
+        "data": data,
+        "learned_from": "dataset/features/" if features else data.split(" (")[0],
         "training": f"{task.upper()} training" if task in NOT_YET else "Train",
-        "samples": f"runs/{first.name}/samples/" if first.kind == "generation" else "", **_conversion(weights, first.converts),
-    }  # fmt: skip
+        "samples": f"runs/{first.name}/samples/" if first.kind == "generation" else "",
+        **_conversion(weights, first.converts),
+    }
     left_out = [
         name for name, there in (("convert", first.converts), ("features_later", features)) if not there
     ]

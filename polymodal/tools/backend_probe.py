@@ -1,4 +1,5 @@
-"""One process of `doctor`'s trial of a backend: `python -m polymodal.tools.backend_probe RANK WORLD PORT BACKEND`.
+"""One process of `doctor`'s trial of a backend: `python -m polymodal.tools.backend_probe RANK WORLD PORT
+BACKEND`.
 
 Joins the others on this machine and adds up a tensor with them; exit code 0 when the sum is right.
 """

@@ -1,4 +1,5 @@
-"""Samples as a page: pictures, and every token coloured by the weight of its label (`polymodal data show`)."""
+"""Samples as a page: pictures, and every token coloured by the weight of its label (`polymodal data
+show`)."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def show(
 ) -> list[int]:
     """Write a page with n samples, spread over the datasets and drawn by the seed. Returns their numbers.
 
-    A sample that cannot be made is shown with its reason. Raises PolymodalError when the page cannot be written.
+    A sample that cannot be made is shown with its reason. Raises PolymodalError when the page cannot be
+    written.
     """
     chosen = choose(corpus, n, seed)
     samples: list[dict[str, Any]] = []
@@ -63,9 +65,12 @@ def _shown(i: int, record: Record, sample: Sample, chat: ChatProcessor) -> dict[
     if measure.tokens > chat.max_length:
         facts.append(f"longer than max_length {chat.max_length}")
     return {
-        "where": record.where, "error": "", "facts": ", ".join(facts), "media": [_figure(medium, chat) for medium in record.media],
+        "where": record.where,
+        "error": "",
+        "facts": ", ".join(facts),
+        "media": [_figure(medium, chat) for medium in record.media],
         "tokens": list(_tokens(record, sample, chat)),
-    }  # fmt: skip
+    }
 
 
 def _figure(medium: Media, chat: ChatProcessor) -> tuple[str, list[pages.Picture]]:
@@ -79,7 +84,8 @@ def _figure(medium: Media, chat: ChatProcessor) -> tuple[str, list[pages.Picture
         clip = files.clip(header, chat.video, chat.media.frame_multiple)
         step = max(1, len(clip.indices) // 4)
         frames = files.video(medium.source, header, clip.indices[::step][:4])
-        caption = f"{label}, {len(clip.indices)} of {header.frames} frames, {header.width} x {header.height}, {header.duration:.1f} s"
+        shape = f"{header.width} x {header.height}, {header.duration:.1f} s"
+        caption = f"{label}, {len(clip.indices)} of {header.frames} frames, {shape}"
         return caption, [pages.thumbnail(Image.fromarray(frame), 160) for frame in frames]
     picture = files.image(medium.source)  # type: ignore[arg-type]
     return f"{label}, {picture.width} x {picture.height}", [pages.thumbnail(picture, 256)]

@@ -1,6 +1,7 @@
 """The pre-flight list: is this machine fit to train, and if not, what mends it.
 
-Each check answers with rows: ok, warn or fail, what was found, and the mend. Only failures make the exit code 1.
+Each check answers with rows: ok, warn or fail, what was found, and the mend. Only failures make the exit code
+1.
 """
 
 from __future__ import annotations
@@ -96,11 +97,22 @@ def backend(name: str, processes: int, seconds: float = 120) -> Row:
     began = time.perf_counter()
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "polymodal.tools.backend_probe", str(rank), str(processes), str(port), name],
-            env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            [
+                sys.executable,
+                "-m",
+                "polymodal.tools.backend_probe",
+                str(rank),
+                str(processes),
+                str(port),
+                name,
+            ],
+            env=environ,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(processes)
-    ]  # fmt: skip
+    ]
     problems = []
     try:
         for process in started:
@@ -119,8 +131,8 @@ def backend(name: str, processes: int, seconds: float = 120) -> Row:
                 process.communicate()
     found = f"{processes} processes agree, {time.perf_counter() - began:.1f} s with their start"
     mend = (
-        "See the network interfaces (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, HCCL_SOCKET_IFNAME), the driver, "
-        "and a firewall on the loopback."
+        "See the network interfaces (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, HCCL_SOCKET_IFNAME), "
+        "the driver, and a firewall on the loopback."
     )
     return row(f"all-reduce {name}", problems[0] if problems else found, not problems, mend, "fail")
 
@@ -178,7 +190,10 @@ def disks() -> Iterator[Row]:
             verdict: Verdict = "fail" if title == "disk: temporary" else "warn"
             yield Row(title, verdict, f"not writable ({space.path})", mend)
             continue
-        mend = f"Less than {least} GiB: checkpoints may not fit; free some, or set checkpoint.dir, HF_HOME or TMPDIR to another disk."
+        mend = (
+            f"Less than {least} GiB: checkpoints may not fit; free some, or set checkpoint.dir, HF_HOME or "
+            "TMPDIR to another disk."
+        )
         yield row(title, f"{free(space)} ({Path(path).expanduser()})", space.free >= least * host.GIB, mend)
 
 
@@ -237,13 +252,21 @@ def variables() -> Iterator[Row]:
 
 
 CHECKS: dict[str, Callable[[], Iterator[Row]]] = {
-    "Software": packages, "Devices": devices, "Communication": backends, "Shared memory": shared_memory, "Ports": ports,
-    "Disks": disks, "Limits": limits, "Clock": clock, "Environment": variables,
-}  # fmt: skip
+    "Software": packages,
+    "Devices": devices,
+    "Communication": backends,
+    "Shared memory": shared_memory,
+    "Ports": ports,
+    "Disks": disks,
+    "Limits": limits,
+    "Clock": clock,
+    "Environment": variables,
+}
 
 
 def examine(names: list[str] | None = None) -> dict[str, list[Row]]:
-    """All checks (or those of `names`) by group. A check that breaks is itself a failure, never an exception."""
+    """All checks (or those of `names`) by group. A check that breaks is itself a failure, never an
+    exception."""
     found: dict[str, list[Row]] = {}
     for name in names or CHECKS:
         rows = found[name] = []
@@ -278,11 +301,15 @@ def show_environment(as_json: bool) -> int:
     if as_json:
         listed = [
             {
-                "name": v.name, "what": v.what, "range": v.allowed, "default": v.default, "now": os.environ.get(v.name),
+                "name": v.name,
+                "what": v.what,
+                "range": v.allowed,
+                "default": v.default,
+                "now": os.environ.get(v.name),
                 "set_in": "shell" if v.shell else "device.env",
             }
             for v in environment.VARIABLES.values()
-        ]  # fmt: skip
+        ]
         print(json.dumps(listed, indent=2))
         return 0
     console = Console()

@@ -1,7 +1,8 @@
-"""Writes what starts a run on a cluster: an sbatch script, a Kubernetes manifest, or torchrun's line for each host.
+"""Writes what starts a run on a cluster: an sbatch script, a Kubernetes manifest, or torchrun's line for each
+host.
 
-The scripts are templates in jobs/, to be read and checked there. Nothing here joins a world: process_group.py reads what
-these leave in the environment, launcher.py starts a node's processes and starts them again.
+The scripts are templates in jobs/, to be read and checked there. Nothing here joins a world: process_group.py
+reads what these leave in the environment, launcher.py starts a node's processes and starts them again.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ GRACE_SECONDS = 300
 """Between the warning that time is up and the end: enough to finish a step and to write a checkpoint."""
 
 TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent / "jobs"), undefined=jinja2.StrictUndefined,
-    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-)  # fmt: skip
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "jobs"),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
 TEMPLATES.filters |= {
     "q": shlex.quote,
     "y": lambda value: json.dumps(value, ensure_ascii=False),  # JSON is YAML
@@ -99,7 +103,8 @@ def name_of(recipe: Recipe) -> str:
 
 
 def train_words(wish: JobRequest) -> list[str]:
-    """`polymodal train ...` of one node; NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT come from the environment."""
+    """`polymodal train ...` of one node; NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT come from the
+    environment."""
     words = ["python", "-m", "polymodal", "train", wish.recipe, *wish.overrides, "--nproc", str(wish.nproc)]
     if wish.restarts:
         words += ["--restarts", str(wish.restarts)]
@@ -110,9 +115,13 @@ def train_words(wish: JobRequest) -> list[str]:
 
 def _filled(template: str, recipe: Recipe, wish: JobRequest, **more: object) -> str:
     values = {
-        "job": wish, "name": name_of(recipe), "grace": GRACE_SECONDS, "logs": str(recipe.run_dir / "logs"),
-        "env": {name: environment.check(name, value) for name, value in recipe.device.env.items()}, **more,
-    }  # fmt: skip
+        "job": wish,
+        "name": name_of(recipe),
+        "grace": GRACE_SECONDS,
+        "logs": str(recipe.run_dir / "logs"),
+        "env": {name: environment.check(name, value) for name, value in recipe.device.env.items()},
+        **more,
+    }
     return TEMPLATES.get_template(template).render(values)
 
 
@@ -120,9 +129,15 @@ def slurm(recipe: Recipe, wish: JobRequest) -> JobFile:
     """An sbatch script. Options of the user replace and extend those that are set here."""
     name = name_of(recipe)
     directives = {
-        "job-name": name, "nodes": str(wish.nodes), "ntasks-per-node": "1", "exclusive": "",
-        "output": "%x-%j.log", "open-mode": "append", "requeue": "", "signal": f"TERM@{GRACE_SECONDS}",
-    }  # fmt: skip
+        "job-name": name,
+        "nodes": str(wish.nodes),
+        "ntasks-per-node": "1",
+        "exclusive": "",
+        "output": "%x-%j.log",
+        "open-mode": "append",
+        "requeue": "",
+        "signal": f"TERM@{GRACE_SECONDS}",
+    }
     if wish.min_nodes is not None:
         directives["no-kill"] = ""  # else SLURM ends the whole job with its first lost node
     if resource := device.slurm_resource(recipe.device.kind, wish.nproc):
@@ -164,10 +179,14 @@ def torchrun(recipe: Recipe, wish: JobRequest) -> JobFile:
             f"--hosts names {len(wish.hosts)} hosts for --nodes {wish.nodes}.", "Name every host once."
         )
     text = _filled(
-        "torchrun.sh.j2", recipe, wish, hosts=wish.hosts or [f"host {rank}" for rank in range(wish.nodes)],
-        first=wish.hosts[0] if wish.hosts else "FIRST-HOST", port=DEFAULT_PORT,
+        "torchrun.sh.j2",
+        recipe,
+        wish,
+        hosts=wish.hosts or [f"host {rank}" for rank in range(wish.nodes)],
+        first=wish.hosts[0] if wish.hosts else "FIRST-HOST",
+        port=DEFAULT_PORT,
         alone=shlex.join(["polymodal", "train", wish.recipe, *wish.overrides]),
-    )  # fmt: skip
+    )
     return JobFile(text, ".sh", (), (f"logs: {recipe.run_dir / 'logs'}",))
 
 

@@ -1,6 +1,8 @@
-"""The page of models and the table in README, written from the cards: `polymodal models --markdown > docs/models.md`.
+"""The page of models and the table in README, written from the cards: `polymodal models --markdown >
+docs/models.md`.
 
-The page is the template models.md.j2. What a layout needs is told by the caller, who knows what parallelism is built.
+The page is the template models.md.j2. What a layout needs is told by the caller, who knows what parallelism
+is built.
 """
 
 from __future__ import annotations

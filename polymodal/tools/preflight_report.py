@@ -1,4 +1,5 @@
-"""`polymodal check`: what preflight.py found, printed for a terminal of 80 columns or as JSON. Decides nothing."""
+"""`polymodal check`: what preflight.py found, printed for a terminal of 80 columns or as JSON. Decides
+nothing."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ def request_profile(
 ) -> int:
     """Ask the run in directory `run` to trace its next `steps` steps on `ranks` ("0,2-4").
 
-    The request appears whole (written beside, then renamed). Raises PolymodalError when that is no run's directory.
+    The request appears whole (written beside, then renamed). Raises PolymodalError when that is no run's
+    directory.
     """
     run = Path(run)
     chosen = numbers(ranks)

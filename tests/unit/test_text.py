@@ -23,14 +23,16 @@ def test_a_mend_names_the_nearest_or_what_there_is():
 
 
 @pytest.mark.parametrize(
-    "number, text", [(0, "0"), (9_999, "9,999"), (10_000, "10 k"), (1_234_567, "1.23 M"), (7.6e9, "7.6 B"), (-2e6, "-2 M")]
-)  # fmt: skip
+    "number, text",
+    [(0, "0"), (9_999, "9,999"), (10_000, "10 k"), (1_234_567, "1.23 M"), (7.6e9, "7.6 B"), (-2e6, "-2 M")],
+)
 def test_counts(number, text):
     assert format_count(number) == text
 
 
 @pytest.mark.parametrize(
-    "number, text", [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 30, "3.0 GiB"), (5 << 40, "5.0 TiB")]
-)  # fmt: skip
+    "number, text",
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 30, "3.0 GiB"), (5 << 40, "5.0 TiB")],
+)
 def test_bytes(number, text):
     assert format_bytes(number) == text
