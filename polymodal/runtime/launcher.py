@@ -28,7 +28,7 @@ from polymodal.runtime import host
 from polymodal.runtime.process_group import RENDEZVOUS_SECONDS, Start, _number, leave_note
 
 CHILD = "POLYMODAL_LAUNCHED_BY"
-"""Set in processes that `spawn` started: pid of the launcher, which prints their errors for them."""
+"""Set in processes that `run` started: pid of the launcher, which prints their errors for them."""
 
 
 GOES_ALONE = "POLYMODAL_NODE_GOES_ALONE"
@@ -118,7 +118,7 @@ def _first_here(text: str) -> bool:
 def record(error: BaseException) -> bool:
     """Leave `error` for the launcher. Returns whether this process should print it itself.
 
-    Under `spawn` the launcher prints PolymodalErrors; under torchrun, SLURM and Kubernetes the first process
+    Under `run` the launcher prints PolymodalErrors; under torchrun, SLURM and Kubernetes the first process
     of a node that meets an error prints it.
     """
     leave_note(error)

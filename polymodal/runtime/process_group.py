@@ -1,8 +1,7 @@
 """Where a process stands among the others, and the life of its process group.
 
-Ground floor: imports device, machine, errors and the recipe; torch late. `place` reads what torchrun, SLURM,
-Kubernetes or a start script left in the environment; `runtime` joins the group and leaves it again. Starting
-processes is `spawn`'s work.
+`place` reads what torchrun, SLURM, Kubernetes or a start script left in the environment; `runtime` joins the
+group and leaves it again. Starting processes is the work of launcher.py. Imports torch late.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ COLLECTIVE_SECONDS = 1800
 
 
 class LostPeer(PolymodalError):
-    """Another process went away. Never the cause: `spawn` shows the error of the one that went first."""
+    """Another process went away. Never the cause: the launcher shows the error of the one that went first."""
 
 
 @dataclass(frozen=True)
@@ -443,7 +442,7 @@ def stop(rt: Runtime) -> None:
 
 
 def leave_note(error: BaseException) -> None:
-    """Write `error` where the launcher of this process (spawn, torchrun) looks for it, if there is one."""
+    """Write `error` where the launcher of this process (ours, torchrun) looks for it, if there is one."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:
         return
