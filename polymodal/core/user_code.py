@@ -7,7 +7,6 @@ be started there, so that a file lying in it cannot replace a module by its name
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import os
 import re
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import nearest
 
 _FORM = re.compile(r"(\w+(?:\.\w+)*):(\w+(?:\.\w+)*)")
 
@@ -48,7 +48,7 @@ def load_object(reference: str, key: str) -> Any:
         ) from error
     for name in names.split("."):
         if not hasattr(found, name):
-            near = difflib.get_close_matches(name, dir(found), 1)
+            near = nearest(name, dir(found))
             raise PolymodalError(
                 f"{said}: {module} has no `{name}`.",
                 f"Did you mean {near[0]}?" if near else "Check the name.",
