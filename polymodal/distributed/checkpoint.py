@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from polymodal import __version__
 from polymodal.core.errors import PolymodalError
+from polymodal.core.tensors import LazyTensors
 from polymodal.distributed.dcp_reader import INDEX, Reader
 from polymodal.runtime import process_group
 
@@ -427,20 +428,22 @@ def load(
     _fill(wanted, reader, group, group is None)
 
 
-def read_model(checkpoint: Path, prefix: str = "model.") -> Iterator[tuple[str, Tensor]]:
-    """Full tensors on the CPU, one at a time, in one process: what export and chat read.
+def read_model(checkpoint: Path, prefix: str = "model.") -> LazyTensors:
+    """Full tensors on the CPU, each read when it is asked for, in one process: what export and chat read.
 
     prefix: "model." for the weights, "ema." for the average. Names come without it.
     """
     reader = _reader(checkpoint)
-    names = sorted(k for k in reader.tensors if k.startswith(prefix))
-    if not names:
+    have = {k.removeprefix(prefix): info for k, info in reader.tensors.items() if k.startswith(prefix)}
+    if not have:
         raise PolymodalError(
             f"The checkpoint {checkpoint} holds no `{prefix[:-1]}` tensors.",
             "Averages exist only in runs with train.ema." if prefix == "ema." else "",
         )
-    for key in names:
-        info = reader.tensors[key]
-        target = {key: torch.empty(info.size, dtype=info.properties.dtype)}
+
+    def read(name: str) -> Tensor:
+        target = {prefix + name: torch.empty(have[name].size, dtype=have[name].properties.dtype)}
         _fill(target, reader, None, True)
-        yield key[len(prefix) :], target[key]
+        return target[prefix + name]
+
+    return LazyTensors(dict.fromkeys(sorted(have), read))

@@ -23,9 +23,10 @@ from torch import nn
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import MediaShape
+from polymodal.core.tensors import LazyTensors
 from polymodal.distributed import checkpoint as checkpoints
 from polymodal.generate.engine import Engine
-from polymodal.models import catalog, lora, weights
+from polymodal.models import catalog, library, lora, weights
 from polymodal.models.family import Family
 from polymodal.runtime.process_group import Runtime
 
@@ -82,12 +83,39 @@ def fingerprint(directory: Path) -> str:
 
 @dataclass
 class Assembled:
-    """A model put together from a run: float32 on the CPU, the house's attention, adapters still apart."""
+    """A model and where its values come from: on meta until `fill`, the house's attention, adapters still apart.
+
+    tensors: whole, by plain parameter name, adapters by their own; each is read when it is asked for.
+    """
 
     model: nn.Module
     family: Family
     recipe: recipes.Recipe
     checkpoint: Path
+    tensors: LazyTensors
+
+    @torch.no_grad()
+    def fill(self, dtype: torch.dtype = torch.float32) -> None:
+        """Give the model its values, on the CPU, in `dtype`, one tensor after the other. It is ready for inference."""
+        model, held = self.model, self.tensors
+        cast(model, dtype)
+        weights.materialise(model, "cpu")
+        weights.rebuild_buffers(model, persistent=any(n not in held for n in library.targets(model)))
+        for tensor, names in library.aliases(model):
+            name = next((n for n in names if n in held), None)
+            if name is not None:
+                tensor.copy_(held[name])
+        for name, parameter in lora.adapters(model).items():
+            parameter.copy_(held[name])
+        model.eval()
+
+    def merged(self) -> LazyTensors:
+        """The weights by plain name, adapters added in."""
+        adapters = {name: self.tensors[name] for name in lora.adapters(self.model)}
+        if not adapters:
+            return self.tensors
+        rest = self.tensors.renamed({n: n for n in self.tensors if n not in adapters})
+        return lora.merged(rest, adapters, lora.scales(self.model), self.model)
 
 
 Locate = Callable[[str | os.PathLike], Path]
@@ -112,7 +140,23 @@ def assemble(
     base: str | None = None,
     locate: Locate = checkpoints.locate,
 ) -> Assembled:
-    """The model of a run or of one checkpoint: its base (where the checkpoint needs one) with the trained tensors on top.
+    """The model of a run or of one checkpoint, filled: its base (where one is needed) with the trained tensors on top.
+
+    Raises PolymodalError as `describe` does.
+    """
+    made = describe(source, ema=ema, base=base, locate=locate)
+    made.fill()
+    return made
+
+
+def describe(
+    source: str | os.PathLike,
+    *,
+    ema: bool = False,
+    base: str | None = None,
+    locate: Locate = checkpoints.locate,
+) -> Assembled:
+    """The model of a run or of one checkpoint on meta, and its tensors to be read one by one.
 
     ema: the average instead of the last weights. base: where model.source lies now, when it was moved.
     Raises PolymodalError: no checkpoint, no average, a base that is gone, tensors that do not fit.
@@ -140,63 +184,73 @@ def assemble(
     model = family.build().trained
     if lora_recipe is not None:
         lora.attach(model, lora_recipe, family.card)
-    tensors = _stored(found, "ema." if ema else "model.")
-    names = dict(model.named_parameters())
-    strange = sorted(set(tensors) - set(names))
-    if strange:
-        raise PolymodalError(
-            f"{found} has {len(strange)} tensors that the model of its recipe has not (first: {strange[0]}).",
-            "Give the model.source and model.config that it was trained with.",
-        )
-    if set(names) - set(tensors):
-        _base(model, family, recipe, locate)
-    else:
-        weights.materialise(model, "cpu")
-        weights.rebuild_buffers(model, persistent=True)
-    _overlay(model, tensors, found)
-    return Assembled(model.eval(), family, recipe, found)
+    own = _of_run(model, found, "ema." if ema else "model.", strict=True)
+    lacking = [names for _, names in library.aliases(model) if not set(names) & set(own)]
+    if lacking or set(lora.adapters(model)) - set(own):
+        own = _base(model, family, recipe, locate) | own
+    return Assembled(model, family, recipe, found, own)
 
 
-def _base(model: nn.Module, family: Family, recipe: recipes.Recipe, locate: Locate) -> None:
+def _base(model: nn.Module, family: Family, recipe: recipes.Recipe, locate: Locate) -> LazyTensors:
     """What the run started from: frozen parameters, and the base under adapters."""
     if recipe.model.init == "random":
-        weights.initialise(model, family, recipe.train.seed, "cpu")
+        held = weights.initial_buffers(model) | weights.random(model, family, recipe.train.seed)
     else:
-        weights.load(model, family, catalog.resolve(recipe.model.source, recipe.model.revision), device="cpu")
+        source = catalog.resolve(recipe.model.source, recipe.model.revision)
+        held = weights.read(model, weights.directory_of(source, family))
     if recipe.model.lora is not None:
-        lora.initialise(model, recipe.model.lora, recipe.train.seed)
+        held |= lora.initial_values(model, recipe.model.lora, recipe.train.seed)
     start = recipe.checkpoint.init_from
     if start and catalog.is_whole(start):
-        weights.load(model, family, Path(start), device="cpu")
+        held |= weights.read(model, weights.directory_of(start, family))
     elif start and lora.is_adapter(start):
-        lora.load(model, recipe.model.lora, start)
-    elif start:
-        found = locate(start)
-        under = {
-            weights.plain(n): n for n, _ in model.named_parameters()
-        }  # a whole run under this one's adapters
-        known = under | {n: n for n in under.values()}
-        _overlay(model, {known[n]: t for n, t in _stored(found).items() if n in known}, found)
+        held |= lora.read(model, Path(start))
+    elif start:  # another run, perhaps a whole one under this one's adapters
+        held |= _of_run(model, locate(start), "model.", strict=False)
+    return held
 
 
-def _stored(found: Path, prefix: str = "model.") -> dict[str, torch.Tensor]:
+def _of_run(model: nn.Module, found: Path, prefix: str, *, strict: bool) -> LazyTensors:
+    """A checkpoint's tensors by the plain names of a model's parameters.
+
+    strict: all of them must be the model's. Raises PolymodalError; for another shape when the tensor is asked for.
+    """
     with (
         warnings.catch_warnings()
     ):  # torch says each time that one process reads alone; that is what is wanted
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-        return dict(checkpoints.read_model(found, prefix))
+        held = checkpoints.read_model(found, prefix)
+    shapes = {
+        n if library.ADAPTER.search(n) else weights.plain(n): p.shape for n, p in model.named_parameters()
+    }
+    names = {n: n if library.ADAPTER.search(n) else weights.plain(n) for n in held}
+    strange = sorted(n for n, plain in names.items() if plain not in shapes)
+    if strange and strict:
+        raise PolymodalError(
+            f"{found} has {len(strange)} tensors that the model of its recipe has not (first: {strange[0]}).",
+            "Give the model.source and model.config that it was trained with.",
+        )
+    stored = held.renamed({n: plain for n, plain in names.items() if plain in shapes})
 
-
-@torch.no_grad()
-def _overlay(model: nn.Module, tensors: dict[str, torch.Tensor], found: Path) -> None:
-    parameters = dict(model.named_parameters())
-    for name, value in tensors.items():
-        if parameters[name].shape != value.shape:
+    def fitting(name: str) -> torch.Tensor:
+        value = stored[name]
+        if value.shape != shapes[name]:
             raise PolymodalError(
-                f"{found} has {name} of shape {list(value.shape)}, the model {list(parameters[name].shape)}.",
+                f"{found} has {name} of shape {list(value.shape)}, the model {list(shapes[name])}.",
                 "Give the model.config that it was trained with.",
             )
-        parameters[name].copy_(value)
+        return value
+
+    return LazyTensors(dict.fromkeys(stored, fitting))
+
+
+def of_hub(source: str | os.PathLike) -> Assembled:
+    """A hub checkpoint on meta, and its tensors to be read one by one. Raises PolymodalError."""
+    recipe = recipes.Recipe(model=recipes.Model(source=os.fspath(source)))
+    family = catalog.family(recipe.model)
+    model = family.build().trained
+    held = weights.read(model, weights.directory_of(None, family))
+    return Assembled(model, family, recipe, Path(family.source), held)
 
 
 def processor_of(

@@ -1,6 +1,6 @@
 """Finds things by name: the card of a model, the directory of a checkpoint, the family of a recipe.
 
-It reads config files and the hub's cache and imports the cards; it never reads weights. Whatever is wrong with a
+It reads config files and the hub's cache and imports the cards; of weights no more than whether two are tied. Whatever is wrong with a
 source is said here, before anything is built.
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.text import nearest as nearest_names
+from polymodal.models import library
 from polymodal.models.card import ModelCard
 from polymodal.models.family import Family
 from polymodal.recipe import Model
@@ -350,6 +351,8 @@ def family(model: Model) -> Family:
         raise PolymodalError(
             f"{directory / 'config.json'} cannot be used: {str(error).strip().splitlines()[0]}"
         ) from None
+    if model.init == "pretrained" and card.embedding and "tie_word_embeddings" not in model.config:
+        library.settle_ties(config, directory, card.head, card.embedding)
     made = card.family(card, override(config, model.config), str(directory))
     for name in ("attention", "experts"):
         setattr(made, name, getattr(model, name))

@@ -6,6 +6,7 @@ changed. Sees errors, card.py and slices.py. Works on models that are on meta, s
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from polymodal.core.errors import PolymodalError
 from polymodal.models.card import PrunedModule
 from polymodal.models.slices import NotASlice, Stored
+from polymodal.models.storage import Files
 
 ADAPTER = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
 
@@ -59,6 +61,29 @@ def targets(model: nn.Module) -> dict[str, Tensor]:
 def tied(model: nn.Module) -> dict[str, str]:
     """Parameters that the model's config ties: name -> name of the one that checkpoints hold."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def settle_ties(config: Any, directory: Path, head: str, embedding: str) -> None:
+    """Set a config's tie_word_embeddings to what the checkpoint says and has.
+
+    Where config.json's top level does not have the flag, its text part's decides: several classes default to true there.
+    Where the files hold both tensors, and they differ, they are not tied, whatever is said.
+    head, embedding: names of the two modules in the model; the files may have another prefix.
+    """
+    said = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    text = said.get("text_config") or {}
+    if "tie_word_embeddings" not in said and "tie_word_embeddings" in text:
+        config.tie_word_embeddings = bool(text["tie_word_embeddings"])
+    if not getattr(config, "tie_word_embeddings", False) or not any(directory.glob("*.safetensors*")):
+        return
+    files = Files(directory)
+    first, second = (
+        [key for key in files.shapes if f".{key}".endswith(f".{name.rpartition('.')[2]}.weight")]
+        for name in (head, embedding)
+    )
+    second = [key for key in second if first and files.shapes[key] == files.shapes[first[0]]]
+    if len(first) == len(second) == 1 and not files.alike(first[0], second[0]):
+        config.tie_word_embeddings = False
 
 
 def aliases(model: nn.Module) -> list[tuple[Tensor, list[str]]]:

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.tensors import LazyTensors
 from polymodal.core.text import nearest
 from polymodal.models import library, stacked, weights
 from polymodal.models.card import ModelCard
-from polymodal.models.initial import InitOp, replay_init
+from polymodal.models.initial import seeded
 from polymodal.models.saving import appearing
-from polymodal.models.slices import Stored, copies, local_spans
-from polymodal.models.storage import Files, ShardWriter
+from polymodal.models.slices import scatter
+from polymodal.models.storage import Files, write_file
 from polymodal.recipe import Lora
 
 NAME = "default"  # peft's name of the one adapter
@@ -197,25 +196,26 @@ def initialise(model: nn.Module, lora: Lora, seed: int) -> None:
     A as peft draws it: uniform within 1 / sqrt(in features) (kaiming with a = sqrt 5), or normal with std 1 / r.
     """
     weights.materialise(model)
+    values = initial_values(model, lora, seed)
     for name, parameter in adapters(model).items():
-        if ".lora_B." in name:
-            score = [InitOp(torch.Tensor.zero_, (), {}, False)]
-        elif lora.init == "gaussian":
-            score = [InitOp(torch.Tensor.normal_, (0.0, 1.0 / lora.rank), {}, True)]
-        else:
-            bound = 1.0 / sqrt(parameter.shape[1])
-            score = [InitOp(torch.Tensor.uniform_, (-bound, bound), {}, True)]
-        replay_init(parameter, score, name, seed)
+        scatter(values[name], parameter)
 
 
-def gather(model: nn.Module) -> dict[str, Tensor]:
-    """Whole adapters on the CPU, float32, by parameter name. Collective; every rank gets them (they are small)."""
-    return {n: _whole(p).float().cpu() for n, p in adapters(model).items()}
+def initial_values(model: nn.Module, lora: Lora, seed: int) -> LazyTensors:
+    """What `initialise` fills adapters with, whole, by parameter name; the model may be on meta."""
+    shapes = {name: parameter.shape for name, parameter in adapters(model).items()}
 
+    def drawn(name: str) -> Tensor:
+        value = torch.zeros(shapes[name])
+        if ".lora_A." in name:
+            bound = 1.0 / sqrt(value.shape[1])
+            with seeded(seed, name):
+                value.normal_(0.0, 1.0 / lora.rank) if lora.init == "gaussian" else value.uniform_(
+                    -bound, bound
+                )
+        return value
 
-def _whole(parameter: Tensor) -> Tensor:
-    parameter = parameter.detach()
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return LazyTensors(dict.fromkeys(shapes, drawn))
 
 
 def _all_in(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:
@@ -239,15 +239,27 @@ def save(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write adapters as a peft directory that `PeftModel.from_pretrained(base_model, directory)` opens.
-
-    state: whole adapters by parameter name (gather, or a checkpoint's); model: tells the names of the other layers, may
-    be on meta; base: hub id or directory of the base model. Of several processes only rank 0 writes.
-    Raises PolymodalError for an incomplete state, a directory in use, a full disk.
-    """
+    """`write` into a directory that appears when it is whole. Raises PolymodalError also for one that is in use."""
     final = Path(directory)
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return final
+    with appearing(final, overwrite) as partial:
+        write(state, model, lora, partial, base=base, dtype=dtype)
+    return final
+
+
+def write(
+    state: Mapping[str, Tensor],
+    model: nn.Module,
+    lora: Lora,
+    directory: Path,
+    *,
+    base: str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write adapters as files that `PeftModel.from_pretrained(base_model, directory)` opens.
+
+    state: whole adapters by parameter name; model: tells the names of the other layers, may be on meta; base: hub id or
+    directory of the base model. Raises PolymodalError for an incomplete state, a full disk.
+    """
     names = _all_in(state, model)
     homes = stacked.homes(model)
     chosen = [n for n in dict.fromkeys(name.split(".lora_")[0] for name in names) if n not in homes.values()]
@@ -257,15 +269,10 @@ def save(
     config.inference_mode = True
     if not hasattr(model, "prepare_inputs_for_generation"):
         config.task_type = None  # a denoiser is no language model to peft
-    with appearing(final, overwrite) as partial:
-        writer = ShardWriter(partial, 1 << 62, STEM)
-        for name in names:
-            value = state[name].detach().cpu()
-            value = value.to(dtype) if dtype is not None else value
-            writer.add(PREFIX + name.replace(f".{NAME}.", "."), value.contiguous().clone())
-        writer.finish()
-        config.save_pretrained(str(partial))
-    return final
+    values = {PREFIX + name.replace(f".{NAME}.", "."): state[name].detach().cpu() for name in names}
+    values = {key: value.to(dtype or value.dtype).contiguous().clone() for key, value in values.items()}
+    write_file(values, directory / f"{STEM}.safetensors")
+    config.save_pretrained(str(directory))
 
 
 def is_adapter(directory: str | Path) -> bool:
@@ -305,7 +312,7 @@ def save_for_pipeline(
 
 @torch.no_grad()
 def load(model: nn.Module, lora: Lora | None, directory: str | Path) -> None:
-    """Fill a model's adapters, laid out or not, from a directory of peft or diffusers; each rank reads its slices.
+    """Fill a model's adapters, laid out or not, from a directory of peft or diffusers.
 
     Raises PolymodalError when the adapter is of another kind, rank, scale or set of layers.
     """
@@ -317,27 +324,35 @@ def load(model: nn.Module, lora: Lora | None, directory: str | Path) -> None:
         )
     weights.materialise(model)
     _compare(directory, lora)
+    values = read(model, directory)
+    for name, parameter in adapters(model).items():
+        scatter(values[name], parameter)
+
+
+def read(model: nn.Module, directory: Path) -> LazyTensors:
+    """The adapters in a directory of peft or diffusers, whole, by the model's parameter names; it may be on meta.
+
+    Raises PolymodalError when they are of other layers or shapes than the model's.
+    """
     ours = (directory / "adapter_config.json").is_file()
     files = Files(directory, (STEM if ours else DIFFUSERS_STEM,))
     prefix = PREFIX if ours else next(iter(files.shapes)).partition(".")[0] + "."
-    held = {prefix + name.replace(f".{NAME}.", "."): p for name, p in adapters(model).items()}
-    for few, many, what in ((held, files.shapes, "lacks"), (files.shapes, held, "has")):
+    keys = {prefix + name.replace(f".{NAME}.", "."): name for name in adapters(model)}
+    for few, many, what in ((keys, files.shapes, "lacks"), (files.shapes, keys, "has")):
         lost = sorted(set(few) - set(many))
         if lost:
             raise PolymodalError(
                 f"The adapter {directory} {what} {len(lost)} layers' weights that the recipe's model.lora {'wants' if what == 'lacks' else 'does not'} (first: {lost[0]}).",
                 "Set model.lora.towers and targets as they were when it was trained.",
             )
-    for key, parameter in held.items():
-        if files.shapes[key] != tuple(parameter.shape):
+    for key, name in keys.items():
+        shape = tuple(model.get_parameter(name).shape)
+        if files.shapes[key] != shape:
             raise PolymodalError(
-                f"The adapter {directory} has {key} of shape {list(files.shapes[key])}, the model {list(parameter.shape)}.",
+                f"The adapter {directory} has {key} of shape {list(files.shapes[key])}, the model {list(shape)}.",
                 "It belongs to another base model.",
             )
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
-        for name, box, view in copies(Stored.whole(key, parameter.shape), local_spans(parameter), local):
-            files.read(name, box, view)
-    files.close()
+    return LazyTensors(dict.fromkeys(keys, files.whole)).renamed(keys)
 
 
 def _compare(directory: Path, lora: Lora) -> None:
@@ -394,44 +409,41 @@ def read_settings(directory: Path) -> Lora:
     )
 
 
-def merged_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(plain name, whole tensor) of each weight with its adapter added, as `weights.gather` gives them. Collective."""
-    scales = {n: m.scaling[NAME] for n, m in _adapted(model).items()}
-    return merged(weights.gather(model), gather(model), scales, model)
-
-
-def _adapted(model: nn.Module) -> dict[str, Any]:
+def scales(model: nn.Module) -> dict[str, float]:
+    """What each adapted layer's B A is multiplied by, by the layer's name."""
     from peft.tuners.lora import LoraLayer
 
-    return {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    return {n: m.scaling[NAME] for n, m in model.named_modules() if isinstance(m, LoraLayer)}
 
 
 def merged(
-    state: Iterator[tuple[str, Tensor]],
+    state: Mapping[str, Tensor],
     parts: Mapping[str, Tensor],
     scales: Mapping[str, float] | float,
     model: nn.Module | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """A stream of weights (gather, read) with adapters added: W + scale * B A, in float32, in W's dtype.
+) -> LazyTensors:
+    """Weights by plain name with adapters added when they are asked for: W + scale * B A, in float32.
 
     parts: whole adapters by parameter name; scales: of each layer, or of all; model: with its adapters, needed where
     stacked experts have some. Raises PolymodalError when an adapter finds no weight.
     """
-    left = {name.split(".lora_")[0] for name in parts}
     stacks = stacked.homes(model) if model is not None else {}
     wrappers = stacked.wrappers(model) if stacks else {}
-    for name, tensor in state:
-        layer = stacks.get(name) or (name.removesuffix(".weight") if name.endswith(".weight") else "")
-        if layer in left:
-            left.discard(layer)
-            if tensor.numel():  # ranks that only take part are handed empty tensors
-                a, b = (parts[f"{layer}.lora_{x}.{NAME}.weight"].float() for x in "AB")
-                by = scales if isinstance(scales, (int, float)) else scales[layer]
-                change = stacked.delta(wrappers[layer], a, b) if layer in wrappers else b @ a
-                tensor = (tensor.float() + by * change).to(tensor.dtype)
-        yield name, tensor
+    layers = {name: stacks.get(name) or name.removesuffix(".weight") for name in state}
+    left = {name.split(".lora_")[0] for name in parts}
+    left -= {layer for name, layer in layers.items() if name in stacks or name.endswith(".weight")}
     if left:
         raise PolymodalError(
             f"{len(left)} adapters have no weight to be added to (first: {sorted(left)[0]}).",
             "Is it the adapter's base model?",
         )
+
+    def value(name: str) -> Tensor:
+        layer, tensor = layers[name], state[name]
+        if f"{layer}.lora_A.{NAME}.weight" not in parts or not (name in stacks or name.endswith(".weight")):
+            return tensor
+        a, b = (parts[f"{layer}.lora_{x}.{NAME}.weight"].float() for x in "AB")
+        by = scales if isinstance(scales, (int, float)) else scales[layer]
+        return tensor.float() + by * (stacked.delta(wrappers[layer], a, b) if layer in wrappers else b @ a)
+
+    return LazyTensors(dict.fromkeys(state, value))

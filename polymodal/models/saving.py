@@ -1,32 +1,35 @@
-"""Weights out of a model: whole tensors, one at a time, into a hub checkpoint with the source's own keys and layout.
+"""Weights on their way out: whole tensors into a hub checkpoint with the source's own keys and layout.
 
-Sees errors and models/. What goes out is a stream, so that no more than one shard of the files is ever held; the
-directory appears under its name when everything in it is written. Called through weights.py.
+What every file holds is known from names and shapes before a value is read (`outputs`), so each of several processes
+writes files of its own (`write`), and one file's tensors are the most that a process holds. The directory appears under
+its name when everything in it is written. Sees errors and models/.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from copy import deepcopy
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.text import nearest
 from polymodal.models import library
 from polymodal.models.family import Family
 from polymodal.models.library import Layout, plain
-from polymodal.models.slices import Stored
-from polymodal.models.storage import Files, ShardWriter
+from polymodal.models.slices import Piece
+from polymodal.models.storage import Files, write_file
 
 KEPT_FILES = (
     "*.json",
@@ -43,25 +46,8 @@ KEPT_FILES = (
 LEFT_FILES = ("config.json", "*.index.json", "adapter_config.json", "trainer_state.json")
 
 
-def gather(source: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(plain name, whole tensor) of each parameter and persistent buffer, one at a time, without adapters.
-
-    Collective: every rank goes through all of it. Rank 0 gets CPU tensors; the others get an empty one to pass over.
-    source: a model, or tensors by parameter name (an average of the weights).
-    """
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if isinstance(source, nn.Module):
-        items = {names[0]: tensor for tensor, names in library.aliases(source)}
-    else:
-        items = {plain(name): tensor for name, tensor in source.items() if not library.ADAPTER.search(name)}
-    for name, tensor in items.items():
-        tensor = tensor.detach()
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        yield name, whole.cpu() if first else torch.empty(0)
-
-
 def save(
-    state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    state: Mapping[str, Tensor],
     family: Family | None,
     directory: str | Path,
     *,
@@ -73,33 +59,24 @@ def save(
 ) -> Path:
     """Write a full state as a hub checkpoint with the source's keys and layout, or the library's where it has none.
 
-    state:  whole tensors by parameter name, a mapping or a stream (gather, read, lora.merged): one shard is held.
+    state:  whole tensors by parameter name (LazyTensors: one shard's are held at a time).
     family: gives model (on meta) and source; either may be given by itself.
-    dtype:  of floating tensors; None: as they come. What the source alone keeps in float32 stays float32.
-    Of several processes only rank 0 writes, the others go through `state`. The directory appears when it is whole.
-    Raises PolymodalError for a directory that is in use, a full disk, and states that lack or exceed the model's names.
+    dtype:  of floating tensors; None: the model's. What the source alone keeps in float32 stays float32.
+    The directory appears when it is whole. Raises PolymodalError for a directory that is in use, a full disk, and
+    states that lack or exceed the model's names.
     """
     final = Path(directory)
-    pairs = iter(state.items() if isinstance(state, Mapping) else state)
-    if dist.is_initialized() and dist.get_rank() > 0:
-        for _ in pairs:
-            pass
-        return final
-    try:
-        with appearing(final, overwrite) as partial:
-            origin = Path(source if source is not None else family.source)  # type: ignore[union-attr]
-            if origin.resolve() == final.resolve():
-                raise PolymodalError(
-                    f"{final} is the checkpoint that the model came from.", "Choose another directory."
-                )
-            if model is None:
-                model = family.build().trained  # type: ignore[union-attr]
-            config = deepcopy(family.config if family is not None else model.config)
-            _copy_files(origin, partial)
-            _write(pairs, model, origin, partial, config, dtype, max_shard_bytes)
-    finally:
-        for _ in pairs:  # a stream may be collective: the other ranks go through all of it
-            pass
+    origin = Path(source if source is not None else family.source)  # type: ignore[union-attr]
+    if origin.resolve() == final.resolve():
+        raise PolymodalError(
+            f"{final} is the checkpoint that the model came from.", "Choose another directory."
+        )
+    if model is None:
+        model = family.build().trained  # type: ignore[union-attr]
+    with appearing(final, overwrite) as partial:
+        made = outputs(model, origin, dtype)
+        write(state, model, made, partial, max_shard_bytes)
+        write_config(model, family.config if family is not None else model.config, origin, partial, made)
     return final
 
 
@@ -126,6 +103,54 @@ def appearing(final: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+class Together:
+    """`appearing` for all processes of a group, on a disk that they share (None: for this process alone).
+
+    All write into `directory`; rank 0 gives it its name. They meet in a collective at the start only: ranks that have
+    written leave a note in the directory for rank 0 (`wait`), since a collective would time out on a long export.
+    """
+
+    def __init__(self, final: Path, group: dist.ProcessGroup | None = None):
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.world = 1 if group is None else dist.get_world_size(group)
+        self.directory = final.with_name(f".{final.name}.partial")
+        self._final = appearing(final, overwrite=True)
+
+    def __enter__(self) -> Together:
+        if self.rank == 0:
+            self._final.__enter__()
+        if self.group is not None:
+            dist.barrier(self.group)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self.rank == 0:
+            self._final.__exit__(kind, error, trace)
+            return
+        note = self._note(self.rank)
+        with suppress(OSError):  # rank 0 has failed, and the directory is gone
+            unnamed = note.with_name(note.name + ".part")
+            unnamed.write_text("" if error is None else f"{error}" or type(error).__name__)
+            unnamed.replace(note)
+
+    def _note(self, rank: int) -> Path:
+        return self.directory / f".rank-{rank}"
+
+    def wait(self) -> None:
+        """On rank 0: until every other rank has left `with Together`. Raises PolymodalError when one did by an error."""
+        waiting = set(range(1, self.world))
+        while waiting:
+            for rank in [rank for rank in waiting if self._note(rank).exists()]:
+                error = self._note(rank).read_text()
+                if error:
+                    raise PolymodalError(f"Rank {rank}: {error}")
+                self._note(rank).unlink()
+                waiting.discard(rank)
+            if waiting:
+                time.sleep(0.1)
+
+
 def _swap(partial: Path, final: Path) -> None:
     """Give `partial` its name; what had it before goes only when that worked."""
     old = final.with_name(f".{final.name}.old")
@@ -150,11 +175,13 @@ def _copy_files(origin: Path, directory: Path) -> None:
                 shutil.copyfile(path, directory / name)
 
 
-def _file_layout(model: nn.Module, origin: Path) -> tuple[Layout, dict[str, tuple[int, ...]], dict[str, str]]:
+def _file_layout(
+    model: nn.Module, origin: Path | None
+) -> tuple[Layout, dict[str, tuple[int, ...]], dict[str, str]]:
     """(layout, shape of each file key, dtype of the keys that the source has): the source's, else the library's."""
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
-    if any(origin.glob("*.safetensors")):
+    if origin is not None and any(origin.glob("*.safetensors")):
         files = Files(origin)
         shapes, dtypes = files.shapes, files.dtypes
     plan = library.layout(model, shapes)
@@ -175,89 +202,172 @@ def _file_layout(model: nn.Module, origin: Path) -> tuple[Layout, dict[str, tupl
     return Layout({**fits, **more.entries}, computed + more.computed), shapes, dtypes
 
 
-def _write(
-    pairs: Iterator[tuple[str, Tensor]],
-    model: nn.Module,
-    origin: Path,
-    directory: Path,
-    config: Any,
-    dtype: torch.dtype | None,
-    limit: int,
-) -> None:
+@dataclass
+class Output:
+    """A tensor of the files to be written, and what it is made of: boxes of parameters (parameter name, its box), or
+    whole parameters that the library converts together (its name for each -> parameter name)."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: list[tuple[str, Piece]] = field(default_factory=list)
+    converted: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters that it is made of."""
+        return [name for name, _ in self.pieces] or list(self.converted.values())
+
+
+def outputs(model: nn.Module, origin: Path | None, dtype: torch.dtype | None) -> list[Output]:
+    """Every tensor of the files, in the order in which the model's parameters complete them.
+
+    model:  on meta or not, laid out or not: names, shapes, dtypes are all that is asked of it.
+    origin: the checkpoint whose keys and layout are taken, and what it alone keeps in float32; None: the library's.
+    """
     plan, shapes, stored_as = _file_layout(model, origin)
     common = Counter(stored_as.values()).most_common(1)
     usual = common[0][0] if common else None
-    writer = ShardWriter(directory, limit)
-    bytes_by_dtype: Counter[torch.dtype] = Counter()
 
-    def put(key: str, tensor: Tensor) -> None:
-        if tensor.is_floating_point() and dtype is not None:
-            kept = stored_as.get(key) == "F32" != usual
-            tensor = tensor.to(torch.float32 if kept else dtype)
-        bytes_by_dtype[tensor.dtype] += tensor.numel() * tensor.element_size()
-        tensor = tensor.contiguous()
-        alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-        writer.add(key, tensor if alone else tensor.clone())
+    def kind(key: str, own: torch.dtype) -> torch.dtype:
+        if dtype is None or not own.is_floating_point:
+            return own
+        return torch.float32 if stored_as.get(key) == "F32" != usual else dtype
 
-    open_keys: dict[str, tuple[Tensor, int]] = {}  # file tensors that several parameters fill
-
-    def split(stored: Stored, tensor: Tensor) -> None:
-        for piece in stored.pieces:
-            view = piece.view(tensor)
-            if tuple(view.shape) == shapes[piece.key]:
-                put(piece.key, view)
-                continue
-            whole, missing = open_keys.pop(piece.key, (None, 0))
-            if whole is None:
-                whole = torch.empty(shapes[piece.key], dtype=tensor.dtype)
-                missing = whole.numel()
-            whole[piece.box].copy_(view)
-            if missing == view.numel():
-                put(piece.key, whole)
-            else:
-                open_keys[piece.key] = (whole, missing - view.numel())
-
-    names_of = {name: names for _, names in library.aliases(model) for name in names}
+    made: list[Output] = []
+    begun: dict[str, Output] = {}
+    missing: dict[str, int] = {}  # elements
     waiting = {name: one for one in plan.computed for name in one.shapes}
-    collected: dict[str, Tensor] = {}
-    seen: set[str] = set()
-    for name, tensor in pairs:
-        name = plain(name)
-        if name not in names_of:
-            raise PolymodalError(
-                f"The state has {name}, which {library.class_of(model).__name__} does not.",
-                f"Nearest: {', '.join(nearest(name, names_of, most=2)) or 'none'}.",
-            )
-        for alias in [n for n in names_of[name] if n not in seen]:
-            seen.add(alias)
-            if plan.shape(alias) not in (None, tuple(tensor.shape)):
-                raise PolymodalError(
-                    f"{alias} is {list(tensor.shape)} in the state, {list(plan.shape(alias) or ())} in the model."
-                )
-            if alias in plan.entries:  # a tied weight that the files hold twice: no memory may be shared
-                split(plan.entries[alias], tensor if alias == name else tensor.clone())
-            elif alias in waiting:
-                collected[alias] = tensor
-                group = waiting[alias].shapes
-                if all(n in collected for n in group):
-                    for key, value in library.reverted(model, {n: collected.pop(n) for n in group}).items():
-                        put(key, value)
-    lost = [n for n in [*plan.entries, *waiting] if n not in seen]
+    seen: dict[str, tuple[str, Tensor]] = {}
+    for tensor, names in library.aliases(model):
+        for name in names:
+            seen[name] = (names[0], tensor)
+            if name in plan.entries:
+                for piece in plan.entries[name].pieces:
+                    key, shape = piece.key, shapes[piece.key]
+                    out = begun.setdefault(key, Output(key, shape, kind(key, tensor.dtype)))
+                    out.pieces.append((names[0], piece))
+                    missing[key] = missing.get(key, prod(shape)) - prod(piece.size)
+                    if missing[key] == 0:
+                        made.append(out)
+            elif name in waiting and all(other in seen for other in waiting[name].shapes):
+                group = {other: seen[other] for other in waiting[name].shapes}
+                on_meta = {
+                    n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, (_, t) in group.items()
+                }
+                parts = {other: first for other, (first, _) in group.items()}
+                for key, value in library.reverted(model, on_meta).items():
+                    made.append(Output(key, tuple(value.shape), kind(key, value.dtype), converted=parts))
+    return made
+
+
+def write(
+    state: Mapping[str, Tensor],
+    model: nn.Module,
+    made: list[Output],
+    directory: Path,
+    limit: int,
+    *,
+    stem: str = "model",
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Write this process's share of a model's files, of at most `limit` bytes each; rank 0 writes the index too.
+
+    state: whole tensors by plain parameter name; every tensor is asked for once for each file it has a part in.
+    Raises PolymodalError when names or shapes are not the model's, and for a full disk.
+    """
+    known = {name: names for _, names in library.aliases(model) for name in names}
+    held = {known[name][0]: name for name in map(plain, state) if name in known}
+    strange = next((name for name in state if plain(name) not in known), None)
+    if strange is not None:
+        raise PolymodalError(
+            f"The state has {strange}, which {library.class_of(model).__name__} does not.",
+            f"Nearest: {', '.join(nearest(strange, known, most=2)) or 'none'}.",
+        )
+    lost = sorted({name for out in made for name in out.names} - set(held))
     if lost:
         raise PolymodalError(
             f"The state lacks {len(lost)} parameters: {', '.join(lost[:4])}.",
             "Give the whole state of the model.",
         )
-    writer.finish()
-    _write_config(model, config, directory, bytes_by_dtype)
+    shapes = {names[0]: tuple(tensor.shape) for tensor, names in library.aliases(model)}
+
+    def value(name: str) -> Tensor:
+        tensor = state[held[name]]
+        if tuple(tensor.shape) != shapes[name]:
+            raise PolymodalError(
+                f"{name} is {list(tensor.shape)} in the state, {list(shapes[name])} in the model."
+            )
+        if tensor.numel() and tensor.is_floating_point() and bool(torch.aminmax(tensor).min.isnan()):
+            raise PolymodalError(
+                f"{name} holds values that are not numbers (NaN).",
+                "The run had diverged: take an earlier checkpoint.",
+            )
+        return tensor
+
+    files = _grouped(made, limit)
+    names = [f"{stem}-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
+    if len(files) == 1:
+        names = [f"{stem}.safetensors"]
+    for file, name in list(zip(files, names, strict=True))[rank::world]:
+        write_file(_values(file, model, value), directory / name)
+    if rank == 0 and len(files) > 1:
+        table = {out.key: name for file, name in zip(files, names, strict=True) for out in file}
+        index = {
+            "metadata": {"total_size": sum(out.nbytes for out in made)},
+            "weight_map": dict(sorted(table.items())),
+        }
+        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_config(
-    model: nn.Module, config: Any, directory: Path, bytes_by_dtype: Counter[torch.dtype]
-) -> None:
-    floats = [(d, n) for d, n in bytes_by_dtype.most_common() if d.is_floating_point]
+def _grouped(made: list[Output], limit: int) -> list[list[Output]]:
+    files: list[list[Output]] = [[]]
+    size = 0
+    for out in made:
+        if files[-1] and size + out.nbytes > limit:
+            files.append([])
+            size = 0
+        files[-1].append(out)
+        size += out.nbytes
+    return files
+
+
+def _values(file: list[Output], model: nn.Module, value: Any) -> dict[str, Tensor]:
+    """The tensors of one file, in memory of their own; one parameter at a time is held beside them."""
+    tensors = {out.key: torch.empty(out.shape, dtype=out.dtype) for out in file}
+    boxes: dict[str, list[tuple[str, Piece]]] = {}
+    groups: dict[tuple[str, ...], dict[str, str]] = {}
+    for out in file:
+        for name, piece in out.pieces:
+            boxes.setdefault(name, []).append((out.key, piece))
+        if out.converted:
+            groups[tuple(out.converted)] = out.converted
+    for name, pieces in boxes.items():
+        whole = value(name)
+        for key, piece in pieces:
+            tensors[key][piece.box].copy_(piece.view(whole))
+    for group in groups.values():
+        parts = library.reverted(model, {other: value(name) for other, name in group.items()})
+        for key in tensors.keys() & parts.keys():
+            tensors[key].copy_(parts[key])
+    return tensors
+
+
+def write_config(model: nn.Module, config: Any, origin: Path, directory: Path, made: list[Output]) -> None:
+    """config.json and everything else that lies beside the weights: taken over from `origin`."""
+    _copy_files(origin, directory)
+    config = deepcopy(config)
+    sizes: Counter[torch.dtype] = Counter()
+    for out in made:
+        sizes[out.dtype] += out.nbytes
+    floats = [kind for kind, _ in sizes.most_common() if kind.is_floating_point]
     if floats:
-        name = str(floats[0][0]).removeprefix("torch.")
+        name = str(floats[0]).removeprefix("torch.")
         for part in [config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", {}))]:
             if part is not None:
                 part.dtype = name

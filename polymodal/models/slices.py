@@ -294,3 +294,11 @@ def copies(
             part = part.narrow(dim, begin, end - begin)
         for piece in part.pieces:
             yield piece.key, piece.box, piece.view(view)
+
+
+@torch.no_grad()
+def scatter(whole: Tensor, tensor: Tensor) -> None:
+    """Copy this rank's slices of `whole`, cast, into `tensor`, plain or a DTensor of that shape."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    for box, view in boxes(local_spans(tensor), local):
+        view.copy_(whole[tuple(slice(*one) for one in box)])

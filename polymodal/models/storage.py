@@ -1,4 +1,4 @@
-"""Checkpoint directories on disk: safetensors files read slice by slice, and written shard by shard.
+"""Checkpoint directories on disk: safetensors files read slice by slice, and written.
 
 Knows the format and everything that can be wrong with a download; knows no model. Sees errors and torch.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,18 @@ class Files:
     def equals(self, key: str, box: tuple[slice, ...], other: Tensor) -> bool:
         """Whether a box of a stored tensor, cast to other's dtype, is `other`."""
         return all(torch.equal(values.to(view), view) for values, view in self._parts(key, box, other))
+
+    def alike(self, key: str, other: str) -> bool:
+        """Whether two stored tensors of one shape hold the same values; read row by row until they differ."""
+        rows = max(
+            1, (WINDOW // 4) // max(1, prod(self.shapes[key][1:]) * dtype_of(self.dtypes[key]).itemsize)
+        )
+        one, two = (_open(self._home[k]).get_slice(k) for k in (key, other))
+        total = self.shapes[key][0]
+        return all(
+            torch.equal(one[at : at + rows].float(), two[at : at + rows].float())
+            for at in range(0, total, rows)
+        )
 
     def _parts(self, key: str, box: tuple[slice, ...], target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(stored values, view of the target) of one part of the box after the other, so that little is mapped."""
@@ -251,60 +263,14 @@ def _numbered(paths: list[Path]) -> list[Path]:
     return paths
 
 
-class ShardWriter:
-    """Writes tensors as they come into files of at most `limit` bytes; holds one file's worth at a time."""
+def write_file(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """One safetensors file. Raises PolymodalError for a disk that is full or not writable."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-    def __init__(self, directory: Path, limit: int, stem: str = "model"):
-        self.directory, self.limit, self.stem = directory, limit, stem
-        self.total = 0
-        self._held: dict[str, Tensor] = {}
-        self._bytes = 0
-        self._files: list[list[str]] = []
-
-    def add(self, key: str, tensor: Tensor) -> None:
-        """tensor: contiguous, on the CPU, not written to afterwards."""
-        count = tensor.numel() * tensor.element_size()
-        if self._held and self._bytes + count > self.limit:
-            self._flush()
-        self._held[key] = tensor
-        self._bytes += count
-        self.total += count
-
-    def _name(self, number: int, total: int | None = None) -> str:
-        return (
-            f"{self.stem}-{number:05d}-of-{total:05d}.safetensors"
-            if total
-            else f"{self.stem}-{number:05d}.part"
-        )
-
-    def _flush(self) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        path = self.directory / self._name(len(self._files) + 1)
-        try:
-            save_file(self._held, str(path), metadata={"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            raise PolymodalError(
-                f"{path} could not be written: {error}.", "Free space there, or choose another directory."
-            ) from None
-        self._files.append(list(self._held))
-        self._held, self._bytes = {}, 0
-
-    def finish(self) -> None:
-        """Write what is left, give the files their names, and write the index if there are several."""
-        if self._held or not self._files:
-            self._flush()
-        count = len(self._files)
-        if count == 1:
-            (self.directory / self._name(1)).rename(self.directory / f"{self.stem}.safetensors")
-            return
-        table = {}
-        for number, keys in enumerate(self._files, 1):
-            name = self._name(number, count)
-            (self.directory / self._name(number)).rename(self.directory / name)
-            table.update(dict.fromkeys(keys, name))
-        index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(table.items()))}
-        (self.directory / f"{self.stem}.safetensors.index.json").write_text(
-            json.dumps(index, indent=2) + "\n"
-        )
+    try:
+        save_file(dict(tensors), str(path), metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise PolymodalError(
+            f"{path} could not be written: {error}.", "Free space there, or choose another directory."
+        ) from None

@@ -1,4 +1,4 @@
-"""Weights into a model: each rank reads, or draws, only the slices that it holds. `save` and `gather` are the way out.
+"""Weights into a model: each rank reads, or draws, only the slices that it holds. saving.py is the way out.
 
 Sees the ground floor and models/. Works on plain tensors and DTensors alike; what transformers knows of keys and
 initial values comes from library.py, what lies on disk from storage.py, the arithmetic of shards from slices.py.
@@ -7,7 +7,7 @@ initial values comes from library.py, what lies on disk from storage.py, the ari
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,17 +19,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.tensors import LazyTensors
 from polymodal.core.text import nearest
 from polymodal.models import library
 from polymodal.models.card import PrunedModule
 from polymodal.models.family import Family
-from polymodal.models.initial import Unknown, record_init, replay_init, stand_ins
+from polymodal.models.initial import draw, shielded
 from polymodal.models.library import Layout, plain
-from polymodal.models.saving import gather, save
-from polymodal.models.slices import Stored, copies, local_spans
+from polymodal.models.saving import save
+from polymodal.models.slices import Stored, copies, local_spans, scatter
 from polymodal.models.storage import Files, dtype_of
 
-__all__ = ["LoadReport", "gather", "initialise", "load", "materialise", "read", "rebuild_buffers", "save"]
+__all__ = ["LoadReport", "initialise", "load", "materialise", "random", "read", "rebuild_buffers", "save"]
 
 
 @dataclass
@@ -74,19 +75,23 @@ def load(
     report = LoadReport()
 
     def work() -> None:
-        quantised = getattr(getattr(model, "config", None), "quantization_config", None)
-        if quantised is not None:
-            raise PolymodalError(
-                f"{directory} holds quantised weights (quantization_config in config.json).",
-                "Train from the checkpoint that is not quantised.",
-            )
         held = Files(directory) if files is None else files
         plan = library.layout(model, held.shapes)
         report.drawn = _check(model, plan, held, strict, new, report)
         materialise(model, device, offloaded)
-        _read(model, plan, held, report)
-        _draw(model, set(report.drawn), seed)
-        rebuild_buffers(model)
+        known = dict(model.named_parameters())
+        rebuild_buffers(model, persistent=any(name not in known for name in report.drawn))
+        written = _read(
+            model, plan, held, report
+        )  # last, so that no initialiser has a say about what was read
+        whole = library.targets(model)
+        values = random(model, None, seed) if report.drawn else {}
+        for name in report.drawn:
+            if name in values:
+                scatter(values[name], whole[name])
+        for name, (local, version) in written.items():
+            if local._version != version:
+                raise RuntimeError(f"{name} was changed after it was read from {held.directory}")
 
     _agreed(model, work)
     report.seconds = time.perf_counter() - began
@@ -144,6 +149,11 @@ def _check(
     model: nn.Module, plan: Layout, files: Files, strict: bool, new: Sequence[str], report: LoadReport
 ) -> list[str]:
     """Compare names and shapes; give tied weights their file key. Returns the parameters to be drawn."""
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        raise PolymodalError(
+            f"{files.directory} holds quantised weights (quantization_config in config.json).",
+            "Train from the checkpoint that is not quantised.",
+        )
     elsewhere = {name: key for key, name in plan.unexpected.items()}
     missing: list[str] = []
     drawn: list[str] = []
@@ -255,7 +265,9 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _read(model: nn.Module, plan: Layout, files: Files, report: LoadReport) -> None:
+def _read(model: nn.Module, plan: Layout, files: Files, report: LoadReport) -> dict[str, tuple[Tensor, int]]:
+    """Fill what the files have. Returns of each name the local tensor and the version that it has now."""
+    written: dict[str, tuple[Tensor, int]] = {}
     held: dict[str, Tensor] = {}  # by the name that the files have
     twins: list[tuple[str, str]] = []  # tied weights that the files hold twice
     for tensor, names in library.aliases(model):
@@ -266,6 +278,7 @@ def _read(model: nn.Module, plan: Layout, files: Files, report: LoadReport) -> N
 
     def filled(name: str, keys: Sequence[str]) -> None:
         local = _local(held[name])
+        written[name] = (local, local._version)
         report.parameters += 1
         report.bytes_held += local.numel() * local.element_size()
         if local.numel() and local.is_floating_point() and bool(torch.aminmax(local).min.isnan()):
@@ -282,9 +295,7 @@ def _read(model: nn.Module, plan: Layout, files: Files, report: LoadReport) -> N
     for one in plan.computed:  # from whole sources, one group at a time
         for name, value in one.make(model, files.whole).items():
             if name in held:
-                stored = Stored.whole(name, value.shape)
-                for _, box, view in copies(stored, local_spans(held[name]), _local(held[name])):
-                    view.copy_(value[box])
+                scatter(value, held[name])
                 filled(name, next(iter(one.sources.values())))
     for name, other in twins:
         if other in plan.entries:
@@ -296,28 +307,88 @@ def _read(model: nn.Module, plan: Layout, files: Files, report: LoadReport) -> N
                 )
     files.close()
     report.bytes_read = files.bytes_read
+    return written
 
 
-def read(model: nn.Module, source: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """(plain name, whole tensor in the file's dtype, on the CPU) of each parameter of a checkpoint, one at a time.
+def read(model: nn.Module, source: str | Path) -> LazyTensors:
+    """The parameters of a checkpoint by plain name, whole, in the file's dtype, in the order of the files.
 
-    model tells names and shapes and may be on meta. For merging and re-writing without holding a model.
+    model tells names and shapes and may be on meta. For merging and re-writing without holding a model. Raises
+    PolymodalError as `load` does for names and shapes.
     """
     files = Files(Path(source))
     plan = library.layout(model, files.shapes)
-    _check(model, plan, files, True, (), LoadReport())
-    for name in sorted(plan.entries, key=lambda n: files.order[plan.entries[n].keys[0]]):
-        stored = plan.entries[name]
-        tensor = torch.empty(stored.shape, dtype=dtype_of(files.dtypes[stored.keys[0]]))
-        for key, box, view in copies(stored, [[(0, size)] for size in stored.shape], tensor):
+    drawn = _check(model, plan, files, True, (), LoadReport())
+    kept: dict[str, Tensor] = {}  # of the group of computed parameters that was asked for last
+
+    def stored(name: str) -> Tensor:
+        pieces = plan.entries[name]
+        tensor = torch.empty(pieces.shape, dtype=dtype_of(files.dtypes[pieces.keys[0]]))
+        for key, box, view in copies(pieces, [[(0, size)] for size in pieces.shape], tensor):
             files.read(key, box, view)
-        yield name, tensor
-    for one in plan.computed:
-        yield from one.make(model, files.whole).items()
-    files.close()
+        files.close()
+        return tensor
+
+    def computed(name: str) -> Tensor:
+        if name not in kept:
+            kept.clear()
+            kept.update(next(one for one in plan.computed if name in one.shapes).make(model, files.whole))
+        return kept.pop(name)
+
+    names = sorted(plan.entries, key=lambda n: files.order[plan.entries[n].keys[0]])
+    readers: dict[str, Callable[[str], Tensor]] = dict.fromkeys(names, stored)
+    readers |= {name: computed for one in plan.computed for name in one.shapes}
+    if drawn:
+        given = random(model)
+        readers |= {name: given.__getitem__ for name in drawn if name in given}
+    return LazyTensors(readers)
 
 
 # ---------------------------------------------------------------------------------------------- random values, buffers
+
+
+def random(model: nn.Module, family: Family | None = None, seed: int = 0) -> LazyTensors:
+    """Every parameter as the library would draw it, from (seed, its name), by plain name; no adapters.
+
+    model: may be on meta. Asking raises PolymodalError for a parameter that the library has no rule for.
+    """
+    ties = library.tied(model)
+    zero = getattr(family, "zero", ())
+    readers: dict[str, Callable[[str], Tensor]] = {}
+
+    def reader(module: nn.Module, own: str, rule: Any) -> Callable[[str], Tensor]:
+        def drawn(name: str) -> Tensor:
+            if any(fnmatchcase(name, pattern) for pattern in zero):
+                return torch.zeros(module._parameters[own].shape)  # type: ignore[union-attr]
+            value = None if rule is None else draw(module, own, rule, ties.get(name, name), seed)
+            if value is None:
+                raise PolymodalError(
+                    f"There is no rule to draw {name} ({library.class_of(module).__name__}).",
+                    "Start from a checkpoint that has it.",
+                )
+            return value
+
+        return drawn
+
+    for path, module, rule in library.rules(model):
+        for own, parameter in module._parameters.items():
+            full = f"{path}.{own}" if path else own
+            if parameter is not None and not library.ADAPTER.search(full):
+                readers.setdefault(plain(full), reader(module, own, rule))
+    return LazyTensors(readers)
+
+
+def initial_buffers(model: nn.Module) -> LazyTensors:
+    """Persistent buffers as the library sets them, by plain name; a model on meta keeps them, on the CPU."""
+    kept = {id(p) for p in model.parameters()}
+    names = [name for name, tensor in library.targets(model).items() if id(tensor) not in kept]
+    if names:
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        rebuild_buffers(model, persistent=True)
+    return LazyTensors(dict.fromkeys(names, lambda name: library.targets(model)[name]))
 
 
 @torch.no_grad()
@@ -334,47 +405,20 @@ def initialise(
     that the library has no rule for.
     """
     materialise(model, device, offloaded)
-    _draw(model, {names[0] for _, names in library.aliases(model)}, seed)
     rebuild_buffers(model, persistent=True)
-    for name, parameter in model.named_parameters():
-        if any(fnmatchcase(plain(name), pattern) for pattern in getattr(family, "zero", ())):
-            _local(parameter).zero_()
-
-
-def _draw(model: nn.Module, names: set[str], seed: int) -> None:
-    left = {plain(name) for name, _ in model.named_parameters()} & names  # buffers: see rebuild_buffers
-    ties = library.tied(model)
-    for path, module, rule in library.rules(model) if left else ():
-        full = {
-            n: plain(f"{path}.{n}" if path else n) for n, p in module._parameters.items() if p is not None
-        }
-        mine = {n: name for n, name in full.items() if name in left}
-        if not mine or rule is None:
-            continue
-        try:
-            score = record_init(module, rule)
-        except Unknown as error:
-            raise PolymodalError(
-                f"{path} ({library.class_of(module).__name__}) cannot be drawn slice by slice: {error}.",
-                "Start from a checkpoint.",
-            ) from None
-        for n, name in mine.items():
-            parameter = module._parameters[n]
-            if score[n] and parameter is not None:
-                replay_init(parameter, score[n], ties.get(name, name), seed)
-                left.discard(name)
-    if left:
-        raise PolymodalError(
-            f"There is no rule to draw {_some(sorted(left))}.", "Start from a checkpoint that has them."
-        )
+    values = random(model, family, seed)
+    for tensor, names in library.aliases(model):
+        if names[0] in values:
+            scatter(values[names[0]], tensor)
 
 
 @torch.no_grad()
 def rebuild_buffers(model: nn.Module, persistent: bool = False) -> None:
     """Compute again each buffer that no checkpoint holds (rotary tables and the like); with `persistent`, all buffers.
 
-    The library's initialiser is run on each module that has some, its parameters shielded; a buffer that this leaves
-    alone is taken from a fresh module of the same class and config. Raises PolymodalError for one that nobody sets.
+    The library's initialiser is run on each module that has some, with all parameters of the module and of those below
+    it shielded: some initialisers draw for their children too (CLIPVisionEmbeddings). A buffer that this leaves alone
+    is taken from a fresh module of the same class and config. Raises PolymodalError for one that nobody sets.
     """
     for path, module, rule in library.rules(model):
         names = {
@@ -386,7 +430,7 @@ def rebuild_buffers(model: nn.Module, persistent: bool = False) -> None:
             continue
         before = {n: (module.get_buffer(n), module.get_buffer(n)._version) for n in names}
         if rule is not None:
-            with stand_ins(module, names):
+            with shielded(module, buffers=names):
                 rule(module)
         for name, (held, version) in sorted(before.items()):
             buffer = module.get_buffer(name)

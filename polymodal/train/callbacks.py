@@ -6,12 +6,12 @@ Sees the trainer through its argument only. Callbacks run on every rank: what on
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import nearest
 from polymodal.core.user_code import load_object
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def load(references: Sequence[str]) -> list[type[Callback]]:
             )
         for name in dir(chosen):
             if name.startswith("on_") and name not in MOMENTS:
-                near = difflib.get_close_matches(name, MOMENTS, 1)
+                near = nearest(name, MOMENTS)
                 raise PolymodalError(
                     f"{key} = {reference} has a method {name}, which is never called.",
                     f"Did you mean {near[0]}?" if near else f"Methods are {', '.join(MOMENTS)}.",

@@ -1,8 +1,9 @@
 """`polymodal export`: a run or checkpoint in the hub's format, proven by opening what was written.
 
-Reads through the house's own path (generate/opening.py: assemble), writes through models/weights.py and lora.py, then
-opens the result with the library that users will open it with and compares outputs. The directory gets its name only
-when they agree. Sees every room.
+A stream: generate/opening.py says which tensors there are and reads each when it is asked for, models/saving.py asks for
+one file's at a time, and of several processes each writes files of its own. Then rank 0 opens the result with the library
+that users will open it with and compares outputs; a model that does not fit into this machine's memory is compared by
+names and shapes. The directory gets its name only when they agree.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from polymodal import __version__
@@ -28,19 +30,18 @@ from polymodal.generate.opening import (
     DTYPES,
     Assembled,
     adapter_config,
-    assemble,
     base_of,
-    cast,
+    describe,
     kind_of,
     load_adapter,
     load_hub,
+    of_hub,
     of_pipeline,
     processor_of,
-    put_on,
 )
-from polymodal.models import catalog, lora, weights
+from polymodal.models import catalog, lora, saving, weights
 from polymodal.models.diffusion import Generation
-from polymodal.models.saving import appearing
+from polymodal.models.saving import Together
 from polymodal.train import export_pipeline
 
 MARKER = "polymodal_export.json"
@@ -53,7 +54,8 @@ TOLERANCE_LOW = 6e-2
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. difference, largest: of the logits that were compared; computed: the arithmetic of the proof."""
+    """What was written. difference, largest: of the `tokens` logits that were compared; computed: the arithmetic of the
+    proof, or "" when the model did not fit into memory and names and shapes alone were compared."""
 
     directory: str
     source: str
@@ -79,13 +81,16 @@ def export(
     base: str | None = None,
     other: str | None = None,
     max_shard_bytes: int = 5 << 30,
-) -> Exported:
+    group: dist.ProcessGroup | None = None,
+) -> Exported | None:
     """Write a run, one of its checkpoints, a hub checkpoint or a peft adapter as a hub directory.
 
     merge_lora: adapters are added into the weights; without it a LoRA run gives a peft adapter directory.
     dtype:      fp32, bf16, fp16; None: the base checkpoint's, fp32 for an adapter alone. ema: a run's average. base: where the base lies now.
     other:      a run of the other denoiser of a pipeline that has two: both are written.
     force:      replace a directory that is not empty and no earlier export.
+    group:      of the processes that write together, on disks that they share; None: this process alone. Ranks over 0 get None
+                as soon as their own files are written, rank 0 goes on to the proof; nobody waits in a collective meanwhile.
     Raises PolymodalError; nothing is left under `directory` then, an earlier export stays as it was.
     """
     began = time.perf_counter()
@@ -114,20 +119,25 @@ def export(
         second = export_pipeline.second(made, source, other, ema, base, merge_lora)
     adapter = adapted and not merge_lora
     chosen = DTYPES[dtype] if dtype else torch.float32 if adapter else _dtype_of(made.family.config)
-    with appearing(final, overwrite=True) as partial:
+    with Together(final, group) as together:
+        partial = together.directory
         if isinstance(made.family, Generation):
-            what, tokens, difference, largest, computed = export_pipeline.write(
-                made, partial, DTYPES[dtype] if dtype else None, merge_lora, max_shard_bytes, second
-            )
             chosen = DTYPES[dtype] if dtype else export_pipeline.dtype_of(made.family, adapter)
+            what = export_pipeline.write(made, chosen, merge_lora, max_shard_bytes, together, second)
         else:
-            what = _write(made, partial, chosen, merge_lora, max_shard_bytes)
+            what = _write(made, chosen, merge_lora, max_shard_bytes, together)
+        if together.rank > 0:
+            return None
+        together.wait()
+        if isinstance(made.family, Generation):
+            proof = export_pipeline.prove(made, partial, what, chosen, second)
+        else:
             _processor(made, partial)
-            tokens, difference, largest, computed = _prove(made, partial, what, chosen)
+            proof = _prove(made, partial, what, chosen)
         step = int(made.checkpoint.name.rpartition("-")[2]) if kind == "run" else None
         result = Exported(
-            str(final), os.fspath(source), what, str(chosen).removeprefix("torch."), step, tokens, difference, largest,
-            computed, round(time.perf_counter() - began, 2),
+            str(final), os.fspath(source), what, str(chosen).removeprefix("torch."), step, *proof,
+            round(time.perf_counter() - began, 2),
         )  # fmt: skip
         about = {**asdict(result), "base": _base_name(made.recipe)} if adapter else asdict(result)
         (partial / MARKER).write_text(json.dumps(about, indent=1))
@@ -137,6 +147,7 @@ def export(
 def run(source: str, directory: str | os.PathLike, **options: Any) -> int:
     """The command: export, and say what was written and how it was proven. Returns the exit code."""
     done = export(source, directory, **options)
+    assert done is not None
     where = Path(done.directory)
     size = sum(f.stat().st_size for f in where.rglob("*.safetensors"))
     pipeline = of_pipeline(where) if done.what == "adapter" else (where / "model_index.json").is_file()
@@ -147,11 +158,17 @@ def run(source: str, directory: str | os.PathLike, **options: Any) -> int:
         if pipeline
         else f"logits of {done.tokens} tokens (text and a picture)"
     )
-    print(
-        f"{done.directory}: {done.what}, {done.dtype}, {size / 2**20:.1f} MiB\n"
-        f"opened with {with_what}: {compared} differ by {done.difference:.1e} at most "
-        f"(largest {done.largest:.1f}, computed in {done.computed})"
-    )
+    print(f"{done.directory}: {done.what}, {done.dtype}, {size / 2**20:.1f} MiB")
+    if done.computed:
+        print(
+            f"opened with {with_what}: {compared} differ by {done.difference:.1e} at most "
+            f"(largest {done.largest:.1f}, computed in {done.computed})"
+        )
+    else:
+        print(
+            f"not opened with {with_what}, as the model does not fit into this machine's memory; the names and shapes of "
+            "all tensors in the files' headers are the model's"
+        )
     return 0
 
 
@@ -178,22 +195,20 @@ def _refuse(final: Path, source: str | os.PathLike, force: bool) -> None:
 
 
 def _opened(source: str | os.PathLike, kind: str, ema: bool, base: str | None) -> Assembled:
-    """Any source as a model on the CPU in float32 with the house's attention, adapters apart."""
+    """Any source as a model on meta with the house's attention, and its tensors to be read; adapters apart."""
     if kind == "run":
-        return assemble(source, ema=ema, base=base)
+        return describe(source, ema=ema, base=base)
     if kind == "adapter":
         if of_pipeline(Path(source), base):
             return export_pipeline.open_adapter(Path(source), base)
         return _adapter(Path(source), base)
-    recipe = recipes.Recipe(model=recipes.Model(source=os.fspath(source)))
-    family = catalog.family(recipe.model)
-    model = family.build().trained
-    weights.load(model, family, device="cpu")
-    return Assembled(model.eval(), family, recipe, Path(family.source))
+    return of_hub(source)
 
 
 def _adapter(directory: Path, base: str | None) -> Assembled:
-    """A peft adapter on its base: the base by the house's path, the adapter put on by peft. Raises PolymodalError."""
+    """A peft adapter on its base: the layers that it adapts are peft's to say. Raises PolymodalError."""
+    from peft import LoraConfig, inject_adapter_in_model
+
     config = adapter_config(directory)
     extra = [
         k
@@ -206,12 +221,21 @@ def _adapter(directory: Path, base: str | None) -> Assembled:
             f"{directory} is not plain LoRA ({what}).", "Merge it with peft itself: merge_and_unload()."
         )
     place = base_of(directory, config, base)
-    chosen = recipes.Lora(rank=config["r"], alpha=config["lora_alpha"], rslora=bool(config.get("use_rslora")))
-    recipe = recipes.Recipe(model=recipes.Model(source=str(place), lora=chosen))
-    family = catalog.family(recipe.model)
-    model = family.build().trained
-    weights.load(model, family, device="cpu")
-    return Assembled(put_on(model, directory, str(place)).eval(), family, recipe, directory)
+    made = of_hub(place)
+    made.recipe.model.lora = recipes.Lora(
+        rank=config["r"], alpha=config["lora_alpha"], rslora=bool(config.get("use_rslora"))
+    )
+    try:
+        chosen = LoraConfig.from_pretrained(str(directory))
+        inject_adapter_in_model(chosen, made.model, lora.NAME, low_cpu_mem_usage=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise PolymodalError(
+            f"The adapter {directory} does not fit its base {place}: {str(error).strip().splitlines()[0]}",
+            "Give the base it was trained on with --base.",
+        ) from None
+    made.tensors |= lora.read(made.model, directory)
+    made.checkpoint = directory
+    return made
 
 
 def _dtype_of(config: Any) -> torch.dtype:
@@ -225,17 +249,22 @@ def _dtype_of(config: Any) -> torch.dtype:
     return torch.float32
 
 
-def _write(made: Assembled, partial: Path, dtype: torch.dtype, merge: bool, limit: int) -> str:
-    """Weights and config into `partial`; returns what they are."""
-    if made.recipe.model.lora is None:
-        weights.save(weights.gather(made.model), made.family, partial, dtype=dtype, max_shard_bytes=limit)
-        return "model"
-    if merge:
-        weights.save(lora.merged_state(made.model), made.family, partial, dtype=dtype, max_shard_bytes=limit)
-        return "merged"
-    base = _base_name(made.recipe)
-    lora.save(lora.gather(made.model), made.model, made.recipe.model.lora, partial, base=base, dtype=dtype)
-    return "adapter"
+def _write(made: Assembled, dtype: torch.dtype, merge: bool, limit: int, together: Together) -> str:
+    """Weights and config; returns what they are."""
+    partial, options = together.directory, made.recipe.model.lora
+    if options is not None and not merge:
+        if together.rank == 0:
+            values = {name: made.tensors[name] for name in lora.adapters(made.model)}
+            base = _base_name(made.recipe)
+            lora.write(values, made.model, options, partial, base=base, dtype=dtype)
+        return "adapter"
+    origin = Path(made.family.source)
+    files = saving.outputs(made.model, origin, dtype)
+    ranks = {"rank": together.rank, "world": together.world}
+    saving.write(made.merged(), made.model, files, partial, limit, **ranks)
+    if together.rank == 0:
+        saving.write_config(made.model, made.family.config, origin, partial, files)
+    return "model" if options is None else "merged"
 
 
 def _base_name(recipe: recipes.Recipe) -> str:
@@ -297,27 +326,24 @@ def _picture() -> bytes:
     return buffer.getvalue()
 
 
-def _room_for(parameters: int) -> bool:
-    """Whether a model fits into this machine's free memory in float32, with room to compute."""
-    try:
-        with open("/proc/meminfo") as file:
-            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return True
-    return parameters * 4 * 1.3 < free
-
-
 def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> tuple[int, float, float, str]:
-    """Compare logits of one sample: this house's model against what the library opens. Frees `made.model`.
+    """Compare logits of one sample: this house's model, filled from the source, against what the library opens.
 
-    Returns (tokens, largest difference, largest logit, arithmetic). Raises PolymodalError when they differ.
+    Returns (tokens, largest difference, largest logit, arithmetic), or (0, 0, 0, "") when the model does not fit into
+    memory and names and shapes alone were compared. Raises PolymodalError when they differ.
     """
     model, family, data = made.model, made.family, made.recipe.data
     count = sum(p.numel() for p in model.parameters())
-    arithmetic = torch.float32 if _room_for(count) else (dtype if dtype != torch.float32 else torch.bfloat16)
+    low_dtype = dtype if dtype != torch.float32 else torch.bfloat16
+    arithmetic = next(
+        (d for d in (torch.float32, low_dtype) if export_pipeline.room_for(count * d.itemsize)), None
+    )
+    if arithmetic is None:
+        if what != "adapter":
+            weights.read(family.build().trained, partial)
+        return 0, 0.0, 0.0, ""
+    made.fill(arithmetic)
     _round(model, what, dtype)
-    if arithmetic != torch.float32:
-        cast(model, arithmetic)
     record = Record(
         (Message("user", (Media("image", _picture()), "Describe this picture in one sentence.")),),
         "the sample",

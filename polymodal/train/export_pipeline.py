@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,23 @@ from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Batch
 from polymodal.generate.opening import Assembled
 from polymodal.generate.pipeline import base_of, other_denoiser, put_on
-from polymodal.models import catalog, lora, pipelines, weights
-from polymodal.models.storage import Files, ShardWriter
+from polymodal.models import catalog, lora, pipelines, saving, weights
+from polymodal.models.saving import Together
+from polymodal.models.storage import Files
 from polymodal.models.storage import dtype_of as stored_dtype
+from polymodal.runtime import host
 
 STEM = "diffusion_pytorch_model"
 TOLERANCE = 1e-3
 """Largest difference of predictions, as a share of the largest, computed in float32."""
 TOLERANCE_LOW = 6e-2
 """The same for merged weights that were rounded to a lower precision."""
+
+
+def room_for(size: int) -> bool:
+    """Whether so many bytes fit into this machine's free memory, with room to compute."""
+    here = host.memory()
+    return here is None or size * 1.3 < here.free
 
 
 def dtype_of(family: Any, adapter: bool) -> torch.dtype:
@@ -51,45 +61,72 @@ def second(made: Assembled, source: Any, other: str, ema: bool, base: str | None
 
 def write(
     made: Assembled,
-    partial: Path,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     merge: bool,
     limit: int,
+    together: Together,
     other: Assembled | None = None,
-) -> tuple[str, int, float, float, str]:
-    """Write into `partial`, an empty directory, and prove it: (what, values compared, largest difference, largest value, arithmetic).
+) -> str:
+    """Write this process's share into `together`'s directory, which is empty; returns what it is.
 
-    other: the pipeline's other denoiser, written and proven too.
+    other: the pipeline's other denoiser, written too.
     """
     family: Any = made.family
-    adapted = made.recipe.model.lora is not None
-    chosen = dtype or dtype_of(family, adapted and not merge)
-    if adapted and not merge:
-        cls, state, settings = (
-            pipelines.pipeline_class(family.source),
-            lora.gather(made.model),
-            made.recipe.model.lora,
+    partial, settings = together.directory, made.recipe.model.lora
+    if settings is not None and not merge:
+        if together.rank == 0:
+            _write_adapter(made, partial, dtype)
+        return "adapter"
+    both = [made] if other is None else [made, other]
+    parts = [one.family.part for one in both]  # type: ignore[attr-defined]
+    if together.rank == 0:
+        _take_over(Path(family.source), partial, set(parts))
+    for one, part in zip(both, parts, strict=True):
+        (partial / part).mkdir(exist_ok=True)
+        files = saving.outputs(one.model, None, dtype)
+        ranks = {"rank": together.rank, "world": together.world}
+        saving.write(one.merged(), one.model, files, partial / part, limit, stem=STEM, **ranks)
+        if together.rank == 0:
+            text = json.dumps(dict(one.family.config), indent=2) + "\n"
+            (partial / part / "config.json").write_text(text, encoding="utf-8")
+    return "merged" if merge else "model"
+
+
+def _write_adapter(made: Assembled, partial: Path, dtype: torch.dtype) -> None:
+    family: Any = made.family
+    cls, settings = pipelines.pipeline_class(family.source), made.recipe.model.lora
+    state = {name: made.tensors[name] for name in lora.adapters(made.model)}
+    if hasattr(cls, "save_lora_weights"):
+        lora.save_for_pipeline(
+            state, made.model, settings, partial, pipeline=cls, part=family.part, dtype=dtype
         )
-        if hasattr(cls, "save_lora_weights"):
-            lora.save_for_pipeline(
-                state, made.model, settings, partial, pipeline=cls, part=family.part, dtype=chosen
-            )
-        else:  # diffusers has no format for it: peft's, which opens on the denoiser alone
-            base = str(Path(family.source).resolve() / family.part)
-            lora.save(state, made.model, settings, partial, base=base, dtype=chosen, overwrite=True)
-        what = "adapter"
-    else:
-        both = [made] if other is None else [made, other]
-        _take_over(Path(family.source), partial, {one.family.part for one in both})  # type: ignore[attr-defined]
-        for one in both:
-            own: Any = one.family
-            merged = one.recipe.model.lora is not None
-            state = lora.merged_state(one.model) if merged else weights.gather(one.model)
-            _write_denoiser(state, own.config, partial / own.part, chosen, limit)
-        what = "merged" if merge else "model"
-    proofs = [_prove(one, partial, what, chosen) for one in ([made] if other is None else [made, other])]
+    else:  # diffusers has no format for it: peft's, which opens on the denoiser alone
+        base = str(Path(family.source).resolve() / family.part)
+        lora.write(state, made.model, settings, partial, base=base, dtype=dtype)
+
+
+def prove(
+    made: Assembled, partial: Path, what: str, dtype: torch.dtype, other: Assembled | None = None
+) -> tuple[int, float, float, str]:
+    """Predictions of this house's model against those of the one that diffusers opens.
+
+    Returns (values compared, largest difference, largest value, arithmetic), or (0, 0, 0, "") when the pipeline and the
+    denoiser do not fit into memory and names and shapes alone were compared. Raises PolymodalError when they differ.
+    """
+    both = [made] if other is None else [made, other]
+    whole = Path(made.family.source) if what == "adapter" else partial
+    count = sum(
+        prod(shape)
+        for path in whole.rglob("*.safetensors")
+        for shape in Files(path.parent, (path.stem,)).shapes.values()
+    )
+    if not room_for(4 * (count + sum(p.numel() for p in made.model.parameters()))):
+        for one in both if what != "adapter" else []:
+            weights.read(one.family.build().trained, partial / one.family.part)  # type: ignore[attr-defined]
+        return 0, 0.0, 0.0, ""
+    proofs = [_prove(one, partial, what, dtype) for one in both]
     worst = max(proofs, key=lambda proof: proof[1] / max(1.0, proof[2]))
-    return what, sum(proof[0] for proof in proofs), *worst[1:]
+    return sum(proof[0] for proof in proofs), *worst[1:]
 
 
 def _take_over(source: Path, target: Path, parts: set[str]) -> None:
@@ -108,19 +145,10 @@ def _take_over(source: Path, target: Path, parts: set[str]) -> None:
             put(str(entry), str(target / entry.name))
 
 
-def _write_denoiser(state: Any, config: Any, folder: Path, dtype: torch.dtype, limit: int) -> None:
-    folder.mkdir()
-    writer = ShardWriter(folder, limit, STEM)
-    for name, tensor in state:
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        writer.add(name, tensor.contiguous().clone())
-    writer.finish()
-    (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
-
-
 @torch.no_grad()
 def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> tuple[int, float, float, str]:
     """Compare one prediction: this house's model against the one that diffusers opens. Raises PolymodalError."""
+    made.fill()
     family, model = made.family, made.model
     for name, parameter in model.named_parameters():
         if what == "model" or (what == "adapter" and ".lora_" in name):
@@ -149,16 +177,9 @@ def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> tup
 
 def _fresh(made: Assembled) -> nn.Module:
     """The run's base without adapters, for the library to put them on."""
-    recipe = made.recipe.model_copy(deep=True)
-    recipe.model.lora = None
-    model = made.family.build().trained
-    state = dict(weights.gather(made.model))
-    weights.materialise(model, "cpu")
-    parameters = dict(model.named_parameters())
-    for name, value in state.items():
-        if name in parameters:
-            parameters[name].data.copy_(value)
-    return model.eval()
+    base = replace(made, model=made.family.build().trained)
+    base.fill()
+    return base.model
 
 
 def example(family: Any, pipeline: Any) -> Batch:
@@ -192,6 +213,5 @@ def open_adapter(directory: Path, base: str | None) -> Assembled:
     family = catalog.family(recipe.model)
     model = family.build().trained
     lora.attach(model, rank, family.card)
-    weights.load(model, family, device="cpu")
-    lora.load(model, rank, directory)
-    return Assembled(model.eval(), family, recipe, directory)
+    held = weights.read(model, weights.directory_of(None, family)) | lora.read(model, directory)
+    return Assembled(model, family, recipe, directory, held)

@@ -15,7 +15,7 @@ from polymodal.core.sample import Media, Message
 from polymodal.distributed import checkpoint as checkpoints
 from polymodal.generate.engine import Sampling
 from polymodal.generate.opening import assemble, kind_of, load_hub, open_engine
-from polymodal.models import catalog, lora, weights
+from polymodal.models import catalog, lora, saving
 from polymodal.train.export import MARKER, export, run
 from tests.models import tiny
 
@@ -271,17 +271,16 @@ def test_a_difference_is_an_error_and_leaves_the_earlier_export(trained, tmp_pat
     out = tmp_path / "out"
     export(directory, out)
     before = (out / "model.safetensors").read_bytes()
-    save = weights.save
+    write = saving.write
 
-    def wrong(*args, **options):
-        path = save(*args, **options)
+    def wrong(state, model, made, path, *args, **options):
+        write(state, model, made, path, *args, **options)
         tensors = load_file(path / "model.safetensors")
         key = next(k for k in tensors if k.endswith("down_proj.weight"))
         tensors[key] = tensors[key] * 1.5
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-        return path
 
-    monkeypatch.setattr(weights, "save", wrong)
+    monkeypatch.setattr(saving, "write", wrong)
     with pytest.raises(PolymodalError, match="answers differently: logits differ by"):
         export(directory, out)
     with pytest.raises(PolymodalError, match="answers differently"):
@@ -292,16 +291,15 @@ def test_a_difference_is_an_error_and_leaves_the_earlier_export(trained, tmp_pat
 
 def test_a_processor_that_makes_other_tokens_is_an_error(trained, tmp_path, monkeypatch):
     directory, *_ = trained
-    save = weights.save
+    write_config = saving.write_config
 
-    def wrong(*args, **options):
-        path = save(*args, **options)
+    def wrong(model, config, origin, path, made):
+        write_config(model, config, origin, path, made)
         config = json.loads((path / "preprocessor_config.json").read_text())
         config["size"]["longest_edge"] //= 4
         (path / "preprocessor_config.json").write_text(json.dumps(config))
-        return path
 
-    monkeypatch.setattr(weights, "save", wrong)
+    monkeypatch.setattr(saving, "write_config", wrong)
     with pytest.raises(PolymodalError, match="makes other tokens of the same sample"):
         export(directory, tmp_path / "out")
 

@@ -14,7 +14,7 @@ from polymodal.models.card import ModelCard
 from polymodal.models.family import Family
 from polymodal.recipe import Lora
 from tests.bounds import assert_near
-from tests.models import tiny
+from tests.models import gather, tiny
 
 CARD = ModelCard(
     name="tiny",
@@ -99,7 +99,7 @@ def test_peft_opens_what_is_saved(checkpoint, tmp_path, name, tied):
         ]
     ):
         model = adapted(source, options)
-        out = lora.save(lora.gather(model), model, options, tmp_path / str(number), base=str(source))
+        out = lora.save(gather.adapters(model), model, options, tmp_path / str(number), base=str(source))
         assert sorted(p.name for p in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
         ours, theirs = logits(model, source), logits(by_peft(source, out).get_base_model(), source)
         assert_near(ours, theirs)
@@ -116,7 +116,7 @@ def test_peft_opens_adapters_on_stacked_experts(checkpoint, tmp_path):
     assert {n.rpartition(".lora_")[0].rpartition("layers.1.")[2] for n in lora.adapters(model) if "layers.1." in n} == {
         "self_attn.q_proj", "mlp.experts", "mlp.experts.base_layer",
     }  # fmt: skip
-    out = lora.save(lora.gather(model), model, EXPERTS, tmp_path / "out", base=str(source))
+    out = lora.save(gather.adapters(model), model, EXPERTS, tmp_path / "out", base=str(source))
     settings = json.loads((out / "adapter_config.json").read_text())
     assert settings["target_parameters"] == ["experts.down_proj", "experts.gate_up_proj"]
     assert settings["target_modules"] == ["q_proj"]
@@ -124,7 +124,7 @@ def test_peft_opens_adapters_on_stacked_experts(checkpoint, tmp_path):
     assert_near(ours, theirs)
     assert (ours - logits(plain(source), source)).abs().max() > 1e-3
     merged = weights.save(
-        lora.merged_state(model), None, tmp_path / "merged", model=on_meta(source), source=source
+        gather.merged(model), None, tmp_path / "merged", model=on_meta(source), source=source
     )
     torch.testing.assert_close(logits(plain(merged), source), ours, rtol=1e-4, atol=1e-4)
     again = adapted(source, EXPERTS, seed=9, trained=False)
@@ -132,7 +132,7 @@ def test_peft_opens_adapters_on_stacked_experts(checkpoint, tmp_path):
     assert_near(logits(again, source), ours)
     only = adapted(source, Lora(targets=["experts.down_proj"]))
     out = lora.save(
-        lora.gather(only), only, Lora(targets=["experts.down_proj"]), tmp_path / "only", base=str(source)
+        gather.adapters(only), only, Lora(targets=["experts.down_proj"]), tmp_path / "only", base=str(source)
     )
     assert_near(logits(by_peft(source, out).get_base_model(), source), logits(only, source))
 
@@ -143,13 +143,11 @@ def test_merged_weights_give_the_same_logits(checkpoint, tmp_path, name, tied):
     source = checkpoint(name, tied)
     options = Lora(rank=4, alpha=6, rslora=True, towers=["language", "vision"])
     model = adapted(source, options)
-    out = weights.save(
-        lora.merged_state(model), None, tmp_path / "live", model=on_meta(source), source=source
-    )
+    out = weights.save(gather.merged(model), None, tmp_path / "live", model=on_meta(source), source=source)
     merged = plain(out)
     torch.testing.assert_close(logits(merged, source), logits(model, source), rtol=1e-4, atol=1e-4)
     assert load_file(out / "model.safetensors").keys() == load_file(source / "model.safetensors").keys()
-    stream = lora.merged(weights.read(on_meta(source), source), lora.gather(model), lora.scale(options))
+    stream = lora.merged(weights.read(on_meta(source), source), gather.adapters(model), lora.scale(options))
     again = weights.save(stream, None, tmp_path / "files", model=on_meta(source), source=source)
     assert all(torch.equal(p, dict(merged.named_parameters())[n]) for n, p in plain(again).named_parameters())
 
@@ -205,11 +203,11 @@ def test_continued_from_a_directory(checkpoint, tmp_path):
     source = checkpoint("qwen2.5-vl")
     options = Lora(rank=4, alpha=8)
     model = adapted(source, options)
-    out = lora.save(lora.gather(model), model, options, tmp_path / "adapter", base=str(source))
+    out = lora.save(gather.adapters(model), model, options, tmp_path / "adapter", base=str(source))
     again = adapted(source, options, seed=9, trained=False)
     lora.load(again, options, out)
-    want = lora.gather(model)
-    assert all(torch.equal(want[n], t) for n, t in lora.gather(again).items())
+    want = gather.adapters(model)
+    assert all(torch.equal(want[n], t) for n, t in gather.adapters(again).items())
     for change, message in {
         "rank": "r is 4, the recipe's model.lora.rank is 5",
         "alpha": "lora_alpha is 8, the recipe's model.lora.alpha is 5",
@@ -245,13 +243,13 @@ def test_a_training_step_on_a_resumed_adapter_is_the_same(checkpoint, tmp_path):
     straight = adapted(source, options)
     optimizer = torch.optim.SGD(lora.adapters(straight).values(), lr=0.1)
     step(straight, optimizer)
-    out = lora.save(lora.gather(straight), straight, options, tmp_path / "a", base=str(source))
+    out = lora.save(gather.adapters(straight), straight, options, tmp_path / "a", base=str(source))
     step(straight, optimizer)
     resumed = adapted(source, options, seed=8)
     lora.load(resumed, options, out)
     step(resumed, torch.optim.SGD(lora.adapters(resumed).values(), lr=0.1))
-    want = lora.gather(straight)
-    assert all(torch.equal(want[n], t) for n, t in lora.gather(resumed).items())
+    want = gather.adapters(straight)
+    assert all(torch.equal(want[n], t) for n, t in gather.adapters(resumed).items())
 
 
 @pytest.mark.parametrize(
@@ -291,7 +289,7 @@ def test_an_incomplete_or_foreign_state(checkpoint, tmp_path):
     source = checkpoint("qwen2.5-vl")
     options = Lora(rank=2, targets=["q_proj"])
     model = adapted(source, options)
-    state = lora.gather(model)
+    state = gather.adapters(model)
     short = dict(list(state.items())[1:])
     with pytest.raises(PolymodalError, match="The state lacks 1 adapters"):
         lora.save(short, model, options, tmp_path / "out", base="x")
@@ -302,4 +300,4 @@ def test_an_incomplete_or_foreign_state(checkpoint, tmp_path):
     with pytest.raises(
         PolymodalError, match="1 adapters have no weight to be added to .first: model.elsewhere"
     ):
-        list(lora.merged(weights.gather(model), state, 1.0))
+        list(lora.merged(gather.weights(model), state, 1.0))

@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from polymodal.core.errors import PolymodalError
-from polymodal.models import library, weights
+from polymodal.core.tensors import LazyTensors
+from polymodal.models import catalog, initial, library, weights
 from polymodal.models.card import PrunedModule
 from polymodal.models.slices import NotASlice, Stored
 from polymodal.models.storage import Files
-from tests.models import tiny
+from polymodal.recipe import Model
+from tests.models import gather, tiny
 
 MOE = {"text_config__moe_intermediate_size": 24}
 
@@ -97,7 +99,7 @@ def test_saved_as_it_lay_on_disk(checkpoints, name, tmp_path):
     source = checkpoints[name]
     model = loaded(source)
     out = weights.save(
-        weights.gather(model), None, tmp_path / "out", model=model, source=source, max_shard_bytes=150_000
+        gather.weights(model), None, tmp_path / "out", model=model, source=source, max_shard_bytes=150_000
     )
     assert keys(out) == keys(source)
     index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -140,7 +142,7 @@ def test_a_source_without_weights_gives_the_librarys_layout(checkpoints, tmp_pat
         bare.mkdir()
         shutil.copy(checkpoints[name] / "config.json", bare)
         model = loaded(checkpoints[name])
-        out = weights.save(weights.gather(model), None, tmp_path / f"out {name}", model=model, source=bare)
+        out = weights.save(gather.weights(model), None, tmp_path / f"out {name}", model=model, source=bare)
         assert keys(out) == keys(checkpoints[name])
 
 
@@ -149,7 +151,7 @@ def test_a_resized_model_is_saved_with_its_own_shapes(checkpoints, tmp_path):
     model = on_meta(checkpoints["qwen2.5-vl"], vision_config__depth=5, text_config__intermediate_size=80)
     weights.initialise(model, None, seed=1)
     out = weights.save(
-        weights.gather(model), None, tmp_path / "out", model=model, source=checkpoints["qwen2.5-vl"]
+        gather.weights(model), None, tmp_path / "out", model=model, source=checkpoints["qwen2.5-vl"]
     )
     found = keys(out)
     assert found["model.layers.2.mlp.up_proj.weight"] == [80, 64]
@@ -198,7 +200,7 @@ def test_conversions(tmp_path, make, computed):
     model = loaded(source)
     assert_same(model, auto(model.config).from_pretrained(source))
     assert len(library.layout(model, keys(source)).computed) == computed
-    out = weights.save(weights.gather(model), None, tmp_path / "out", model=model, source=source)
+    out = weights.save(gather.weights(model), None, tmp_path / "out", model=model, source=source)
     got, want = load_file(out / "model.safetensors"), load_file(source / "model.safetensors")
     assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
     read = dict(weights.read(model, source))
@@ -318,7 +320,7 @@ def test_a_tied_head_with_two_tensors(checkpoints, tmp_path):
 
     twin = change(source, tmp_path / "twice", twice)
     model = loaded(twin)
-    out = weights.save(weights.gather(model), None, tmp_path / "out", model=model, source=twin)
+    out = weights.save(gather.weights(model), None, tmp_path / "out", model=model, source=twin)
     assert keys(out) == keys(twin)
 
     def different(state):
@@ -334,12 +336,71 @@ def test_a_tied_head_with_two_tensors(checkpoints, tmp_path):
     assert_same(loaded(only_head), model)
 
 
+def test_what_the_files_hold_decides_about_ties(checkpoints, tmp_path):
+    """Two different tensors under a config that ties are two parameters, trained and saved as such."""
+    source = checkpoints["qwen2-vl tied"]
+
+    def head(change):
+        return lambda s: s.update(
+            {
+                "lm_head.weight": s["model.embed_tokens.weight"].flip(0)
+                if change
+                else s["model.embed_tokens.weight"].clone()
+            }
+        )
+
+    apart = change(source, tmp_path / "apart", head(True))
+    twice = change(source, tmp_path / "twice", head(False))
+    for directory, tied in ((source, True), (twice, True), (apart, False)):
+        family = catalog.family(Model(source=str(directory)))
+        assert family.config.tie_word_embeddings is tied
+        model = family.build().trained
+        weights.load(model, family)
+        stored = load_file(directory / "model.safetensors")
+        embedding = model.model.language_model.embed_tokens.weight
+        assert (model.lm_head.weight is embedding) is tied
+        assert torch.equal(embedding, stored["model.embed_tokens.weight"])
+        assert torch.equal(model.lm_head.weight, stored.get("lm_head.weight", embedding))
+    out = weights.save(gather.weights(model), family, tmp_path / "out")
+    assert (
+        keys(out) == keys(apart)
+        and json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    )
+    assert_same(model, auto(model.config).from_pretrained(out))
+    with pytest.raises(
+        PolymodalError, match="but the files hold two different"
+    ):  # the recipe's word is kept to
+        asked = catalog.family(Model(source=str(apart), config={"tie_word_embeddings": True}))
+        weights.load(asked.build().trained, asked)
+
+
+@pytest.mark.parametrize(
+    "kind", ["InternVLConfig", "Mistral3Config", "JanusConfig", "LlavaConfig", "Qwen2_5_VLConfig"]
+)
+@pytest.mark.parametrize("flag", [True, False])
+def test_the_text_configs_word_on_ties_counts(kind, flag, tmp_path):
+    """Top-level configs default to tied whatever their text part says; a flag that is written there counts more.
+
+    LLaVA's and Qwen2.5-VL's classes themselves take the text part's over the top level's."""
+    names = ("lm_head", "model.language_model.embed_tokens")
+    for top in (None, True, False) if kind not in ("LlavaConfig", "Qwen2_5_VLConfig") else (None,):
+        said = getattr(transformers, kind)().to_dict()
+        said["text_config"]["tie_word_embeddings"] = flag
+        said.pop("tie_word_embeddings", None)
+        if top is not None:
+            said["tie_word_embeddings"] = top
+        (tmp_path / "config.json").write_text(json.dumps(said))
+        config = getattr(transformers, kind).from_pretrained(tmp_path)
+        library.settle_ties(config, tmp_path, *names)
+        assert config.tie_word_embeddings is (flag if top is None else top)
+
+
 def test_broken_downloads(checkpoints, tmp_path):
     """One sentence each, with the file and the cause."""
     source = checkpoints["qwen3-vl"]
     model = loaded(source)
     sharded = weights.save(
-        weights.gather(model), None, tmp_path / "sharded", model=model, source=source, max_shard_bytes=300_000
+        gather.weights(model), None, tmp_path / "sharded", model=model, source=source, max_shard_bytes=300_000
     )
     shards = sorted(p.name for p in sharded.glob("*.safetensors"))
 
@@ -413,7 +474,7 @@ def test_quantised_checkpoints_are_refused(checkpoints):
 def test_saving_refuses_what_would_be_lost(checkpoints, tmp_path):
     source = checkpoints["qwen3-vl"]
     model = loaded(source)
-    state = dict(weights.gather(model))
+    state = gather.weights(model)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("mine")
     options = {"model": model, "source": source}
@@ -438,23 +499,23 @@ def test_saving_refuses_what_would_be_lost(checkpoints, tmp_path):
     assert keys(tmp_path / "full") == keys(source) and not (tmp_path / "full" / "notes").exists()
 
 
-def test_only_one_shard_is_held(checkpoints, tmp_path):
-    """A stream is written as it comes: before the third shard's tensors are asked for, the first file is on disk."""
+def test_one_file_is_held(checkpoints, tmp_path):
+    """Tensors are asked for file by file: before the third file's are, the first one is on disk."""
     source = checkpoints["qwen3-vl"]
-    model = loaded(source)
+    state = gather.weights(loaded(source))
     partial = tmp_path / ".out.partial"
-    seen = []
+    asked, unwritten = set(), []
 
-    def stream():
-        given = 0
-        for name, tensor in weights.gather(model):
-            given += tensor.numel() * 4
-            yield name, tensor
-            written = sum(p.stat().st_size for p in partial.glob("model-*.part"))
-            seen.append(given - written)
+    def read(name):
+        asked.add(name)
+        given = sum(state[n].numel() * 4 for n in asked)
+        unwritten.append(given - sum(p.stat().st_size for p in partial.glob("*.safetensors")))
+        return state[name]
 
-    weights.save(stream(), None, tmp_path / "out", model=model, source=source, max_shard_bytes=200_000)
-    assert max(seen) < 200_000 + 464 * 64 * 4 and len(seen) > 50
+    given = LazyTensors(dict.fromkeys(state, read))
+    weights.save(given, None, tmp_path / "out", model=on_meta(source), source=source, max_shard_bytes=200_000)
+    assert asked == set(state)
+    assert max(unwritten) < 200_000 + 464 * 64 * 4 < sum(t.numel() * 4 for t in state.values()) / 3
 
 
 def test_random_weights_follow_the_library(checkpoints):
@@ -484,34 +545,35 @@ def test_random_weights_follow_the_library(checkpoints):
         assert not torch.equal(other.lm_head.weight, model.lm_head.weight)
 
 
-def test_random_weights_in_blocks():
-    """Many generators a parameter, rows that are zeroed (padding), and what is more than elementwise is refused."""
-    from polymodal.models import initial
+def test_random_weights_from_a_rule():
+    """A parameter is drawn by (seed, name) alone: whole, beside torch's own generator, its neighbours untouched."""
 
     class Table(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = nn.Parameter(torch.empty(5000, 700, device="meta"))
+            self.weight = nn.Parameter(torch.empty(500, 70, device="meta"))
+            self.bias = nn.Parameter(torch.zeros(3))
+            self.inner = nn.Linear(3, 3)
 
     def rule(module):
+        nn.init.normal_(module.bias)
         nn.init.trunc_normal_(module.weight, std=0.5, a=-1, b=1)
-        module.weight[4321].zero_()
-        module.weight[10:12].fill_(2.0)
+        module.weight[432].zero_()
+        module.inner.weight.data.fill_(7.0)
 
     table = Table()
-    ops = initial.record_init(table, rule)["weight"]
-    real = torch.empty(5000, 700)
-    initial.replay_init(real, ops, "weight", 3)
-    assert 0.42 < real.std() < 0.46 and real[12:4321].abs().max() <= 1.0
-    assert not real[4321].any() and torch.equal(real[10:12], torch.full((2, 700), 2.0))
-    rows = initial.BLOCK // 700
-    assert not torch.equal(real[0], real[rows])
-    assert table.weight.is_meta
-    with pytest.raises(initial.Unknown, match="weight"):
-        initial.record_init(table, lambda module: module.weight.normal_().cumsum_(0))
-    assert initial.record_init(table, lambda module: nn.init.orthogonal_(module.weight)) == {
-        "weight": []
-    }  # no rule then
+    before = table.inner.weight.clone()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    drawn = initial.draw(table, "weight", rule, "some.weight", 3)
+    assert torch.equal(torch.rand(3), expected)
+    assert 0.42 < drawn.std() < 0.46 and drawn.abs().max() <= 1.0 and not drawn[432].any()
+    assert torch.equal(drawn, initial.draw(table, "weight", rule, "some.weight", 3))
+    assert not torch.equal(drawn, initial.draw(table, "weight", rule, "other.weight", 3))
+    assert not torch.equal(drawn, initial.draw(table, "weight", rule, "some.weight", 4))
+    assert table.weight.is_meta and not table.bias.any() and torch.equal(table.inner.weight, before)
+    assert initial.draw(table, "weight", lambda module: module.weight[:9].zero_(), "w", 1) is None
 
 
 def test_memory_is_given_once():
@@ -565,6 +627,70 @@ def test_every_buffer_is_computed_again(checkpoints):
     model.lost = Lost()
     with pytest.raises(PolymodalError, match="The buffer lost.table of Lost is in no checkpoint"):
         weights.rebuild_buffers(model)
+
+
+class Tower(nn.Module):
+    """A library's vision model inside of another model, as in a LLaVA."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.vision = model
+
+
+TOWERS = {
+    "CLIPVisionModel": {"image_size": 16, "patch_size": 4},
+    "SiglipVisionModel": {"image_size": 16, "patch_size": 4},
+    "SiglipVisionModel of NaViT": {"num_patches": 16, "patch_size": 4},
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_no_initialiser_changes_what_was_read(name, tmp_path):
+    """CLIP's and SigLIP's embeddings have a buffer, and their initialiser draws the weights of the modules below them."""
+    kind = name.partition(" ")[0].replace("Siglip", "Siglip2" if "NaViT" in name else "Siglip")
+    cls = getattr(transformers, kind)
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = cls.config_class(**size, **TOWERS[name])
+    saved = Tower(cls(config))
+    state = {n: torch.randn_like(p) for n, p in saved.state_dict().items()}
+    (tmp_path / "source").mkdir()
+    save_file(state, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    with torch.device("meta"):
+        model = Tower(cls(config))
+    weights.load(model, None, tmp_path / "source")
+    assert [n for n, p in model.named_parameters() if not torch.equal(p, state[n])] == []
+    for buffer, want in zip(model.buffers(), saved.buffers(), strict=True):
+        assert torch.equal(buffer, want)
+    weights.rebuild_buffers(model)  # nor later on
+    assert [n for n, p in model.named_parameters() if not torch.equal(p, state[n])] == []
+
+
+def test_buffers_of_checkpoints_that_a_run_does_not_have(tmp_path):
+    """What the library starts them from, on the CPU, of a model on meta."""
+    model = on_meta(tiny_kimi(tmp_path / "source"))
+    given = weights.initial_buffers(model)
+    assert (
+        given.keys() == {n for n in library.targets(model) if n.endswith("e_score_correction_bias")} != set()
+    )
+    assert all(not given[n].is_meta and not given[n].any() for n in given)
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_a_parameter_that_is_changed_after_it_was_read_is_a_fault(tmp_path):
+    class Careless(transformers.CLIPVisionModel):
+        def _init_weights(self, module):
+            if module is getattr(self, "visual_projection", None):
+                self.post_layernorm.weight.fill_(3.0)
+            super()._init_weights(module)
+
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPVisionConfig(**size, image_size=16, patch_size=4)
+    model = Careless(config)
+    model.visual_projection = nn.Linear(16, 4)
+    state = {n: p.clone() for n, p in model.state_dict().items() if "visual_projection" not in n}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="post_layernorm.weight was changed after it was read"):
+        weights.load(model, None, tmp_path, new=["visual_projection.*"])
 
 
 def test_canary_of_private_names():

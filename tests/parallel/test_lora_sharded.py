@@ -10,7 +10,7 @@ from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models import catalog, lora, weights
 from polymodal.parallel.apply import apply
 from polymodal.recipe import Lora, Model, Parallel, Recipe, Train
-from tests.models import tiny
+from tests.models import gather, tiny
 from tests.models.test_lora import CARD, on_meta
 from tests.parallel.harness import run
 
@@ -65,16 +65,17 @@ def start(model: nn.Module, options: Lora) -> None:
 
 def _train(rank: int, source: str, options: Lora, directory: str):
     model = build(source, options, True)
-    values = lora.gather(model)
+    values = gather.adapters(model)
     model.forward = lambda: _loss(model, rank)
     model().backward()
     gradients = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
-    lora.save(values, model, options, directory, base=source)
+    if rank == 0:
+        lora.save(values, model, options, directory, base=source)
     torch.distributed.barrier()
     lora.initialise(model, options, 77)
     lora.load(model, options, directory)
-    again = lora.gather(model)
-    merged = dict(lora.merged_state(model))
+    again = gather.adapters(model)
+    merged = gather.merged(model)
     return values, gradients, again, merged if rank == 0 else {}
 
 
@@ -91,12 +92,13 @@ def _spread(rank: int, source: str, options: Lora, directory: str, layouts: list
         apply(model, catalog.family(recipe.model).card, mesh, recipe)
         weights.load(model, None, source)
         start(model, options)
-        values = lora.gather(model)
-        lora.save(values, model, options, f"{directory}/{number}", base=source)
+        values = gather.adapters(model)
+        if rank == 0:
+            lora.save(values, model, options, f"{directory}/{number}", base=source)
         torch.distributed.barrier()
         lora.initialise(model, options, 77)
         lora.load(model, options, f"{directory}/{number}")
-        again, merged = lora.gather(model), dict(lora.merged_state(model))
+        again, merged = gather.adapters(model), gather.merged(model)
         found.append((values, again, merged if rank == 0 else {}))
     return found
 
@@ -104,11 +106,11 @@ def _spread(rank: int, source: str, options: Lora, directory: str, layouts: list
 def test_two_ranks_equal_one_process(setting, tmp_path):
     source, options = setting
     model = build(source, options, False)
-    ours = lora.gather(model)
+    ours = gather.adapters(model)
     (_loss(model, 0) + _loss(model, 1)).backward()
     want = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert want.keys() == {n for n in ours if "language_model" in n}
-    whole = dict(lora.merged_state(model))
+    whole = gather.merged(model)
     for values, gradients, again, merged in run(2, _train, source, options, str(tmp_path / "adapter")):
         assert values.keys() == ours.keys()
         assert all(torch.equal(values[n], ours[n]) and torch.equal(again[n], ours[n]) for n in ours)
@@ -126,7 +128,7 @@ def test_adapters_on_spread_experts_have_one_processs_files(tmp_path):
     lora.attach(model, options, CARD)
     weights.load(model, None, source)
     start(model, options)
-    ours, whole = lora.gather(model), dict(lora.merged_state(model))
+    ours, whole = gather.adapters(model), gather.merged(model)
     wanted = lora.save(ours, model, options, tmp_path / "one", base=source)
     layouts = [{"ep": 2}, {"tp": 2}, {"ep": 2, "tp": 2}]
     first, _ = run(2, _spread, source, options, str(tmp_path), layouts)

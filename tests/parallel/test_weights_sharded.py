@@ -11,13 +11,13 @@ import transformers
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from polymodal.core.errors import PolymodalError
-from polymodal.models import weights
+from polymodal.models import saving, weights
 from polymodal.models.slices import boxes, extent, local_spans
-from tests.models import tiny
+from tests.models import gather, tiny
 from tests.parallel.harness import run
 
 SMALL = {"text_config__num_hidden_layers": 2, "vision_config__depth": 2}
@@ -112,10 +112,8 @@ def lay_out(model: nn.Module, kind: str) -> nn.Module:
 
 
 def whole(model: nn.Module) -> dict[str, torch.Tensor]:
-    state = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)} | dict(
-        model.named_buffers()
-    )
-    return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in state.items()}
+    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    return {n: gather.tensor(t) for n, t in state.items()}
 
 
 def _differences(got: dict, reference: nn.Module) -> list[str]:
@@ -269,21 +267,22 @@ def test_random_weights_do_not_depend_on_the_layout(checkpoints):
 
 
 def _saved(rank: int, source: str, directory: str):
+    """Each rank writes its files of a model that is laid out, from whole tensors."""
     model = lay_out(on_meta(source), "fsdp x tp")
     weights.load(model, None, source)
-    weights.save(weights.gather(model), None, directory, model=model, source=source, max_shard_bytes=200_000)
-    try:
-        weights.save(weights.gather(model), None, directory, model=model, source=source)
-    except PolymodalError as error:
-        return str(error)  # rank 0 writes, the others only take part
-    return ""
+    state = gather.weights(model)
+    files = saving.outputs(model, Path(source), None)
+    with saving.Together(Path(directory), dist.group.WORLD) as together:
+        place = {"rank": rank, "world": together.world}
+        saving.write(state, model, files, together.directory, 200_000, **place)
+        if rank == 0:
+            together.wait()
 
 
 def test_a_sharded_model_is_saved_as_it_was_read(checkpoints, tmp_path):
     for name in ("qwen2.5-vl", "qwen3-vl-moe hub"):
         out = tmp_path / name.replace(" ", "-")
-        said = run(4, _saved, checkpoints[name], str(out))
-        assert "exists already" in said[0] and said[1:] == ["", "", ""]
+        run(4, _saved, checkpoints[name], str(out))
         index = json.loads((out / "model.safetensors.index.json").read_text())
         from safetensors.torch import load_file
 
@@ -295,7 +294,31 @@ def test_a_sharded_model_is_saved_as_it_was_read(checkpoints, tmp_path):
         }
         assert got.keys() == want.keys() == index["weight_map"].keys()
         assert all(torch.equal(got[k], want[k].float()) for k in want)
-        assert not list(tmp_path.glob(".*partial"))
+        assert len(set(index["weight_map"].values())) >= 4  # a file for each rank, at least
+        assert not list(tmp_path.glob(".*")) and not list(out.glob(".*"))
+
+
+def _failing(rank: int, directory: str):
+    try:
+        with saving.Together(Path(directory), dist.group.WORLD) as together:
+            if rank == 1:
+                raise PolymodalError("the disk is full", "free some")
+            if rank == 0:
+                together.wait()
+    except PolymodalError as error:
+        return str(error)
+    return ""
+
+
+def test_what_fails_on_one_rank_leaves_nothing(tmp_path):
+    """Rank 0 hears of it without a collective; what lay there before stays."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_text("before")
+    said = run(3, _failing, str(out))
+    assert "Rank 1: the disk is full" in said[0] and "the disk is full" in said[1] and said[2] == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (out / "model.safetensors").read_text() == "before"
 
 
 def _tied_gradients(rank: int, source: str):
