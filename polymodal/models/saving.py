@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from polymodal.core.errors import PolymodalError
 from polymodal.models import library
-from polymodal.models.family import Family
 from polymodal.models.library import Layout, plain
 from polymodal.models.slices import Piece
 from polymodal.models.storage import Files, write_file
@@ -44,40 +43,6 @@ KEPT_FILES = (
 )
 """What is taken over from the source beside weights and config.json: tokenizer, processors, templates, code."""
 LEFT_FILES = ("config.json", "*.index.json", "adapter_config.json", "trainer_state.json")
-
-
-def save(
-    state: Mapping[str, Tensor],
-    family: Family | None,
-    directory: str | Path,
-    *,
-    model: nn.Module | None = None,
-    source: str | Path | None = None,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5 << 30,
-    overwrite: bool = False,
-) -> Path:
-    """Write a full state as a hub checkpoint with the source's keys and layout, or the library's where it has none.
-
-    state:  whole tensors by parameter name (LazyTensors: one shard's are held at a time).
-    family: gives model (on meta) and source; either may be given by itself.
-    dtype:  of floating tensors; None: the model's. What the source alone keeps in float32 stays float32.
-    The directory appears when it is whole. Raises PolymodalError for a directory that is in use, a full disk, and
-    states that lack or exceed the model's names.
-    """
-    final = Path(directory)
-    origin = Path(source if source is not None else family.source)  # type: ignore[union-attr]
-    if origin.resolve() == final.resolve():
-        raise PolymodalError(
-            f"{final} is the checkpoint that the model came from.", "Choose another directory."
-        )
-    if model is None:
-        model = family.build().trained  # type: ignore[union-attr]
-    with appearing(final, overwrite) as partial:
-        made = outputs(model, origin, dtype)
-        write(state, model, made, partial, max_shard_bytes)
-        write_config(model, family.config if family is not None else model.config, origin, partial, made)
-    return final
 
 
 @contextmanager

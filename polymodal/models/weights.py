@@ -26,11 +26,10 @@ from polymodal.models.card import PrunedModule
 from polymodal.models.family import Family
 from polymodal.models.initial import draw, shielded
 from polymodal.models.library import Layout, plain
-from polymodal.models.saving import save
 from polymodal.models.slices import Stored, copies, local_spans, scatter
 from polymodal.models.storage import Files, dtype_of
 
-__all__ = ["LoadReport", "initialise", "load", "materialise", "random", "read", "rebuild_buffers", "save"]
+__all__ = ["LoadReport", "initialise", "load", "materialise", "random", "read", "rebuild_buffers"]
 
 
 @dataclass

@@ -455,14 +455,11 @@ class Trainer:
                 "resumed_at": self.resumed_at,
             }
             (self.run_dir / "summary.json").write_text(json.dumps(summary))
-        if self.rt.world > 1:
-            dist.barrier(
-                self.save_group
-            )  # the last checkpoint has its name; the export has no collective but its first
+        newest = self.rt.share(str(checkpoint.newest(self.run_dir)))  # rank 0's word, when it has its name
         if self.recipe.checkpoint.export:
             from polymodal.train.export import export
 
-            export(str(self.run_dir), str(self.run_dir / "export"), force=True, group=self.save_group)
+            export(str(newest), str(self.run_dir / "export"), force=True, group=self.save_group)
 
     def _say(self, text: str) -> None:
         if self.progress is not None:

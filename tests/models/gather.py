@@ -1,12 +1,15 @@
-"""A live model's tensors as one process would hold them: of plain models and of models laid out over several ranks."""
+"""A live model's tensors as one process would hold them, of plain models and of models laid out, and a hub checkpoint of them."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from polymodal.models import library, lora
+from polymodal.models import library, lora, saving
 
 
 def tensor(value: torch.Tensor) -> torch.Tensor:
@@ -26,3 +29,21 @@ def adapters(model: nn.Module) -> dict[str, torch.Tensor]:
 def merged(model: nn.Module) -> dict[str, torch.Tensor]:
     """Weights with their adapters added."""
     return dict(lora.merged(weights(model), adapters(model), lora.scales(model), model))
+
+
+def save(
+    state: Mapping[str, torch.Tensor],
+    directory: Path,
+    *,
+    model: nn.Module,
+    source: Path | str,
+    dtype: torch.dtype | None = None,
+    limit: int = 5 << 30,
+    overwrite: bool = False,
+) -> Path:
+    """What export does with weights: files with the source's keys and layout, in a directory that appears when whole."""
+    with saving.appearing(directory, overwrite) as partial:
+        files = saving.outputs(model, Path(source), dtype)
+        saving.write(state, model, files, partial, limit)
+        saving.write_config(model, model.config, Path(source), partial, files)
+    return directory

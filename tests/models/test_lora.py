@@ -123,9 +123,7 @@ def test_peft_opens_adapters_on_stacked_experts(checkpoint, tmp_path):
     ours, theirs = logits(model, source), logits(by_peft(source, out).get_base_model(), source)
     assert_near(ours, theirs)
     assert (ours - logits(plain(source), source)).abs().max() > 1e-3
-    merged = weights.save(
-        gather.merged(model), None, tmp_path / "merged", model=on_meta(source), source=source
-    )
+    merged = gather.save(gather.merged(model), tmp_path / "merged", model=on_meta(source), source=source)
     torch.testing.assert_close(logits(plain(merged), source), ours, rtol=1e-4, atol=1e-4)
     again = adapted(source, EXPERTS, seed=9, trained=False)
     lora.load(again, EXPERTS, out)
@@ -143,12 +141,12 @@ def test_merged_weights_give_the_same_logits(checkpoint, tmp_path, name, tied):
     source = checkpoint(name, tied)
     options = Lora(rank=4, alpha=6, rslora=True, towers=["language", "vision"])
     model = adapted(source, options)
-    out = weights.save(gather.merged(model), None, tmp_path / "live", model=on_meta(source), source=source)
+    out = gather.save(gather.merged(model), tmp_path / "live", model=on_meta(source), source=source)
     merged = plain(out)
     torch.testing.assert_close(logits(merged, source), logits(model, source), rtol=1e-4, atol=1e-4)
     assert load_file(out / "model.safetensors").keys() == load_file(source / "model.safetensors").keys()
     stream = lora.merged(weights.read(on_meta(source), source), gather.adapters(model), lora.scale(options))
-    again = weights.save(stream, None, tmp_path / "files", model=on_meta(source), source=source)
+    again = gather.save(stream, tmp_path / "files", model=on_meta(source), source=source)
     assert all(torch.equal(p, dict(merged.named_parameters())[n]) for n, p in plain(again).named_parameters())
 
 

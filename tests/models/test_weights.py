@@ -98,9 +98,7 @@ def test_saved_as_it_lay_on_disk(checkpoints, name, tmp_path):
     """Same keys, shapes and values in several shards; plain transformers opens the directory."""
     source = checkpoints[name]
     model = loaded(source)
-    out = weights.save(
-        gather.weights(model), None, tmp_path / "out", model=model, source=source, max_shard_bytes=150_000
-    )
+    out = gather.save(gather.weights(model), tmp_path / "out", model=model, source=source, limit=150_000)
     assert keys(out) == keys(source)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(keys(source))
@@ -125,8 +123,8 @@ def test_saved_as_it_lay_on_disk(checkpoints, name, tmp_path):
 def test_saved_in_another_dtype(checkpoints, tmp_path):
     source = checkpoints["qwen3-vl"]
     model = loaded(source)
-    out = weights.save(
-        dict(model.state_dict()), None, tmp_path / "out", model=model, source=source, dtype=torch.bfloat16
+    out = gather.save(
+        dict(model.state_dict()), tmp_path / "out", model=model, source=source, dtype=torch.bfloat16
     )
     again = auto(model.config).from_pretrained(out)
     assert again.dtype == torch.bfloat16
@@ -142,7 +140,7 @@ def test_a_source_without_weights_gives_the_librarys_layout(checkpoints, tmp_pat
         bare.mkdir()
         shutil.copy(checkpoints[name] / "config.json", bare)
         model = loaded(checkpoints[name])
-        out = weights.save(gather.weights(model), None, tmp_path / f"out {name}", model=model, source=bare)
+        out = gather.save(gather.weights(model), tmp_path / f"out {name}", model=model, source=bare)
         assert keys(out) == keys(checkpoints[name])
 
 
@@ -150,9 +148,7 @@ def test_a_resized_model_is_saved_with_its_own_shapes(checkpoints, tmp_path):
     """Random weights of another size than the source's: names from the source, shapes from the model."""
     model = on_meta(checkpoints["qwen2.5-vl"], vision_config__depth=5, text_config__intermediate_size=80)
     weights.initialise(model, None, seed=1)
-    out = weights.save(
-        gather.weights(model), None, tmp_path / "out", model=model, source=checkpoints["qwen2.5-vl"]
-    )
+    out = gather.save(gather.weights(model), tmp_path / "out", model=model, source=checkpoints["qwen2.5-vl"])
     found = keys(out)
     assert found["model.layers.2.mlp.up_proj.weight"] == [80, 64]
     assert found["visual.blocks.4.mlp.up_proj.weight"] == [48, 32]
@@ -200,7 +196,7 @@ def test_conversions(tmp_path, make, computed):
     model = loaded(source)
     assert_same(model, auto(model.config).from_pretrained(source))
     assert len(library.layout(model, keys(source)).computed) == computed
-    out = weights.save(gather.weights(model), None, tmp_path / "out", model=model, source=source)
+    out = gather.save(gather.weights(model), tmp_path / "out", model=model, source=source)
     got, want = load_file(out / "model.safetensors"), load_file(source / "model.safetensors")
     assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
     read = dict(weights.read(model, source))
@@ -320,7 +316,7 @@ def test_a_tied_head_with_two_tensors(checkpoints, tmp_path):
 
     twin = change(source, tmp_path / "twice", twice)
     model = loaded(twin)
-    out = weights.save(gather.weights(model), None, tmp_path / "out", model=model, source=twin)
+    out = gather.save(gather.weights(model), tmp_path / "out", model=model, source=twin)
     assert keys(out) == keys(twin)
 
     def different(state):
@@ -361,7 +357,7 @@ def test_what_the_files_hold_decides_about_ties(checkpoints, tmp_path):
         assert (model.lm_head.weight is embedding) is tied
         assert torch.equal(embedding, stored["model.embed_tokens.weight"])
         assert torch.equal(model.lm_head.weight, stored.get("lm_head.weight", embedding))
-    out = weights.save(gather.weights(model), family, tmp_path / "out")
+    out = gather.save(gather.weights(model), tmp_path / "out", model=model, source=apart)
     assert (
         keys(out) == keys(apart)
         and json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
@@ -399,8 +395,8 @@ def test_broken_downloads(checkpoints, tmp_path):
     """One sentence each, with the file and the cause."""
     source = checkpoints["qwen3-vl"]
     model = loaded(source)
-    sharded = weights.save(
-        gather.weights(model), None, tmp_path / "sharded", model=model, source=source, max_shard_bytes=300_000
+    sharded = gather.save(
+        gather.weights(model), tmp_path / "sharded", model=model, source=source, limit=300_000
     )
     shards = sorted(p.name for p in sharded.glob("*.safetensors"))
 
@@ -479,23 +475,21 @@ def test_saving_refuses_what_would_be_lost(checkpoints, tmp_path):
     (tmp_path / "full" / "notes").write_text("mine")
     options = {"model": model, "source": source}
     with pytest.raises(PolymodalError, match="full exists already"):
-        weights.save(state, None, tmp_path / "full", **options)
+        gather.save(state, tmp_path / "full", **options)
     assert (tmp_path / "full" / "notes").read_text() == "mine"
-    with pytest.raises(PolymodalError, match="is the checkpoint that the model came from"):
-        weights.save(state, None, source, overwrite=True, **options)
     norm = state.pop("model.language_model.norm.weight")
     with pytest.raises(
         PolymodalError, match="The state lacks 1 parameters: model.language_model.norm.weight"
     ):
-        weights.save(state, None, tmp_path / "out", **options)
+        gather.save(state, tmp_path / "out", **options)
     with pytest.raises(
         PolymodalError,
         match="The state has model.language_model.nrom.weight, which .* does not. Nearest: model.language_model.norm",
     ):
-        weights.save({**state, "model.language_model.nrom.weight": norm}, None, tmp_path / "out", **options)
+        gather.save({**state, "model.language_model.nrom.weight": norm}, tmp_path / "out", **options)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]  # nothing half-written
     state["model.language_model.norm.weight"] = norm
-    weights.save(state, None, tmp_path / "full", overwrite=True, **options)
+    gather.save(state, tmp_path / "full", overwrite=True, **options)
     assert keys(tmp_path / "full") == keys(source) and not (tmp_path / "full" / "notes").exists()
 
 
@@ -513,7 +507,7 @@ def test_one_file_is_held(checkpoints, tmp_path):
         return state[name]
 
     given = LazyTensors(dict.fromkeys(state, read))
-    weights.save(given, None, tmp_path / "out", model=on_meta(source), source=source, max_shard_bytes=200_000)
+    gather.save(given, tmp_path / "out", model=on_meta(source), source=source, limit=200_000)
     assert asked == set(state)
     assert max(unwritten) < 200_000 + 464 * 64 * 4 < sum(t.numel() * 4 for t in state.values()) / 3
 
