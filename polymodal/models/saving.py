@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import nearest
 from polymodal.models import library
 from polymodal.models.library import Layout, plain
 from polymodal.models.slices import Piece
