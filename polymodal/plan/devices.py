@@ -1,11 +1,15 @@
-"""Accelerators as data for planning: peak arithmetic, memory, bandwidths. No device is asked or needed.
+"""Accelerators for planning (accelerators.yaml): peak arithmetic, memory, bandwidths; and what these make of work.
 
-This room may touch `device` only, whose table of peaks is the one that a run's MFU is measured against.
+Sees runtime/device.py only, whose table of peaks is the one that a run's MFU is measured against. No device is needed.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from importlib import resources
+
+import yaml
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.text import did_you_mean
@@ -30,45 +34,40 @@ class Accelerator:
     network: float
     node: int
     source: str
-
-    matmul: float = 0.7
-    """Share of the peak that large matrix products reach: an assumption, not measured here."""
-    stream: float = 0.8
-    """Share of the memory bandwidth that elementwise operators reach: an assumption."""
-    wire: float = 0.8
-    """Share of link and network bandwidth that collectives reach: an assumption."""
-    host: float = 25e9
-    """Bytes a second between the device and its host (16 lanes of PCIe 4 reach that): an assumption."""
-    host_memory: float = 25e9
-    """A device's share of its host's memory bandwidth, for an optimizer that steps there: an assumption."""
-    usable: float = 0.92
-    """Share of the memory that the allocator can hand out: contexts, communicators and fragmentation take the rest."""
+    matmul: float  # share of the peak that large matrix products reach
+    stream: float  # share of the memory bandwidth that elementwise operators reach
+    wire: float  # share of link and network bandwidth that collectives reach
+    host: float  # bytes a second between the device and its host
+    host_memory: (
+        float  # bytes a second: a device's share of its host's memory, for an optimizer that steps there
+    )
+    usable: float  # share of the memory that the allocator can hand out
 
 
-def _table() -> dict[str, Accelerator]:
-    peak = device.PEAK_FLOPS
-    rows = (
-        Accelerator("h100", peak["H100"], 494e12, 80 * GIB, 3.35e12, 450e9, 50e9, 8, "maker's data sheet (SXM5), one 400 Gbit/s port a device"),
-        Accelerator("h200", peak["H200"], 494e12, 141 * GIB, 4.8e12, 450e9, 50e9, 8, "maker's data sheet (SXM5), one 400 Gbit/s port a device"),
-        Accelerator("h800", peak["H800"], 494e12, 80 * GIB, 3.35e12, 200e9, 50e9, 8, "maker's data sheet (SXM5), one 400 Gbit/s port a device"),
-        Accelerator("b200", peak["B200"], 1100e12, 180 * GIB, 7.7e12, 900e9, 50e9, 8, "maker's data sheet (HGX), one 400 Gbit/s port a device"),
-        Accelerator("a100", peak["A100"], 156e12, 80 * GIB, 2.04e12, 300e9, 25e9, 8, "maker's data sheet (SXM4 80 GB), one 200 Gbit/s port a device"),
-        Accelerator("a800", peak["A800"], 156e12, 80 * GIB, 2.04e12, 200e9, 25e9, 8, "maker's data sheet (SXM4 80 GB), one 200 Gbit/s port a device"),
-        Accelerator("910b", peak["910B"], 80e12, 64 * GIB, 1.6e12, 196e9, 25e9, 8, "public descriptions of Atlas 800T A2, one 200 Gbit/s port a device"),
-        Accelerator("910c", peak["910C"], 188e12, 128 * GIB, 3.2e12, 392e9, 50e9, 8, "public description of the 384-device supernode (one package of two dies)"),
-    )  # fmt: skip
-    return {row.name: row for row in rows}
+GIGA = ("bandwidth", "link", "network", "host", "host_memory")
+"""Figures of the file in GB/s."""
 
 
-DEVICES = _table()
+@functools.cache
+def table() -> dict[str, Accelerator]:
+    """Every accelerator of accelerators.yaml by its name."""
+    data = yaml.safe_load(resources.files("polymodal.plan").joinpath("accelerators.yaml").read_text())
+    found = {}
+    for name, row in data["devices"].items():
+        facts = {**data["assumed"], **row}
+        facts |= {key: facts[key] * 1e9 for key in GIGA}
+        facts["half_flops"] = device.PEAK_FLOPS[facts.pop("peak")]
+        facts["single_flops"] = facts.pop("single") * 1e12
+        found[name] = Accelerator(name, **{**facts, "memory": facts["memory"] * GIB})
+    return found
 
 
 def named(name: str) -> Accelerator:
     """A row of the table. Raises PolymodalError with the nearest name."""
-    found = DEVICES.get(name.lower())
+    found = table().get(name.lower())
     if found is None:
         raise PolymodalError(
-            f"--device {name} is not in the table of accelerators.", did_you_mean(name, DEVICES)
+            f"--device {name} is not in the table of accelerators.", did_you_mean(name, table())
         )
     return found
 
