@@ -35,14 +35,16 @@ def init(
     task: Annotated[str, typer.Option(help="sft, lora, pretrain or dreambooth.")] = "sft",
     size: Annotated[str | None, typer.Option(help="Size, when MODEL names none.")] = None,
     devices: Annotated[int | None, typer.Option(metavar="N", min=1, help="Accelerators of the run.", show_default="recommended")] = None,
-    data: Annotated[str, typer.Option(metavar="FILE", help="Data file.")] = "data/train.json",
+    data: Annotated[str, typer.Option(metavar="FILE", help="Data file; when it is there, batch, epochs and lengths are chosen for it.")] = "data/train.json",
+    device: Annotated[str, typer.Option(metavar="NAME", help="Accelerator that the layout is for, as `polymodal plan --device`.")] = "910b",
+    search: Annotated[bool, typer.Option("--search", help="Trace the best layouts before one is recommended; takes minutes.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where to write it.", show_default="stdout")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> int:
     """Write a commented recipe with the recommended layout."""
     from polymodal.tools import init_recipe as writer
 
-    return writer.main(model, task, size, devices, data, out, force)
+    return writer.main(model, task, size, devices, data, out, force, device, search)
 
 
 @command(app, "polymodal download qwen2.5-vl-3b", "HF_ENDPOINT=https://mirror.example polymodal download Qwen/Qwen2.5-VL-3B-Instruct --to weights/qwen", panel="Begin")

@@ -15,7 +15,7 @@ from polymodal.core.sample import Batch, SampleLengths
 from polymodal.distributed.mesh import Mesh
 from polymodal.models import weights
 from polymodal.models.family import Family
-from polymodal.plan import estimate
+from polymodal.plan.pretended import meta_model
 from polymodal.recipe import Recipe
 from polymodal.train import optim
 from polymodal.train.layouts import layout_of
@@ -30,7 +30,7 @@ class Job:
         """measure: of a micro-batch, for parallel.pp_layers = auto."""
         self.recipe, self.family, self.mesh = recipe, family, mesh
         self.model = ParallelModel(
-            lambda: estimate.meta_model(family, recipe), family, mesh, recipe, torch.device("cpu"), measure
+            lambda: meta_model(family, recipe), family, mesh, recipe, torch.device("cpu"), measure
         )
         self.layout = layout_of(recipe, family)
         self.objective = self.layout.objective

@@ -1,16 +1,15 @@
 """`plan --search`: which layout of a recipe is the fastest that fits.
 
-Sees every room. Layouts are ranked by closed formulas (Rajbhandari et al. 2020 for states, Korthikanti et al. 2022 for
-activations, ring costs for collectives) whose scale comes from a few traced points; the best ones are then traced whole.
+Sees every room. Layouts are ranked by the formulas of estimate.py; the best ones are then traced, and what a trace
+says corrects the formulas for its like.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,37 +24,32 @@ from polymodal.models import partial
 from polymodal.models.family import Family
 from polymodal.parallel import apply as layout
 from polymodal.parallel import pipeline_split
-from polymodal.plan import devices, estimate, page, planner
+from polymodal.plan import estimate, page, planner
+from polymodal.plan.devices import Accelerator
+from polymodal.plan.estimate import Shape
 from polymodal.plan.planner import Question
 from polymodal.plan.predict import Prediction, per_rank
+from polymodal.plan.pretended import meta_model
 from polymodal.recipe import Recipe
 from polymodal.train.layouts import Workload, layout_of
 
 RECOMPUTE = ("none", "selective", "full")
-AGAIN = {"none": 3.0, "selective": 3.15, "full": 4.0}
-"""Arithmetic of a micro-batch over that of its forward pass, by recompute."""
 LAYOUT = ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep", "recompute")
 """Keys that the search decides: always written."""
 CONFIRMED = 3
 """How many of the best layouts are traced before one is recommended."""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What formulas need of a model: parameters, those trained, and bytes of a frozen and a trained one."""
-
-    total: int
-    trained: int
-    whole: int  # the largest block
-    experts: int  # parameters of routed experts
+TRACES = 10
+"""Traces that a search makes at most: those of layouts that turn out not to fit are among them."""
+SIMPLER = 1.05
+"""Times are estimates: an axis more must save so much to be worth it."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Traced over computed, by recompute: bytes beside the states, and seconds of arithmetic."""
+    """Traced over estimated: bytes beside the states, and seconds of a step."""
 
     memory: float = 1.0
-    compute: float = 1.0
+    seconds: float = 1.0
 
 
 @dataclass
@@ -67,7 +61,15 @@ class Candidate:
     memory: float
     seconds: float
     varies: bool  # the size of micro-batches, where they are no packs
+    mfu: float = 0.0
     traced: Prediction | None = None
+
+    @property
+    def cost(self) -> float:
+        """What is ranked by: seconds a sample, a little more for every axis in use."""
+        sizes = self.sizes
+        axes = sum(n > 1 for n in (sizes.pp, sizes.dp_replicate, sizes.cp, sizes.tp, sizes.ep))
+        return self.seconds / self.recipe.train.global_batch_size * SIMPLER**axes
 
     @property
     def name(self) -> str:
@@ -77,18 +79,6 @@ class Candidate:
         micro = f" mbs{self.recipe.train.micro_batch_size}" if self.varies else ""
         zero = f" zero{self.recipe.parallel.zero_stage}" if sizes.pp > 1 else ""
         return f"{said} {self.recipe.parallel.recompute}{zero}{micro}"
-
-
-def counts(family: Family, made: Recipe) -> Counts:
-    model = estimate.meta_model(family, made)
-    blocks = layout.matching(model, family.card.blocks, family.card.name).values()
-    parameters = list(model.named_parameters())
-    return Counts(
-        sum(p.numel() for _, p in parameters),
-        sum(p.numel() for _, p in parameters if p.requires_grad),
-        max(sum(p.numel() for p in block.parameters()) for block in blocks),
-        sum(p.numel() for name, p in parameters if ".experts." in name),
-    )
 
 
 def divisors(number: int) -> list[int]:
@@ -143,145 +133,87 @@ def candidates(made: Recipe, family: Family, question: Question) -> Iterator[tup
                         yield one, sizes
 
 
-def states(made: Recipe, sizes: ParallelSizes, have: Counts) -> float:
-    """Bytes of parameters, gradients, optimizer and average on a rank, and of what ZeRO below stage 3 keeps whole."""
-    shards, stage = sizes.dp_shard * sizes.cp, made.parallel.zero_stage
-    half = made.train.precision == "pure_bf16"
-    frozen = 4 if made.train.precision == "fp32" else 2
-    moments = 8 if not half else 4
-    trained = (2 + 2 if half else 4 + 4) + moments + (4 if made.train.ema else 0)
-    held = (have.trained * trained + (have.total - have.trained) * frozen) / shards
-    if stage < 3 and shards * sizes.dp_replicate > 1:
-        held += have.total * frozen + (4 * have.trained if stage == 1 else 0)
-    return held / (sizes.pp * sizes.tp)
-
-
-def beside(made: Recipe, family: Family, sizes: ParallelSizes, have: Counts, load: Workload) -> float:
-    """Bytes beside the states, unscaled: activations as `check` estimates them, gathered blocks and their gradients."""
-    patches = load.measure.total("vision") / load.measure.tokens
-    kept, _ = estimate.activations(family, made, patches, sizes.world)
-    width = 4 if made.train.precision == "fp32" else 2
-    gathered = (2 * width + 8) * have.whole / sizes.tp / sizes.ep if made.parallel.zero_stage == 3 else 0.0
-    return kept + gathered
-
-
-def seconds(
-    made: Recipe,
-    family: Family,
-    sizes: ParallelSizes,
-    have: Counts,
-    load: Workload,
-    question: Question,
-    scale: float,
-) -> float:
-    """Seconds of a step: arithmetic, what collectives it does not hide, the bubble."""
-    accelerator, measure = question.accelerator, load.measure
-    again = AGAIN[made.parallel.recompute]
-    share = sizes.tp * sizes.cp * sizes.pp
-    peak = accelerator.half_flops if made.train.precision != "fp32" else accelerator.single_flops
-    compute = scale * again * family.cost(measure) * load.samples / share / (peak * accelerator.matmul)
-    batches = layout_of(made, family)
-    depth, hidden, chosen = batches.blocks_shape()
-    width = 4 if made.train.precision == "fp32" else 2
-    stream = measure.tokens * load.samples / sizes.cp * hidden * width
-    layers = depth / sizes.pp
-    passes = 3 if made.parallel.recompute == "full" else 2
-
-    def ring(kind: str, size: float, ranks: int, stride: int, calls: float) -> float:
-        members = tuple(range(0, ranks * stride, stride))
-        return devices.transfer(accelerator, kind, members, size, math.ceil(calls)) if ranks > 1 else 0.0
-
-    calls = layers * 2 * passes
-    exposed = 2 * ring("all_gather", stream * calls, sizes.tp, 1, calls)
-    exposed += ring(
-        "all_to_all", stream / sizes.tp * 4 * layers * passes, sizes.cp, sizes.tp, 4 * layers * passes
-    )
-    exposed += ring("all_to_all", stream / sizes.tp * chosen * calls, sizes.ep, 1, calls)
-    sharded = (have.total - have.experts * (1 - 1 / sizes.ep)) / sizes.pp / sizes.tp
-    gathers = 2 if made.parallel.reshards else 1
-    stride = sizes.tp
-    fsdp = ring("all_gather", sharded * width * gathers, sizes.dp_shard * sizes.cp, stride, layers * gathers)
-    fsdp += ring("reduce_scatter", sharded * 4, sizes.dp_shard * sizes.cp, stride, layers)
-    micro = per_rank(made, sizes, batches.packs)
-    exposed += 2 * ring("send", stream / sizes.tp, sizes.pp, sizes.world // sizes.pp, 1)
-    once = fsdp if made.parallel.zero_stage == 1 else 0.0  # a step, not a micro-batch
-    each = compute + exposed + max(0.0, fsdp - once - compute)
-    bubble = (sizes.pp - 1) / pipeline_split.stages_per_rank(made.parallel) if sizes.pp > 1 else 0.0
-    replicas = ring(
-        "all_reduce", sharded * 4 / sizes.dp_shard, sizes.dp_replicate, stride * sizes.dp_shard * sizes.cp, 1
-    )
-    return each * (micro + bubble) + once + replicas
+def ranked(
+    found: Iterable[tuple[Recipe, ParallelSizes]],
+    shape: Shape,
+    load_of: Callable[[Recipe], Workload],
+    accelerator: Accelerator,
+    packed: bool,
+    scales: dict[str, Scale] | None = None,
+) -> list[Candidate]:
+    """Layouts with their estimate, the fastest a sample first. load_of: the micro-batch of a recipe."""
+    out = []
+    for one, sizes in found:
+        scale = (scales or {}).get(one.parallel.recompute, Scale())
+        load = load_of(one)
+        measure, samples = load.measure, load.samples
+        depth = estimate.pipeline_depth(one, sizes, packed)
+        held = estimate.memory(shape, one, sizes, measure, samples, depth)
+        micro = per_rank(one, sizes, packed)
+        took = estimate.seconds(shape, one, sizes, measure, samples, micro, accelerator)
+        varying = held.activations + held.working + held.gathered
+        bytes_ = held.memory + (scale.memory - 1) * varying
+        done = micro * sizes.dp * samples
+        share = estimate.mfu(shape, measure, done, took, sizes.world, accelerator)
+        out.append(Candidate(one, sizes, bytes_, took * scale.seconds, not packed, share / scale.seconds))
+    return sorted(out, key=lambda candidate: candidate.cost)
 
 
 def rank(made: Recipe, family: Family, question: Question, say: Any = lambda text: None) -> list[Candidate]:
-    """Candidates that fit, fastest first; the first CONFIRMED of them traced. Raises PolymodalError when nothing fits."""
-    have = counts(family, made)
+    """Candidates that fit, fastest first; the first CONFIRMED of them traced. Raises PolymodalError when nothing fits.
+
+    What a trace says of one candidate corrects the estimates of all with the same recompute.
+    """
+    shape = estimate.shape_of(family, meta_model(family, made))
     found = list(candidates(made, family, question))
     if not found:
         raise PolymodalError(
             f"No layout of {question.world} devices suits {family.card.name} with train.global_batch_size = {made.train.global_batch_size}.",
             "Raise train.global_batch_size, or use fewer devices.",
         )
-    load = {id(one): layout_of(one, family).workload(question.media, question.patches) for one, _ in found}
-    scales = {kind: Scale() for kind in RECOMPUTE}
+    room, packed = question.accelerator.memory * question.accelerator.usable, layout_of(made, family).packs
+    scales: dict[str, Scale] = {}
+    traced: dict[int, Prediction] = {}
+
+    def load_of(one: Recipe) -> Workload:
+        return layout_of(one, family).workload(question.media, question.patches)
 
     def estimated() -> list[Candidate]:
-        out = []
-        for one, sizes in found:
-            scale = scales[one.parallel.recompute]
-            memory = states(one, sizes, have) + scale.memory * beside(one, family, sizes, have, load[id(one)])
-            took = seconds(one, family, sizes, have, load[id(one)], question, scale.compute)
-            out.append(Candidate(one, sizes, memory, took, not layout_of(made, family).packs))
-        return sorted(out, key=lambda candidate: candidate.seconds)
+        listed = ranked(found, shape, load_of, question.accelerator, packed, scales)
+        for candidate in listed:
+            candidate.traced = traced.get(id(candidate.recipe))
+        return listed
 
-    room = question.accelerator.memory * question.accelerator.usable
-    for kind in RECOMPUTE:  # one traced point a kind sets the formulas' scale
-        near = [c for c in estimated() if c.recipe.parallel.recompute == kind and c.sizes.pp == 1]
-        point = next((c for c in near if c.memory <= room), near[0] if near else None)
-        if point is None:
-            continue
-        say(f"tracing {point.name} for the scale of recompute {kind}")
-        traced = planner.plan(point.recipe, family, question)
-        plain = beside(point.recipe, family, point.sizes, have, load[id(point.recipe)])
-        stage = traced.stages[0]
-        arithmetic = stage.forward.compute + stage.backward.compute
-        share = point.sizes.tp * point.sizes.cp * point.sizes.pp
-        ideal = (
-            AGAIN[kind]
-            * family.cost(stage.trace.measure)
-            * stage.trace.samples
-            / share
-            / (question.accelerator.half_flops * question.accelerator.matmul)
-        )
-        scales[kind] = Scale(
-            max(0.2, (traced.peak - states(point.recipe, point.sizes, have)) / plain), arithmetic / ideal
-        )
-    ranked = [candidate for candidate in estimated() if candidate.memory <= room]
-    confirmed: list[Candidate] = []
-
-    def confirm(candidate: Candidate) -> None:
-        say(f"tracing {candidate.name}")
-        candidate.traced = planner.plan(candidate.recipe, family, question)
-        if candidate.traced.fits:
-            confirmed.append(candidate)
-
-    for candidate in ranked[: 2 * CONFIRMED]:
-        confirm(candidate)
-        if len(confirmed) == CONFIRMED:
+    for _ in range(TRACES):
+        listed = estimated()
+        good = [c for c in listed if c.traced is not None and c.traced.fits]
+        waiting = [c for c in listed if c.traced is None]
+        point = next((c for c in waiting if c.memory <= room), None)
+        if point is None and not good:
+            point = min(waiting, key=lambda c: c.memory, default=None)
+        if len(good) >= CONFIRMED or point is None:
             break
+        say(f"tracing {point.name}")
+        traced[id(point.recipe)] = seen = planner.plan(point.recipe, family, question)
+        load = load_of(point.recipe)
+        measure, samples = load.measure, load.samples
+        depth = estimate.pipeline_depth(point.recipe, point.sizes, packed)
+        held = estimate.memory(shape, point.recipe, point.sizes, measure, samples, depth)
+        varying = held.activations + held.working + held.gathered
+        old = scales.get(point.recipe.parallel.recompute, Scale())
+        scales[point.recipe.parallel.recompute] = Scale(
+            max(0.2, 1 + (seen.peak - held.memory) / max(1, varying)), old.seconds * seen.step / point.seconds
+        )
+    listed = estimated()
+    confirmed = [c for c in listed if c.traced is not None and c.traced.fits]
     if not confirmed:
-        least = min(ranked or estimated(), key=lambda candidate: candidate.memory)
-        if least.traced is None:
-            confirm(least)
-        if not confirmed:
-            needed = least.traced.peak if least.traced else 0
-            raise PolymodalError(
-                f"No layout of {question.world} x {question.accelerator.name} holds this run: the smallest needs about {format_bytes(needed)} a device of {format_bytes(room)} ({least.name}).",
-                "Use more devices, a shorter data.pack_length, or model.lora.",
-            )
-    confirmed.sort(key=lambda candidate: candidate.traced.step if candidate.traced else math.inf)
-    others = [candidate for candidate in ranked if candidate.traced is None]
-    return confirmed + others
+        least = min((c for c in listed if c.traced is not None), key=lambda c: c.traced.peak)  # type: ignore[union-attr]
+        raise PolymodalError(
+            f"No layout of {question.world} x {question.accelerator.name} holds this run: the smallest needs about {format_bytes(least.traced.peak)} a device of {format_bytes(room)} ({least.name}).",  # type: ignore[union-attr]
+            "Use more devices, a shorter data.pack_length, or model.lora.",
+        )
+    confirmed.sort(key=lambda candidate: candidate.traced.step)  # type: ignore[union-attr]
+    return confirmed + [c for c in listed if c.traced is None and c.memory <= room]
 
 
 def written(best: Candidate, made: Recipe, base: Path | None, directory: Path) -> str:
@@ -336,7 +268,7 @@ def main(
             "traced": traced is not None,
             "step_seconds": traced.step if traced else candidate.seconds,
             "peak_bytes": traced.peak if traced else int(candidate.memory),
-            "mfu": traced.mfu if traced else None,
+            "mfu": traced.mfu if traced else candidate.mfu,
         })  # fmt: skip
     if as_json:
         print(json.dumps({"recipe": str(path), "layouts": rows}, indent=2))
@@ -344,9 +276,8 @@ def main(
     width = max(28, *(len(row["layout"]) + 2 for row in rows))
     print(f"{'layout':<{width}}{'step s':>9}{'GiB':>8}{'MFU':>8}")
     for row in rows:
-        mfu = f"{row['mfu']:.1%}" if row["mfu"] is not None else "-"
         print(
-            f"{row['layout']:<{width}}{row['step_seconds']:>9.2f}{row['peak_bytes'] / 2**30:>8.1f}{mfu:>8}{'' if row['traced'] else '  by formula'}"
+            f"{row['layout']:<{width}}{row['step_seconds']:>9.2f}{row['peak_bytes'] / 2**30:>8.1f}{row['mfu']:>8.1%}{'' if row['traced'] else '  by formula'}"
         )
     print(f"{len(found)} layouts fit; the best is written to {path}")
     return 0  # fmt: skip

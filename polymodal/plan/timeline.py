@@ -14,7 +14,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
 from polymodal.core.errors import PolymodalError
-from polymodal.plan.estimate import pretended_group
+from polymodal.plan.pretended import pretended_group
 
 NAMES = {"F": "forward", "B": "backward", "I": "input", "W": "weight"}
 """Letters of torch's actions; `input` and `weight` are the two halves of a backward that zero-bubble schedules part."""

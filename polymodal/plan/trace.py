@@ -31,8 +31,8 @@ from polymodal.models.family import Family
 from polymodal.objectives import language
 from polymodal.parallel import apply as layout
 from polymodal.parallel import media, memory
-from polymodal.plan.estimate import pretended_group
 from polymodal.plan.job import Job
+from polymodal.plan.pretended import pretended_group
 from polymodal.plan.tracker import Sent, Tracker, Usage
 from polymodal.recipe import Recipe
 from polymodal.runtime import device as devices

@@ -242,7 +242,7 @@ def check(
         report.data, schedule = layout.facts("datasets", problems.run, progress)
         if schedule is not None:
             mean_sample = schedule.mean_sample()
-            report.steps = recipe.train.steps or schedule.steps_in(recipe.train.epochs)
+            _run_length(recipe, schedule, sizes, report)
         if recipe.data.validation:
             report.validation, _ = layout.facts("validation", problems.run, progress)
         if report.data is not None and report.data.tokens:
@@ -251,6 +251,15 @@ def check(
         _model(recipe, family, world, ratio, mean_sample, report, problems)
     report.problems = [str(error) for error in problems.errors]
     return report
+
+
+def _run_length(recipe: Recipe, schedule: Any, sizes: Any, report: Report) -> None:
+    """Steps of the run, and a note when they are too few."""
+    from polymodal.train import run_length
+
+    report.steps = recipe.train.steps or schedule.steps_in(recipe.train.epochs)
+    note = run_length.warning(recipe, schedule, report.steps, sizes.dp if sizes is not None else 1)
+    report.notes += [note] if note else []
 
 
 def _model(
@@ -262,12 +271,14 @@ def _model(
     report: Report,
     problems: Problems,
 ) -> None:
-    from polymodal.plan import estimate
+    from polymodal.distributed.mesh import ParallelSizes
+    from polymodal.plan import estimate, pretended
     from polymodal.train import optim
+    from polymodal.train.layouts import layout_of
 
     towers = set(recipe.model.lora.towers or ()) if recipe.model.lora is not None else set()
     model = (
-        problems.run(lambda: estimate.meta_model(family, recipe))
+        problems.run(lambda: pretended.meta_model(family, recipe))
         if towers <= set(family.card.towers)
         else None
     )
@@ -286,10 +297,15 @@ def _model(
                 else f"is neither a tower ({', '.join(family.card.towers)}) nor the pattern of a parameter"
             )
             report.notes.append(f"optim.groups.{i}.match = {group.match} {said}: it has no effect.")
-    found = problems.run(lambda: estimate.lay_out(model, family, recipe, world, mean_sample))
-    if found is None:
+    shape = estimate.shape_of(family, model)
+    problems.run(pretended.try_layout, model, family, recipe, world, mean_sample)
+    sizes = problems.run(ParallelSizes.of, recipe.parallel, world)
+    layout = layout_of(recipe, family)
+    load = problems.run(estimate.workload, layout, ratio)
+    if load is None or sizes is None:
         return
-    found.activations, found.assumed = estimate.activations(family, recipe, ratio, world)
+    depth = estimate.pipeline_depth(recipe, sizes, layout.packs)
+    found = estimate.memory(shape, recipe, sizes, load.measure, load.samples, depth)
     report.estimate = found.as_dict()
     wanted, free = estimate.disk(recipe, found)
     report.disk = {"wanted": wanted, "free": free, "one": found.checkpoint}

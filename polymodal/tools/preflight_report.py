@@ -82,11 +82,13 @@ def _memory(report: Report) -> list[tuple[str, str]]:
     e = report.estimate or {}
     rows = [
         (name, format_bytes(e[name]))
-        for name in ("parameters", "gradients", "optimizer", "average", "gathered")
+        for name in ("parameters", "gradients", "optimizer", "average", "gathered", "working")
         if e.get(name)
     ]
-    rows.append(("activations", f"{format_bytes(e['activations'])} (an estimate, for {e['assumed']})"))
-    rows.append(("together", f"about {format_bytes(e['memory'])} a rank"))
+    rows.append(("activations", f"{format_bytes(e['activations'])} (for {e['assumed']})"))
+    rows.append(
+        ("together", f"about {format_bytes(e['memory'])} a rank (an estimate; polymodal plan traces it)")
+    )
     if e["saving"]:
         rows.append(
             (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,7 @@ from polymodal.models import catalog, lora, storage, weights
 from polymodal.recipe import Recipe
 from polymodal.runtime import device as devices
 from polymodal.runtime.process_group import Runtime, runtime
-from polymodal.train import callbacks, monitor, optim
+from polymodal.train import callbacks, monitor, optim, run_length
 from polymodal.train.layouts import layout_of
 from polymodal.train.parallel_model import ParallelModel
 from polymodal.train.step import StepMetrics, drop_broken_samples, forward_backward, inverse_weights
@@ -110,6 +111,9 @@ class Trainer:
         self.schedule = self.feed.schedule
         self.validation = self.layout.feed("validation", self.rt.rank) if recipe.data.validation else None
         self.steps = recipe.train.steps or self.schedule.steps_in(recipe.train.epochs)
+        note = run_length.warning(recipe, self.schedule, self.steps, self.mesh.sizes.dp)
+        if note and self.rt.rank == 0:
+            print(f"warning: {note}", file=sys.stderr, flush=True)
 
     def _build_optimizer(self) -> None:
         recipe = self.recipe

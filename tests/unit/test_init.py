@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,36 +15,32 @@ from polymodal.core.errors import PolymodalError
 from polymodal.distributed.mesh import ParallelSizes
 from polymodal.models import catalog
 from polymodal.parallel import apply as layout
-from polymodal.tools import init_recipe
+from polymodal.runtime import host
+from polymodal.tools import init_recipe, preflight
+from polymodal.train import run_length
 from tests.models import tiny
 
 ROOT = Path(__file__).parents[2]
 CARDS = catalog.cards()
-EVERY = [
-    (card.name, key, task)
-    for card in CARDS.values()
-    for key in card.sizes
-    for task in init_recipe.TASKS
-    if task != "dreambooth" or task in card.methods
-]
 
 
-@pytest.mark.parametrize("name, size, task", EVERY, ids=["-".join(row) for row in EVERY])
-@pytest.mark.parametrize("devices", [None, 1, 6, 64])
-def test_what_is_written_validates_and_its_layout_divides(tmp_path, name, size, task, devices):
-    path = tmp_path / "r.yaml"
-    assert init_recipe.main(name, task, size, devices, "data/my file: 1.json", path, False) == 0
-    r = recipe.load(path)
-    chosen = init_recipe.plan(name, task, size, devices)
-    assert r.model.source == CARDS[name].sizes[size].hub and r.data.datasets[0].path == "data/my file: 1.json"
-    assert ParallelSizes.of(r.parallel, chosen.devices).world == chosen.devices
-    assert (r.model.lora is not None) == (task in init_recipe.ADAPTERS) and (r.model.init == "random") == (
-        task == "pretrain"
-    )
-    assert r.model.lora is None or set(r.model.lora.towers) <= set(CARDS[name].towers)
-    assert all(group.match in CARDS[name].towers for group in r.optim.groups)
-    for axis in CARDS[name].limits:
-        assert getattr(r.parallel, axis, 1) in (1, None)
+@pytest.mark.parametrize("name", CARDS)
+def test_what_is_written_validates_and_its_layout_divides(name):
+    """Every size and task of a model, on the recommended number of devices, on one, few, and many."""
+    card = CARDS[name]
+    tasks = [t for t in init_recipe.TASKS if t != "dreambooth" or t in card.methods]
+    for size, task, devices in itertools.product(card.sizes, tasks, (None, 1, 6, 64)):
+        chosen = init_recipe.plan(name, task, size, devices, data="data/my file: 1.json")
+        r = recipe.validate(yaml.safe_load(init_recipe.text(chosen, "data/my file: 1.json")))
+        assert r.model.source == card.sizes[size].hub and r.data.datasets[0].path == "data/my file: 1.json"
+        sizes = ParallelSizes.of(r.parallel, chosen.devices)
+        assert sizes.world == chosen.devices and r.train.global_batch_size % sizes.dp == 0
+        assert (r.model.lora is not None) == (task in init_recipe.ADAPTERS)
+        assert (r.model.init == "random") == (task == "pretrain")
+        assert r.model.lora is None or set(r.model.lora.towers) <= set(card.towers)
+        assert all(group.match in card.towers for group in r.optim.groups)
+        for axis in card.limits:
+            assert getattr(r.parallel, axis, 1) in (1, None)
 
 
 PUBLISHED = {  # hidden size, layers, heads and heads of keys and values, experts of the published config.json
@@ -94,40 +92,112 @@ def test_dreambooth_is_written_for_the_cards_that_have_it():
         init_recipe.plan("wan2.1", "dreambooth", None, None)
 
 
-def test_comments_are_true(tmp_path, capsys):
-    out = init_recipe.text(init_recipe.plan("qwen2.5-vl", "sft", "7b", 8), "d.json")
-    assert "about 15.4 GiB a device" in out  # 8.29e9 parameters x 16 bytes / 8
-    assert "too much for 64 GB" in init_recipe.text(
-        init_recipe.plan("qwen2.5-vl-72b", "sft", None, 8), "d.json"
-    )
-    assert "--nproc 8 on each of 4 nodes" in init_recipe.text(
-        init_recipe.plan("qwen2.5-vl-72b", "sft", None, 32), "d.json"
-    )
-    assert "--nproc 1\n" in init_recipe.text(init_recipe.plan("qwen2.5-vl-3b", "lora", None, 1), "d.json")
-    assert init_recipe.main("qwen2.5-vl-3b", "lora", None, 1, "d.json", tmp_path / "r.yaml", False) == 0
-    assert ", 1 device\n" in capsys.readouterr().out
-
-
 def test_names_sizes_and_hub_ids():
     assert init_recipe.plan("Qwen/Qwen2.5-VL-72B-Instruct", "sft", None, None).size == "72b"
     assert init_recipe.plan("qwen3-vl-moe", "sft", "235b", None).size == "235b-a22b"
     assert init_recipe.plan("qwen2.5-vl", "sft", None, None).size == "7b"
 
 
-def test_a_directory_is_its_own_source_and_its_size_is_read(tmp_path):
-    directory = tmp_path / "Qwen2.5-VL-3B-Instruct"
-    directory.mkdir()
-    config = {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "text_config": {"num_hidden_layers": 36},
+def test_published_sizes_say_so_and_what_does_not_fit(tmp_path, capsys):
+    out = init_recipe.text(init_recipe.plan("qwen2.5-vl", "sft", "7b", 8), "d.json")
+    assert "estimated for the published size" in out and "MFU" in out and "use more devices" not in out
+    small = init_recipe.text(init_recipe.plan("qwen2.5-vl-72b", "sft", None, 8), "d.json")
+    assert "which does not fit for certain: use more devices" in small
+    many = init_recipe.text(init_recipe.plan("qwen2.5-vl-72b", "sft", None, 32), "d.json")
+    assert "--nproc 8 on each of 4 nodes" in many
+    assert init_recipe.main("qwen2.5-vl-3b", "lora", None, 1, "d.json", tmp_path / "r.yaml", False) == 0
+    assert ", 1 device\n" in capsys.readouterr().out
+
+
+def test_many_devices_are_filled_and_not_left_waiting_for_collectives():
+    """The first of the ranking: nothing is cut over a node where sharding alone hides its gathers."""
+    chosen = init_recipe.plan("qwen2.5-vl", "sft", "72b", 512, device="h100")
+    sizes = chosen.best.sizes
+    assert chosen.fits and sizes.tp <= 2 and chosen.best.mfu > 0.3
+    assert chosen.best.recipe.train.global_batch_size >= sizes.dp * sizes.pp
+    assert chosen.best.recipe.train.global_batch_size % sizes.dp == 0
+
+
+# ---- a checkpoint that is here ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return tiny.checkpoint("qwen2.5-vl", tmp_path_factory.mktemp("Qwen2.5-VL-7B-like"))
+
+
+def test_a_directory_is_counted_and_not_taken_for_a_published_size(checkpoint, tmp_path, capsys):
+    out = tmp_path / "r.yaml"
+    assert init_recipe.main(str(checkpoint), "sft", None, 2, init_recipe.DATA, out, False) == 0
+    count = sum(
+        p.numel() for p in catalog.family(recipe.Model(source=str(checkpoint))).build().trained.parameters()
+    )
+    written, said = out.read_text(), capsys.readouterr().out
+    assert f"# qwen2.5-vl, {host.count(count)} parameters: full fine-tuning on 2 devices." in written
+    assert "estimated by its config" in said and "GiB of 58.9" not in said.replace("MiB of 58.9", "")
+    assert "does not fit" not in written and recipe.load(out).model.source == str(checkpoint)
+    assert init_recipe.plan(str(checkpoint), "sft", None, None).devices == 1, "as many as its states fill"
+
+
+def test_a_published_config_is_known_by_its_parameters(tmp_path):
+    width, layers, heads, shared = PUBLISHED["qwen2.5-vl"]["3b"]
+    shape = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": shared,
     }
-    (directory / "config.json").write_text(json.dumps(config))
-    chosen = init_recipe.plan(str(directory), "lora", None, 2)
-    assert (chosen.size, chosen.source) == ("3b", str(directory))
-    assert recipe.validate(
-        __import__("yaml").safe_load(init_recipe.text(chosen, "d.json"))
-    ).model.source == str(directory)
+    shape |= {"intermediate_size": 11008, "vocab_size": 151936, "tie_word_embeddings": True}
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": width,
+        "patch_size": 14,
+    }
+    config = tiny.config(
+        "qwen2.5-vl", **{f"text_config__{k}": v for k, v in shape.items()}, **{f"vision_config__{k}": v for k, v in vision.items()}
+    )  # fmt: skip
+    config.tie_word_embeddings = True
+    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    chosen = init_recipe.plan(str(tmp_path), "lora", None, None)
+    assert (chosen.size, chosen.source, chosen.known) == ("3b", str(tmp_path), True) and chosen.devices == 4
+
+
+def test_small_data_decide_batch_epochs_and_length(checkpoint, tmp_path, capsys):
+    """639 short rows: with the defaults one optimizer step; `check` says so and names what init chooses."""
+    rows = [{"messages": [{"role": "user", "content": f"number {i}"}, {"role": "assistant", "content": "It is. " * (1 + i % 9)}]} for i in range(639)]  # fmt: skip
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "r.yaml"
+    assert init_recipe.main(str(checkpoint), "sft", None, 2, str(data), out, False) == 0
+    made = recipe.load(out)
+    assert made.data.max_length == 256 and made.train.global_batch_size % 2 == 0
+    assert "# 639 rows of " in out.read_text()
+    good = preflight.check(made, 2)
+    assert good.problems == [] and not any("optimizer step" in note for note in good.notes)
+    assert good.steps is not None and run_length.FEW_STEPS <= good.steps <= 400
+    said = int(re.search(r"about ([\d,]+) steps", out.read_text())[1].replace(",", ""))
+    assert abs(good.steps - said) <= 0.15 * said + 2, "init says about what training does"
+    plain = recipe.load(out, ["train.global_batch_size=32", "train.epochs=1", "data.max_length=4096"])
+    (note,) = [n for n in preflight.check(plain, 2).notes if "optimizer step" in n]
+    assert "fewer than 20" in note
+    mend = re.search(r"About \d+: (.*)$", note)[1].split()
+    mended = preflight.check(recipe.load(out, ["train.global_batch_size=32", *mend]), 2)
+    assert mended.steps >= run_length.FEW_STEPS and not any("optimizer step" in n for n in mended.notes)
+    asked = preflight.check(recipe.load(out, ["train.steps=2"]), 2)
+    assert not any("optimizer step" in n for n in asked.notes), "who names the steps knows them"
+
+
+@pytest.mark.parametrize("units", [1, 7, 162, 5_000, 10**6])
+@pytest.mark.parametrize("multiple", [1, 6, 64])
+def test_run_lengths(units, multiple):
+    found = run_length.choose(units, multiple, 32)
+    assert found.batch % multiple == 0 and found.batch <= max(32 + multiple, 4)
+    assert found.steps >= run_length.FEW_STEPS
+    assert found.epochs == 1 or units / found.batch < run_length.ENOUGH_STEPS
 
 
 @pytest.mark.parametrize(
@@ -171,34 +241,19 @@ def test_a_dash_is_the_terminal(capsys):
 
 # ---- shipped ------------------------------------------------------------------------------------------------------
 
-SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
 
-
-@pytest.mark.parametrize("path", SHIPPED, ids=[path.name for path in SHIPPED])
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_recipes_validate(path):
+    """One worked example a kind, over base.yaml."""
     if path.name == "base.yaml":
-        r = recipe.load(path, ["model.source=x"])
-    else:
-        r = recipe.load(path)
-        assert (
-            r.name == path.stem
-            and path.read_text().count("\n") < 30
-            and "base: ../base.yaml" in path.read_text()
-        )
-        found = catalog.named(r.model.source)
-        assert found is not None and f"{found[0].name}-{found[1]}" in path.stem
-    assert r.checkpoint.every == 500
-
-
-def test_shipped_recipes_cover_every_size_and_are_what_init_writes():
-    shipped = {
-        str(path.relative_to(ROOT / "recipes")): path.read_text()
-        for path in SHIPPED
-        if path.name != "base.yaml"
-    }
-    assert shipped == init_recipe.standard(), (
-        "run: python -c \"from polymodal.tools import init_recipe; init_recipe.refresh('recipes')\""
-    )
+        assert recipe.load(path, ["model.source=x"]).checkpoint.every == 500
+        return
+    r, lines = recipe.load(path), path.read_text().splitlines()
+    assert r.name == path.stem and len(lines) < 30 and "base: ../base.yaml" in lines
+    found = catalog.named(r.model.source)
+    assert found is not None and f"{found[0].name}-{found[1]}" in path.stem
+    world = int(re.search(r"--world (\d+)", lines[1])[1])
+    assert r.train.global_batch_size % ParallelSizes.of(r.parallel, world).dp == 0
 
 
 def test_example_recipes_validate():

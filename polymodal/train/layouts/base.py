@@ -193,33 +193,9 @@ class Layout(ABC):
         """What a micro-batch holds besides tokens, for `polymodal plan`."""
         raise NotImplementedError
 
-    @abstractmethod
-    def activations(self, patches_per_token: float) -> tuple[int, str]:
-        """(bytes kept for the backward pass of one micro-batch on a rank, what they were estimated for)."""
-
-    @abstractmethod
-    def blocks_shape(self) -> tuple[int, int, int]:
-        """Layers, hidden size, and experts that a token goes to (0 without experts)."""
-
     def resident_encoders(self, ranks: int) -> int:
         """Parameters of frozen encoders that lie on a device during the passes of a step."""
         return 0
-
-    def block_bytes(self, tokens: float, layers: int, hidden: int, attention: float, mlp: float) -> float:
-        """Bytes that a stack of blocks keeps for the backward pass of so many tokens on a rank. An estimate.
-
-        A layer keeps, a token, in the compute dtype: about 6 hidden sizes (norms, residuals, outputs), queries, keys and
-        values (`attention` wide together) twice, and three MLP widths (Korthikanti et al. 2022 for gated MLPs and flash
-        attention). Full recompute keeps one hidden size a layer and one whole layer; selective keeps the matrix products.
-        """
-        parallel = self.recipe.parallel
-        width = 4 if self.recipe.train.precision == "fp32" else 2
-        cut = parallel.tp if parallel.sp is not False else 1
-        inside = (2 * attention + 3 * mlp) / parallel.tp
-        layer = tokens * width * (6 * hidden / cut + inside)
-        kept = tokens * width * hidden / cut
-        share = {"none": layer, "selective": kept + tokens * width * inside * 0.7, "full": kept}
-        return layers * share[parallel.recompute] + (layer if parallel.recompute != "none" else 0)
 
     # ---------------------------------------------------------------- for subclasses
 

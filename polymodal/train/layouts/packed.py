@@ -17,7 +17,7 @@ from polymodal.data.loader import Loader, StepStats
 from polymodal.data.schedule import Schedule
 from polymodal.data.source import open_corpus
 from polymodal.distributed.mesh import Mesh
-from polymodal.objectives.language import CHUNK_BYTES, LanguageObjective
+from polymodal.objectives.language import LanguageObjective
 from polymodal.parallel.batches import BatchSharding, PackedBatchSharding
 from polymodal.train.layouts.base import (
     Attempt,
@@ -159,34 +159,6 @@ class Packed(Layout):
     def describe(self, load: Workload) -> str:
         pictures = load.measure.media.get("vision", ())
         return f"{len(pictures)} pictures of {pictures[0] if pictures else 0} patches"
-
-    def activations(self, patches_per_token: float) -> tuple[int, str]:
-        config, parallel = self.family.config, self.recipe.parallel
-        text = getattr(config, "text_config", config)
-        tokens, width = self.tokens, 4 if self.recipe.train.precision == "fp32" else 2
-        heads = text.num_attention_heads
-        head = getattr(text, "head_dim", None) or text.hidden_size // heads
-        attention = head * (heads + 2 * getattr(text, "num_key_value_heads", heads))
-        mlp = text.intermediate_size
-        if getattr(text, "num_experts", 0):
-            mlp = text.moe_intermediate_size * text.num_experts_per_tok
-        rows = tokens / parallel.cp
-        total = self.block_bytes(rows, text.num_hidden_layers, text.hidden_size, attention, mlp)
-        assumed = f"{tokens} tokens"
-        vision = getattr(config, "vision_config", None)
-        if vision is not None and patches_per_token:
-            side = getattr(vision, "embed_dim", None) or vision.hidden_size
-            inner = getattr(vision, "intermediate_size", None) or int(side * getattr(vision, "mlp_ratio", 4))
-            patches = tokens * patches_per_token / parallel.cp
-            total += self.block_bytes(patches, vision.depth, side, 3 * side, inner)
-            assumed += f" with {patches:.0f} patches"
-        total += rows * text.hidden_size * 4 + 2 * min(CHUNK_BYTES, rows * text.vocab_size * width)
-        return int(total), assumed
-
-    def blocks_shape(self) -> tuple[int, int, int]:
-        config = self.family.config
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        return text.num_hidden_layers, text.hidden_size, getattr(text, "num_experts_per_tok", 0)
 
 
 def lengths(family: Any, tokens: int, media: float, patches: int) -> SampleLengths:

@@ -178,11 +178,8 @@ class Uniform(Layout):
 
     def workload(self, media: float, patches: int) -> Workload:
         """micro_batch_size samples of the largest shape of data.clip; there is no text for media to have a share of."""
-        Clips(self.recipe.data.clip, self.family.grid())
-        return self._largest()
-
-    def _largest(self) -> Workload:
         clip, grid = self.recipe.data.clip, self.family.grid()
+        Clips(clip, grid)
         frames = 1 if grid.still else max(clip.frames)
         side = int(clip.pixels**0.5) // grid.side * grid.side
         height, width = max(clip.sizes, key=lambda s: s[0] * s[1], default=(side, side))
@@ -204,17 +201,6 @@ class Uniform(Layout):
 
     def describe(self, load: Workload) -> str:
         return f"{load.samples} x {' x '.join(map(str, load.measure.shape))} (frames, height, width)"
-
-    def activations(self, patches_per_token: float) -> tuple[int, str]:
-        """For the largest shape of data.clip; a block's MLP is taken to be four widths."""
-        load = self._largest()
-        rows = load.measure.tokens * load.samples / self.recipe.parallel.cp
-        layers, hidden, _ = self.family.size()
-        total = self.block_bytes(rows, layers, hidden, 4 * hidden, 4 * hidden)
-        return int(total), f"{load.samples} x {load.measure.tokens} latent tokens"
-
-    def blocks_shape(self) -> tuple[int, int, int]:
-        return (*self.family.size()[:2], 0)
 
     def resident_encoders(self, ranks: int) -> int:
         data = self.recipe.data
