@@ -189,8 +189,10 @@ def rank(made: Recipe, family: Family, question: Question, say: Any = lambda tex
         good = [c for c in listed if c.traced is not None and c.traced.fits]
         waiting = [c for c in listed if c.traced is None]
         point = next((c for c in waiting if c.memory <= room), None)
-        if point is None and not good:
-            point = min(waiting, key=lambda c: c.memory, default=None)
+        if (
+            point is None and not traced
+        ):  # by the formulas nothing fits: the smallest shows whether that is so
+            point = min(waiting, key=lambda c: c.memory)
         if len(good) >= CONFIRMED or point is None:
             break
         say(f"tracing {point.name}")

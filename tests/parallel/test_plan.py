@@ -87,6 +87,8 @@ def wide(tmp_path_factory) -> str:
         "intermediate_size": 3420,
         "out_hidden_size": 3584,
         "patch_size": 14,
+        "window_size": 112,
+        "fullatt_block_indexes": [1],
     }
     config = tiny.config(
         "qwen2.5-vl", **{f"text_config__{k}": v for k, v in text.items()}, **{f"vision_config__{k}": v for k, v in vision.items()}
