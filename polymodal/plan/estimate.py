@@ -1,8 +1,10 @@
-"""The cheap model of a run: bytes a rank holds and seconds of a step, by closed formulas, in microseconds a layout.
+"""The cheap model of a run: bytes a rank holds and seconds of a step, by closed formulas, in microseconds a
+layout.
 
-Used where a trace would take too long: `init` chooses a layout by it, `check` says what a rank will hold, the search
-ranks its candidates. Its constants are fitted to traces (trace.py), and tests/parallel/test_plan.py holds it to them.
-States are Rajbhandari et al. 2020, activations Korthikanti et al. 2022, collectives cost their ring (devices.py).
+Used where a trace would take too long: `init` chooses a layout by it, `check` says what a rank will hold,
+the search ranks its candidates. Its constants are fitted to traces (trace.py), and
+tests/parallel/test_plan.py holds it to them. States are Rajbhandari et al. 2020, activations Korthikanti
+et al. 2022, collectives cost their ring (devices.py).
 """
 
 from __future__ import annotations
@@ -31,17 +33,20 @@ from polymodal.train.layouts import Layout, Workload
 
 @dataclass(frozen=True)
 class BlockFit:
-    """Constants of one kind of block, fitted to traces. Triples are elements of the compute dtype per row of the
-    stream: (times the hidden size, times the width of queries, keys and values, times the feed-forward's width)."""
+    """Constants of one kind of block, fitted to traces. Triples are elements of the compute dtype per row
+    of the stream: (times the hidden size, times the width of queries, keys and values, times the
+    feed-forward's width)."""
 
     kept: tuple[float, float, float]
     """Saved for backward without recompute; norms work in float32, where an element counts as two."""
     products: tuple[float, float, float]
     """What selective recompute still keeps: results of matrix products and of attention."""
     moved: tuple[float, float, float]
-    """Read and written in the forward pass by operators that are no matrix products; the backward pass moves twice as much."""
+    """Read and written in the forward pass by operators that are no matrix products; the backward pass
+    moves twice as much."""
     frozen: float
-    """Share of `kept` that is saved where the weights are frozen and adapters learn: inputs of frozen weights are not."""
+    """Share of `kept` that is saved where the weights are frozen and adapters learn: inputs of frozen
+    weights are not."""
 
 
 DECODER = BlockFit((8.8, 2.0, 4.0), (3.0, 1.0, 2.0), (179.0, 0.0, 0.0), 0.9)
@@ -49,19 +54,21 @@ DECODER = BlockFit((8.8, 2.0, 4.0), (3.0, 1.0, 2.0), (179.0, 0.0, 0.0), 0.9)
 VISION = BlockFit((8.8, 2.0, 4.0), (3.0, 1.0, 2.0), (47.0, 0.0, 0.0), 0.9)
 """Blocks of vision towers."""
 DENOISER = BlockFit((30.0, 0.0, 2.0), (5.0, 1.0, 1.0), (125.0, 0.0, 8.0), 0.67)
-"""Blocks of diffusion transformers: between Wan's, which modulate every token in float32, and FLUX's, which do not."""
+"""Blocks of diffusion transformers: between Wan's, which modulate every token in float32, and FLUX's,
+which do not."""
 BACKWARD = 2.0
 """Bytes that the backward pass moves over those of the forward pass."""
 MOVED_A_PARAMETER = 9.5
-"""Bytes that a micro-batch moves for a parameter, and again for its gradient: casts, copies in and out of gathers."""
+"""Bytes that a micro-batch moves for a parameter, and again for its gradient: casts, copies in and out of
+gathers."""
 MOVED_A_LOGIT = 32.0
 """Times that the bytes of the logits are read or written, forward and backward."""
 
 
 @dataclass(frozen=True)
 class Tower:
-    """A chain of alike blocks. attention: width of queries, keys and values together; media: the stream of media whose
-    patches or frames its rows are, else they are tokens."""
+    """A chain of alike blocks. attention: width of queries, keys and values together; media: the stream of
+    media whose patches or frames its rows are, else they are tokens."""
 
     layers: int
     hidden: int
@@ -87,7 +94,8 @@ class Shape:
     largest: int  # parameters of the largest block
     towers: tuple[Tower, ...]
     cost: Callable[[SampleLengths], tuple[float, float]]
-    """Forward FLOPs of one sample: in blocks, and outside of them (the head, whose backward is part of its forward)."""
+    """Forward FLOPs of one sample: in blocks, and outside of them (the head, whose backward is part of its
+    forward)."""
     experts: int = 0  # parameters of routed experts
     chosen: int = 0  # experts that a token goes to
     matrices: int = 0  # trained parameters of the blocks' matrices: muon's
@@ -126,7 +134,7 @@ class Estimate:
         return {**asdict(self), "memory": self.memory}
 
 
-# ---- what a model is ------------------------------------------------------------------------------------------------
+# ---- what a model is ---------------------------------------------------------------------------------------
 
 
 def shape_of(family: Family, model: nn.Module) -> Shape:
@@ -159,13 +167,24 @@ def shape_of(family: Family, model: nn.Module) -> Shape:
         return sum(parts.values()) - outside, outside
 
     return Shape(
-        total, trained, sum(blocks.values()), max(blocks.values(), default=0), towers, cost, experts, chosen, matrices, vocabulary,
-        any(p.requires_grad for p in head), by_tower,
-    )  # fmt: skip
+        total,
+        trained,
+        sum(blocks.values()),
+        max(blocks.values(), default=0),
+        towers,
+        cost,
+        experts,
+        chosen,
+        matrices,
+        vocabulary,
+        any(p.requires_grad for p in head),
+        by_tower,
+    )
 
 
 def _towers(family: Family, parameters: int) -> tuple[tuple[Tower, ...], int, int]:
-    """(towers, rows of the vocabulary, experts a token goes to) by the config: a transformers one, or a denoiser's."""
+    """(towers, rows of the vocabulary, experts a token goes to) by the config: a transformers one, or a
+    denoiser's."""
     config = family.config
     if not hasattr(config, "get_text_config"):
         layers, hidden, count = family.size()  # type: ignore[attr-defined]
@@ -185,18 +204,24 @@ def _towers(family: Family, parameters: int) -> tuple[tuple[Tower, ...], int, in
 
 
 def denoiser(layers: int, hidden: int, parameters: float) -> Tower:
-    """A denoiser's blocks: what is no attention (of itself and of the text) is feed-forward, of at most four widths."""
+    """A denoiser's blocks: what is no attention (of itself and of the text) is feed-forward, of at most
+    four widths."""
     inner = parameters / layers / 2 / hidden - 4.0 * hidden
     return Tower(layers, hidden, 3 * hidden, int(min(max(inner, hidden), 4.0 * hidden)), fit=DENOISER)
 
 
 def published(card: ModelCard, key: str, adapters: bool) -> Shape:
-    """Of a published size whose config is not here: by the card's parameters and layers. A block has 12 hidden^2 weights."""
+    """Of a published size whose config is not here: by the card's parameters and layers. A block has 12
+    hidden^2 weights."""
     size = card.sizes[key]
     total, active = size.parameters * 1e9, (size.active or size.parameters) * 1e9
     hidden = int(math.sqrt(active / size.layers / 12))
     generates = card.kind == "generation"
-    tower = denoiser(size.layers, hidden, active) if generates else Tower(size.layers, hidden, int(1.4 * hidden), int(3.2 * hidden))  # fmt: skip
+    tower = (
+        denoiser(size.layers, hidden, active)
+        if generates
+        else Tower(size.layers, hidden, int(1.4 * hidden), int(3.2 * hidden))
+    )
 
     def cost(measure: SampleLengths) -> tuple[float, float]:
         attention = (4.0 if generates else 2.0) * size.layers * hidden * float(measure.tokens) ** 2
@@ -208,10 +233,17 @@ def published(card: ModelCard, key: str, adapters: bool) -> Shape:
     blocks = int(total - outside)
     trained = 0.005 * total if adapters else total
     return Shape(
-        int(total), int(trained), blocks, blocks // size.layers, (tower,), cost,
-        int(total - active) if size.active else 0, 8 if size.active else 0, vocabulary=0 if generates else 150_000,
+        int(total),
+        int(trained),
+        blocks,
+        blocks // size.layers,
+        (tower,),
+        cost,
+        int(total - active) if size.active else 0,
+        8 if size.active else 0,
+        vocabulary=0 if generates else 150_000,
         head_trained=not adapters,
-    )  # fmt: skip
+    )
 
 
 def media_share(family: Family, patches_per_token: float) -> float:
@@ -220,18 +252,20 @@ def media_share(family: Family, patches_per_token: float) -> float:
         return 0.0
     stream = family.streams[0]
     size = family.medium(stream, 1024)  # type: ignore[attr-defined]
-    each, lengths = family.media_tokens(stream, size), family.media_lengths(stream, size)  # type: ignore[attr-defined]
+    each = family.media_tokens(stream, size)  # type: ignore[attr-defined]
+    lengths = family.media_lengths(stream, size)  # type: ignore[attr-defined]
     return min(0.99, patches_per_token * each / sum(lengths))
 
 
 def workload(layout: Layout, patches_per_token: float) -> Workload:
-    """The largest micro-batch, with as many patches as data that were measured have; of media of at most 1,024."""
+    """The largest micro-batch, with as many patches as data that were measured have; of media of at most
+    1,024."""
     data = layout.recipe.data
     length = min(1024, max(1, int((data.pack_length or data.max_length) * patches_per_token)))
     return layout.workload(media_share(layout.family, patches_per_token), length)
 
 
-# ---- bytes ----------------------------------------------------------------------------------------------------------
+# ---- bytes -------------------------------------------------------------------------------------------------
 
 
 def width_of(recipe: Recipe) -> int:
@@ -247,10 +281,18 @@ def _rows(tower: Tower, measure: SampleLengths, samples: int, cp: int) -> float:
     return (measure.total(tower.media) if tower.media else measure.tokens) * samples / cp
 
 
-def memory(shape: Shape, recipe: Recipe, sizes: ParallelSizes, measure: SampleLengths, samples: int = 1, under_way: int = 1) -> Estimate:  # fmt: skip
+def memory(
+    shape: Shape,
+    recipe: Recipe,
+    sizes: ParallelSizes,
+    measure: SampleLengths,
+    samples: int = 1,
+    under_way: int = 1,
+) -> Estimate:
     """Bytes of the fullest rank at a step's highest moment.
 
-    measure, samples: of a micro-batch; under_way: micro-batches of which a pipeline's first rank holds activations.
+    measure, samples: of a micro-batch; under_way: micro-batches of which a pipeline's first rank holds
+    activations.
     """
     parallel, width = recipe.parallel, width_of(recipe)
     pure = recipe.train.precision == "pure_bf16"
@@ -289,8 +331,8 @@ def memory(shape: Shape, recipe: Recipe, sizes: ParallelSizes, measure: SampleLe
 def _highest(
     shape: Shape, recipe: Recipe, sizes: ParallelSizes, measure: SampleLengths, samples: int, under_way: int
 ) -> tuple[int, int, int]:
-    """(activations, gathered parameters, held for a moment) at the highest of three moments of a step: the loss, the
-    backward pass of the last block, and the reduction of what lies outside of blocks."""
+    """(activations, gathered parameters, held for a moment) at the highest of three moments of a step: the
+    loss, the backward pass of the last block, and the reduction of what lies outside of blocks."""
     parallel, width = recipe.parallel, width_of(recipe)
     kept, one = _activations(shape, recipe, sizes, measure, samples)
     kept *= under_way / sizes.pp
@@ -326,7 +368,8 @@ def _activations(
 ) -> tuple[float, float]:
     """Bytes (kept for the backward pass of one micro-batch on all layers, beside them in that of one block).
 
-    Recompute keeps a block's input and, selectively, its matrix products, and makes the rest of one block at a time.
+    Recompute keeps a block's input and, selectively, its matrix products, and makes the rest of one block
+    at a time.
     """
     parallel, width, cut = recipe.parallel, width_of(recipe), _cut(recipe, sizes)
     away = "activations" in parallel.offload
@@ -347,15 +390,23 @@ def _activations(
 
 
 def pipeline_depth(recipe: Recipe, sizes: ParallelSizes, packed: bool) -> int:
-    """Micro-batches whose activations the first rank holds at once: as many as there are ranks, of GPipe all."""
+    """Micro-batches whose activations the first rank holds at once: as many as there are ranks, of GPipe
+    all."""
     count = pipeline_split.micro_batches(recipe.train, packed, sizes.dp)
     return 1 if sizes.pp == 1 else count if recipe.parallel.pp_schedule == "GPipe" else min(count, sizes.pp)
 
 
-# ---- seconds --------------------------------------------------------------------------------------------------------
+# ---- seconds -----------------------------------------------------------------------------------------------
 
 
-def compute(shape: Shape, recipe: Recipe, sizes: ParallelSizes, measure: SampleLengths, samples: int, accelerator: Accelerator) -> float:  # fmt: skip
+def compute(
+    shape: Shape,
+    recipe: Recipe,
+    sizes: ParallelSizes,
+    measure: SampleLengths,
+    samples: int,
+    accelerator: Accelerator,
+) -> float:
     """Seconds of arithmetic and memory traffic of one micro-batch on a rank, forward and backward."""
     recompute, width, cut = recipe.parallel.recompute, width_of(recipe), _cut(recipe, sizes)
     peak = accelerator.half_flops if width == 2 else accelerator.single_flops
@@ -378,8 +429,14 @@ def compute(shape: Shape, recipe: Recipe, sizes: ParallelSizes, measure: SampleL
 
 
 def seconds(
-    shape: Shape, recipe: Recipe, sizes: ParallelSizes, measure: SampleLengths, samples: int, micro_batches: int, accelerator: Accelerator
-) -> float:  # fmt: skip
+    shape: Shape,
+    recipe: Recipe,
+    sizes: ParallelSizes,
+    measure: SampleLengths,
+    samples: int,
+    micro_batches: int,
+    accelerator: Accelerator,
+) -> float:
     """Seconds of a step: arithmetic, what it does not hide of collectives, the pipeline's bubble, the update.
 
     FSDP's gathers and reductions run beside the arithmetic of another block; those of tp, cp and ep wait.
@@ -397,7 +454,9 @@ def seconds(
 
     calls = layers * 2 * passes
     exposed = 2 * ring("all_gather", stream * calls, sizes.tp, 1, calls)
-    exposed += ring("all_to_all", stream / sizes.tp * 4 * layers * passes, sizes.cp, sizes.tp, 4 * layers * passes)  # fmt: skip
+    exposed += ring(
+        "all_to_all", stream / sizes.tp * 4 * layers * passes, sizes.cp, sizes.tp, 4 * layers * passes
+    )
     exposed += ring("all_to_all", stream / sizes.tp * shape.chosen * calls, sizes.ep, 1, calls)
     exposed += 2 * ring("send", stream / sizes.tp, sizes.pp, sizes.world // sizes.pp, 1)
     shards = sizes.dp_shard * sizes.cp
@@ -414,13 +473,17 @@ def seconds(
     return each * (micro_batches + bubble) + once + replicas + update
 
 
-def mfu(shape: Shape, measure: SampleLengths, samples: float, step: float, world: int, accelerator: Accelerator) -> float:  # fmt: skip
-    """Model FLOPs utilisation of a step of `samples` samples in `step` seconds; recomputed work does not count."""
+def mfu(
+    shape: Shape, measure: SampleLengths, samples: float, step: float, world: int, accelerator: Accelerator
+) -> float:
+    """Model FLOPs utilisation of a step of `samples` samples in `step` seconds; recomputed work does not
+    count."""
     return 3 * sum(shape.cost(measure)) * samples / (step * world * accelerator.half_flops)
 
 
 def disk(recipe: Recipe, estimate: Estimate) -> tuple[int, int]:
-    """(bytes that checkpoints and the export take at most, bytes free there). One more is written before one is pruned."""
+    """(bytes that checkpoints and the export take at most, bytes free there). One more is written before
+    one is pruned."""
     from polymodal.runtime import host
 
     wanted = estimate.checkpoint * (recipe.checkpoint.keep + 1) + (

@@ -23,7 +23,8 @@ from polymodal.train import optim
 
 @contextlib.contextmanager
 def pretended_group(world: int, rank: int = 0) -> Iterator[None]:
-    """A process group of `world` ranks that exists in this process, its rank `rank`, only; collectives do nothing.
+    """A process group of `world` ranks that exists in this process, its rank `rank`, only; collectives do
+    nothing.
 
     Raises PolymodalError inside a process that has a real group.
     """
@@ -43,7 +44,8 @@ def pretended_group(world: int, rank: int = 0) -> Iterator[None]:
 
 
 def _forget_meshes() -> None:
-    """DTensor remembers layouts by equality of meshes, and hands out a mesh whose groups an earlier world took along."""
+    """DTensor remembers layouts by equality of meshes, and hands out a mesh whose groups an earlier world
+    took along."""
     from torch.distributed.tensor import _redistribute, debug
 
     debug._clear_sharding_prop_cache()
@@ -51,7 +53,8 @@ def _forget_meshes() -> None:
 
 
 def meta_model(family: Family, recipe: Recipe) -> nn.Module:
-    """The model on meta with adapters attached and towers frozen as the recipe says. Raises PolymodalError."""
+    """The model on meta with adapters attached and towers frozen as the recipe says. Raises
+    PolymodalError."""
     model = family.build().trained
     if recipe.model.lora is not None:
         from polymodal.models import lora
@@ -66,8 +69,8 @@ def try_layout(
 ) -> None:
     """Lay a model on meta out (in place) as rank 0 of every pipeline stage would.
 
-    measure: a typical sample, for parallel.pp_layers = auto. Raises PolymodalError for every layout that training
-    would refuse.
+    measure: a typical sample, for parallel.pp_layers = auto. Raises PolymodalError for every layout that
+    training would refuse.
     """
     sizes = ParallelSizes.of(recipe.parallel, world)
     first = [model]

@@ -1,7 +1,8 @@
-"""The layout that a new recipe begins with: what the formulas rank first among those that fit, in a second or two.
+"""The layout that a new recipe begins with: what the formulas rank first among those that fit, in a second or
+two.
 
-Sees the formulas, the search's list of layouts, and cards. A model is known by its family, where its config is here, or
-by a published size's facts.
+Sees the formulas, the search's list of layouts, and cards. A model is known by its family, where its
+config is here, or by a published size's facts.
 """
 
 from __future__ import annotations
@@ -21,14 +22,22 @@ from polymodal.recipe import Recipe
 from polymodal.train.layouts import Workload, layout_of
 
 MARGIN = 0.9
-"""Share of the memory that can be handed out which a layout may fill by the formulas: they are about 10 % off."""
+"""Share of the memory that can be handed out which a layout may fill by the formulas: they are about 10 %
+off."""
 CELL, FRAMES = 16 * 16, 4
-"""Pixels and frames of a latent token where no config says more: an autoencoder's 8 x 8 x 4, and patches of 2 x 2."""
+"""Pixels and frames of a latent token where no config says more: an autoencoder's 8 x 8 x 4, and patches
+of 2 x 2."""
 
 
 def fastest(
-    made: Recipe, card: ModelCard, key: str, family: Family | None, shape: Shape, question: Question, patches: float | None
-) -> tuple[Candidate, bool]:  # fmt: skip
+    made: Recipe,
+    card: ModelCard,
+    key: str,
+    family: Family | None,
+    shape: Shape,
+    question: Question,
+    patches: float | None,
+) -> tuple[Candidate, bool]:
     """(the layout of `made` that is ranked first among those that fit, True), or the smallest one and False.
 
     key: the published size, of use without a family. patches: a token, of data that were measured.
@@ -49,9 +58,11 @@ def fastest(
     return (best, True) if best is not None else (min(listed, key=lambda c: c.memory), False)
 
 
-def published(made: Recipe, card: ModelCard, key: str, question: Question) -> Iterator[tuple[Recipe, ParallelSizes]]:  # fmt: skip
-    """Layouts that a published size has for certain, without its config: sharded, sequences cut within a node, and tp up
-    to what its card names."""
+def published(
+    made: Recipe, card: ModelCard, key: str, question: Question
+) -> Iterator[tuple[Recipe, ParallelSizes]]:
+    """Layouts that a published size has for certain, without its config: sharded, sequences cut within a
+    node, and tp up to what its card names."""
     tp = int(card.sizes[key].layout.get("tp", 1)) if "tp" not in card.limits else 1
     cuts = bool(card.sequence_entry or card.sequence_plan) and "cp" not in card.limits
     for sizes in search.layouts(made, question, False):
@@ -76,6 +87,7 @@ def load(one: Recipe, card: ModelCard, family: Family | None, patches: float | N
 
 
 def device_count(shape: Shape, accelerator: Accelerator) -> int:
-    """Accelerators that the states of a model fill to two fifths: within a node a power of two, else whole nodes."""
+    """Accelerators that the states of a model fill to two fifths: within a node a power of two, else whole
+    nodes."""
     needed = (shape.trained * 16 + (shape.total - shape.trained) * 2) / (0.4 * accelerator.memory)
     return next((n for n in (1, 2, 4, 8) if n >= needed), 8 * -(-int(needed) // 8))

@@ -1,8 +1,10 @@
-"""Writes recipes: a commented starting point for a model, a task and a number of devices, with the recommended layout.
+"""Writes recipes: a commented starting point for a model, a task and a number of devices, with the
+recommended layout.
 
-Sees the cards, the planner's formulas and the recipe. The layout is the one that the formulas rank first among those
-that fit; with a checkpoint's config at hand it is that model's, else the published size's. With the data at hand the
-batch, the epochs and the length of packs are theirs. What is written always validates.
+Sees the cards, the planner's formulas and the recipe. The layout is the one that the formulas rank first
+among those that fit; with a checkpoint's config at hand it is that model's, else the published size's.
+With the data at hand the batch, the epochs and the length of packs are theirs. What is written always
+validates.
 """
 
 from __future__ import annotations
@@ -86,16 +88,28 @@ class Plan:
     def layout(self) -> dict[str, Any]:
         """Keys of `parallel` that are written."""
         parallel, sizes = self.best.recipe.parallel, self.best.sizes
-        axes = {axis: getattr(sizes, axis) for axis in ("dp_replicate", "cp", "tp", "pp", "ep") if getattr(sizes, axis) > 1}  # fmt: skip
+        axes = {
+            axis: getattr(sizes, axis)
+            for axis in ("dp_replicate", "cp", "tp", "pp", "ep")
+            if getattr(sizes, axis) > 1
+        }
         if sizes.pp > 1 and parallel.zero is not None:
             axes["zero"] = parallel.zero
         return axes | ({"recompute": parallel.recompute} if parallel.recompute != "none" else {})
 
 
 def plan(
-    model: str, task: str, size: str | None, devices: int | None, *, data: str = DATA, device: str = ACCELERATOR, search_it: bool = False
-) -> Plan:  # fmt: skip
-    """Choose the size, the layout, and what the data ask for. Raises PolymodalError for unknown names, tasks and devices."""
+    model: str,
+    task: str,
+    size: str | None,
+    devices: int | None,
+    *,
+    data: str = DATA,
+    device: str = ACCELERATOR,
+    search_it: bool = False,
+) -> Plan:
+    """Choose the size, the layout, and what the data ask for. Raises PolymodalError for unknown names,
+    tasks and devices."""
     if task not in TASKS:
         raise PolymodalError(f"--task {task} is not known.", did_you_mean(task, TASKS))
     accelerator = accelerators.named(device)
@@ -127,8 +141,19 @@ def plan(
         best, fits = recommend.fastest(made, card, str(key), family, shape, question, patches)
     best, length = _batch(best, measured)
     return Plan(
-        card, key or "", place, task, count, shape.total, best, accelerator, fits, family is not None, measured, length
-    )  # fmt: skip
+        card,
+        key or "",
+        place,
+        task,
+        count,
+        shape.total,
+        best,
+        accelerator,
+        fits,
+        family is not None,
+        measured,
+        length,
+    )
 
 
 def _devices(card: ModelCard, key: str | None, task: str) -> int | None:
@@ -154,8 +179,8 @@ def _size(card: ModelCard, size: str) -> str:
 
 
 def _family(source: str, asked: bool) -> Family | None:
-    """The family of a checkpoint whose config is on this machine (a directory, or the hub's cache); else None, or with
-    `asked` fetched. Raises PolymodalError for a directory that is no checkpoint."""
+    """The family of a checkpoint whose config is on this machine (a directory, or the hub's cache); else
+    None, or with `asked` fetched. Raises PolymodalError for a directory that is no checkpoint."""
     if not asked:
         from huggingface_hub import try_to_load_from_cache
 
@@ -166,8 +191,14 @@ def _family(source: str, asked: bool) -> Family | None:
 
 
 def _bare(
-    card: ModelCard, task: str, source: str, data: str, measured: Rows | None = None, key: str | None = None, batch: int = BATCH
-) -> Recipe:  # fmt: skip
+    card: ModelCard,
+    task: str,
+    source: str,
+    data: str,
+    measured: Rows | None = None,
+    key: str | None = None,
+    batch: int = BATCH,
+) -> Recipe:
     """The recipe before its layout is chosen: what the formulas and the search are asked about."""
     section: dict[str, Any] = {"datasets": [{"path": data}]}
     if card.kind == "generation":
@@ -207,7 +238,8 @@ def _batch(best: Candidate, measured: Rows | None) -> tuple[Candidate, run_lengt
 
 
 def _measured(family: Family | None, card: ModelCard, task: str, data: str) -> Rows | None:
-    """What lies at `data`, measured with the checkpoint's processor, or counted where that is not here; None without data."""
+    """What lies at `data`, measured with the checkpoint's processor, or counted where that is not here;
+    None without data."""
     if task == "dreambooth" or not os.path.exists(os.path.expanduser(data)):
         return None
     from polymodal.data.chat import ChatProcessor
@@ -257,7 +289,8 @@ def _identify(model: str) -> tuple[ModelCard, str | None, str]:
 
 
 def _size_of(source: str, card: ModelCard, parameters: int) -> str | None:
-    """The published size that a checkpoint of so many parameters is: of several, the one that its name names."""
+    """The published size that a checkpoint of so many parameters is: of several, the one that its name
+    names."""
     fits = [key for key, size in card.sizes.items() if abs(size.parameters * 1e9 / parameters - 1) < 0.05]
     return next((key for key in fits if key in source.lower()), fits[0] if fits else None)
 
@@ -269,7 +302,11 @@ def text(
     name = name or f"{plan.name}-{plan.task}"
     file = file or f"{name}.yaml"
     nodes = f" on each of {-(-plan.devices // 8)} nodes" if plan.devices > 8 else ""
-    what = plan.name.replace("-" + plan.size, " " + plan.size) if plan.size else f"{plan.card.name}, {format_count(plan.parameters)} parameters"  # fmt: skip
+    what = (
+        plan.name.replace("-" + plan.size, " " + plan.size)
+        if plan.size
+        else f"{plan.card.name}, {format_count(plan.parameters)} parameters"
+    )
     one = plan.best.recipe
     lines = [
         f"# {what}: {TASKS[plan.task]} on {plan.devices} device{'s' * (plan.devices > 1)}.",
@@ -389,7 +426,8 @@ def _clips(plan: Plan, data: str, file: str) -> list[str]:
 
 
 def _subject(plan: Plan, data: str, file: str) -> list[str]:
-    """The data section of DreamBooth: the subject's pictures, and pictures of its class that keep the class as it is."""
+    """The data section of DreamBooth: the subject's pictures, and pictures of its class that keep the
+    class as it is."""
     place = "data/subject" if data == DATA else data
     return [
         f"data:  # polymodal encode {file} --nproc {min(8, plan.devices)}, before training: it also draws the pictures of the class",
@@ -430,9 +468,16 @@ def write(path: Path, content: str, force: bool = False) -> None:
 
 
 def main(
-    model: str, task: str, size: str | None, devices: int | None, data: str, out: Path | None, force: bool, device: str = ACCELERATOR,
+    model: str,
+    task: str,
+    size: str | None,
+    devices: int | None,
+    data: str,
+    out: Path | None,
+    force: bool,
+    device: str = ACCELERATOR,
     search_it: bool = False,
-) -> int:  # fmt: skip
+) -> int:
     """The command: prints the recipe (`out` absent or "-"), or writes it and says what comes next."""
     out = None if out == Path("-") else out
     if out is not None and out.exists() and not force:

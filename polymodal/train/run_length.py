@@ -1,7 +1,8 @@
-"""How long a run is: the batch, the passes and the length of packs that suit the data, and the warning when they do not.
+"""How long a run is: the batch, the passes and the length of packs that suit the data, and the warning when
+they do not.
 
-Sees data/schedule.py and the recipe. A step is a pack times train.global_batch_size: few rows and a large batch are one
-step, which teaches nothing, and no error.
+Sees data/schedule.py and the recipe. A step is a pack times train.global_batch_size: few rows and a large
+batch are one step, which teaches nothing, and no error.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class RunLength:
 def choose(units: float, multiple: int, most: int) -> RunLength:
     """Batch and epochs for `units` packs or samples an epoch.
 
-    multiple: what the batch must be a multiple of (data-parallel ranks x micro_batch_size); most: the batch for large data.
+    multiple: what the batch must be a multiple of (data-parallel ranks x micro_batch_size); most: the
+    batch for large data.
     """
 
     def rounded(batch: float) -> int:
@@ -51,7 +53,8 @@ def choose(units: float, multiple: int, most: int) -> RunLength:
 
 
 def max_length(tokens: np.ndarray) -> int:
-    """data.max_length for rows of so many tokens: the power of two that holds all, or 99 % where the longest are very long."""
+    """data.max_length for rows of so many tokens: the power of two that holds all, or 99 % where the
+    longest are very long."""
     longest = int(tokens.max())
     wanted = longest if longest <= 8192 else int(np.quantile(tokens, 0.99))
     return min(LONGEST, max(SHORTEST, 2 ** math.ceil(math.log2(max(1, wanted)))))
@@ -79,4 +82,6 @@ def warning(recipe: Recipe, schedule: Schedule, steps: int, data_ranks: int) -> 
     found = choose(units(total, schedule.draws, length), multiple, recipe.train.global_batch_size)
     said += [f"train.global_batch_size={found.batch}", f"train.epochs={found.epochs}"]
     many = f"{steps} optimizer step{'s' * (steps != 1)}"
-    return f"The whole run is {many}, fewer than {FEW_STEPS}: {schedule.draws:,} rows fill few batches of {recipe.train.global_batch_size}. About {found.steps}: {' '.join(said)}"  # fmt: skip
+    batch = recipe.train.global_batch_size
+    why = f"{schedule.draws:,} rows fill few batches of {batch}"
+    return f"The whole run is {many}, fewer than {FEW_STEPS}: {why}. About {found.steps}: {' '.join(said)}"
