@@ -83,7 +83,8 @@ def fingerprint(directory: Path) -> str:
 
 @dataclass
 class Assembled:
-    """A model and where its values come from: on meta until `fill`, the house's attention, adapters still apart.
+    """A model and where its values come from: on meta until `fill`, the house's attention, adapters still
+    apart.
 
     tensors: whole, by plain parameter name, adapters by their own; each is read when it is asked for.
     """
@@ -96,7 +97,8 @@ class Assembled:
 
     @torch.no_grad()
     def fill(self, dtype: torch.dtype = torch.float32) -> None:
-        """Give the model its values, on the CPU, in `dtype`, one tensor after the other. It is ready for inference."""
+        """Give the model its values, on the CPU, in `dtype`, one tensor after the other. It is ready for
+        inference."""
         model, held = self.model, self.tensors
         cast(model, dtype)
         weights.materialise(model, "cpu")
@@ -140,7 +142,8 @@ def assemble(
     base: str | None = None,
     locate: Locate = checkpoints.locate,
 ) -> Assembled:
-    """The model of a run or of one checkpoint, filled: its base (where one is needed) with the trained tensors on top.
+    """The model of a run or of one checkpoint, filled: its base (where one is needed) with the trained
+    tensors on top.
 
     Raises PolymodalError as `describe` does.
     """
@@ -213,7 +216,8 @@ def _base(model: nn.Module, family: Family, recipe: recipes.Recipe, locate: Loca
 def _of_run(model: nn.Module, found: Path, prefix: str, *, strict: bool) -> LazyTensors:
     """A checkpoint's tensors by the plain names of a model's parameters.
 
-    strict: all of them must be the model's. Raises PolymodalError; for another shape when the tensor is asked for.
+    strict: all of them must be the model's. Raises PolymodalError; for another shape when the tensor is asked
+    for.
     """
     with (
         warnings.catch_warnings()

@@ -1,7 +1,7 @@
 """Finds things by name: the card of a model, the directory of a checkpoint, the family of a recipe.
 
-It reads config files and the hub's cache and imports the cards; of weights no more than whether two are tied. Whatever is wrong with a
-source is said here, before anything is built.
+It reads config files and the hub's cache and imports the cards; of weights no more than whether two are tied.
+Whatever is wrong with a source is said here, before anything is built.
 """
 
 from __future__ import annotations

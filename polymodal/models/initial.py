@@ -1,8 +1,9 @@
 """Random weights that depend on the seed and the parameter's name only, never on how the model is laid out.
 
-The library's own initialiser draws each parameter whole, on the CPU, from torch's generator seeded by (seed, name);
-a rank then takes its slices (slices.scatter). Every rank draws the whole model that way, one tensor at a time: the
-price is time (about 4 ns an element) and never more memory than the largest parameter in float32. Imports torch only.
+The library's own initialiser draws each parameter whole, on the CPU, from torch's generator seeded by (seed,
+name); a rank then takes its slices (slices.scatter). Every rank draws the whole model that way, one tensor at
+a time: the price is time (about 4 ns an element) and never more memory than the largest parameter in float32.
+Imports torch only.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 def shielded(
     module: nn.Module, parameters: Collection[str] = (), buffers: Collection[str] = ()
 ) -> Iterator[dict[str, Tensor]]:
-    """Put meta tensors in the place of all parameters and buffers of a module and of those below it, so that an
-    initialiser changes none of them; it may draw for its children too.
+    """Put meta tensors in the place of all parameters and buffers of a module and of those below it, so that
+    an initialiser changes none of them; it may draw for its children too.
 
-    parameters: of the module itself, that get memory instead, float32 on the CPU, full of NaN: what is yielded.
+    parameters: of the module itself, that get memory instead, float32 on the CPU, full of NaN: what is
+    yielded.
     buffers:    of the module itself, that stay in their places, to be changed.
     """
     held = [(inner, dict(inner._parameters), dict(inner._buffers)) for inner in module.modules()]
@@ -53,7 +55,8 @@ def shielded(
 def draw(
     module: nn.Module, parameter: str, rule: Callable[[nn.Module], Any], name: str, seed: int
 ) -> Tensor | None:
-    """One of a module's own parameters, whole, as `rule` (the module's initialiser) draws it from (seed, name).
+    """One of a module's own parameters, whole, as `rule` (the module's initialiser) draws it from (seed,
+    name).
 
     None when the rule leaves it, or a part of it, without values.
     """

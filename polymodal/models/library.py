@@ -66,8 +66,8 @@ def tied(model: nn.Module) -> dict[str, str]:
 def settle_ties(config: Any, directory: Path, head: str, embedding: str) -> None:
     """Set a config's tie_word_embeddings to what the checkpoint says and has.
 
-    Where config.json's top level does not have the flag, its text part's decides: several classes default to true there.
-    Where the files hold both tensors, and they differ, they are not tied, whatever is said.
+    Where config.json's top level does not have the flag, its text part's decides: several classes default to
+    true there. Where the files hold both tensors, and they differ, they are not tied, whatever is said.
     head, embedding: names of the two modules in the model; the files may have another prefix.
     """
     said = json.loads((directory / "config.json").read_text(encoding="utf-8"))

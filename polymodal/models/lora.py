@@ -239,7 +239,8 @@ def save(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """`write` into a directory that appears when it is whole. Raises PolymodalError also for one that is in use."""
+    """`write` into a directory that appears when it is whole. Raises PolymodalError also for one that is in
+    use."""
     final = Path(directory)
     with appearing(final, overwrite) as partial:
         write(state, model, lora, partial, base=base, dtype=dtype)
@@ -257,8 +258,8 @@ def write(
 ) -> None:
     """Write adapters as files that `PeftModel.from_pretrained(base_model, directory)` opens.
 
-    state: whole adapters by parameter name; model: tells the names of the other layers, may be on meta; base: hub id or
-    directory of the base model. Raises PolymodalError for an incomplete state, a full disk.
+    state: whole adapters by parameter name; model: tells the names of the other layers, may be on meta; base:
+    hub id or directory of the base model. Raises PolymodalError for an incomplete state, a full disk.
     """
     names = _all_in(state, model)
     homes = stacked.homes(model)
@@ -330,7 +331,8 @@ def load(model: nn.Module, lora: Lora | None, directory: str | Path) -> None:
 
 
 def read(model: nn.Module, directory: Path) -> LazyTensors:
-    """The adapters in a directory of peft or diffusers, whole, by the model's parameter names; it may be on meta.
+    """The adapters in a directory of peft or diffusers, whole, by the model's parameter names; it may be on
+    meta.
 
     Raises PolymodalError when they are of other layers or shapes than the model's.
     """

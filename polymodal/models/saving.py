@@ -1,8 +1,8 @@
 """Weights on their way out: whole tensors into a hub checkpoint with the source's own keys and layout.
 
-What every file holds is known from names and shapes before a value is read (`outputs`), so each of several processes
-writes files of its own (`write`), and one file's tensors are the most that a process holds. The directory appears under
-its name when everything in it is written. Sees errors and models/.
+What every file holds is known from names and shapes before a value is read (`outputs`), so each of several
+processes writes files of its own (`write`), and one file's tensors are the most that a process holds. The
+directory appears under its name when everything in it is written. Sees errors and models/.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ def appearing(final: Path, overwrite: bool = False) -> Iterator[Path]:
 class Together:
     """`appearing` for all processes of a group, on a disk that they share (None: for this process alone).
 
-    All write into `directory`; rank 0 gives it its name. They meet in a collective at the start only: ranks that have
-    written leave a note in the directory for rank 0 (`wait`), since a collective would time out on a long export.
+    All write into `directory`; rank 0 gives it its name. They meet in a collective at the start only: ranks
+    that have written leave a note in the directory for rank 0 (`wait`), since a collective would time out on
+    a long export.
     """
 
     def __init__(self, final: Path, group: dist.ProcessGroup | None = None):
@@ -104,7 +105,8 @@ class Together:
         return self.directory / f".rank-{rank}"
 
     def wait(self) -> None:
-        """On rank 0: until every other rank has left `with Together`. Raises PolymodalError when one did by an error."""
+        """On rank 0: until every other rank has left `with Together`. Raises PolymodalError when one did by
+        an error."""
         waiting = set(range(1, self.world))
         while waiting:
             for rank in [rank for rank in waiting if self._note(rank).exists()]:
@@ -170,8 +172,8 @@ def _file_layout(
 
 @dataclass
 class Output:
-    """A tensor of the files to be written, and what it is made of: boxes of parameters (parameter name, its box), or
-    whole parameters that the library converts together (its name for each -> parameter name)."""
+    """A tensor of the files to be written, and what it is made of: boxes of parameters (parameter name, its
+    box), or whole parameters that the library converts together (its name for each -> parameter name)."""
 
     key: str
     shape: tuple[int, ...]
@@ -193,7 +195,8 @@ def outputs(model: nn.Module, origin: Path | None, dtype: torch.dtype | None) ->
     """Every tensor of the files, in the order in which the model's parameters complete them.
 
     model:  on meta or not, laid out or not: names, shapes, dtypes are all that is asked of it.
-    origin: the checkpoint whose keys and layout are taken, and what it alone keeps in float32; None: the library's.
+    origin: the checkpoint whose keys and layout are taken, and what it alone keeps in float32; None: the
+    library's.
     """
     plan, shapes, stored_as = _file_layout(model, origin)
     common = Counter(stored_as.values()).most_common(1)
@@ -242,10 +245,11 @@ def write(
     rank: int = 0,
     world: int = 1,
 ) -> None:
-    """Write this process's share of a model's files, of at most `limit` bytes each; rank 0 writes the index too.
+    """Write this process's share of a model's files, of at most `limit` bytes each; rank 0 writes the index
+    too.
 
-    state: whole tensors by plain parameter name; every tensor is asked for once for each file it has a part in.
-    Raises PolymodalError when names or shapes are not the model's, and for a full disk.
+    state: whole tensors by plain parameter name; every tensor is asked for once for each file it has a part
+    in. Raises PolymodalError when names or shapes are not the model's, and for a full disk.
     """
     known = {name: names for _, names in library.aliases(model) for name in names}
     held = {known[name][0]: name for name in map(plain, state) if name in known}

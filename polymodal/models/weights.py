@@ -312,8 +312,8 @@ def _read(model: nn.Module, plan: Layout, files: Files, report: LoadReport) -> d
 def read(model: nn.Module, source: str | Path) -> LazyTensors:
     """The parameters of a checkpoint by plain name, whole, in the file's dtype, in the order of the files.
 
-    model tells names and shapes and may be on meta. For merging and re-writing without holding a model. Raises
-    PolymodalError as `load` does for names and shapes.
+    model tells names and shapes and may be on meta. For merging and re-writing without holding a model.
+    Raises PolymodalError as `load` does for names and shapes.
     """
     files = Files(Path(source))
     plan = library.layout(model, files.shapes)
@@ -415,9 +415,11 @@ def initialise(
 def rebuild_buffers(model: nn.Module, persistent: bool = False) -> None:
     """Compute again each buffer that no checkpoint holds (rotary tables and the like); with `persistent`, all buffers.
 
-    The library's initialiser is run on each module that has some, with all parameters of the module and of those below
-    it shielded: some initialisers draw for their children too (CLIPVisionEmbeddings). A buffer that this leaves alone
-    is taken from a fresh module of the same class and config. Raises PolymodalError for one that nobody sets.
+    The library's initialiser is run on each module that has some, with all parameters of the module and of
+    those below
+    it shielded: some initialisers draw for their children too (CLIPVisionEmbeddings). A buffer that this
+    leaves alone is taken from a fresh module of the same class and config. Raises PolymodalError for one that
+    nobody sets.
     """
     for path, module, rule in library.rules(model):
         names = {

@@ -1,9 +1,10 @@
 """`polymodal export`: a run or checkpoint in the hub's format, proven by opening what was written.
 
-A stream: generate/opening.py says which tensors there are and reads each when it is asked for, models/saving.py asks for
-one file's at a time, and of several processes each writes files of its own. Then rank 0 opens the result with the library
-that users will open it with and compares outputs; a model that does not fit into this machine's memory is compared by
-names and shapes. The directory gets its name only when they agree.
+A stream: generate/opening.py says which tensors there are and reads each when it is asked for,
+models/saving.py asks for one file's at a time, and of several processes each writes files of its own. Then
+rank 0 opens the result with the library that users will open it with and compares outputs; a model that does
+not fit into this machine's memory is compared by names and shapes. The directory gets its name only when they
+agree.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ TOLERANCE_LOW = 6e-2
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. difference, largest: of the `tokens` logits that were compared; computed: the arithmetic of the
-    proof, or "" when the model did not fit into memory and names and shapes alone were compared."""
+    """What was written. difference, largest: of the `tokens` logits that were compared; computed: the
+    arithmetic of the proof, or "" when the model did not fit into memory and names and shapes alone were
+    compared."""
 
     directory: str
     source: str
@@ -89,8 +91,10 @@ def export(
     dtype:      fp32, bf16, fp16; None: the base checkpoint's, fp32 for an adapter alone. ema: a run's average. base: where the base lies now.
     other:      a run of the other denoiser of a pipeline that has two: both are written.
     force:      replace a directory that is not empty and no earlier export.
-    group:      of the processes that write together, on disks that they share; None: this process alone. Ranks over 0 get None
-                as soon as their own files are written, rank 0 goes on to the proof; nobody waits in a collective meanwhile.
+    group:      of the processes that write together, on disks that they share; None: this process alone.
+    Ranks over 0 get None
+                as soon as their own files are written, rank 0 goes on to the proof; nobody waits in a
+                collective meanwhile.
     Raises PolymodalError; nothing is left under `directory` then, an earlier export stays as it was.
     """
     began = time.perf_counter()
@@ -195,7 +199,8 @@ def _refuse(final: Path, source: str | os.PathLike, force: bool) -> None:
 
 
 def _opened(source: str | os.PathLike, kind: str, ema: bool, base: str | None) -> Assembled:
-    """Any source as a model on meta with the house's attention, and its tensors to be read; adapters apart."""
+    """Any source as a model on meta with the house's attention, and its tensors to be read; adapters
+    apart."""
     if kind == "run":
         return describe(source, ema=ema, base=base)
     if kind == "adapter":
@@ -327,10 +332,11 @@ def _picture() -> bytes:
 
 
 def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> tuple[int, float, float, str]:
-    """Compare logits of one sample: this house's model, filled from the source, against what the library opens.
+    """Compare logits of one sample: this house's model, filled from the source, against what the library
+    opens.
 
-    Returns (tokens, largest difference, largest logit, arithmetic), or (0, 0, 0, "") when the model does not fit into
-    memory and names and shapes alone were compared. Raises PolymodalError when they differ.
+    Returns (tokens, largest difference, largest logit, arithmetic), or (0, 0, 0, "") when the model does not
+    fit into memory and names and shapes alone were compared. Raises PolymodalError when they differ.
     """
     model, family, data = made.model, made.family, made.recipe.data
     count = sum(p.numel() for p in model.parameters())

@@ -110,8 +110,9 @@ def prove(
 ) -> tuple[int, float, float, str]:
     """Predictions of this house's model against those of the one that diffusers opens.
 
-    Returns (values compared, largest difference, largest value, arithmetic), or (0, 0, 0, "") when the pipeline and the
-    denoiser do not fit into memory and names and shapes alone were compared. Raises PolymodalError when they differ.
+    Returns (values compared, largest difference, largest value, arithmetic), or (0, 0, 0, "") when the
+    pipeline and the denoiser do not fit into memory and names and shapes alone were compared. Raises
+    PolymodalError when they differ.
     """
     both = [made] if other is None else [made, other]
     whole = Path(made.family.source) if what == "adapter" else partial
