@@ -7,13 +7,15 @@ by the process that uses them, so that a `Rows` travels to workers by pickle.
 
 from __future__ import annotations
 
-import codecs
+import contextlib
 import csv
 import hashlib
 import io
 import json
 import os
+import re
 import tarfile
+from array import array
 from collections import OrderedDict
 from typing import Any
 
@@ -93,10 +95,21 @@ def _kind(value: Any) -> str:
     }.get(type(value), type(value).__name__)
 
 
-class JsonLines(Rows):
-    """One JSON object a line; blank lines are passed over."""
+class Spans(Rows):
+    """Rows that are JSON objects at known byte ranges of the file: int64 arrays, 16 bytes a row."""
 
-    unit = "line"
+    _starts: np.ndarray
+    _ends: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self._object(i, self._bytes(int(self._starts[i]), int(self._ends[i])))
+
+
+class JsonLines(Spans):
+    """One JSON object a line; blank lines are passed over."""
 
     def __init__(self, path: str):
         super().__init__(path)
@@ -120,80 +133,67 @@ class JsonLines(Rows):
         self._lines = None if len(lines) == 0 or lines[-1] == len(lines) - 1 else lines
         self.fingerprint = digest.hexdigest()
 
-    def __len__(self) -> int:
-        return len(self._starts)
-
     def where(self, i: int) -> str:
         return f"{self.path}, line {(i if self._lines is None else int(self._lines[i])) + 1}"
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return self._object(i, self._bytes(int(self._starts[i]), int(self._ends[i])))
 
+class JsonArray(Spans):
+    """A JSON list of objects, scanned once in pieces and then read row by row.
 
-class JsonArray(Rows):
-    """A JSON list of objects, scanned once in pieces and then read row by row."""
+    The scan lets Python's own decoder find where each row ends. It reads bytes as Latin-1, one character a byte, so
+    that places are byte offsets; JSON's marks are ASCII, and in UTF-8 no other character holds such a byte.
+    """
 
     def __init__(self, path: str):
         super().__init__(path)
         digest = hashlib.blake2b(digest_size=16)
-        starts: list[int] = []
-        ends: list[int] = []
-        decode = json.JSONDecoder().raw_decode
+        decode, spaces = json.JSONDecoder(strict=False).raw_decode, re.compile(r"[ \t\r\n]*")
+        starts, ends = array("q"), array("q")
+        text, at, base, grow = "", 0, 0, CHUNK  # `base`: the place of text[0] in the file
+        awaited = "["  # the list, then the "first" row or its end, then a "," or the end, then a "row"
+
+        def fail(place: int, cause: str) -> PolymodalError:
+            with open(path, "rb") as again:
+                line = sum(again.read(1 << 20).count(b"\n") for _ in range(place >> 20))
+                line += again.read(place & 0xFFFFF).count(b"\n") + 1
+            return PolymodalError(
+                f"{path}, line {line}: not valid JSON: {cause} (after row {len(starts)}).",
+                "Mend the file; `python -m json.tool FILE` points to the same place.",
+            )
+
         with open(path, "rb") as file:
-            utf8 = codecs.getincrementaldecoder("utf-8")()
-            text, at, offset, grow, opened, closed, separated = "", 0, 0, CHUNK, False, False, True
-            # text[at:] is not read yet; `offset` is the place of text[at] in the file, in bytes
 
             def more() -> bool:
-                nonlocal text, at
+                nonlocal text, at, base
                 chunk = file.read(grow)
                 digest.update(chunk)
-                try:
-                    text = text[at:] + utf8.decode(chunk, final=not chunk)
-                except UnicodeDecodeError as error:
-                    raise PolymodalError(
-                        f"{path}: not UTF-8 text ({error.reason}).", "Save the file as UTF-8."
-                    ) from None
-                at = 0
+                base, text, at = base + at, text[at:] + chunk.decode("latin-1"), 0
                 return bool(chunk)
 
-            def fail(place: int, cause: str) -> PolymodalError:
-                before = offset + len(text[at:place].encode())
-                with open(path, "rb") as again:
-                    line = again.read(before).count(b"\n") + 1
-                return PolymodalError(
-                    f"{path}, line {line}: not valid JSON: {cause} (after row {len(starts)}).",
-                    "Mend the file; `python -m json.tool FILE` points to the same place.",
-                )
-
-            more()
-            if text.startswith("\ufeff"):
-                at, offset = 1, 3
+            if more() and text.startswith("\xef\xbb\xbf"):
+                at = 3
             while True:
-                while at < len(text) and text[at] in " \t\r\n":
-                    at, offset = at + 1, offset + 1
+                at = spaces.match(text, at).end()  # type: ignore[union-attr]
                 if at == len(text):
                     if more():
                         continue
-                    if not closed:
-                        raise fail(at, "the list is not closed" if opened else "the file is empty")
                     break
                 mark = text[at]
-                if closed:
-                    raise fail(at, "something follows the list")
-                if not opened:
-                    if mark != "[":
-                        raise PolymodalError(
-                            f"{path}: a .json file holds a list of rows, this one begins with {mark!r}.",
-                            "Write [{...}, {...}], or one object a line in a .jsonl file.",
-                        )
-                    opened, at, offset = True, at + 1, offset + 1
-                elif mark == "]" and not (separated and starts):
-                    closed, at, offset = True, at + 1, offset + 1
-                elif mark == "," and not separated:
-                    separated, at, offset = True, at + 1, offset + 1
-                elif not separated:
-                    raise fail(at, "a comma is missing")
+                if awaited == "[" and mark != "[":
+                    raise PolymodalError(
+                        f"{path}: a .json file holds a list of rows, this one begins with {mark!r}.",
+                        "Write [{...}, {...}], or one object a line in a .jsonl file.",
+                    )
+                if awaited == "[":
+                    awaited, at = "first", at + 1
+                elif mark == "]" and awaited in ("first", ","):
+                    awaited, at = "end", at + 1
+                elif awaited == ",":
+                    if mark != ",":
+                        raise fail(base + at, "a comma is missing")
+                    awaited, at = "row", at + 1
+                elif awaited == "end":
+                    raise fail(base + at, "something follows the list")
                 else:
                     try:
                         _, stop = decode(text, at)
@@ -201,25 +201,19 @@ class JsonArray(Rows):
                             raise json.JSONDecodeError("", text, stop)
                     except json.JSONDecodeError as error:
                         whole = error.pos < len(text) - 16 and not error.msg.startswith("Unterminated")
-                        grow, place = min(grow * 2, 1 << 30), error.pos - at  # reading on moves `at`
+                        grow, place = min(grow * 2, 1 << 30), base + error.pos
                         if whole or not more():
-                            raise fail(at + place, error.msg) from None
+                            raise fail(place, error.msg) from None
                         continue
                     except RecursionError:
-                        raise fail(at, "nested too deep") from None
-                    row = text[at:stop]
-                    starts.append(offset)
-                    offset += len(row) if row.isascii() else len(row.encode())
-                    ends.append(offset)
-                    at, separated, grow = stop, False, CHUNK
+                        raise fail(base + at, "nested too deep") from None
+                    starts.append(base + at)
+                    ends.append(base + stop)
+                    awaited, at, grow = ",", stop, CHUNK
+        if awaited != "end":
+            raise fail(base, "the file is empty" if awaited == "[" else "the list is not closed")
         self._starts, self._ends = np.array(starts, np.int64), np.array(ends, np.int64)
         self.fingerprint = digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return self._object(i, self._bytes(int(self._starts[i]), int(self._ends[i])))
 
 
 class Delimited(Rows):
@@ -441,23 +435,27 @@ def hash_file(path: str) -> str:
 
 
 def _json(path: str) -> Rows:
+    """JSON by what it holds, whatever its ending: a list of rows, or one object a line."""
     with open(path, "rb") as file:
         head = file.read(CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if head.startswith(b"{"):  # many .json files hold one object a line
-        line = head.split(b"\n", 1)[0]
-        try:
+    if head.startswith(b"[") or not (head.startswith(b"{") or path.lower().endswith((".jsonl", ".ndjson"))):
+        return JsonArray(path)
+    line, _, rest = head.partition(b"\n")
+    if rest.strip() and not rest.lstrip().startswith(b"{"):
+        with contextlib.suppress(ValueError, RecursionError):
             json.loads(line)
-        except ValueError:
-            pass
-        else:
             return JsonLines(path)
-    return JsonArray(path)
+        raise PolymodalError(
+            f"{path}, line 1: the file holds JSON objects over several lines.",
+            "Write one object a line (`jq -c . FILE > rows.jsonl`), or a list [{...}, {...}].",
+        )
+    return JsonLines(path)
 
 
 OPENERS = {
     ".json": _json,
-    ".jsonl": JsonLines,
-    ".ndjson": JsonLines,
+    ".jsonl": _json,
+    ".ndjson": _json,
     ".csv": lambda path: Delimited(path, ","),
     ".tsv": lambda path: Delimited(path, "\t"),
     ".parquet": Parquet,

@@ -324,25 +324,34 @@ def test_broken_line_of_json_lines_is_found_when_it_is_read(tmp_path):
 
 
 def test_row_that_is_no_object(tmp_path):
-    bad(tmp_path, "a.jsonl", "[1]\n", "line 1", "is a list", at_open=False)
+    bad(tmp_path, "a.jsonl", '{"text": "a"}\n[1]\n', "line 2", "is a list", at_open=False)
+
+
+def test_json_under_another_name_is_told_by_what_it_holds(tmp_path):
+    for indent in (None, 2):
+        (tmp_path / "list.jsonl").write_text(json.dumps([chat(1), chat(2)], indent=indent))
+        assert texts(corpus(tmp_path / "list.jsonl")) == ["q1a1", "q2a2"]
+    for name in ("objects.jsonl", "objects.json"):
+        content = "\n".join(json.dumps(chat(i), indent=2) for i in range(3))
+        bad(tmp_path, name, content, "line 1", "JSON objects over several lines", "jq -c")
 
 
 def test_row_that_is_not_utf8(tmp_path):
     bad(tmp_path, "a.jsonl", b'{"text": "\xff"}\n', "line 1", "UTF-8", at_open=False)
+    bad(tmp_path, "a.json", b'[{"text": "a"}, {"text": "\xff"}]', "row 2", "UTF-8", at_open=False)
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ("", ["the file is empty"]),
-        ('{\n"a": 1\n}', ["begins with '{'"]),
+        ('{\n"a": 1\n}', ["line 1", "over several lines"]),
         ('"text"', ["begins with '\"'"]),
         ('[{"a": 1},\n{"a" 2}]', ["line 2", "after row 1"]),
         ('[{"a": 1}\n{"a": 2}]', ["line 2", "a comma is missing"]),
         ('[{"a": 1},\n{"a": 2}', ["line 2", "the list is not closed"]),
         ('[{"a": 1}]\n\n[]', ["line 3", "something follows the list"]),
         ('[{"a": "b\n', ["line 1"]),
-        (b'[{"a": "\xff"}]', ["UTF-8"]),
     ],
 )
 def test_broken_json_list(tmp_path, content, words):
