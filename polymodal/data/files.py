@@ -76,6 +76,14 @@ class Rows:
                 f"{self.where(i)}: not valid JSON: {error}.",
                 "Mend the row; training may leave it out (data.on_error: skip).",
             ) from None
+        if b"\\ud" in data or b"\\uD" in data:  # escapes of surrogates: in pairs they are one character
+            try:
+                json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise PolymodalError(
+                    f"{self.where(i)}: the text holds half of a character, {error.object[error.start]!r} (an unpaired surrogate).",
+                    "Remove it: text was cut inside an emoji or another character of two halves.",
+                ) from None
         if not isinstance(row, dict):
             raise PolymodalError(
                 f"{self.where(i)}: a row is an object with keys, this one is a {_kind(row)}.",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,17 @@ from polymodal.data.references import KINDS, References, first, listed, member_n
 from polymodal.recipe import Attr
 
 TRANSCRIPTS = ("text", "sentence", "transcription", "transcript")
+TEXT_COLUMNS = (
+    "messages",
+    "conversations",
+    "tools",
+    "prompt",
+    "completion",
+    "history",
+    "images",
+    "videos",
+    "audios",
+)
 ROLES = {
     "system": ("system", "developer"),
     "user": ("user", "human"),
@@ -95,11 +107,11 @@ class RowReader:
             return "chat"
         if self.format in ("alpaca", "text", "caption", "asr"):
             return self.format
-        if first(row, a.messages, ("messages", "conversations"))[0] is not None:
+        if first(row, a.messages, ("messages", "conversations"))[0] is not None or _prompt_turns(row):
             return "chat"
         if (
             first(row, a.prompt, ("instruction", "prompt"))[0] is not None
-            and first(row, a.response, ("output", "response"))[0] is not None
+            and first(row, a.response, ("output", "response", "completion"))[0] is not None
         ):
             return "alpaca"
         if is_caption_row(row, a):
@@ -119,6 +131,8 @@ class RowReader:
     def _chat(self, row: Mapping[str, Any], where: str) -> tuple[list[dict], bool]:
         value, key = first(row, self.attr.messages, ("messages", "conversations"))
         value = listed(value)
+        if value is None and (turns := _prompt_turns(row)):
+            value, key = turns, "prompt"
         if value is None:
             raise PolymodalError(
                 f"{where}: the column `{key}` is missing.",
@@ -276,7 +290,7 @@ class RowReader:
         a = self.attr
         prompt, prompt_key = first(row, a.prompt, ("instruction", "prompt"))
         query, query_key = first(row, a.query, ("input", "query"))
-        answer, answer_key = first(row, a.response, ("output", "response"))
+        answer, answer_key = first(row, a.response, ("output", "response", "completion"))
         history, history_key = first(row, a.history, ("history",))
         for value, key, attr in ((prompt, prompt_key, "prompt"), (answer, answer_key, "response")):
             if not isinstance(value, str):
@@ -342,6 +356,36 @@ class RowReader:
 
     # -- media --------------------------------------------------------------------------------------------------
 
+    def _keep_words(
+        self, turns: list[dict], row: Mapping[str, Any], mark: str, media: int, literal: bool
+    ) -> int:
+        """Makes ordinary text of marks that stand for no medium, in place; returns how many.
+
+        Such are those of answers, when the other turns have one for each medium. Where the row has no medium: those of
+        OpenAI messages, which name media by typed parts; and those within a sentence ("the <image> element"), when no
+        other column could hold media under a name that is not known.
+        """
+
+        def count(some: list[dict]) -> int:
+            return sum(p.count(mark) for t in some for p in t["parts"] if type(p) is str)
+
+        answers = [t for t in turns if t["role"] == "assistant"]
+        if not media and count(answers) < count(turns):
+            prose = re.compile(rf"\S {mark}(?=[ .,;:?!)])")
+            within = sum(len(prose.findall(p)) for t in turns for p in t["parts"] if type(p) is str)
+            other = [v for k, v in row.items() if k not in TEXT_COLUMNS and k != self.attr.messages]
+            if not literal and (
+                within < count(turns) or any(isinstance(v, (list, dict, bytes)) for v in other)
+            ):
+                return 0
+            answers = turns
+        elif count(turns) - count(answers) != media:
+            return 0
+        kept = count(answers)
+        for turn in answers:
+            turn["parts"] = [_Literal(p) if type(p) is str and mark in p else p for p in turn["parts"]]
+        return kept
+
     def _resolve(
         self, turns: list[dict], row: Mapping[str, Any], where: str, literal: bool, plain: bool = False
     ) -> None:
@@ -360,16 +404,9 @@ class RowReader:
                         slots += part[0] == kind
                     elif isinstance(part, Media):
                         inline += part.kind == kind
-            if (
-                literal
-                and not media
-                and not any(isinstance(p, tuple) and p[0] == kind for t in turns for p in t["parts"])
-            ):
-                for turn in turns:  # OpenAI messages name media by typed parts: the mark is ordinary text
-                    turn["parts"] = [
-                        _Literal(p) if type(p) is str and mark in p else p for p in turn["parts"]
-                    ]
-                continue
+            named = any(isinstance(p, tuple) and p[0] == kind for t in turns for p in t["parts"])
+            if slots != len(media) and not inline and not named:
+                slots -= self._keep_words(turns, row, mark, len(media), literal)
             if slots != len(media):
                 if slots or inline:
                     have = f"`{key}` holds {len(media)}" if media else f"there is no `{key}`"
@@ -445,6 +482,18 @@ def _extra(row: Mapping[str, Any], where: str, speech: bool) -> dict[str, Any]:
                 "Correct the two; they are in seconds.",
             )
     return extra
+
+
+def _prompt_turns(row: Mapping[str, Any]) -> list[Any]:
+    """TRL's rows of `prompt` and `completion` as lists of turns: one conversation, whose prompt is not learned."""
+    prompt, completion = listed(row.get("prompt")), listed(row.get("completion"))
+    if not isinstance(prompt, list) or not isinstance(completion, list) or not completion:
+        return []
+    return [*({**t, "weight": 0} if _is_answer(t) else t for t in prompt), *completion]
+
+
+def _is_answer(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and turn.get("role") == "assistant"
 
 
 class _Literal(str):

@@ -7,9 +7,12 @@ are turned upright by EXIF, videos by their display matrix, transparency becomes
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import io
 import os
 import struct
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +49,8 @@ def fault(source: Any, kind: str, error: BaseException) -> PolymodalError:
     if isinstance(error, FileNotFoundError):
         return PolymodalError(
             f"the {kind} {name} does not exist.",
-            "Check the path; relative ones start from media_dir (--media-dir), or from the data file's directory.",
+            _why_missing(str(source))
+            or "Check the path; relative ones start from media_dir (--media-dir), or from the data file's directory.",
         )
     if isinstance(error, IsADirectoryError):
         return PolymodalError(f"the {kind} {name} is a directory.", "Name a file.")
@@ -65,6 +69,23 @@ def fault(source: Any, kind: str, error: BaseException) -> PolymodalError:
     return PolymodalError(
         f"the {kind} {name} cannot be read: {reason}.", "Fetch it again; it may be cut short."
     )
+
+
+def _why_missing(path: str) -> str:
+    """The mend of a path that names no file, where it can be told; else ""."""
+    if "\\" in path:
+        return "It has backslashes, as Windows writes paths: use forward slashes, and media_dir in place of a drive letter."
+    folder, name = os.path.split(path)
+    if path != path.strip() or name != name.strip() or "\n" in path:
+        return "There is a blank or a line's end at its beginning or end: remove it."
+    with contextlib.suppress(OSError):
+        there = os.listdir(folder or ".")
+        same = [n for n in there if unicodedata.normalize("NFC", n) == unicodedata.normalize("NFC", name)]
+        if same:
+            return "The file's name has the same letters with accents composed otherwise (Unicode NFC and NFD): write it as the file has it."
+        if near := difflib.get_close_matches(name, there, 1, 0.8):
+            return f"Did you mean {os.path.join(folder, near[0])}?"
+    return ""
 
 
 _PICTURE_FAULTS = (

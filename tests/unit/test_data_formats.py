@@ -228,8 +228,41 @@ def test_parts_without_a_source_take_the_rows_pictures_in_order():
 def test_the_mark_is_text_in_openai_messages_without_pictures():
     row = {"messages": turns(("user", "What does <image> mean in HTML?"), ("assistant", "Nothing."))}
     assert read(row, "openai").messages[0].content == ("What does <image> mean in HTML?",)
-    with pytest.raises(PolymodalError, match="1 <image> in the text, but there is no `images`"):
-        read(row)
+    assert read(row).messages[0].content == ("What does <image> mean in HTML?",)
+    for other in (
+        row | {"pics": ["a.png"]},
+        {"messages": turns(("user", "<image>What?"), ("assistant", "A cat."))},
+    ):
+        with pytest.raises(PolymodalError, match="1 <image> in the text, but there is no `images`"):
+            read(other)
+
+
+def test_the_mark_is_text_in_answers_when_questions_have_one_for_each_picture():
+    answer = "Intro.\n\n![figure 3](<image>)\n\nMore."
+    row = {"messages": turns(("user", "<image>Transcribe."), ("assistant", answer)), "images": ["a.jpg"]}
+    assert read(row).messages[1].content == (answer,) and read(row).media == (image("a.jpg"),)
+    drawn = {"messages": turns(("user", "Draw."), ("assistant", "<image>")), "images": ["a.jpg"]}
+    assert read(drawn).messages[1].content == (image("a.jpg"),)
+    alone = {"messages": turns(("user", "A video element?"), ("assistant", "<video></video>"))}
+    assert read(alone).messages[1].content == ("<video></video>",)
+
+
+def test_prompt_and_completion_as_turns():
+    typed = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    row = {
+        "images": ["a.jpg"],
+        "prompt": turns(("user", "Hi"), ("assistant", "Ho"), ("user", typed)),
+        "completion": turns(("assistant", "Red.")),
+    }
+    record = read(row)
+    assert record.messages[2].content == (image("a.jpg"), "What?")
+    assert [(m.role, m.weight) for m in record.messages] == [
+        ("user", None),
+        ("assistant", 0.0),
+        ("user", None),
+        ("assistant", None),
+    ]
+    assert read({"prompt": "2+2=", "completion": " 4"}).messages[1].content == (" 4",)
 
 
 def test_plain_text():

@@ -126,6 +126,19 @@ def test_bad_pictures_are_named(tmp_path):
         assert str(tmp_path / name) in error.value.message and error.value.hint
 
 
+def test_paths_of_other_systems_are_told_by_their_cause(tmp_path):
+    for name in ("caf\u00e9.png", "plain.png"):
+        (tmp_path / name).write_bytes(picture_bytes())
+    for name, words in {
+        "pictures\\plain.png": "backslashes.*forward slashes",
+        "plain.png\n": "a line's end",
+        "cafe\u0301.png": "accents composed otherwise",
+        "plan.png": "Did you mean .*plain.png",
+    }.items():
+        with pytest.raises(PolymodalError, match=words):
+            files.image(str(tmp_path / name))
+
+
 def test_a_bomb_is_refused():
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     chunks = b"".join(

@@ -336,6 +336,12 @@ def test_json_under_another_name_is_told_by_what_it_holds(tmp_path):
         bad(tmp_path, name, content, "line 1", "JSON objects over several lines", "jq -c")
 
 
+def test_half_of_a_character_is_named(tmp_path):
+    bad(tmp_path, "a.jsonl", '{"text": "a \\ud83d b"}\n', "line 1", "half of a character", at_open=False)
+    (tmp_path / "b.jsonl").write_text('{"text": "a \\ud83d\\ude00 b"}\n')
+    assert texts(corpus(tmp_path / "b.jsonl")) == ["a \U0001f600 b"]
+
+
 def test_row_that_is_not_utf8(tmp_path):
     bad(tmp_path, "a.jsonl", b'{"text": "\xff"}\n', "line 1", "UTF-8", at_open=False)
     bad(tmp_path, "a.json", b'[{"text": "a"}, {"text": "\xff"}]', "row 2", "UTF-8", at_open=False)
