@@ -1,8 +1,8 @@
 """Audio files and the sound of videos: their length from the header, and their samples at any rate.
 
-Part of the data room: sees errors and its neighbour media. Every call opens, reads and closes. Decoding is PyAV's
-(FFmpeg); what stands here is which header's word counts, the sample grid of excerpts, and what a damaged file is told by.
-Faults are PolymodalErrors that name the file; who calls adds the row.
+Part of the data room: sees errors and its neighbour media. Every call opens, reads and closes. Decoding is
+PyAV's (FFmpeg); what stands here is which header's word counts, the sample grid of excerpts, and what a
+damaged file is told by. Faults are PolymodalErrors that name the file; who calls adds the row.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ class AudioHeader:
 def audio_header(source: Source) -> AudioHeader:
     """Length of an audio file, or of a video's sound, without decoding. Raises PolymodalError.
 
-    The container's own word counts where it is one: sample tables (mp4), byte counts (wav), sample counts (flac), the
-    last page (ogg, less Opus' pre-skip), the LAME tag (mp3). Elsewhere the header only estimates from the bit rate,
-    leaves the length out, or rounds it: there packets are counted, which reads the file but decodes nothing.
+    The container's own word counts where it is one: sample tables (mp4), byte counts (wav), sample counts
+    (flac), the last page (ogg, less Opus' pre-skip), the LAME tag (mp3). Elsewhere the header only
+    estimates from the bit rate, leaves the length out, or rounds it: there packets are counted, which reads
+    the file but decodes nothing.
     """
     import av
 
@@ -73,25 +74,28 @@ def audio_header(source: Source) -> AudioHeader:
 def decode_audio(
     source: Source, header: AudioHeader, rate: int, start: float = 0.0, stop: float | None = None
 ) -> np.ndarray:
-    """Samples of start..stop seconds (default: to the end) at `rate` Hz, the mean of the channels, float32 [samples].
+    """Samples of start..stop seconds (default: to the end) at `rate` Hz, the mean of the channels, float32
+    [samples].
 
-    There are exactly round(stop * rate) - round(start * rate) of them, `header.samples(rate)` for the whole: what a
-    header and a decoder may differ in (encoders pad the last frame) is cut off or filled with silence. Values lie in
-    [-1, 1] but for overshoot of resampling. Raises PolymodalError when the file is damaged, holds a tenth of a second
-    and one percent less or more than its header says, or when start..stop does not lie in it.
+    There are exactly round(stop * rate) - round(start * rate) of them, `header.samples(rate)` for the
+    whole: what a header and a decoder may differ in (encoders pad the last frame) is cut off or filled with
+    silence. Values lie in [-1, 1] but for overshoot of resampling. Raises PolymodalError when the file is
+    damaged, holds a tenth of a second and one percent less or more than its header says, or when
+    start..stop does not lie in it.
     """
     end = header.seconds if stop is None else min(stop, header.seconds)
     slack = 0.1 + 0.01 * header.seconds
     if not 0 <= start < end or (stop is not None and stop > header.seconds + slack):
         raise PolymodalError(
-            f"{start:g} to {header.seconds if stop is None else stop:g} s does not lie in the audio {label(source)}, "
-            f"which has {header.seconds:.2f} s.",
+            f"{start:g} to {header.seconds if stop is None else stop:g} s does not lie in "
+            f"the audio {label(source)}, which has {header.seconds:.2f} s.",
             "Correct the row's start and end; they are in seconds.",
         )
     count = max(1, round(end * rate) - round(start * rate))
     if count > _MAX_SAMPLES:
         raise PolymodalError(
-            f"the audio {label(source)} has {(end - start) / 3600:.1f} hours, more than can be decoded at once.",
+            f"the audio {label(source)} has {(end - start) / 3600:.1f} hours, more than can be decoded "
+            "at once.",
             "Cut it into shorter files, or into rows with start and end in seconds.",
         )
     parts: list[np.ndarray] = []
@@ -128,9 +132,11 @@ def chunks(seconds: float, length: float = 30.0, overlap: float = 0.0) -> list[t
 
 
 def sound(source: Source, rate: int, count: int, after: float = 0.0) -> np.ndarray:
-    """`count` samples of a video's sound from `after` seconds of its first frame on, float32 [2, count] in -1..1 at `rate` a second.
+    """`count` samples of a video's sound from `after` seconds of its first frame on, float32 [2, count] in
+    -1..1 at `rate` a second.
 
-    One channel stands for both; silence fills what is missing before and after. Raises PolymodalError without a track.
+    One channel stands for both; silence fills what is missing before and after. Raises PolymodalError
+    without a track.
     """
     import av
 
@@ -169,12 +175,14 @@ def _track(container: Any, source: Source) -> Any:
 def _resampled(
     source: Source, rate: int, start: float, layout: str | None = None, jump: bool = True
 ) -> Iterator[np.ndarray]:
-    """The first audio track from `start` seconds of its beginning on: pieces float32 [channels, n] at `rate` Hz.
+    """The first audio track from `start` seconds of its beginning on: pieces float32 [channels, n] at
+    `rate` Hz.
 
-    A jump to a later place keeps the samples' grid: the resampler begins at a sample of the file that falls on a
-    sample of `rate`, so that an excerpt is the slice of the whole. It needs time stamps as fine as the samples
-    (Matroska's are milliseconds); without these all is decoded from the beginning. Channels stay as they are unless a
-    layout is asked for: FFmpeg's own mixing makes mono of two equal channels louder by 3 dB, beyond 1.
+    A jump to a later place keeps the samples' grid: the resampler begins at a sample of the file that falls
+    on a sample of `rate`, so that an excerpt is the slice of the whole. It needs time stamps as fine as the
+    samples (Matroska's are milliseconds); without these all is decoded from the beginning. Channels stay as
+    they are unless a layout is asked for: FFmpeg's own mixing makes mono of two equal channels louder by 3
+    dB, beyond 1.
     """
     import av
 
@@ -230,7 +238,8 @@ def _without_first(frame: Any, count: int) -> Any:
 
 
 def _check_riff(source: Source) -> None:
-    """Raises PolymodalError when a wav file is shorter than its header says: decoders take what is there in silence.
+    """Raises PolymodalError when a wav file is shorter than its header says: decoders take what is there in
+    silence.
 
     Sizes of 0 and of the largest numbers are those of programs that wrote to a pipe and could not know.
     """
@@ -243,7 +252,8 @@ def _check_riff(source: Source) -> None:
             if head[:4] == b"data":
                 if 0 < size < 0xFFFFFF00 and size > end - at:
                     raise PolymodalError(
-                        f"the audio {label(source)} is cut short: {end - at} of {size} bytes of sound are there.",
+                        f"the audio {label(source)} is cut short: {end - at} of {size} bytes of sound are "
+                        "there.",
                         "Fetch it again.",
                     )
                 return

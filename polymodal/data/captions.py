@@ -1,9 +1,11 @@
-"""Rows of what is to be generated: a picture or a clip and what it shows; and the lists that name folders of them.
+"""Rows of what is to be generated: a picture or a clip and what it shows; and the lists that name folders
+of them.
 
-Part of the data room: sees errors, recipe, references and sample. The documented rows are {path, cap, num_frames, fps,
-resolution}; the captions that others use are known by their names. A row becomes a Record whose user says the first
-caption and whose assistant answers with the medium; all captions are in `extra["captions"]`. What the medium is to be
-made from (a source, its mask, pictures to refer to) the user shows before the caption; `extra["given"]` says which is which.
+Part of the data room: sees errors, recipe, references and sample. The documented rows are {path, cap,
+num_frames, fps, resolution}; the captions that others use are known by their names. A row becomes a Record
+whose user says the first caption and whose assistant answers with the medium; all captions are in
+`extra["captions"]`. What the medium is to be made from (a source, its mask, pictures to refer to) the user
+shows before the caption; `extra["given"]` says which is which.
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ GIVEN = {
     "mask": ("src_video_mask", "src_mask"),
     "references": ("src_ref_images", "ref_images"),
 }
-"""Roles of what a medium is made from, and the columns that name it. Only `references` may be several pictures."""
+"""Roles of what a medium is made from, and the columns that name it. Only `references` may be several
+pictures."""
 TAKEN = {"cut": 2, "crop": 4}
-"""What of a medium a row takes: cut = [first frame, frame after the last], crop = [left, right, top, bottom] in pixels of
-the file, right and bottom excluded: the fields of Open-Sora Plan's lists."""
+"""What of a medium a row takes: cut = [first frame, frame after the last], crop = [left, right, top,
+bottom] in pixels of the file, right and bottom excluded: the fields of Open-Sora Plan's lists."""
 CAPTIONS = ("cap", "caption", "captions", "text", "prompt")
 
 
@@ -66,7 +69,8 @@ def caption_record(row: Mapping[str, Any], where: str, attr: Attr, references: R
     if not captions or not all(isinstance(c, str) and c.strip() for c in captions):
         raise PolymodalError(
             f"{where}: the row has no caption (looked for {', '.join(CAPTIONS)}).",
-            "Write one as `cap`, or a list of several; name another column in data.attr.prompt. For a file in a directory: in a .txt of its name beside it, or one for all as `caption`.",
+            "Write one as `cap`, or a list of several; name another column in data.attr.prompt. For a file in a "
+            "directory: in a .txt of its name beside it, or one for all as `caption`.",
         )
     media_columns = {*MEDIA, attr.videos, attr.images, *(name for names in GIVEN.values() for name in names)}
     extra = {
@@ -145,10 +149,11 @@ def _kind(value: Any, key: str, where: str) -> Any:
 
 
 class Folder(Rows):
-    """The media in a directory and below, as rows {path, cap}, of audio {audio, text}; hidden files are passed over.
+    """The media in a directory and below, as rows {path, cap}, of audio {audio, text}; hidden files are
+    passed over.
 
-    The text is that of the .txt or .caption of the same name beside the medium; without one it is left out. texts: of
-    how many media there is one.
+    The text is that of the .txt or .caption of the same name beside the medium; without one it is left out.
+    texts: of how many media there is one.
     """
 
     unit = "file"
@@ -227,7 +232,8 @@ class Captioned(Rows):
 def listing(path: str) -> list[tuple[str, str]]:
     """Lines `folder,annotation file` of a text file -> (annotation file, folder).
 
-    Paths start from the working directory, or from the text file's own where they are there. Raises PolymodalError.
+    Paths start from the working directory, or from the text file's own where they are there. Raises
+    PolymodalError.
     """
     found = []
     try:

@@ -1,8 +1,8 @@
 """Data files as lists of rows: json, jsonl, csv, tsv, parquet, webdataset tar; any row by its number.
 
-Part of the data room: sees errors only. Opening scans a file once for the place of every row and for the content
-hash; afterwards a row is read by its offset, so that memory does not grow with the file. File handles are opened
-by the process that uses them, so that a `Rows` travels to workers by pickle.
+Part of the data room: sees errors only. Opening scans a file once for the place of every row and for the
+content hash; afterwards a row is read by its offset, so that memory does not grow with the file. File
+handles are opened by the process that uses them, so that a `Rows` travels to workers by pickle.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ AUDIO = frozenset({"wav", "flac", "mp3", "ogg", "m4a", "opus", "aac", "oga", "wm
 
 
 class Rows:
-    """Rows of one file. `path` is as the user gave it; `fingerprint` is a hash of content, whatever the path."""
+    """Rows of one file. `path` is as the user gave it; `fingerprint` is a hash of content, whatever the
+    path."""
 
     unit = "row"
 
@@ -81,7 +82,8 @@ class Rows:
                 json.dumps(row, ensure_ascii=False).encode()
             except UnicodeEncodeError as error:
                 raise PolymodalError(
-                    f"{self.where(i)}: the text holds half of a character, {error.object[error.start]!r} (an unpaired surrogate).",
+                    f"{self.where(i)}: the text holds half of a character, the unpaired surrogate "
+                    f"{error.object[error.start]!r}.",
                     "Remove it: text was cut inside an emoji or another character of two halves.",
                 ) from None
         if not isinstance(row, dict):
@@ -148,8 +150,9 @@ class JsonLines(Spans):
 class JsonArray(Spans):
     """A JSON list of objects, scanned once in pieces and then read row by row.
 
-    The scan lets Python's own decoder find where each row ends. It reads bytes as Latin-1, one character a byte, so
-    that places are byte offsets; JSON's marks are ASCII, and in UTF-8 no other character holds such a byte.
+    The scan lets Python's own decoder find where each row ends. It reads bytes as Latin-1, one character a
+    byte, so that places are byte offsets; JSON's marks are ASCII, and in UTF-8 no other character holds
+    such a byte.
     """
 
     def __init__(self, path: str):
@@ -225,7 +228,8 @@ class JsonArray(Spans):
 
 
 class Delimited(Rows):
-    """csv or tsv with a header line; quoted fields may hold line breaks. Every value is text, an empty one is None."""
+    """csv or tsv with a header line; quoted fields may hold line breaks. Every value is text, an empty one
+    is None."""
 
     unit = "line"
 
@@ -347,9 +351,10 @@ class Parquet(Rows):
 class Tar(Rows):
     """A webdataset shard: members with the same stem (up to the first dot of the name) make one row.
 
-    json gives the row's columns, txt the column `text`, cls the column `cls`; pictures, videos and sounds come as
-    bytes under `__media__`, each with its member name; `__key__` is the stem. The fingerprint covers all headers, all
-    text members and the first 4 KiB of every medium (its own header): a shard is not read whole to be opened.
+    json gives the row's columns, txt the column `text`, cls the column `cls`; pictures, videos and sounds
+    come as bytes under `__media__`, each with its member name; `__key__` is the stem. The fingerprint
+    covers all headers, all text members and the first 4 KiB of every medium (its own header): a shard is
+    not read whole to be opened.
     """
 
     def __init__(self, path: str):
@@ -472,7 +477,8 @@ OPENERS = {
 
 
 def open_rows(path: str) -> Rows:
-    """The rows of one file, by its ending. Raises PolymodalError when it is of no known kind or cannot be read."""
+    """The rows of one file, by its ending. Raises PolymodalError when it is of no known kind or cannot be
+    read."""
     ending = os.path.splitext(path)[1].lower()
     if ending not in OPENERS:
         hint = (

@@ -1,9 +1,11 @@
-"""How a row becomes a Record: MLLM JSON, ShareGPT, LLaVA, Alpaca, OpenAI messages, speech with its text, plain text.
+"""How a row becomes a Record: MLLM JSON, ShareGPT, LLaVA, Alpaca, OpenAI messages, speech with its text,
+plain text.
 
-Part of the data room: sees errors, recipe and core/sample.py; opens no file. All chat formats are one reader, for
-they differ in names only: `<image>`, `<video>`, `<audio>` in a text stand for the next entry of the row's list of
-that kind, and their number must equal the list's length; when a row has media and not one placeholder of that
-kind, the media go to the start of the first user turn. Typed parts ({"type": "image", ...}) carry their own medium.
+Part of the data room: sees errors, recipe and core/sample.py; opens no file. All chat formats are one
+reader, for they differ in names only: `<image>`, `<video>`, `<audio>` in a text stand for the next entry of
+the row's list of that kind, and their number must equal the list's length; when a row has media and not one
+placeholder of that kind, the media go to the start of the first user turn. Typed parts ({"type": "image",
+...}) carry their own medium.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ ROLES = {
 class RowReader:
     """Rows of one file -> Records. Picklable.
 
-    attr: the field names of this dataset. Relative media paths start from media_dir; without one, from the file's
-    directory, or from the working directory where that has the medium's directory and the former has not.
+    attr: the field names of this dataset. Relative media paths start from media_dir; without one, from the
+    file's directory, or from the working directory where that has the medium's directory and the former has
+    not.
     """
 
     def __init__(self, format: str, attr: Attr, path: str, media_dir: str | None):
@@ -123,7 +126,8 @@ class RowReader:
         columns = ", ".join(k for k in row if not k.startswith("__")) or "none"
         raise PolymodalError(
             f"{where}: no known format has these columns: {columns}.",
-            "Expected messages or conversations, instruction and output, text, audio with its text, or a picture's or clip's path with its caption (cap); else name yours in data.attr (for example data.attr.messages=dialog).",
+            "Expected messages or conversations, instruction and output, text, audio with its text, or a picture's "
+            "or clip's path with its caption (cap); else name yours in data.attr (for example data.attr.messages=dialog).",
         )
 
     # -- conversations ------------------------------------------------------------------------------------------
@@ -323,7 +327,7 @@ class RowReader:
         return turns
 
     def _speech(self, row: Mapping[str, Any]) -> tuple[Any, str]:
-        """The row's audio and its column; `file_name` (the hub's audio folders) only where it names a sound."""
+        """The row's audio and its column; `file_name` (the hub's audio folders) where it names a sound."""
         value, key = first(row, self.attr.audios, ("audio", "audios", "audio_filepath", "file_name"))
         members = row_members(row, "audio")
         if members:
@@ -347,7 +351,8 @@ class RowReader:
         text, text_key = first(row, self.attr.response, TRANSCRIPTS)
         if not isinstance(text, str):
             raise PolymodalError(
-                f"{where}: the column `{text_key}` of the transcription is {'missing' if text is None else 'no text'}.",
+                f"{where}: the column `{text_key}` of the transcription is "
+                f"{'missing' if text is None else 'no text'}.",
                 "Name the column in data.attr.response.",
             )
         medium = self.references.medium("audio", value, where, key)
@@ -361,9 +366,9 @@ class RowReader:
     ) -> int:
         """Makes ordinary text of marks that stand for no medium, in place; returns how many.
 
-        Such are those of answers, when the other turns have one for each medium. Where the row has no medium: those of
-        OpenAI messages, which name media by typed parts; and those within a sentence ("the <image> element"), when no
-        other column could hold media under a name that is not known.
+        Such are those of answers, when the other turns have one for each medium. Where the row has no medium:
+        those of OpenAI messages, which name media by typed parts; and those within a sentence ("the <image>
+        element"), when no other column could hold media under a name that is not known.
         """
 
         def count(some: list[dict]) -> int:
@@ -453,7 +458,8 @@ class RowReader:
 
 
 def _extra(row: Mapping[str, Any], where: str, speech: bool) -> dict[str, Any]:
-    """Columns that are not trained on (id, language, task...); speech: `start` and `end` as seconds (NeMo: `offset`)."""
+    """Columns that are not trained on (id, task...); speech: `start` and `end` as seconds (NeMo:
+    `offset`)."""
     extra = {
         k: v
         for k, v in row.items()
@@ -485,7 +491,7 @@ def _extra(row: Mapping[str, Any], where: str, speech: bool) -> dict[str, Any]:
 
 
 def _prompt_turns(row: Mapping[str, Any]) -> list[Any]:
-    """TRL's rows of `prompt` and `completion` as lists of turns: one conversation, whose prompt is not learned."""
+    """TRL's `prompt` and `completion` as lists of turns: one conversation; the prompt is not learned."""
     prompt, completion = listed(row.get("prompt")), listed(row.get("completion"))
     if not isinstance(prompt, list) or not isinstance(completion, list) or not completion:
         return []

@@ -1,8 +1,8 @@
 """Pictures and videos: their size from the header alone, and their pixels. Audio: data/audio.py.
 
-Part of the data room: sees errors, recipe and core/sample.py. Every call opens, reads and closes, so that a worker
-holds no decoder between samples. Faults are PolymodalErrors that name the file; who calls adds the row. Pictures
-are turned upright by EXIF, videos by their display matrix, transparency becomes white.
+Part of the data room: sees errors, recipe and core/sample.py. Every call opens, reads and closes, so that a
+worker holds no decoder between samples. Faults are PolymodalErrors that name the file; who calls adds the
+row. Pictures are turned upright by EXIF, videos by their display matrix, transparency becomes white.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def fault(source: Any, kind: str, error: BaseException) -> PolymodalError:
         return PolymodalError(
             f"the {kind} {name} does not exist.",
             _why_missing(str(source))
-            or "Check the path; relative ones start from media_dir (--media-dir), or from the data file's directory.",
+            or "Check the path; relative ones start from media_dir (--media-dir), or from the data file's "
+            "directory.",
         )
     if isinstance(error, IsADirectoryError):
         return PolymodalError(f"the {kind} {name} is a directory.", "Name a file.")
@@ -74,7 +75,7 @@ def fault(source: Any, kind: str, error: BaseException) -> PolymodalError:
 def _why_missing(path: str) -> str:
     """The mend of a path that names no file, where it can be told; else ""."""
     if "\\" in path:
-        return "It has backslashes, as Windows writes paths: use forward slashes, and media_dir in place of a drive letter."
+        return "It has backslashes, as Windows writes paths: use forward slashes (and media_dir for a drive)."
     folder, name = os.path.split(path)
     if path != path.strip() or name != name.strip() or "\n" in path:
         return "There is a blank or a line's end at its beginning or end: remove it."
@@ -82,7 +83,10 @@ def _why_missing(path: str) -> str:
         there = os.listdir(folder or ".")
         same = [n for n in there if unicodedata.normalize("NFC", n) == unicodedata.normalize("NFC", name)]
         if same:
-            return "The file's name has the same letters with accents composed otherwise (Unicode NFC and NFD): write it as the file has it."
+            return (
+                "A file's name has the same letters with accents composed otherwise (Unicode NFC and NFD): "
+                "write it as the file has it."
+            )
         if near := difflib.get_close_matches(name, there, 1, 0.8):
             return f"Did you mean {os.path.join(folder, near[0])}?"
     return ""
@@ -129,7 +133,8 @@ def image_size(source: Source) -> tuple[int, int]:
 
 
 def _jpeg_size(source: Source) -> tuple[int, int] | None:
-    """(height, width) of a plain JPEG, three times faster than Pillow; None for all else, and when it has EXIF."""
+    """(height, width) of a plain JPEG, three times faster than Pillow; None for all else, and when it has
+    EXIF."""
     if isinstance(source, bytes):
         data = source[:_HEAD]
     else:
@@ -209,11 +214,12 @@ class Clip:
 
 
 def clip(header: VideoHeader, video: Video, multiple: int = 2) -> Clip:
-    """Frames at video.fps between min_frames and max_frames, evenly spread, their number a multiple of `multiple`.
+    """Frames at video.fps between min_frames and max_frames, evenly spread, their number a multiple of
+    `multiple`.
 
-    The rule of qwen-vl-utils (smart_nframes): n = total / fps * target, at least min, at most max and total, rounded
-    down; first and last frame included. A list of frame images counts as sampled at video.fps and is thinned only
-    above max_frames.
+    The rule of qwen-vl-utils (smart_nframes): n = total / fps * target, at least min, at most max and
+    total, rounded down; first and last frame included. A list of frame images counts as sampled at
+    video.fps and is thinned only above max_frames.
     """
     most = max(multiple, video.max_frames // multiple * multiple)
     if header.listed:
@@ -271,8 +277,9 @@ def video(
 ) -> np.ndarray:
     """Frames with these numbers (ascending), upright, uint8 [F, H, W, 3].
 
-    size: (height, width) that frames of a container are scaled to as they are decoded, bicubic. Jumps to key frames over long gaps. Raises PolymodalError when the video is damaged, or ends more than a twentieth
-    before its header says.
+    size: (height, width) that frames of a container are scaled to as they are decoded, bicubic. Jumps to
+    key frames over long gaps. Raises PolymodalError when the video is damaged, or ends more than a
+    twentieth before its header says.
     """
     if isinstance(source, tuple):
         pictures = [np.asarray(image(source[i])) for i in indices]
@@ -370,7 +377,8 @@ def _pixels(frame: Any, size: tuple[int, int] | None = None) -> np.ndarray:
 
 
 def _sideways(source: Source) -> bool:
-    """Whether an mp4 or mov is shown turned by a quarter: the matrix of its video track's header (ISO 14496-12)."""
+    """Whether an mp4 or mov is shown turned by a quarter: the matrix of its video track's header (ISO
+    14496-12)."""
     with open(source, "rb") if isinstance(source, str) else io.BytesIO(source) as file:
         if file.read(12)[4:8] != b"ftyp":
             return False

@@ -1,6 +1,7 @@
 """The media that a row names: paths, bytes, data: URLs, members of a tar, lists of frame images.
 
-Part of the data room: sees errors, recipe and core/sample.py. It decides where relative paths start; it opens nothing.
+Part of the data room: sees errors, recipe and core/sample.py. It decides where relative paths start; it
+opens nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ BASE64 = re.compile(
     r"|[A-Za-z0-9+/\s]{1024,}={0,2}\s*",
     re.DOTALL,
 )
-"""Base64 without a prefix: by the first letters of JPEG, PNG, GIF, RIFF, BMP, Ogg, FLAC, ID3, MP4; or longer than a path."""
+"""Base64 without a prefix: by the first letters of JPEG, PNG, GIF, RIFF, BMP, Ogg, FLAC, ID3, MP4; or
+longer than a path."""
 TYPES = {"image": "png", "video": "mp4", "audio": "wav"}
 Kind = Literal["image", "video", "audio"]
 KINDS: tuple[Kind, ...] = ("image", "video", "audio")
@@ -40,8 +42,8 @@ KINDS: tuple[Kind, ...] = ("image", "video", "audio")
 class References:
     """Media of the rows of one file. Picklable.
 
-    Relative paths start from media_dir; without one, from the file's directory, or from the working directory where
-    that has the medium's directory and the former has not.
+    Relative paths start from media_dir; without one, from the file's directory, or from the working
+    directory where that has the medium's directory and the former has not.
     """
 
     def __init__(self, attr: Attr, path: str, media_dir: str | None):
@@ -68,7 +70,8 @@ class References:
         return out, key
 
     def medium(self, kind: Kind, source: Any, where: str, at: str) -> Media:
-        """One entry: a path, bytes, a data: URL, an object that holds one of them, or a video's list of frames."""
+        """One entry: a path, bytes, a data: URL, an object that holds one of them, or a video's list of
+        frames."""
         if isinstance(source, Mapping):
             if kind == "audio" and source.get("array") is not None:
                 return Media(kind, _wav(source, where, at))
@@ -102,7 +105,8 @@ class References:
                     ) from None
             if len(source) > 4096:
                 raise PolymodalError(
-                    f"{where}: `{at}` is neither a path nor base64: {len(source)} characters, from {source[:40]!r}.",
+                    f"{where}: `{at}` is neither a path nor base64: {len(source)} characters, "
+                    f"from {source[:40]!r}.",
                     f"Give a path, or data:{kind}/{TYPES[kind]};base64,...",
                 )
             return Media(kind, self.path(source, where, at))
@@ -146,7 +150,8 @@ def row_members(row: Mapping[str, Any], kind: str) -> dict[str, bytes]:
 
 
 def member_named(members: Mapping[str, bytes], name: Any) -> bytes | None:
-    """The one member that a row's entry names, by its path in the tar or by its file name; None without one."""
+    """The one member that a row's entry names, by its path in the tar or by its file name; None without
+    one."""
     if not members or not isinstance(name, str):
         return None
     last = os.path.basename(name)
@@ -155,7 +160,8 @@ def member_named(members: Mapping[str, bytes], name: Any) -> bytes | None:
 
 
 def _wav(source: Mapping[str, Any], where: str, at: str) -> bytes:
-    """Decoded audio {array [samples] or [samples, channels], sampling_rate} as the bytes of a float32 wav file."""
+    """Decoded audio {array [samples] or [samples, channels], sampling_rate} as the bytes of a float32 wav
+    file."""
     rate = source.get("sampling_rate")
     try:
         values = np.asarray(source["array"], np.float32)

@@ -101,8 +101,10 @@ def expand(path: str, key: str = "data.datasets.path") -> list[str]:
         found = sorted(os.path.join(text, f) for f in os.listdir(text) if _is_data(f))
         if not found:
             raise PolymodalError(
-                f"{key} = {path}: the directory holds no data file ({', '.join(OPENERS)}), and no media with a .txt of the same name beside.",
-                f"Name a file, or a glob such as {os.path.join(path, '**', '*.jsonl')}; write what a medium shows or says beside it, or one caption for all as `caption`.",
+                f"{key} = {path}: the directory holds no data file ({', '.join(OPENERS)}), "
+                "and no media with a .txt of the same name beside.",
+                f"Name a file, or a glob such as {os.path.join(path, '**', '*.jsonl')}; "
+                "write what a medium shows or says beside it, or one caption for all as `caption`.",
             )
         return found
     if os.path.exists(text):
@@ -173,7 +175,8 @@ def check_path(dataset: Dataset, key: str) -> None:
         expand(dataset.path, key)
     elif not len(folder):
         raise PolymodalError(
-            f"{key} = {dataset.path}: the directory holds neither data files nor pictures, clips or recordings.",
+            f"{key} = {dataset.path}: the directory holds neither data files nor pictures, clips or "
+            "recordings.",
             "Check the path.",
         )
 
