@@ -9,7 +9,19 @@ from typing import Annotated
 
 import typer
 
-from polymodal.cli.app import AsJson, Base, Ema, Other, Overrides, Processes, RecipeFile, app, command, spread
+from polymodal.cli.app import (
+    AsJson,
+    Base,
+    Ema,
+    Other,
+    Overrides,
+    Processes,
+    RecipeFile,
+    app,
+    command,
+    one_of,
+    spread,
+)
 
 # One line an option reads best.
 # fmt: off
@@ -77,12 +89,16 @@ def export(
     ema: Ema = False,
     base: Base = None,
     other: Other = None,
+    format: Annotated[str, typer.Option(help="source (as the base's files) or transformers.")] = "source",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing directory.")] = False,
 ) -> int:
     """Write a run as a hub checkpoint, and prove that the library opens it with the same outputs."""
     from polymodal.train import export as room
 
-    return room.run(source, directory, merge_lora=merge_lora, dtype=dtype, ema=ema, base=base, other=other, force=force)
+    one_of("--format", format, ("source", "transformers"))
+    return room.run(
+        source, directory, merge_lora=merge_lora, dtype=dtype, ema=ema, base=base, other=other, layout=format, force=force
+    )
 
 
 @command(app, "polymodal profile runs/mine --steps 3 --ranks 0,1", panel="Train")

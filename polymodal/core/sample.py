@@ -15,7 +15,7 @@ from torch import Tensor
 IGNORE = -100
 """Label of a token without loss."""
 
-Axis = Literal["batch", "sequence", "patch", "frame", "codebook", "none"]
+Axis = Literal["batch", "sequence", "patch", "tile", "frame", "codebook", "none"]
 
 
 @dataclass(frozen=True)

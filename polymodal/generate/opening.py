@@ -270,10 +270,8 @@ def processor_of(
     latter case the recipe's limits have no place in its files and the checkpoint's stay, with a warning.
     Raises PolymodalError when the processor's files are missing.
     """
-    from transformers import AutoProcessor
-
     try:
-        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=trust)
+        processor = catalog.reader(directory).read_processor(Path(directory), trust)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise PolymodalError(
@@ -284,7 +282,8 @@ def processor_of(
         return processor
     image = getattr(processor, "image_processor", None)
     video = getattr(processor, "video_processor", None)
-    for part, limits in ((image, data.image), (video, data.video)):
+    done = family is not None and family.limit_media(processor, data)
+    for part, limits in () if done else ((image, data.image), (video, data.video)):
         if part is None or (limits.min_pixels is None and limits.max_pixels is None):
             continue
         if part is video and family is not None and _by_volume(family):
@@ -324,17 +323,20 @@ def _by_volume(family: Family) -> bool:
 def load_hub(directory: Path, dtype: str | torch.dtype = "auto", trust: bool = False) -> nn.Module:
     """A hub checkpoint by the library's from_pretrained, on the CPU. Raises PolymodalError when keys are missing."""
     import transformers
-    from transformers import AutoConfig
 
     bars = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
     shown = transformers.utils.logging.is_progress_bar_enabled()
     if not bars:
         transformers.utils.logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
+        reader = catalog.reader(directory)
+        config = reader.read_config(directory, trust)
         names = [n for n in (config.architectures or ()) if hasattr(transformers, n)]
         auto: Any = getattr(transformers, names[0]) if names else transformers.AutoModelForImageTextToText
-        model, info = auto.from_pretrained(directory, config=config, dtype=dtype, output_loading_info=True)
+        with library.named_by(config.model_type, reader.tensor_names(directory)):
+            model, info = auto.from_pretrained(
+                directory, config=config, dtype=dtype, output_loading_info=True
+            )
     except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         reason = " ".join(str(error).strip().split("\n")[:1])[:300]
         raise PolymodalError(

@@ -53,8 +53,11 @@ def _names() -> dict[str, tuple[ModelCard, str | None]]:
             names.setdefault(_plain(alias), (card, None))
         for key, size in card.sizes.items():
             short = size.hub.rpartition("/")[2]
+            version, _, rest = key.partition("-")
             for alias in (card.name, *card.aliases):
                 names.setdefault(_plain(f"{alias}-{key}"), (card, key))
+                if rest and alias.endswith(version):  # internvl3 of size 3-8b
+                    names.setdefault(_plain(f"{alias}-{rest}"), (card, key))
             for hub in (size.hub, short, re.sub("-instruct$", "", short, flags=re.I)):
                 names.setdefault(_plain(hub), (card, key))
     return names
@@ -108,6 +111,25 @@ def _claims(card: ModelCard, directory: Path) -> bool:
     index = directory / "model_index.json"
     claims = getattr(card.family, "claims", None)
     return claims is None or not index.is_file() or bool(claims(_read(index)))
+
+
+def reader(directory: str | os.PathLike) -> type[Family]:
+    """Who knows what lies in a checkpoint's directory: the family of its card; Family itself without a
+    card."""
+    if not (Path(directory) / "config.json").is_file():
+        return Family
+    wanted = set(_architectures(Path(directory)))
+    return next((card.family for card in cards().values() if wanted & set(card.architectures)), Family)
+
+
+def read_config(directory: Path, trust: bool = False) -> Any:
+    """The library's config of a checkpoint of transformers, its card's changes made. Raises
+    PolymodalError."""
+    try:
+        return reader(directory).read_config(directory, trust)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PolymodalError(f"{directory / 'config.json'} cannot be used: {reason}") from None
 
 
 def _is_path(source: str) -> bool:
@@ -337,20 +359,13 @@ def family(model: Model) -> Family:
 
     Raises PolymodalError for everything `resolve` and `find` refuse and for overrides that do not fit the config.
     """
-    from transformers import AutoConfig
-
     directory = resolve(
         model.source, model.revision, weights=model.init == "pretrained", key="model.source = "
     )
     card = find(directory)
     if card.kind == "generation":
         return _pipeline_family(card, directory, model)
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PolymodalError(
-            f"{directory / 'config.json'} cannot be used: {str(error).strip().splitlines()[0]}"
-        ) from None
+    config = read_config(directory, model.trust_remote_code)
     if model.init == "pretrained" and card.embedding and "tie_word_embeddings" not in model.config:
         library.settle_ties(config, directory, card.head, card.embedding)
     made = card.family(card, override(config, model.config), str(directory))

@@ -5,7 +5,9 @@ A model's own file holds one ModelCard of facts (card.py) and, where a fact is n
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +16,14 @@ from torch import Tensor, nn
 from polymodal.core.sample import Batch, MediaProcessor, MediaStream, SampleLengths
 from polymodal.models import partial
 from polymodal.models.card import Components, ModelCard, Output
+
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 
 
 class Family:
@@ -27,6 +37,55 @@ class Family:
         self.card = card
         self.config = config
         self.source = source
+
+    # What lies in a checkpoint's directory, where the library cannot tell
+
+    @classmethod
+    def read_config(cls, directory: Path, trust: bool = False) -> Any:
+        """The library's config of a checkpoint. Whether embeddings are tied is what the language model's part
+        says, if the whole does not: some config classes would take it for granted. Raises OSError,
+        ValueError, KeyError."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
+        written = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        if "tie_word_embeddings" not in written and isinstance(written.get("text_config"), dict):
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings
+        return config
+
+    @classmethod
+    def write_config(cls, config: Any, origin: Path, directory: Path) -> None:
+        """config.json in the layout of the source `origin`."""
+        config.save_pretrained(str(directory))
+
+    @classmethod
+    def read_processor(cls, directory: Path, trust: bool = False) -> Any:
+        """The library's processor of a checkpoint, or its tokenizer. Raises OSError, ValueError, KeyError,
+        TypeError."""
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(directory, trust_remote_code=trust)
+
+    @classmethod
+    def write_processor(cls, processor: Any, directory: Path) -> None:
+        """The library's processor into a checkpoint's directory, in its layout, in place of what is there."""
+        for name in PROCESSOR_FILES:
+            (directory / name).unlink(missing_ok=True)
+        processor.save_pretrained(str(directory))
+
+    @classmethod
+    def tensor_names(cls, directory: Path) -> list[Any] | None:
+        """Of files whose layout the library does not know: the rules (its WeightRenaming and WeightConverter)
+        that make its parameters of them, and can be reverted; in place of its own rules of this model. None:
+        it knows."""
+        return None
+
+    def limit_media(self, processor: Any, data: Any) -> bool:
+        """Put the recipe's pixel limits into the library's processor. False: they are its smallest and
+        largest size, as shortest_edge and longest_edge."""
+        return False
+
+    # The model
 
     def build(self) -> Components:
         """The model on the meta device, parameters float32, attention set to the house's own."""

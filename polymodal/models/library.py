@@ -152,10 +152,31 @@ def _own_classes(model: nn.Module) -> Iterator[None]:
             module.__class__ = cls
 
 
-def layout(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Layout:
+@contextmanager
+def named_by(model_type: str, rules: list[Any] | None) -> Iterator[None]:
+    """Inside, the library reads and writes files of a model type by these rules (Family.tensor_names); None:
+    its own."""
+    if rules is None:
+        yield
+        return
+    from transformers import conversion_mapping as registry
+
+    own = registry.get_checkpoint_conversion_mapping(model_type)
+    registry.register_checkpoint_conversion_mapping(model_type, rules, overwrite=True)
+    try:
+        yield
+    finally:
+        if own is None:
+            registry._checkpoint_conversion_mapping_cache.pop(model_type)
+        else:
+            registry.register_checkpoint_conversion_mapping(model_type, own, overwrite=True)
+
+
+def layout(model: nn.Module, shapes: Mapping[str, Sequence[int]], rules: list[Any] | None = None) -> Layout:
     """Map file keys (with their whole shapes) to a model's parameters by the library's registry of conversions.
 
-    Raises PolymodalError when the tensors of one parameter do not fit together.
+    rules: in place of the library's own of this model (Family.tensor_names). Raises PolymodalError when the
+        tensors of one parameter do not fit together.
     """
     from transformers import PreTrainedModel
 
@@ -173,7 +194,7 @@ def layout(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Layout:
         rename_source_key,
     )
 
-    with _own_classes(model):
+    with _own_classes(model), named_by(model.config.model_type, rules):
         conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -225,15 +246,20 @@ def _convert(
     return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
 
 
-def reverted(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """File key -> tensor for some parameters of a model, as the library itself would save them. Meta tensors will do."""
+def reverted(
+    model: nn.Module, state: Mapping[str, Tensor], rules: list[Any] | None = None
+) -> dict[str, Tensor]:
+    """File key -> tensor for some parameters of a model, as the library itself would save them. Meta tensors
+    will do.
+
+    rules: as in `layout`."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         return dict(state)
     from transformers.core_model_loading import revert_weight_conversion
 
-    with _own_classes(model):
+    with _own_classes(model), named_by(model.config.model_type, rules):
         return revert_weight_conversion(model, dict(state))
 
 
@@ -301,10 +327,10 @@ def beyond(model: nn.Module, name: str) -> bool:
     return False
 
 
-def overridden(model: nn.Module, directory: Path) -> bool:
-    """Whether the model's config differs from the one beside the checkpoint."""
+def overridden(model: nn.Module, written: Any) -> bool:
+    """Whether the model's config differs from the one that was read from the checkpoint."""
     config: Any = getattr(model, "config", None)
-    if config is None or not (directory / "config.json").is_file():
+    if config is None or written is None:
         return False
     volatile = ("dtype", "torch_dtype", "transformers_version", "architectures", "_name_or_path", "use_cache")
 
@@ -315,4 +341,4 @@ def overridden(model: nn.Module, directory: Path) -> bool:
             else values
         )
 
-    return kept(type(config).from_pretrained(str(directory)).to_dict()) != kept(config.to_dict())
+    return kept(written.to_dict()) != kept(config.to_dict())

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.text import nearest
-from polymodal.models import library
+from polymodal.models import catalog, library
 from polymodal.models.library import Layout, plain
 from polymodal.models.slices import Piece
 from polymodal.models.storage import Files, write_file
@@ -144,15 +144,18 @@ def _copy_files(origin: Path, directory: Path) -> None:
 
 
 def _file_layout(
-    model: nn.Module, origin: Path | None
+    model: nn.Module, origin: Path | None, rules: list[Any] | None
 ) -> tuple[Layout, dict[str, tuple[int, ...]], dict[str, str]]:
-    """(layout, shape of each file key, dtype of the keys that the source has): the source's, else the library's."""
+    """(layout, shape of each file key, dtype of the keys that the source has): the source's, else the library's.
+
+    rules: of the source's layout (Family.tensor_names).
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
     if origin is not None and any(origin.glob("*.safetensors")):
         files = Files(origin)
         shapes, dtypes = files.shapes, files.dtypes
-    plan = library.layout(model, shapes)
+    plan = library.layout(model, shapes, rules)
     wanted = library.targets(model)
     fits = {n: s for n, s in plan.entries.items() if s.complete and tuple(s.shape) == tuple(wanted[n].shape)}
     computed = [
@@ -164,8 +167,9 @@ def _file_layout(
         for tensor, names in library.aliases(model)
         if not have & set(names)
     }
-    made = {key: tuple(tensor.shape) for key, tensor in library.reverted(model, rest).items()} if rest else {}
-    more = library.layout(model, made)
+    fresh = library.reverted(model, rest, rules) if rest else {}
+    made = {key: tuple(tensor.shape) for key, tensor in fresh.items()}
+    more = library.layout(model, made, rules)
     shapes = {key: shapes[key] for stored in fits.values() for key in stored.keys} | made
     return Layout({**fits, **more.entries}, computed + more.computed), shapes, dtypes
 
@@ -180,6 +184,7 @@ class Output:
     dtype: torch.dtype
     pieces: list[tuple[str, Piece]] = field(default_factory=list)
     converted: dict[str, str] = field(default_factory=dict)
+    rules: list[Any] | None = None  # Family.tensor_names of the layout
 
     @property
     def nbytes(self) -> int:
@@ -198,7 +203,8 @@ def outputs(model: nn.Module, origin: Path | None, dtype: torch.dtype | None) ->
     origin: the checkpoint whose keys and layout are taken, and what it alone keeps in float32; None: the
     library's.
     """
-    plan, shapes, stored_as = _file_layout(model, origin)
+    rules = None if origin is None else catalog.reader(origin).tensor_names(origin)
+    plan, shapes, stored_as = _file_layout(model, origin, rules)
     common = Counter(stored_as.values()).most_common(1)
     usual = common[0][0] if common else None
 
@@ -229,8 +235,9 @@ def outputs(model: nn.Module, origin: Path | None, dtype: torch.dtype | None) ->
                     n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, (_, t) in group.items()
                 }
                 parts = {other: first for other, (first, _) in group.items()}
-                for key, value in library.reverted(model, on_meta).items():
-                    made.append(Output(key, tuple(value.shape), kind(key, value.dtype), converted=parts))
+                for key, value in library.reverted(model, on_meta, rules).items():
+                    shape, dtype_ = tuple(value.shape), kind(key, value.dtype)
+                    made.append(Output(key, shape, dtype_, converted=parts, rules=rules))
     return made
 
 
@@ -311,26 +318,36 @@ def _values(file: list[Output], model: nn.Module, value: Any) -> dict[str, Tenso
     """The tensors of one file, in memory of their own; one parameter at a time is held beside them."""
     tensors = {out.key: torch.empty(out.shape, dtype=out.dtype) for out in file}
     boxes: dict[str, list[tuple[str, Piece]]] = {}
-    groups: dict[tuple[str, ...], dict[str, str]] = {}
+    groups: dict[tuple[str, ...], Output] = {}
     for out in file:
         for name, piece in out.pieces:
             boxes.setdefault(name, []).append((out.key, piece))
         if out.converted:
-            groups[tuple(out.converted)] = out.converted
+            groups[tuple(out.converted)] = out
     for name, pieces in boxes.items():
         whole = value(name)
         for key, piece in pieces:
             tensors[key][piece.box].copy_(piece.view(whole))
-    for group in groups.values():
-        parts = library.reverted(model, {other: value(name) for other, name in group.items()})
+    for out in groups.values():
+        whole_group = {other: value(name) for other, name in out.converted.items()}
+        parts = library.reverted(model, whole_group, out.rules)
         for key in tensors.keys() & parts.keys():
             tensors[key].copy_(parts[key])
     return tensors
 
 
-def write_config(model: nn.Module, config: Any, origin: Path, directory: Path, made: list[Output]) -> None:
-    """config.json and everything else that lies beside the weights: taken over from `origin`."""
-    _copy_files(origin, directory)
+def write_config(
+    model: nn.Module, config: Any, origin: Path, directory: Path, made: list[Output], convert: bool = False
+) -> None:
+    """config.json and everything else that lies beside the weights: taken over from `origin`, in its layout.
+
+    convert: in the library's layout whatever the source's; tokenizer and processor are written anew.
+    """
+    reader = catalog.reader(origin)
+    if convert:
+        reader.read_processor(origin).save_pretrained(str(directory))
+    else:
+        _copy_files(origin, directory)
     config = deepcopy(config)
     sizes: Counter[torch.dtype] = Counter()
     for out in made:
@@ -342,7 +359,7 @@ def write_config(model: nn.Module, config: Any, origin: Path, directory: Path, m
             if part is not None:
                 part.dtype = name
     config.architectures = [library.class_of(model).__name__]
-    config.save_pretrained(str(directory))
+    write(config)
     generation = getattr(model, "generation_config", None)
     if generation is not None and not (directory / "generation_config.json").is_file():
         generation.save_pretrained(str(directory))

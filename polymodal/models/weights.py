@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from polymodal.core.errors import PolymodalError
 from polymodal.core.tensors import LazyTensors
 from polymodal.core.text import nearest
-from polymodal.models import library
+from polymodal.models import catalog, library
 from polymodal.models.card import PrunedModule
 from polymodal.models.family import Family
 from polymodal.models.initial import draw, shielded
@@ -75,7 +75,8 @@ def load(
 
     def work() -> None:
         held = Files(directory) if files is None else files
-        plan = library.layout(model, held.shapes)
+        names = catalog.reader(directory).tensor_names(directory) if files is None else None
+        plan = library.layout(model, held.shapes, names)
         report.drawn = _check(model, plan, held, strict, new, report)
         materialise(model, device, offloaded)
         known = dict(model.named_parameters())
@@ -106,8 +107,6 @@ def directory_of(source: Any, family: Family | None) -> Path:
     if isinstance(source, (str, Path)) and Path(source).is_dir():
         part = Path(source) / getattr(family, "part", "")  # of a pipeline, the denoiser's directory
         return part if part.is_dir() else Path(source)
-    from polymodal.models import catalog
-
     return Path(catalog.resolve(getattr(source, "source", source), getattr(source, "revision", None)))
 
 
@@ -174,7 +173,12 @@ def _check(
             wrong.append((found, plan.shape(found), tuple(tensor.shape)))
     unexpected = [key for key, name in plan.unexpected.items() if not library.ignorable(model, key, name)]
     deeper = [key for key in unexpected if library.beyond(model, plan.unexpected[key])]
-    if deeper and library.overridden(model, files.directory):
+    beside = files.directory
+    if (
+        deeper
+        and (beside / "config.json").is_file()
+        and library.overridden(model, catalog.read_config(beside))
+    ):
         unexpected = [key for key in unexpected if key not in set(deeper)]
     what = f"{files.directory} for {library.class_of(model).__name__}"
     whole = library.targets(model)
@@ -316,7 +320,7 @@ def read(model: nn.Module, source: str | Path) -> LazyTensors:
     Raises PolymodalError as `load` does for names and shapes.
     """
     files = Files(Path(source))
-    plan = library.layout(model, files.shapes)
+    plan = library.layout(model, files.shapes, catalog.reader(source).tensor_names(Path(source)))
     drawn = _check(model, plan, files, True, (), LoadReport())
     kept: dict[str, Tensor] = {}  # of the group of computed parameters that was asked for last
 

@@ -22,6 +22,7 @@ STYLES = {
     "joint_attention": "such a region over two streams at once, `hidden_states` and `encoder_hidden_states`: both enter, both outputs are summed",
     "joint_heads": "such a region over two streams whose output projection comes later, in a joined_rowwise layer",
     "joined_heads": "the same over the streams joined in one",
+    "whole_attention": "a region that every rank computes whole: its heads cannot be spread",
     "norm_across_heads": "a root-mean-square norm of queries or keys over all heads: its statistics are summed over ranks",
     "mlp": "a region: input enters, output is summed (dense, or router and experts)",
     "feed_forward": "a region of rows one by one, of any stream or of several joined",

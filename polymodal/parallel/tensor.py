@@ -68,6 +68,8 @@ class _Layout(Linears):
     def partial(self, name: str) -> bool:
         """Are gradients of a replicated parameter of this module partial over the group?"""
         path = list(self.above(name))
+        if any(self.styles.get(p) == "whole_attention" for p in path):
+            return False
         if any(self.styles.get(p) in (*REGIONS, "sparse") for p in path):
             return True
         on_stream = any(p in self.blocks for p in path) or (
@@ -84,6 +86,11 @@ class _Layout(Linears):
     def region(self, name: str, style: str) -> None:
         module, stream = self.modules[name], self.stream(name)
         if style in ATTENTIONS:
+            width = getattr(module, "num_heads", 0) * getattr(module, "head_dim", 0)
+            if (
+                width and module.__dict__.get("embed_dim") == width
+            ):  # what heads are joined to, in some towers
+                module.embed_dim = width // self.size
             for key in HEAD_COUNTS:
                 if isinstance(module.__dict__.get(key), int):
                     self.divisible(name, key, getattr(module, key))
@@ -112,6 +119,24 @@ class _Layout(Linears):
             return (leave(out[0]), *(leave(part) if joint else part for part in out[1:]))
 
         module.forward = region
+
+    def whole(self, name: str) -> None:
+        """A region computed alike on every rank: its input is made whole, of its output each takes its own
+        rows."""
+        module, stream = self.modules[name], self.stream(name)
+        forward = module.forward
+
+        @wraps(forward)
+        def whole(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = on_first(stream.gather, args, kwargs)
+            out = forward(*args, **kwargs)
+            if not stream.sequence:
+                return out
+            first = out[0] if isinstance(out, tuple) else out
+            own = collectives.cut_sequence(first, self.group)
+            return (own, *out[1:]) if isinstance(out, tuple) else own
+
+        module.forward = whole
 
     def joined(self, name: str, style: str) -> None:
         """The layers of a block that joins its streams: before and after the attention beside them."""
@@ -337,6 +362,8 @@ class _Layout(Linears):
                 self.exit(name)
             elif style in REGIONS:
                 self.region(name, style)
+            elif style == "whole_attention":
+                self.whole(name)
             elif style in ("joined_colwise", "joined_rowwise"):
                 self.joined(name, style)
             elif style == "end":
@@ -357,8 +384,9 @@ class _Layout(Linears):
             self.tower(name)
 
 
-def counts(config: Any) -> dict[str, int]:
-    """What tensor parallelism divides, by its key in config.json: heads, widths, vocabulary, experts."""
+def counts(card: ModelCard, config: Any) -> dict[str, int]:
+    """What tensor parallelism divides, by its key in config.json: heads, widths, vocabulary, experts; not the
+    heads of a tower whose attention the card leaves whole."""
     found: dict[str, int] = {}
     if isinstance(config, Mapping):  # diffusers
         config = SimpleNamespace(**config)
@@ -375,7 +403,8 @@ def counts(config: Any) -> dict[str, int]:
     heads = (
         "num_heads" if hasattr(vision, "num_heads") else "num_attention_heads"
     )  # some have both for one thing
-    for key in (heads, "intermediate_size"):
+    spread = "whole_attention" not in card.tensor_plan.values()
+    for key in (heads, "intermediate_size") if spread else ("intermediate_size",):
         if vision is not None and getattr(vision, key, 0):
             found[f"vision_config.{key}"] = getattr(vision, key)
     return found
@@ -392,7 +421,7 @@ def check(card: ModelCard, config: Any, size: int, spread: bool = False) -> list
                 f"{card.name} has no tensor-parallel plan.", "Set parallel.tp to 1 and use dp_shard."
             )
         ]
-    have = {key: n for key, n in counts(config).items() if not (spread and key.endswith("num_experts"))}
+    have = {key: n for key, n in counts(card, config).items() if not (spread and key.endswith("num_experts"))}
     common = math.gcd(*have.values())
     works = [n for n in range(1, common + 1) if common % n == 0]
     return [

@@ -115,11 +115,12 @@ def plan(
     accelerator = accelerators.named(device)
     card, key, source = _identify(model)
     if size is not None:
-        key = _size(card, size)
+        key = _size(model, card, size)
     if task == "dreambooth" and task not in card.methods:
         does = ", ".join(c.name for c in catalog.cards().values() if task in c.methods)
         raise PolymodalError(f"{card.name} has no recipe for DreamBooth.", f"These have: {does}.")
-    key = key or (None if source else advise.middle(card))
+    of_version = [k for k in card.sizes if catalog.named(f"{model}-{k.partition('-')[2]}") == (card, k)]
+    key = key or (None if source else advise.middle(card, of_version))
     place = source or card.sizes[str(key)].hub
     family = _family(place, bool(source) or search_it)
     if family is not None:
@@ -168,8 +169,11 @@ def _say(text: str) -> None:
     print(text, "...", file=sys.stderr, flush=True)
 
 
-def _size(card: ModelCard, size: str) -> str:
+def _size(model: str, card: ModelCard, size: str) -> str:
     found = size.lower()
+    joined = catalog.named(f"{model}-{found}")
+    if joined is not None and joined[0] is card and joined[1] is not None:
+        return joined[1]
     if found in card.sizes:
         return found
     begins = [k for k in card.sizes if k.split("-")[0] == found]  # 235b for 235b-a22b

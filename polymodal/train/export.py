@@ -82,6 +82,7 @@ def export(
     force: bool = False,
     base: str | None = None,
     other: str | None = None,
+    layout: str = "source",
     max_shard_bytes: int = 5 << 30,
     group: dist.ProcessGroup | None = None,
 ) -> Exported | None:
@@ -90,6 +91,8 @@ def export(
     merge_lora: adapters are added into the weights; without it a LoRA run gives a peft adapter directory.
     dtype:      fp32, bf16, fp16; None: the base checkpoint's, fp32 for an adapter alone. ema: a run's average. base: where the base lies now.
     other:      a run of the other denoiser of a pipeline that has two: both are written.
+    layout:     "source": keys and files as the source has them; "transformers": as the library writes this
+        model.
     force:      replace a directory that is not empty and no earlier export.
     group:      of the processes that write together, on disks that they share; None: this process alone.
     Ranks over 0 get None
@@ -122,6 +125,12 @@ def export(
             )
         second = export_pipeline.second(made, source, other, ema, base, merge_lora)
     adapter = adapted and not merge_lora
+    if layout == "transformers" and (adapter or isinstance(made.family, Generation)):
+        what = "an adapter" if adapter else "a pipeline of diffusers"
+        raise PolymodalError(
+            f"--format transformers: {source} is written as {what}.",
+            "Add --merge-lora." if adapter else "Leave out --format.",
+        )
     chosen = DTYPES[dtype] if dtype else torch.float32 if adapter else _dtype_of(made.family.config)
     with Together(final, group) as together:
         partial = together.directory
@@ -129,7 +138,8 @@ def export(
             chosen = DTYPES[dtype] if dtype else export_pipeline.dtype_of(made.family, adapter)
             what = export_pipeline.write(made, chosen, merge_lora, max_shard_bytes, together, second)
         else:
-            what = _write(made, chosen, merge_lora, max_shard_bytes, together)
+            convert = layout == "transformers"
+            what = _write(made, chosen, merge_lora, max_shard_bytes, together, convert)
         if together.rank > 0:
             return None
         together.wait()
@@ -254,7 +264,9 @@ def _dtype_of(config: Any) -> torch.dtype:
     return torch.float32
 
 
-def _write(made: Assembled, dtype: torch.dtype, merge: bool, limit: int, together: Together) -> str:
+def _write(
+    made: Assembled, dtype: torch.dtype, merge: bool, limit: int, together: Together, convert: bool
+) -> str:
     """Weights and config; returns what they are."""
     partial, options = together.directory, made.recipe.model.lora
     if options is not None and not merge:
@@ -264,11 +276,11 @@ def _write(made: Assembled, dtype: torch.dtype, merge: bool, limit: int, togethe
             lora.write(values, made.model, options, partial, base=base, dtype=dtype)
         return "adapter"
     origin = Path(made.family.source)
-    files = saving.outputs(made.model, origin, dtype)
+    files = saving.outputs(made.model, None if convert else origin, dtype)
     ranks = {"rank": together.rank, "world": together.world}
     saving.write(made.merged(), made.model, files, partial, limit, **ranks)
     if together.rank == 0:
-        saving.write_config(made.model, made.family.config, origin, partial, files)
+        saving.write_config(made.model, made.family.config, origin, partial, files, convert)
     return "model" if options is None else "merged"
 
 
@@ -293,15 +305,6 @@ def _base_name(recipe: recipes.Recipe) -> str:
     return known[0].sizes[known[1]].hub if known is not None and known[1] is not None else source
 
 
-STALE = (
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
-
-
 def _processor(made: Assembled, partial: Path) -> None:
     """The source's processor files as they are; written anew where the recipe changes them, or beside an adapter."""
     data = made.recipe.data
@@ -311,9 +314,7 @@ def _processor(made: Assembled, partial: Path) -> None:
     if not changed and (partial / "config.json").is_file():
         return
     processor = processor_of(made.family.source, data, made.family, trust=made.recipe.model.trust_remote_code)
-    for name in STALE:
-        (partial / name).unlink(missing_ok=True)
-    processor.save_pretrained(partial)
+    catalog.reader(partial).write_processor(processor, partial)
 
 
 # --- the proof -------------------------------------------------------------------------------------------------------

@@ -5,10 +5,23 @@ Data workers hold a processor (it is picklable and needs no model), a family mak
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, MediaStream
+
+
+def readable(directory: str, what: str, read: Callable[[], Any]) -> Any:
+    """`read()`. Raises PolymodalError when the files of a part of a checkpoint are not there."""
+    try:
+        return read()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise PolymodalError(
+            f"The {what} of {directory} cannot be read: {reason}",
+            "Copy the checkpoint's tokenizer and preprocessor files beside its weights, or fetch it again with `polymodal download`.",
+        ) from None
 
 
 class TokenMedia:
@@ -31,16 +44,8 @@ class TokenMedia:
         """A part of the checkpoint by the library's Auto class. Raises PolymodalError when its files are not there."""
         import transformers
 
-        try:
-            return getattr(transformers, auto).from_pretrained(
-                self.directory, local_files_only=True, **options
-            )
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise PolymodalError(
-                f"The {what} of {self.directory} cannot be read: {reason}",
-                "Copy the checkpoint's tokenizer and preprocessor files beside its weights, or fetch it again with `polymodal download`.",
-            ) from None
+        load = getattr(transformers, auto).from_pretrained
+        return readable(self.directory, what, lambda: load(self.directory, local_files_only=True, **options))
 
     def token_id(self, text: str) -> int:
         """Id of a special token. Raises PolymodalError when the tokenizer does not have it."""
