@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from polymodal.core.errors import PolymodalError
 from polymodal.core.text import nearest
 from polymodal.models import catalog, library
+from polymodal.models.family import Family
 from polymodal.models.library import Layout, plain
 from polymodal.models.slices import Piece
 from polymodal.models.storage import Files, write_file
@@ -359,7 +360,7 @@ def write_config(
             if part is not None:
                 part.dtype = name
     config.architectures = [library.class_of(model).__name__]
-    write(config)
+    (Family if convert else reader).write_config(config, origin, directory)
     generation = getattr(model, "generation_config", None)
     if generation is not None and not (directory / "generation_config.json").is_file():
         generation.save_pretrained(str(directory))

@@ -263,10 +263,17 @@ def _preferred(cards: list[ModelCard]) -> ModelCard | None:
     )
 
 
-def middle(card: ModelCard) -> str:
+def middle(card: ModelCard, among: Iterable[str] = ()) -> str:
     """The size to begin with when none is named: of those that the documents name, the one nearest to 7
-    billion parameters."""
-    return min(card.seeds or card.sizes, key=lambda key: (abs(card.sizes[key].parameters - 7), key))
+    billion parameters.
+
+    among: sizes to choose from, all if empty.
+    """
+    sizes = [key for key in card.sizes if key in among] or list(card.sizes)
+    return min(
+        [key for key in sizes if key in card.seeds] or sizes,
+        key=lambda key: (abs(card.sizes[key].parameters - 7), key),
+    )
 
 
 def _steps(names: Iterable[str], facts: Mapping[str, Any], without: Iterable[str] = ()) -> tuple[Stage, ...]:

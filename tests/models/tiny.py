@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from polymodal.core.sample import IGNORE, Media, MediaShape, Message, Record, Sample, SampleLengths, Span
+from polymodal.models.understanding import internvl_chat
 
 PATCH = 4  # pixels; two by two patches are one token, so a picture's sides are multiples of 8 pixels
 SPECIALS = [
@@ -52,11 +53,15 @@ TEMPLATE = """{%- macro body(content) -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 NAMES = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe")
+INTERNVL = ("internvl", "internvl-moe", "internvl-6b", "internvl-llama")
+"""InternVL with a Qwen2, a Qwen3 MoE, a Qwen2 and a Llama model; the third has a tower as InternViT-6B's."""
+TILE = 16  # pixels; a tile is 16 patches and 4 tokens
 
 
 @functools.cache
-def tokenizer(size: int = 700) -> Any:
-    """A byte-level BPE with Qwen's splitting, its special tokens and a chat template in its format."""
+def tokenizer(size: int = 700, internvl: bool = False) -> Any:
+    """A byte-level BPE with Qwen's splitting, its special tokens and a chat template in its format; or
+    InternVL's."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -76,6 +81,17 @@ def tokenizer(size: int = 700) -> Any:
     )
     core.train_from_iterator([TEXT], trainer)
     core.add_special_tokens(SPECIALS)
+    if internvl:
+        named = dict(internvl_chat.TOKENS)
+        core.add_special_tokens(list(named.values()))
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=core,
+            pad_token="<|endoftext|>",
+            eos_token="<|im_end|>",
+            extra_special_tokens=named,
+        )
+        made.chat_template = internvl_chat.TEMPLATE
+        return made
     made = PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<|endoftext|>",
@@ -86,10 +102,56 @@ def tokenizer(size: int = 700) -> Any:
     return made
 
 
+def internvl_config(name: str, tied: bool, overrides: dict[str, Any]) -> Any:
+    import transformers
+
+    tokens = tokenizer(internvl=True)
+    text: dict[str, Any] = {
+        "model_type": {"internvl-moe": "qwen3_moe", "internvl-llama": "llama"}.get(name, "qwen2"),
+        "vocab_size": -(-len(tokens) // 16) * 16,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": tied,
+        "bos_token_id": tokens.convert_tokens_to_ids("<|endoftext|>"),
+        "eos_token_id": tokens.eos_token_id,
+    }
+    vision: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "image_size": TILE,
+        "patch_size": PATCH,
+        "attention_bias": True,
+    }
+    if name == "internvl-moe":
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+        text |= {"decoder_sparse_step": 1, "router_aux_loss_coef": 0.01}
+    if name == "internvl-6b":
+        vision |= {"hidden_size": 40, "num_attention_heads": 5, "attention_bias": False}
+        vision |= {"use_qk_norm": True, "norm_type": "rms_norm"}
+    for key, value in overrides.items():
+        section, _, leaf = key.replace("__", ".").rpartition(".")
+        {"text_config": text, "vision_config": vision}[section][leaf] = value
+    return transformers.InternVLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=tokens.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        tie_word_embeddings=tied,
+    )
+
+
 def config(name: str, tied: bool = False, **overrides: Any) -> Any:
     """The transformers config of a card's tiny model; overrides by dotted name (dots may be written as `__`)."""
     import transformers
 
+    if name in INTERNVL:
+        return internvl_config(name, tied, overrides)
     tokens = tokenizer()
     text: dict[str, Any] = {
         "vocab_size": -(-len(tokens) // 16) * 16, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -173,10 +235,14 @@ def checkpoint(
             else:
                 parameter.mul_(3.0)
     model.to(dtype).save_pretrained(directory)
-    tokenizer().save_pretrained(directory)
-    processors(name)[0].save_pretrained(directory)
-    processors(name)[1].save_pretrained(directory)
-    eos = tokenizer().convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    tokens = tokenizer(internvl=name in INTERNVL)
+    if name in INTERNVL:
+        processor(name).save_pretrained(directory)
+    else:
+        tokens.save_pretrained(directory)
+        processors(name)[0].save_pretrained(directory)
+        processors(name)[1].save_pretrained(directory)
+    eos = tokens.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     made = {
         "eos_token_id": eos,
         "pad_token_id": eos[1],
@@ -187,10 +253,227 @@ def checkpoint(
     return directory
 
 
+def original_internvl(name: str, source: Path, directory: str | Path) -> Path:
+    """A tiny InternVL (`checkpoint`) as its authors would publish it: their keys, config.json and tokenizer
+    files.
+
+    Written from the published repositories' files, not by the rules that are tested. internvl-llama becomes
+    InternLM2.
+    """
+    from safetensors.torch import load_file, save_file
+
+    directory = Path(directory)
+    directory.mkdir(parents=True)
+    config = json.loads((source / "config.json").read_text())
+    text, vision = config["text_config"], config["vision_config"]
+    internlm = name == "internvl-llama"
+    state = {}
+    held = load_file(source / "model.safetensors")
+    for key, tensor in held.items():
+        key = key.removeprefix("model.")
+        if key.endswith("lm_head.weight"):
+            key = f"language_model.{'output' if internlm else 'lm_head'}.weight"
+        elif key.startswith("language_model."):
+            key = key.removeprefix("language_model.").removeprefix("model.")
+            for ours, theirs in (
+                (
+                    ("embed_tokens", "tok_embeddings"),
+                    ("self_attn.o_proj", "attention.wo"),
+                    ("mlp.gate_proj", "feed_forward.w1"),
+                    ("mlp.up_proj", "feed_forward.w3"),
+                    ("mlp.down_proj", "feed_forward.w2"),
+                    ("input_layernorm", "attention_norm"),
+                    ("post_attention_layernorm", "ffn_norm"),
+                )
+                if internlm
+                else ()
+            ):
+                key = key.replace(ours, theirs)
+            key = f"language_model.model.{key}"
+        elif key.startswith("multi_modal_projector."):
+            parts = {"layer_norm": "0", "linear_1": "1", "linear_2": "3"}
+            _, part, leaf = key.split(".")
+            key = f"mlp1.{parts[part]}.{leaf}"
+        else:
+            key = key.replace("vision_tower.", "vision_model.", 1)
+            for ours, theirs in (
+                ("cls_token", "class_embedding"),
+                ("position_embeddings", "position_embedding"),
+                ("patch_embeddings.projection", "patch_embedding"),
+                ("encoder.layer.", "encoder.layers."),
+                ("lambda_", "ls"),
+                ("attention.projection_layer", "attn.proj"),
+                ("attention.", "attn."),
+                ("layernorm_before", "norm1"),
+                ("layernorm_after", "norm2"),
+            ):
+                key = key.replace(ours, theirs)
+        state[key] = tensor
+    for key in [key for key in state if ".q_proj." in key]:
+        q, k, v = (
+            (state.pop(key.replace("q_proj", f"{x}_proj")) for x in "qkv")
+            if ".attn." in key or internlm
+            else (None,) * 3
+        )
+        if q is None:
+            continue
+        if ".attn." in key:
+            state[key.replace("q_proj", "qkv")] = torch.cat([q, k, v])
+            continue
+        rows = []  # of one head of keys after the other: its queries, the keys, the values
+        size, heads = 16, text["num_key_value_heads"]
+        for head in range(heads):
+            rows += [
+                q.chunk(heads)[head],
+                k[size * head : size * (head + 1)],
+                v[size * head : size * (head + 1)],
+            ]
+        state[key.replace("self_attn.q_proj", "attention.wqkv")] = torch.cat(rows)
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, directory / "model.safetensors")
+    llm = {key: value for key, value in text.items() if key not in ("dtype", "rope_parameters")}
+    llm |= {"rope_theta": text["rope_parameters"]["rope_theta"], "torch_dtype": "float32", "use_cache": False}
+    llm |= {
+        "_name_or_path": "elsewhere",
+        "attn_implementation": "flash_attention_2",
+        "return_dict": True,
+        "top_k": 50,
+    }
+    if internlm:
+        llm |= {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": False}
+        llm |= {"auto_map": {"AutoConfig": "configuration_internlm2.InternLM2Config"}, "rope_scaling": None}
+    for ours, theirs in (("use_qk_norm", "qk_normalization"), ("attention_bias", "qkv_bias")):
+        vision[theirs] = vision.pop(ours)
+    for key in ("image_size", "patch_size"):
+        vision[key] = vision[key][0] if isinstance(vision[key], list) else vision[key]
+    kept = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "image_size",
+        "patch_size",
+        "qkv_bias",
+        "qk_normalization",
+        "norm_type",
+        "layer_norm_eps",
+        "num_channels",
+        "hidden_act",
+        "initializer_range",
+    )
+    vision = {key: value for key, value in vision.items() if key in kept}
+    vision |= {
+        "architectures": ["InternVisionModel"],
+        "model_type": "intern_vit_6b",
+        "drop_path_rate": 0.1,
+        "dropout": 0.0,
+    }
+    made = {
+        "_commit_hash": None,
+        "architectures": ["InternVLChatModel"],
+        "auto_map": {"AutoModel": "modeling_internvl_chat.InternVLChatModel"},
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": TILE,
+        "llm_config": llm,
+        "max_dynamic_patch": 6,
+        "min_dynamic_patch": 1,
+        "model_type": "internvl_chat",
+        "ps_version": "v2",
+        "select_layer": -1,
+        "template": "internvl2_5",
+        "torch_dtype": "float32",
+        "use_thumbnail": True,
+        "vision_config": vision,
+    }
+    (directory / "config.json").write_text(json.dumps(made, indent=2))
+    (directory / "modeling_internvl_chat.py").write_text(
+        "raise RuntimeError('code of a repository was run')\n"
+    )
+    if internlm:
+        _internlm_tokenizer(directory, text["vocab_size"])
+        return directory
+    tokens = tokenizer(internvl=True)
+    core = json.loads(tokens.backend_tokenizer.to_str())
+    (directory / "vocab.json").write_text(json.dumps(core["model"]["vocab"]))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in core["model"]["merges"]]
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    added = {token["content"]: token["id"] for token in core["added_tokens"] if token["content"] != "<video>"}
+    (directory / "added_tokens.json").write_text(json.dumps(added))
+    about = {
+        "added_tokens_decoder": {
+            str(at): {
+                "content": t,
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": True,
+            }
+            for t, at in added.items()
+        },
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "bos_token": None,
+        "unk_token": None,
+        "add_prefix_space": False,
+        "chat_template": "{{ messages }}",
+        "model_max_length": 16384,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(about))
+    return directory
+
+
+def _internlm_tokenizer(directory: Path, size: int) -> None:
+    """A sentencepiece model without a space before the first piece, whose last pieces are named in
+    tokenizer_config.json."""
+    import sentencepiece
+
+    pieces = 420
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter((TEXT * 4).splitlines()),
+        model_prefix=str(directory / "tokenizer"),
+        vocab_size=pieces,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        user_defined_symbols=["[UNUSED_TOKEN_1]", "[UNUSED_TOKEN_2]"],
+        minloglevel=2,
+        hard_vocab_limit=True,
+    )
+    (directory / "tokenizer.vocab").unlink()
+    model = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+    unused = [model.piece_to_id(f"[UNUSED_TOKEN_{at}]") for at in (1, 2)]
+    ids = dict(zip(("<|im_start|>", "<|im_end|>"), unused, strict=True))
+    ids |= {token: pieces + at for at, token in enumerate(("<img>", "</img>", "<IMG_CONTEXT>"))}
+    about = {
+        "added_tokens_decoder": {str(at): {"content": token, "special": True} for token, at in ids.items()},
+        "auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]},
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "</s>",
+        "tokenizer_class": "InternLM2Tokenizer",
+        "unk_token": "<unk>",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(about))
+
+
 def processors(name: str) -> tuple[Any, Any]:
-    """(image processor, video processor) for tiny pictures: 64 to 4096 pixels."""
+    """(image processor, video processor) for tiny pictures: 64 to 4096 pixels, or up to 6 tiles."""
     import transformers
 
+    if name in INTERNVL:
+        tiles = {
+            "size": {"height": TILE, "width": TILE},
+            "image_mean": internvl_chat.MEAN,
+            "image_std": internvl_chat.STD,
+        }
+        return (
+            transformers.GotOcr2ImageProcessor(max_patches=6, **tiles),
+            transformers.InternVLVideoProcessor(**tiles),
+        )
     size = {"shortest_edge": 64, "longest_edge": 4096}
     common = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2}
     image = transformers.Qwen2VLImageProcessor(size=size, **common)
@@ -204,6 +487,12 @@ def processor(name: str) -> Any:
     """The library's own processor of the card, as a reference."""
     import transformers
 
+    if name in INTERNVL:
+        image, video = processors(name)
+        tokens = tokenizer(internvl=True)
+        return transformers.InternVLProcessor(
+            image, tokens, video, image_seq_length=4, chat_template=internvl_chat.TEMPLATE
+        )
     kind = {"qwen2-vl": "Qwen2VL", "qwen2.5-vl": "Qwen2_5_VL"}.get(name, "Qwen3VL")
     image, video = processors(name)
     return getattr(transformers, f"{kind}Processor")(image, tokenizer(), video, chat_template=TEMPLATE)

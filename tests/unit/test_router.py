@@ -95,7 +95,7 @@ def test_named_models(wish, name, size):
 
 @pytest.mark.parametrize(
     "wish, first",
-    [("fine-tune InternVL3", "internvl3"), ("qwen2.5-omni", "qwen2.5-omni"), ("Qwen3 TTS", "qwen3-tts"), ("train step-video", "step-video")],
+    [("fine-tune LLaVA-1.5", "llava-1.5"), ("qwen2.5-omni", "qwen2.5-omni"), ("Qwen3 TTS", "qwen3-tts"), ("train step-video", "step-video")],
 )  # fmt: skip
 def test_models_still_to_come_are_named_as_such(wish, first):
     answer = ask(wish)
@@ -172,7 +172,7 @@ def test_nonsense_is_not_guessed():
         ("clone a voice", "audio", "sft", "cosyvoice3"),
         ("reinforcement learning for a vision model on math problems", "understanding", "grpo", "qwen3-vl"),
         ("align a VLM with human preference pairs", "understanding", "dpo", "qwen3-vl"),
-        ("fine-tune InternVL3 on my documents", "understanding", "sft", "internvl3"),
+        ("fine-tune InternVL3 on my documents", "understanding", "sft", "internvl"),
         ("让照片动起来", "generation", "sft", "wan2.2"),
         ("我想微调一个看图问答模型", "understanding", "sft", "qwen3-vl"),
     ],
@@ -201,11 +201,10 @@ def test_what_converts_today_is_said_though_it_does_not_train_yet():
         own = [title for title in known if advise._compact(family.name).startswith(title)]
         to = "" if not own else "dcp" if known[max(own, key=len)].kind == "dcp" else "mm"
         assert family.converts == to, family.name
-    stages = ask("fine-tune InternVL3").stages
+    stages = ask("fine-tune GLM-4.1V").stages
     (convert,) = [stage for stage in stages if stage.title == "Convert"]
     assert (
-        convert.here
-        and convert.command == "polymodal convert weights/internvl3 ckpt/mm_path/internvl3 --to mm"
+        convert.here and convert.command == "polymodal convert weights/glm4.1v ckpt/mm_path/glm4.1v --to mm"
     )
     assert [s.title for s in ask("convert weights of glm-4.5v").stages][-1] == "Convert"
 

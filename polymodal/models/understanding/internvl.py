@@ -1,0 +1,190 @@
+"""InternVL 2 to 3.5: facts, and how its tower of tiles is called. Several language models, told by their
+config.
+
+Checkpoints of transformers' InternVLForConditionalGeneration, and those of the authors (internvl_chat.py).
+The tower is InternViT-300M or InternViT-6B, whose 25 heads and norms across them leave its attention whole on
+every rank.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import MediaStream
+from polymodal.models.card import Chain, ModelCard, Size
+from polymodal.models.understanding.internvl_chat import MODEL_TYPE, InternVLFiles
+from polymodal.models.understanding.internvl_media import TILES, InternVLMedia, limit_tiles
+from polymodal.models.understanding.language import EXPERTS_PLAN, SPREAD_PLAN, TEXT_PLAN, optional
+from polymodal.models.understanding.media import readable
+from polymodal.models.understanding.vision_language import KEYWORDS, TASKS, VisionLanguage, language_chain
+from polymodal.recipe import Data
+
+TEXT_TYPES = ("qwen2", "qwen3", "qwen3_moe", "llama")
+ATTENTION = "model.vision_tower.encoder.layer.*.attention"
+VISION_PLAN = {
+    "model.vision_tower": "stream",
+    ATTENTION: "attention",
+    **{f"{ATTENTION}.{name}_proj": "colwise" for name in "qkv"},
+    f"{ATTENTION}.projection_layer": "rowwise",
+    "model.vision_tower.encoder.layer.*.mlp": "mlp",
+    "model.vision_tower.encoder.layer.*.mlp.fc1": "colwise",
+    "model.vision_tower.encoder.layer.*.mlp.fc2": "rowwise",
+    "model.vision_tower.layernorm": "exit",
+}
+
+
+class InternVL(InternVLFiles, VisionLanguage):
+    line = "internvl"
+    streams = (TILES,)
+
+    def __init__(self, card: ModelCard, config: Any, source: str):
+        if getattr(config.vision_config, "use_qk_norm", False):
+            plan = {name: style for name, style in card.tensor_plan.items() if not name.startswith(ATTENTION)}
+            card = replace(card, tensor_plan={**plan, ATTENTION: "whole_attention"})
+        super().__init__(card, config, source)
+
+    def limit_media(self, processor: Any, data: Data) -> bool:
+        limit_tiles(processor.image_processor, data)
+        return True
+
+    def check(self) -> None:
+        """Raise PolymodalError for a config that cannot be run. Called once the recipe's overrides are in
+        it."""
+        vision = self.config.vision_config
+        sides = [size // patch for size, patch in zip(vision.image_size, vision.patch_size, strict=True)]
+        for key, value, known in (
+            ("text_config.model_type", self.text.model_type, TEXT_TYPES),
+            ("vision_feature_layer", self.config.vision_feature_layer, (-1,)),
+            ("vision_feature_select_strategy", self.config.vision_feature_select_strategy, ("default",)),
+            ("image_seq_length", self.config.image_seq_length, (self.tile_tokens,)),
+            ("vision_config.image_size, in patches,", sides, ([sides[0], sides[0]],)),
+        ):
+            if value not in known:
+                raise PolymodalError(
+                    f"model.config: {key} = {value} is not supported for {self.card.name}.",
+                    f"Known: {', '.join(map(str, known))}.",
+                )
+
+    # -- media -----------------------------------------------------------------------------------------------
+
+    @property
+    def patches(self) -> int:
+        """Patches of a tile, without the class token."""
+        vision = self.config.vision_config
+        return (vision.image_size[0] // vision.patch_size[0]) * (vision.image_size[1] // vision.patch_size[1])
+
+    @property
+    def tile_tokens(self) -> int:
+        return int(self.patches * self.config.downsample_ratio**2)
+
+    def media_processor(self, data: Data) -> InternVLMedia:
+        read = functools.partial(self.read_processor, Path(self.source))
+        return InternVLMedia(self.source, readable(self.source, "processor", read), self.patches, data)
+
+    def tower(
+        self, model: nn.Module, stream: MediaStream, rows: Tensor, sizes: Tensor, device: torch.device
+    ) -> Tensor:
+        inner: Any = model.model
+        hidden = inner.vision_tower(pixel_values=rows).last_hidden_state[:, 1:]  # without the class token
+        side = self.config.vision_config.image_size[0] // self.config.vision_config.patch_size[0]
+        shuffled = inner.pixel_shuffle(
+            hidden.unflatten(1, (side, side)).contiguous(), self.config.downsample_ratio
+        )
+        return inner.multi_modal_projector(shuffled.flatten(1, 2)).flatten(0, 1)
+
+    def tower_state(self, stream: MediaStream, rows: int) -> tuple[int, ...]:
+        return rows, 1 + self.patches, self.config.vision_config.hidden_size
+
+    def row_shape(self, stream: MediaStream) -> tuple[int, ...]:
+        return (self.config.vision_config.num_channels, *self.config.vision_config.image_size)
+
+    def medium(self, stream: MediaStream, length: int) -> tuple[int, ...]:
+        return (max(1, round(length / self.patches)),)
+
+    def media_ids(self, stream: MediaStream) -> tuple[int, ...]:
+        return (self.config.image_token_id,)
+
+    def media_parts(self, stream: MediaStream, sizes: Tensor) -> list[tuple[int, ...]]:
+        return [(1,)] * int(sizes.sum())
+
+    def media_tokens(self, stream: MediaStream, part: tuple[int, ...]) -> int:
+        return part[0] * self.tile_tokens
+
+    def media_lengths(self, stream: MediaStream, part: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.patches,) * part[0]
+
+    def tower_costs(self, stream: MediaStream, lengths: Sequence[int]) -> dict[str, float]:
+        vision, tiles = self.config.vision_config, sum(lengths) / self.patches
+        side, rows = vision.hidden_size, 1 + self.patches
+        patch = vision.num_channels * vision.patch_size[0] * vision.patch_size[1]
+        block = 2.0 * rows * (4 * side * side + 2 * side * vision.intermediate_size) + 4.0 * side * rows**2
+        merged, width = side * self.patches // self.tile_tokens, self.text.hidden_size
+        return {
+            "model.vision_tower.embeddings": tiles * 2.0 * self.patches * patch * side,
+            "model.vision_tower.encoder.layer.*": tiles * vision.num_hidden_layers * block,
+            "model.multi_modal_projector": tiles * 2.0 * self.tile_tokens * (merged * width + width * width),
+        }
+
+
+FSDP = {"dp_shard": -1}
+SIZES = {
+    "2-8b": Size("OpenGVLab/InternVL2-8B", 8.08, 32, 24, layout=FSDP),
+    "2.5-1b": Size("OpenGVLab/InternVL2_5-1B", 0.94, 24, 24, layout=FSDP),
+    "2.5-4b": Size("OpenGVLab/InternVL2_5-4B", 3.71, 36, 24, layout=FSDP),
+    "2.5-8b": Size("OpenGVLab/InternVL2_5-8B", 8.08, 32, 24, layout=FSDP),
+    "2.5-26b": Size("OpenGVLab/InternVL2_5-26B", 25.51, 48, 45, devices=16, layout=FSDP),
+    "2.5-38b": Size("OpenGVLab/InternVL2_5-38B", 38.39, 64, 45, devices=16, layout={**FSDP, "tp": 4}),
+    "2.5-78b": Size("OpenGVLab/InternVL2_5-78B", 78.41, 80, 45, devices=32, layout={**FSDP, "tp": 8}),
+    "3-1b": Size("OpenGVLab/InternVL3-1B", 0.94, 24, 24, layout=FSDP),
+    "3-2b": Size("OpenGVLab/InternVL3-2B", 2.09, 28, 24, layout=FSDP),
+    "3-8b": Size("OpenGVLab/InternVL3-8B", 7.94, 28, 24, layout=FSDP),
+    "3-14b": Size("OpenGVLab/InternVL3-14B", 15.12, 48, 24, layout=FSDP),
+    "3-38b": Size("OpenGVLab/InternVL3-38B", 38.39, 64, 45, devices=16, layout={**FSDP, "tp": 4}),
+    "3-78b": Size("OpenGVLab/InternVL3-78B", 78.41, 80, 45, devices=32, layout={**FSDP, "tp": 8}),
+    "3.5-4b": Size("OpenGVLab/InternVL3_5-4B", 4.73, 36, 24, layout=FSDP),
+    "3.5-8b": Size("OpenGVLab/InternVL3_5-8B", 8.53, 36, 24, layout=FSDP),
+    "3.5-30b-a3b": Size("OpenGVLab/InternVL3_5-30B-A3B", 30.85, 48, 24, active=3.3, devices=16, layout=FSDP),
+}  # fmt: skip
+CARD = ModelCard(
+    name="internvl",
+    family=InternVL,
+    architectures=("InternVLForConditionalGeneration", "internvl", "InternVLChatModel", MODEL_TYPE),
+    tasks=TASKS,
+    blocks=("model.vision_tower.encoder.layer.*", "model.language_model.layers.*"),
+    towers={
+        "vision": ("model.vision_tower",),
+        "projector": ("model.multi_modal_projector",),
+        "language": ("model.language_model", "lm_head"),
+    },
+    pipeline={
+        "vision": Chain(
+            "model.vision_tower.encoder.layer.*",
+            first=("model.vision_tower.embeddings",),
+            last=(
+                "model.vision_tower.layernorm",
+                "model.multi_modal_projector",
+                "model.language_model.embed_tokens",
+            ),
+        ),
+        "language": language_chain(),
+    },
+    sequence_entry="model.language_model",
+    sequence_exit="model.language_model",
+    tensor_plan={**TEXT_PLAN, **optional(EXPERTS_PLAN), **VISION_PLAN},
+    expert_plan=SPREAD_PLAN,
+    embedding="model.language_model.embed_tokens",
+    sizes=SIZES,
+    keywords=(*KEYWORDS, "mixture of experts", "moe"),
+    aliases=("internvl2", "internvl2.5", "internvl3", "internvl3.5", "internvl2_5", "internvl3_5"),
+    title="InternVL",
+    verified="tiny models of the class: logits and gradients equal the library's; packed equals separate",
+    seeds=("2.5-4b", "2.5-78b", "3-8b", "3-78b", "3.5-30b-a3b"),
+)
