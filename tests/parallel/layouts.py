@@ -33,7 +33,7 @@ from tests.parallel.exact import float64
 
 MICRO_BATCHES = 4  # of a global batch; one of them has no picture
 STEPS = 5  # of AdamW, after the gradients were compared
-TARGETS = r"model\..*\.(q_proj|v_proj|o_proj|up_proj|down_proj|qkv|proj|linear_fc1|linear_fc2|fc1|fc2)"
+TARGETS = r"model\..*\.(q_proj|v_proj|o_proj|up_proj|down_proj|qkv|proj|projection_layer|linear_fc1|linear_fc2|fc1|fc2)"
 DENOISER_TARGETS = r".*blocks\..*\.(to_q|to_v|to_out\.0|proj_mlp|proj_out|net\.0\.proj|net\.2)"
 
 
@@ -166,7 +166,9 @@ def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps
         model = ParallelModel(make, family, mesh, recipe, torch.device("cpu"))
         while len(data) % mesh.sizes.dp:  # equal work a rank, as the schedule gives it
             data.append(
-                pack([padding_sample(rows=4)]) if not isinstance(family, Generation) else dits.filler(data[0])
+                pack([padding_sample(rows=family.position_rows)])
+                if not isinstance(family, Generation)
+                else dits.filler(data[0])
             )
         mine = [seen(batch, model.first) for batch in data[mesh.dp_rank :: mesh.sizes.dp]]
         shard_batches = layout_of(recipe, family).batch_sharding(mesh)

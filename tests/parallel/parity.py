@@ -29,8 +29,8 @@ BOUND = 1e-9
 """Largest relative error that counts as equal: float64 rounding after five optimizer steps is far below."""
 BOUNDS = {"float64": BOUND, "float32": 1e-5}
 
-VISION = ("model.visual.",)
-SPARSE = ("qwen3-vl-moe",)
+VISION = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.")
+SPARSE = ("qwen3-vl-moe", "internvl-moe")
 FIRST_STAGE = (*VISION, "model.language_model.embed_tokens.")
 VISION_CUT = {"vision": [3, 1], "language": [0, 3]}
 VIRTUAL_CUT = {
@@ -253,7 +253,7 @@ def parity(
     """
     layouts = [layout for layout in layouts if layout.fits(name)]
     with tempfile.TemporaryDirectory(prefix="polymodal-parity-") as directory:
-        if name in tiny.NAMES:
+        if name in LANGUAGE.models:
             source = str(tiny.checkpoint(name, directory, tied=name == "qwen2-vl", **overrides))
         else:
             source = str(dits.pipeline(name, directory))
@@ -307,7 +307,8 @@ class Table:
         ]
 
 
-LANGUAGE = Table((), tiny.NAMES, MATRIX)
+LANGUAGE = Table((), (*tiny.NAMES, *tiny.INTERNVL[:3]), MATRIX)
+"""InternVL with a Qwen2 model, with a Qwen3 MoE, and with a tower as InternViT-6B's."""
 DENOISERS = Table(
     (
         "",

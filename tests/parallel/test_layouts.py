@@ -47,6 +47,16 @@ QUICK = {
         Layout("PP 2, FSDP2 x 2", 4, {"pp": 2}),
         Layout("ring 2, TP 2", 4, {"cp": 2, "ulysses": 1, "tp": 2, "sp": False}),
     ],
+    "internvl": [
+        Layout("FSDP2 x 2, pictures dealt out", 2, {"balance_media": True}),
+        Layout("PP 2, TP 2 + SP, vision tower 3 + 1", 4, {"pp": 2, "tp": 2, "pp_layers": VISION_CUT}),
+    ],
+    "internvl-moe": [Layout("Ulysses 2, EP 2", 2, {"cp": 2, "ep": 2})],
+    "internvl-6b": [
+        Layout("TP 2", 2, {"tp": 2, "sp": False}),
+        Layout("LoRA, TP 2 + SP", 2, {"tp": 2}, lora=True),
+        Layout("TP 2 + SP, selective recompute", 2, {"tp": 2, "recompute": "selective"}),
+    ],
 }
 
 
