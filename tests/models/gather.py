@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,10 +41,12 @@ def save(
     dtype: torch.dtype | None = None,
     limit: int = 5 << 30,
     overwrite: bool = False,
+    convert: bool = False,
+    config: Any = None,
 ) -> Path:
     """What export does with weights: files with the source's keys and layout, in a directory that appears when whole."""
     with saving.appearing(directory, overwrite) as partial:
-        files = saving.outputs(model, Path(source), dtype)
+        files = saving.outputs(model, None if convert else Path(source), dtype)
         saving.write(state, model, files, partial, limit)
-        saving.write_config(model, model.config, Path(source), partial, files)
+        saving.write_config(model, config or model.config, Path(source), partial, files, convert)
     return directory

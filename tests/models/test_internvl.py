@@ -21,11 +21,11 @@ from polymodal.core.sample import IGNORE, MediaShape, SampleLengths, pack
 from polymodal.distributed import attention
 from polymodal.distributed.mesh import ParallelSizes
 from polymodal.generate.opening import load_hub, processor_of
-from polymodal.models import catalog, saving, weights
+from polymodal.models import catalog, weights
 from polymodal.parallel import apply
 from polymodal.parallel.stages import prune
 from polymodal.recipe import Data, Model
-from tests.models import tiny
+from tests.models import gather, tiny
 from tests.models.test_qwen_vl import CASES, assert_same, gradients, ours, token_loss
 
 BLOCKS = 4  # of the tiny tower
@@ -252,7 +252,9 @@ def test_both_layouts_are_one_model_and_go_back_to_their_files(name, checkpoint,
     for key, parameter in load_hub(original).named_parameters():  # by the library's own loader
         assert torch.equal(parameter, expected[key]), key
     for path, family, model in zip((source, original), families, models, strict=True):
-        again = saving.save(saving.gather(model), family, tmp_path / path.name)
+        again = gather.save(
+            gather.weights(model), tmp_path / path.name, model=model, source=path, config=family.config
+        )
         before, after = load_file(path / "model.safetensors"), load_file(again / "model.safetensors")
         assert before.keys() == after.keys()
         assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
@@ -260,7 +262,14 @@ def test_both_layouts_are_one_model_and_go_back_to_their_files(name, checkpoint,
             written = json.loads((path / "config.json").read_text())
             assert json.loads((again / "config.json").read_text()) == written
             assert (again / "modeling_internvl_chat.py").is_file()
-    converted = saving.save(saving.gather(models[1]), families[1], tmp_path / "converted", convert=True)
+    converted = gather.save(
+        gather.weights(models[1]),
+        tmp_path / "converted",
+        model=models[1],
+        source=original,
+        convert=True,
+        config=families[1].config,
+    )
     before, after = load_file(source / "model.safetensors"), load_file(converted / "model.safetensors")
     assert before.keys() == after.keys() and all(
         torch.equal(tensor, after[key]) for key, tensor in before.items()
@@ -285,7 +294,14 @@ def test_a_changed_config_goes_back_into_the_authors_names(originals, tmp_path):
     family = catalog.family(Model(source=str(originals("internvl")), config=changes))
     model = family.build().trained
     weights.load(model, family)  # a layer of the files has no place, and the change says why
-    again = saving.save(saving.gather(model), family, tmp_path / "again", dtype=torch.bfloat16)
+    again = gather.save(
+        gather.weights(model),
+        tmp_path / "again",
+        model=model,
+        source=family.source,
+        dtype=torch.bfloat16,
+        config=family.config,
+    )
     written = json.loads((again / "config.json").read_text())
     assert written["model_type"] == "internvl_chat" and "text_config" not in written
     assert (written["llm_config"]["num_hidden_layers"], written["torch_dtype"]) == (2, "bfloat16")

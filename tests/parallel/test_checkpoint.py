@@ -476,7 +476,7 @@ def test_rows_that_torch_would_take_for_others_are_not_stored(tmp_path):
     from torch.distributed.tensor import DTensor, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    from polymodal.plan.estimate import pretended_group
+    from polymodal.plan.pretended import pretended_group
 
     with pretended_group(6, rank=5):
         mesh = init_device_mesh("cpu", (3, 2), mesh_dim_names=("fsdp", "tp"))

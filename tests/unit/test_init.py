@@ -12,10 +12,10 @@ import yaml
 
 from polymodal import recipe
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import format_count
 from polymodal.distributed.mesh import ParallelSizes
 from polymodal.models import catalog
 from polymodal.parallel import apply as layout
-from polymodal.runtime import host
 from polymodal.tools import init_recipe, preflight
 from polymodal.train import run_length
 from tests.models import tiny
@@ -133,7 +133,7 @@ def test_a_directory_is_counted_and_not_taken_for_a_published_size(checkpoint, t
         p.numel() for p in catalog.family(recipe.Model(source=str(checkpoint))).build().trained.parameters()
     )
     written, said = out.read_text(), capsys.readouterr().out
-    assert f"# qwen2.5-vl, {host.count(count)} parameters: full fine-tuning on 2 devices." in written
+    assert f"# qwen2.5-vl, {format_count(count)} parameters: full fine-tuning on 2 devices." in written
     assert "estimated by its config" in said and "GiB of 58.9" not in said.replace("MiB of 58.9", "")
     assert "does not fit" not in written and recipe.load(out).model.source == str(checkpoint)
     assert init_recipe.plan(str(checkpoint), "sft", None, None).devices == 1, "as many as its states fill"
