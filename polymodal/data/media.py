@@ -8,7 +8,6 @@ row. Pictures are turned upright by EXIF, videos by their display matrix, transp
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import os
 import struct
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import nearest
 from polymodal.recipe import Video
 
 Source = str | bytes
@@ -87,7 +87,7 @@ def _why_missing(path: str) -> str:
                 "A file's name has the same letters with accents composed otherwise (Unicode NFC and NFD): "
                 "write it as the file has it."
             )
-        if near := difflib.get_close_matches(name, there, 1, 0.8):
+        if near := nearest(name, there, 0.8):
             return f"Did you mean {os.path.join(folder, near[0])}?"
     return ""
 
