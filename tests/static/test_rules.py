@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "polymodal"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-WIDTH, WIDE_LINES, UNFORMATTED = 110, 1910, 183
+WIDTH, WIDE_LINES, UNFORMATTED = 110, 1638, 155
 """Columns of a line; lines of polymodal/ that are longer, and `fmt: skip` in it. The last two may only fall: whoever
 lowers a count lowers the number."""
 
