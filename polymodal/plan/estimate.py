@@ -199,7 +199,8 @@ def _towers(family: Family, parameters: int) -> tuple[tuple[Tower, ...], int, in
     if vision is not None:
         side = getattr(vision, "embed_dim", None) or vision.hidden_size
         inner = getattr(vision, "intermediate_size", None) or int(side * getattr(vision, "mlp_ratio", 4))
-        towers.append(Tower(vision.depth, side, 3 * side, inner, media="vision", fit=VISION))
+        depth = getattr(vision, "depth", None) or vision.num_hidden_layers
+        towers.append(Tower(depth, side, 3 * side, inner, media="vision", fit=VISION))
     return tuple(towers), text.vocab_size, chosen
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import SampleLengths
-from polymodal.models import catalog
+from polymodal.models import catalog, partial
 from polymodal.recipe import Model
 from tests.models import tiny
 
@@ -256,7 +256,45 @@ def seen(out, wide):
     return {"depth": 32, "hidden_size": 1280, "intermediate_size": wide, "out_hidden_size": out}
 
 
+def internvl(kind, hidden, layers, heads, keys, wide, words, large=False, **more):
+    text = {"model_type": kind, "hidden_size": hidden, "num_hidden_layers": layers, "vocab_size": words}
+    text |= {"num_attention_heads": heads, "num_key_value_heads": keys, "intermediate_size": wide, **more}
+    vision = {"attention_bias": True}
+    if large:
+        vision = {"hidden_size": 3200, "num_hidden_layers": 45, "num_attention_heads": 25}
+        vision |= {"intermediate_size": 12800, "use_qk_norm": True, "norm_type": "rms_norm"}
+    return {"text_config": text, "vision_config": vision, "tie_word_embeddings": False}
+
+
 PUBLISHED = {
+    ("internvl", "2-8b"): internvl("llama", 4096, 32, 32, 8, 14336, 92553),
+    ("internvl", "2.5-1b"): internvl("qwen2", 896, 24, 14, 2, 4864, 151674),
+    ("internvl", "2.5-4b"): internvl("qwen2", 2048, 36, 16, 2, 11008, 151674),
+    ("internvl", "2.5-8b"): internvl("llama", 4096, 32, 32, 8, 14336, 92553),
+    ("internvl", "2.5-26b"): internvl("llama", 6144, 48, 48, 8, 16384, 92553, True),
+    ("internvl", "2.5-38b"): internvl("qwen2", 5120, 64, 40, 8, 27648, 151674, True),
+    ("internvl", "2.5-78b"): internvl("qwen2", 8192, 80, 64, 8, 29568, 151674, True),
+    ("internvl", "3-1b"): internvl("qwen2", 896, 24, 14, 2, 4864, 151674),
+    ("internvl", "3-2b"): internvl("qwen2", 1536, 28, 12, 2, 8960, 151674),
+    ("internvl", "3-8b"): internvl("qwen2", 3584, 28, 28, 4, 18944, 151674),
+    ("internvl", "3-14b"): internvl("qwen2", 5120, 48, 40, 8, 13824, 151674),
+    ("internvl", "3-38b"): internvl("qwen2", 5120, 64, 40, 8, 27648, 151674, True),
+    ("internvl", "3-78b"): internvl("qwen2", 8192, 80, 64, 8, 29568, 151674, True),
+    ("internvl", "3.5-4b"): internvl("qwen3", 2560, 36, 32, 8, 9728, 151936, head_dim=128),
+    ("internvl", "3.5-8b"): internvl("qwen3", 4096, 36, 32, 8, 12288, 151936, head_dim=128),
+    ("internvl", "3.5-30b-a3b"): internvl(
+        "qwen3_moe",
+        2048,
+        48,
+        32,
+        4,
+        6144,
+        151936,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    ),
     ("qwen2-vl", "2b"): qwen2(1536, 28, 12, 2, 8960, 151936, True, {"embed_dim": 1280, "hidden_size": 1536}),
     ("qwen2-vl", "7b"): qwen2(
         3584, 28, 28, 4, 18944, 152064, False, {"embed_dim": 1280, "hidden_size": 3584}
@@ -323,7 +361,8 @@ def test_a_published_config_builds_the_model_the_card_describes(name, key, tmp_p
     model = family.build().trained
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e9
     assert count == pytest.approx(size.parameters, rel=0.01)
-    assert (len(model.model.language_model.layers), len(model.model.visual.blocks)) == (
+    blocks = partial.blocks(model, card.pipeline["vision"])
+    assert (len(model.model.language_model.layers), len(blocks)) == (
         size.layers,
         size.vision_layers,
     )
@@ -334,6 +373,7 @@ def test_a_published_config_builds_the_model_the_card_describes(name, key, tmp_p
     met = family.cost(SampleLengths(tokens, tokens)) / 2 / tokens / 1e9
     text = family.config.text_config
     embedding = text.vocab_size * text.hidden_size / 1e9
-    tower = sum(parameter.numel() for parameter in model.model.visual.parameters()) / 1e9
+    outside = (*card.towers["vision"], *card.towers["projector"])
+    tower = sum(p.numel() for n, p in model.named_parameters() if n.startswith(outside)) / 1e9
     read = 0 if data["tie_word_embeddings"] else embedding  # looked up, not multiplied
     assert met == pytest.approx((size.active or count - tower) - read, rel=0.02)
