@@ -5,7 +5,6 @@ A model's own file holds one ModelCard of facts (card.py) and, where a fact is n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -42,16 +41,10 @@ class Family:
 
     @classmethod
     def read_config(cls, directory: Path, trust: bool = False) -> Any:
-        """The library's config of a checkpoint. Whether embeddings are tied is what the language model's part
-        says, if the whole does not: some config classes would take it for granted. Raises OSError,
-        ValueError, KeyError."""
+        """The library's config of a checkpoint. Raises OSError, ValueError, KeyError, TypeError."""
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
-        written = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        if "tie_word_embeddings" not in written and isinstance(written.get("text_config"), dict):
-            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings
-        return config
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust)
 
     @classmethod
     def write_config(cls, config: Any, origin: Path, directory: Path) -> None:

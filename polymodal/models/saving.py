@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -44,6 +44,8 @@ KEPT_FILES = (
     "additional_chat_templates/*",
 )
 """What is taken over from the source beside weights and config.json: tokenizer, processors, templates, code."""
+CONVERTED_FILES = ("generation_config.json", "LICENSE*")
+"""The same where all else is written in another layout than the source's."""
 LEFT_FILES = ("config.json", "*.index.json", "adapter_config.json", "trainer_state.json")
 
 
@@ -135,8 +137,8 @@ def _swap(partial: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _copy_files(origin: Path, directory: Path) -> None:
-    for pattern in KEPT_FILES:
+def _copy_files(origin: Path, directory: Path, patterns: Sequence[str]) -> None:
+    for pattern in patterns:
         for path in sorted(origin.glob(pattern)):
             name = path.relative_to(origin)
             if path.is_file() and not any(fnmatchcase(str(name), left) for left in LEFT_FILES):
@@ -347,8 +349,7 @@ def write_config(
     reader = catalog.reader(origin)
     if convert:
         reader.read_processor(origin).save_pretrained(str(directory))
-    else:
-        _copy_files(origin, directory)
+    _copy_files(origin, directory, CONVERTED_FILES if convert else KEPT_FILES)
     config = deepcopy(config)
     sizes: Counter[torch.dtype] = Counter()
     for out in made:

@@ -275,6 +275,8 @@ def test_both_layouts_are_one_model_and_go_back_to_their_files(name, checkpoint,
         torch.equal(tensor, after[key]) for key, tensor in before.items()
     )
     assert not (converted / "modeling_internvl_chat.py").exists()
+    kept = (converted / "generation_config.json").read_text()
+    assert kept == (original / "generation_config.json").read_text()
     opened = AutoModelForImageTextToText.from_pretrained(converted)
     assert all(torch.equal(p, expected[key]) for key, p in opened.named_parameters())
     message = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -386,6 +387,7 @@ def original_internvl(name: str, source: Path, directory: str | Path) -> Path:
         "vision_config": vision,
     }
     (directory / "config.json").write_text(json.dumps(made, indent=2))
+    shutil.copyfile(source / "generation_config.json", directory / "generation_config.json")
     (directory / "modeling_internvl_chat.py").write_text(
         "raise RuntimeError('code of a repository was run')\n"
     )
