@@ -142,6 +142,11 @@ class Batch:
                 host.setdefault(name, before)
         return replace(self, tensors=tensors, segments=segments, host=host)
 
+    def pin_memory(self) -> Batch:
+        """With its tensors in page-locked memory, from where a copy to the device goes on beside computation."""
+        pinned = {k: v.pin_memory() for k, v in self.tensors.items()}
+        return replace(self, tensors=pinned, segments={k: v.pin_memory() for k, v in self.segments.items()})
+
     def on_host(self, name: str) -> Tensor | None:
         """An integer tensor as it was before it was moved to a device; None when the batch has none of that name."""
         found = self.host.get(name, self.tensors.get(name))

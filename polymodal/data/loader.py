@@ -1,28 +1,29 @@
 """What a rank trains on, step after step: the plan's samples, decoded ahead of the need and handed over whole.
 
-Sees the ground floor and the data room. A thread plans and collects while training computes; worker processes read,
-decode and pack, one micro-batch a task. A whole step is handed over, because the objective sums its denominators over
-the global batch before the first forward pass.
+Sees the ground floor and the data room. Tasks of the next steps are submitted when a step is taken; worker processes
+read, decode and pack while training computes, one micro-batch a task. A whole step is handed over, because the
+objective sums its denominators over the global batch before the first forward pass.
 """
 
 from __future__ import annotations
 
 import atexit
 import logging
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from multiprocessing import Pipe
+from itertools import chain, islice
 from typing import Any, NamedTuple
+
+import torch
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Batch, Sample, pack, padding_sample
 from polymodal.data.permute import key_of
 from polymodal.data.schedule import GlobalBatch, Position, Schedule
-from polymodal.data.workers import Inline, Pool
+from polymodal.data.workers import Pool
 from polymodal.recipe import Data
 
 log = logging.getLogger("polymodal.data")
@@ -160,22 +161,35 @@ class Collator:
         return sample
 
 
-class _Step:
-    """A step being made."""
+@dataclass
+class _Part:
+    """A micro-batch of a planned step. task: None, it is there already; future: None, the task is not submitted yet."""
 
-    def __init__(self, plan: GlobalBatch, packs: list[tuple[int, ...]]):
-        self.plan = plan
-        self.batches: list[Batch | None] = [None] * len(packs)
-        self.missing = len(packs)
-        self.stats = StepStats()
+    task: Task | None
+    future: Future | None = None
+    estimate: int = 0  # bytes
+
+    @property
+    def bytes(self) -> int:
+        """What it holds or is going to hold."""
+        made = self.future is not None and self.future.done() and self.future.exception() is None
+        return _bytes(self.future.result()[0]) if self.future is not None and made else self.estimate
+
+
+class _Step(NamedTuple):
+    """A planned step."""
+
+    plan: GlobalBatch
+    flops: float
+    parts: list[_Part]
 
 
 class Loader:
     """Iterates over RankStep for one data-parallel rank, in the plan's order, prepared ahead. Also a context manager.
 
-    start: the first step; stop_after: steps to give (None: for ever); rows: rows of position_ids (for holes); pixels:
-    whether media are decoded, or only their sizes read; make: what makes batches of tasks in place of the packed text's
-    Collator.
+    start: the first step; stop_after: steps to give (None: for ever); rows: rows of position_ids (for padding samples);
+    pixels: whether media are decoded, or only their sizes read; make: what makes batches of tasks in place of the packed
+    text's Collator; device: an accelerator that the batches will be copied to (they are page-locked for it).
     Ahead of the step that is due, at most data.prefetch steps and data.memory_budget MiB are prepared or in work.
     Raises PolymodalError from __next__: a broken sample (data.on_error: fail), a dead worker.
     """
@@ -194,6 +208,7 @@ class Loader:
         rows: int = 1,
         pixels: bool = True,
         make: Any = None,
+        device: torch.device | None = None,
     ):
         self.schedule = schedule
         self.corpus = corpus
@@ -201,19 +216,12 @@ class Loader:
         self.rows = rows
         self.prefetch = data.prefetch
         self.budget = data.memory_budget << 20
-        self._plans = schedule.batches(start)
-        self._left = stop_after
+        self._plans = islice(schedule.batches(start), stop_after)
+        self._steps: deque[_Step] = deque()  # planned and not handed over
         self._told: set[int] = set()
-        self._ready: queue.SimpleQueue[RankStep | BaseException | None] = queue.SimpleQueue()
-        self._stop = False
         self._ended = False
-        self._planned = self._taken = 0  # steps; each is written by one thread only
-        self._made_bytes = self._taken_bytes = 0
-        self._wake_read, self._wake_write = Pipe(duplex=False)
         self._make = make if make is not None else Collator(corpus, chat, data, schedule.seed, rows, pixels)
-        self._pool = Pool(self._make, data.workers, self._about) if data.workers else Inline(self._make)
-        self._thread = threading.Thread(target=self._run, name="polymodal-loader", daemon=True)
-        self._thread.start()
+        self._pool = Pool(self._make, data.workers, self._about, device)
         atexit.register(self.close)
 
     def __iter__(self) -> Iterator[RankStep]:
@@ -223,17 +231,18 @@ class Loader:
         if self._ended:
             raise StopIteration
         began = time.perf_counter()
-        found = self._ready.get()
-        if isinstance(found, RankStep):
-            found.stats.wait_seconds = time.perf_counter() - began
-            self._taken += 1
-            self._taken_bytes += found.stats.bytes
-            self._wake_write.send_bytes(b"t")
-            return found
-        self.close()
-        if found is None:
-            raise StopIteration
-        raise found
+        try:
+            self._prepare()
+            if not self._steps:
+                raise StopIteration
+            step = self._collect(self._steps[0])
+            self._steps.popleft()
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
+        step.stats.wait_seconds = time.perf_counter() - began
+        return step
 
     def __enter__(self) -> Loader:
         return self
@@ -242,110 +251,80 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """End the thread and all worker processes. May be called twice, and in the middle of an epoch."""
-        if self._stop:
-            return
-        self._stop = self._ended = True
+        """End all threads and worker processes. May be called twice, and in the middle of an epoch."""
+        self._ended = True
         atexit.unregister(self.close)
-        self._wake_write.send_bytes(b"s")
-        self._thread.join()
         self._pool.close()
-        self._wake_write.close()
-        self._wake_read.close()
+        self._steps.clear()
 
-    # The thread ------------------------------------------------------------------------------------------------------
+    def _prepare(self) -> None:
+        """Plan as many steps as data.prefetch says, and submit their tasks in order, those of the first step in any
+        case, others as far as data.memory_budget allows."""
+        for plan in islice(self._plans, self.prefetch - len(self._steps)):
+            self._steps.append(self._plan(plan))
+        held = 0
+        for number, part in enumerate(chain.from_iterable(step.parts for step in self._steps)):
+            if part.future is None:
+                assert part.task is not None
+                part.estimate = self._make.bytes(self.schedule.index, part.task)
+                if number >= len(self._steps[0].parts) and held + part.estimate > self.budget:
+                    return
+                part.future = self._pool.submit(part.task)
+            held += part.bytes
 
-    def _run(self) -> None:
-        try:
-            self._produce()
-            self._ready.put(None)
-        except BaseException as error:
-            self._ready.put(error)
-
-    def _produce(self) -> None:
-        steps: deque[_Step] = deque()  # planned and not handed over
-        tasks: deque[tuple[_Step, int, Task, int]] = (
-            deque()
-        )  # not yet given to a worker: step, place, task, bytes
-        working: dict[int, tuple[_Step, int, Task, int]] = {}
-        number = 0
-        while not self._stop:
-            while self._planned - self._taken < self.prefetch and (
-                self._left is None or self._planned < self._left
-            ):
-                step, found = self._plan()
-                steps.append(step)
-                tasks.extend(found)
-            while steps and not steps[0].missing:
-                self._hand_over(steps.popleft())
-            while tasks and self._pool.idle:
-                step, _, task, size = tasks[0]
-                due = self._planned - len(steps) == self._taken and step is steps[0]  # training waits for it
-                held = self._made_bytes - self._taken_bytes + sum(w[3] for w in working.values())
-                if not due and held + size > self.budget:
-                    break
-                working[number] = tasks.popleft()
-                self._pool.submit(number, task)
-                number += 1
-            if not steps and self._left is not None and self._planned >= self._left:
-                return
-            for done, batch, notes in self._pool.wait(self._wake_read):
-                step, place, task, _ = working.pop(done)
-                self._keep(step, place, batch, notes)
-                self._make.learn(self.schedule.index, task, batch)
-
-    def _plan(self) -> tuple[_Step, list[tuple[_Step, int, Task, int]]]:
-        plan = next(self._plans)
+    def _plan(self, plan: GlobalBatch) -> _Step:
         packs = plan.for_rank(*self.rank)
-        step, tasks = _Step(plan, packs), []
         costs = dict(zip(plan.packs, plan.cost, strict=True))
-        step.stats.flops = sum(costs.get(ids, 0.0) for ids in packs)
         index = self.schedule.index
-        for place, ids in enumerate(packs):
+        parts = []
+        for ids in packs:
             filler = not ids
             if filler and not self._make.copies:
-                self._keep(step, place, self._make.filler(), None)
+                ready: Future = Future()
+                ready.set_result((self._make.filler(), None))
+                parts.append(_Part(None, ready))
                 continue
             if filler:
                 ids = min(zip(plan.cost, plan.packs, strict=True))[1][:1]
             samples = tuple((i, *index.locate(i), int(index.tokens[i])) for i in ids)
-            task = Task(plan.position.epoch, samples, filler)
-            tasks.append((step, place, task, self._make.bytes(index, task)))
-        self._planned += 1
-        return step, tasks
+            parts.append(_Part(Task(plan.position.epoch, samples, filler)))
+        return _Step(plan, sum(costs.get(ids, 0.0) for ids in packs), parts)
 
-    def _keep(self, step: _Step, place: int, batch: Batch, notes: MicroBatchStats | None) -> None:
-        step.batches[place] = batch
-        step.missing -= 1
-        size = sum(t.numel() * t.element_size() for t in (*batch.tensors.values(), *batch.segments.values()))
-        step.stats.bytes += size
-        self._made_bytes += size
-        if notes is None:
-            return
-        stats = step.stats
-        stats.tokens += notes.tokens
-        stats.trained += notes.trained
-        stats.samples += notes.samples
-        stats.media += notes.media
-        stats.make_seconds += notes.seconds
-        for id, reason in notes.broken:
-            stats.broken.append(reason)
-            if id not in self._told:
-                self._told.add(id)
-                log.warning("Left out, its place in the batch has no weight: %s", reason)
-
-    def _hand_over(self, step: _Step) -> None:
-        if step.stats.bytes > self.budget and -1 not in self._told:
+    def _collect(self, step: _Step) -> RankStep:
+        """Wait for a step's micro-batches."""
+        stats, batches = StepStats(flops=step.flops), []
+        for part in step.parts:
+            assert part.future is not None
+            batch, notes = part.future.result()
+            batches.append(batch)
+            stats.bytes += _bytes(batch)
+            if part.task is None:
+                continue
+            self._make.learn(self.schedule.index, part.task, batch)
+            stats.tokens += notes.tokens
+            stats.trained += notes.trained
+            stats.samples += notes.samples
+            stats.media += notes.media
+            stats.make_seconds += notes.seconds
+            for id, reason in notes.broken:
+                stats.broken.append(reason)
+                if id not in self._told:
+                    self._told.add(id)
+                    log.warning("Left out, its place in the batch has no weight: %s", reason)
+        if stats.bytes > self.budget and -1 not in self._told:
             self._told.add(-1)
             log.warning(
                 "One step of this rank takes %d MiB, more than data.memory_budget = %d; nothing is prepared beyond it.",
-                step.stats.bytes >> 20,
+                stats.bytes >> 20,
                 self.budget >> 20,
             )
-        batches = [b for b in step.batches if b is not None]
-        self._ready.put(RankStep(step.plan.position, step.plan.next, batches, step.stats))
+        return RankStep(step.plan.position, step.plan.next, batches, stats)
 
     def _about(self, task: Task) -> str:
         places = [self.corpus.where(record) for _, record, _, _ in task.samples]
         more = f" and {len(places) - 3} more" if len(places) > 3 else ""
         return "; ".join(places[:3]) + more
+
+
+def _bytes(batch: Batch) -> int:
+    return sum(t.numel() * t.element_size() for t in (*batch.tensors.values(), *batch.segments.values()))

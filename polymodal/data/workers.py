@@ -1,9 +1,9 @@
-"""Processes that make batches, and the way of a batch from there to here.
+"""Processes that make batches, and how a batch comes from there to here.
 
-Sees core/sample.py only; what is made is the business of the callable it is given. Own code in place of torch's
-DataLoader or a ProcessPoolExecutor, for four things a trainer needs: a task goes to whoever is idle (pictures differ
-a hundredfold in cost), the caller decides when it goes (byte budget), a dead process is known at once with its cause,
-and none outlives its parent: each has a socket of its own, whose end the other side sees.
+Sees core/ only; what is made is the business of the callable it is given. Own code in place of torch's DataLoader:
+docs/dependencies.md has what was measured. A thread stands before each process: it sends a task, waits for the
+answer, and puts it into the task's Future. So a task goes to whoever is idle (pictures differ a hundredfold in cost),
+the caller decides when it is submitted, and a dead process is known at once, with its cause and the task it was at.
 
 A batch travels as one anonymous file in memory (memfd), mapped here without a copy. That neither needs room in
 /dev/shm, which containers keep small, nor holds a file descriptor a tensor. Where a kernel has no memfd, bytes go
@@ -13,14 +13,17 @@ through the socket, with a warning.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import mmap
 import os
 import pickle
+import queue
 import signal
-import tempfile
+import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from multiprocessing import connection, reduction
 from typing import Any, NamedTuple
 
@@ -42,143 +45,169 @@ class _Worker(NamedTuple):
 
 
 class Pool:
-    """`count` spawned processes, each doing one task at a time: `make(payload) -> (Batch, notes)`.
+    """`count` spawned processes, each doing one task at a time: `make(task) -> (Batch, notes)`; 0: a thread does them.
 
-    make and what it holds are pickled once a process; about(payload) names the task in the error of a dead process.
+    make and what it holds are pickled once and sent to each process; about(task) names the task in the error of a
+    dead process. device: an accelerator that batches will be copied to: their tensors are made page-locked.
     """
 
-    def __init__(self, make: Make, count: int, about: Callable[[Any], str] = str):
+    def __init__(
+        self,
+        make: Make,
+        count: int,
+        about: Callable[[Any], str] = str,
+        device: torch.device | None = None,
+    ):
         self._about = about
-        self._doing: dict[connection.Connection, tuple[int, Any]] = {}
+        self._device = device if device is not None and device.type != "cpu" else None
+        self._tasks: queue.SimpleQueue[tuple[Future, Any] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._death: PolymodalError | None = None  # of the first process that died
+        self._workers: list[_Worker] = []
+        self._threads: list[threading.Thread] = []
+        if not count:
+            self._thread(self._serve, make)
+            return
         shared = memory_files_work()
         if not shared:
             log.warning(
-                "This system gives no anonymous memory files: prepared samples are copied through sockets, which is slower."
+                "This system gives no anonymous memory files: prepared samples are copied through sockets, "
+                "which is slower."
             )
-        context = multiprocessing.get_context("spawn")
-        self._workers: list[_Worker] = []
-        # What a process knows goes by a file: through its pipe, each would be waited for while it imports torch.
-        with quiet_threads(), tempfile.TemporaryFile() as baggage:
-            pickle.dump(make, baggage, protocol=5)
-            baggage.flush()
-            for number in range(count):
-                mine, theirs = context.Pipe()
-                process = context.Process(
-                    target=_serve,
-                    args=(theirs, _Baggage(baggage.fileno()), shared),
-                    name=f"polymodal-data-{number}",
-                    daemon=True,
-                )
-                try:
-                    process.start()
-                except BaseException:
-                    self.close()
-                    raise
-                theirs.close()  # the only other end is the process's: its death is an end of file here
-                self._workers.append(_Worker(process, mine))
-
-    @property
-    def idle(self) -> bool:
-        return len(self._doing) < len(self._workers)
-
-    def submit(self, number: int, payload: Any) -> None:
-        """Hand a task to an idle process."""
-        worker = next(w for w in self._workers if w.pipe not in self._doing)
-        self._doing[worker.pipe] = number, payload
+        content = pickle.dumps(make, protocol=5)
         try:
-            worker.pipe.send_bytes(pickle.dumps(payload, protocol=5))
-        except OSError as error:
-            raise self._death(worker, error) from None
+            with quiet_threads():
+                for number in range(count):
+                    self._workers.append(_start(number, shared))
+        except BaseException:
+            self.close()
+            raise
+        for worker in self._workers:
+            self._thread(self._drive, worker, content)
 
-    def wait(self, wake: connection.Connection) -> list[tuple[int, Batch, Any]]:
-        """Sleep until something is made, a process dies or `wake` is written to: (number, batch, notes) of the made.
-
-        Raises PolymodalError of a task, or about a dead process; RuntimeError with the traceback of a fault of ours.
-        """
-        made = []
-        for ready in connection.wait([w.pipe for w in self._workers] + [wake]):
-            if ready is wake:
-                drain(wake)
-                continue
-            worker = next(w for w in self._workers if w.pipe is ready)
-            try:
-                kind, body = pickle.loads(worker.pipe.recv_bytes())
-                batch = receive(worker.pipe, *body[0]) if kind == "made" else None
-            except (EOFError, OSError, RuntimeError) as error:
-                raise self._death(worker, error) from None
-            number, _ = self._doing.pop(worker.pipe)
-            if kind == "failed":
-                raise body
-            if batch is None:
-                raise RuntimeError(f"a data worker failed:\n{body}")
-            made.append((number, batch, body[1]))
-        return made
-
-    def _death(self, worker: _Worker, error: Exception) -> PolymodalError:
-        worker.process.join(5)
-        code, task = worker.process.exitcode, self._doing.get(worker.pipe)
-        if code is not None and code < 0:
-            name = signal.Signals(-code).name
-            how = f"was killed by {name}"
-            hint = {
-                "SIGKILL": "Most likely the machine or container ran out of memory: lower data.workers, data.prefetch or data.memory_budget, or the size of images and videos.",
-                "SIGBUS": "A file was cut short while it was read, or memory ran out: check the data's disk and the container's memory limit.",
-                "SIGSEGV": "A decoder crashed on one of these files: set data.workers to 0 to see which, and mend or remove it.",
-            }.get(name, "Someone or something ended it: look at the system's log.")
-        elif code is None:
-            how, hint = (
-                f"cannot be heard any more ({error or type(error).__name__})",
-                "Often too many files are open: raise `ulimit -n`.",
-            )
-        else:
-            how = f"ended with exit code {code}"
-            hint = "Its own message stands above; data.workers = 0 prepares samples without processes."
-        where = f" while it prepared {self._about(task[1])}" if task else ""
-        return PolymodalError(f"A data worker (process {worker.process.pid}) {how}{where}.", hint)
+    def submit(self, task: Any) -> Future:
+        """Put a task in the queue. Its Future gives (Batch, notes), or raises: PolymodalError of the task or about a
+        dead process, RuntimeError with the traceback of any other exception in a process."""
+        future: Future = Future()
+        self._tasks.put((future, task))
+        return future
 
     def close(self) -> None:
-        """End all processes at once; they only read, nothing is lost. May be called twice."""
+        """End all processes at once (they only read, nothing is lost) and all threads; a thread without a process ends
+        its task first. Futures that are not done stay so. May be called twice."""
+        self._closed = True
         for worker in self._workers:
             worker.process.kill()
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
         for worker in self._workers:
             worker.process.join()
             worker.process.close()
             worker.pipe.close()
-        self._workers = []
-        self._doing = {}
+        self._workers, self._threads = [], []
+
+    # The threads -----------------------------------------------------------------------------------------------------
+
+    def _thread(self, target: Callable, *args: Any) -> None:
+        thread = threading.Thread(target=target, args=args, name="polymodal-data", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _drive(self, worker: _Worker, content: bytes) -> None:
+        with contextlib.suppress(OSError):  # it died while it started: the first task says so
+            worker.pipe.send_bytes(content)
+        del content
+        self._serve(lambda task: self._ask(worker, task))
+
+    def _serve(self, make: Make) -> None:
+        if self._device is not None:  # a thread's own: page-locked memory is asked of its driver
+            torch.accelerator.set_device_index(self._device)
+        while (item := self._tasks.get()) is not None and not self._closed:
+            self._complete(make, *item)
+            del item
+
+    def _complete(self, make: Make, future: Future, task: Any) -> None:
+        try:
+            batch, notes = make(task)
+            future.set_result((batch if self._device is None else batch.pin_memory(), notes))
+        except BaseException as error:
+            future.set_exception(error)
+
+    def _ask(self, worker: _Worker, task: Any) -> tuple[Batch, Any]:
+        if self._death is not None:
+            raise self._death
+        sent = False
+        try:
+            worker.pipe.send_bytes(pickle.dumps(task, protocol=5))
+            sent = True
+            answer = receive(worker.pipe)
+        except (EOFError, OSError, RuntimeError) as error:
+            if self._closed:
+                raise
+            self._death = self._describe(worker, task if sent else None, error)
+            raise self._death from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _describe(self, worker: _Worker, task: Any, error: Exception) -> PolymodalError:
+        worker.process.join(5)
+        code = worker.process.exitcode
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            how = f"was killed by {name}"
+            hint = {
+                "SIGKILL": "Most likely the machine or container ran out of memory: lower data.workers, "
+                "data.prefetch or data.memory_budget, or the size of images and videos.",
+                "SIGBUS": "A file was cut short while it was read, or memory ran out: check the data's disk and the "
+                "container's memory limit.",
+                "SIGSEGV": "A decoder crashed on one of these files: set data.workers to 0 to see which, and mend or "
+                "remove it.",
+            }.get(name, "Someone or something ended it: look at the system's log.")
+        elif code is None:
+            how = f"cannot be heard any more ({error or type(error).__name__})"
+            hint = "Often too many files are open: raise `ulimit -n`."
+        else:
+            how = f"ended with exit code {code}"
+            hint = "Its own message stands above; data.workers = 0 prepares samples without processes."
+        where = f" while it prepared {self._about(task)}" if task is not None else ""
+        return PolymodalError(f"A data worker (process {worker.process.pid}) {how}{where}.", hint)
 
 
-class Inline:
-    """The same without processes: a task is done in wait(), by the caller's thread."""
-
-    def __init__(self, make: Make):
-        self._make = make
-        self._tasks: list[tuple[int, Any]] = []
-
-    @property
-    def idle(self) -> bool:
-        return not self._tasks
-
-    def submit(self, number: int, payload: Any) -> None:
-        self._tasks.append((number, payload))
-
-    def wait(self, wake: connection.Connection) -> list[tuple[int, Batch, Any]]:
-        if not self._tasks:
-            wake.poll(None)
-        drain(wake)
-        if not self._tasks:
-            return []
-        number, payload = self._tasks.pop()
-        return [(number, *self._make(payload))]
-
-    def close(self) -> None:
-        self._tasks.clear()
+# The processes -------------------------------------------------------------------------------------------------------
 
 
-def drain(wake: connection.Connection) -> None:
-    """Read what has been written to a pipe that is only a bell."""
-    while wake.poll():
-        wake.recv_bytes()
+def _start(number: int, shared: bool) -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(
+        target=_work, args=(theirs, shared), name=f"polymodal-data-{number}", daemon=True
+    )
+    process.start()
+    theirs.close()  # the only other end is the process's: its death is an end of file here
+    return _Worker(process, mine)
+
+
+def _work(pipe: connection.Connection, shared: bool) -> None:
+    """A worker's life: until the pipe ends. Signals for the job are the trainer's to answer, not its workers'."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        make: Make = pickle.loads(pipe.recv_bytes())
+        while True:
+            task = pickle.loads(pipe.recv_bytes())
+            answer: Any
+            try:
+                answer = make(task)
+            except PolymodalError as error:
+                answer = error
+            except BaseException:
+                answer = RuntimeError(f"a data worker failed:\n{traceback.format_exc()}")
+            send(pipe, answer, shared)
+            del answer
 
 
 @contextlib.contextmanager
@@ -202,121 +231,85 @@ def quiet_threads() -> Iterator[None]:
                 os.environ[name] = value
 
 
-class _Baggage:
-    """An open file of one pickled object, which a process inherits and reads by itself."""
-
-    def __init__(self, handle: int):
-        self.handle = handle
-
-    def __getstate__(self) -> Any:
-        return reduction.DupFd(self.handle)
-
-    def __setstate__(self, duplicate: Any) -> None:
-        self.handle = duplicate.detach()
-
-    def unpack(self) -> Any:
-        with (
-            os.fdopen(self.handle, "rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-        ):
-            return pickle.loads(content)
-
-
-def _serve(pipe: connection.Connection, baggage: _Baggage, shared: bool) -> None:
-    """A worker's life: until the pipe ends. Signals for the job are the trainer's to answer, not its workers'."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    make: Make = baggage.unpack()
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while True:
-            payload = pickle.loads(pipe.recv_bytes())
-            try:
-                batch, notes = make(payload)
-            except PolymodalError as error:
-                pipe.send_bytes(pickle.dumps(("failed", error)))
-            except BaseException:
-                pipe.send_bytes(pickle.dumps(("bug", traceback.format_exc())))
-            else:
-                send(pipe, batch, notes, shared)
-                del batch
-
-
-# A batch through a socket --------------------------------------------------------------------------------------------
-
-
-class Layout(NamedTuple):
-    """A batch without its numbers: (name, dtype, shape, offset in bytes) of each tensor, and the rest of its fields."""
-
-    tensors: list[tuple[str, torch.dtype, tuple[int, ...], int]]
-    segments: list[tuple[str, torch.dtype, tuple[int, ...], int]]
-    rest: tuple[dict, tuple[int, ...], dict]  # axes, samples, groups
+# An object with tensors through a socket -----------------------------------------------------------------------------
 
 
 def memory_files_work() -> bool:
     """Whether this kernel (or its sandbox) gives anonymous memory files."""
     try:
-        handle = os.memfd_create("polymodal")
+        os.close(os.memfd_create("polymodal"))
     except (AttributeError, OSError):
         return False
-    os.close(handle)
     return True
 
 
-def send(pipe: connection.Connection, batch: Batch, notes: Any, shared: bool) -> None:
-    """Write a batch into one stretch of memory and hand that over, as a memory file if `shared`."""
+class _Pickler(pickle.Pickler):
+    """Leaves the numbers of CPU tensors out of the pickle: `buffer_callback` gets them."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor):
+            return NotImplemented
+        if not obj.numel():
+            return _empty, (tuple(obj.shape), obj.dtype)
+        raw = obj.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return _tensor, (pickle.PickleBuffer(raw), obj.dtype, tuple(obj.shape))
+
+
+def _tensor(buffer: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return torch.frombuffer(buffer, dtype=dtype).view(shape)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def send(pipe: connection.Connection, value: Any, shared: bool) -> None:
+    """Pickle an object; the numbers of its tensors go in one stretch of memory, which is a memory file if `shared`."""
+    buffers: list[pickle.PickleBuffer] = []
+    head = io.BytesIO()
+    _Pickler(head, protocol=5, buffer_callback=buffers.append).dump(value)
+    parts = [b.raw() for b in buffers]
+    spans: list[tuple[int, int]] = []
     end = 0
-    parts: list[tuple[int, Tensor]] = []
-    layout = Layout([], [], (batch.axes, batch.samples, batch.groups))
-    for found, tensors in ((layout.tensors, batch.tensors), (layout.segments, batch.segments)):
-        for name, tensor in tensors.items():
-            end = -(-end // _ALIGN) * _ALIGN
-            found.append((name, tensor.dtype, tuple(tensor.shape), end))
-            parts.append((end, tensor))
-            end += tensor.numel() * tensor.element_size()
-    size = max(end, 1)
-    handle = None
-    if shared:
-        handle = os.memfd_create("polymodal")
-        try:
-            os.posix_fallocate(handle, 0, size)  # too little memory is an error here, and a SIGBUS later
-        except OSError:
-            os.close(handle)
-            handle = None
-    memory = mmap.mmap(-1 if handle is None else handle, size)
-    into = torch.frombuffer(memory, dtype=torch.uint8)
-    for start, tensor in parts:
-        if tensor.numel():
-            raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-            into[start : start + len(raw)].copy_(raw)
-    pipe.send_bytes(pickle.dumps(("made", ((layout, size, handle is not None), notes)), protocol=5))
-    if handle is None:
-        pipe.send_bytes(memory)
-    else:
+    for part in parts:
+        start = -(-end // _ALIGN) * _ALIGN
+        end = start + len(part)
+        spans.append((start, end))
+    handle = _memory_file(end) if shared and end else None
+    memory = memoryview(bytearray(end) if handle is None else mmap.mmap(handle, end))
+    for (start, stop), part in zip(spans, parts, strict=True):
+        memory[start:stop] = part
+    pipe.send_bytes(pickle.dumps((head.getvalue(), spans, handle is not None), protocol=5))
+    if handle is not None:
         reduction.send_handle(pipe, handle, os.getppid())
         os.close(handle)
+    elif end:
+        pipe.send_bytes(memory)
 
 
-def receive(pipe: connection.Connection, layout: Layout, size: int, shared: bool) -> Batch:
-    """The other end of `send`, after its header: tensors are views of one buffer, which is freed with the last."""
-    buffer: Any
+def _memory_file(size: int) -> int | None:
+    """Descriptor of an anonymous file of so many bytes; None where memory is too short for it."""
+    handle = os.memfd_create("polymodal")
+    try:
+        os.posix_fallocate(handle, 0, size)  # too little memory is an error here, and a SIGBUS later
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def receive(pipe: connection.Connection) -> Any:
+    """The other end of `send`: tensors are views of one buffer, which is freed with the last of them."""
+    head, spans, shared = pickle.loads(pipe.recv_bytes())
+    size = spans[-1][1] if spans else 0
+    buffer: Any = bytearray(0 if shared else size)
     if shared:
         handle = reduction.recv_handle(pipe)
         try:
             buffer = mmap.mmap(handle, size)
         finally:
             os.close(handle)
-    else:
-        buffer = bytearray(size)
+    elif size:
         pipe.recv_bytes_into(buffer)
-    memory = torch.frombuffer(buffer, dtype=torch.uint8)
-
-    def views(places: Sequence[tuple[str, torch.dtype, tuple[int, ...], int]]) -> dict[str, Tensor]:
-        out = {}
-        for name, dtype, shape, start in places:
-            count = torch.Size(shape).numel() * dtype.itemsize
-            out[name] = memory[start : start + count].view(dtype).view(shape)
-        return out
-
-    axes, samples, groups = layout.rest
-    return Batch(views(layout.tensors), axes, samples, views(layout.segments), groups)
+    memory = memoryview(buffer)
+    return pickle.loads(head, buffers=[memory[start:stop] for start, stop in spans])

@@ -3,11 +3,11 @@
 import logging
 import multiprocessing
 import os
-import pickle
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing import Pipe
 from pathlib import Path
@@ -23,10 +23,21 @@ from polymodal.data.loader import Loader
 from polymodal.data.schedule import Position, Schedule
 from polymodal.data.workers import memory_files_work, receive, send
 from polymodal.recipe import Data, Train
-from tests.unit.data_fakes import CountingChat, LinesCorpus, write_rows
+from tests.unit.data_fakes import VISION, CountingChat, LinesCorpus, write_rows
 
 
-def loader_of(path, *, batch=4, seed=0, dp=(0, 1), start=Position(), stop_after=None, edit=None, **data):
+def loader_of(
+    path,
+    *,
+    batch=4,
+    seed=0,
+    dp=(0, 1),
+    start=Position(),
+    stop_after=None,
+    edit=None,
+    device=None,
+    **data,
+):
     data = Data(**{"max_length": 64, "workers": 0, **data})
     corpus, chat = LinesCorpus(path), CountingChat(data.max_length, rows=4)
     index = build_index(
@@ -38,7 +49,16 @@ def loader_of(path, *, batch=4, seed=0, dp=(0, 1), start=Position(), stop_after=
     train = Train(seed=seed, global_batch_size=batch, micro_batch_size=2)
     schedule = Schedule(index, corpus.parts, data, train, lambda m: float(m.tokens))
     return Loader(
-        schedule, corpus, chat, data, dp_rank=dp[0], dp_size=dp[1], start=start, stop_after=stop_after, rows=4
+        schedule,
+        corpus,
+        chat,
+        data,
+        dp_rank=dp[0],
+        dp_size=dp[1],
+        start=start,
+        stop_after=stop_after,
+        rows=4,
+        device=device,
     )
 
 
@@ -56,6 +76,7 @@ def same(a, b):
     assert (a.position, a.next, len(a.micro_batches)) == (b.position, b.next, len(b.micro_batches))
     for x, y in zip(a.micro_batches, b.micro_batches, strict=True):
         assert x.samples == y.samples and x.axes == y.axes and x.tensors.keys() == y.tensors.keys()
+        assert x.groups == y.groups and x.streams == y.streams
         assert all(torch.equal(x.tensors[k], y.tensors[k]) for k in x.tensors)
         assert torch.equal(x.segments["text"], y.segments["text"])
 
@@ -157,7 +178,7 @@ def test_a_broken_sample_is_a_hole_or_the_end(tmp_path, caplog):
         list(loader)
     assert error.value.hint == "Mend the file."
     assert list(loader) == []  # it has ended, and its thread with it
-    assert not loader._thread.is_alive()
+    assert not [t for t in threading.enumerate() if t.name == "polymodal-data"]
 
 
 @pytest.mark.parametrize("pixels", [True, False])
@@ -210,6 +231,37 @@ def test_a_killed_worker_is_one_sentence_and_no_hang(tmp_path):
             pass
     assert "out of memory" in error.value.hint and "data.workers" in error.value.hint
     assert not data_processes()
+
+
+def test_a_worker_killed_while_it_waits_is_blamed_on_no_file(rows):
+    loader = loader_of(rows, workers=1, prefetch=1, stop_after=3)
+    next(loader)
+    deadline = time.monotonic() + 30
+    while not all(part.future.done() for step in loader._steps for part in step.parts):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (victim,) = data_processes()
+    victim.kill()
+    while victim.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    next(loader)  # it was made before
+    with pytest.raises(PolymodalError, match=r"process \d+. was killed by SIGKILL\. Most") as error:
+        next(loader)
+    assert "out of memory" in error.value.hint and not data_processes()
+
+
+def test_an_interrupt_leaves_nothing_behind(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"n": 60, "slow": 30.0} for _ in range(20)])
+    loader = loader_of(path, workers=2)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+    try:
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            next(loader)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not data_processes() and list(loader) == []
+    assert not [t for t in threading.enumerate() if t.name == "polymodal-data"]
 
 
 @pytest.mark.slow
@@ -285,10 +337,14 @@ def test_little_memory_holds_preparation_back(tmp_path):
             next(loader)
             next(loader)
             deadline = time.monotonic() + 30
-            while (held := loader._made_bytes - loader._taken_bytes) < enough and time.monotonic() < deadline:
+            while held(loader) < enough and time.monotonic() < deadline:
                 time.sleep(0.02)
             time.sleep(0.5)
-            return max(held, loader._made_bytes - loader._taken_bytes)
+            return held(loader)
+
+    def held(loader):
+        parts = [part for step in loader._steps for part in step.parts]
+        return sum(part.bytes for part in parts if part.future and part.future.done())
 
     assert ahead(25 * 256_000) >= 25 * 256_000  # as many as prefetch says
     assert 256_000 <= ahead(256_000, memory_budget=1) <= 1 << 20
@@ -323,21 +379,29 @@ def test_a_batch_through_a_socket(shared):
         "one": torch.tensor(2.5),
         "strided": torch.arange(6).view(2, 3).T,
     }
-    batch.groups = {"pairs": [(0, 1)]}
+    batch.groups = {"pairs": [(0, 1)], "given": ({"frames": torch.arange(6.0).view(2, 3)},)}
+    batch.streams = (VISION,)
     ours, theirs = Pipe()
-    send(theirs, batch, "note", shared)
-    kind, (head, notes) = pickle.loads(ours.recv_bytes())
-    back = receive(ours, *head)
-    assert (kind, notes, back.samples, back.axes, back.groups) == (
-        "made",
-        "note",
-        (7, 8),
-        batch.axes,
-        batch.groups,
-    )
+    send(theirs, (batch, "note"), shared)
+    back, notes = receive(ours)
+    assert (notes, back.samples, back.axes, back.streams) == ("note", (7, 8), batch.axes, (VISION,))
+    assert back.groups["pairs"] == [(0, 1)]
+    assert torch.equal(back.groups["given"][0]["frames"], torch.arange(6.0).view(2, 3))
     for name, tensor in batch.tensors.items():
         assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor)
+        tensor += 0  # the memory is ours to write
     assert torch.equal(back.segments["text"], batch.segments["text"])
+    send(theirs, PolymodalError("cut short", "Mend it."), shared)
+    assert receive(ours).hint == "Mend it."
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+def test_batches_for_an_accelerator_are_page_locked(rows):
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    for workers in (0, 1):
+        (step,) = take(loader_of(rows, workers=workers, device=device), 1)
+        assert all(t.is_pinned() for b in step.micro_batches for t in b.tensors.values())
 
 
 def test_without_memory_files_bytes_go_through_the_socket_with_a_warning(rows, caplog, monkeypatch):
