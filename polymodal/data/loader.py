@@ -1,8 +1,8 @@
-"""What a rank trains on, step after step: the plan's samples, decoded ahead of the need and handed over whole.
+"""What a rank trains on, step after step: the plan's samples, decoded ahead of need and handed over whole.
 
-Sees the ground floor and the data room. Tasks of the next steps are submitted when a step is taken; worker processes
-read, decode and pack while training computes, one micro-batch a task. A whole step is handed over, because the
-objective sums its denominators over the global batch before the first forward pass.
+Sees the ground floor and the data room. Tasks of the next steps are submitted when a step is taken; worker
+processes read, decode and pack while training computes, one micro-batch a task. A whole step is handed over,
+because the objective sums its denominators over the global batch before the first forward pass.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -79,8 +79,8 @@ class MicroBatchStats(NamedTuple):
 class Collator:
     """Task -> packed Batch. Picklable; it is all that a worker process knows.
 
-    Whoever draws at random for a sample takes `record.extra["seed"]`, which comes from (seed, epoch, sample id) alone
-    and so does not depend on the worker, the rank or the world.
+    Whoever draws at random for a sample takes `record.extra["seed"]`, which comes from (seed, epoch, sample
+    id) alone and so does not depend on the worker, the rank or the world.
     """
 
     def __init__(self, corpus: Any, chat: Any, data: Data, seed: int, rows: int, pixels: bool = True):
@@ -155,15 +155,17 @@ class Collator:
             ) from None
         if sample.measure.tokens > planned:  # it might no longer fit its pack
             raise PolymodalError(
-                f"{row.where}: the sample has {sample.measure.tokens} tokens, its index says {planned}: a file changed after it was measured.",
-                "Remove the index (`.polymodal` beside the data, or data.cache_dir), so that lengths are measured again.",
+                f"{row.where}: the sample has {sample.measure.tokens} tokens, its index says {planned}: "
+                "a file changed after it was measured.",
+                "Remove the index (`.polymodal` beside the data, or data.cache_dir), so that lengths are "
+                "measured again.",
             )
         return sample
 
 
 @dataclass
 class _Part:
-    """A micro-batch of a planned step. task: None, it is there already; future: None, the task is not submitted yet."""
+    """A micro-batch of a planned step. task: None, it is there already; future: None, it is not submitted."""
 
     task: Task | None
     future: Future | None = None
@@ -172,8 +174,9 @@ class _Part:
     @property
     def bytes(self) -> int:
         """What it holds or is going to hold."""
-        made = self.future is not None and self.future.done() and self.future.exception() is None
-        return _bytes(self.future.result()[0]) if self.future is not None and made else self.estimate
+        if self.future is None or not self.future.done() or self.future.exception() is not None:
+            return self.estimate
+        return _bytes(self.future.result()[0])
 
 
 class _Step(NamedTuple):
@@ -185,12 +188,16 @@ class _Step(NamedTuple):
 
 
 class Loader:
-    """Iterates over RankStep for one data-parallel rank, in the plan's order, prepared ahead. Also a context manager.
+    """Iterates over RankStep for one data-parallel rank, in the plan's order, prepared ahead.
 
-    start: the first step; stop_after: steps to give (None: for ever); rows: rows of position_ids (for padding samples);
-    pixels: whether media are decoded, or only their sizes read; make: what makes batches of tasks in place of the packed
-    text's Collator; device: an accelerator that the batches will be copied to (they are page-locked for it).
-    Ahead of the step that is due, at most data.prefetch steps and data.memory_budget MiB are prepared or in work.
+    Also a context manager.
+
+    start: the first step; stop_after: steps to give (None: for ever); rows: rows of position_ids (for padding
+    samples); pixels: whether media are decoded, or only their sizes read; make: what makes batches of tasks
+    in place of the packed text's Collator; device: an accelerator that the batches will be copied to (they
+    are page-locked for it).
+    Ahead of what is taken, at most data.prefetch steps are prepared or in work, and of those that follow the
+    first at most data.memory_budget MiB with it.
     Raises PolymodalError from __next__: a broken sample (data.on_error: fail), a dead worker.
     """
 
@@ -258,8 +265,8 @@ class Loader:
         self._steps.clear()
 
     def _prepare(self) -> None:
-        """Plan as many steps as data.prefetch says, and submit their tasks in order, those of the first step in any
-        case, others as far as data.memory_budget allows."""
+        """Plan as many steps as data.prefetch says, and submit their tasks in order: those of the first step
+        in any case, others as far as data.memory_budget allows."""
         for plan in islice(self._plans, self.prefetch - len(self._steps)):
             self._steps.append(self._plan(plan))
         held = 0
@@ -292,6 +299,7 @@ class Loader:
 
     def _collect(self, step: _Step) -> RankStep:
         """Wait for a step's micro-batches."""
+        wait([part.future for part in step.parts if part.future], return_when=FIRST_EXCEPTION)
         stats, batches = StepStats(flops=step.flops), []
         for part in step.parts:
             assert part.future is not None
@@ -314,7 +322,8 @@ class Loader:
         if stats.bytes > self.budget and -1 not in self._told:
             self._told.add(-1)
             log.warning(
-                "One step of this rank takes %d MiB, more than data.memory_budget = %d; nothing is prepared beyond it.",
+                "One step of this rank takes %d MiB, more than data.memory_budget = %d; nothing is prepared "
+                "beyond it.",
                 stats.bytes >> 20,
                 self.budget >> 20,
             )

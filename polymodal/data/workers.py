@@ -1,13 +1,14 @@
 """Processes that make batches, and how a batch comes from there to here.
 
-Sees core/ only; what is made is the business of the callable it is given. Own code in place of torch's DataLoader:
-docs/dependencies.md has what was measured. A thread stands before each process: it sends a task, waits for the
-answer, and puts it into the task's Future. So a task goes to whoever is idle (pictures differ a hundredfold in cost),
-the caller decides when it is submitted, and a dead process is known at once, with its cause and the task it was at.
+Sees core/ only; what is made is the business of the callable it is given. Own code in place of torch's
+DataLoader: docs/dependencies.md has what was measured. A thread stands before each process: it sends a task,
+waits for the answer, and puts it into the task's Future. So a task goes to whoever is idle (pictures differ a
+hundredfold in cost), the caller decides when it is submitted, and a dead process is known at once, with its
+cause and the task it was at.
 
-A batch travels as one anonymous file in memory (memfd), mapped here without a copy. That neither needs room in
-/dev/shm, which containers keep small, nor holds a file descriptor a tensor. Where a kernel has no memfd, bytes go
-through the socket, with a warning.
+A batch travels as one anonymous file in memory (memfd), mapped here without a copy. That neither needs room
+in /dev/shm, which containers keep small, nor holds a file descriptor a tensor. Where a kernel has no memfd,
+bytes go through the socket, with a warning.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ class _Worker(NamedTuple):
 
 
 class Pool:
-    """`count` spawned processes, each doing one task at a time: `make(task) -> (Batch, notes)`; 0: a thread does them.
+    """`count` spawned processes, each doing one task at a time: `make(task) -> (Batch, notes)`; 0: a thread.
 
-    make and what it holds are pickled once and sent to each process; about(task) names the task in the error of a
-    dead process. device: an accelerator that batches will be copied to: their tensors are made page-locked.
+    make and what it holds are pickled once and sent to each process; about(task) names the task in the error
+    of a dead process. device: an accelerator that batches will be copied to: their tensors are made
+    page-locked.
     """
 
     def __init__(
@@ -86,15 +88,15 @@ class Pool:
             self._thread(self._drive, worker, content)
 
     def submit(self, task: Any) -> Future:
-        """Put a task in the queue. Its Future gives (Batch, notes), or raises: PolymodalError of the task or about a
-        dead process, RuntimeError with the traceback of any other exception in a process."""
+        """Put a task in the queue. Its Future gives (Batch, notes), or raises: PolymodalError of the task or
+        about a dead process, RuntimeError with the traceback of any other exception in a process."""
         future: Future = Future()
         self._tasks.put((future, task))
         return future
 
     def close(self) -> None:
-        """End all processes at once (they only read, nothing is lost) and all threads; a thread without a process ends
-        its task first. Futures that are not done stay so. May be called twice."""
+        """End all processes at once (they only read, nothing is lost) and all threads; a thread without a
+        process ends its task first. Futures that are not done stay so. May be called twice."""
         self._closed = True
         for worker in self._workers:
             worker.process.kill()
@@ -108,7 +110,7 @@ class Pool:
             worker.pipe.close()
         self._workers, self._threads = [], []
 
-    # The threads -----------------------------------------------------------------------------------------------------
+    # The threads ---------------------------------------------------------------------------------------
 
     def _thread(self, target: Callable, *args: Any) -> None:
         thread = threading.Thread(target=target, args=args, name="polymodal-data", daemon=True)
@@ -161,10 +163,10 @@ class Pool:
             hint = {
                 "SIGKILL": "Most likely the machine or container ran out of memory: lower data.workers, "
                 "data.prefetch or data.memory_budget, or the size of images and videos.",
-                "SIGBUS": "A file was cut short while it was read, or memory ran out: check the data's disk and the "
-                "container's memory limit.",
-                "SIGSEGV": "A decoder crashed on one of these files: set data.workers to 0 to see which, and mend or "
-                "remove it.",
+                "SIGBUS": "A file was cut short while it was read, or memory ran out: check the data's disk "
+                "and the container's memory limit.",
+                "SIGSEGV": "A decoder crashed on one of these files: set data.workers to 0 to see which, and "
+                "mend or remove it.",
             }.get(name, "Someone or something ended it: look at the system's log.")
         elif code is None:
             how = f"cannot be heard any more ({error or type(error).__name__})"
@@ -176,7 +178,7 @@ class Pool:
         return PolymodalError(f"A data worker (process {worker.process.pid}) {how}{where}.", hint)
 
 
-# The processes -------------------------------------------------------------------------------------------------------
+# The processes ---------------------------------------------------------------------------------------------
 
 
 def _start(number: int, shared: bool) -> _Worker:
@@ -191,7 +193,7 @@ def _start(number: int, shared: bool) -> _Worker:
 
 
 def _work(pipe: connection.Connection, shared: bool) -> None:
-    """A worker's life: until the pipe ends. Signals for the job are the trainer's to answer, not its workers'."""
+    """A worker's life: until the pipe ends. Signals for the job are the trainer's to answer, not its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -231,7 +233,7 @@ def quiet_threads() -> Iterator[None]:
                 os.environ[name] = value
 
 
-# An object with tensors through a socket -----------------------------------------------------------------------------
+# An object with tensors through a socket -------------------------------------------------------------------
 
 
 def memory_files_work() -> bool:
@@ -264,7 +266,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def send(pipe: connection.Connection, value: Any, shared: bool) -> None:
-    """Pickle an object; the numbers of its tensors go in one stretch of memory, which is a memory file if `shared`."""
+    """Pickle an object; the numbers of its tensors go in one stretch of memory: a memory file if `shared`."""
     buffers: list[pickle.PickleBuffer] = []
     head = io.BytesIO()
     _Pickler(head, protocol=5, buffer_callback=buffers.append).dump(value)

@@ -1,4 +1,4 @@
-"""Steps arrive whole, in order and alike whoever makes them; what goes wrong is one sentence and leaves no process."""
+"""Steps arrive whole, in order and alike whoever makes them; what goes wrong is one sentence."""
 
 import logging
 import multiprocessing
@@ -253,7 +253,7 @@ def test_a_worker_killed_while_it_waits_is_blamed_on_no_file(rows):
 def test_an_interrupt_leaves_nothing_behind(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"n": 60, "slow": 30.0} for _ in range(20)])
     loader = loader_of(path, workers=2)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     try:
         threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
@@ -389,7 +389,7 @@ def test_a_batch_through_a_socket(shared):
     assert torch.equal(back.groups["given"][0]["frames"], torch.arange(6.0).view(2, 3))
     for name, tensor in batch.tensors.items():
         assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor)
-        tensor += 0  # the memory is ours to write
+        back[name].copy_(tensor)  # the memory is ours to write
     assert torch.equal(back.segments["text"], batch.segments["text"])
     send(theirs, PolymodalError("cut short", "Mend it."), shared)
     assert receive(ours).hint == "Mend it."
