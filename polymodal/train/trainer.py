@@ -261,7 +261,7 @@ class Trainer:
         recipe, state = self.recipe, self.state
         loader = self.feed.loader(
             dp_rank=self.mesh.dp_rank, dp_size=self.mesh.sizes.dp, start=Position(**state.position),
-            stop_after=self.steps - state.step, first=self.model.first, device=self.rt.device,
+            stop_after=self.steps - state.step, first=self.model.first, device=self.device,
         )  # fmt: skip
         saved = state.step
         self.callbacks.on_train_begin(self)
@@ -402,7 +402,7 @@ class Trainer:
         loader = self.validation.loader(
             workers=0,  # starting workers costs seconds
             dp_rank=self.mesh.dp_rank, dp_size=self.mesh.sizes.dp, start=Position(0, 0, 0), stop_after=count,
-            first=self.model.first, device=self.rt.device,
+            first=self.model.first, device=self.device,
         )  # fmt: skip
         self.model.train(False)
         tally, weight = StepMetrics(objective.parts), 0.0

@@ -293,8 +293,8 @@ def test_a_processor_that_makes_other_tokens_is_an_error(trained, tmp_path, monk
     directory, *_ = trained
     write_config = saving.write_config
 
-    def wrong(model, config, origin, path, made):
-        write_config(model, config, origin, path, made)
+    def wrong(model, config, origin, path, *args):
+        write_config(model, config, origin, path, *args)
         config = json.loads((path / "preprocessor_config.json").read_text())
         config["size"]["longest_edge"] //= 4
         (path / "preprocessor_config.json").write_text(json.dumps(config))
