@@ -2,7 +2,7 @@
 
 This room turns a card's `expert_plan` into DTensor parameters and patched forwards of module instances; names stay.
 The exchange is transformers' own (`AllToAllEP`): tokens are sorted by expert, sent by one all-to-all, computed with the
-library's grouped products, and sent back by another. It sees styles.py, adapters.py, ops.py, sequence.py and
+library's grouped products, and sent back by another. It sees styles.py, adapters.py, collectives.py, sequence.py and
 models/card.py.
 """
 

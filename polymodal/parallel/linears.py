@@ -1,7 +1,7 @@
 """Tensor parallelism's parameters and linear layers: DTensors in the model, plain local tensors inside of forwards.
 
 This room knows one model, one mesh axis and the styles of linear layers, with or without adapters; tensor.py knows
-the regions around them. It sees ops.py and styles.py.
+the regions around them. It sees collectives.py and styles.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Media over ranks: which rank's tower computes which medium, its rows sent there and features sent back.
 
-Sees ops.py and torch. Media of one stream are assigned greedily by cost, whole (or by the part, where a tower sees
+Sees collectives.py and torch. Media of one stream are assigned greedily by cost, whole (or by the part, where a tower sees
 parts apart, such as frames and tiles), over a group of ranks that may see different data, or share one sequence, or both; every rank then gets the
 features of the media tokens it holds. All ranks plan alike from lists gathered on the host once a step.
 """

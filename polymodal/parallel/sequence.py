@@ -1,6 +1,6 @@
 """Sequence parallelism inside a tensor-parallel group: the residual stream and its norms are cut along the sequence.
 
-This room knows how a stream (a tower's hidden states [..., T, D]) is entered, crossed and left; it sees ops.py only.
+This room knows how a stream (a tower's hidden states [..., T, D]) is entered, crossed and left; it sees collectives.py only.
 Lengths are arbitrary: every rank holds ceil(T / size) rows, zeros after the last; T is trimmed to wherever rows meet.
 """
 

@@ -1,6 +1,6 @@
 """The stages of a cut model, from a card's facts alone, and several of them on one rank as one model.
 
-Sees cuts.py, models/card.py, models/partial.py and the ground floor. Parameter names never change: a module of another
+Sees pipeline_split.py, models/card.py, models/partial.py and the ground floor. Parameter names never change: a module of another
 stage is replaced by `PrunedModule`, so indices inside lists stay what they are in the checkpoint.
 """
 

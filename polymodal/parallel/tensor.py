@@ -1,7 +1,7 @@
 """Tensor parallelism by name pattern: which weights are cut over the tp group, and how activations pass them.
 
 This room turns a card's `tensor_plan` into DTensor parameters and patched forwards of module instances; names stay.
-It sees ops.py, sequence.py, linears.py and models/card.py. Weights are DTensors (so that checkpoints and FSDP2 know where each
+It sees collectives.py, sequence.py, linears.py and models/card.py. Weights are DTensors (so that checkpoints and FSDP2 know where each
 piece belongs) but modules compute with plain local tensors: inside a region (an attention, an MLP) every rank has the
 whole input and its own heads or columns, and gradients are partial sums; at the region's end outputs are summed.
 """
