@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +22,7 @@ from polymodal.cli.app import (
 )
 
 MAKES = "Models that generate"
+HEARS = "Models that transcribe"
 # One line an option reads best.
 # fmt: off
 
@@ -72,10 +74,35 @@ def chat(
     )
 
 
+@command(app, "polymodal transcribe openai/whisper-small talk.mp3 --timestamps", "polymodal transcribe runs/mine recordings/ --format srt --out subtitles", panel="Ask and measure")
+def transcribe(
+    checkpoint: Annotated[str, typer.Argument(help="Hub id, directory, run, checkpoint of a run, or adapter.", show_default=False)],
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Audio or video files, or directories of them; any length.", show_default=False)],
+    language: Annotated[str | None, typer.Option(metavar="CODE", help="Language that is spoken, e.g. en.", show_default="told by the model")] = None,
+    translate: Annotated[bool, typer.Option("--translate", help="Write English, whatever is spoken.")] = False,
+    timestamps: Annotated[bool, typer.Option("--timestamps", help="Tell when what is said.")] = False,
+    form: Annotated[str | None, typer.Option("--format", metavar="FORM", help="txt, srt, vtt or json.", show_default="txt")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where a file for each goes.", show_default="stdout")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pieces of 30 s computed together.")] = 8,
+    beams: Annotated[int, typer.Option(min=1, help="Beams of the search; 1 = the likeliest token.")] = 1,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    ema: Ema = False,
+    base: Base = None,
+    revision: Revision = None,
+) -> int:
+    """Write down what is said in recordings, with times as subtitles if asked."""
+    from polymodal.generate import transcribe as room
+    from polymodal.runtime import device as devices
+
+    place = devices.find(device, 0).torch
+    return room.main(checkpoint, files, language=language, translate=translate, timestamps=timestamps, form=form, out=out, batch_size=batch_size, beams=beams, device=place, dtype=dtype, ema=ema, base=base, revision=revision)
+
+
 @command(app, "polymodal evaluate runs/mine ai2d --data AI2D_TEST.tsv", "polymodal evaluate runs/mine custom --data questions.jsonl --metric contains --nproc 8", "polymodal evaluate runs/flux generation --data prompts.jsonl --clip weights/clip --real photos --features weights/dinov2 --nproc 8", panel="Ask and measure")
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Hub id, directory, run, checkpoint of a run, or adapter.", show_default=False)],
-    benchmark: Annotated[str, typer.Argument(help="ai2d, mmmu, chartqa, docvqa, custom; generation, vbench.", show_default=False)],
+    benchmark: Annotated[str, typer.Argument(help="ai2d, mmmu, chartqa, docvqa, custom; generation, vbench; speech.", show_default=False)],
     data: Annotated[str, typer.Option(metavar="FILE", help="VLMEvalKit TSV, CSV, JSON or JSON lines; prompts also as .txt.", show_default=False)],
     metric: Annotated[str | None, typer.Option(help="exact, contains, anls, relaxed, choice, open or likelihood.", show_default="the benchmark's")] = None,
     out: Annotated[str | None, typer.Option(metavar="DIR", help="Answers or samples, result and page.", show_default="evaluations/...")] = None,
@@ -106,26 +133,32 @@ def evaluate(
     fps: Annotated[float | None, typer.Option(min=0.1, help="Frames a second of the mp4.", show_default="16", rich_help_panel=MAKES)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise.", show_default="42", rich_help_panel=MAKES)] = None,
     other: Other = None,
+    language: Annotated[str | None, typer.Option(metavar="CODE", help="Language of rows that name none.", show_default="told by the model", rich_help_panel=HEARS)] = None,
+    normalise: Annotated[str | None, typer.Option(help="What of spelling does not count: auto, english, basic or none.", show_default="auto", rich_help_panel=HEARS)] = None,
+    beams: Annotated[int | None, typer.Option(min=1, help="Beams of the search.", show_default="1", rich_help_panel=HEARS)] = None,
 ) -> int:
     """Measure a checkpoint on a benchmark file, or what it generates; on any number of processes, goes on where it stopped."""
     from polymodal.core.errors import PolymodalError
     from polymodal.evaluate import benchmarks
 
-    answers = {"--metric": metric, "--max-new-tokens": max_new_tokens, "--system": system}
-    makes = {
-        "--clip": clip, "--real": real, "--features": features, "--classifier": classifier, "--samples": samples, "--negative": negative,
-        "--steps": steps, "--guidance": guidance, "--height": height, "--width": width, "--frames": frames, "--fps": fps, "--seed": seed, "--with": other,
+    options: dict[str, dict[str, Any]] = {
+        "answer": {"--metric": metric, "--max-new-tokens": max_new_tokens, "--system": system},
+        "generate": {
+            "--clip": clip, "--real": real, "--features": features, "--classifier": classifier, "--samples": samples, "--negative": negative,
+            "--steps": steps, "--guidance": guidance, "--height": height, "--width": width, "--frames": frames, "--fps": fps, "--seed": seed, "--with": other,
+        },
+        "transcribe": {"--language": language, "--normalise": normalise, "--beams": beams},
     }
     facts = benchmarks.find(benchmark)
-    foreign = [name for name, value in (answers if facts.samples else makes).items() if value is not None]
-    if foreign:
-        what = "generate" if facts.samples else "answer"
-        raise PolymodalError(f"`{facts.name}` is for models that {what}, it has no {foreign[0]}.", "Leave that option out.")
+    for kind, own in options.items():
+        foreign = [name for name, value in own.items() if value is not None and kind != facts.kind]
+        if foreign:
+            raise PolymodalError(f"`{facts.name}` is for models that {facts.kind}, it has no {foreign[0]}.", "Leave that option out.")
     opened: dict[str, Any] = {"device": device, "dtype": dtype, "ema": ema, "base": base, "revision": revision}
     common: dict[str, Any] = {"out": out, "limit": limit, "media_dir": media_dir, "restart": restart, "html": html}
 
     def here() -> int:
-        if facts.samples:
+        if facts.kind == "generate":
             from polymodal.evaluate import generation
             from polymodal.generate.pipeline import Settings
 
@@ -134,6 +167,11 @@ def evaluate(
                 checkpoint, facts.name, data, settings=settings, samples=samples, negative=negative, fps=fps or 16.0, real=real, clip=clip,
                 features=features, classifier=classifier, batch_size=batch_size or 1, how={"other": other, **opened}, **common,
             )
+        elif facts.kind == "transcribe":
+            from polymodal.evaluate import speech
+
+            how = {k: v for k, v in opened.items() if k != "device"}
+            speech.main(checkpoint, data, device=device, how=how, language=language, normalise=normalise or "auto", beams=beams or 1, batch_size=batch_size or 16, **common)
         else:
             from polymodal.evaluate import run
 

@@ -1,7 +1,7 @@
 """Objects of a user's own modules, named `module:name` in a recipe.
 
-A module must be installed or lie on PYTHONPATH: the working directory is never searched because a command happens to
-be started there, so that a file lying in it cannot replace a module by its name.
+A module must be installed or lie on PYTHONPATH: the working directory is never searched because a command
+happens to be started there, so that a file lying in it cannot replace a module by its name.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _FORM = re.compile(r"(\w+(?:\.\w+)*):(\w+(?:\.\w+)*)")
 def load_object(reference: str, key: str) -> Any:
     """The object that `module:name` stands for. key: the recipe's key that holds it, for messages.
 
-    Raises PolymodalError for another form, a module that cannot be found or fails while it is imported, and a name
-    that it does not have.
+    Raises PolymodalError for another form, a module that cannot be found or fails while it is imported, and a
+    name that it does not have.
     """
     said = f"{key} = {reference}"
     parts = _FORM.fullmatch(reference)
@@ -39,7 +39,8 @@ def load_object(reference: str, key: str) -> Any:
             raise PolymodalError(f"{said}: {module} imports {error.name}, which is not installed.") from error
         raise PolymodalError(
             f"{said}: there is no module {error.name}.",
-            "It must be installed or its directory be on PYTHONPATH; the working directory is not searched by itself.",
+            "It must be installed or its directory be on PYTHONPATH; the working directory is not searched by "
+            "itself.",
         ) from None
     except Exception as error:
         raise PolymodalError(
@@ -59,8 +60,8 @@ def load_object(reference: str, key: str) -> Any:
 
 @contextlib.contextmanager
 def _without_working_directory() -> Iterator[None]:
-    """sys.path without its first entry where that is the working directory, which `python -m` and an interactive
-    python put there, and PYTHONPATH does not name it."""
+    """sys.path without its first entry where that is the working directory, which `python -m` and an
+    interactive python put there, and PYTHONPATH does not name it."""
     here = os.path.realpath(os.getcwd())
     named = [os.path.realpath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     implicit = bool(sys.path) and os.path.realpath(sys.path[0] or here) == here and here not in named

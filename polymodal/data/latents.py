@@ -1,7 +1,9 @@
-"""Micro-batches of one shape for generating models: of encoded features, or of pictures and clips encoded later.
+"""Micro-batches of one shape for generating models: of encoded features, or of pictures and clips encoded
+later.
 
-Part of the data room: what the loader's workers run in place of packing text. A sample's draws (its caption, its
-noise) come from (seed, epoch, sample id) alone. A filler is a sample of the step once more, with weight 0.
+Part of the data room: what the loader's workers run in place of packing text. A sample's draws (its caption,
+its noise) come from (seed, epoch, sample id) alone. A filler is a sample of the step once more, with weight
+0.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ def _notes(batch: Batch, began: float, broken: list[tuple[int, str]]) -> MicroBa
 
 
 class FeatureCollator:
-    """Task -> batch of encoded samples: latents [B, ...], text and media tensors by the denoiser's names. Picklable.
+    """Task -> batch of encoded samples: latents [B, ...], text and media tensors by the denoiser's names.
+    Picklable.
 
     One caption of several is drawn a sample and epoch; text of unequal length is padded with zeros.
     """
@@ -98,10 +101,12 @@ def _stacked(parts: list[Tensor], text: bool) -> Tensor:
 
 
 class ClipCollator:
-    """Task -> batch of frames: pixels uint8 [B, F, H, W, 3], captions in groups, to be encoded on the device. Picklable.
+    """Task -> batch of frames: pixels uint8 [B, F, H, W, 3], captions in groups, to be encoded on the device.
+    Picklable.
 
-    groups["given"] has a mapping of Clips.given an item; where references are frames of the bucket, pixels are black.
-    A broken sample is fatal, or (data.on_error: skip) black frames of weight 0: it is named, and no other takes its place.
+    groups["given"] has a mapping of Clips.given an item; where references are frames of the bucket, pixels
+    are black. A broken sample is fatal, or (data.on_error: skip) black frames of weight 0: it is named, and
+    no other takes its place.
     """
 
     copies = True
@@ -182,7 +187,8 @@ def _filled(
 
 
 def without(batch: Batch, gone: Sequence[bool], side: int) -> tuple[Batch, StepStats]:
-    """(a ClipCollator's batch in which the items that are `gone` are black and have no weight, what was lost with them).
+    """(a ClipCollator's batch in which the items that are `gone` are black and have no weight, what was lost
+    with them).
 
     side: least height and width of frames, of the family's grid.
     """

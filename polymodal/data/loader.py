@@ -11,7 +11,7 @@ import atexit
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -96,9 +96,17 @@ class Collator:
     copies = False
     """Whether a filler is a sample of the step once more, without weight; else it is a padding_sample."""
 
+    def hole(self, planned: int, id: int, reason: str | None) -> Sample:
+        """A sample without weight; planned: tokens of the one in whose place it stands."""
+        return padding_sample(max(1, min(2, planned)), self.rows, id, broken=reason)
+
+    def join(self, samples: Sequence[Sample]) -> Batch:
+        """Samples -> a micro-batch."""
+        return pack(samples)
+
     def filler(self) -> Batch:
         """What a rank without a micro-batch is given."""
-        return pack([padding_sample(rows=self.rows)])
+        return self.join([self.hole(2, -1, None)])
 
     def bytes(self, index: Any, task: Task) -> int:
         """About what the batch will take; `learn` makes it better."""
@@ -128,8 +136,8 @@ class Collator:
                 if self.on_error == "fail":
                     raise
                 broken.append((id, error.message))
-                samples.append(padding_sample(max(1, min(2, planned)), self.rows, id, broken=error.message))
-        batch = pack(samples)
+                samples.append(self.hole(planned, id, error.message))
+        batch = self.join(samples)
         notes = MicroBatchStats(
             sum(s.measure.tokens for s in samples if not s.broken),
             int((batch["weights"] != 0).sum()),

@@ -1,6 +1,7 @@
 """Rows that a user's own function gives, named in a dataset's `reader`, in place of those of a file.
 
-Part of the data room: sees the core and data/files.py. The function is called again in every process that reads.
+Part of the data room: sees the core and data/files.py. The function is called again in every process that
+reads.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from polymodal.data.files import Rows, hash_file
 
 
 class OwnRows(Rows):
-    """What `function(path)` returns: an object with a length that gives row i, a mapping as files hold them, by number.
+    """What `function(path)` returns: an object with a length that gives row i, a mapping as files hold them,
+    by number.
 
-    fingerprint: the object's own attribute of that name; else the hash of the file at `path`, or of all rows where there
-    is none. Raises PolymodalError when the function fails or returns something else.
+    fingerprint: the object's own attribute of that name; else the hash of the file at `path`, or of all rows
+    where there is none. Raises PolymodalError when the function fails or returns something else.
     """
 
     def __init__(self, path: str, reference: str, key: str):
@@ -55,7 +57,8 @@ class OwnRows(Rows):
                 ) from error
             if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")) or isinstance(rows, Mapping):
                 raise PolymodalError(
-                    f"{self.key} = {self.reference} returned a {type(rows).__name__}, not a sequence of rows.",
+                    f"{self.key} = {self.reference} returned a {type(rows).__name__}, not a sequence of "
+                    "rows.",
                     "Return a list of mappings, or an object with __len__ and __getitem__.",
                 )
             self._rows = rows

@@ -16,7 +16,8 @@ How a window is closed
 * Packed: every window has a whole number of global batches: its fullest packs are cut in two until it has. Packs are
   not padded, so that costs no arithmetic, and no step is made of a few odd packs. A window holds at least eight global
   batches (data.window is raised for that), hence the average batch is at most a sixteenth smaller than asked.
-* Not packed: windows are multiples of the global batch; only the last batch of an epoch may be smaller.
+* Not packed: windows are multiples of the global batch; only the last batch of an epoch may be smaller. by_length:
+  samples of like length come together in a micro-batch, where these are padded to the longest.
 * In buckets (samples of one shape to a micro-batch): a window's samples are cut bucket by bucket, so that the last
   micro-batch of a bucket, and the last batch of a window, may be smaller. No bucket is left out.
 * Only where a window has fewer samples than a batch has packs (a tiny data set) is a packed batch smaller.
@@ -39,6 +40,7 @@ from polymodal.data.permute import key_of, permute, scramble
 from polymodal.recipe import Data, Train
 
 _BATCHES_A_WINDOW = 8
+_ALIKE = 64  # micro-batches among whose samples those of like length are put together
 
 DECIDING_KEYS = (
     "train.seed", "train.global_batch_size", "train.micro_batch_size", "model.source", "model.revision", "data.datasets",
@@ -127,7 +129,7 @@ class Schedule:
     """Endless, random-access generator of global batches. Every process builds the same one.
 
     index: lengths; parts: the datasets in records of the corpus (name, start, stop, weight, repeat, fingerprint);
-    cost: FLOPs of a sample, for the balance between ranks only. Raises PolymodalError when nothing is usable or
+    cost: FLOPs of a sample, for the balance between ranks only; by_length: see above. Raises PolymodalError when nothing is usable or
     pack_length is smaller than max_length.
     """
 
@@ -138,6 +140,7 @@ class Schedule:
         data: Data,
         train: Train,
         cost: Callable[[SampleLengths], float],
+        by_length: bool = False,
     ):
         self.index = index
         self.seed = train.seed
@@ -147,6 +150,7 @@ class Schedule:
         self.pack_length = data.pack_length or data.max_length
         self.batch = train.global_batch_size
         self.micro = train.micro_batch_size
+        self.by_length = by_length and data.shuffle and self.micro > 1
         self._cost = cost
         if self.pack and self.pack_length < data.max_length:
             raise PolymodalError(
@@ -175,6 +179,8 @@ class Schedule:
             self.micro,
             self._window,
         )
+        if self.by_length:
+            keys = (*keys, "by length")
         if self.bucket is not None:
             keys = (*keys, hashlib.sha256(self.bucket.tobytes()).hexdigest())
         prints = [(p.fingerprint, s.usable, s.draws) for p, s in zip(parts, self._sources, strict=True)]
@@ -262,6 +268,8 @@ class Schedule:
             rows = self._rows(epoch, start, stop)
             if self.bucket is not None:
                 return self._bucketed(rows, epoch, window)
+            if self.by_length:
+                rows = self._sorted_in_stretches(rows, epoch, window)
             batches = np.arange(0, len(rows), self.batch)
             inside = np.arange(0, self.batch, self.micro)
             cuts = (batches[:, None] + inside).ravel()
@@ -288,6 +296,17 @@ class Schedule:
             )
             rows, cuts = rows[places], np.append(0, np.cumsum(sizes))
         return _Plan(rows, cuts, self.batch)
+
+    def _sorted_in_stretches(self, rows: np.ndarray, epoch: int, window: int) -> np.ndarray:
+        """Rows in another order, so that those of a micro-batch have like lengths: sorted within stretches of many
+        micro-batches, which then come in random order. The last one, where it is smaller, stays the last."""
+        stretch = np.arange(len(rows)) // (self.micro * _ALIKE)
+        rows = rows[np.lexsort((self.index.tokens[rows], stretch))]
+        whole = len(rows) // self.micro
+        key = np.uint64(key_of(self.seed, 2, epoch, window))
+        order = np.argsort(scramble(np.arange(whole, dtype=np.uint64) + key), kind="stable")
+        filled = rows[: whole * self.micro].reshape(whole, self.micro)[order].ravel()
+        return np.concatenate([filled, rows[whole * self.micro :]])
 
     def _bucketed(self, rows: np.ndarray, epoch: int, window: int) -> _Plan:
         """Micro-batches of one bucket each, in random order, or without shuffling by their first sample's place."""

@@ -23,6 +23,10 @@ NAME = "polymodal_flash"
 """Name in transformers' registries. transformers asks whether an implementation takes cumulative lengths by looking
 for "flash" in its name: with it the vision towers make one call a layer, without it one call a window."""
 
+PADDED = "polymodal_padded"
+"""Name of torch's own attention without any mask: of batches padded on the right in causal decoders. Under "sdpa"
+transformers looks for packed samples in the position ids at every forward, which waits for the device."""
+
 SHORT = 256
 """Segments up to this many tokens are computed in float32 on a CPU when training in half precision (see _kernel)."""
 
@@ -226,13 +230,22 @@ def register() -> str:
     return NAME
 
 
-def use(model: nn.Module, choice: str = "auto") -> str:
+def register_padded() -> str:
+    """Make PADDED known to transformers, which builds no mask for a name without a mask function; returns it."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register(PADDED, sdpa_attention_forward)
+    return PADDED
+
+
+def use(model: nn.Module, choice: str = "auto", padded: bool = False) -> str:
     """Set recipe.model.attention on a built transformers model: auto = this room's; sdpa, eager = transformers' own.
 
-    The name is written into every config of the model: transformers' own setter would look for a kernel package of
+    padded: batches are padded on the right, not packed. The name is written into every config of the model: transformers' own setter would look for a kernel package of
     that name. Returns the implementation's name.
     """
-    name = register() if choice == "auto" else choice
+    name = choice if choice != "auto" else register_padded() if padded else register()
     for part in model.modules():
         config = getattr(part, "config", None)
         if config is not None and hasattr(config, "_attn_implementation"):

@@ -16,7 +16,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Message
@@ -55,6 +55,7 @@ class Benchmark:
     lists: bool = False
     aliases: tuple[str, ...] = ()
     samples: int = 0  # of each prompt, for models that generate; 0: questions to a model that answers
+    kind: Literal["answer", "generate", "transcribe"] = "answer"  # what the models do that it is for
 
 
 SHORT = "Answer the question using a single word or phrase."
@@ -69,8 +70,9 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("chartqa", "relaxed", 64, "ChartQA: charts, numbers may be 5 % off", SHORT, aliases=("chartqa_test",)),
     Benchmark("docvqa", "anls", 64, "DocVQA: documents, ANLS with threshold 0.5", SHORT, lists=True, aliases=("docvqa_val", "docvqa_test")),
     Benchmark("custom", None, 128, "your own JSON, JSONL, TSV or CSV: question and answer, or conversations", aliases=("jsonl", "json", "tsv", "csv")),
-    Benchmark("generation", None, 0, "your own prompts, for models that generate pictures or clips", aliases=("pictures", "clips"), samples=1),
-    Benchmark("vbench", None, 0, "VBench: its prompts (VBench_full_info.json), its layout of clips", aliases=("vbench_i2v",), samples=5),
+    Benchmark("generation", None, 0, "your own prompts, for models that generate pictures or clips", aliases=("pictures", "clips"), samples=1, kind="generate"),
+    Benchmark("vbench", None, 0, "VBench: its prompts (VBench_full_info.json), its layout of clips", aliases=("vbench_i2v",), samples=5, kind="generate"),
+    Benchmark("speech", None, 0, "your own recordings with their texts: word and character error rates", aliases=("asr", "wer", "cer"), kind="transcribe"),
 )  # fmt: skip
 
 

@@ -73,9 +73,9 @@ def evaluate(
     world = Ranks(alone)
     try:
         facts = benchmarks.find(benchmark)
-        if facts.samples:
+        if facts.kind != "answer":
             raise PolymodalError(
-                f"`{facts.name}` is for models that generate.", "Use `custom` for questions of your own."
+                f"`{facts.name}` is for models that {facts.kind}.", "Use `custom` for questions of your own."
             )
         if metric is not None and metric not in METRICS:
             raise PolymodalError(f"There is no metric `{metric}`.", f"Use one of: {', '.join(METRICS)}.")

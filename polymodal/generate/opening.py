@@ -361,7 +361,21 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def open_engine(
+@dataclass
+class Opened:
+    """A model ready for inference, with the library's processor. recipe: of a run, which says how its data were read.
+
+    name: for reports; identity: changes when the weights do.
+    """
+
+    model: nn.Module
+    processor: Any
+    name: str
+    identity: str
+    recipe: recipes.Recipe | None = None
+
+
+def open_model(
     checkpoint: str | os.PathLike,
     *,
     revision: str | None = None,
@@ -371,8 +385,8 @@ def open_engine(
     base: str | None = None,
     trust_remote_code: bool = False,
     locate: Locate = checkpoints.locate,
-) -> Engine:
-    """Any checkpoint as an Engine: hub directory or id, export, run, one of its checkpoints, peft adapter.
+) -> Opened:
+    """Any checkpoint's model: hub directory or id, export, run, one of its checkpoints, peft adapter.
 
     device: None = the accelerator that is there. dtype: auto (the checkpoint's; for runs float32 on the CPU, else the
     precision trained in), fp32, bf16, fp16. ema: a run's average. base: where an adapter's or a run's base lies now.
@@ -411,14 +425,7 @@ def open_engine(
             if made.checkpoint.name in text
             else f"{Path(text).name} ({made.checkpoint.name})"
         )
-        return Engine(
-            model.to(device),
-            processor,
-            video=recipe.data.video,
-            template_kwargs=recipe.data.template_kwargs,
-            name=name,
-            identity=identity,
-        )
+        return Opened(model.to(device), processor, name, identity, recipe)
     wanted = DTYPES.get(dtype, "auto")
     if kind == "adapter":
         model, directory = load_adapter(Path(text).expanduser(), wanted, base, trust_remote_code)
@@ -426,21 +433,21 @@ def open_engine(
         processor = processor_of(
             own if (own / "tokenizer_config.json").is_file() else directory, trust=trust_remote_code
         )
-        return Engine(
-            model.to(device),
-            processor,
-            name=Path(text).name,
-            identity=f"{fingerprint(own)} on {fingerprint(directory)}",
-        )
+        identity = f"{fingerprint(own)} on {fingerprint(directory)}"
+        return Opened(model.to(device), processor, Path(text).name, identity)
     directory = catalog.resolve(checkpoint, revision)
     model = load_hub(directory, wanted, trust_remote_code)
     processor = processor_of(directory, trust=trust_remote_code)
-    return Engine(
-        model.to(device).eval(),
-        processor,
-        name=text if "/" in text and not Path(text).is_dir() else Path(text).name,
-        identity=fingerprint(directory),
-    )
+    name = text if "/" in text and not Path(text).is_dir() else Path(text).name
+    return Opened(model.to(device).eval(), processor, name, fingerprint(directory))
+
+
+def open_engine(checkpoint: str | os.PathLike, **options: Any) -> Engine:
+    """Any checkpoint that answers questions, as an Engine. options: those of `open_model`."""
+    made = open_model(checkpoint, **options)
+    data = made.recipe.data if made.recipe is not None else None
+    own = {} if data is None else {"video": data.video, "template_kwargs": data.template_kwargs}
+    return Engine(made.model, made.processor, name=made.name, identity=made.identity, **own)
 
 
 def adapter_config(directory: Path) -> dict[str, Any]:

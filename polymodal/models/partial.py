@@ -72,7 +72,7 @@ class _Beside(torch.autograd.Function):
         return grad, *(grad.new_zeros(shape, dtype=dtype) for shape, dtype in ctx.others)
 
 
-def _together(main: Tensor, carry: Mapping[str, Tensor] | None) -> Tensor:
+def together(main: Tensor, carry: Mapping[str, Tensor] | None) -> Tensor:
     others = [t for name, t in (carry or {}).items() if name != HIDDEN and t.requires_grad]
     return _Beside.apply(main, *others) if others else main
 
@@ -87,6 +87,12 @@ class ShapeStub(PrunedModule):
         self.original = (module if on_meta else copy.deepcopy(module).to("meta"),)  # no child: no parameters
         self.dtype: torch.dtype | None = None
         self.given: dict[int, Tensor] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # of the module: a convolution's stride, a table's size
+            return getattr(self.__dict__["original"][0], name)
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -289,12 +295,12 @@ def stage(
         for hook in hooks:
             hook.remove()
     if left is None:
-        return replace(out, hidden_states=_together(out.hidden_states, carry))
+        return replace(out, hidden_states=together(out.hidden_states, carry))
     for name, tensor in others.items():
         if tensor is None:  # the last block gives it up: nobody will look at it
             shape = carry_spec(family, batch, left.dtype)[name].shape
             others[name] = _Beside.apply(left.new_zeros(shape, requires_grad=left.requires_grad), left)
-    return {HIDDEN: _together(left, carry), **others, **carried}  # type: ignore[dict-item]
+    return {HIDDEN: together(left, carry), **others, **carried}  # type: ignore[dict-item]
 
 
 def probe(family: WholeModel, anew: bool = False) -> nn.Module:

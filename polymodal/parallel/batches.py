@@ -1,8 +1,8 @@
 """Batches over a mesh: what `apply` does to the model, BatchSharding does to every step's micro-batches.
 
-Sees the ground floor, media.py and models/card.py. Packed sequences are cut over the context-parallel group, pictures
-are dealt out to the ranks that share sequences, or to all that see data; a step cuts its batches once, on the host,
-after the denominators of its loss were counted on whole ones.
+Sees the ground floor, media.py and models/card.py. Packed sequences are cut over the context-parallel group,
+pictures are dealt out to the ranks that share sequences, or to all that see data; a step cuts its batches
+once, on the host, after the denominators of its loss were counted on whole ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from polymodal.recipe import Parallel
 
 
 def attention_heads(config: Any) -> int:
-    """Query heads of a model's (language) layers, from its transformers or diffusers config; 1 when it does not say."""
+    """Query heads of a model's (language) layers, from its transformers or diffusers config; 1 when it does
+    not say."""
     if isinstance(config, Mapping):  # diffusers
         return config.get("num_attention_heads") or 1
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -53,7 +54,8 @@ def pad_to_cp(batch: Batch, count: int) -> Batch:
 
 
 class BatchSharding:
-    """Calls turn the whole micro-batches of a step into those this rank computes; alike on all ranks of a stage.
+    """Calls turn the whole micro-batches of a step into those this rank computes; alike on all ranks of a
+    stage.
 
     Here whole micro-batches are computed: a sequence that is cut over ranks is cut inside of the model
     (dit_context_parallel.py), and all ranks of a context-parallel group then compute the whole loss.
@@ -91,8 +93,9 @@ class PackedBatchSharding(BatchSharding):
         return self.mesh.dp_group
 
     def __call__(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Packed batches -> the same with this rank's rows of input_ids and position_ids, `rows` [n] int64 among the
-        tensors (labels and weights stay whole), `cut` for attention, and `media` where pictures are dealt out."""
+        """Packed batches -> the same with this rank's rows of input_ids and position_ids, `rows` [n] int64
+        among the tensors (labels and weights stay whole), `cut` for attention, and `media` where pictures are
+        dealt out."""
         pairs = [self._cut(batch) for batch in batches]
         out = [own for _, own in pairs]
         if self.group is None:

@@ -19,8 +19,16 @@ from polymodal.core.errors import PolymodalError
 from polymodal.distributed import collectives
 from polymodal.parallel.styles import see_local
 
-LINEAR = ("colwise", "fused_colwise", "rowwise", "joined_colwise", "joined_rowwise")
-ROWWISE = ("rowwise", "joined_rowwise")
+LINEAR = (
+    "colwise",
+    "fused_colwise",
+    "rowwise",
+    "joined_colwise",
+    "joined_rowwise",
+    "entering_colwise",
+    "leaving_rowwise",
+)
+ROWWISE = ("rowwise", "joined_rowwise", "leaving_rowwise")
 FUSED_PARTS = 3
 
 

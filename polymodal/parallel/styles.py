@@ -31,6 +31,8 @@ STYLES = {
     "merger": "a region that ends the stream: its output is whole on every rank",
     "colwise": "a linear layer cut by output features",
     "fused_colwise": "a linear layer of three fused parts (q, k, v), each cut by heads; kept in its natural order",
+    "entering_colwise": "the same where it begins a region of two layers that no module holds: its input enters",
+    "leaving_rowwise": "the second of these: its output is summed",
     "rowwise": "a linear layer cut by input features; its output is a partial sum",
     "experts": "stacked experts, cut by expert: every rank sees all tokens and computes its own experts",
     "router": "chooses experts; alike on every rank, its first output (the logits) feeds the balance loss",

@@ -34,6 +34,8 @@ ATTENTIONS = ("attention", "joint_attention", "joint_heads", "joined_heads")
 REGIONS = (*ATTENTIONS, "mlp", "feed_forward", "merger")
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "heads")
 CONTEXT = "encoder_hidden_states"
+CONTEXTS = (CONTEXT, "key_value_states")
+"""Arguments of attentions over another stream than their own."""
 MODULATION = ("temb", "token_replace_emb")
 """Arguments of diffusers' blocks that shift and scale their rows."""
 LENGTHS = "polymodal_stream_lengths"
@@ -110,7 +112,8 @@ class _Layout(Linears):
         def region(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = on_first(enter, args, kwargs)
             if style in ATTENTIONS:
-                args, kwargs = on_argument(module, CONTEXT, context, args, kwargs)
+                for each in CONTEXTS:
+                    args, kwargs = on_argument(module, each, context, args, kwargs)
             out = forward(*args, **kwargs)
             if style in ("joint_heads", "joined_heads"):
                 return out
@@ -146,6 +149,15 @@ class _Layout(Linears):
             module.forward = wraps(forward)(lambda hidden: forward(stream.enter_joined(hidden)))
         else:
             module.forward = wraps(forward)(lambda hidden: stream.leave_joined(forward(hidden)))
+
+    def alone(self, name: str, style: str) -> None:
+        """The two layers of a feed-forward part that is no module of its own."""
+        module, stream = self.modules[name], self.stream(name)
+        forward = module.forward
+        if style == "entering_colwise":
+            module.forward = wraps(forward)(lambda hidden: forward(stream.enter(hidden)))
+        else:
+            module.forward = wraps(forward)(lambda hidden: stream.leave(forward(hidden)))
 
     def norm_across_heads(self, name: str) -> None:
         module = self.modules[name]
@@ -366,6 +378,8 @@ class _Layout(Linears):
                 self.whole(name)
             elif style in ("joined_colwise", "joined_rowwise"):
                 self.joined(name, style)
+            elif style in ("entering_colwise", "leaving_rowwise"):
+                self.alone(name, style)
             elif style == "end":
                 self.end(name)
             elif style == "sparse":
@@ -392,6 +406,9 @@ def counts(card: ModelCard, config: Any) -> dict[str, int]:
         config = SimpleNamespace(**config)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     vision = getattr(config, "vision_config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        keys = ("encoder_attention_heads", "decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim")
+        return {key: getattr(config, key) for key in keys}  # the vocabulary stays whole
     experts = getattr(text, "num_experts", 0)
     dense = (
         not experts or getattr(text, "mlp_only_layers", None) or getattr(text, "decoder_sparse_step", 1) > 1

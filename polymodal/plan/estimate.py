@@ -47,12 +47,16 @@ class BlockFit:
     frozen: float
     """Share of `kept` that is saved where the weights are frozen and adapters learn: inputs of frozen
     weights are not."""
+    whole: float = 0.0
+    """Hidden sizes of `kept` that sequence parallelism does not cut: inputs gathered for layers that are."""
 
 
 DECODER = BlockFit((8.8, 2.0, 4.0), (3.0, 1.0, 2.0), (179.0, 0.0, 0.0), 0.9)
 """Blocks of language models, with a gated feed-forward part, rotary positions and norms in float32."""
 VISION = BlockFit((8.8, 2.0, 4.0), (3.0, 1.0, 2.0), (47.0, 0.0, 0.0), 0.9)
 """Blocks of vision towers."""
+SPEECH = BlockFit((5.4, 2.0, 2.0), (4.0, 1.3, 1.2), (24.0, 0.0, 4.0), 0.95, whole=4.5)
+"""Blocks of encoders and decoders with a plain feed-forward part and LayerNorms, such as Whisper's."""
 DENOISER = BlockFit((30.0, 0.0, 2.0), (5.0, 1.0, 1.0), (125.0, 0.0, 8.0), 0.67)
 """Blocks of diffusion transformers: between Wan's, which modulate every token in float32, and FLUX's,
 which do not."""
@@ -81,7 +85,9 @@ class Tower:
     def per_row(self, numbers: tuple[float, float, float], cut: int, tp: int) -> float:
         """Elements a row: hidden sizes are cut by sequence parallelism, what is inside of a block by tp."""
         hidden, attention, mlp = numbers
-        return hidden * self.hidden / cut + (attention * self.attention + mlp * self.mlp) / tp
+        whole = min(self.fit.whole, hidden)
+        hidden = whole + (hidden - whole) / cut
+        return hidden * self.hidden + (attention * self.attention + mlp * self.mlp) / tp
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,13 @@ def _towers(family: Family, parameters: int) -> tuple[tuple[Tower, ...], int, in
     if not hasattr(config, "get_text_config"):
         layers, hidden, count = family.size()  # type: ignore[attr-defined]
         return (denoiser(layers, hidden, count),), 0, 0
+    if getattr(config, "is_encoder_decoder", False):
+        side = config.d_model
+        own = Tower(config.decoder_layers, side, 5 * side, config.decoder_ffn_dim, fit=SPEECH)
+        heard = Tower(
+            config.encoder_layers, side, 3 * side, config.encoder_ffn_dim, media="audio", fit=SPEECH
+        )
+        return (own, heard), config.vocab_size, 0
     text, vision = config.get_text_config(), getattr(config, "vision_config", None)
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -444,22 +457,21 @@ def seconds(
     """
     parallel, width = recipe.parallel, width_of(recipe)
     one = compute(shape, recipe, sizes, measure, samples, accelerator)
-    text = shape.towers[0]
-    stream = _rows(text, measure, samples, sizes.cp) * text.hidden * width
-    layers = text.layers / sizes.pp
     passes = 3 if parallel.recompute == "full" else 2
 
     def ring(kind: str, size: float, ranks: int, stride: int, calls: float) -> float:
         members = tuple(range(0, ranks * stride, stride))
         return devices.transfer(accelerator, kind, members, size, math.ceil(calls)) if ranks > 1 else 0.0
 
-    calls = layers * 2 * passes
-    exposed = 2 * ring("all_gather", stream * calls, sizes.tp, 1, calls)
-    exposed += ring(
-        "all_to_all", stream / sizes.tp * 4 * layers * passes, sizes.cp, sizes.tp, 4 * layers * passes
-    )
-    exposed += ring("all_to_all", stream / sizes.tp * shape.chosen * calls, sizes.ep, 1, calls)
-    exposed += 2 * ring("send", stream / sizes.tp, sizes.pp, sizes.world // sizes.pp, 1)
+    exposed, layers = 0.0, shape.towers[0].layers / sizes.pp
+    for tower in shape.towers:
+        stream = _rows(tower, measure, samples, sizes.cp) * tower.hidden * width
+        own = tower.layers / sizes.pp
+        calls = own * 2 * (passes if tower.learns else 1)
+        exposed += 2 * ring("all_gather", stream * calls, sizes.tp, 1, calls)
+        exposed += ring("all_to_all", stream / sizes.tp * 2 * calls, sizes.cp, sizes.tp, 2 * calls)
+        exposed += ring("all_to_all", stream / sizes.tp * shape.chosen * calls, sizes.ep, 1, calls)
+        exposed += 2 * ring("send", stream / sizes.tp, sizes.pp, sizes.world // sizes.pp, 1)
     shards = sizes.dp_shard * sizes.cp
     held = (shape.total - shape.experts * (1 - 1 / sizes.ep)) / sizes.pp / sizes.tp
     trained = held * shape.trained / max(1, shape.total)

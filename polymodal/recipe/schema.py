@@ -143,6 +143,13 @@ class Video(Section):
     """Largest frame in pixels (default: the checkpoint's)."""
 
 
+class Speech(Section):
+    language: str | None = None
+    """Language of rows that name none: a code (en, de, zh) or a name. Multilingual models need one."""
+    task: Literal["transcribe", "translate"] = "transcribe"
+    """What the text of rows without a `task` is: what is said, or its English translation."""
+
+
 class Data(Section):
     datasets: list[Dataset] = []
     """What is learned from."""
@@ -166,6 +173,8 @@ class Data(Section):
     """Sizes of pictures."""
     video: Video = Video()
     """Frames and sizes of videos."""
+    speech: Speech = Speech()
+    """Models that transcribe: what their rows are where they do not say."""
     clip: Clip = Clip()
     """Sizes and lengths of what a generating model learns from."""
     encode: Literal["cached", "online"] = "cached"

@@ -313,9 +313,11 @@ def way(
     weights = f"model_from_hf/{facts.hub.rpartition('/')[2]}"
     subject = weights if task in ("chat", "evaluate") else f"runs/{run}"
     pictures = method == "dreambooth"  # a directory of pictures, and captions in the recipe
-    data = "data/train.json" if not generates else "pictures/subject" if pictures else "dataset/data.json"
+    data = "data/train.jsonl" if card.kind == "audio" else "data/train.json"
+    if generates:
+        data = "pictures/subject" if pictures else "dataset/data.json"
     nodes = f"{-(-count // 8)} nodes: the same on each, with NNODES, NODE_RANK and MASTER_ADDR"
-    ways = TABLES["ways"]["generation" if generates else "understanding"]
+    ways = TABLES["ways"][card.kind if card.kind in ("generation", "audio") else "understanding"]
     left_out = [name for name, there in (("not_yet", task in NOT_YET), ("look", not pictures)) if not there]
     return _steps(
         ways.get(task, ways["train"]),

@@ -25,6 +25,7 @@ INPUTS = {
     "video-to-video": "video to video",
     "text-to-image": "text to image",
     "image-to-image": "image to image",
+    "speech-recognition": "speech to text",
 }
 
 

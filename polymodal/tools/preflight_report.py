@@ -128,24 +128,17 @@ def _data(console: Console, title: str, recipe: Recipe, facts: DataFacts) -> Non
         _rows(console, title, rows)
         return
     if facts.looked_at:
-        if recipe.data.pack:
-            rows.append(
-                (
-                    "packs",
-                    f"of {recipe.data.pack_length or recipe.data.max_length:,} tokens, {facts.fill:.1%} filled",
-                )
-            )
+        if facts.batching:
+            rows.append((facts.unit, f"of {facts.batching}"))
+        unit = "packs" if facts.unit == "packs" else "samples"
         rows.append(
-            (
-                "steps an epoch",
-                f"{facts.steps_per_epoch:,} of {recipe.train.global_batch_size} {'packs' if recipe.data.pack else 'samples'}",
-            )
+            ("steps an epoch", f"{facts.steps_per_epoch:,} of {recipe.train.global_batch_size} {unit}")
         )
     _rows(console, title, rows)
     peak = max((n for _, _, n in facts.histogram), default=0) or 1
     for first, last, n in facts.histogram:
         bar = "█" * round(40 * n / peak) or ("▏" if n else "")
-        over = " too long" if first > recipe.data.max_length else ""
+        over = " too long" if first > facts.max_length else ""
         console.print(f"  {first:>6,} to {last:>7,} {n:>9,} {bar}{over}", highlight=False)
     console.print("  [dim]rows by length in tokens[/dim]\n")
     if facts.dropped:

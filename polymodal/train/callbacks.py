@@ -1,7 +1,7 @@
 """Callbacks: a user's own code at five moments of a run, named in the recipe's train.callbacks.
 
-Sees the trainer through its argument only. Callbacks run on every rank: what only one should do, it does where
-`trainer.main` is true; what communicates, all do.
+Sees the trainer through its argument only. Callbacks run on every rank: what only one should do, it does
+where `trainer.main` is true; what communicates, all do.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ class Callback:
         """Before the first step: model, data and optimizer are there, a resumed run's state is loaded."""
 
     def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, Any]) -> None:
-        """After each optimizer step. metrics: loss (of the global batch), grad_norm, lr, skipped; alike on all ranks that
-        hold the same piece of the model. Setting trainer.should_stop on any rank ends the run after this step, with a
-        checkpoint."""
+        """After each optimizer step. metrics: loss (of the global batch), grad_norm, lr, skipped; alike on
+        all ranks that hold the same piece of the model. Setting trainer.should_stop on any rank ends the run
+        after this step, with a checkpoint."""
 
     def on_save(self, trainer: Trainer, directory: Path) -> None:
-        """When a checkpoint is whole; where it is written in the background, some steps after it was taken. It has its
-        name once rank 0 is called."""
+        """When a checkpoint is whole; where it is written in the background, some steps after it was taken.
+        It has its name once rank 0 is called."""
 
     def on_evaluate(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         """After the validation loss was measured: validation/loss and its parts."""
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """After the last step and its checkpoint, also where the run was asked to stop before; not after an error."""
+        """After the last step and its checkpoint, also where the run was asked to stop before; not after an
+        error."""
 
 
 MOMENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
@@ -63,7 +64,8 @@ class Callbacks:
 
 
 def load(references: Sequence[str]) -> list[type[Callback]]:
-    """The classes that a recipe names. Raises PolymodalError for one that is no Callback, or has a method that none calls."""
+    """The classes that a recipe names. Raises PolymodalError for one that is no Callback, or has a method
+    that none calls."""
     found = []
     for number, reference in enumerate(references):
         key = f"{KEY}.{number}"

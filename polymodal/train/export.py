@@ -41,9 +41,10 @@ from polymodal.generate.opening import (
     processor_of,
 )
 from polymodal.models import catalog, lora, saving, weights
+from polymodal.models.audio.encoder_decoder import EncoderDecoder
 from polymodal.models.diffusion import Generation
 from polymodal.models.saving import Together
-from polymodal.train import export_pipeline
+from polymodal.train import export_pipeline, export_speech
 
 MARKER = "polymodal_export.json"
 """In every export: where it came from and how it was proven; a directory that has it may be written again."""
@@ -170,7 +171,7 @@ def run(source: str, directory: str | os.PathLike, **options: Any) -> int:
     compared = (
         f"predictions of {done.tokens} values"
         if pipeline
-        else f"logits of {done.tokens} tokens (text and a picture)"
+        else f"logits of {done.tokens} tokens (text and media)"
     )
     print(f"{done.directory}: {done.what}, {done.dtype}, {size / 2**20:.1f} MiB")
     if done.computed:
@@ -355,15 +356,19 @@ def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> tup
         (Message("user", (Media("image", _picture()), "Describe this picture in one sentence.")),),
         "the sample",
     )
-    sample = ChatProcessor(family.media_processor(data), data).prompt(record)
+    if isinstance(family, EncoderDecoder):
+        batch = export_speech.sample(family, data)
+    else:
+        batch = pack([ChatProcessor(family.media_processor(data), data).prompt(record)])
     with torch.no_grad():
-        out = family.stage(model, None, pack([sample]))
+        out = family.stage(model, None, batch)
         ours = out.head(out.hidden_states)[0].float()
     made.model = model = out = None  # type: ignore[assignment]
     theirs, ids = _library_logits(made, partial, what, arithmetic, record)
-    if not torch.equal(ids, sample.tensors["input_ids"]):
+    own = batch["input_ids"][0]
+    if not torch.equal(ids, own):
         raise PolymodalError(
-            f"The exported processor makes other tokens of the same sample ({len(ids)} against {len(sample.tensors['input_ids'])}); nothing was kept.",
+            f"The exported processor makes other tokens of the same sample ({len(ids)} against {batch['input_ids'].shape[1]}); nothing was kept.",
             "This is a defect: report it with the model's name.",
         )
     difference, largest = float((ours - theirs).abs().max()), float(ours.abs().max())
@@ -394,10 +399,12 @@ def _library_logits(
         model, _ = load_adapter(partial, arithmetic, base=_base_name(made.recipe), trust=trust)
     else:
         model = load_hub(partial, arithmetic, trust)
-    data = made.recipe.data
+    data, processor = made.recipe.data, processor_of(partial, trust=trust)
+    if isinstance(made.family, EncoderDecoder):
+        return export_speech.library_logits(model.eval(), processor)
     engine = Engine(
         model.eval(),
-        processor_of(partial, trust=trust),
+        processor,
         video=data.video,
         template_kwargs=data.template_kwargs,
         name=str(partial),

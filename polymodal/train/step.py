@@ -1,7 +1,7 @@
 """One global batch: denominators first, then forward and backward of every micro-batch, then norm and update.
 
-The loss is divided by the global denominators before backward, so every reduction over ranks and micro-batches is a
-plain sum and the result does not depend on how the batch was cut.
+The loss is divided by the global denominators before backward, so every reduction over ranks and
+micro-batches is a plain sum and the result does not depend on how the batch was cut.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ Finish = Callable[[Output, Batch], Any]
 def bind(model: nn.Module, family: Family) -> None:
     """Make `model(batch, finish)` run the family's stage and then `finish(output, batch)` inside one forward.
 
-    Must be called before the model is sharded: the head's weight is then whole while the loss uses it. `finish` is
-    chosen per call: the loss, a validation loss, log-probabilities of a reference. It returns tensors in plain
-    containers (FSDP2 finds them there to hook the backward pass). Parameter names stay as they are.
-    `model(call)` runs `call(model)` instead, where the model's own weights are at hand: sampling while it trains.
+    Must be called before the model is sharded: the head's weight is then whole while the loss uses it.
+    `finish` is chosen per call: the loss, a validation loss, log-probabilities of a reference. It returns
+    tensors in plain containers (FSDP2 finds them there to hook the backward pass). Parameter names stay as
+    they are. `model(call)` runs `call(model)` instead, where the model's own weights are at hand: sampling
+    while it trains.
     """
 
     def forward(batch: Batch | Callable[[nn.Module], Any], finish: Finish | None = None) -> Any:
@@ -56,11 +57,13 @@ def inverse_weights(
 
 
 def drop_broken_samples(step: RankStep, layout: Layout, group: dist.ProcessGroup | None) -> list[Batch]:
-    """A step's micro-batches, where a sample that some rank of the group could not read has no weight on any of them.
+    """A step's micro-batches, where a sample that some rank of the group could not read has no weight on any
+    of them.
 
-    group: ranks that read the same samples (Layout.same_samples_group), None without others. One of them alone may fail:
-    a file system that others reach, or a pipeline stage that decodes pictures where others do not. If each went on with
-    what it read, ranks that cut one batch or one model would hold batches of different shapes. step.stats is set right.
+    group: ranks that read the same samples (Layout.same_samples_group), None without others. One of them
+    alone may fail: a file system that others reach, or a pipeline stage that decodes pictures where others do
+    not. If each went on with what it read, ranks that cut one batch or one model would hold batches of
+    different shapes. step.stats is set right.
     """
     if group is None:
         return step.micro_batches
@@ -89,10 +92,11 @@ def _broken(batch: Batch) -> tuple[bool, ...]:
 
 
 class StepMetrics:
-    """Logs of a step, added over micro-batches and, as one vector on the CPU, over ranks. parts: the objective's.
+    """Logs of a step, added over micro-batches and, as one vector on the CPU, over ranks. parts: the
+    objective's.
 
-    routers: layers with experts, and experts of each: `choices` is then summed too. A pipeline stage knows its own
-    layers, the last ones.
+    routers: layers with experts, and experts of each: `choices` is then summed too. A pipeline stage knows
+    its own layers, the last ones.
     """
 
     def __init__(
@@ -120,7 +124,8 @@ class StepMetrics:
 
 
 class Runner:
-    """Runs a rank's micro-batches through its part of the model: here one after the other, through a whole model.
+    """Runs a rank's micro-batches through its part of the model: here one after the other, through a whole
+    model.
 
     A pipeline (parallel/pipeline.py) has the same `step` and `has_last_stage`.
     """
@@ -152,8 +157,9 @@ def forward_backward(
     scale: float = 1.0,
     backward: bool = True,
 ) -> None:
-    """Gradients of the whole step, accumulated into .grad; logs into the tally (the loss unscaled), where they are
-    known. runner: a Runner or a Pipeline; backward: False for validation, the same forward without gradients."""
+    """Gradients of the whole step, accumulated into .grad; logs into the tally (the loss unscaled), where
+    they are known. runner: a Runner or a Pipeline; backward: False for validation, the same forward without
+    gradients."""
 
     def finish(output: Output, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         loss, logs = objective.loss(output, batch, inverse)

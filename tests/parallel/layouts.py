@@ -20,6 +20,7 @@ from polymodal.core.sample import Batch, pack, padding_sample
 from polymodal.distributed.collectives import clip_
 from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models import catalog, weights
+from polymodal.models.audio.encoder_decoder import EncoderDecoder
 from polymodal.models.diffusion import Generation
 from polymodal.models.family import Family
 from polymodal.objectives.language import LanguageObjective
@@ -28,7 +29,7 @@ from polymodal.train.layouts import layout_of
 from polymodal.train.parallel_model import ParallelModel
 from polymodal.train.step import Runner, StepMetrics, bind, forward_backward, inverse_weights
 from tests.models import tiny
-from tests.parallel import dits
+from tests.parallel import dits, speech
 from tests.parallel.exact import float64
 
 MICRO_BATCHES = 4  # of a global batch; one of them has no picture
@@ -88,7 +89,8 @@ def batches(family: Family) -> list[Batch]:
 
 def seen(batch: Batch, first: bool) -> Batch:
     """What the loader gives: pictures for the first stage of a pipeline only."""
-    kept = {name: tensor for name, tensor in batch.tensors.items() if first or name != "pixel_values"}
+    media = () if first else {stream.tensor for stream in batch.streams}
+    kept = {name: tensor for name, tensor in batch.tensors.items() if name not in media}
     return replace(batch, tensors=kept)
 
 
@@ -96,7 +98,7 @@ def build(family: Family, layout: Layout, dtype: torch.dtype) -> nn.Module:
     """The model on meta in `dtype`, adapters attached, frozen where the layout says."""
     model = family.build().trained
     packed = not isinstance(family, Generation)
-    if packed and dtype == torch.float64 and getattr(family.config.get_text_config(), "num_experts", 0):
+    if dtype == torch.float64 and packed and getattr(family.config.get_text_config(), "num_experts", 0):
         model.set_experts_implementation("eager")  # torch's grouped product knows no float64
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -155,21 +157,22 @@ def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps
         return build(family, layout, dtype)
 
     objective: Any
-    if not isinstance(family, Generation):
-        data = batches(family)
+    if isinstance(family, EncoderDecoder):
+        data = speech.batches(family, dtype)
+        empty = speech.filler(data[0])
+        objective = LanguageObjective("per_token")
+    elif not isinstance(family, Generation):
+        data, empty = batches(family), pack([padding_sample(rows=family.position_rows)])
         objective = LanguageObjective("per_token", **family.balance(None))
     else:
         data = dits.batches(directory, family, dtype)
+        empty = dits.filler(data[0])
         objective = dits.objective(family)
     if world > 1 or layout.world > 1 or layout.precision != "fp32" or layout.parallel:
         mesh = Mesh(ParallelSizes.of(recipe.parallel, world), "cpu", rank)
         model = ParallelModel(make, family, mesh, recipe, torch.device("cpu"))
         while len(data) % mesh.sizes.dp:  # equal work a rank, as the schedule gives it
-            data.append(
-                pack([padding_sample(rows=family.position_rows)])
-                if not isinstance(family, Generation)
-                else dits.filler(data[0])
-            )
+            data.append(empty)
         mine = [seen(batch, model.first) for batch in data[mesh.dp_rank :: mesh.sizes.dp]]
         shard_batches = layout_of(recipe, family).batch_sharding(mesh)
         inverse = inverse_weights(objective, mine, shard_batches.weights_group)

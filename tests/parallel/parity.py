@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from tests.models import tiny
-from tests.parallel import dits, parity_dits
+from tests.parallel import dits, parity_dits, parity_speech, speech
 from tests.parallel.harness import run
 from tests.parallel.layouts import STEPS, Layout, Parity, compare, one_process
 
@@ -253,7 +253,9 @@ def parity(
     """
     layouts = [layout for layout in layouts if layout.fits(name)]
     with tempfile.TemporaryDirectory(prefix="polymodal-parity-") as directory:
-        if name in LANGUAGE.models:
+        if name in parity_speech.MODELS:
+            source = speech.checkpoint(directory)
+        elif name in LANGUAGE.models:
             source = str(tiny.checkpoint(name, directory, tied=name == "qwen2-vl", **overrides))
         else:
             source = str(dits.pipeline(name, directory))
@@ -322,13 +324,25 @@ DENOISERS = Table(
     parity_dits.MODELS,
     parity_dits.MATRIX,
 )
+SPEECH = Table(
+    (
+        "",
+        "## Encoder and decoder",
+        "",
+        "Whisper with three blocks in its encoder and three in its decoder. The global batch is four padded micro-batches of",
+        "one to three samples, with uneven weights; one sample has none.",
+        "",
+    ),
+    parity_speech.MODELS,
+    parity_speech.MATRIX,
+)
 OTHERS = Table(
     ("", "## Every other generating model", "", "Measured in the same way, with the layers and heads that the tests' pipelines have; those cut into parts are forms of a model above.", ""),
     parity_dits.OTHERS,
     parity_dits.SHARDED,
     across=True,
 )  # fmt: skip
-TABLES = (LANGUAGE, DENOISERS, OTHERS)
+TABLES = (LANGUAGE, SPEECH, DENOISERS, OTHERS)
 
 
 def read(text: str) -> Cells:

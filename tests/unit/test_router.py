@@ -143,7 +143,7 @@ def test_text_to_video_and_text_to_image_differ():
     assert "step-video" in {f.name for f in video.coming} and "lumina" not in {f.name for f in video.coming}
     assert "lumina" in {f.name for f in image.coming} and "step-video" not in {f.name for f in image.coming}
     assert any(stage.title == "Extract features" for stage in video.stages)
-    assert {f.name for f in ask("transcribe speech").coming} == {"whisper", "fun-asr", "qwen3-asr"}
+    assert {f.name for f in ask("transcribe speech").coming} == {"fun-asr", "qwen3-asr"}
     assert {f.name for f in ask("text to speech").coming} == {"cosyvoice3", "qwen3-tts"}
 
 
@@ -308,7 +308,8 @@ def test_a_wish_is_answered_with_commands_and_paths():
     assert "polymodal train qwen2.5-vl-7b-lora.yaml --nproc 8" in out and "runs/qwen2.5-vl-7b-lora/" in out
     assert "--merge-lora" in out
     assert "polymodal encode" in run("--for", "train a text to video model")
-    assert "not yet" in run("--for", "train a model that transcribes speech")
+    assert "polymodal transcribe" in run("--for", "train a model that transcribes speech")
+    assert "not yet" in run("--for", "train a text to speech model")
     assert "Say what goes in" in run("--for", "xyzzy")
 
 

@@ -1,7 +1,8 @@
-"""Layouts: everything that differs between models trained on packed text, padded pairs and samples of one shape.
+"""Layouts: everything that differs between models trained on packed text, padded pairs and samples of one
+shape.
 
-`layout_of` is the one place that reads a family's `layout`. The trainer, `check`, `plan` and sampling while training ask
-the object that it returns. Sees every floor below train.
+`layout_of` is the one place that reads a family's `layout`. The trainer, `check`, `plan` and sampling while
+training ask the object that it returns. Sees every floor below train.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from polymodal.models.family import Family
 from polymodal.recipe import Recipe
 from polymodal.train.layouts.base import DataFacts, Feed, Layout, Section, Workload
 from polymodal.train.layouts.packed import Packed
+from polymodal.train.layouts.padded import Padded
 from polymodal.train.layouts.uniform import Uniform
 
 __all__ = ["DataFacts", "Feed", "Layout", "Section", "Workload", "layout_of"]
 
-LAYOUTS: dict[str, type[Layout]] = {"packed": Packed, "uniform": Uniform}
+LAYOUTS: dict[str, type[Layout]] = {"packed": Packed, "padded": Padded, "uniform": Uniform}
 
 
 def layout_of(recipe: Recipe, family: Family) -> Layout:

@@ -29,17 +29,19 @@ from polymodal.recipe import Data, Dataset, Recipe
 
 Section = Literal["datasets", "validation"]
 Attempt = Callable[..., Any]
-"""attempt(action) returns what the action returns, or None when it raises PolymodalError: `check` collects errors."""
+"""attempt(action) returns what the action returns, or None when it raises PolymodalError: `check` collects
+errors."""
 OBJECTIVE = ("term", "parts", "aux_weight", "weights", "prepare", "loss", "validation")
 """What the trainer uses of an objective."""
 
 
 @dataclass
 class Feed:
-    """A section of data, planned. loader(dp_rank=, dp_size=, start=, stop_after=, workers=None, first=True) opens it.
+    """A section of data, planned. loader(dp_rank=, dp_size=, start=, stop_after=, workers=None, first=True)
+    opens it.
 
-    first: whether the first stage of a pipeline is here, which alone looks at pictures; targets of diffusion are
-    made of them, and so needed on all.
+    first: whether the first stage of a pipeline is here, which alone looks at pictures; targets of diffusion
+    are made of them, and so needed on all.
     """
 
     schedule: Schedule
@@ -71,6 +73,9 @@ class DataFacts:
     packs: int = 0  # of the batches that were looked at
     fill: float = 0.0  # share of the packs' tokens that are samples
     looked_at: int = 0  # batches
+    unit: str = "packs"  # what samples are joined in: packs, micro-batches
+    batching: str = ""  # what is to be said of these, "4,096 tokens, 93% filled"
+    max_length: int = 0  # of a sample that is used, in tokens; 0 without such a limit
     buckets: list[tuple[str, int]] = field(
         default_factory=list
     )  # of what is to be generated: (frames x height x width, rows)
@@ -102,7 +107,8 @@ class Layout(ABC):
 
     @cached_property
     def objective(self) -> Any:
-        """The recipe's train.objective, or the layout's own. Raises PolymodalError for settings that do not fit."""
+        """The recipe's train.objective, or the layout's own. Raises PolymodalError for settings that do not
+        fit."""
         chosen = self.objective_class
         if self.recipe.train.objective is not None:
             key = f"train.objective = {self.recipe.train.objective}"
@@ -111,7 +117,7 @@ class Layout(ABC):
             if lacking:
                 raise PolymodalError(
                     f"{key} has no `{lacking[0]}`, which the trainer uses of an objective.",
-                    f"Derive the class from {self.objective_class.__module__}.{self.objective_class.__name__}.",
+                    f"Derive it from {self.objective_class.__module__}.{self.objective_class.__name__}.",
                 )
         return chosen.from_recipe(self.recipe, self.family)
 
@@ -125,17 +131,19 @@ class Layout(ABC):
     def facts(
         self, section: Section, attempt: Attempt, progress: Any = None
     ) -> tuple[DataFacts | None, Schedule | None]:
-        """What `check` reports of a section, and its plan; None for what is refused. progress(done, total)."""
+        """What `check` reports of a section, and its plan; None for what is refused. progress(done,
+        total)."""
 
     def processor(self) -> Any:
-        """What turns a record into tokens, for `polymodal data show`. Raises PolymodalError where there are none."""
+        """What turns a record into tokens, for `polymodal data show`. Raises PolymodalError where there are
+        none."""
         raise NotImplementedError
 
     def without(self, batch: Batch, gone: Sequence[bool]) -> tuple[Batch, StepStats]:
         """(a micro-batch in which the samples that are `gone` have no weight, what was lost with them).
 
-        A sample that is broken already (batch.groups["broken"]) is not counted as lost. The result depends on the
-        samples that are left, not on which of the others this rank could read.
+        A sample that is broken already (batch.groups["broken"]) is not counted as lost. The result depends on
+        the samples that are left, not on which of the others this rank could read.
         """
         raise NotImplementedError
 
@@ -156,8 +164,8 @@ class Layout(ABC):
         """What cuts the micro-batches of a step over the ranks that share them. Collective."""
 
     def same_samples_group(self, mesh: Mesh) -> dist.ProcessGroup | None:
-        """Ranks that read the same samples and must agree on which are broken; None where none can be, or one rank
-        reads alone. Collective."""
+        """Ranks that read the same samples and must agree on which are broken; None where none can be, or one
+        rank reads alone. Collective."""
         if self.recipe.data.on_error == "fail" or mesh.sizes.dp == mesh.sizes.world:
             return None
         return mesh.same_samples_group
@@ -176,8 +184,9 @@ class Layout(ABC):
 
     @abstractmethod
     def workload(self, media: float, patches: int) -> Workload:
-        """The largest micro-batch that the recipe allows. media: share of tokens that stand for pictures of so many
-        patches each, where samples mix both. Raises PolymodalError for sizes that training would refuse."""
+        """The largest micro-batch that the recipe allows. media: share of tokens that stand for pictures of
+        so many patches each, where samples mix both. Raises PolymodalError for sizes that training would
+        refuse."""
 
     def example(self, load: Workload) -> Batch:
         """A micro-batch of such samples, without data. Raises PolymodalError where the family cannot tell."""
@@ -185,7 +194,8 @@ class Layout(ABC):
             return self.family.example(load.measure)
         except NotImplementedError:
             raise PolymodalError(
-                f"{self.family.card.name} cannot be planned: its family does not say what a batch without data looks like.",
+                f"{self.family.card.name} cannot be planned: its family does not say what a batch without data "
+                "looks like.",
                 "`polymodal check` estimates the memory of every model.",
             ) from None
 

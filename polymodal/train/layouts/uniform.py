@@ -1,7 +1,7 @@
 """The uniform layout: pictures and clips to be generated, every micro-batch of samples of one shape.
 
-Features that were encoded before (data.encode: cached), or frames that are encoded on the device (online), in buckets;
-diffusion objectives; sampling while training. Sees every floor below train.
+Features that were encoded before (data.encode: cached), or frames that are encoded on the device (online), in
+buckets; diffusion objectives; sampling while training. Sees every floor below train.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ PER_SAMPLE = ("seeds", "tokens")
 
 
 class Uniform(Layout):
-    """Samples of one shape (frames, height, width) joined along the batch dimension, micro_batch_size of them."""
+    """Samples of one shape (frames, height, width) joined along the batch dimension, micro_batch_size of
+    them."""
 
     objective_class = DiffusionObjective
     family: Any
@@ -77,7 +78,8 @@ class Uniform(Layout):
 
     def processor(self) -> Any:
         raise PolymodalError(
-            f"{self.family.card.name} generates: what it learns from are pictures and clips, not tokens to be shown.",
+            f"{self.family.card.name} generates: what it learns from are pictures and clips, not tokens to be "
+            "shown.",
             "`polymodal data check` looks at every row and file, `polymodal check` counts sizes and lengths.",
         )
 
@@ -98,7 +100,8 @@ class Uniform(Layout):
             self.objective.unconditional = features.empty()
             if not self.objective.unconditional:
                 raise PolymodalError(
-                    f"{directory} has no empty caption's embedding, which train.diffusion.drop = {recipe.train.diffusion.drop} needs.",
+                    f"{directory} has no empty caption's embedding, which train.diffusion.drop = "
+                    f"{recipe.train.diffusion.drop} needs.",
                     "Set train.diffusion.drop to 0, or encode the data with `polymodal encode`.",
                 )
         data = self.section_data(section)
@@ -177,7 +180,8 @@ class Uniform(Layout):
     # ---------------------------------------------------------------- planning
 
     def workload(self, media: float, patches: int) -> Workload:
-        """micro_batch_size samples of the largest shape of data.clip; there is no text for media to have a share of."""
+        """micro_batch_size samples of the largest shape of data.clip; there is no text for media to have a
+        share of."""
         clip, grid = self.recipe.data.clip, self.family.grid()
         Clips(clip, grid)
         frames = 1 if grid.still else max(clip.frames)
@@ -213,11 +217,12 @@ class Uniform(Layout):
         return sum(-(-count // ranks) if name in cut else count for name, count in found.items())
 
 
-# ---- features -------------------------------------------------------------------------------------------------------
+# ---- features -----------------------------------------------------------------------------------------------
 
 
 def captioned(datasets: Sequence[Dataset]) -> list[Dataset]:
-    """Datasets of a model that generates: rows of a medium and its caption, whatever else their columns look like."""
+    """Datasets of a model that generates: rows of a medium and its caption, whatever else their columns look
+    like."""
     return [d.model_copy(update={"format": "caption"}) if d.format == "auto" else d for d in datasets]
 
 

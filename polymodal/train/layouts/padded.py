@@ -1,0 +1,91 @@
+"""The padded layout: an encoder's features and a decoder's tokens [B, T], of models that transcribe.
+
+Samples of like length are joined and padded on the right; token loss. Sees every floor below train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from polymodal.core import padded
+from polymodal.core.sample import Batch, SampleLengths
+from polymodal.data.index import Index
+from polymodal.data.loader import Loader, StepStats
+from polymodal.data.schedule import Schedule
+from polymodal.data.speech import SpeechCollator, SpeechProcessor
+from polymodal.distributed.mesh import Mesh
+from polymodal.parallel.batches import BatchSharding
+from polymodal.recipe import Data
+from polymodal.train.layouts.base import DataFacts, Section, Workload
+from polymodal.train.layouts.rows import Rows
+
+
+class Padded(Rows):
+    """train.micro_batch_size samples a micro-batch; data.pack says nothing here, data.max_length is at most what the
+    decoder takes."""
+
+    family: Any
+    """A models.audio.encoder_decoder.EncoderDecoder."""
+
+    def processor(self) -> SpeechProcessor:
+        return SpeechProcessor(self.family.media_processor(self.recipe.data), self.recipe.data)
+
+    def training_processor(self, section: Section) -> SpeechProcessor:
+        made = self.processor()
+        made.augment = section == "datasets"
+        return made
+
+    def section_data(self, section: Section, **changes: Any) -> Data:
+        longest = min(self.recipe.data.max_length, self.family.max_tokens)
+        return super().section_data(section, pack=False, max_length=longest, **changes)
+
+    def schedule(self, index: Index, corpus: Any, data: Data) -> Schedule:
+        return Schedule(index, corpus.parts, data, self.recipe.train, self.family.cost, by_length=True)
+
+    def loader(
+        self, schedule: Schedule, corpus: Any, processor: Any, data: Data, first: bool, **options: Any
+    ) -> Loader:
+        make = SpeechCollator(corpus, processor, data, schedule.seed, first)
+        return Loader(schedule, corpus, processor, data, make=make, **options)
+
+    def filled(self, schedule: Schedule, packs: Sequence[Sequence[int]]) -> int:
+        return sum(len(pack) * int(schedule.index.tokens[list(pack)].max()) for pack in packs)
+
+    def batching(self, schedule: Schedule, facts: DataFacts) -> str:
+        size = self.recipe.train.micro_batch_size
+        return f"{size} samples, {facts.fill:.1%} of the padded tokens are theirs" if size > 1 else ""
+
+    def without(self, batch: Batch, gone: Sequence[bool]) -> tuple[Batch, StepStats]:
+        whole, lost = padded.without(batch, gone)
+        stats = StepStats(
+            tokens=sum(each.tokens for each in lost),
+            trained=sum(each.trained for each in lost),
+            samples=len(lost),
+            media=sum(len(each.media) for each in lost),
+        )
+        return whole, stats
+
+    @property
+    def packs(self) -> bool:
+        return False
+
+    def batch_sharding(self, mesh: Mesh) -> BatchSharding:
+        return BatchSharding(mesh)
+
+    # ---------------------------------------------------------------- planning
+
+    def workload(self, media: float, patches: int) -> Workload:
+        """micro_batch_size samples of the longest text; of sound every sample has the same."""
+        tokens = self.section_data("datasets").max_length
+        heard, _ = self.family.encoded_shape()
+        lengths = SampleLengths(tokens, tokens, {self.family.features.name: (heard,)})
+        return Workload(lengths, self.recipe.train.micro_batch_size)
+
+    def example(self, load: Workload) -> Batch:
+        one = super().example(load)
+        return padded.repeated(one, load.samples)
+
+    def describe(self, load: Workload) -> str:
+        heard = load.measure.total(self.family.features.name)
+        return f"{load.samples} samples of {load.measure.tokens} tokens and {heard} positions of sound"

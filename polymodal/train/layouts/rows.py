@@ -1,0 +1,145 @@
+"""Layouts of rows that a processor turns into tokens with labels: how they are measured, planned and reported.
+
+What `packed` and `padded` share. Sees every floor below train.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from polymodal.core.errors import PolymodalError
+from polymodal.data.index import Index, build_index
+from polymodal.data.loader import Loader
+from polymodal.data.schedule import Schedule
+from polymodal.data.source import open_corpus
+from polymodal.objectives.language import LanguageObjective
+from polymodal.recipe import Data, Dataset
+from polymodal.train.layouts.base import (
+    Attempt,
+    DataFacts,
+    Feed,
+    Layout,
+    Section,
+    histogram,
+    shares,
+    with_workers,
+)
+
+LOOKED_AT = 200  # batches that the filling of micro-batches is told from
+
+
+class Rows(Layout):
+    """The processor is the one service that differs: its `measure`, `sample` and `fingerprint` are those of
+    data/chat.py's ChatProcessor."""
+
+    objective_class = LanguageObjective
+
+    # ---- what differs ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def loader(
+        self, schedule: Schedule, corpus: Any, processor: Any, data: Data, first: bool, **options: Any
+    ) -> Loader:
+        """What gives a rank its micro-batches; first: whether media are decoded."""
+
+    @abstractmethod
+    def filled(self, schedule: Schedule, packs: Sequence[Sequence[int]]) -> int:
+        """Tokens that these micro-batches (samples' rows) have room for."""
+
+    @abstractmethod
+    def batching(self, schedule: Schedule, facts: DataFacts) -> str:
+        """What `check` says of how samples are joined; "" where there is nothing to say."""
+
+    def training_processor(self, section: Section) -> Any:
+        """The processor of a section: training may change samples at random."""
+        return self.processor()
+
+    def schedule(self, index: Index, corpus: Any, data: Data) -> Schedule:
+        return Schedule(index, corpus.parts, data, self.recipe.train, self.family.cost)
+
+    # ---- what is alike -----------------------------------------------------------------------------------------
+
+    def datasets(self, section: Section) -> list[Dataset]:
+        found = super().datasets(section)
+        for number, dataset in enumerate(found):
+            used = {
+                "caption": dataset.caption,
+                "generate": dataset.generate,
+                "loss_weight": dataset.loss_weight != 1,
+            }
+            key = next((k for k, v in used.items() if v), None)
+            if key is not None:
+                raise PolymodalError(
+                    f"data.{section}.{number}.{key} is for models that generate, "
+                    f"{self.family.card.name} answers.",
+                    "Leave it out.",
+                )
+        return found
+
+    def feed(self, section: Section, rank: int) -> Feed:
+        data = self.section_data(section)
+        datasets, processor = self.datasets(section), self.training_processor(section)
+        corpus = open_corpus(datasets, data.attr)
+        index = build_index(corpus, processor, data, rank=rank)
+        schedule = self.schedule(index, corpus, data)
+
+        def loader(workers: int | None = None, first: bool = True, **options: Any) -> Loader:
+            return self.loader(schedule, corpus, processor, with_workers(data, workers), first, **options)
+
+        return Feed(schedule, loader)
+
+    def facts(
+        self, section: Section, attempt: Attempt, progress: Any = None
+    ) -> tuple[DataFacts | None, Schedule | None]:
+        data = self.section_data(section)
+        datasets = attempt(lambda: self.datasets(section))
+        if not datasets:
+            return None, None
+        corpus = attempt(lambda: open_corpus(datasets, data.attr, f"data.{section}"))
+        processor = attempt(self.processor)
+        if corpus is None or processor is None:
+            return None, None
+        attempt(lambda: build_index(corpus, processor, data, progress=progress))  # what train would refuse
+        overlong = "drop" if data.overlong == "error" else data.overlong
+        lenient = data.model_copy(update={"on_error": "skip", "overlong": overlong})
+        index = attempt(lambda: build_index(corpus, processor, lenient, progress=progress))
+        if index is None:
+            return None, None
+        usable = index.usable
+        broken = {problem.row for problem in index.problems}
+        known = [i for i in range(len(index)) if i not in broken] if broken else slice(None)
+        facts = DataFacts(
+            rows=len(corpus),
+            usable=int(usable.sum()),
+            parts=[],
+            dropped={
+                reason: {"count": len(places), "first": places[:3]}
+                for reason, places in index.dropped.items()
+            },
+            tokens=int(index.tokens[usable].sum(dtype="int64")),
+            trained=int(index.trained[usable].sum(dtype="int64")),
+            media={name: int(column[usable].sum(dtype="int64")) for name, column in index.media.items()},
+            longest=int(index.tokens.max()) if len(index) else 0,
+            histogram=histogram(index.tokens[known], data.max_length),
+            max_length=data.max_length,
+        )
+        schedule = attempt(lambda: self.schedule(index, corpus, data))
+        if schedule is None:
+            return facts, None
+        facts.parts = shares(schedule, corpus.parts)
+        facts.steps_per_epoch = schedule.steps_in_epoch(0)
+        tokens = room = 0
+        for batch in schedule.batches(epochs=1):
+            facts.looked_at += 1
+            facts.packs += len(batch.packs)
+            tokens += int(sum(index.tokens[list(pack)].sum() for pack in batch.packs))
+            room += self.filled(schedule, batch.packs)
+            if facts.looked_at == LOOKED_AT:
+                break
+        if room:
+            facts.fill = tokens / room
+        facts.unit = "packs" if self.packs else "micro-batches"
+        facts.batching = self.batching(schedule, facts)
+        return facts, schedule
