@@ -1,6 +1,43 @@
-"""`python -m polymodal` is the `polymodal` command; the launcher starts its processes this way."""
+"""The `polymodal` command, also as `python -m polymodal`; the launcher starts its processes this way.
 
-from polymodal.cli import main
+A process that was in a process group ends with os._exit once all exit handlers have run. A gloo thread that
+drops the last reference to a tensor of a finished collective takes the GIL for it. When the interpreter is
+being finalized, CPython 3.11 answers such a thread with pthread_exit, whose unwinding through noexcept C++ ends
+in std::terminate: a run that had written everything died by SIGABRT. destroy_process_group ends these threads
+only if nothing refers to a group any more, and caches of DTensor and FSDP do.
+"""
+
+import atexit
+import contextlib
+import logging
+import os
+import sys
+
+
+def run() -> None:
+    """The entry point of the console script."""
+    status = [1]
+    atexit.register(_end, status)  # registered first, so it runs last
+    from polymodal.cli import main
+
+    try:
+        main()
+        status[0] = 0
+    except SystemExit as error:
+        status[0] = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
+
+
+def _end(status: list[int]) -> None:
+    module = sys.modules.get("polymodal.runtime.process_group")
+    if module is None or not module.was_started:
+        return
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status[0])
+
 
 if __name__ == "__main__":
-    main()
+    run()

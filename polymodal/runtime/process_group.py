@@ -29,6 +29,10 @@ COLLECTIVE_SECONDS = 1800
 """How long one collective may take; HCCL_EXEC_TIMEOUT, when set, takes its place."""
 
 
+was_started = False
+"""Whether this process was in a process group at any time; polymodal/__main__.py says why that matters."""
+
+
 class LostPeer(PolymodalError):
     """Another process went away. Never the cause: the launcher shows the error of the one that went first."""
 
@@ -426,12 +430,14 @@ def start(recipe: Recipe, *, rendezvous: float | None = None, here: Place | None
     wait = (
         timedelta(seconds=rendezvous) if rendezvous else _seconds("HCCL_CONNECT_TIMEOUT", RENDEZVOUS_SECONDS)
     )
+    global was_started
+    was_started = True
     _join(found, info, wait, _seconds("HCCL_EXEC_TIMEOUT", COLLECTIVE_SECONDS))
     return Runtime(found, info, threads)
 
 
 def stop(rt: Runtime) -> None:
-    """Leave the process group and give the signals back. Never waits for another process."""
+    """Leave the process group and restore the signal handlers. Never waits for another process."""
     import torch.distributed as dist
 
     for number, old in rt._old.items():
