@@ -50,10 +50,9 @@ def conversation(draw: random.Random, text: list[str], pictures: int) -> list[di
 
 def write_checkpoint(directory: Path) -> Path:
     """The model in the hub's format, with a byte-level BPE of 8,192 words trained on the same text."""
+    import build as digits
     import torch
     import transformers as hf
-
-    import build as digits
 
     text = words()
     texts = [" ".join(text[i : i + 50]) for i in range(0, len(text), 50)]

@@ -19,11 +19,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall on cores that others use
-import shared
-from shared import polymodal, say
-
 import build
+import shared
 from build import SIDE, SIZE
+from shared import polymodal, say
 
 HERE = Path(__file__).parent
 GUIDANCE = 3.0

@@ -1,8 +1,8 @@
 """Checkpoints: DCP directories that are whole when they exist, resumed at any world size and layout.
 
-`<run>/checkpoints/step-00000100/` holds the trainable parameters, the optimizer, the average (all by parameter name,
-any sharding) and `state.json`: step, data position, recipe, versions. It is written as `.step-...tmp` and renamed
-when every rank has finished. Sees torch, runtime, recipe and errors; knows nothing of models.
+`<run>/checkpoints/step-00000100/` holds the trainable parameters, the optimizer, the average (all by
+parameter name, any sharding) and `state.json`: step, data position, recipe, versions. It is written as
+`.step-...tmp` and renamed when every rank has finished.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def newest(run: Path) -> Path | None:
 
 
 def at(path: str | os.PathLike) -> Path | None:
-    """The checkpoint that a path names: itself, or the newest of the run that lies there; None for anything else."""
+    """The checkpoint at a path: itself, or the newest of the run that lies there; None for anything else."""
     path = Path(path)
     return path if (path / STATE).is_file() else newest(path)
 
@@ -98,7 +98,7 @@ def locate(path: str | os.PathLike) -> Path:
         others = found(path.parent.parent) if path.parent.name == "checkpoints" else []
         raise PolymodalError(
             f"{path} is neither a checkpoint nor a run that has one.",
-            f"That run has {', '.join(other.name for other in others)} (checkpoint.keep says how many are kept)."
+            f"That run has {', '.join(o.name for o in others)} (checkpoint.keep says how many are kept)."
             if others
             else "Give a run directory, or <run>/checkpoints/step-...",
         )
@@ -123,15 +123,19 @@ def _instead(checkpoint: Path) -> str:
     """What to do about a checkpoint that cannot be read."""
     others = [other for other in found(checkpoint.parent) if other.name < checkpoint.name]
     if not others:
-        return "There is no earlier checkpoint beside it: start anew (checkpoint.resume: never, or another checkpoint.dir)."
+        return (
+            "There is no earlier checkpoint beside it: start anew (checkpoint.resume: never, or another "
+            "checkpoint.dir)."
+        )
     return f"Give the one before it, {others[-1]}, or remove the damaged directory."
 
 
 def agreed(rt: process_group.Runtime, choose: Callable[[], Path | None]) -> Path | None:
     """The checkpoint that rank 0 chooses, on every rank. Collective.
 
-    Directories of a network disk may look different from two nodes for a while, and torch would put a model together
-    from two checkpoints. Raises PolymodalError, on all ranks, when they do not read the same state and index there.
+    Directories of a network disk may look different from two nodes for a while, and torch would put a model
+    together from two checkpoints. Raises PolymodalError, on all ranks, when they do not read the same state
+    and index there.
     """
     made: Any = None
     if rt.is_main:
@@ -171,11 +175,11 @@ def _digest(checkpoint: Path) -> str | None:
 
 
 def _check_strided(tensors: dict[str, Tensor]) -> None:
-    """Raise PolymodalError where DCP would take a rank's rows of a weight for others.
+    """Raise PolymodalError where DCP would store a rank's rows of a weight as other rows.
 
-    FSDP over TP cuts a weight's rows twice, TP first, though TP comes last on the mesh: a `_StridedShard`. What a rank
-    holds is then one run of rows, but DCP believes what torch computes of the placements: a shape and the first row,
-    which torch's releases did not always get right, and which cannot describe rows that are apart.
+    FSDP over TP cuts a weight's rows twice, TP first, though TP comes last on the mesh: a `_StridedShard`. A
+    rank then holds consecutive rows, but DCP takes the shape and the first row from what torch computes of
+    the placements; some releases of torch computed them wrongly.
     """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as claimed
 
@@ -208,7 +212,7 @@ def _check_strided(tensors: dict[str, Tensor]) -> None:
 
 
 def _staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What may be written while training goes on. CPU tensors are copied here; torch's stager copies the others."""
+    """Tensors that training may change while they are written: CPU tensors are cloned here, others by DCP."""
     out = {}
     for name, value in tensors.items():
         value = value.detach()
@@ -232,8 +236,8 @@ def _staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 class Writer:
     """Writes checkpoints of one run, one at a time, in the background if asked, and prunes old ones.
 
-    Every rank writes what it holds, with nothing gathered. saved(directory) is called on every rank, in the thread that
-    calls the writer, when a checkpoint is written; rank 0 has given it its name by then.
+    Every rank writes what it holds; nothing is gathered. saved(directory) is called on every rank, in the
+    thread that calls the writer, once a checkpoint is written; rank 0 has renamed it by then.
     """
 
     def __init__(
@@ -255,7 +259,9 @@ class Writer:
                 shutil.rmtree(left, ignore_errors=True)
 
     def save(self, tensors: dict[str, Tensor], state: RunState) -> Path:
-        """Start (or, if synchronous, do) one checkpoint. Raises PolymodalError on a full or unwritable disk."""
+        """Start (or, if synchronous, do) one checkpoint. Raises PolymodalError on a full or unwritable
+        disk.
+        """
         self.finish()
         _check_strided(tensors)
         final = directory(self.run, state.step)
@@ -266,7 +272,7 @@ class Writer:
                 temporary.mkdir(parents=True)
                 (temporary / STATE).write_text(json.dumps(asdict(state), indent=1))
             except OSError as error:
-                raise self._said(error, temporary) from error
+                raise self._write_error(error, temporary) from error
         if self.group is not None:
             dist.barrier(self.group)
         try:
@@ -288,13 +294,15 @@ class Writer:
                 )
                 self._complete(temporary, final)
         except (Exception, CheckpointException) as error:
-            raise self._said(error, temporary) from error
+            raise self._write_error(error, temporary) from error
         if not self.asynchronous:
             self.saved(final)
         return final
 
     def _completing(self, written: Future, temporary: Path, final: Path) -> Future:
-        """Ends when a checkpoint has its name, which the thread that wrote gives it: the run may have ended by then."""
+        """Done when the checkpoint has its final name, which the writing thread gives it: the run may have
+        ended.
+        """
         done: Future = Future()
 
         def complete(written: Future) -> None:
@@ -309,16 +317,19 @@ class Writer:
         written.add_done_callback(complete)
         return done
 
-    def _said(self, error: BaseException, path: Path) -> PolymodalError:
+    def _write_error(self, error: BaseException, path: Path) -> PolymodalError:
         if self.group is not None and process_group.lost(str(error)):
             return process_group.LostPeer(
                 f"Rank {self.rank} lost contact with another process while {path} was written.",
-                "Look for the first error of another rank or node; the run resumes from the newest whole checkpoint.",
+                "Look for the first error of another rank or node; the run resumes from the newest whole "
+                "checkpoint.",
             )
         usage = shutil.disk_usage(self.run)
         return PolymodalError(
-            f"The checkpoint {path} could not be written ({_cause(error)}; {usage.free / 2**30:.1f} GiB free there).",
-            "Free space or set checkpoint.dir to another disk; earlier checkpoints are untouched, the run resumes from the newest.",
+            f"The checkpoint {path} could not be written ({_cause(error)}; {usage.free / 2**30:.1f} GiB are "
+            "free there).",
+            "Free space or set checkpoint.dir to another disk; earlier checkpoints are untouched, the run "
+            "resumes from the newest.",
         )
 
     def _complete(self, temporary: Path, final: Path) -> None:
@@ -341,13 +352,14 @@ class Writer:
         try:
             done.result()
         except (Exception, CheckpointException) as error:
-            raise self._said(error, temporary) from error
+            raise self._write_error(error, temporary) from error
         self.saved(final)
 
     def close(self, seconds: float = FINISH_SECONDS) -> None:
-        """At the end of a run, whatever ended it: the checkpoint under way becomes whole if the others still write it.
+        """At the end of a run, whatever ended it: complete the checkpoint under way if the other ranks still
+        write it.
 
-        Waits for at most `seconds`, and prints what did not work: the error that ended the run is on its way.
+        Waits for at most `seconds`. Prints errors: the one that ended the run is already being raised.
         """
         if self._pending is None:
             return
@@ -359,7 +371,7 @@ class Writer:
         except futures.TimeoutError:
             print(f"{temporary} was not written within {seconds:.0f} s and is given up", flush=True)
         except (Exception, CheckpointException) as error:
-            print(self._said(error, temporary), flush=True)
+            print(self._write_error(error, temporary), flush=True)
 
 
 def _cause(error: BaseException) -> str:
@@ -407,20 +419,25 @@ def load(
     *,
     required: Callable[[str], bool] = lambda key: True,
 ) -> None:
-    """Fill `tensors` in place from a checkpoint of any layout. Raises PolymodalError when keys or shapes differ."""
+    """Fill `tensors` in place from a checkpoint of any layout. Raises PolymodalError when keys or shapes
+    differ.
+    """
     reader = _reader(checkpoint)
     have = reader.tensors
     missing = [k for k in tensors if k not in have and required(k)]
     if missing:
         raise PolymodalError(
-            f"The checkpoint {checkpoint} lacks {len(missing)} of {len(tensors)} tensors (first: {missing[0]}).",
-            "The recipe trains other parameters than the checkpoint's: see model.lora, train.freeze, optim.name and train.ema in its state.json; or use checkpoint.init_from.",
+            f"The checkpoint {checkpoint} lacks {len(missing)} of {len(tensors)} tensors (first: "
+            f"{missing[0]}).",
+            "The recipe trains other parameters than the checkpoint's: see model.lora, train.freeze, "
+            "optim.name and train.ema in its state.json; or use checkpoint.init_from.",
         )
     wrong = [k for k in tensors if k in have and tuple(have[k].size) != tuple(tensors[k].shape)]
     if wrong:
         k = wrong[0]
         raise PolymodalError(
-            f"The checkpoint {checkpoint} has {k} of shape {tuple(have[k].size)}, the model {tuple(tensors[k].shape)}.",
+            f"The checkpoint {checkpoint} has {k} of shape {tuple(have[k].size)}, the model "
+            f"{tuple(tensors[k].shape)}.",
             "Give the model.source and model.config that the checkpoint was made with.",
         )
     wanted = {k: v.detach() for k, v in tensors.items() if k in have}

@@ -223,7 +223,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
             patch.setattr(*part, full)
             with pytest.raises(
                 PolymodalError,
-                match="could not be written .OSError: .Errno 28. No space left on device; .* GiB free there.",
+                match="could not be written .OSError: .Errno 28. No space left on device; .* GiB are free there.",
             ):
                 writer.save(_tensors(model, optimizer), RunState(step=2))
         assert [p.name for p in checkpoint.found(tmp_path)] == ["step-00000001"]
