@@ -104,8 +104,8 @@ def spread(
 
     if launcher.CHILD in os.environ:
         return here()
-    target = process_group.place(process_group.default_nproc(nproc, kind))
-    if isinstance(target, process_group.Place) or (target.nproc * target.nodes == 1 and not restarts):
+    target = process_group.from_environment(process_group.default_nproc(nproc, kind))
+    if isinstance(target, process_group.ProcessInfo) or (target.nproc * target.nodes == 1 and not restarts):
         return here()
     if min_nodes is not None and min_nodes > target.nodes:
         raise PolymodalError(

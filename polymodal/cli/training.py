@@ -47,12 +47,12 @@ def train(
     recognise.register()
     environment.apply(read.device)
     if launcher.CHILD not in os.environ:
-        target = process_group.place(process_group.default_nproc(nproc, read.device.kind))
-        if isinstance(target, process_group.Start) or target.rank == 0:
+        target = process_group.from_environment(process_group.default_nproc(nproc, read.device.kind))
+        if isinstance(target, process_group.LaunchRequest) or target.rank == 0:
             from polymodal.tools import preflight as checks
 
-            checks.refuse(read, target.nproc * target.nodes if isinstance(target, process_group.Start) else target.world)
-        if isinstance(target, process_group.Place) and target.how == "alone" and (count := device.count(read.device.kind)) > 1:
+            checks.refuse(read, target.nproc * target.nodes if isinstance(target, process_group.LaunchRequest) else target.world)
+        if isinstance(target, process_group.ProcessInfo) and target.launcher == "alone" and (count := device.count(read.device.kind)) > 1:
             print(f"note: this node has {count} devices and one process trains; --nproc auto uses all", file=sys.stderr)
 
     def here() -> int:

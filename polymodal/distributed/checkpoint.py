@@ -149,7 +149,7 @@ def agreed(rt: process_group.Runtime, choose: Callable[[], Path | None]) -> Path
     if chosen is None or rt.world == 1:
         return chosen
     read: list[Any] = [None] * rt.world
-    with process_group.lost_peers(rt.place):
+    with process_group.lost_peers(rt.process):
         dist.all_gather_object(read, _digest(chosen))
     other = next((rank for rank, digest in enumerate(read) if digest != read[0]), None)
     if other is not None:

@@ -1,16 +1,17 @@
-"""The only file that names cuda or npu: backend, memory, streams, peak FLOP/s, kernels.
-
-Imports torch late, inside functions: `polymodal --help` and the launcher do without it.
-"""
+"""The only file that names cuda or npu: backend, memory, peak FLOP/s, kernels. torch is imported late."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from polymodal.core.errors import PolymodalError
+from polymodal.runtime import host
 from polymodal.runtime.cann import find_cann
 
 if TYPE_CHECKING:
@@ -34,15 +35,16 @@ class DeviceInfo:
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
 
-PEAK_FLOPS: dict[str, float] = {  # dense bf16 FLOP/s, from the makers' data sheets
-    "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "4090": 165e12,
-    "B200": 2250e12, "910B": 320e12, "910C": 752e12,
+PEAK_FLOPS = {  # dense bf16 FLOP/s, from the makers' data sheets
+    "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
+    "4090": 165e12, "B200": 2250e12, "910B": 320e12, "910C": 752e12,
 }  # fmt: skip
 
 
 def slurm_resource(kind: str, count: int) -> str:
-    """SLURM's generic resource for so many devices of a node; sites may name theirs otherwise."""
-    return f"npu:{count}" if kind == "npu" else "" if kind == "cpu" else f"gpu:{count}"
+    """SLURM's generic resource for `count` devices of a node, "" for the CPU; sites may name it otherwise."""
+    name = {"npu": "npu", "cpu": ""}.get(kind, "gpu")
+    return name and f"{name}:{count}"
 
 
 def kubernetes_resource(kind: str) -> str:
@@ -59,41 +61,40 @@ def _import_npu() -> bool:
 
 
 def _module(kind: str) -> Any:
-    """torch.cuda or torch.npu. Memory, streams and random state are asked there and not of torch.accelerator: an
-    adapter's allocator need not be one that torch.accelerator can ask (it stops with an internal error then)."""
+    """torch.cuda or torch.npu, for memory and names: torch.accelerator stops with an internal error where an
+    adapter's allocator does not have what it asks for."""
     import torch
 
     return getattr(torch, kind)
 
 
 def _accelerator() -> str | None:
-    """Kind of the accelerator that is there, None on a machine without one."""
-    import torch
-
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return None if found is None else found.type
-
-
-def find(kind: str = "auto", local_rank: int = 0) -> DeviceInfo:
-    """The device this process should use. Raises PolymodalError when the asked kind is not there."""
+    """Kind of this machine's accelerator, None without one."""
     import torch
 
     _import_npu()
-    found = _accelerator() or "cpu"
-    if kind == "auto":
-        kind = found
-    if kind != "cpu" and kind != found:
-        raise PolymodalError(
-            f"device.kind = {kind}, but torch sees {found} here.",
-            "Run `polymodal doctor` for what is missing, or set device.kind to auto.",
-        )
+    current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return None if current is None else current.type
+
+
+def find(kind: str = "auto", local_rank: int = 0) -> DeviceInfo:
+    """The device this process should use. Raises PolymodalError when there is none of that kind."""
+    import torch
+
+    present = _accelerator() or "cpu"
+    kind = present if kind == "auto" else kind
     if kind == "cpu":
         return DeviceInfo("cpu", 0, BACKENDS["cpu"])
-    count = torch.accelerator.device_count()
-    if local_rank >= count:
+    if kind != present:
         raise PolymodalError(
-            f"Process {local_rank} of this node has no device: torch sees {count} of kind {kind}.",
-            f"Start at most {count} processes here (--nproc {count}).",
+            f"device.kind = {kind}, but torch sees {present} here.",
+            "Run `polymodal doctor` for what is missing, or set device.kind to auto.",
+        )
+    devices = torch.accelerator.device_count()
+    if local_rank >= devices:
+        raise PolymodalError(
+            f"Process {local_rank} of this node has no device: torch sees {devices} of kind {kind}.",
+            f"Start at most {devices} processes here (--nproc {devices}).",
         )
     _module(kind).set_device(local_rank)
     return DeviceInfo(kind, local_rank, BACKENDS.get(kind, "gloo"))
@@ -103,10 +104,7 @@ def count(kind: str = "auto") -> int:
     """Accelerators of this node; 1 for the CPU."""
     import torch
 
-    _import_npu()
-    if kind == "cpu" or not torch.accelerator.is_available():
-        return 1
-    return max(1, torch.accelerator.device_count())
+    return 1 if kind == "cpu" or _accelerator() is None else torch.accelerator.device_count()
 
 
 def backends() -> list[tuple[str, int]]:
@@ -114,75 +112,53 @@ def backends() -> list[tuple[str, int]]:
     import torch
     import torch.distributed as dist
 
-    found = [("gloo", 2)]
-    _import_npu()
-    kind = _accelerator()
-    if kind is not None:
-        name = BACKENDS.get(kind, "").rpartition(":")[2]
-        if name and dist.is_backend_available(name):
-            found.append((name, min(2, torch.accelerator.device_count())))
-    return found
+    backend = BACKENDS.get(_accelerator() or "", "").rpartition(":")[2]
+    if not backend or not dist.is_backend_available(backend):
+        return [("gloo", 2)]
+    return [("gloo", 2), (backend, min(2, torch.accelerator.device_count()))]
 
 
-def survey() -> list[tuple[str, str, str, str]]:
-    """(what, ok | warn | fail, found, mend): the accelerators torch sees, and Ascend's software."""
+def survey() -> Iterator[tuple[str, str, str, str]]:
+    """(what, ok | warn | fail, what was found, hint) of Ascend's software and the accelerators torch sees."""
     import importlib.util
 
     import torch
 
-    rows = []
     adapter, cann = importlib.util.find_spec("torch_npu") is not None, find_cann()
-    imported = _import_npu() if adapter else False
+    imported = adapter and _import_npu()
     if adapter and not imported:
-        mend = (
-            f"Run: {cann.line}"
-            if cann.line and not cann.sourced
-            else "Install CANN, or a torch_npu made for this torch (torch_npu's version starts with torch's)."
-        )
-        rows.append(("torch_npu", "fail", "installed, but cannot be imported", mend))
-    if cann.toolkit is not None:
-        version = f"CANN {cann.version or ''}".strip()
-        if cann.sourced:
-            rows.append(("CANN", "ok", f"{version}, prepared in this shell", ""))
-        else:
-            rows.append(("CANN", "warn", f"{version} found, not prepared in this shell", f"Run: {cann.line}"))
-        if not adapter:
-            rows.append(
-                (
-                    "torch_npu",
-                    "warn",
-                    "not installed",
-                    "Run `pip install torch_npu` in the version of this torch.",
-                )
-            )
+        hint = "Install CANN, or a torch_npu made for this torch (torch_npu's version starts with torch's)."
+        hint = f"Run: {cann.command}" if cann.command and not cann.sourced else hint
+        yield "torch_npu", "fail", "installed, but cannot be imported", hint
+    version = f"CANN {cann.version or ''}".strip()
+    if cann.toolkit is not None and cann.sourced:
+        yield "CANN", "ok", f"{version}, prepared in this shell", ""
+    elif cann.toolkit is not None:
+        yield "CANN", "warn", f"{version} found, not prepared in this shell", f"Run: {cann.command}"
     elif imported:
-        rows.append(
-            (
-                "CANN",
-                "warn",
-                "not under its usual directories",
-                "Set ASCEND_HOME_PATH, or source its set_env.sh.",
-            )
+        hint = "Set ASCEND_HOME_PATH, or source its set_env.sh."
+        yield "CANN", "warn", "not under its usual directories", hint
+    if cann.toolkit is not None and not adapter:
+        yield (
+            "torch_npu",
+            "warn",
+            "not installed",
+            "Run `pip install torch_npu` in the version of this torch.",
         )
     kind = _accelerator()
     if kind is None:
-        rows.append(
-            ("accelerator", "ok" if cann.toolkit is None else "warn", "none: training runs on the CPU", "")
-        )
-        return rows
+        verdict = "ok" if cann.toolkit is None else "warn"
+        yield "accelerator", verdict, "none: training runs on the CPU", ""
+        return
     module = _module(kind)
     for index in range(torch.accelerator.device_count()):
         free, total = module.mem_get_info(index)
-        busy = free < 0.9 * total
-        rows.append(
-            (
-                f"{kind}:{index}",
-                "warn" if busy else "ok",
-                f"{module.get_device_name(index)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free",
-                "Another process uses it." if busy else "",
-            )
-        )
-    return rows
+        memory = f"{free / host.GIB:.1f} of {total / host.GIB:.1f} GiB free"
+        what, found = f"{kind}:{index}", f"{module.get_device_name(index)}, {memory}"
+        if free < 0.9 * total:
+            yield what, "warn", found, "Another process uses it."
+        else:
+            yield what, "ok", found, ""
 
 
 def peak_flops(info: DeviceInfo) -> float | None:
@@ -194,11 +170,10 @@ def peak_flops(info: DeviceInfo) -> float | None:
 
 
 def fused_attention() -> Any | None:
-    """The operator of the accelerator's own attention that lies outside aten; None where there is none."""
+    """The operator of the accelerator's own attention that is not in aten; None where there is none."""
     import torch
 
-    library = getattr(torch.ops, "npu", None)
-    return getattr(library, "npu_fusion_attention", None) if library is not None else None
+    return getattr(torch.ops.npu, "npu_fusion_attention", None)
 
 
 def ascend_operators(kind: str) -> Any | None:
@@ -208,49 +183,35 @@ def ascend_operators(kind: str) -> Any | None:
     return torch.ops.npu if kind == "npu" and _import_npu() else None
 
 
-def synchronize(info: DeviceInfo) -> None:
-    """Wait until the device has done what it was given."""
-    if info.kind != "cpu":
-        _module(info.kind).synchronize()
-
-
 def memory(info: DeviceInfo) -> dict[str, int]:
     """Bytes: allocated now and at peak. On CPU: this process's resident set."""
-    if info.kind != "cpu":
-        module = _module(info.kind)
-        return {"now": module.memory_allocated(), "peak": module.max_memory_allocated()}
-    now = peak = 0
-    try:
-        with open("/proc/self/status") as file:
-            for line in file:
-                if line.startswith("VmRSS:"):
-                    now = int(line.split()[1]) * 1024
-                elif line.startswith("VmHWM:"):
-                    peak = int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return {"now": now, "peak": peak}
+    if info.kind == "cpu":
+        sizes = host.proc_sizes("/proc/self/status")
+        return {"now": sizes.get("VmRSS", 0), "peak": sizes.get("VmHWM", 0)}
+    module = _module(info.kind)
+    return {"now": module.memory_allocated(), "peak": module.max_memory_allocated()}
 
 
 def set_threads(threads: int | None, local_world: int) -> int:
-    """CPU threads of this process: asked, or OMP_NUM_THREADS, or the usable cores shared by the local processes."""
+    """CPU threads of this process: `threads`, or OMP_NUM_THREADS, or its share of the usable cores."""
     import torch
 
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    if threads is None and said.isdigit() and int(said) > 0:
-        threads = int(said)
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    count = threads or max(1, cores // max(1, local_world))
-    torch.set_num_threads(count)
-    return count
+    if threads is None:
+        with contextlib.suppress(ValueError):
+            threads = int(os.environ.get("OMP_NUM_THREADS", ""))
+    if threads is None or threads < 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+        threads = max(1, cores // max(1, local_world))
+    torch.set_num_threads(threads)
+    return threads
 
 
 def packed_attention(kind: str, dtype: torch.dtype, head_dim: int) -> Any | None:
-    """The device's own kernel for packed attention, or None (then dense attention is called by segment length).
+    """The device's own kernel for packed attention; None = call dense attention by segment length.
 
-    The kernel is called as (query [T, H, D], key [T, K, D], value [T, K, D], cu_seqlens [S + 1] int32 on the device,
-    lengths on the host, longest, causal, scale) and gives [T, H, D]. float16 and bfloat16 only, head_dim <= 256.
+    The kernel is called as (query [T, H, D], key [T, K, D], value [T, K, D], cu_seqlens [S + 1] int32 on the
+    device, lengths on the host, longest, causal, scale) and gives [T, H, D]. float16 and bfloat16 only,
+    head_dim <= 256.
     """
     import torch
 
@@ -265,36 +226,43 @@ def _packed_kernel(kind: str) -> Any | None:
 
     if kind == "npu":
         return _npu_packed if _import_npu() else None
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(
-        "aten::_flash_attention_forward", torch._C._dispatch_key_for_device(kind)
-    ):
+    key = torch._C._dispatch_key_for_device(kind)
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_flash_attention_forward", key):
         return None
+    return _flash_packed
+
+
+def _flash_packed(query, key, value, cu_seqlens, lengths, longest, causal, scale):
+    """torch's flash attention over segments of different lengths."""
     from torch.nn.attention.varlen import varlen_attn
 
-    def packed(query, key, value, cu_seqlens, lengths, longest, causal, scale):
-        return varlen_attn(
-            query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale,
-            window_size=(-1, 0) if causal else (-1, -1), enable_gqa=query.shape[1] != key.shape[1],
-        )  # fmt: skip
-
-    return packed
+    window, grouped = (-1, 0 if causal else -1), query.shape[1] != key.shape[1]
+    ends = (cu_seqlens, cu_seqlens, longest, longest)
+    return varlen_attn(query, key, value, *ends, scale=scale, window_size=window, enable_gqa=grouped)
 
 
 def _npu_packed(query, key, value, cu_seqlens, lengths, longest, causal, scale):
     """Ascend's fused attention in its TND layout; it wants the ends of the segments on the host.
 
-    Arguments as in the Ascend manual of npu_fusion_attention (sparse mode 3: causal, aligned at the lower right, with
-    the compressed 2048 x 2048 mask). Not run here: no such device.
+    Arguments as in the Ascend manual of npu_fusion_attention (sparse mode 3: causal, aligned at the lower
+    right, with the compressed 2048 x 2048 mask). Not run here: no such device.
     """
-    import itertools
-
     from torch_npu import npu_fusion_attention
 
     ends = list(itertools.accumulate(lengths))
     return npu_fusion_attention(
-        query, key, value, query.shape[1], input_layout="TND", atten_mask=_npu_mask(query.device) if causal else None, scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        keep_prob=1.0, actual_seq_qlen=ends, actual_seq_kvlen=ends, sparse_mode=3 if causal else 0,
-    )[0]  # fmt: skip
+        query,
+        key,
+        value,
+        query.shape[1],
+        input_layout="TND",
+        atten_mask=_npu_mask(query.device) if causal else None,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        keep_prob=1.0,
+        actual_seq_qlen=ends,
+        actual_seq_kvlen=ends,
+        sparse_mode=3 if causal else 0,
+    )[0]
 
 
 @functools.cache

@@ -1,10 +1,9 @@
-"""Environment variables of accelerators and launchers: the table in environment.yaml, and values held against
-it."""
+"""Environment variables of accelerators and launchers: the table environment.yaml, and checks of values."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,23 +16,22 @@ from polymodal.core.text import did_you_mean
 if TYPE_CHECKING:
     from polymodal import recipe
 
-OWN = {"THP_MEM_ALLOC_ENABLE": "1"}
-"""What is set when neither the recipe nor the shell says otherwise. Large pages: a training step on a CPU
-spends a fifth of its time on page faults without (logits, gradients and activations come and go in every
-micro-batch)."""
+DEFAULTS = {"THP_MEM_ALLOC_ENABLE": "1"}
+"""Set unless the recipe or the shell sets them. Large pages: without them a training step on a CPU spends a
+fifth of its time on page faults (logits, gradients and activations are allocated in every micro-batch)."""
 
 
 @dataclass(frozen=True)
 class Variable:
-    """One entry of environment.yaml, whose first lines say what the keys mean."""
+    """One entry of environment.yaml, which documents the keys."""
 
     name: str
     what: str
-    values: tuple[str, ...] = ()
+    values: Sequence[str] = ()
     range: tuple[int, int | None] | None = None
     boolean: bool = False
-    leading: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
+    leading: Sequence[str] = ()
+    options: Sequence[str] = ()
     default: str = ""
     shell: bool = False
 
@@ -50,7 +48,7 @@ class Variable:
         return "true | false" if self.boolean else "text"
 
     def check(self, value: str | int | bool) -> str:
-        """The value as the variable's reader wants it. Raises PolymodalError when it is out of range."""
+        """The value as it goes into the environment. Raises PolymodalError when it is out of range."""
         means = f"It means: {self.what}."
         if self.boolean:
             if str(value).lower() not in ("true", "false", "0", "1"):
@@ -60,13 +58,12 @@ class Variable:
                 )
             return "true" if str(value).lower() in ("true", "1") else "false"
         text = str(int(value)) if isinstance(value, bool) else str(value)
-        found, known = (text.partition(",")[0].strip(), self.leading) if self.leading else (text, self.values)
-        if known and found not in known:
+        known = self.leading or self.values
+        if known and (text.partition(",")[0].strip() if self.leading else text) not in known:
             raise PolymodalError(f"{self.name} = {text} is not one of {', '.join(known)}.", means)
         if self.range is not None:
             low, high = self.range
-            number = int(text) if text.lstrip("-").isdecimal() else None
-            if number is None or number < low or (high is not None and number > high):
+            if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
                 raise PolymodalError(f"{self.name} = {text} is outside its range, {self.allowed}.", means)
         for option in text.split(",") if self.options else ():
             key, colon, _ = option.partition(":")
@@ -78,26 +75,19 @@ class Variable:
         return text
 
 
-def _read() -> dict[str, Variable]:
-    rows = yaml.safe_load(Path(__file__).with_name("environment.yaml").read_text(encoding="utf-8"))
-    entries = ({k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
-    return {entry["name"]: Variable(**entry) for entry in entries}
-
-
-VARIABLES = _read()
+ENTRIES = yaml.safe_load(Path(__file__).with_name("environment.yaml").read_text(encoding="utf-8"))
+VARIABLES = {entry["name"]: Variable(**entry) for entry in ENTRIES}
 """The documented variables by name; `polymodal doctor --env` prints them."""
 
 
 def check(name: str, value: str | int | bool) -> str:
-    """A value of device.env as it goes into the environment. Raises PolymodalError for an unknown name or a
-    bad value."""
+    """A value of device.env as it goes into the environment. Raises PolymodalError when it is bad."""
     variable = VARIABLES.get(name)
     if variable is None:
+        otherwise = "`polymodal doctor --env` lists the known ones; set others in the shell."
         raise PolymodalError(
             f"device.env: {name} is not a known environment variable.",
-            did_you_mean(
-                name, VARIABLES, "`polymodal doctor --env` lists the known ones; set others in the shell."
-            ),
+            did_you_mean(name, VARIABLES, otherwise),
         )
     if variable.shell:
         raise PolymodalError(
@@ -111,15 +101,13 @@ def check(name: str, value: str | int | bool) -> str:
 
 
 def apply(section: recipe.Device, environ: MutableMapping[str, str] | None = None) -> dict[str, str]:
-    """Check device.env and set it in `environ` (default os.environ), before torch starts. Returns what was
-    set of it.
+    """Check device.env and set it in `environ` (default os.environ) before torch starts; returns its values.
 
-    What is in OWN is set too where nobody has said otherwise. Raises PolymodalError naming the key; nothing
-    is set then.
+    DEFAULTS are set too where they are not. Raises PolymodalError naming the key; nothing is set then.
     """
+    environ = os.environ if environ is None else environ
     values = {name: check(name, value) for name, value in section.env.items()}
-    into = os.environ if environ is None else environ
-    into.update(values)
-    for name, value in OWN.items():
-        into.setdefault(name, value)
+    environ.update(values)
+    for name, value in DEFAULTS.items():
+        environ.setdefault(name, value)
     return values

@@ -1,14 +1,16 @@
-"""Facts about this machine that a run stands or falls with: ports, shared memory, disks, limits, clock.
+"""Facts about this machine that decide whether a run can work: ports, shared memory, disks, limits, clock.
 
-Ground floor: standard library only, so that `launch` (before a start) and `doctor` (on request) share it.
-Every function answers with data or raises PolymodalError with the mend; nothing here prints.
+Standard library only; `launch` asks before a start, `doctor` on request. Nothing here prints.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
+import re
+import resource
 import shutil
 import socket
 import tempfile
@@ -33,34 +35,27 @@ def command_of(pid: int) -> str:
 
 
 def _listening_inodes(port: int) -> set[str]:
-    found = set()
+    inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        try:
-            rows = Path(table).read_text().splitlines()[1:]
-        except OSError:
-            continue
-        for row in rows:
-            cells = row.split()
-            if cells[3] == "0A" and int(cells[1].rpartition(":")[2], 16) == port:  # 0A = LISTEN
-                found.add(cells[9])
-    return found
+        with contextlib.suppress(OSError):
+            for row in Path(table).read_text().splitlines()[1:]:
+                cells = row.split()
+                if cells[3] == "0A" and int(cells[1].rpartition(":")[2], 16) == port:  # 0A = LISTEN
+                    inodes.add(cells[9])
+    return inodes
 
 
 def port_owner(port: int) -> str | None:
-    """Who listens on a TCP port of this machine: "process 4242 (python train.py)"; None when nobody is seen."""
-    inodes = _listening_inodes(port)
-    if not inodes:
+    """Who listens on a TCP port of this machine, "process 4242 (python train.py)"; None when nobody does."""
+    sockets = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
+    if not sockets:
         return None
-    targets = {f"socket:[{inode}]" for inode in inodes}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
+    for descriptor in glob.iglob("/proc/[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
-            for descriptor in (entry / "fd").iterdir():
-                with contextlib.suppress(OSError):
-                    if os.readlink(descriptor) in targets:
-                        command = command_of(int(entry.name))
-                        return f"process {entry.name}" + (f" ({command})" if command else "")
+            if os.readlink(descriptor) in sockets:
+                pid = descriptor.split("/")[2]
+                command = command_of(int(pid))
+                return f"process {pid}" + (f" ({command})" if command else "")
     return "a process of another user or container"
 
 
@@ -84,7 +79,8 @@ def require_port(port: int, named: str) -> None:
     owner = port_owner(port)
     raise PolymodalError(
         f"Port {port} ({named}) is in use" + (f" by {owner}." if owner else "."),
-        f"End that process, or set {named} to another port; on one machine leave it unset: a free port is chosen.",
+        f"End that process, or set {named} to another port; on one machine leave it unset: a free port is "
+        "chosen.",
     )
 
 
@@ -97,13 +93,17 @@ class Space:
     free: int
 
 
+def _existing(path: str | os.PathLike) -> Path:
+    """`path`, or the nearest directory above it that exists."""
+    path = Path(path).absolute()
+    return next((parent for parent in (path, *path.parents) if parent.exists()), path)
+
+
 def space(path: str | os.PathLike) -> Space:
     """Free space where `path` is, or would be made."""
-    place = Path(path).absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    usage = shutil.disk_usage(place)
-    return Space(str(place), usage.total, usage.free)
+    existing = _existing(path)
+    usage = shutil.disk_usage(existing)
+    return Space(str(existing), usage.total, usage.free)
 
 
 def shared_memory() -> Space | None:
@@ -114,35 +114,31 @@ def shared_memory() -> Space | None:
 def require_writable(
     directory: str | os.PathLike, least_free: int = 256 * MIB, key: str = "checkpoint.dir"
 ) -> None:
-    """Whether `directory` can be made and written: a file is written there (or in the nearest directory above that
-    exists) and removed again; nothing stays behind.
+    """Raises PolymodalError when `directory` cannot be made and written, or has less than `least_free` bytes.
 
-    Raises PolymodalError when it cannot be written or has less than `least_free` bytes left.
+    Tried with a file there, or in the nearest directory above that exists; nothing stays behind.
     """
-    directory = Path(directory)
-    place = directory.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
     try:
-        with tempfile.NamedTemporaryFile(dir=place, prefix=".write-test-") as file:
+        with tempfile.NamedTemporaryFile(dir=_existing(directory), prefix=".write-test-") as file:
             file.write(b"x" * 4096)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise PolymodalError(
             f"The output directory {directory} cannot be written: {error.strerror or error}.",
-            f"Set {key} to a directory that this user may write, on a disk with room.",
+            f"Set {key} to a directory that this user may write, on a disk with free space.",
         ) from None
     left = space(directory)
     if left.free < least_free:
         raise PolymodalError(
-            f"The disk of {directory} has only {format_bytes(left.free)} free; at least {format_bytes(least_free)} are needed to start.",
+            f"The disk of {directory} has only {format_bytes(left.free)} free; at least "
+            f"{format_bytes(least_free)} are needed to start.",
             f"Free some space, or set {key} to another disk.",
         )
 
 
 def full_disk(error: OSError) -> PolymodalError | None:
-    """What an error of writing says when its cause is a disk (or a user's share of it) without room; else None."""
+    """The error of a write that failed because the disk or the quota is full; None for other errors."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return None
     what = error.filename or "A file"
@@ -152,16 +148,20 @@ def full_disk(error: OSError) -> PolymodalError | None:
     )
 
 
+def proc_sizes(path: str) -> dict[str, int]:
+    """Bytes by name of a file of /proc with lines such as "VmRSS: 1234 kB"; empty where there is none."""
+    with contextlib.suppress(OSError):
+        lines = re.findall(r"^(\w+):\s+(\d+) kB", Path(path).read_text(), re.MULTILINE)
+        return {name: int(size) * 1024 for name, size in lines}
+    return {}
+
+
 def memory() -> Space | None:
-    """Main memory of this process: the machine's, or its control group's when that is less. None when unknown."""
-    values = {}
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            name, _, rest = line.partition(":")
-            values[name] = int(rest.split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
+    """Main memory: the machine's, or this control group's when that is less. None when unknown."""
+    sizes = proc_sizes("/proc/meminfo")
+    if not sizes:
         return None
-    total, free = values.get("MemTotal", 0), values.get("MemAvailable", 0)
+    total, free = sizes.get("MemTotal", 0), sizes.get("MemAvailable", 0)
     with contextlib.suppress(OSError, ValueError):
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())  # "max": ValueError
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
@@ -171,20 +171,16 @@ def memory() -> Space | None:
 
 
 def process_limit() -> int | None:
-    """How many processes may run here: the user's limit or the control group's, whichever is less; None = no limit."""
-    found = []
-    with contextlib.suppress(ImportError, OSError):
-        import resource
-
-        soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
-        found += [soft] if soft != resource.RLIM_INFINITY else []
+    """How many processes may run here: the user's or the control group's limit; None = no limit."""
+    soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    limits = [] if soft == resource.RLIM_INFINITY else [soft]
     with contextlib.suppress(OSError, ValueError):
-        found.append(int(Path("/sys/fs/cgroup/pids.max").read_text()))
-    return min(found) if found else None
+        limits.append(int(Path("/sys/fs/cgroup/pids.max").read_text()))
+    return min(limits, default=None)
 
 
 def clock_synchronised() -> bool | None:
-    """Whether the kernel says that something keeps its clock right; None when it cannot be asked."""
+    """Whether the kernel's clock is kept right (by NTP); None when the kernel cannot be asked."""
     import ctypes
 
     try:
@@ -196,20 +192,16 @@ def clock_synchronised() -> bool | None:
     return None if answer < 0 else answer != 5
 
 
-def open_files() -> tuple[int, int] | None:
+def open_files() -> tuple[int, int]:
     """(soft, hard) limit of open files of this process."""
-    try:
-        import resource
-    except ImportError:
-        return None
     return resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
-def oom_kills() -> int | None:
-    """Processes that the kernel killed for memory in this control group so far; None when it does not say."""
+def oom_kills() -> int:
+    """Processes that the kernel killed for memory in this control group so far; 0 when it cannot be read."""
     for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
         with contextlib.suppress(OSError, ValueError, IndexError):
             for line in Path(path).read_text().splitlines():
                 if line.startswith("oom_kill "):
                     return int(line.split()[1])
-    return None
+    return 0

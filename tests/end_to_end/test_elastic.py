@@ -119,7 +119,7 @@ print("world", dist.get_world_size(), flush=True)
 NODE = """
 import os, sys
 from polymodal.runtime import launcher, process_group
-start = process_group.Start(1, int(os.environ["NODE"]), 2, "127.0.0.1", int(os.environ["PORT"]))
+start = process_group.LaunchRequest(1, int(os.environ["NODE"]), 2, "127.0.0.1", int(os.environ["PORT"]))
 raise SystemExit(launcher.run([os.environ["LATE"]], start, restarts=1, min_nodes=1))
 """
 

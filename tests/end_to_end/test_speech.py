@@ -172,8 +172,8 @@ def _unreadable(rank: int, world: int, root: str, axis: str) -> dict:
         Path(root) / "recipe.yaml",
         [*keys, *([f"parallel.{axis}=2", "train.micro_batch_size=4"] if world > 1 else [])],
     )
-    place = process_group.Place(rank, world, rank, world, 0, 1)
-    rt = process_group.Runtime(place, device.find("cpu", rank), 1)
+    process = process_group.ProcessInfo(rank, world, rank, world, 0, 1)
+    rt = process_group.Runtime(process, device.find("cpu", rank), 1)
     decode, failing = audio.decode_audio, 0 if axis == "pp" else world - 1
 
     def heard(source, *args):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from polymodal.runtime import device
-from polymodal.runtime.process_group import Place, Runtime
+from polymodal.runtime.process_group import ProcessInfo, Runtime
 from polymodal.tools import profile_request
 from polymodal.train.monitor import Profiler
 from tests.parallel.harness import run
@@ -15,7 +15,7 @@ from tests.parallel.harness import run
 
 def _runtime(rank: int) -> Runtime:
     world = dist.get_world_size()
-    return Runtime(Place(rank, world, rank, world, 0, 1), device.find("cpu"), 1)
+    return Runtime(ProcessInfo(rank, world, rank, world, 0, 1), device.find("cpu"), 1)
 
 
 def _stop(rank: int) -> list[bool]:

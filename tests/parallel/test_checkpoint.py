@@ -305,10 +305,10 @@ def _choose(rank, root, choose):
     import torch.distributed as dist
 
     from polymodal.runtime import device
-    from polymodal.runtime.process_group import Place, Runtime
+    from polymodal.runtime.process_group import ProcessInfo, Runtime
 
     os.chdir(root / f"node{rank}")
-    rt = Runtime(Place(rank, 2, rank, 2, 0, 1), device.find("cpu"), 1)
+    rt = Runtime(ProcessInfo(rank, 2, rank, 2, 0, 1), device.find("cpu"), 1)
     try:
         return str(checkpoint.agreed(rt, lambda: choose(Path("run"))))
     except PolymodalError as error:

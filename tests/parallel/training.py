@@ -86,8 +86,8 @@ def _run(rank: int, world: int, root: Path, job: Job) -> Said:
 
     words = [f"checkpoint.dir={root / job.name}-{world}", *job.overrides, *(job.layout if world > 1 else ())]
     recipe = recipes.load(root / "recipe.yaml", words)
-    place = process_group.Place(rank, world, rank, world, 0, 1)
-    rt = process_group.Runtime(place, device.find("cpu", rank), 1)
+    process = process_group.ProcessInfo(rank, world, rank, world, 0, 1)
+    rt = process_group.Runtime(process, device.find("cpu", rank), 1)
     media.image = counted
     if job.scale is not None:
         optim.LossScaler = partial(scaler, scale=job.scale)  # type: ignore[assignment,misc]

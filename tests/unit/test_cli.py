@@ -347,14 +347,14 @@ def test_the_same_command_line_runs_in_every_process(monkeypatch, capfd):
     from polymodal.runtime import launcher, process_group
 
     monkeypatch.setattr(sys, "argv", ["polymodal", "--version"])
-    monkeypatch.setattr(process_group, "place", lambda nproc: process_group.Start(2))
+    monkeypatch.setattr(process_group, "from_environment", lambda nproc: process_group.LaunchRequest(2))
     monkeypatch.delenv(launcher.CHILD, raising=False)
     assert cli.spread("2", None, lambda: 5) == 0
     assert capfd.readouterr().out.count("polymodal 0") == 2
     monkeypatch.setenv(launcher.CHILD, str(os.getppid()))
     assert cli.spread("2", None, lambda: 5) == 5, "a process that was started does the work"
     monkeypatch.delenv(launcher.CHILD)
-    monkeypatch.setattr(process_group, "place", lambda nproc: process_group.Start(1))
+    monkeypatch.setattr(process_group, "from_environment", lambda nproc: process_group.LaunchRequest(1))
     assert cli.spread("1", None, lambda: 6) == 6, "one process needs no launcher"
 
 

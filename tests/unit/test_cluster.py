@@ -22,11 +22,11 @@ def made(**sections) -> recipes.Recipe:
     return recipes.validate({"name": "My run", "model": {"source": "x"}, **sections})
 
 
-def start_of(line: str, environ: dict[str, str]) -> process_group.Start:
+def start_of(line: str, environ: dict[str, str]) -> process_group.LaunchRequest:
     """What the written `polymodal train ...` of a node sees in such an environment."""
     words = line.split()
-    start = process_group.place(int(words[words.index("--nproc") + 1]), environ)
-    assert isinstance(start, process_group.Start)
+    start = process_group.from_environment(int(words[words.index("--nproc") + 1]), environ)
+    assert isinstance(start, process_group.LaunchRequest)
     return start
 
 
@@ -75,7 +75,9 @@ def test_the_sbatch_script_gives_every_node_its_place(tmp_path):
         line.split("=", 1) for line in (tmp_path / "env-python").read_text().splitlines() if "=" in line
     )
     assert environ["HCCL_CONNECT_TIMEOUT"] == "1200" and (tmp_path / "run" / "logs").is_dir()
-    assert start_of(calls[1], environ) == process_group.Start(4, 1, 2, "first-node", 20007, "MASTER_PORT")
+    assert start_of(calls[1], environ) == process_group.LaunchRequest(
+        4, 1, 2, "first-node", 20007, "MASTER_PORT"
+    )
 
 
 def test_a_lost_node_does_not_end_a_job_that_can_do_with_fewer():
@@ -128,7 +130,9 @@ def test_what_the_user_sets_is_honoured(tmp_path):
     environ = dict(
         line.split("=", 1) for line in (tmp_path / "env-python").read_text().splitlines() if "=" in line
     )
-    assert start_of(calls[1], environ) == process_group.Start(8, 2, 3, "10.0.0.1", 4444, "MASTER_PORT")
+    assert start_of(calls[1], environ) == process_group.LaunchRequest(
+        8, 2, 3, "10.0.0.1", 4444, "MASTER_PORT"
+    )
 
 
 def test_a_container_is_asked_of_srun(tmp_path):
@@ -178,7 +182,9 @@ def test_the_pytorchjob_has_what_its_controller_requires():
         "RANK": "2", "WORLD_SIZE": "24", "PET_NPROC_PER_NODE": "8", "MASTER_ADDR": "my-run-master-0", "MASTER_PORT": "23456"
     }  # fmt: skip
     line = pods(manifest)[1]["containers"][0]["command"][2]
-    assert start_of(line, operator) == process_group.Start(8, 2, 3, "my-run-master-0", 23456, "MASTER_PORT")
+    assert start_of(line, operator) == process_group.LaunchRequest(
+        8, 2, 3, "my-run-master-0", 23456, "MASTER_PORT"
+    )
 
 
 def test_the_trainjob_has_what_its_controller_requires():
@@ -199,7 +205,7 @@ def test_the_trainjob_has_what_its_controller_requires():
         "PET_NNODES": "3", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "8", "PET_MASTER_ADDR": "n0", "PET_MASTER_PORT": "29400"
     }  # fmt: skip
     line = spec["trainer"]["command"][2]
-    assert start_of(line, trainer) == process_group.Start(8, 1, 3, "n0", 29400, "PET_MASTER_PORT")
+    assert start_of(line, trainer) == process_group.LaunchRequest(8, 1, 3, "n0", 29400, "PET_MASTER_PORT")
 
 
 def test_submitting_calls_the_clusters_command(tmp_path, monkeypatch, capfd):

@@ -8,7 +8,7 @@ import pytest
 
 from polymodal import recipe
 from polymodal.core.errors import PolymodalError
-from polymodal.runtime import cann as cann_room
+from polymodal.runtime import cann as cann_module
 from polymodal.runtime import device, environment
 
 
@@ -34,7 +34,7 @@ from polymodal.runtime import device, environment
 def test_documented_values_are_set(name, value, written):
     environ: dict[str, str] = {}
     assert environment.apply(recipe.Device(env={name: value}), environ) == {name: written}
-    assert environ == {**environment.OWN, name: written}
+    assert environ == {**environment.DEFAULTS, name: written}
 
 
 def test_what_the_shell_says_stays_where_the_recipe_is_silent():
@@ -121,29 +121,29 @@ def test_cann_is_found_under_its_roots(tmp_path, part):
     atb = tmp_path / "nnal/atb"
     atb.mkdir(parents=True)
     (atb / "set_env.sh").write_text("")
-    cann = cann_room.find_cann((str(tmp_path),), {})
+    cann = cann_module.find_cann((str(tmp_path),), {})
     assert (cann.toolkit, cann.atb, cann.version, cann.sourced) == (
         script,
         atb / "set_env.sh",
         "8.2.RC1",
         False,
     )
-    assert cann.line == f"source {script} && source {atb / 'set_env.sh'}"
+    assert cann.command == f"source {script} && source {atb / 'set_env.sh'}"
 
 
 def test_cann_is_found_by_its_own_variable_and_known_to_be_sourced(tmp_path):
     script = install(tmp_path / "elsewhere", "ascend-toolkit/latest")
     home = str(script.parent)
-    assert cann_room.find_cann(("/nonexistent",), {"ASCEND_HOME_PATH": home}).toolkit == script
-    assert not cann_room.find_cann(("/nonexistent",), {"ASCEND_HOME_PATH": home}).sourced
-    assert cann_room.find_cann(
+    assert cann_module.find_cann(("/nonexistent",), {"ASCEND_HOME_PATH": home}).toolkit == script
+    assert not cann_module.find_cann(("/nonexistent",), {"ASCEND_HOME_PATH": home}).sourced
+    assert cann_module.find_cann(
         ("/nonexistent",), {"ASCEND_HOME_PATH": home, "LD_LIBRARY_PATH": f"{home}/lib64:/usr/lib"}
     ).sourced
 
 
 def test_no_cann():
-    cann = cann_room.find_cann(("/nonexistent",), {})
-    assert cann.toolkit is None and cann.line == ""
+    cann = cann_module.find_cann(("/nonexistent",), {})
+    assert cann.toolkit is None and cann.command == ""
 
 
 def test_a_device_that_is_not_there():
@@ -174,7 +174,7 @@ def test_environment_reaches_a_started_run(monkeypatch):
     monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "5")
     rt = process_group.start(
         recipe.validate({"model": {"source": "x"}, "device": {"env": {"HCCL_CONNECT_TIMEOUT": 300}}}),
-        here=process_group.Place(0, 1, 0, 1, 0, 1),
+        process=process_group.ALONE,
     )
     process_group.stop(rt)
     assert os.environ["HCCL_CONNECT_TIMEOUT"] == "300"

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from polymodal.runtime import cann as cann_room
+from polymodal.runtime import cann as cann_module
 from polymodal.runtime import environment, host
 from polymodal.tools import doctor
 
@@ -94,7 +94,7 @@ def test_environment_is_held_against_the_table(monkeypatch):
 def test_cann_that_is_not_sourced_comes_with_the_line(monkeypatch, tmp_path):
     (tmp_path / "cann").mkdir()
     (tmp_path / "cann/set_env.sh").write_text("")
-    monkeypatch.setattr(cann_room.find_cann, "__defaults__", ((str(tmp_path),), {}))
+    monkeypatch.setattr(cann_module.find_cann, "__defaults__", ((str(tmp_path),), {}))
     row = rows("Devices")["CANN"]
     assert row.verdict == "warn" and row.mend == f"Run: source {tmp_path}/cann/set_env.sh"
 

@@ -18,7 +18,7 @@ import pytest
 from polymodal import recipe
 from polymodal.core.errors import PolymodalError
 from polymodal.runtime import host, launcher, process_group
-from polymodal.runtime.process_group import Place, Start, first_host, place
+from polymodal.runtime.process_group import LaunchRequest, ProcessInfo, first_host, from_environment
 
 PREAMBLE = """
 import os, signal, sys, time
@@ -50,7 +50,7 @@ except Exception as error:
 PARENT = """
 import sys
 from polymodal.runtime import launcher, process_group
-sys.exit(launcher.run([sys.argv[1]], process_group.place(int(sys.argv[2]))))
+sys.exit(launcher.run([sys.argv[1]], process_group.from_environment(int(sys.argv[2]))))
 """
 
 NAMES = (
@@ -77,7 +77,7 @@ def processes(tmp_path, monkeypatch, capfd):
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
         try:
-            start = process_group.place(nproc)
+            start = process_group.from_environment(nproc)
             launcher.before_start(None, start)
             code, said = launcher.run([child(tmp_path, body)], start, rendezvous=seconds), ""
         except PolymodalError as error:
@@ -126,7 +126,7 @@ def later(seconds: float, action) -> threading.Timer:
 
 
 def test_alone():
-    assert place(environ={}) == Place(0, 1, 0, 1, 0, 1)
+    assert from_environment(environ={}) == ProcessInfo(0, 1, 0, 1, 0, 1)
 
 
 def test_torchrun():
@@ -140,9 +140,9 @@ def test_torchrun():
         "MASTER_ADDR": "h",
         "MASTER_PORT": "123",
     }
-    assert place(environ=environ) == Place(9, 16, 1, 8, 1, 2, "h", 123, "torchrun")
+    assert from_environment(environ=environ) == ProcessInfo(9, 16, 1, 8, 1, 2, "h", 123, "torchrun")
     with pytest.raises(PolymodalError, match="--nproc has no meaning"):
-        place(2, environ)
+        from_environment(2, environ)
 
 
 @pytest.mark.parametrize(
@@ -170,12 +170,12 @@ def test_slurm():
         "SLURM_TASKS_PER_NODE": "4,3",
         "SLURM_JOB_ID": "40001",
     }
-    assert place(environ=environ) == Place(5, 7, 1, 3, 1, 2, "gpu3", 20001, "slurm")
+    assert from_environment(environ=environ) == ProcessInfo(5, 7, 1, 3, 1, 2, "gpu3", 20001, "slurm")
     # the four variables alone are enough
     short = {k: environ[k] for k in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_NODELIST")}
-    assert place(environ=short).address == "gpu3" and place(environ=short).world == 7
+    assert from_environment(environ=short).address == "gpu3" and from_environment(environ=short).world == 7
     with pytest.raises(PolymodalError, match="3 tasks on this node"):
-        place(4, environ)
+        from_environment(4, environ)
 
 
 def test_slurm_one_task_a_node_starts_the_rest():
@@ -189,12 +189,14 @@ def test_slurm_one_task_a_node_starts_the_rest():
         "SLURM_TASKS_PER_NODE": "1(x2)",
         "MASTER_PORT": "29511",
     }
-    assert place(8, environ) == Start(8, 1, 2, "gpu3", 29511, "MASTER_PORT")
+    assert from_environment(8, environ) == LaunchRequest(8, 1, 2, "gpu3", 29511, "MASTER_PORT")
 
 
 def test_kubernetes_one_process_a_pod():
     environ = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
-    assert place(environ=environ) == Place(1, 4, 0, 1, 1, 4, "job-master-0", 23456, "kubernetes")
+    assert from_environment(environ=environ) == ProcessInfo(
+        1, 4, 0, 1, 1, 4, "job-master-0", 23456, "kubernetes"
+    )
 
 
 def test_kubernetes_pod_with_several_devices():
@@ -207,9 +209,9 @@ def test_kubernetes_pod_with_several_devices():
         "MASTER_ADDR": "job-master-0",
         "MASTER_PORT": "23456",
     }
-    assert place(environ=environ) == Start(8, 1, 2, "job-master-0", 23456, "MASTER_PORT")
+    assert from_environment(environ=environ) == LaunchRequest(8, 1, 2, "job-master-0", 23456, "MASTER_PORT")
     without = {k: v for k, v in environ.items() if k not in ("PET_NNODES", "PET_NODE_RANK")}
-    assert place(environ=without) == Start(8, 1, 2, "job-master-0", 23456, "MASTER_PORT")
+    assert from_environment(environ=without) == LaunchRequest(8, 1, 2, "job-master-0", 23456, "MASTER_PORT")
 
 
 def test_the_documents_scripts():
@@ -221,8 +223,8 @@ def test_the_documents_scripts():
         "NODE_RANK": "1",
         "WORLD_SIZE": "16",
     }
-    assert place(environ=environ) == Start(8, 1, 2, "192.168.1.100", 29501, "MASTER_PORT")
-    assert place(environ={**environ, "NNODES": "1", "NODE_RANK": "0"}) == Start(
+    assert from_environment(environ=environ) == LaunchRequest(8, 1, 2, "192.168.1.100", 29501, "MASTER_PORT")
+    assert from_environment(environ={**environ, "NNODES": "1", "NODE_RANK": "0"}) == LaunchRequest(
         8, 0, 1, "127.0.0.1", 29501, "MASTER_PORT"
     )
 
@@ -236,14 +238,14 @@ def test_the_documents_scripts():
             {"NNODES": "2", "NPUS_PER_NODE": "8", "NODE_RANK": "2", "MASTER_ADDR": "h"},
             r"NODE_RANK = 2 is outside 0\.\.1",
         ),
-        ({"NNODES": "2"}, "nothing says how many processes"),
+        ({"NNODES": "2"}, "the number of processes a node is not set"),
         ({"NNODES": "two"}, "NNODES = 'two' is not a whole number"),
         ({"RANK": "4", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "rank 4 of 4"),
     ],
 )
 def test_contradictions(environ, message):
     with pytest.raises(PolymodalError, match=message):
-        place(environ=environ)
+        from_environment(environ=environ)
 
 
 def test_nproc_words():
@@ -263,7 +265,7 @@ def test_two_processes_meet(processes):
         total = torch.tensor(rt.rank + 1.0)
         dist.all_reduce(total)
         rt.barrier()
-        say(rt.rank, rt.world, rt.local_rank, rt.is_main, rt.device.kind, total.item())
+        say(rt.rank, rt.world, rt.process.local_rank, rt.is_main, rt.device.kind, total.item())
     assert not dist.is_initialized()
     """
     code, out, err = processes(body)
@@ -279,7 +281,7 @@ def test_two_nodes_meet(processes, tmp_path):
         import torch, torch.distributed as dist
         total = torch.tensor(rt.rank + 1.0)
         dist.all_reduce(total)
-        say(rt.rank, rt.world, rt.place.node, rt.place.nodes, total.item())
+        say(rt.rank, rt.world, rt.process.node, rt.process.nodes, total.item())
     """
     (tmp_path / "other").mkdir()
     other = another_launcher(tmp_path / "other", body, 1, **common, NODE_RANK="1")
@@ -324,7 +326,7 @@ def test_a_killed_process_is_named(processes):
 
 def test_too_little_shared_memory_is_guessed_from_the_signal(processes):
     code, out, err = processes("if rank == 0: os.kill(os.getpid(), signal.SIGBUS)\ntime.sleep(60)")
-    assert code == 128 + 7 and "Shared memory ran out: start the container with --ipc=host" in err
+    assert code == 128 + 7 and "Shared memory ran out. Start the container with --ipc=host" in err
 
 
 def test_a_bug_keeps_its_traceback_and_is_named(processes):
@@ -346,7 +348,7 @@ def test_a_bug_of_all_ranks_shows_one_traceback(processes):
 @pytest.mark.parametrize("number, after", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_signals_reach_the_processes_and_their_code_comes_back(processes, tmp_path, number, after):
     body = f"""
-    rt = process_group.Runtime(process_group.place(), None, 1)
+    rt = process_group.Runtime(process_group.from_environment(), None, 1)
     rt.catch_signals()
     open({str(tmp_path)!r} + f'/ready{{rank}}', 'w').close()
     while rt.signal is None:
@@ -400,7 +402,7 @@ def test_a_command_started_by_a_launched_process_stands_alone(processes):
         out = subprocess.run([sys.executable, __file__, "inner"], capture_output=True, text=True)
         say(out.returncode, out.stdout.strip())
         sys.exit(0)
-    say(process_group.place().how, launcher.CHILD in os.environ)
+    say(process_group.from_environment().launcher, launcher.CHILD in os.environ)
     """
     assert processes(body, 1) == (0, "0 alone False\n", "")
 
@@ -432,7 +434,7 @@ def test_a_missing_node_is_said_in_one_sentence(processes):
     assert code == 2
     said = err.splitlines()[-1]
     assert (
-        said.startswith(f"error: Node 1 of 2 could not meet the others at 127.0.0.1:{port} within 2 s (")
+        said.startswith(f"error: Node 1 of 2 could not meet the other nodes at 127.0.0.1:{port} within 2 s (")
         and "NODE_RANK" in said
     )
 
@@ -443,18 +445,18 @@ def test_unresolvable_master(processes):
 
 
 def test_a_task_whose_others_never_come(monkeypatch):
-    here = process_group.Place(1, 2, 0, 1, 1, 2, "127.0.0.1", free_port(), "slurm")
+    here = process_group.ProcessInfo(1, 2, 0, 1, 1, 2, "127.0.0.1", free_port(), "slurm")
     for name in (*NAMES, "GLOO_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "0")  # put back afterwards
     with pytest.raises(
-        PolymodalError, match="Rank 1 of 2 could not join the others at 127.0.0.1.*srun polymodal train"
+        PolymodalError, match="Rank 1 of 2 could not join the other ranks at 127.0.0.1.*srun polymodal train"
     ):
-        process_group.start(recipe.validate({"model": {"source": "x"}}), rendezvous=1, here=here)
+        process_group.start(recipe.validate({"model": {"source": "x"}}), rendezvous=1, process=here)
 
 
 def test_little_shared_memory_is_a_warning(monkeypatch):
     monkeypatch.setattr(host, "shared_memory", lambda: host.Space("/dev/shm", 64 * host.MIB, 64 * host.MIB))
-    (warning,) = launcher.before_start(None, Start(8))
+    (warning,) = launcher.before_start(None, LaunchRequest(8))
     assert warning.startswith("/dev/shm has 64.0 MiB free for 8 processes") and "--ipc=host" in warning
 
 
@@ -494,7 +496,7 @@ say("done", rank, attempt)
 def test_a_killed_process_is_started_again_with_all_others(tmp_path, monkeypatch, capfd):
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
-    code = launcher.run([child(tmp_path, DIES_ONCE)], process_group.place(2), restarts=1)
+    code = launcher.run([child(tmp_path, DIES_ONCE)], process_group.from_environment(2), restarts=1)
     out, err = capfd.readouterr()
     assert code == 0 and sorted(out.splitlines()) == ["done 0 1", "done 1 1"]
     assert "starting again from the newest checkpoint: rank 1 ended with exit code -9" in err
@@ -506,5 +508,5 @@ def test_bad_input_is_not_started_again(tmp_path, monkeypatch, capfd):
         monkeypatch.delenv(name, raising=False)
     body = 'raise PolymodalError("The key is wrong.", "Mend it.")'
     with pytest.raises(PolymodalError, match="The key is wrong"):
-        launcher.run([child(tmp_path, body)], process_group.place(2), restarts=3)
+        launcher.run([child(tmp_path, body)], process_group.from_environment(2), restarts=3)
     assert "starting again" not in capfd.readouterr().err
