@@ -1,4 +1,5 @@
 """The recipe: one typed, closed schema for everything a run does; `load` reads it, `dump` writes it."""
+# ruff: noqa: F401, all are re-exported
 
 from polymodal.recipe import file
 from polymodal.recipe.schema import (
@@ -9,7 +10,6 @@ from polymodal.recipe.schema import (
     Dataset,
     Device,
     Diffusion,
-    Evaluate,
     Group,
     Image,
     Lora,
@@ -20,9 +20,7 @@ from polymodal.recipe.schema import (
     Parallel,
     Profile,
     Recipe,
-    Samples,
     Schedule,
-    Section,
     Train,
     Video,
     all_keys,
@@ -32,9 +30,3 @@ from polymodal.recipe.schema import (
     load,
     validate,
 )
-
-__all__ = [
-    "Attr", "Checkpoint", "Clip", "Data", "Dataset", "Device", "Diffusion", "Evaluate", "Group", "Image", "Lora",
-    "LossGuard", "Model", "Monitor", "Optim", "Parallel", "Profile", "Recipe", "Samples", "Schedule", "Section",
-    "Train", "Video", "all_keys", "changed", "dump", "file", "json_schema", "load", "validate",
-]  # fmt: skip

@@ -1,26 +1,33 @@
-"""A recipe as a file: YAML with `base:`, line numbers, `a.b=c` overrides, and mistakes said in one sentence each.
+"""A recipe as a file: YAML with `base:`, line numbers, `a.b=c` overrides, and one sentence for each mistake.
 
-Ground floor: pydantic and yaml only, never torch. Knows nothing of the keys; `recipe` hands its schema in.
+pydantic and yaml only, never torch. Knows no keys: schema.py passes its models.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.text import did_you_mean, nearest
 
-Places = dict[str, tuple[str, int]]
+Lines = dict[str, tuple[str, int]]
 """Dotted key -> (file, line); line 0 for overrides."""
 
 FREE = (("model", "config"), ("device", "env"), ("data", "template_kwargs"))
 """Mappings whose names are not the recipe's: merged one level deep, dotted names kept whole."""
+
+NotNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+NotNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -31,25 +38,26 @@ class Section(BaseModel):
     )
 
 
+# ---- YAML ----------------------------------------------------------------------------------------------
+
+
 class _Yaml(yaml.SafeLoader):
     """YAML 1.2's numbers: 1e-5 is one; yes, no, on and off are words."""
 
 
+BOOL, FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 _Yaml.yaml_implicit_resolvers = {
-    letter: [
-        (tag, pattern)
-        for tag, pattern in rules
-        if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")
-    ]
+    letter: [rule for rule in rules if rule[0] not in (BOOL, FLOAT)]
     for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Yaml.add_implicit_resolver(BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
+    FLOAT,
     re.compile(
-        r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+        r"""^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)?  # 1.5, .5e3
+        |[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+  # 1e-5
+        |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+        re.VERBOSE,
     ),
     list("-+0123456789."),
 )
@@ -68,22 +76,16 @@ _Dump.yaml_implicit_resolvers = {
 }
 
 
-def _parse(text: str) -> Any:
-    return yaml.load(text, Loader=_Yaml)
-
-
 def write(data: dict) -> str:
     """Plain data as YAML that `read` reads back unchanged."""
     text = yaml.dump(data, Dumper=_Dump, sort_keys=False, allow_unicode=True)
-    if any(
-        mark in text for mark in "\x85\u2028\u2029"
-    ):  # line breaks to YAML, which the dumper does not escape
+    if re.search("[\x85\u2028\u2029]", text):  # line breaks to YAML, which the dumper does not escape
         text = yaml.dump(data, Dumper=_Dump, sort_keys=False, allow_unicode=False)
     return text
 
 
-def _compose(path: Path) -> tuple[dict, Places]:
-    """YAML file -> (plain data, {dotted key: (file, line)})."""
+def _parse(path: Path) -> tuple[dict, Lines]:
+    """YAML file -> (plain data, lines of its keys)."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -91,27 +93,21 @@ def _compose(path: Path) -> tuple[dict, Places]:
             f"The recipe {path} does not exist.", "Check the path, or write one with `polymodal init MODEL`."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise PolymodalError(
-            f"The recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}."
-        ) from None
+        cause = getattr(error, "strerror", None) or error
+        raise PolymodalError(f"The recipe {path} cannot be read: {cause}.") from None
     try:
-        node = yaml.compose(text, Loader=_Yaml)
-        places: Places = {}
-        if node is not None:
-            _walk(node, "", path, places)
-        data = _parse(text)
+        loader = _Yaml(text)
+        node = loader.get_single_node()
+        lines = dict(_lines(node, "", path))
+        data = {} if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
-        tab = mark is not None and mark.line < text.count("\n") + 1 and "\t" in (text.split("\n")[mark.line])
-        mend = (
-            "YAML is indented with spaces, not tabs."
-            if tab
-            else "Look at the indentation and the quotes there."
-        )
-        raise PolymodalError(
-            f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}.", mend
-        ) from None
+        hint = "Look at the indentation and the quotes there."
+        if mark and "\t" in [*text.split("\n"), ""][mark.line]:
+            hint = "YAML is indented with spaces, not tabs."
+        cause = getattr(error, "problem", None) or error
+        raise PolymodalError(f"{where}: not valid YAML: {cause}.", hint) from None
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -119,25 +115,24 @@ def _compose(path: Path) -> tuple[dict, Places]:
             f"{path}: a recipe is a mapping of sections, this file holds a {type(data).__name__}.",
             "Start from `polymodal init MODEL`.",
         )
-    return data, places
+    return data, lines
 
 
-def _walk(node: yaml.Node, prefix: str, path: Path, places: Places) -> None:
+def _lines(node: yaml.Node | None, prefix: str, path: Path) -> Iterator[tuple[str, tuple[str, int]]]:
+    """The dotted keys below `node` with their file and line. Raises PolymodalError for one given twice."""
+    entries: list[tuple[str, yaml.Node, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            if name in seen:
-                raise PolymodalError(
-                    f"{path}, line {key.start_mark.line + 1}: `{name}` is given twice.", "Remove one of them."
-                )
-            seen.add(name)
-            places[name] = (str(path), key.start_mark.line + 1)
-            _walk(value, name + ".", path, places)
+        entries = [(f"{prefix}{key.value}", key, value) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            places[f"{prefix}{i}"] = (str(path), value.start_mark.line + 1)
-            _walk(value, f"{prefix}{i}.", path, places)
+        entries = [(f"{prefix}{i}", value, value) for i, value in enumerate(node.value)]
+    seen = set()
+    for name, key, value in entries:
+        line = key.start_mark.line + 1
+        if name in seen:
+            raise PolymodalError(f"{path}, line {line}: `{name}` is given twice.", "Remove one of them.")
+        seen.add(name)
+        yield name, (str(path), line)
+        yield from _lines(value, name + ".", path)
 
 
 def _merge(base: dict, over: dict, path: tuple = ()) -> dict:
@@ -150,237 +145,214 @@ def _merge(base: dict, over: dict, path: tuple = ()) -> dict:
     return out
 
 
-def read(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict, Places]:
-    """A recipe file with the files of its `base:` merged under it: (plain data, places).
+def read(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict, Lines]:
+    """A recipe file with the files of its `base:` merged under it: (plain data, lines of its keys).
 
     Mappings are merged key by key, everything else is replaced. Raises PolymodalError with file and line.
     """
-    full = path.resolve()
-    if full in chain:
+    chain = (*chain, path.resolve())
+    if chain[-1] in chain[:-1]:
         raise PolymodalError(
-            f"{path}: `base:` goes in a circle ({' -> '.join(p.name for p in (*chain, full))}).",
+            f"{path}: `base:` goes in a circle ({' -> '.join(file.name for file in chain)}).",
             "Remove one of the `base:` lines.",
         )
-    data, places = _compose(path)
+    data, lines = _parse(path)
     base = data.pop("base", None)
-    line = places.pop("base", (str(path), 0))[1]
-    if base is None:
-        return data, places
-    names = [base] if isinstance(base, str) else base
+    where = f"{path}, line {lines.pop('base', ('', 0))[1]}"
+    names = [base] if isinstance(base, str) else [] if base is None else base
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise PolymodalError(
-            f"{path}, line {line}: `base:` = {base!r} is not a file name or a list of them.",
+            f"{where}: `base:` = {base!r} is not a file name or a list of them.",
             "Write e.g. base: ../base.yaml",
         )
     merged: dict = {}
-    merged_places: Places = {}
+    merged_lines: Lines = {}
     for name in names:
         file = path.parent / name
         if not file.is_file():
             raise PolymodalError(
-                f"{path}, line {line}: the base recipe {file} does not exist.",
-                "`base:` is relative to the file it stands in.",
+                f"{where}: the base recipe {file} does not exist.",
+                "`base:` is relative to the file that names it.",
             )
-        child, child_places = read(file, (*chain, full))
+        child, child_lines = read(file, chain)
         merged = _merge(merged, child)
-        merged_places.update(child_places)
-    merged_places.update(places)
-    return _merge(merged, data), merged_places
+        merged_lines |= child_lines
+    return _merge(merged, data), merged_lines | lines
 
 
-def override(data: dict, places: Places, text: str) -> None:
+def override(data: dict, lines: Lines, text: str) -> None:
     """Apply one `a.b=c` to `data`. Numbers count list entries; names inside free mappings keep their dots."""
-    key, sep, value = text.partition("=")
+    key, sign, value = text.partition("=")
     key = key.strip().lstrip("-")
-    if not sep or not key or not all(key.split(".")):
+    parts = key.split(".")
+    if not sign or not all(parts):
         raise PolymodalError(
             f"The override `{text}` is not of the form a.b=c.",
             "Write e.g. train.steps=100; quote values with spaces.",
         )
     try:
-        parsed = _parse(value) if value else None
+        parsed = yaml.load(value, Loader=_Yaml) if value else None
     except yaml.YAMLError:
         parsed = value
-    target: Any = data
-    parts = key.split(".")
     for free in FREE:  # model.config.text_config.hidden_size: a name with dots in model.config
         if tuple(parts[: len(free)]) == free and len(parts) > len(free):
             parts = [*free, ".".join(parts[len(free) :])]
+    target: Any = data
     for i, part in enumerate(parts):
-        last = i == len(parts) - 1
+        index: Any = part
         if isinstance(target, list):
             if not part.isdigit() or int(part) >= len(target):
                 raise PolymodalError(
-                    f"The override `{text}`: `{'.'.join(parts[:i])}` is a list of {len(target)}, `{part}` is not one of its numbers.",
+                    f"The override `{text}`: `{'.'.join(parts[:i])}` is a list of {len(target)}, "
+                    f"`{part}` is not one of its numbers.",
                     "Entries are numbered from 0.",
                 )
-            if last:
-                target[int(part)] = parsed
-            else:
-                target = target[int(part)]
-        elif last:
-            target[part] = parsed
-        else:
-            if not isinstance(target.get(part), (dict, list)):
-                target[part] = {}
-            target = target[part]
-    for old in [name for name in places if name == key or name.startswith(key + ".")]:
-        del places[old]
-    places[key] = (f"override `{text}`", 0)
+            index = int(part)
+        elif i + 1 < len(parts) and not isinstance(target.get(part), (dict, list)):
+            target[part] = {}
+        if i + 1 < len(parts):
+            target = target[index]
+    target[index] = parsed
+    for old in [name for name in lines if f"{name}.".startswith(f"{key}.")]:
+        del lines[old]
+    lines[key] = (f"override `{text}`", 0)
 
 
-# ---- mistakes -----------------------------------------------------------------------------------------------------
+# ---- the schema's keys ---------------------------------------------------------------------------------
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    found = [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
-    for argument in getattr(annotation, "__args__", ()) or ():
-        found += _sections(argument)
-    return found
-
-
-def _section_at(root: type[BaseModel], location: tuple) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = root
-    for part in location:
-        if isinstance(part, int):
-            continue
-        info = section.model_fields.get(part) if section is not None else None
-        children = _sections(info.annotation) if info is not None else []
-        section = children[0] if children else None
-    return section
+def sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections in a type, e.g. of `list[Dataset] | None`."""
+    own = [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+    return own + [section for argument in get_args(annotation) for section in sections(argument)]
 
 
 def keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     """Every dotted key of a schema; entries of lists have no number."""
-    found = []
+    out = []
     for name, info in section.model_fields.items():
-        found.append(prefix + name)
-        for child in _sections(info.annotation):
-            found += keys(child, f"{prefix}{name}.")
-    return found
+        out.append(prefix + name)
+        for child in sections(info.annotation):
+            out += keys(child, f"{prefix}{name}.")
+    return out
 
 
-def _place(places: Places, dotted: str, path: Path | None) -> str:
-    probe = dotted
-    while probe:
-        if probe in places:
-            file, line = places[probe]
-            return f"{file}, line {line}" if line else file
-        probe = probe.rpartition(".")[0]
-    return str(path or "recipe")
+def _fields(root: type[BaseModel], location: tuple) -> dict[str, Any]:
+    """The keys of the section at `location`, none where there is no section."""
+    section: type[BaseModel] | None = root
+    for part in location:
+        if not isinstance(part, int):
+            info = section.model_fields.get(part) if section is not None else None
+            children = sections(info.annotation) if info is not None else []
+            section = children[0] if children else None
+    return section.model_fields if section is not None else {}
 
 
-def _words(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+# ---- mistakes ------------------------------------------------------------------------------------------
+
+WHOLE = ("is not a whole number", "")
+NUMBER = ("is not a number", "")
+BOOLEAN = ("is neither true nor false", "")
+MISTAKES = {
+    "list_type": ("is not a list", "Write it in brackets, or one entry a line after `- `."),
+    "int_parsing": WHOLE,
+    "int_type": WHOLE,
+    "int_from_float": WHOLE,
+    "float_parsing": NUMBER,
+    "float_type": NUMBER,
+    "bool_parsing": BOOLEAN,
+    "bool_type": BOOLEAN,
+    "too_short": ("must have {min_length} entries", ""),
+    "too_long": ("must have {max_length} entries", ""),
+    "greater_than_equal": ("must be at least {ge:g}", ""),
+    "greater_than": ("must be more than {gt:g}", ""),
+    "less_than_equal": ("must be at most {le:g}", ""),
+    "less_than": ("must be less than {lt:g}", ""),
+    "value_error": ("{error}", ""),
+}
+"""pydantic's kind of error -> (what is wrong with the value, hint), filled with the error's context."""
 
 
-def _message(item: Mapping[str, Any], section: type[BaseModel] | None) -> tuple[str, str]:
-    """(what is wrong with the value, mend) in plain words."""
-    kind, context, value = item["type"], item.get("ctx", {}), item.get("input")
+def _mistake(item: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[str, str]:
+    """(what is wrong with the value, hint) in plain words. fields: keys of the section that it should be."""
+    kind, context = item["type"], item.get("ctx", {})
+    if kind in MISTAKES:
+        what, hint = MISTAKES[kind]
+        return what.format(**context), hint
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", context["expected"])
-        return f"is not one of {', '.join(allowed)}", did_you_mean(value, allowed, "", 0.5)
+        return f"is not one of {', '.join(allowed)}", did_you_mean(item["input"], allowed, "", 0.5)
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        known = list(section.model_fields) if section is not None else []
-        mend = (
-            f"Write its keys indented below it: {', '.join(known[:6])}{', ...' if len(known) > 6 else ''}."
-            if known
-            else "Write name: value pairs below it."
-        )
-        return "is a section, not a single value", mend
-    if kind == "list_type":
-        return "is not a list", "Write it in brackets, or one entry a line after `- `."
-    if kind in ("int_parsing", "int_type", "int_from_float"):
-        return "is not a whole number", ""
-    if kind in ("float_parsing", "float_type"):
-        return "is not a number", ""
-    if kind in ("too_short", "too_long"):
-        return f"must have {context.get('min_length', context.get('max_length'))} entries", ""
-    if kind in ("bool_parsing", "bool_type"):
-        return "is neither true nor false", ""
+        names = ", ".join([*list(fields)[:6], *(["..."] if len(fields) > 6 else [])])
+        hint = f"Write its keys indented below it: {names}." if names else "Write name: value pairs below it."
+        return "is a section, not a single value", hint
     if kind == "string_type":
-        return "is not text", "Put it in quotes." if isinstance(value, (int, float, bool)) else ""
-    for name, words in {
-        "greater_than_equal": "ge",
-        "greater_than": "gt",
-        "less_than_equal": "le",
-        "less_than": "lt",
-    }.items():
-        if kind == name:
-            sense = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}[words]
-            return f"must be {sense} {context[words]:g}", ""
-    if kind == "value_error":
-        return str(context.get("error", item["msg"])), ""
+        return "is not text", "Put it in quotes." if isinstance(item["input"], (int, float)) else ""
     return item["msg"][0].lower() + item["msg"][1:], ""
 
 
 def _unknown(root: type[BaseModel], location: tuple) -> str:
+    """The hint for an unknown key: one of its section, else of another section, else all of its section."""
     name, parents = str(location[-1]), location[:-1]
-    section = _section_at(root, parents)
-    known = list(section.model_fields) if section is not None else []
-    every = keys(root)
+    known, every = _fields(root, parents), keys(root)
+    last = {key.rpartition(".")[2]: key for key in reversed(every)}
     if near := nearest(name, known):
         return f"Did you mean `{'.'.join([*map(str, parents), near[0]])}`?"
-    if elsewhere := [key for key in every if key.rpartition(".")[2] == name]:
-        return f"Did you mean `{elsewhere[0]}`?"
-    last = {key.rpartition(".")[2]: key for key in reversed(every)}
-    if near := nearest(name, last, 0.75):
+    if near := [name] if name in last else nearest(name, last, 0.75):
         return f"Did you mean `{last[near[0]]}`?"
     return f"Known keys here: {', '.join(known) or 'none'}."
 
 
-def explain(
-    error: ValidationError, root: type[BaseModel], places: Places, path: Path | None
-) -> PolymodalError:
+def _location(item: Mapping[str, Any], root: type[BaseModel]) -> tuple:
+    """The key of an error, without the names of union members that pydantic adds."""
+    location: tuple = ()
+    for part in item["loc"]:
+        fields = _fields(root, location)
+        in_section = part in fields or (fields and item["type"] == "extra_forbidden")
+        if in_section or isinstance(part, int) or location in FREE:
+            location = (*location, part)
+    return location
+
+
+def _where(lines: Lines, key: str, path: Path | None) -> str:
+    """File and line of a key, or of the nearest section around it."""
+    while key and key not in lines:
+        key = key.rpartition(".")[0]
+    if not key:
+        return str(path or "recipe")
+    file, line = lines[key]
+    return f"{file}, line {line}" if line else file
+
+
+def explain(error: ValidationError, root: type[BaseModel], lines: Lines, path: Path | None) -> PolymodalError:
     """One sentence for each mistake, with file and line, what is wrong, and the nearest known name."""
     sentences: dict[str, tuple[str, str]] = {}
+    wrong: dict[str, list[str]] = {}  # the members of a union each have their own error
     for item in error.errors():
-        location: tuple = ()
-        for part in item["loc"]:  # pydantic adds names of union members, which are no keys
-            section = _section_at(root, location)
-            if (
-                location in FREE
-                or isinstance(part, int)
-                or (
-                    section is not None
-                    and (part in section.model_fields or item["type"] == "extra_forbidden")
-                )
-            ):
-                location = (*location, part)
-        dotted = ".".join(str(part) for part in location)
-        place = _place(places, dotted, path)
+        location = _location(item, root)
+        key = ".".join(str(part) for part in location)
+        where = _where(lines, key, path)
         if item["type"] == "extra_forbidden":
-            sentence = f"{place}: unknown key `{dotted}`.", _unknown(root, location)
+            sentences[key] = f"{where}: unknown key `{key}`.", _unknown(root, location)
         elif item["type"] == "missing":
-            section = _section_at(root, location[:-1])
-            what = (
-                section.model_fields[location[-1]].description
-                if section is not None and location[-1] in section.model_fields
-                else None
-            )
-            sentence = (
-                f"{place}: the key `{dotted}` is missing.",
-                f"Add it: {what[0].lower() + what[1:]}" if what else "Add it.",
-            )
+            info = _fields(root, location[:-1]).get(location[-1])  # None: an entry of a tuple
+            text = " ".join((info.description if info else "").split())
+            hint = f"Add it: {text[0].lower()}{text[1:]}" if text else "Add it."
+            sentences[key] = f"{where}: the key `{key}` is missing.", hint
         else:
-            said, mend = _message(item, _section_at(root, location))
-            sentence = f"{place}: `{dotted}` = {_words(item.get('input'))} {said}.", mend
-        if dotted in sentences and item["type"] not in ("extra_forbidden", "missing"):  # members of one union
-            old = sentences[dotted]
-            if sentence[0] != old[0]:
-                sentences[dotted] = (
-                    f"{old[0].rstrip('.')}, and {sentence[0].partition(_words(item.get('input')) + ' ')[2]}",
-                    old[1] or mend,
-                )
-        else:
-            sentences[dotted] = sentence
-    mends = {mend for _, mend in sentences.values()}  # a misspelt key is also missing: said once
-    seen = [
-        said
-        for dotted, said in sentences.items()
-        if f"Did you mean `{dotted}`?" not in mends or "is missing" not in said[0]
+            what, hint = _mistake(item, _fields(root, location))
+            if what not in wrong.setdefault(key, []):
+                wrong[key].append(what)
+            value = repr(item["input"])
+            value = value if len(value) <= 60 else value[:57] + "..."
+            hint = sentences[key][1] or hint if key in sentences else hint
+            sentences[key] = f"{where}: `{key}` = {value} {', and '.join(wrong[key])}.", hint
+    hints = {hint for _, hint in sentences.values()}  # a misspelt key is also missing: one message
+    messages = [
+        (message, hint)
+        for key, (message, hint) in sentences.items()
+        if f"Did you mean `{key}`?" not in hints or "is missing" not in message
     ]
-    if len(seen) == 1:
-        return PolymodalError(*seen[0])
-    return PolymodalError("\n".join(f"{message} {hint}".strip() for message, hint in seen))
+    if len(messages) == 1:
+        return PolymodalError(*messages[0])
+    return PolymodalError("\n".join(f"{message} {hint}".strip() for message, hint in messages))

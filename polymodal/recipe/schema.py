@@ -1,7 +1,6 @@
 """The recipe: one typed, documented, closed schema for everything a run does.
 
-Ground floor: imports pydantic and yaml only (never torch), so that `polymodal --help` stays fast. Reading the YAML
-with its lines, and saying what is wrong with it, is the work of `file.py`.
+Never imports torch, so that `polymodal --help` stays fast. file.py reads the YAML and explains mistakes.
 """
 
 from __future__ import annotations
@@ -14,22 +13,32 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from polymodal.recipe import file
-from polymodal.recipe.file import Section
+from polymodal.recipe.file import (
+    NotNegative,
+    NotNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    Share,
+    ShareBelowOne,
+)
 from polymodal.recipe.generation import Clip, Diffusion, Samples
 from polymodal.recipe.parallel import Parallel
 
 
 class Lora(Section):
-    rank: Annotated[int, Field(ge=1)] = 16
+    rank: Positive = 16
     """Rank r of the adapters."""
-    alpha: Annotated[float, Field(gt=0)] = 32
+    alpha: PositiveFloat = 32
     """Scale numerator: the adapter's output is multiplied by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: ShareBelowOne = 0.0
     """Dropout on the adapter's input."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
-    """`all-linear`, or name endings such as [q_proj, v_proj]. Stacked experts must be named ([gate_up_proj, down_proj]): peft adds their adapters to the whole stack in every forward, so recompute blocks and keep tp and ep at 1."""
+    """`all-linear`, or name endings such as [q_proj, v_proj]. Stacked experts must be named ([gate_up_proj,
+    down_proj]): peft adds their adapters to the whole stack in every forward, so recompute blocks and keep tp
+    and ep at 1."""
     towers: list[str] | None = None
-    """Towers that get adapters, by the card's names (`polymodal models NAME` lists them); default: language, or the denoiser."""
+    """Towers with adapters (`polymodal models NAME` lists names; default: language, or the denoiser)."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) (rank-stabilised LoRA)."""
     init: Literal["default", "gaussian", "pissa", "olora"] = "default"
@@ -48,7 +57,7 @@ class Model(Section):
     lora: Lora | None = None
     """Train adapters instead of the weights."""
     part: str | None = None
-    """Pipelines with two denoisers (Wan2.2 A14B): which is trained, transformer (much noise) or transformer_2 (little)."""
+    """Two denoisers (Wan2.2 A14B): the trained one, transformer (high noise) or transformer_2 (low noise)."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention kernel: auto = the fastest the device has; eager is for debugging."""
     experts: Literal["auto", "eager", "grouped_mm", "batched_mm"] = "auto"
@@ -81,7 +90,8 @@ class Attr(Section):
     query: str | None = None
     """Alpaca: column with the input (default: input, then query)."""
     response: str | None = None
-    """Alpaca: column with the answer (default: output, then response). asr: column with the transcription (default: text, sentence, transcription, transcript)."""
+    """Alpaca: column with the answer (default: output, then response). asr: column with the transcription
+    (default: text, sentence, transcription, transcript)."""
     history: str | None = None
     """Alpaca: column with earlier turns (default: history)."""
     user: str | None = None
@@ -102,52 +112,55 @@ class Dataset(Section):
     format: Literal["auto", "mllm", "sharegpt", "llava", "alpaca", "openai", "text", "caption", "asr"] = (
         "auto"
     )
-    """How a row becomes messages; `text` is plain text for pretraining, `caption` a medium with what it shows, to be generated, `asr` audio with its transcription."""
+    """How a record becomes messages; `text` is plain text for pretraining, `caption` a medium with what it
+    shows, to be generated, `asr` audio with its transcription."""
     media_dir: str | None = None
     """Directory that relative media paths start from (default: the file's own directory)."""
-    weight: Annotated[float, Field(gt=0)] | None = None
-    """Share in the mix, relative to the other datasets; without it every row is used once an epoch."""
-    repeat: Annotated[float, Field(gt=0)] = 1.0
-    """Times a row is used in an epoch; 0.25 uses a fixed quarter."""
-    max_samples: Annotated[int, Field(ge=1)] | None = None
-    """Use only the first so many rows (fewer in the file is no error)."""
+    weight: PositiveFloat | None = None
+    """Share in the mix, relative to the other datasets; without it every record is used once an epoch."""
+    repeat: PositiveFloat = 1.0
+    """Times a record is used in an epoch; 0.25 uses a fixed quarter."""
+    max_samples: Positive | None = None
+    """Use only the first so many records (fewer in the file is no error)."""
     attr: Attr | None = None
     """Field names of this file; keys not given come from data.attr."""
     caption: Annotated[str, Field(min_length=1)] | None = None
-    """Models that generate: what each medium shows whose row says nothing; path may then be a directory of pictures or clips."""
-    loss_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Models that generate: factor of these samples' loss; the mean stays one over samples (DreamBooth: weight of the prior)."""
+    """Generation: caption of media whose record has none; path may then be a directory of media."""
+    loss_weight: NotNegativeFloat = 1.0
+    """Generation: factor of these samples' loss, in a mean over samples (DreamBooth: the prior's weight)."""
     reader: str | None = None
-    """Own code as module:function: function(path) gives the rows, a sequence of mappings, in place of opening path as a file (docs/extending.md)."""
-    generate: Annotated[int, Field(ge=0)] = 0
-    """Picture models: pictures that path must hold; those that it lacks the untrained model draws from caption, once, before encoding."""
+    """Own code as module:function: function(path) gives the records, a sequence of mappings, in place of
+    opening path as a file (docs/extending.md)."""
+    generate: NotNegative = 0
+    """Picture models: pictures that path must hold; the untrained model draws missing ones from caption,
+    once, before encoding."""
 
 
 class Image(Section):
-    min_pixels: Annotated[int, Field(ge=1)] | None = None
+    min_pixels: Positive | None = None
     """Smaller images are enlarged to this many pixels (default: the checkpoint's)."""
-    max_pixels: Annotated[int, Field(ge=1)] | None = None
+    max_pixels: Positive | None = None
     """Larger images are reduced to this many pixels (default: the checkpoint's)."""
 
 
 class Video(Section):
-    fps: Annotated[float, Field(gt=0)] = 2.0
+    fps: PositiveFloat = 2.0
     """Frames taken per second of video."""
-    min_frames: Annotated[int, Field(ge=1)] = 4
+    min_frames: Positive = 4
     """Frames taken at least."""
-    max_frames: Annotated[int, Field(ge=1)] = 128
+    max_frames: Positive = 128
     """Frames taken at most."""
-    min_pixels: Annotated[int, Field(ge=1)] | None = None
+    min_pixels: Positive | None = None
     """Smallest frame in pixels (default: the checkpoint's)."""
-    max_pixels: Annotated[int, Field(ge=1)] | None = None
+    max_pixels: Positive | None = None
     """Largest frame in pixels (default: the checkpoint's)."""
 
 
 class Speech(Section):
     language: str | None = None
-    """Language of rows that name none: a code (en, de, zh) or a name. Multilingual models need one."""
+    """Language of records that name none: a code (en, de, zh) or a name. Multilingual models need one."""
     task: Literal["transcribe", "translate"] = "transcribe"
-    """What the text of rows without a `task` is: what is said, or its English translation."""
+    """What the text of records without a `task` is: the transcription, or an English translation."""
 
 
 class Data(Section):
@@ -168,24 +181,26 @@ class Data(Section):
     train_on: Literal["assistant", "all", "last"] = "assistant"
     """Tokens with loss: every assistant message, everything, or the last assistant message."""
     on_error: Literal["skip", "fail"] = "fail"
-    """A broken row or file: report it and go on, or stop. It is never replaced by another."""
+    """A broken record or file: report it and go on, or stop. It is never replaced by another."""
     image: Image = Image()
     """Sizes of pictures."""
     video: Video = Video()
     """Frames and sizes of videos."""
     speech: Speech = Speech()
-    """Models that transcribe: what their rows are where they do not say."""
+    """Models that transcribe: language and task of records that do not name them."""
     clip: Clip = Clip()
     """Sizes and lengths of what a generating model learns from."""
     encode: Literal["cached", "online"] = "cached"
-    """Latents and embeddings of a generating model: read from data.features (`polymodal encode` made them), or made while training."""
+    """Latents and embeddings of a generating model: read from data.features (`polymodal encode` made them),
+    or made while training."""
     encoders: Literal["replicate", "shard", "offload"] = "replicate"
-    """encode: online: frozen encoders are whole on every device; those of transformers are cut over the ranks; or all wait on the CPU and come to the device for the beginning of each step."""
+    """encode: online: frozen encoders are whole on every device; those of transformers are sharded over the
+    ranks; or all stay on the CPU and are moved to the device for the beginning of each step."""
     features: str | None = None
     """Directory of encoded features (default: <run>/features)."""
     feature_files: Literal["safetensors", "pt"] = "safetensors"
-    """Files that `polymodal encode` writes: pt is the documented layout (data.jsonl and features/*.pt); both are read."""
-    encode_batch: Annotated[int, Field(ge=1)] = 1
+    """Files that `polymodal encode` writes; pt = data.jsonl and features/*.pt. Both are read."""
+    encode_batch: Positive = 1
     """Samples that `polymodal encode` gives the VAE at once; lowered by itself when memory runs out."""
     chat_template: str | None = None
     """File with a Jinja chat template (default: the checkpoint's)."""
@@ -193,16 +208,16 @@ class Data(Section):
     """Arguments for the chat template, e.g. {enable_thinking: false}."""
     shuffle: bool = True
     """Shuffle every epoch by (seed, epoch)."""
-    window: Annotated[int, Field(ge=1)] = 65536
+    window: Positive = 65536
     """Samples planned at a time."""
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: NotNegative = 2
     """Processes a rank that decode media."""
-    prefetch: Annotated[int, Field(ge=1)] = 2
+    prefetch: Positive = 2
     """Steps prepared ahead."""
-    memory_budget: Annotated[int, Field(ge=1)] = 1024
+    memory_budget: Positive = 1024
     """MiB of prepared samples a rank may hold."""
     cache_dir: str | None = None
-    """Where indexes are kept (default: beside the data, or a node-local directory when that is read-only or remote)."""
+    """Where indexes are kept (default: beside the data, or node-local when that is read-only or remote)."""
 
 
 class LossGuard(Section):
@@ -210,33 +225,34 @@ class LossGuard(Section):
     """A loss or gradient that is not a number: skip the step, or stop."""
     spike: Annotated[float, Field(gt=1)] | None = None
     """Skip the step when the gradient norm exceeds this multiple of its running mean."""
-    max_skips: Annotated[int, Field(ge=1)] = 10
+    max_skips: Positive = 10
     """Stop after so many skipped steps in a row."""
 
 
 class Train(Section):
     seed: int = 42
     """Seed of everything random."""
-    steps: Annotated[int, Field(ge=1)] | None = None
+    steps: Positive | None = None
     """Optimizer steps; without it, epochs decides."""
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: PositiveFloat = 1.0
     """Passes over the data, when steps is not given."""
-    global_batch_size: Annotated[int, Field(ge=1)] = 8
+    global_batch_size: Positive = 8
     """Packed sequences a step over all ranks (samples, when data.pack is false, and of generating models)."""
-    micro_batch_size: Annotated[int, Field(ge=1)] = 1
-    """Samples joined in one forward when data.pack is false, and of generating models (there: of one size)."""
+    micro_batch_size: Positive = 1
+    """Samples in one forward when data.pack is false, and of generating models (there: of one size)."""
     precision: Literal["fp32", "bf16", "fp16", "pure_bf16"] = "bf16"
-    """Arithmetic: bf16/fp16 keep float32 master weights; pure_bf16 keeps none; fp16 scales the loss dynamically."""
+    """Arithmetic: bf16, fp16 keep float32 master weights, pure_bf16 none; fp16 scales the loss itself."""
     loss: Literal["per_token", "per_sample", "per_micro_batch"] = "per_token"
     """Weight of a token: 1, 1 / tokens of its sample, or 1 / tokens of its micro-batch."""
-    router_aux_loss: Annotated[float, Field(ge=0)] | None = None
+    router_aux_loss: NotNegativeFloat | None = None
     """Weight of the experts' balance loss (default: the checkpoint's config)."""
     diffusion: Diffusion = Diffusion()
     """Noise levels, weighting and condition dropping of generating models."""
     objective: str | None = None
     """Own code as module:Class: what is learned in place of the model's own loss (docs/extending.md)."""
     callbacks: list[str] = []
-    """Own code as module:Class, called at the begin and end of training, after steps, checkpoints and validation (docs/extending.md)."""
+    """Own code as module:Class, called at the begin and end of training, after steps, checkpoints and
+    validation (docs/extending.md)."""
     freeze: list[str] = []
     """Towers (by the card's names) or parameter patterns that are not trained."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -250,41 +266,41 @@ class Train(Section):
 class Schedule(Section):
     name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape of the learning rate after warm-up; wsd = constant, then a linear decay at the end."""
-    warmup: Annotated[float, Field(ge=0)] = 0.03
+    warmup: NotNegativeFloat = 0.03
     """Warm-up: steps when >= 1, else share of all steps."""
-    min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    min_ratio: Share = 0.0
     """Last learning rate as a share of the peak."""
-    decay: Annotated[float, Field(ge=0, le=1)] = 0.1
+    decay: Share = 0.1
     """wsd: share of all steps spent decaying."""
 
 
 class Group(Section):
     match: str
     """Tower name of the card, or a parameter pattern (shell wildcards)."""
-    lr: Annotated[float, Field(ge=0)] | None = None
+    lr: NotNegativeFloat | None = None
     """Peak learning rate of these parameters."""
-    lr_scale: Annotated[float, Field(ge=0)] | None = None
+    lr_scale: NotNegativeFloat | None = None
     """Or: multiple of optim.lr."""
-    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    weight_decay: NotNegativeFloat | None = None
     """Weight decay of these parameters."""
 
 
 class Optim(Section):
     name: Literal["adamw", "muon"] = "adamw"
     """Optimizer; muon takes the blocks' 2-D weights and leaves the rest to adamw."""
-    lr: Annotated[float, Field(ge=0)] = 1e-5
+    lr: NotNegativeFloat = 1e-5
     """Peak learning rate."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
     """AdamW: decay of the running means of the gradient and of its square."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: PositiveFloat = 1e-8
     """AdamW: added to the denominator."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NotNegativeFloat = 0.0
     """Decoupled weight decay; biases and norms never decay."""
-    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    muon_momentum: ShareBelowOne = 0.95
     """Muon: decay of the running mean of the gradient."""
-    muon_steps: Annotated[int, Field(ge=1)] = 5
+    muon_steps: Positive = 5
     """Newton-Schulz iterations."""
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    clip_norm: PositiveFloat | None = 1.0
     """Largest gradient norm; null = no clipping."""
     schedule: Schedule = Schedule()
     """How the learning rate goes over the run."""
@@ -295,9 +311,9 @@ class Optim(Section):
 class Checkpoint(Section):
     dir: str = "runs/{name}"
     """Directory of the run: checkpoints, metrics, resolved recipe. {name} stands for the run's name."""
-    every: Annotated[int, Field(ge=0)] = 500
+    every: NotNegative = 500
     """Steps between checkpoints; 0 = only at the end."""
-    keep: Annotated[int, Field(ge=1)] = 2
+    keep: Positive = 2
     """Newest checkpoints kept."""
     save: Literal["full", "weights"] = "full"
     """`weights` leaves out optimizer and data state: half the disk or less, cannot resume."""
@@ -306,7 +322,8 @@ class Checkpoint(Section):
     resume: Literal["auto", "never"] | str = "auto"
     """auto = the run's newest checkpoint if there is one; never; or a checkpoint's directory."""
     init_from: str | None = None
-    """Start from the weights of another run, checkpoint or export, with a fresh optimizer; or of a Megatron-style tree or DCP directory of the same model, cut at any TP and PP."""
+    """Start from the weights of another run, checkpoint or export, with a fresh optimizer; or of a
+    Megatron-style tree or DCP directory of the same model, cut at any TP and PP."""
     export: bool = False
     """Export to the hub format at the end, into <dir>/export."""
 
@@ -321,9 +338,9 @@ class Checkpoint(Section):
 
 
 class Profile(Section):
-    start: Annotated[int, Field(ge=1)] = 10
+    start: Positive = 10
     """First step traced."""
-    steps: Annotated[int, Field(ge=1)] = 2
+    steps: Positive = 2
     """Steps traced."""
     ranks: list[int] = [0]
     """Ranks that write a trace."""
@@ -334,7 +351,7 @@ class Profile(Section):
 
 
 class Monitor(Section):
-    every: Annotated[int, Field(ge=1)] = 1
+    every: Positive = 1
     """Steps between lines of the log."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
     """Where metrics go besides metrics.jsonl."""
@@ -345,21 +362,21 @@ class Monitor(Section):
 
 
 class Evaluate(Section):
-    every: Annotated[int, Field(ge=0)] = 0
+    every: NotNegative = 0
     """Steps between validation losses; 0 = only at the end when data.validation is given."""
-    batches: Annotated[int, Field(ge=1)] | None = None
+    batches: Positive | None = None
     """Global batches of validation data used each time (default: all)."""
     samples: Samples = Samples()
-    """What a generating model is made to draw while it trains."""
+    """What a generating model samples while it trains."""
 
 
 class Device(Section):
     kind: Literal["auto", "cpu", "cuda", "npu"] = "auto"
     """Which accelerator; auto takes what is there."""
-    threads: Annotated[int, Field(ge=1)] | None = None
+    threads: Positive | None = None
     """CPU threads a process (default: cores / local processes)."""
     env: dict[str, str | int | bool] = {}
-    """Environment variables set before torch starts; names and ranges are checked (`polymodal doctor --env`)."""
+    """Environment variables set before torch starts; their values are checked (`polymodal doctor --env`)."""
 
 
 class Recipe(Section):
@@ -370,7 +387,7 @@ class Recipe(Section):
     model: Model
     """What is trained."""
     data: Data = Data()
-    """What it learns from."""
+    """Datasets and how they become samples."""
     parallel: Parallel = Parallel()
     """How the work is spread over processes."""
     train: Train = Train()
@@ -378,9 +395,9 @@ class Recipe(Section):
     optim: Optim = Optim()
     """Optimizer, learning rates, clipping."""
     checkpoint: Checkpoint = Checkpoint()
-    """What is kept, and where from a run starts."""
+    """What is saved, and what a run starts from."""
     monitor: Monitor = Monitor()
-    """What a run tells."""
+    """Logs, trackers and traces."""
     evaluate: Evaluate = Evaluate()
     """Validation loss during training."""
     device: Device = Device()
@@ -398,18 +415,18 @@ def load(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -
     Raises PolymodalError with file, line and the nearest known name.
     """
     path = Path(path)
-    data, places = file.read(path)
+    data, lines = file.read(path)
     for text in overrides:
-        file.override(data, places, text)
-    return validate(data, places, path)
+        file.override(data, lines, text)
+    return validate(data, lines, path)
 
 
-def validate(data: dict, places: dict | None = None, path: Path | None = None) -> Recipe:
-    """A plain mapping -> Recipe; every mistake is one sentence."""
+def validate(data: dict, lines: file.Lines | None = None, path: Path | None = None) -> Recipe:
+    """A plain mapping -> Recipe. Raises PolymodalError with one sentence for each mistake."""
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise file.explain(error, Recipe, places or {}, path) from None
+        raise file.explain(error, Recipe, lines or {}, path) from None
 
 
 def dump(recipe: Recipe) -> str:
@@ -418,7 +435,7 @@ def dump(recipe: Recipe) -> str:
 
 
 def changed(before: Mapping[str, Any], recipe: Recipe, keys: Sequence[str]) -> list[str]:
-    """The dotted keys below `keys` whose values differ between a recipe of an earlier run (as JSON) and this one."""
+    """The dotted keys below `keys` that differ between a recipe of an earlier run (as JSON) and this one."""
     now: dict[str, Any] = recipe.model_dump(mode="json")
 
     def differing(old: Any, new: Any, name: str) -> list[str]:
@@ -431,7 +448,7 @@ def changed(before: Mapping[str, Any], recipe: Recipe, keys: Sequence[str]) -> l
             values = values.get(part) if isinstance(values, Mapping) else None
         return values
 
-    return [found for key in keys for found in differing(at(before, key), at(now, key), key)]
+    return [name for key in keys for name in differing(at(before, key), at(now, key), key)]
 
 
 def all_keys() -> list[str]:

@@ -115,7 +115,7 @@ MISTAKES = [
     ("model: {source: a}\nmonitor: {trackers: [wandbb]}\n", "`monitor.trackers.0` = 'wandbb' is not one of tensorboard, wandb, mlflow. Did you mean wandb?"),
     ("model: {source: a}\ncheckpoint: {dir: 'runs/{job}'}\n", "`checkpoint.dir` = 'runs/{job}' the only placeholder is {name}"),
     ("model: {source: a}\ndevice:\n  env:\n    A: [1]\n", "line 4: `device.env.A` = [1] is not text"),
-    ("model: {source: a}\nparallel:\n  pp_layers: [[6, 10]]\n", "line 3: `parallel.pp_layers` = [[6, 10]] says not of which tower; name it: {language: [6, 10, 10, 10]}."),
+    ("model: {source: a}\nparallel:\n  pp_layers: [[6, 10]]\n", "line 3: `parallel.pp_layers` = [[6, 10]] names no tower; write e.g. {language: [6, 10, 10, 10]}."),
     ("model: {source: a}\nparallel:\n  pp_layers: {language: [[6, 10], [-1, 5]]}\n", "counts layers with -1; write whole numbers from 0."),
     ("model: {source: a}\nmodel: {source: b}\n", "line 2: `model` is given twice. Remove one of them."),
     ("model: {source: a\n", "not valid YAML"),
@@ -209,7 +209,7 @@ def test_every_key_is_documented():
     def walk(section, prefix=""):
         for name, info in section.model_fields.items():
             assert info.description and info.description.strip(), f"{prefix}{name} has no documentation"
-            for child in file._sections(info.annotation):
+            for child in file.sections(info.annotation):
                 walk(child, f"{prefix}{name}.")
 
     walk(recipe.Recipe)
