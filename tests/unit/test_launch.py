@@ -1,4 +1,4 @@
-"""Processes: what the environment says, starting them for real, and one sentence for each way to fail."""
+"""Processes: ranks from the environment, real starts, and one sentence for each way to fail."""
 
 from __future__ import annotations
 
@@ -73,19 +73,23 @@ def processes(tmp_path, monkeypatch, capfd):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
-    def run(body: str, nproc: int = 2, seconds: float | None = None, **environ: str) -> tuple[int, str, str]:
+    def run(
+        body: str, nproc: int = 2, seconds: float | None = None, restarts: int = 0, **environ: str
+    ) -> tuple[int, str, str]:
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
+        message = ""
         try:
-            start = process_group.from_environment(nproc)
-            launcher.before_start(None, start)
-            code, said = launcher.run([child(tmp_path, body)], start, rendezvous=seconds), ""
+            request = from_environment(nproc)
+            launcher.before_start(None, request)
+            command = [child(tmp_path, body)]
+            code = launcher.run(command, request, rendezvous=seconds, restarts=restarts)
         except PolymodalError as error:
-            code, said = error.code, f"error: {error}\n"
+            code, message = error.code, f"error: {error}\n"
         except launcher.Stopped as stopped:
-            code, said = stopped.code, ""
+            code = stopped.code
         out, err = capfd.readouterr()
-        return code, out, err + said
+        return code, out, err + message
 
     return run
 
@@ -115,6 +119,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def variables(text: str) -> dict[str, str]:
+    """ "RANK=1 WORLD_SIZE=2" as an environment."""
+    return dict(pair.split("=") for pair in text.split())
+
+
 def later(seconds: float, action) -> threading.Timer:
     timer = threading.Timer(seconds, action)
     timer.daemon = True
@@ -122,7 +131,7 @@ def later(seconds: float, action) -> threading.Timer:
     return timer
 
 
-# ---- what the environment says ------------------------------------------------------------------------------------
+# ---- ranks from the environment ------------------------------------------------------------------------
 
 
 def test_alone():
@@ -130,16 +139,10 @@ def test_alone():
 
 
 def test_torchrun():
-    environ = {
-        "RANK": "9",
-        "WORLD_SIZE": "16",
-        "LOCAL_RANK": "1",
-        "LOCAL_WORLD_SIZE": "8",
-        "GROUP_RANK": "1",
-        "GROUP_WORLD_SIZE": "2",
-        "MASTER_ADDR": "h",
-        "MASTER_PORT": "123",
-    }
+    environ = variables(
+        "RANK=9 WORLD_SIZE=16 LOCAL_RANK=1 LOCAL_WORLD_SIZE=8 GROUP_RANK=1 GROUP_WORLD_SIZE=2 "
+        "MASTER_ADDR=h MASTER_PORT=123"
+    )
     assert from_environment(environ=environ) == ProcessInfo(9, 16, 1, 8, 1, 2, "h", 123, "torchrun")
     with pytest.raises(PolymodalError, match="--nproc has no meaning"):
         from_environment(2, environ)
@@ -160,16 +163,10 @@ def test_first_host(nodelist, host):
 
 
 def test_slurm():
-    environ = {
-        "SLURM_PROCID": "5",
-        "SLURM_NTASKS": "7",
-        "SLURM_LOCALID": "1",
-        "SLURM_NODEID": "1",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_JOB_NODELIST": "gpu[3-4]",
-        "SLURM_TASKS_PER_NODE": "4,3",
-        "SLURM_JOB_ID": "40001",
-    }
+    environ = variables(
+        "SLURM_PROCID=5 SLURM_NTASKS=7 SLURM_LOCALID=1 SLURM_NODEID=1 SLURM_JOB_NUM_NODES=2 "
+        "SLURM_JOB_NODELIST=gpu[3-4] SLURM_TASKS_PER_NODE=4,3 SLURM_JOB_ID=40001"
+    )
     assert from_environment(environ=environ) == ProcessInfo(5, 7, 1, 3, 1, 2, "gpu3", 20001, "slurm")
     # the four variables alone are enough
     short = {k: environ[k] for k in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_NODELIST")}
@@ -179,50 +176,34 @@ def test_slurm():
 
 
 def test_slurm_one_task_a_node_starts_the_rest():
-    environ = {
-        "SLURM_PROCID": "1",
-        "SLURM_NTASKS": "2",
-        "SLURM_LOCALID": "0",
-        "SLURM_NODEID": "1",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_JOB_NODELIST": "gpu[3-4]",
-        "SLURM_TASKS_PER_NODE": "1(x2)",
-        "MASTER_PORT": "29511",
-    }
+    environ = variables(
+        "SLURM_PROCID=1 SLURM_NTASKS=2 SLURM_LOCALID=0 SLURM_NODEID=1 SLURM_JOB_NUM_NODES=2 "
+        "SLURM_JOB_NODELIST=gpu[3-4] SLURM_TASKS_PER_NODE=1(x2) MASTER_PORT=29511"
+    )
     assert from_environment(8, environ) == LaunchRequest(8, 1, 2, "gpu3", 29511, "MASTER_PORT")
 
 
 def test_kubernetes_one_process_a_pod():
-    environ = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+    environ = variables("RANK=1 WORLD_SIZE=4 MASTER_ADDR=job-master-0 MASTER_PORT=23456")
     assert from_environment(environ=environ) == ProcessInfo(
         1, 4, 0, 1, 1, 4, "job-master-0", 23456, "kubernetes"
     )
 
 
 def test_kubernetes_pod_with_several_devices():
-    environ = {
-        "RANK": "1",
-        "WORLD_SIZE": "16",
-        "PET_NPROC_PER_NODE": "8",
-        "PET_NNODES": "2",
-        "PET_NODE_RANK": "1",
-        "MASTER_ADDR": "job-master-0",
-        "MASTER_PORT": "23456",
-    }
+    environ = variables(
+        "RANK=1 WORLD_SIZE=16 PET_NPROC_PER_NODE=8 PET_NNODES=2 PET_NODE_RANK=1 "
+        "MASTER_ADDR=job-master-0 MASTER_PORT=23456"
+    )
     assert from_environment(environ=environ) == LaunchRequest(8, 1, 2, "job-master-0", 23456, "MASTER_PORT")
     without = {k: v for k, v in environ.items() if k not in ("PET_NNODES", "PET_NODE_RANK")}
     assert from_environment(environ=without) == LaunchRequest(8, 1, 2, "job-master-0", 23456, "MASTER_PORT")
 
 
 def test_the_documents_scripts():
-    environ = {
-        "NPUS_PER_NODE": "8",
-        "MASTER_ADDR": "192.168.1.100",
-        "MASTER_PORT": "29501",
-        "NNODES": "2",
-        "NODE_RANK": "1",
-        "WORLD_SIZE": "16",
-    }
+    environ = variables(
+        "NPUS_PER_NODE=8 MASTER_ADDR=192.168.1.100 MASTER_PORT=29501 NNODES=2 NODE_RANK=1 WORLD_SIZE=16"
+    )
     assert from_environment(environ=environ) == LaunchRequest(8, 1, 2, "192.168.1.100", 29501, "MASTER_PORT")
     assert from_environment(environ={**environ, "NNODES": "1", "NODE_RANK": "0"}) == LaunchRequest(
         8, 0, 1, "127.0.0.1", 29501, "MASTER_PORT"
@@ -232,23 +213,23 @@ def test_the_documents_scripts():
 @pytest.mark.parametrize(
     "environ, message",
     [
-        ({"NNODES": "2", "NPUS_PER_NODE": "8", "MASTER_ADDR": "h"}, "NODE_RANK is not set"),
-        ({"NNODES": "2", "NPUS_PER_NODE": "8", "NODE_RANK": "0"}, "MASTER_ADDR is not set"),
-        (
-            {"NNODES": "2", "NPUS_PER_NODE": "8", "NODE_RANK": "2", "MASTER_ADDR": "h"},
-            r"NODE_RANK = 2 is outside 0\.\.1",
-        ),
-        ({"NNODES": "2"}, "the number of processes a node is not set"),
-        ({"NNODES": "two"}, "NNODES = 'two' is not a whole number"),
-        ({"RANK": "4", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "rank 4 of 4"),
+        ("NNODES=2 NPUS_PER_NODE=8 MASTER_ADDR=h", "NODE_RANK is not set"),
+        ("NNODES=2 NPUS_PER_NODE=8 NODE_RANK=0", "MASTER_ADDR is not set"),
+        ("NNODES=2 NPUS_PER_NODE=8 NODE_RANK=2 MASTER_ADDR=h", r"NODE_RANK = 2 is outside 0\.\.1"),
+        ("NNODES=2", "the number of processes a node is not set"),
+        ("NNODES=two", "NNODES = 'two' is not a whole number"),
+        ("NPUS_PER_NODE=eight", "NPUS_PER_NODE = 'eight' is not a whole number"),
+        ("NPUS_PER_NODE=0", "0 processes cannot be started"),
+        ("RANK=4 WORLD_SIZE=4 LOCAL_RANK=0", "rank 4 of 4"),
+        ("SLURM_PROCID=1 SLURM_NTASKS=2 SLURM_LOCALID=1 SLURM_NTASKS_PER_NODE=1", "local rank 1 of 1"),
     ],
 )
 def test_contradictions(environ, message):
     with pytest.raises(PolymodalError, match=message):
-        from_environment(environ=environ)
+        from_environment(environ=variables(environ))
 
 
-def test_nproc_words():
+def test_nproc():
     assert process_group.default_nproc(None) is None and process_group.default_nproc("3") == 3
     assert process_group.default_nproc("auto", "cpu") == 1
     with pytest.raises(PolymodalError, match="not a number of processes"):
@@ -290,15 +271,13 @@ def test_two_nodes_meet(processes, tmp_path):
     assert (other.returncode, out, err) == (0, "1 2 1 2 3.0\n", "")
 
 
-def test_an_error_of_all_ranks_is_said_once(processes):
-    code, out, err = processes(
-        "raise PolymodalError('data.jsonl, line 3: no image.', 'Mend the row.')", nproc=3
-    )
-    assert (code, err) == (2, "error: data.jsonl, line 3: no image. Mend the row.\n")
+def test_an_error_of_all_ranks_is_printed_once(processes):
+    code, out, err = processes("raise PolymodalError('data.jsonl, line 3: no image.', 'Add it.')", nproc=3)
+    assert (code, err) == (2, "error: data.jsonl, line 3: no image. Add it.\n")
 
 
-def test_the_rank_that_failed_first_speaks(processes):
-    """Rank 0 only notices that rank 1 is gone, and would else be the one that is heard."""
+def test_the_error_of_the_rank_that_failed_first_is_shown(processes):
+    """Rank 0 only notices that rank 1 is gone."""
     body = """
     with joined() as rt:
         import torch, torch.distributed as dist
@@ -395,7 +374,7 @@ def test_processes_end_with_their_launcher(tmp_path):
     assert not any(map(running, pids))
 
 
-def test_a_command_started_by_a_launched_process_stands_alone(processes):
+def test_a_command_started_by_a_launched_process_runs_alone(processes):
     body = """
     if "inner" not in sys.argv:
         import subprocess
@@ -426,17 +405,15 @@ def test_the_owner_of_a_port_is_named_on_one_line():
     assert "import time print(" in words and "\n" not in words
 
 
-def test_a_missing_node_is_said_in_one_sentence(processes):
+def test_a_missing_node_is_one_sentence(processes):
     port = free_port()
     code, out, err = processes(
         "pass", 1, 2, NNODES="2", NODE_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     assert code == 2
-    said = err.splitlines()[-1]
-    assert (
-        said.startswith(f"error: Node 1 of 2 could not meet the other nodes at 127.0.0.1:{port} within 2 s (")
-        and "NODE_RANK" in said
-    )
+    message = err.splitlines()[-1]
+    expected = f"error: Node 1 of 2 could not meet the other nodes at 127.0.0.1:{port} within 2 s ("
+    assert message.startswith(expected) and "NODE_RANK" in message
 
 
 def test_unresolvable_master(processes):
@@ -444,7 +421,7 @@ def test_unresolvable_master(processes):
     assert code == 2 and err.startswith("error: MASTER_ADDR = no-such-host.invalid cannot be resolved")
 
 
-def test_a_task_whose_others_never_come(monkeypatch):
+def test_a_task_whose_peers_never_come(monkeypatch):
     here = process_group.ProcessInfo(1, 2, 0, 1, 1, 2, "127.0.0.1", free_port(), "slurm")
     for name in (*NAMES, "GLOO_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "0")  # put back afterwards
@@ -493,20 +470,13 @@ say("done", rank, attempt)
 """
 
 
-def test_a_killed_process_is_started_again_with_all_others(tmp_path, monkeypatch, capfd):
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    code = launcher.run([child(tmp_path, DIES_ONCE)], process_group.from_environment(2), restarts=1)
-    out, err = capfd.readouterr()
+def test_a_killed_process_is_restarted_with_all_ranks(processes):
+    code, out, err = processes(DIES_ONCE, restarts=1)
     assert code == 0 and sorted(out.splitlines()) == ["done 0 1", "done 1 1"]
     assert "starting again from the newest checkpoint: rank 1 ended with exit code -9" in err
 
 
 @pytest.mark.slow
-def test_bad_input_is_not_started_again(tmp_path, monkeypatch, capfd):
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    body = 'raise PolymodalError("The key is wrong.", "Mend it.")'
-    with pytest.raises(PolymodalError, match="The key is wrong"):
-        launcher.run([child(tmp_path, body)], process_group.from_environment(2), restarts=3)
-    assert "starting again" not in capfd.readouterr().err
+def test_bad_input_is_not_started_again(processes):
+    body = 'raise PolymodalError("The key is wrong.", "Correct it.")'
+    assert processes(body, restarts=3) == (2, "", "error: The key is wrong. Correct it.\n")
