@@ -41,10 +41,10 @@ def words() -> list[str]:
 def conversation(draw: random.Random, text: list[str], pictures: int) -> list[dict]:
     """A question of log-normal length, median 16 words, and an answer of median 24; both at most 120 words."""
     start = draw.randrange(len(text) - 400)
-    asked, told = (int(min(120, 1 + draw.lognormvariate(mu, 0.9))) for mu in (2.8, 3.2))
+    question, answer = (int(min(120, 1 + draw.lognormvariate(mu, 0.9))) for mu in (2.8, 3.2))
     return [
-        {"role": "user", "content": "<image>" * pictures + " ".join(text[start : start + asked])},
-        {"role": "assistant", "content": " ".join(text[start + 200 : start + 200 + told])},
+        {"role": "user", "content": "<image>" * pictures + " ".join(text[start : start + question])},
+        {"role": "assistant", "content": " ".join(text[start + 200 : start + 200 + answer])},
     ]
 
 
@@ -171,7 +171,7 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Each variant in a process of its own, in turns (A B A B): `script --one VARIANT *words` prints RESULT {json}.
 
-    Returns the figure of each run by variant; prints it. A variant that fails is told with its last line and left out.
+    Returns the figure of each run by variant; prints it. A variant that fails is reported with its last line and left out.
     """
     fixed = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     environment = {**os.environ, **fixed}

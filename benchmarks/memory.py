@@ -5,7 +5,7 @@
 Real ranks (gloo, float32 unless the row says otherwise) run real optimizer steps of a small model of the library's
 class with four micro-batches; a tracker sees every allocation (polymodal/plan/tracker.py). For each kind the highest
 moment of a step is taken, of the rank that holds most. `gathered` are parameters put together from their shards,
-`communication` the buffers that they and reduced gradients travel in. What a policy keeps on the host is counted as such, although
+`communication` the buffers of them and of reduced gradients. What a policy keeps on the host is counted as such, although
 here the host is all there is. Written to benchmarks/results/memory.json row by row (with --only into the rows that it
 has), from where table.py makes the page.
 """

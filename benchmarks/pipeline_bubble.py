@@ -2,7 +2,7 @@
 
     python benchmarks/pipeline_bubble.py [--micro-batches 8] [--seconds 0.02 0.1] [--json FILE]
 
-Four gloo processes run the house's own Pipeline over a model whose blocks sleep: one unit forward, one for gradients of
+Four gloo processes run polymodal's own Pipeline over a model whose blocks sleep: one unit forward, one for gradients of
 inputs and one for gradients of weights in each rank's share of the layers. A step is timed from a barrier to its end on
 the last rank; idle is what it takes beyond a rank's own work, as a share of that work. Every action (a stage's pass over
 a micro-batch) also costs Python, autograd and a message, whatever it sleeps: with two lengths of the unit, the idle share

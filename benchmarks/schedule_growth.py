@@ -102,7 +102,7 @@ def growth(count: int) -> dict[str, float]:
 
 
 def packing(count: int = 65_536) -> dict[str, float]:
-    """One window: seconds to pack, tokens over room, and imbalance (max / mean cost) of eight ranks."""
+    """One window: seconds to pack, tokens over capacity, and imbalance (max / mean cost) of eight ranks."""
     tokens, patches = spread(count)
     seconds = []
     for _ in range(5):

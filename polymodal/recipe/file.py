@@ -41,39 +41,33 @@ class Section(BaseModel):
 # ---- YAML ----------------------------------------------------------------------------------------------
 
 
+BOOL, FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+NUMBER = re.compile(
+    r"""^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)?  # 1.5, .5e3
+    |[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+  # 1e-5
+    |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+    re.VERBOSE,
+)
+NUMBER_STARTS = list("-+0123456789.")
+
+
 class _Yaml(yaml.SafeLoader):
     """YAML 1.2's numbers: 1e-5 is one; yes, no, on and off are words."""
 
 
-BOOL, FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 _Yaml.yaml_implicit_resolvers = {
     letter: [rule for rule in rules if rule[0] not in (BOOL, FLOAT)]
     for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Yaml.add_implicit_resolver(BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Yaml.add_implicit_resolver(
-    FLOAT,
-    re.compile(
-        r"""^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)?  # 1.5, .5e3
-        |[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+  # 1e-5
-        |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
-        re.VERBOSE,
-    ),
-    list("-+0123456789."),
-)
+_Yaml.add_implicit_resolver(FLOAT, NUMBER, NUMBER_STARTS)
 
 
 class _Dump(yaml.SafeDumper):
     """Quotes text that YAML 1.1 or 1.2 would read as something else."""
 
 
-_Dump.yaml_implicit_resolvers = {
-    letter: [
-        *_Yaml.yaml_implicit_resolvers.get(letter, []),
-        *yaml.SafeDumper.yaml_implicit_resolvers.get(letter, []),
-    ]
-    for letter in {*_Yaml.yaml_implicit_resolvers, *yaml.SafeDumper.yaml_implicit_resolvers}
-}
+_Dump.add_implicit_resolver(FLOAT, NUMBER, NUMBER_STARTS)
 
 
 def write(data: dict) -> str:
@@ -250,18 +244,18 @@ def _fields(root: type[BaseModel], location: tuple) -> dict[str, Any]:
 
 # ---- mistakes ------------------------------------------------------------------------------------------
 
-WHOLE = ("is not a whole number", "")
-NUMBER = ("is not a number", "")
-BOOLEAN = ("is neither true nor false", "")
+NO_INTEGER = ("is not a whole number", "")
+NO_NUMBER = ("is not a number", "")
+NO_BOOLEAN = ("is neither true nor false", "")
 MISTAKES = {
     "list_type": ("is not a list", "Write it in brackets, or one entry a line after `- `."),
-    "int_parsing": WHOLE,
-    "int_type": WHOLE,
-    "int_from_float": WHOLE,
-    "float_parsing": NUMBER,
-    "float_type": NUMBER,
-    "bool_parsing": BOOLEAN,
-    "bool_type": BOOLEAN,
+    "int_parsing": NO_INTEGER,
+    "int_type": NO_INTEGER,
+    "int_from_float": NO_INTEGER,
+    "float_parsing": NO_NUMBER,
+    "float_type": NO_NUMBER,
+    "bool_parsing": NO_BOOLEAN,
+    "bool_type": NO_BOOLEAN,
     "too_short": ("must have {min_length} entries", ""),
     "too_long": ("must have {max_length} entries", ""),
     "greater_than_equal": ("must be at least {ge:g}", ""),

@@ -393,7 +393,7 @@ def test_open_sora_plan_1_5_from_its_file(here):
 @pytest.mark.parametrize(
     "line", ["OpenSoraConverter", "StepVideoConverter", "VACEConverter", "LuminaConverter", "BagelConverter"]
 )
-def test_the_others_through_their_commands(here, line):
+def test_other_sources_through_their_commands(here, line):
     name = {
         "OpenSoraConverter": "open-sora",
         "StepVideoConverter": "stepvideo",

@@ -141,7 +141,7 @@ def test_tensors_of_a_tree_that_do_not_belong(tree, capsys):
     refused(capsys, BACK, "is empty")
 
 
-def test_ranks_that_disagree_are_said(tree, here, capsys):
+def test_ranks_that_disagree_are_reported(tree, here, capsys):
     norm = "text_decoder.decoder.layers.0.input_layernorm.weight"
     edit(tree / "release/mp_rank_01_000/model_optim_rng.pt", lambda content: content["model"][norm].add_(1))
     assert run(BACK) == 0

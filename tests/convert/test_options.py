@@ -107,7 +107,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize(("name", "method"), METHODS, ids=[name for name, _ in METHODS])
-def test_every_method_says_what_it_does_and_explains_each_option(name, method):
+def test_every_method_documents_itself_and_each_option(name, method):
     text = method.__doc__
     assert re.match(r"[A-Z].*\.", text), name
     for one in inspect.signature(method).parameters:

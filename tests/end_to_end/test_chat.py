@@ -74,10 +74,10 @@ def test_a_batch_answers_as_single_questions_do(name, tmp_path, checkpoint_of):
 
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_the_model_is_fed_what_training_feeds_it(name, tmp_path, checkpoint_of):
-    """Tokens and pixels of a question equal the data room's, media of both kinds and turns without any included."""
+    """Tokens and pixels of a question equal those of training data, media of both kinds and turns without any included."""
     source = checkpoint_of(name)
     data = recipes.Data(image=recipes.Image(max_pixels=512), video=recipes.Video(min_frames=2, fps=1.0))
-    room = ChatProcessor(catalog.family(recipes.Model(source=str(source))).media_processor(data), data)
+    processor = ChatProcessor(catalog.family(recipes.Model(source=str(source))).media_processor(data), data)
     engine = Engine(load_hub(source), processor_of(source, data), video=data.video)
     for images, videos in ((0, 0), (2, 0), (0, 2), (1, 1)):
         record = tiny.record(tmp_path, images, videos, seed=images + 3 * videos)
@@ -87,7 +87,7 @@ def test_the_model_is_fed_what_training_feeds_it(name, tmp_path, checkpoint_of):
             Message("assistant", ("Hi",)),
         )
         record = replace(record, messages=(*before, *record.messages))
-        expected = room.prompt(record).tensors
+        expected = processor.prompt(record).tensors
         got = engine._encode([engine._prepare(0, "0", record.messages[:-1])])
         assert torch.equal(got["input_ids"][0], expected["input_ids"])
         kinds = [k for k in ("pixel_values", "pixel_values_videos") if k in got]
@@ -376,7 +376,7 @@ def test_a_conversation_in_the_terminal(engine, picture, tmp_path):
     assert seen[2] == [] and "1 <image> in the text" in text  # a turn that fails leaves no trace
 
 
-def test_stopping_an_answer_keeps_what_was_said(engine):
+def test_stopping_an_answer_keeps_its_text(engine):
     said = []
 
     def once(text):
@@ -392,7 +392,7 @@ def test_stopping_an_answer_keeps_what_was_said(engine):
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_in_rows_out_and_on_after_a_stop(model, engine, picture, tmp_path, monkeypatch, capsys):
+def test_records_in_records_out_and_on_after_a_stop(model, engine, picture, tmp_path, monkeypatch, capsys):
     rows = [
         {"prompt": "hello", "id": 7},
         {"prompt": "what is this?", "image": picture},
@@ -439,7 +439,7 @@ def test_rows_in_rows_out_and_on_after_a_stop(model, engine, picture, tmp_path, 
     assert json.loads(capsys.readouterr().out) == got[0]
 
 
-def test_many_rows_come_back_in_order_whatever_the_batches(model, tmp_path, monkeypatch, capsys):
+def test_many_records_come_back_in_order_whatever_the_batches(model, tmp_path, monkeypatch, capsys):
     lines = [json.dumps({"prompt": "number " * (1 + i % 3), "id": i}) for i in range(20)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     options = {"sampling": Sampling(max_new_tokens=2), "device": "cpu", "batch_size": 1}

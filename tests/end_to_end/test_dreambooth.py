@@ -118,7 +118,7 @@ def test_the_factor_multiplies_a_samples_loss_and_not_the_count():
     assert loss == pytest.approx(float((each[0] + 0.3 * each[1]) / 2), rel=1e-6)
 
 
-def test_what_does_not_fit_is_said(source, subject, tmp_path):
+def test_what_does_not_fit_is_reported(source, subject, tmp_path):
     from tests.models import tiny
 
     with pytest.raises(PolymodalError, match="data.datasets.1.generate needs a caption"):
@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_said(source, subject, tmp_path):
         trainer.run(recipe(vlm, subject, tmp_path / "c", tmp_path))
 
 
-def test_a_directory_of_pictures_is_a_dataset_and_rows_keep_their_own_caption(subject, tmp_path):
+def test_a_directory_of_pictures_is_a_dataset_and_records_keep_their_own_caption(subject, tmp_path):
     folder = open_corpus([recipes.Dataset(path=str(subject), caption="a red circle")])
     assert len(folder) == 2 and folder[0].extra["captions"] == ("a red circle",)
     assert folder[1].media[0].source == str(subject / "1.jpg")

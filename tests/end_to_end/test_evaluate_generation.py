@@ -178,7 +178,7 @@ def test_clips_lie_as_vbench_looks_for_them(clip, tmp_path):
     assert made[0] != made[1]  # each has a seed of its own
 
 
-def test_what_cannot_be_measured_is_said_before_anything_is_made(
+def test_what_cannot_be_measured_is_reported_before_anything_is_made(
     flux, prompts, real, clip, classifier, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(Generator, "sample", lambda *a, **k: pytest.fail("made"))
@@ -211,7 +211,7 @@ def test_what_cannot_be_measured_is_said_before_anything_is_made(
     refused("does not exist", tmp_path / "none.jsonl")
 
 
-def test_a_row_whose_picture_is_broken_is_named_and_the_others_are_made(flux, tmp_path):
+def test_a_record_whose_picture_is_broken_is_named_and_the_rest_are_made(flux, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "red", "image": "gone.png"}\n{"prompt": "blue"}\n')
     result = generation.evaluate(flux, str(data), tmp_path / "out", settings=SETTINGS)

@@ -183,7 +183,7 @@ def test_sequences_cut_over_ranks_give_the_same_curve(wan, data, tmp_path):
     assert losses(tmp_path / "stages") == pytest.approx(losses(tmp_path / "one"), rel=CURVE)
 
 
-def test_a_killed_encode_goes_on_and_new_rows_are_added(wan, data, tmp_path, monkeypatch, capsys):
+def test_a_killed_encode_goes_on_and_new_records_are_added(wan, data, tmp_path, monkeypatch, capsys):
     made = recipe(wan, data, tmp_path)
     real, count = encode.Encoding._encode, []
 
@@ -311,7 +311,7 @@ def test_the_documented_layout_is_written_and_read(wan, data, tmp_path, capsys):
     assert caught.value.hint == f"data.features is one level too deep: set it to {root}."
 
 
-def test_features_of_latents_with_other_channels_are_said(wan, data, tmp_path):
+def test_features_of_latents_with_other_channels_are_reported(wan, data, tmp_path):
     """Documented files say nothing of the VAE that made them."""
     made = recipe(wan, data, tmp_path, data__feature_files="pt", data__workers=0, train__diffusion__drop=0.0)
     encode.run(made)
@@ -325,7 +325,7 @@ def test_features_of_latents_with_other_channels_are_said(wan, data, tmp_path):
         trainer.run(made)
 
 
-def test_a_first_frame_that_documented_features_lack_is_said(wan, data, tmp_path):
+def test_a_first_frame_that_documented_features_lack_is_reported(wan, data, tmp_path):
     made = recipe(wan, data, tmp_path, data__feature_files="pt", train__diffusion__drop=0.0)
     encode.run(made)
     for name in ("manifest.json", "settings.json", "empty.safetensors"):
@@ -363,7 +363,7 @@ def test_a_broken_clip_is_named_and_fatal_or_left_out(wan, tmp_path, capsys):
     assert "2 samples, 2 encoded, 0 kept, 1 left out" in said.out and "clip2.mp4" in said.err
 
 
-def test_validation_stands_at_fixed_noise_levels(wan, data, tmp_path):
+def test_validation_is_at_fixed_noise_levels(wan, data, tmp_path):
     made = recipe(
         wan,
         data,
@@ -458,7 +458,7 @@ def test_samples_do_not_depend_on_ranks_and_batches(wan, tmp_path):
     )
 
 
-def test_options_and_checkpoints_that_do_not_fit_are_said(wan, tmp_path):
+def test_options_and_checkpoints_that_do_not_fit_are_reported(wan, tmp_path):
     from polymodal.generate.media import main, read_prompts
     from polymodal.generate.pipeline import Prompt, Settings, suspicion
 

@@ -146,7 +146,7 @@ def test_an_own_objective_is_what_is_learned(ground, tmp_path):
     assert own == pytest.approx(2 * plain, rel=1e-6)
 
 
-def test_rows_of_an_own_reader_are_learned_from_in_worker_processes_too(ground, tmp_path):
+def test_records_of_an_own_reader_are_learned_from_in_worker_processes_too(ground, tmp_path):
     datasets = "data.datasets=[{path: '12', reader: 'mine:Numbers', name: numbers}]"
     cache = f"data.cache_dir={tmp_path / 'cache'}"
     said = train(
@@ -169,7 +169,7 @@ def test_rows_of_an_own_reader_are_learned_from_in_worker_processes_too(ground, 
         ("data.datasets=[{path: x, reader: 'yours:rows'}]", "there is no module yours"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_before_anything_starts(ground, tmp_path, monkeypatch, override, words):
+def test_what_is_wrong_is_reported_before_anything_starts(ground, tmp_path, monkeypatch, override, words):
     from polymodal import recipe
     from polymodal.tools import preflight
 
@@ -185,7 +185,7 @@ def test_the_working_directory_is_not_searched_unless_it_is_named(ground, tmp_pa
     assert "there is no module mine" in said and "PYTHONPATH" in said and not (tmp_path / "run").exists()
 
 
-def test_a_reader_that_gives_no_rows_is_refused(ground, monkeypatch):
+def test_a_reader_that_gives_no_records_is_refused(ground, monkeypatch):
     from polymodal.data.source import open_corpus
     from polymodal.recipe import Dataset
 

@@ -87,6 +87,6 @@ def test_a_browser_draws_it(page, tmp_path):
     assert "<title>Digits|5|true</title>" in dom, dom[:300]
 
 
-def test_a_directory_without_metrics_is_said(tmp_path):
+def test_a_directory_without_metrics_is_reported(tmp_path):
     with pytest.raises(PolymodalError, match="has no metrics.jsonl"):
         run_page.read_metrics(tmp_path)

@@ -246,7 +246,7 @@ def test_long_recordings_are_cut_where_it_is_quiet(transcriber, tmp_path):
     assert found.segments[0].text == chosen[0], "which begins as it was taught"
 
 
-def test_a_file_that_cannot_be_read_does_not_keep_the_others(ground, trained, tmp_path):
+def test_a_file_that_cannot_be_read_does_not_stop_the_rest(ground, trained, tmp_path):
     (tmp_path / "broken.wav").write_bytes(b"RIFF....")
     said = run(
         "transcribe",

@@ -254,6 +254,6 @@ def test_the_saved_recipe_reproduces_the_run(ground, straight, tmp_path):
     assert_same(curve(tmp_path / "run"), curve(straight))
 
 
-def test_nothing_to_train_on_is_said(ground, tmp_path):
+def test_nothing_to_train_on_is_reported(ground, tmp_path):
     failed = train(ground, tmp_path / "run", "data.datasets=[]", expect=2)
     assert "The recipe has no data.datasets." in failed.stderr and "Traceback" not in failed.stderr

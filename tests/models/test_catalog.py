@@ -44,13 +44,13 @@ def test_names_are_not_shared_by_two_cards():
         for architecture in card.architectures:
             owners.setdefault(architecture, []).append(card.name)
     shared = {tuple(cards) for cards in owners.values() if len(cards) > 1}
-    assert shared == {("wan2.1", "wan2.2")}, "told apart by Family.claims"
+    assert shared == {("wan2.1", "wan2.2")}, "distinguished by Family.claims"
     for card in catalog.cards().values():
         assert set(card.seeds) <= set(card.sizes) and card.verified and card.keywords and card.tasks
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
-def test_a_directory_is_told_by_its_architectures(name, checkpoint):
+def test_a_directory_is_recognised_by_its_architectures(name, checkpoint):
     directory = checkpoint(name)
     assert catalog.find(directory).name == name
     assert catalog.resolve(str(directory)) == directory
@@ -59,7 +59,7 @@ def test_a_directory_is_told_by_its_architectures(name, checkpoint):
     assert family.build().trained.model.visual.config._attn_implementation == "sdpa"
 
 
-def test_a_config_without_architectures_is_told_by_its_type(checkpoint, tmp_path):
+def test_a_config_without_architectures_is_recognised_by_its_type(checkpoint, tmp_path):
     data = json.loads((checkpoint("qwen2-vl") / "config.json").read_text())
     del data["architectures"]
     (tmp_path / "config.json").write_text(json.dumps(data))
@@ -78,7 +78,7 @@ def refusal(source, match, **options):
     return caught.value.hint
 
 
-def test_wrong_sources_are_refused_with_the_mend(checkpoint, tmp_path):
+def test_wrong_sources_are_refused_with_the_fix(checkpoint, tmp_path):
     assert "qwen2.5-vl-7b" in refusal("qwen25-vl-7b", "neither a directory nor a hub id")
     assert "Check the path" in refusal("/nowhere/at/all", "neither a directory")
     assert "qwen2.5-vl-3b, qwen2.5-vl-7b" in refusal("qwen2.5-vl", "several sizes")
@@ -175,7 +175,7 @@ def test_offline_says_what_is_missing_and_the_command(checkpoint, hub):
     assert "--revision abc" in refusal("someone/their-model", "missing", revision="abc")
 
 
-def test_a_hub_out_of_reach_is_said_in_one_sentence(hub, monkeypatch):
+def test_a_hub_out_of_reach_is_one_sentence(hub, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

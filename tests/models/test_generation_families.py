@@ -136,7 +136,7 @@ def test_what_comes_with_a_clip_is_encoded_alike_before_and_while_training(name,
 
 @pytest.mark.slow
 def test_clips_are_learned_with_their_sound_or_without_it(data, stills, tmp_path):
-    """With it both streams learn and are told apart in the log; without it the other stream's weights stay."""
+    """With it both streams learn and are separate in the log; without it the other stream's weights stay."""
     source = tiny_pipelines.pipeline("ltx2", tmp_path / "pipeline")
     family = catalog.family(recipes.Model(source=str(source)))
     before = DiffusionPipeline.from_pretrained(source).transformer.state_dict()
@@ -208,7 +208,7 @@ def test_a_picture_or_a_clip_to_start_from_chooses_the_pipeline_for_it(name, kin
         ("flux-guided", ("negative_prompt",), "was distilled for guidance: it takes no negative prompt"),
     ],
 )
-def test_conditions_that_a_checkpoint_cannot_follow_are_said(name, given, words, data, stills, tmp_path):
+def test_conditions_that_a_checkpoint_cannot_follow_are_reported(name, given, words, data, stills, tmp_path):
     files = {
         "image": str(next(stills.parent.glob("pictures/*.png"))),
         "video": str(next(data.parent.glob("clips/*/clip.mp4"))),
@@ -238,7 +238,7 @@ def test_captions_of_unequal_length_are_encoded_together(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["qwen-image", "hunyuan-video-i2v", "hunyuan-video-i2v-33ch"])
-def test_a_dropped_caption_is_the_empty_caption_whatever_lies_beside_it(name, tmp_path):
+def test_a_dropped_caption_is_the_empty_caption_whatever_is_beside_it(name, tmp_path):
     """Families whose text has as many tokens as a caption: the prediction is that of the sample alone, undropped."""
     source = tiny_pipelines.pipeline(name, tmp_path / "p")
     family = catalog.family(recipes.Model(source=str(source)))

@@ -53,7 +53,7 @@ def test_sizes_that_training_refuses_are_not_planned(tmp_path):
         planned(made)
 
 
-def test_rows_of_a_cut_sequence_travel_between_stages(tmp_path):
+def test_rows_of_a_cut_sequence_are_sent_between_stages(tmp_path):
     """Of the bytes that a stage sends, what belongs to the stream halves with cp 2, wherever the family was planned before."""
     source = tiny_pipelines.pipeline("wan", tmp_path / "wan")
     family = planner.family_of(recipe(source))
@@ -65,8 +65,8 @@ def test_rows_of_a_cut_sequence_travel_between_stages(tmp_path):
         traces = [stage.trace for stage in made.stages]
         (traffic,) = [t for t in traces[0].traffic if t.kind == "send" and t.axes == "pp"]
         assert traffic.count == 4, "the stream, two embeddings of the time, one of the text"
-        travels = devices.transfer(made.accelerator, "send", traffic.ranks, traffic.bytes, traffic.count)
-        assert predict._hop(traces, made.accelerator, "1F1B", 1) == travels, (
+        seconds = devices.transfer(made.accelerator, "send", traffic.ranks, traffic.bytes, traffic.count)
+        assert predict._hop(traces, made.accelerator, "1F1B", 1) == seconds, (
             "all of them wait for one another"
         )
         return traffic.bytes

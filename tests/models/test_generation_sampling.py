@@ -258,6 +258,6 @@ def compare(key, ours, theirs):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("wan", "vace"))])
-def test_pipelines_of_one_class_are_told_apart_by_their_index(opened, name):
+def test_pipelines_of_one_class_are_distinguished_by_their_index(opened, name):
     wanted = "wan2.2" if name.startswith("wan2.2") else "vace" if name.startswith("vace") else "wan2.1"
     assert opened(name)[0].card.name == wanted

@@ -51,11 +51,11 @@ def family(checkpoint):
     return lambda name, tied=False: catalog.family(Model(source=str(checkpoint(name, tied)), experts="eager"))
 
 
-def model_of(source, house=False):
+def model_of(source, packed_attention=False):
     model = AutoModelForImageTextToText.from_pretrained(
         source, dtype=torch.float64, attn_implementation="sdpa", experts_implementation="eager"
     )
-    if house:
+    if packed_attention:
         attention.use(model)
     return model.train()
 
@@ -72,7 +72,7 @@ def library_inputs(sample):
 def test_logits_loss_and_gradients_equal_the_librarys_own_forward(name, case, family, checkpoint):
     family = family(name)
     sample = tiny.sample(family.media_processor(Data()), CASES[case])
-    reference, mine = model_of(checkpoint(name)), model_of(checkpoint(name), house=True)
+    reference, mine = model_of(checkpoint(name)), model_of(checkpoint(name), packed_attention=True)
     expected = reference(**library_inputs(sample), use_cache=False).logits
     _, got = ours(family, mine, pack([sample]))
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
@@ -93,7 +93,7 @@ def test_a_pack_equals_its_samples_alone(name, family, checkpoint):
     family = family(name)
     media = family.media_processor(Data())
     samples = [tiny.sample(media, CASES[case]) for case in ("several images", "text", "image and video")]
-    model = model_of(checkpoint(name), house=True)
+    model = model_of(checkpoint(name), packed_attention=True)
     _, together = ours(family, model, pack(samples))
     apart = torch.cat([ours(family, model, pack([sample]))[1] for sample in samples], dim=1)
     torch.testing.assert_close(together, apart, rtol=1e-9, atol=1e-9)
@@ -107,7 +107,7 @@ def test_two_pipeline_stages_equal_the_whole(name, cut, family, checkpoint):
     layers = (1, 2) if cut[0] == BLOCKS else (0, 3)
     for cases in (["several images", "text", "video"], ["text"]):
         batch = pack([tiny.sample(media, CASES[case]) for case in cases])
-        whole = model_of(checkpoint(name), house=True)
+        whole = model_of(checkpoint(name), packed_attention=True)
         _, expected = ours(family, whole, batch)
         token_loss(expected, batch["labels"]).backward()
         stages = [family.build().trained for _ in range(2)]
@@ -137,7 +137,7 @@ def test_router_logits_are_the_librarys(family, checkpoint):
     expected = model_of(checkpoint("internvl-moe"))(
         **library_inputs(sample), use_cache=False, output_router_logits=True
     )
-    out, _ = ours(family, model_of(checkpoint("internvl-moe"), house=True), pack([sample]))
+    out, _ = ours(family, model_of(checkpoint("internvl-moe"), packed_attention=True), pack([sample]))
     theirs = getattr(expected, "router_logits", None)
     assert len(out.extra["router_logits"]) == 3 and family.routers() == (3, 4)
     assert family.balance(None) == {"aux_weight": 0.01, "experts_per_token": 2}
@@ -210,7 +210,7 @@ def test_token_ids_and_tiles_are_the_librarys(name, family):
     assert sample.tensors["position_ids"].tolist() == [list(range(len(sample.tensors["input_ids"])))]
 
 
-def test_a_media_processor_travels_and_names_its_settings(media):
+def test_a_media_processor_is_pickled_and_names_its_settings(media):
     clone = pickle.loads(pickle.dumps(media))
     assert clone.span(MediaShape("image", 24, 48)) == media.span(MediaShape("image", 24, 48))
     assert json.dumps(clone.settings, sort_keys=True) == json.dumps(media.settings, sort_keys=True)
@@ -332,7 +332,7 @@ def test_internlms_tokenizer_is_read_from_its_sentencepiece_model(originals):
     assert ids[:2] == [model.bos_id(), named["<|im_start|>"]] and ids[-1] == named["<|im_end|>"]
 
 
-def test_ties_are_what_the_language_models_part_says(checkpoint, tmp_path):
+def test_ties_are_those_of_the_language_models_config(checkpoint, tmp_path):
     """The library's config class would tie the embeddings where a config.json says nothing at its top."""
     directory = shutil.copytree(checkpoint("internvl"), tmp_path / "untied")
     written = json.loads((directory / "config.json").read_text())

@@ -24,7 +24,7 @@ def setting(request, checkpoint):
 
 def separately(family, source, samples):
     """Hidden states of each sample alone, and the sum of their gradients."""
-    model = model_of(source, "house")
+    model = model_of(source, "polymodal")
     hidden = []
     for sample in samples:
         out, logits = ours(family, model, pack([sample]))
@@ -34,7 +34,7 @@ def separately(family, source, samples):
 
 
 def together(family, source, batches):
-    model = model_of(source, "house")
+    model = model_of(source, "polymodal")
     hidden = []
     for batch in batches:
         out, logits = ours(family, model, batch)
@@ -70,7 +70,7 @@ def test_any_cut_of_the_batch_gives_the_same_gradient(setting):
 def test_no_sample_sees_another(setting):
     """Changing one sample of a pack changes nothing of the others, but for rounding of float64."""
     family, source, samples = setting
-    model = model_of(source, "house")
+    model = model_of(source, "polymodal")
     media = family.media_processor(Data())
     other = tiny.sample(media, ["no ", tiny.picture(40, 24, 9), "Who was it? It was a nine."])
     changed = [*samples[:1], other, *samples[2:]]
@@ -91,10 +91,10 @@ def test_no_sample_sees_another(setting):
     ).abs().max() > 1e-3
 
 
-def test_a_hole_gives_nothing_but_runs_every_module(setting):
+def test_padding_gives_nothing_but_runs_every_module(setting):
     """A rank that has only filler runs the tower as all others do, and adds exactly zero."""
     family, source, _ = setting
-    model = model_of(source, "house")
+    model = model_of(source, "polymodal")
     ran = []
     for name in ("model.visual", "model.visual.merger", "model.language_model"):
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))

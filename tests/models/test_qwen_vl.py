@@ -55,14 +55,14 @@ def family(checkpoint):
 
 
 def model_of(source, name="sdpa", dtype=torch.float64):
-    """The checkpoint's weights in the library's class; name: its attention, or `house`."""
+    """The checkpoint's weights in the library's class; name: its attention, or `polymodal`."""
     model = AutoModelForImageTextToText.from_pretrained(
         source,
         dtype=dtype,
-        attn_implementation="sdpa" if name == "house" else name,
+        attn_implementation="sdpa" if name == "polymodal" else name,
         experts_implementation="eager",
     )
-    if name == "house":  # what a family's build adds to the library's class
+    if name == "polymodal":  # what a family's build adds to the library's class
         attention.use(model)
         model.model.visual.patch_embed.proj.__class__ = PatchEmbedding
     return model.train()
@@ -133,7 +133,7 @@ def assert_same(got, expected, tolerance=1e-9):
 def test_logits_loss_and_gradients_equal_the_librarys_own_forward(name, case, family, checkpoint):
     family = family(name)
     sample = tiny.sample(family.media_processor(Data()), CASES[case])
-    reference, mine = model_of(checkpoint(name)), model_of(checkpoint(name), "house")
+    reference, mine = model_of(checkpoint(name)), model_of(checkpoint(name), "polymodal")
     expected = reference(**library_inputs(family, sample), use_cache=False).logits
     _, got = ours(family, mine, pack([sample]))
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
@@ -166,7 +166,7 @@ def test_the_librarys_own_attention_can_be_chosen(name, implementation, family, 
             tiny.sample(media, CASES["video"]),
         ]
     )
-    _, expected = ours(family, model_of(checkpoint(name), "house"), batch)
+    _, expected = ours(family, model_of(checkpoint(name), "polymodal"), batch)
     _, got = ours(family, model_of(checkpoint(name), implementation), batch)
     torch.testing.assert_close(
         got, expected, rtol=1e-6, atol=1e-6
@@ -225,7 +225,7 @@ def test_two_pipeline_stages_equal_the_whole(name, family, checkpoint):
     depth = family.config.vision_config.depth
     for samples in ([CASES["several images"], CASES["text"], CASES["video"]], [CASES["text"]]):
         batch = pack([tiny.sample(media, parts) for parts in samples])
-        whole = model_of(checkpoint(name), "house")
+        whole = model_of(checkpoint(name), "polymodal")
         _, expected = ours(family, whole, batch)
         token_loss(expected, batch["labels"]).backward()
         stages = [family.build().trained for _ in range(2)]
@@ -421,7 +421,7 @@ def test_recipe_limits_override_the_checkpoints(name, family):
         family(name).media_processor(Data.model_validate({"image": {"min_pixels": 10**6}}))
 
 
-def test_a_media_processor_travels_and_names_its_settings(media):
+def test_a_media_processor_is_pickled_and_names_its_settings(media):
     for name, processor in media.items():
         clone = pickle.loads(pickle.dumps(processor))
         assert clone.span(MediaShape("image", 24, 24)) == processor.span(MediaShape("image", 24, 24))

@@ -39,7 +39,7 @@ def opened(made, name):
 
 
 @pytest.mark.parametrize("name", WANS)
-def test_a_pipeline_is_told_by_its_index_and_its_denoiser_loads_as_the_library_loads_it(made, name):
+def test_a_pipeline_is_recognised_by_its_index_and_its_denoiser_loads_as_the_library_loads_it(made, name):
     from diffusers import WanTransformer3DModel
 
     family, model = opened(made, name)
@@ -221,7 +221,7 @@ def test_every_published_size_is_listed_here():
     assert set(PUBLISHED) == set(catalog.cards()["wan2.1"].sizes)
 
 
-def test_wan_2_2_is_told_by_its_index_and_its_experts_by_part(made):
+def test_wan_2_2_is_recognised_by_its_index_and_its_experts_by_part(made):
     for name in ("wan2.2-5b", "wan2.2-a14b", "wan2.2-i2v-a14b"):
         assert catalog.find(made(name)).name == "wan2.2"
     assert catalog.find(made("wan")).name == "wan2.1"

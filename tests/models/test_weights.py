@@ -374,7 +374,7 @@ def test_what_the_files_hold_decides_about_ties(checkpoints, tmp_path):
     "kind", ["InternVLConfig", "Mistral3Config", "JanusConfig", "LlavaConfig", "Qwen2_5_VLConfig"]
 )
 @pytest.mark.parametrize("flag", [True, False])
-def test_the_text_configs_word_on_ties_counts(kind, flag, tmp_path):
+def test_the_text_configs_tie_counts(kind, flag, tmp_path):
     """Top-level configs default to tied whatever their text part says; a flag that is written there counts more.
 
     LLaVA's and Qwen2.5-VL's classes themselves take the text part's over the top level's."""
@@ -688,7 +688,7 @@ def test_a_parameter_that_is_changed_after_it_was_read_is_a_fault(tmp_path):
 
 
 def test_canary_of_private_names():
-    """Fails when transformers changes what polymodal/models/library.py builds on; mend that file."""
+    """Fails when transformers changes what polymodal/models/library.py builds on; adapt that file."""
     import inspect
 
     from transformers import PreTrainedModel, conversion_mapping, core_model_loading

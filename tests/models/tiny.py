@@ -1,7 +1,7 @@
 """Tiny random checkpoints of the real classes, with a real tokenizer, chat template and processors, and data for them.
 
 Shared by every test that needs a model: `checkpoint` writes one to disk as the library would, `record` makes a row of
-a data file with real pictures and videos, `sample` makes a Sample without the chat room.
+a data file with real pictures and videos, `sample` makes a Sample without ChatProcessor.
 """
 
 from __future__ import annotations

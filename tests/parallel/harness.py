@@ -78,13 +78,13 @@ def _rank(rank: int, world: int, store: str, seconds: float, connection: Any, st
 def run(world: int, fn: Callable, *args: Any, timeout: float = 180.0) -> list[Any]:
     """Call `fn(rank, *args)` in `world` processes that share a gloo group; return their results by rank.
 
-    fn must be importable (a module's top level); args and results travel as bytes (tensors are copied). Raises
+    fn must be importable (a module's top level); args and results are sent as bytes (tensors are copied). Raises
     RankError with the first failing rank's traceback, or with every rank's Python stack after `timeout` seconds.
     """
     import torch
 
     job = io.BytesIO()
-    torch.save((fn, args), job)  # bytes: tensors in arguments would travel as shared memory
+    torch.save((fn, args), job)  # bytes: tensors in arguments would be sent as shared memory
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory(prefix="polymodal-ranks-") as directory:

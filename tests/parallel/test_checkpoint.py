@@ -125,7 +125,7 @@ def _straight(inner=10):
         (4, 2, False, 2),  # one row for each TP rank: half of FSDP's shards are empty
     ],
 )
-def test_saved_by_one_layout_resumed_by_others(tmp_path, world, tp, asynchronous, inner):
+def test_saved_by_one_layout_resumed_by_another(tmp_path, world, tp, asynchronous, inner):
     straight = _straight(inner)
     harness.run(world, save, tmp_path, tp, asynchronous, inner)
     results = [resume(0, tmp_path, 1, inner)]
@@ -190,7 +190,7 @@ def test_only_the_newest_are_kept_and_torn_ones_are_swept(tmp_path):
     assert json.loads((checkpoint.newest(tmp_path) / "state.json").read_text())["step"] == 10
 
 
-def test_what_does_not_fit_is_said_and_changes_nothing(tmp_path):
+def test_what_does_not_fit_is_reported_and_changes_nothing(tmp_path):
     model, optimizer = _one(tmp_path)
     found = checkpoint.newest(tmp_path)
     wider = nn.Linear(3, 3)
@@ -229,7 +229,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
         assert [p.name for p in checkpoint.found(tmp_path)] == ["step-00000001"]
 
 
-def test_a_write_that_fails_in_the_background_is_said(tmp_path):
+def test_a_write_that_fails_in_the_background_is_reported(tmp_path):
     """A real limit of the size of files, as a quota or a full disk sets one."""
     model, optimizer = _one(tmp_path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -348,7 +348,7 @@ def test_ranks_that_read_different_checkpoints_refuse(tmp_path):
     )
 
 
-def test_what_rank_0_cannot_find_is_said_on_all_ranks(tmp_path):
+def test_what_rank_0_cannot_find_is_an_error_on_all_ranks(tmp_path):
     _nodes(tmp_path, [(), (1,)])
     (tmp_path / "node0").mkdir()
     assert harness.run(2, _choose, tmp_path, checkpoint.newest) == ["None", "None"]
@@ -402,7 +402,7 @@ def test_an_index_that_is_something_else_is_refused_and_not_run(tmp_path):
     assert not mark.exists()
 
 
-def test_what_lies_around_the_tensors_of_an_index_is_inert(tmp_path):
+def test_what_is_around_the_tensors_of_an_index_is_inert(tmp_path):
     model, _ = _one(tmp_path)
     found, mark = checkpoint.newest(tmp_path), tmp_path / "ran"
     index = pickle.loads((found / ".metadata").read_bytes())
@@ -444,7 +444,7 @@ def _random(path):
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, _cut, _random])
-def test_files_that_are_gone_or_cut_are_said_with_the_checkpoint_before(tmp_path, damage):
+def test_files_that_are_gone_or_truncated_are_reported_with_the_checkpoint_before(tmp_path, damage):
     for step in (1, 2):
         _one(tmp_path, step)
     found = checkpoint.newest(tmp_path)
@@ -462,7 +462,7 @@ def test_files_that_are_gone_or_cut_are_said_with_the_checkpoint_before(tmp_path
         ({"position": {"epoch": -5}}, "position.epoch: "), ({"norm_mean": "x"}, "norm_mean: "), ({"samples": 1.5}, "samples: "),
     ],
 )  # fmt: skip
-def test_a_state_of_other_types_is_said(tmp_path, change, reason):
+def test_a_state_of_other_types_is_reported(tmp_path, change, reason):
     _one(tmp_path)
     path = checkpoint.newest(tmp_path) / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))

@@ -204,7 +204,7 @@ class Ring:
     attend = Context.attend
 
 
-def test_what_attention_over_ranks_cannot_do_is_said():
+def test_what_attention_over_ranks_cannot_do_is_reported():
     inputs, cu_seqlens = draw([4], 2, 2, 4, torch.float32), attention.cumulative([8])
     cut = PackedShard(Ring(), sequence_sharding.shard_lengths((8,), 2, 1, True), torch.arange(4))  # type: ignore[arg-type]
     with pytest.raises(PolymodalError, match="dropout cannot run over a ring"):
@@ -213,7 +213,7 @@ def test_what_attention_over_ranks_cannot_do_is_said():
         attention.attend(*(t[:, :, :3] for t in inputs), cu_seqlens, True, cut=cut)
 
 
-def test_a_card_that_does_not_say_where_its_sequences_are_cut_is_refused():
+def test_a_card_without_sequence_cuts_is_refused():
     card = replace(catalog.cards()["qwen2-vl"], sequence_entry="", sequence_plan={})
     wan = catalog.cards()["wan2.1"]
     (reason,) = check(wan, None, ParallelSizes(1, 1, 2, 1, 1), Parallel(balance_media=True))
@@ -225,8 +225,10 @@ def test_a_card_that_does_not_say_where_its_sequences_are_cut_is_refused():
 def test_ulysses_takes_what_the_heads_allow():
     assert ulysses_size(4, 8, None) == 4 and ulysses_size(8, 4, None) == 4 and ulysses_size(4, 6, None) == 2
     assert ulysses_size(4, 6, 4) == 4 and ulysses_size(4, 6, 1) == 1
-    with pytest.raises(PolymodalError, match=r"parallel.ulysses = 3 does not divide parallel.cp = 4") as told:
+    with pytest.raises(
+        PolymodalError, match="parallel.ulysses = 3 does not divide parallel.cp = 4"
+    ) as caught:
         ulysses_size(4, 12, 3)
-    assert "1, 2, 4" in told.value.hint
+    assert "1, 2, 4" in caught.value.hint
     with pytest.raises(PolymodalError, match="more than the 2 attention heads"):
         ulysses_size(4, 2, 4)

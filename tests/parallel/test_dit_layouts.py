@@ -70,7 +70,7 @@ def test_a_sharded_model_is_the_single_process_in_float32(name: str):
 
 
 @pytest.mark.parametrize("name", ["wan2.1", "wan2.2", "flux.1", "hunyuan-video", "cogvideox", "sd3"])
-def test_heads_that_do_not_divide_are_told_from_the_config_alone(name: str):
+def test_heads_that_do_not_divide_are_refused_from_the_config_alone(name: str):
     card = catalog.cards()[name]
     config = {"num_attention_heads": 6, "attention_head_dim": 8}
     (reason,) = layout.check(card, config, ParallelSizes(1, 1, 1, 1, 4))

@@ -33,7 +33,7 @@ def test_results_come_back_by_rank():
     assert all(total.item() == 3.0 for _, total in results)
 
 
-def test_a_failing_rank_is_told_with_its_traceback():
+def test_a_failing_rank_is_reported_with_its_traceback():
     with pytest.raises(RankError, match="rank 1 of 2 failed(.|\n)*the cause"):
         run(2, _fail)
 

@@ -47,7 +47,7 @@ def test_parts_stay_at_home_where_that_is_even():
     assert sorted(media.assign_media([1.0] * 4, [1] * 4, 2, 1)) == [0, 0, 1, 1]
 
 
-def test_a_wish_is_short_however_many_tokens():
+def test_a_request_is_short_however_many_tokens():
     made = media.request([(1, 4, 4)], torch.tensor([0, 1, 2, 7, 8, 3]))
     assert made.runs == ((0, 3), (7, 9), (3, 4)) and made.tokens.tolist() == [0, 1, 2, 7, 8, 3]
     assert media.request([], torch.zeros(0, dtype=torch.int64)).runs == ()

@@ -73,7 +73,7 @@ def test_what_is_computed_again(policy: str, products: int, attentions: int):
     assert seen["tanh"] - plain["tanh"] == 1
 
 
-def test_the_words_of_recompute_keep():
+def test_the_values_of_recompute_keep():
     expected, plain, _ = _backward(None)
     for keep, products, attentions in ((["attention"], 2, 0), (["matmul"], 0, 1), ([], 2, 1)):
         found, seen, _ = _backward("selective", keep=keep)

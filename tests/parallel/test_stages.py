@@ -54,7 +54,7 @@ def test_layers_lie_as_asked():
         ({"pp_schedule": "Interleaved1F1B", "pp_layers": {"language": [2, 2]}}, "has 2 numbers, 4 stages need 4. Give 2 lists of 2 numbers"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_cut_is_said_with_what_can(asked, words):
+def test_what_cannot_be_cut_is_reported_with_what_can(asked, words):
     with pytest.raises(PolymodalError) as caught:
         cut(tiny_qwen3_vl(), **{"pp": 2, **asked})
     import re
@@ -63,7 +63,7 @@ def test_what_cannot_be_cut_is_said_with_what_can(asked, words):
 
 
 @pytest.mark.parametrize("schedule", pipeline_split.SCHEDULES)
-def test_torch_takes_the_micro_batches_that_are_said_to_fit(schedule):
+def test_torch_takes_the_micro_batches_that_are_reported_to_fit(schedule):
     """Against torch's own classes, built on stages that are never run."""
     from types import SimpleNamespace
 
@@ -87,7 +87,7 @@ def test_torch_takes_the_micro_batches_that_are_said_to_fit(schedule):
             assert fits == pipeline_split.micro_batches_fit(schedule, pp, count), (pp, count)
 
 
-def test_too_few_micro_batches_are_said_with_the_nearest_global_batch():
+def test_too_few_micro_batches_are_reported_with_the_nearest_global_batch():
     with pytest.raises(
         PolymodalError,
         match="1F1B needs at least 4 micro-batches .*global_batch_size = 6 gives 3.*\n*.*to 8, or",
@@ -148,7 +148,7 @@ def test_training_passes_are_counted_by_module():
     assert least <= pipeline_split.training_passes(adapted, family, measure) < least + 3 * share
 
 
-def test_auto_goes_by_parameters_where_a_family_tells_no_flops():
+def test_auto_goes_by_parameters_where_a_family_has_no_flops():
     from tests.parallel.test_wan_pipeline import TinyWan
 
     family = TinyWan.make(6)
@@ -287,6 +287,6 @@ def _broken(rank: int) -> str:
     return str(caught.value)
 
 
-def test_what_a_stage_raises_is_said_as_it_was():
+def test_what_a_stage_raises_is_raised_as_it_was():
     """torch's pipelines would say it within a dump of every tensor that the stage was given."""
     assert run(1, _broken) == ["No rows came. Give some."]

@@ -1,4 +1,4 @@
-"""Wan's stages are cut from its card's facts alone; its time and text embeddings travel. Equal to one process."""
+"""Wan's stages are cut from its card's facts alone; its time and text embeddings are sent. Equal to one process."""
 
 from typing import Any
 

@@ -21,7 +21,7 @@ from tests.models import gather, tiny
 from tests.parallel.harness import run
 
 SMALL = {"text_config__num_hidden_layers": 2, "vision_config__depth": 2}
-MOE = {"text_config__moe_intermediate_size": 24}  # 2 x 24 differs from the width: layouts can be told apart
+MOE = {"text_config__moe_intermediate_size": 24}  # 2 x 24 is not the width: layouts can be distinguished
 
 
 @pytest.fixture(scope="module")

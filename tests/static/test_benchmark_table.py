@@ -19,7 +19,7 @@ def test_the_page_is_written_from_the_results():
         )  # no result without a row
 
 
-def test_a_missed_target_is_said(tmp_path):
+def test_a_missed_target_is_reported(tmp_path):
     result = {"ratio": {"trainer": 1.9, "trl": 1.2}, "precision": "fp32", "clock": "seconds", "threads": 2, "spread": {"ours": "± 1 %", "trainer": "± 2 %", "trl": "± 3 %"}}  # fmt: skip
     (tmp_path / "throughput.json").write_text(json.dumps(result))
     slow, quick = [

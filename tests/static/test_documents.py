@@ -163,7 +163,7 @@ def test_files_that_a_page_names_exist():
     assert not (seen := wrong(check)), seen
 
 
-def test_every_row_of_troubleshooting_says_what_shows_it():
+def test_every_row_of_troubleshooting_names_its_proof():
     rows = [
         line
         for line in (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8").splitlines()

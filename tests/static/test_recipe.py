@@ -135,7 +135,7 @@ def test_mistakes(tmp_path, text, sentence):
     assert said.startswith(str(path))
 
 
-def test_all_mistakes_are_said_at_once(tmp_path):
+def test_all_mistakes_are_reported_at_once(tmp_path):
     said = refused(write(tmp_path, "model: {source: a, sauce: b}\noptim: {lr: -1}\n")).splitlines()
     assert len(said) == 2 and "sauce" in said[0] and "optim.lr" in said[1]
 

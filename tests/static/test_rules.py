@@ -1,4 +1,4 @@
-"""Rules of this project that no general linter knows: device names, model names, openings, who imports whom, line widths.
+"""Rules of this project that no general linter knows: device names, model names, openings, imports, line widths.
 
 One test a rule; a failure lists every offender.
 """
@@ -200,11 +200,11 @@ def test_the_layout_rule_finds_them(code):
     assert layout_branches(code)
 
 
-def test_files_begin_by_saying_what_they_are():
+def test_files_begin_with_what_they_are():
     def found(path: Path) -> str:
         text = path.read_text()
-        said = ast.get_docstring(ast.parse(text)) or ""
-        return "does not begin with what it is" if text.strip() and len(said.split()) < 6 else ""
+        header = ast.get_docstring(ast.parse(text)) or ""
+        return "does not begin with what it is" if text.strip() and len(header.split()) < 6 else ""
 
     assert not (seen := offenders(found)), seen
 
@@ -268,20 +268,20 @@ def test_who_imports_whom():
 def floors(text: str) -> list[set[str]]:
     """The fenced block that begins with ```floors: top to bottom, one a line, folders of one floor parted by |."""
     (block,) = re.findall(r"^```floors\n(.*?)^```", text, re.S | re.M)
-    return [{room.strip() for room in line.split("|")} for line in block.splitlines() if line.strip()]
+    return [{folder.strip() for folder in line.split("|")} for line in block.splitlines() if line.strip()]
 
 
-def test_the_floors_of_the_architecture_page_are_those_that_imports_are_held_to():
+def test_the_floors_of_the_architecture_page_are_those_that_imports_obey():
     """docs/architecture.md, the layers of pyproject.toml and the folders of polymodal/ are one list."""
     lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("\nlayers = [\n")[2]
     layers = re.findall(r'^    "([^"]+)",', lines.partition("\n]")[0], re.M)
-    held = [{room.strip().removeprefix("polymodal.") for room in layer.split("|")} for layer in layers]
+    held = [{folder.strip().removeprefix("polymodal.") for folder in layer.split("|")} for layer in layers]
     assert floors((ROOT / "docs/architecture.md").read_text(encoding="utf-8")) == held
     assert sum(map(len, held)) == len(set().union(*held))
     assert set().union(*held) == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 
 
-def test_what_stands_here_is_collected_without_the_heavy_libraries():
+def test_static_tests_are_collected_without_the_heavy_libraries():
     code = """
 import sys, pytest
 ended = pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", "tests/static"])

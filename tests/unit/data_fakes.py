@@ -54,7 +54,7 @@ class LinesCorpus:
         try:
             row = json.loads(self.lines[i])
         except ValueError:
-            raise PolymodalError(f"{self.where(i)}: not valid JSON.", "Mend the line.") from None
+            raise PolymodalError(f"{self.where(i)}: not valid JSON.", "Correct the line.") from None
         return Record((Message("user", ("x",)),), self.where(i), extra=row)
 
 
@@ -98,7 +98,7 @@ class CountingChat:
         if row.get("exit"):
             os.kill(os.getpid(), row["exit"])
         if "bad" in row:
-            raise PolymodalError(f"{record.where}: {row['bad']}.", "Mend the file.")
+            raise PolymodalError(f"{record.where}: {row['bad']}.", "Correct the file.")
         if "bug" in row:
             raise ZeroDivisionError(row["bug"])
         n = row["n"] + row.get("grown", 0)

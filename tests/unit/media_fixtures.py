@@ -1,6 +1,6 @@
 """Real pictures and videos, a model's media processor without a model, files of rows, and what of a record is learned.
 
-For the tests of the data room; the fixtures `qwen` and `folder` are in conftest.py.
+For the tests of polymodal/data; the fixtures `qwen` and `folder` are in conftest.py.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def content(question):
     return question.messages[-1].content
 
 
-def test_ai2d_rows_become_choice_prompts(tmp_path):
+def test_ai2d_records_become_choice_prompts(tmp_path):
     big, small = png(400), png()
     assert len(text_of(big)) > 131072
     columns = ["index", "image", "question", "hint", "A", "B", "C", "D", "answer", "category", "split"]
@@ -202,7 +202,7 @@ def test_own_questions_in_json(tmp_path):
     assert content(moved[0])[0] == Media("image", at("media/7.png"))
 
 
-def test_rows_in_memory_with_pictures_of_any_kind():
+def test_records_in_memory_with_pictures_of_any_kind():
     picture, data = Image.new("RGB", (8, 8), "red"), png()
     rows = [
         {"question": "a", "image": picture},
@@ -241,7 +241,7 @@ def test_parquet_with_pictures_inside(tmp_path):
     assert content(question)[1] == Media("image", data) and question.options == {"A": "a", "B": "b"}
 
 
-def test_bad_files_and_rows_in_one_sentence(tmp_path):
+def test_bad_files_and_records_in_one_sentence(tmp_path):
     columns = ["index", "image", "question", "answer"]
     cases = [
         ([[0, "!!", "q", "a"]], r"line 2: the picture is neither base64"),

@@ -93,7 +93,7 @@ def test_the_data_are_counted_as_training_would(make):
     )
 
 
-def test_broken_and_long_rows_are_problems_when_the_recipe_says_so(make):
+def test_broken_and_long_records_are_problems_when_the_recipe_makes_them(make):
     report = preflight.check(make("data.on_error=fail"), 1)
     (problem,) = report.problems
     assert "train.jsonl, line 7" in problem and "absent.png" in problem

@@ -248,7 +248,7 @@ def test_profile_leaves_a_request_for_the_trainer(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", Profiler.REQUEST, "recipe.yaml"]
 
 
-def test_profile_of_a_run_that_stands_still_says_so(tmp_path, capsys):
+def test_profile_of_a_run_that_does_not_move_is_an_error(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("")
     profile_request.request_profile(tmp_path, 1, "0")
     assert "has not logged a step yet" in capsys.readouterr().out
@@ -308,9 +308,7 @@ def test_a_disk_that_fills_up_is_one_sentence(capsys):
 
     assert cli.guard(write) == 2
     assert capsys.readouterr().err.startswith("error: A file could not be written: No space left on device.")
-    with pytest.raises(
-        PermissionError
-    ):  # any other error of the system is a bug of ours until it is told apart
+    with pytest.raises(PermissionError):  # any other error of the system is a bug of ours until it is handled
         cli.guard(lambda: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
 
 

@@ -87,7 +87,7 @@ def test_a_lost_node_does_not_end_a_job_that_can_do_with_fewer():
 
 
 @pytest.mark.parametrize("way", ["slurm", "torchrun"])
-def test_a_setup_may_read_variables_that_nobody_set(tmp_path, way):
+def test_a_setup_may_read_variables_that_are_not_set(tmp_path, way):
     recipe = made(checkpoint={"dir": str(tmp_path / "run")})
     wish = JobRequest("r.yaml", setup='export LIBRARIES="/opt/lib:$NEVER_SET"')
     slurm = {"SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0"}

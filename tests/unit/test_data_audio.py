@@ -326,7 +326,7 @@ def test_a_shard_of_recordings(tmp_path):
     assert all(r.media == (Media("audio", data),) for r in corpus)
 
 
-def test_converted_rows_read_the_same(tmp_path):
+def test_converted_records_read_the_same(tmp_path):
     data = write_audio(tmp_path / "a.flac", 1.0).read_bytes()
     url = "data:audio/flac;base64," + base64.b64encode(data).decode()
     (tmp_path / "in.jsonl").write_text(json.dumps({"audio": url, "text": "one"}) + "\n")

@@ -226,7 +226,7 @@ def test_other_tokenizers_are_counted_by_themselves():
     assert counter.count(["a b  cc", "b"], [[0, 1, 3, 7], []]) == [[0, 1, 2, 3, 3], [1]]
 
 
-def test_a_wrong_rule_of_words_is_noticed(qwen):
+def test_a_wrong_rule_of_splitting_is_noticed(qwen):
     import regex
 
     counter = TokenCounter(qwen().backend)
@@ -311,7 +311,7 @@ def test_a_short_record_is_not_touched(qwen, folder):
 # the processor itself
 
 
-def test_the_processor_travels_to_other_processes(qwen, folder):
+def test_the_processor_is_pickled_to_other_processes(qwen, folder):
     chat = qwen("qwen3-vl")
     row = record(*CASES["both"](folder))
     chat.measure([row])

@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
     return root
 
 
-def test_rows_of_all_known_names_and_files_are_read(folder, tmp_path):
+def test_records_of_all_known_names_and_files_are_read(folder, tmp_path):
     rows = [
         {
             "path": "wide.mp4",
@@ -91,7 +91,7 @@ def test_a_list_names_folders_and_their_annotations(folder, tmp_path):
         ({"path": "x.doc", "cap": "x"}, "neither a known picture nor a known video"),
     ],
 )
-def test_rows_that_cannot_be_used_are_named(row, words, tmp_path):
+def test_records_that_cannot_be_used_are_named(row, words, tmp_path):
     with pytest.raises(PolymodalError, match=words):
         _ = corpus(tmp_path, [row], format="caption")[0]
 
@@ -221,7 +221,7 @@ def test_two_samples_of_two_shapes_are_enough():
     assert ordered[0].packs[0] == (0, 2)
 
 
-def test_a_row_takes_a_cut_and_a_crop_of_its_medium(tmp_path):
+def test_a_record_takes_a_cut_and_a_crop_of_its_medium(tmp_path):
     """Frames and pixels that tell their own place: the frame's number in red, the column in green, the row in blue."""
     place = np.zeros((12, 48, 64, 3), np.uint8)
     place[..., 0] = np.arange(12)[:, None, None] * 20
@@ -267,7 +267,7 @@ def test_a_row_takes_a_cut_and_a_crop_of_its_medium(tmp_path):
         ({"path": "wide.mp4", "cut": [0, 9], "src_video": "wide.mp4"}, "`cut` cuts the row's medium alone"),
     ],
 )  # fmt: skip
-def test_a_cut_or_a_crop_that_does_not_fit_is_said(folder, tmp_path, row, words):
+def test_a_cut_or_a_crop_that_does_not_fit_is_reported(folder, tmp_path, row, words):
     with pytest.raises(PolymodalError, match=words):
         (found,) = corpus(tmp_path, [{**row, "cap": "x"}], media_dir=str(folder))
         clips().bucket(found)

@@ -261,7 +261,7 @@ def test_bad_calls(tmp_path, monkeypatch):
     assert source.read_text()
 
 
-def test_a_row_that_cannot_be_understood_stops_it(tmp_path, monkeypatch):
+def test_a_record_that_cannot_be_understood_stops_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(
         "in.jsonl, line 2: no known format",
@@ -279,7 +279,7 @@ def test_plain_text_and_marks_in_the_text(tmp_path, monkeypatch):
     )
 
 
-def test_no_row_has_its_media(coco):
+def test_no_record_has_its_media(coco):
     refused("not one of 1 rows has all its media", write_rows(coco / "in.jsonl", [llava(9)]))
 
 

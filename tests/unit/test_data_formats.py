@@ -1,4 +1,4 @@
-"""Every documented row becomes the same Record; a row that cannot be understood is named with key, cause and mend."""
+"""Every documented form becomes the same Record; one that cannot be understood is named with key, cause and fix."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_several_pictures_and_a_video_in_order_of_reading():
 
 
 @pytest.mark.parametrize("images", [None, [], "", "absent"])
-def test_text_only_rows(images):
+def test_text_only_records(images):
     row = {"messages": turns(("user", "Hi"), ("assistant", "Ho"))}
     if images != "absent":
         row["images"] = images
@@ -207,7 +207,7 @@ def test_openai_typed_parts_tools_reasoning_and_weights():
     assert read(row) == record
 
 
-def test_parts_without_a_source_take_the_rows_pictures_in_order():
+def test_parts_without_a_source_take_the_records_pictures_in_order():
     row = {
         "messages": [
             {
@@ -297,7 +297,7 @@ def test_own_field_names():
     assert record.media == (image("a.jpg"),)
 
 
-def test_rows_of_parquet_and_csv():
+def test_records_of_parquet_and_csv():
     data = picture_bytes()
     row = {
         "messages": [
@@ -518,7 +518,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_row(case):
+def test_bad_record(case):
     row, options, words = BAD[case]
     with pytest.raises(PolymodalError) as error:
         read(row, **options)

@@ -63,7 +63,7 @@ def test_a_clip_and_what_it_is_made_from_have_the_same_frames(file):
     assert clips(()).bucket(full).shape == (9, 48, 64) and clips(()).given(full, measure) == {}
 
 
-def test_a_mask_that_is_a_picture_stands_for_every_frame(file):
+def test_a_mask_that_is_a_picture_counts_for_every_frame(file):
     rows = json.loads(file.read_text())[:1]
     half = np.zeros((48, 64, 3), np.uint8)
     half[:, 32:] = 255
@@ -114,7 +114,7 @@ def test_the_documented_files_of_vace_are_read(tmp_path):
     assert captions[0]["encoder_hidden_states"].shape == (512, 8)
 
 
-def test_a_row_without_a_source_that_the_family_needs_is_named(tmp_path):
+def test_a_record_without_a_source_that_the_family_needs_is_named(tmp_path):
     for name in ("a", "b"):
         Image.new("RGB", (64, 48), "red").save(tmp_path / f"{name}.png")
     (tmp_path / "rows.json").write_text(json.dumps([{"path": "a.png", "cap": "x", "src_image": "b.png"}, {"path": "a.png", "cap": "x"}]))  # fmt: skip

@@ -210,7 +210,7 @@ def test_a_lock_left_by_a_dead_process_does_not_block(rows, tmp_path):
     assert len(build(slow)) == 1
 
 
-def test_where_the_cache_lies(tmp_path, monkeypatch):
+def test_where_the_cache_is(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     folder = tmp_path / "data"
     folder.mkdir()

@@ -159,7 +159,7 @@ def test_resume_is_the_identical_continuation(rows):
             same(a, b)
 
 
-def test_a_broken_sample_is_a_hole_or_the_end(tmp_path, caplog):
+def test_a_broken_sample_is_padding_or_the_end(tmp_path, caplog):
     rows = [{"n": 20} for _ in range(12)]
     rows[5]["bad"] = "cat.png is cut short"
     path = write_rows(tmp_path / "rows.jsonl", rows)
@@ -176,13 +176,13 @@ def test_a_broken_sample_is_a_hole_or_the_end(tmp_path, caplog):
     loader = loader_of(path, batch=2)
     with pytest.raises(PolymodalError, match="line 6: cat.png is cut short") as error:
         list(loader)
-    assert error.value.hint == "Mend the file."
+    assert error.value.hint == "Correct the file."
     assert list(loader) == []  # it has ended, and its thread with it
     assert not [t for t in threading.enumerate() if t.name == "polymodal-data"]
 
 
 @pytest.mark.parametrize("pixels", [True, False])
-def test_a_hole_in_a_packed_batch_is_what_it_would_have_been(tmp_path, pixels):
+def test_padding_in_a_packed_batch_has_the_shape_of_the_sample(tmp_path, pixels):
     """What a pipeline stage does with a sample that another one could not read."""
     rows = [{"n": 6, "media": [4]}, {"n": 7, "media": [4, 8]}, {"n": 5}, {"n": 8, "media": [2]}]
     corpus, chat = LinesCorpus(write_rows(tmp_path / "rows.jsonl", rows)), CountingChat(64, rows=4)
@@ -192,8 +192,8 @@ def test_a_hole_in_a_packed_batch_is_what_it_would_have_been(tmp_path, pixels):
         record.extra["seed"] = i
         samples.append(chat.sample(record, i, pixels))
     made, lost = without(pack(samples), [False, True, False, True])
-    holes = [padding_sample(2, 4, i, broken="cat.png") for i in range(4)]
-    wanted = pack([samples[0], holes[1], samples[2], holes[3]])
+    padding = [padding_sample(2, 4, i, broken="cat.png") for i in range(4)]
+    wanted = pack([samples[0], padding[1], samples[2], padding[3]])
     assert made.tensors.keys() == wanted.tensors.keys() and ("pixel_values" in made.tensors) == pixels
     assert all(torch.equal(made[name], wanted[name]) for name in made.tensors)
     assert torch.equal(made.segments["text"], wanted.segments["text"]) and made.groups == wanted.groups
@@ -201,16 +201,16 @@ def test_a_hole_in_a_packed_batch_is_what_it_would_have_been(tmp_path, pixels):
         (7, 4, 2),
         (8, 4, 1),
     ]
-    assert without(made, [False, True, False, False])[1] == [], "a hole already"
+    assert without(made, [False, True, False, False])[1] == [], "padding already"
 
 
-def test_faults_of_worker_processes_are_told(tmp_path):
+def test_faults_of_worker_processes_are_reported(tmp_path):
     rows = [{"n": 20} for _ in range(12)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     rows[5]["bad"] = "cat.png is cut short"
     with pytest.raises(PolymodalError, match="line 6: cat.png") as error:
         list(loader_of(path, workers=1, edit=rows))
-    assert error.value.hint == "Mend the file." and not data_processes()
+    assert error.value.hint == "Correct the file." and not data_processes()
     rows[5] = {"n": 20, "bug": "divided"}
     with pytest.raises(RuntimeError, match="ZeroDivisionError: divided"):
         list(loader_of(path, workers=1, edit=rows))
@@ -312,7 +312,7 @@ def test_no_worker_outlives_a_trainer_that_never_closed(rows, tmp_path, end):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare")
 def test_a_container_without_shared_memory_is_no_obstacle(rows):
-    """/dev/shm of 4 KiB, and steps of several hundred: prepared samples do not travel through it."""
+    """/dev/shm of 4 KiB, and steps of several hundred: prepared samples are not passed through it."""
     code = (
         "from tests.unit.test_data_loader import loader_of, take; import sys\n"
         "if __name__ == '__main__': print(len(take(loader_of(sys.argv[1], workers=1), 5)))"
@@ -391,8 +391,8 @@ def test_a_batch_through_a_socket(shared):
         assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor)
         back[name].copy_(tensor)  # the memory is ours to write
     assert torch.equal(back.segments["text"], batch.segments["text"])
-    send(theirs, PolymodalError("cut short", "Mend it."), shared)
-    assert receive(ours).hint == "Mend it."
+    send(theirs, PolymodalError("cut short", "Correct it."), shared)
+    assert receive(ours).hint == "Correct it."
 
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")

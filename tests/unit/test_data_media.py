@@ -126,7 +126,7 @@ def test_bad_pictures_are_named(tmp_path):
         assert str(tmp_path / name) in error.value.message and error.value.hint
 
 
-def test_paths_of_other_systems_are_told_by_their_cause(tmp_path):
+def test_paths_of_other_systems_are_reported_with_their_cause(tmp_path):
     for name in ("caf\u00e9.png", "plain.png"):
         (tmp_path / name).write_bytes(picture_bytes())
     for name, words in {

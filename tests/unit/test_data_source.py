@@ -37,7 +37,7 @@ def texts(records):
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "tsv", "parquet"])
-def test_every_format_gives_the_same_rows_in_any_order_and_after_pickling(tmp_path, ending):
+def test_every_format_gives_the_same_records_in_any_order_and_after_pickling(tmp_path, ending):
     path = write_rows(tmp_path / f"data.{ending}", ROWS)
     rows = open_rows(str(path))
     assert len(rows) == 8
@@ -68,7 +68,7 @@ json_values = st.recursive(
     ascii=st.booleans(),
     chunk=st.sampled_from([1, 2, 7, 64, CHUNK]),
 )
-def test_a_json_list_is_read_row_by_row_whatever_its_layout(
+def test_a_json_list_is_read_record_by_record_whatever_its_layout(
     tmp_path, monkeypatch, rows, indent, ascii, chunk
 ):
     monkeypatch.setattr("polymodal.data.files.CHUNK", chunk)
@@ -242,7 +242,7 @@ def test_the_files_of_the_data_set_are_not_held_in_memory(tmp_path):
     assert len(pickle.dumps(made)) < path.stat().st_size / 100
 
 
-# bad input: one sentence with file, line, cause and mend
+# bad input: one sentence with file, line, cause and fix
 
 
 def bad(tmp_path, name, content, *words, at_open=True, **options):
@@ -302,7 +302,7 @@ def test_compressed_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.json"])
-def test_file_without_rows(tmp_path, name):
+def test_file_without_records(tmp_path, name):
     if name == "a.parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -323,11 +323,11 @@ def test_broken_line_of_json_lines_is_found_when_it_is_read(tmp_path):
         made[1]
 
 
-def test_row_that_is_no_object(tmp_path):
+def test_record_that_is_no_object(tmp_path):
     bad(tmp_path, "a.jsonl", '{"text": "a"}\n[1]\n', "line 2", "is a list", at_open=False)
 
 
-def test_json_under_another_name_is_told_by_what_it_holds(tmp_path):
+def test_json_under_another_name_is_recognised_by_its_content(tmp_path):
     for indent in (None, 2):
         (tmp_path / "list.jsonl").write_text(json.dumps([chat(1), chat(2)], indent=indent))
         assert texts(corpus(tmp_path / "list.jsonl")) == ["q1a1", "q2a2"]
@@ -342,7 +342,7 @@ def test_half_of_a_character_is_named(tmp_path):
     assert texts(corpus(tmp_path / "b.jsonl")) == ["a \U0001f600 b"]
 
 
-def test_row_that_is_not_utf8(tmp_path):
+def test_record_that_is_not_utf8(tmp_path):
     bad(tmp_path, "a.jsonl", b'{"text": "\xff"}\n', "line 1", "UTF-8", at_open=False)
     bad(tmp_path, "a.json", b'[{"text": "a"}, {"text": "\xff"}]', "row 2", "UTF-8", at_open=False)
 

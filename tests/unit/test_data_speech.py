@@ -1,4 +1,4 @@
-"""Speech with its text: prompts, times, lengths, what is refused, padded batches and their holes. Real files and tokens."""
+"""Speech with its text: prompts, times, lengths, what is refused, padded batches and their padding. Real files and tokens."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_features_are_the_librarys(ground):
         ({"language": "zh"}, "<|zh|><|transcribe|><|notimestamps|>one two three<|endoftext|>"),
     ],
 )
-def test_rows_say_language_and_task(ground, extra, words):
+def test_records_name_language_and_task(ground, extra, words):
     assert spelt(processor(ground).tokens(row(ground, **extra))[1:]) == words
 
 
@@ -117,12 +117,12 @@ def test_what_cannot_be_learned_is_one_sentence(ground, record, words):
         made.sample(row(ground, text, file, **record))
 
 
-def test_without_a_language_anywhere_the_mend_is_told(ground):
+def test_without_a_language_anywhere_the_fix_is_shown(ground):
     (said,) = processor(ground, language=None).measure([row(ground)])
     assert "not said which language" in said and "data.speech.language" in said
 
 
-def test_rows_without_or_with_several_media_are_refused(ground):
+def test_records_without_or_with_several_media_are_refused(ground):
     made = processor(ground)
     none = Record((Message("user", ("hello",)), Message("assistant", ("one",))), "x")
     heard = Media("audio", str(ground / "short.wav"))
@@ -138,7 +138,7 @@ def test_an_excerpt_is_the_slice_of_the_whole(ground):
     assert torch.allclose(one.tensors["input_features"], expected, atol=1e-5)
 
 
-def test_lengths_are_told_without_decoding(ground, monkeypatch):
+def test_lengths_are_known_without_decoding(ground, monkeypatch):
     from polymodal.data import audio
 
     made, record = processor(ground), row(ground)
@@ -206,7 +206,7 @@ def test_padding_has_neither_label_nor_weight(ground):
 
 
 @pytest.mark.parametrize("mine, all_of_them", [((), (0,)), ((1,), (0, 1)), ((), (0, 1, 2)), ((2,), (2,))])
-def test_samples_that_another_rank_lacks_become_its_holes(ground, mine, all_of_them):
+def test_samples_that_another_rank_lacks_become_its_padding(ground, mine, all_of_them):
     """The longest one among them: the width of the batch is that of what is left."""
     found, lost = padded.without(batch(ground, mine), [i in all_of_them for i in range(3)])
     expected = batch(ground, all_of_them)

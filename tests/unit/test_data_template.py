@@ -131,7 +131,7 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_assistants_words_are_found_in_any_template(qwen, tmp_path, name):
+def test_the_assistants_text_is_found_in_any_template(qwen, tmp_path, name):
     template, kwargs, expected = TEMPLATES[name]
     chat = templated(qwen, tmp_path, template, kwargs)
     text = chat.template.layout(record(*TALK), [2, 4])
@@ -157,9 +157,13 @@ def test_thoughts_inside_the_content_are_found_though_the_template_moves_them(qw
         ("assistant", "<think>\nnew\n</think>\n\nsecond"),
     )
     assert learned(chat, row) == [("first<|im_end|>", 1), ("<think>\nnew\n</think>\n\nsecond<|im_end|>", 1)]
-    told = record(("user", "a"), ("assistant", "first"), ("user", "b"), ("assistant", "second"))
-    told = replace(told, messages=(*told.messages[:3], replace(told.messages[3], reasoning="new")))
-    assert learned(chat, told) == [("first<|im_end|>", 1), ("<think>\nnew\n</think>\n\nsecond<|im_end|>", 1)]
+    answers = record(("user", "a"), ("assistant", "first"), ("user", "b"), ("assistant", "second"))
+    last = replace(answers.messages[3], reasoning="new")
+    answers = replace(answers, messages=(*answers.messages[:3], last))
+    assert learned(chat, answers) == [
+        ("first<|im_end|>", 1),
+        ("<think>\nnew\n</think>\n\nsecond<|im_end|>", 1),
+    ]
 
 
 def test_tool_calls_are_learned_and_results_are_read(qwen):

@@ -287,7 +287,7 @@ def test_given_cells_have_no_noise_and_no_loss():
     assert float(loss) == pytest.approx(0.25, abs=1e-6)
 
 
-def test_validation_stands_at_fixed_levels_of_the_density():
+def test_validation_is_at_fixed_levels_of_the_density():
     o = objective(Process(density="uniform", shift=3.0), quantiles=4).validation()
     made = o.prepare(None, [batch((0, 1))])
     assert [round(float(b["timestep"][0]), 3) for b in made] == [
@@ -316,7 +316,7 @@ def test_settings_that_do_not_fit_the_process_are_refused(process, settings, wor
     assert "Leave train.diffusion" in caught.value.hint
 
 
-def test_latents_of_another_model_are_said_to_be():
+def test_latents_of_another_model_are_reported():
     o = objective()
     (made,) = o.prepare(None, [batch()])
     with pytest.raises(
@@ -356,7 +356,7 @@ def test_the_first_frame_is_given_to_the_asked_share_of_clips():
         objective(first_frame=0.5)
 
 
-def test_a_model_that_always_has_its_first_frame_given_learns_the_others_alone():
+def test_a_model_that_always_has_its_first_frame_given_learns_the_rest_alone():
     o = objective(Process(first_frame=True))
     (made,) = o.prepare(None, [batch()])
     assert torch.equal(made["noisy"][:, :, 0], batch()["latents"][:, :, 0])
@@ -368,7 +368,7 @@ def test_a_model_that_always_has_its_first_frame_given_learns_the_others_alone()
         objective(Process(first_frame=True), first_frame=0.5)
 
 
-def test_a_distilled_model_is_shown_the_guidance_that_the_recipe_says():
+def test_a_distilled_model_gets_the_guidance_of_the_recipe():
     tensors = {"latents": torch.zeros(2, 4, 2, 2), "weight": torch.ones(2)}
     batch = Batch(tensors, dict.fromkeys(tensors, ("batch",)), (0, 1), groups={"seeds": (1, 2), "tokens": (4, 4), "kind": "image"})  # fmt: skip
     distilled = Process(scale=1.0, guidance=1.0)

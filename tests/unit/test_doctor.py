@@ -1,4 +1,4 @@
-"""The pre-flight list: real checks on this machine, and each finding's mend when something is wrong."""
+"""The pre-flight list: real checks on this machine, and each finding's hint when something is wrong."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_two_processes_agree_on_gloo():
 
 
 @pytest.mark.slow
-def test_a_backend_that_does_not_work_says_its_last_line():
+def test_a_backend_that_does_not_work_shows_its_last_line():
     row = doctor.backend("nccl", 1)
     if row.verdict == "ok":
         pytest.skip("has NCCL and a device")
@@ -75,7 +75,7 @@ def test_full_disks(monkeypatch, tmp_path):
     assert "Less than 20 GiB" in found["disk: hub cache"].mend
 
 
-def test_environment_is_held_against_the_table(monkeypatch):
+def test_environment_is_checked_against_the_table(monkeypatch):
     for variable in environment.VARIABLES.values():
         monkeypatch.delenv(variable.name, raising=False)
     monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "60")
@@ -130,11 +130,11 @@ def test_exit_code_and_table(monkeypatch, capsys, quick):
     monkeypatch.setattr(
         doctor,
         "CHECKS",
-        {"Limits": lambda: iter([doctor.Row("open files", "fail", "limit [1]", "Mend [it].")])},
+        {"Limits": lambda: iter([doctor.Row("open files", "fail", "limit [1]", "Correct [it].")])},
     )
     assert doctor.main() == 1
     out = capsys.readouterr().out
-    assert "FAIL" in out and "limit [1]" in out and "Mend [it]." in out
+    assert "FAIL" in out and "limit [1]" in out and "Correct [it]." in out
 
 
 def test_json(capsys, quick):

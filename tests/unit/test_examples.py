@@ -38,7 +38,7 @@ def test_a_clip_moves_where_its_caption_says_and_stays_whole(example):
         assert np.allclose(light, light[0], rtol=1e-3), "part of the digit left the frame"
 
 
-def test_a_digit_that_stands_still_has_no_direction(example):
+def test_a_digit_that_does_not_move_has_no_direction(example):
     build, demo = example
     images, _ = build.scans()
     frames = build.clip(images[0], "left", random.Random(0))

@@ -184,9 +184,9 @@ def test_small_data_decide_batch_epochs_and_length(checkpoint, tmp_path, capsys)
     plain = recipe.load(out, ["train.global_batch_size=32", "train.epochs=1", "data.max_length=4096"])
     (note,) = [n for n in preflight.check(plain, 2).notes if "optimizer step" in n]
     assert "fewer than 20" in note
-    mend = re.search(r"About \d+: (.*)$", note)[1].split()
-    mended = preflight.check(recipe.load(out, ["train.global_batch_size=32", *mend]), 2)
-    assert mended.steps >= run_length.FEW_STEPS and not any("optimizer step" in n for n in mended.notes)
+    changes = re.search(r"About \d+: (.*)$", note)[1].split()
+    changed = preflight.check(recipe.load(out, ["train.global_batch_size=32", *changes]), 2)
+    assert changed.steps >= run_length.FEW_STEPS and not any("optimizer step" in n for n in changed.notes)
     asked = preflight.check(recipe.load(out, ["train.steps=2"]), 2)
     assert not any("optimizer step" in n for n in asked.notes), "who names the steps knows them"
 

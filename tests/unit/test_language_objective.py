@@ -77,7 +77,7 @@ def test_the_cut_into_micro_batches_does_not_matter(weighting, cut):
         batches.append(pack(SAMPLES[start : start + size]))
         start += size
     got, want = step(LanguageObjective(weighting), batches), reference(weighting)
-    # the token weights travel as float32, so per_sample is exact to its precision
+    # the token weights are passed as float32, so per_sample is exact to its precision
     tolerance = EXACT if weighting == "per_token" else 1e-6
     assert got[0] == pytest.approx(want[0], rel=tolerance)
     for a, b in zip(got[1:], want[1:], strict=True):

@@ -103,7 +103,7 @@ def test_tensorboard_gets_the_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
-def test_a_tracker_that_is_not_installed_is_said(tmp_path, tracker):
+def test_a_tracker_that_is_not_installed_is_reported(tmp_path, tracker):
     import importlib.util
 
     if importlib.util.find_spec(tracker):
@@ -187,7 +187,7 @@ def test_a_live_run_is_traced_on_request(tmp_path):
     assert json.loads(written.read_text())["traceEvents"]
 
 
-def test_a_request_that_cannot_be_read_is_removed_and_said(tmp_path, capsys):
+def test_a_request_that_cannot_be_read_is_removed_and_reported(tmp_path, capsys):
     profiler = Profiler(tmp_path, None, 0, device.find("cpu"))
     (tmp_path / Profiler.REQUEST).write_text('{"step": 1}')
     assert profiler.asked()

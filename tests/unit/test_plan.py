@@ -113,7 +113,7 @@ def test_a_pipeline_is_traced_stage_by_stage(source, parameters):
         planner.plan(few, planner.family_of(few), planner.Question(4, CLUSTER))
 
 
-def test_what_does_not_fit_is_said_with_what_to_change(source):
+def test_what_does_not_fit_is_reported_with_what_to_change(source):
     small = replace(CLUSTER, memory=four_bytes(planned(source, 1)))
     made = planned(source, 1, small)
     assert not made.fits
@@ -155,7 +155,7 @@ def test_virtual_stages_and_parted_backwards_shrink_the_bubble():
             by_rank[slot.rank] = slot.end
 
 
-def test_an_uneven_stage_holds_up_the_others():
+def test_an_uneven_stage_delays_the_other_stages():
     assert timeline.play("1F1B", 2, 8, [1.0, 3.0], [2.0, 6.0]).bubble > 0.3
 
 
@@ -223,7 +223,7 @@ def test_the_host_holds_what_is_offloaded(four, source):
     assert "on the host" in said and "ranks of a node" in said
 
 
-def test_what_cannot_be_planned_is_said(source, monkeypatch):
+def test_what_cannot_be_planned_is_reported(source, monkeypatch):
     family = planner.family_of(recipe(source))
     monkeypatch.setattr(type(family), "example", Family.example)
     with pytest.raises(PolymodalError, match="cannot be planned: its family does not say"):
@@ -315,7 +315,7 @@ def test_when_nothing_fits_it_says_how_much_is_missing(source):
         search.rank(made, planner.family_of(made), asked)
 
 
-def test_the_page_stands_alone(four):
+def test_the_page_needs_no_other_file(four):
     text = page.page(four)
     assert "It fits." in text and text.count("<svg") == 2
     assert not re.search(r"(src|href)=|<script|https?://", text), "nothing from elsewhere"

@@ -1,4 +1,4 @@
-"""README and docs say what the cards say and the data room reads; what needs no torch is in tests/static."""
+"""README and docs agree with the cards and with the readers of data; what needs no torch is in tests/static."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_committed_page_of_models_is_up_to_date():
     assert page == models_command.page(), "run: polymodal models --markdown > docs/models.md"
 
 
-def test_the_rows_of_the_data_page_are_read():
+def test_the_records_of_the_data_page_are_read():
     text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
     found = re.findall(r"^```json (\w+)\n(.*?)^```", text, re.S | re.M)
     assert {kind for kind, _ in found} == {

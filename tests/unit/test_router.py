@@ -189,7 +189,7 @@ def test_the_size_to_begin_with_is_one_of_the_documents():
         assert not card.seeds or advise.middle(card) in card.seeds
 
 
-def test_what_converts_today_is_said_though_it_does_not_train_yet():
+def test_what_converts_today_is_listed_though_it_does_not_train_yet():
     from polymodal.convert import family_registry as converters
 
     known = {
@@ -277,7 +277,7 @@ def test_the_table_fits_80_columns_and_names_every_model():
 
 
 @pytest.mark.parametrize("name", list(CARDS))
-def test_a_page_tells_sizes_and_why_not(name):
+def test_a_page_lists_sizes_and_why_not(name):
     out = run(name)
     card = CARDS[name]
     flat = " ".join(out.split())
@@ -302,7 +302,7 @@ def test_json_forms():
     )
 
 
-def test_a_wish_is_answered_with_commands_and_paths():
+def test_a_request_is_answered_with_commands_and_paths():
     out = run("--for", "微调 qwen2.5-vl 7b, lora, 8卡")
     assert "model: qwen2.5-vl, size 7b" in out
     assert "polymodal train qwen2.5-vl-7b-lora.yaml --nproc 8" in out and "runs/qwen2.5-vl-7b-lora/" in out
@@ -314,7 +314,7 @@ def test_a_wish_is_answered_with_commands_and_paths():
 
 
 @pytest.mark.parametrize("task", list(advise.TASKS))
-def test_every_task_has_its_words_on_the_page(task):
+def test_every_task_is_named_on_the_page(task):
     model = "flux.1" if task in ("dreambooth", "encode") else "qwen2-vl"
     word = next((words[0] for name, words in advise.METHODS.items() if name == task))
     out = run("--for", f"{word} {model}")

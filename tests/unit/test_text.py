@@ -13,7 +13,7 @@ def test_the_nearest_name_comes_first_and_case_does_not_count():
     assert nearest("x", ["weights"]) == [] and nearest("", ["weights"]) == []
 
 
-def test_a_mend_names_the_nearest_or_what_there_is():
+def test_a_hint_names_the_nearest_or_what_there_is():
     assert did_you_mean("slrum", ("slurm", "torchrun")) == "Did you mean slurm?"
     assert did_you_mean("zzz", iter(("slurm", "torchrun"))) == "Known: slurm, torchrun."
     assert (

@@ -1,6 +1,6 @@
 """One process against many: the same values by name into any layout, gradients by name out of it.
 
-Toy pieces of the spike; they may touch every room but are used by tests only.
+Toy pieces of the spike; they may import every folder but are used by tests only.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ TOKENS = {"image_token_id": IMAGE, "video_token_id": 4}
 
 
 class Positions(qwen3_vl.Qwen3VL):
-    """Takes the mRoPE positions along from stage to stage, to show that integers travel too; the family itself
+    """Takes the mRoPE positions along from stage to stage, to show that integers are sent too; the family itself
     leaves them in the batch, which every stage has."""
 
     def stage(
