@@ -202,11 +202,12 @@ def override(data: dict, lines: Lines, text: str) -> None:
                     "Entries are numbered from 0.",
                 )
             index = int(part)
-        elif i + 1 < len(parts) and not isinstance(target.get(part), (dict, list)):
-            target[part] = {}
-        if i + 1 < len(parts):
-            target = target[index]
-    target[index] = parsed
+        if i + 1 == len(parts):
+            target[index] = parsed
+            break
+        if not isinstance(target[index] if isinstance(target, list) else target.get(part), (dict, list)):
+            target[index] = {}
+        target = target[index]
     for old in [name for name in lines if f"{name}.".startswith(f"{key}.")]:
         del lines[old]
     lines[key] = (f"override `{text}`", 0)

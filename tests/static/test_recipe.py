@@ -158,6 +158,9 @@ def test_mistakes_of_overrides(tmp_path):
         "override `train.stpes=1`: unknown key `train.stpes`. Did you mean `train.steps`?"
     )
     assert refused(path, "parallel=8").startswith("override `parallel=8`: `parallel` = 8 is a section")
+    freeze = ["train.freeze=[vision]", "train.freeze.0.x=1"]
+    assert refused(path, *freeze).endswith("`train.freeze.0` = {'x': 1} is not text.")
+    assert refused(path, "optim.betas=[0.9]").endswith("`optim.betas.1` is missing. Add it.")
     assert "given twice" in refused(write(tmp_path, "train: {steps: 1, steps: 2}\n"))
 
 
