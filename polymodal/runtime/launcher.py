@@ -235,10 +235,10 @@ def run(
     variables |= {KILL_ORPHANS: "1"} if elastic else {}
     variables |= {FRESH_STORE: "1"} if restarts or elastic else {}
     with _launcher_process(forward, variables), tempfile.TemporaryDirectory(prefix="polymodal-") as directory:
-        spec = _worker_spec(command, request, seconds, restarts, fewest, elastic)
-        agent = _agent_class()(spec, DefaultLogsSpecs(log_dir=directory), start_method="spawn")
-        agent.received = received
         try:
+            spec = _worker_spec(command, request, seconds, restarts, fewest, elastic)
+            agent = _agent_class()(spec, DefaultLogsSpecs(log_dir=directory), start_method="spawn")
+            agent.received = received
             result = agent.run()
             failures = result.failures if result.is_failed() else {}
         except ChildFailedError as error:
@@ -255,7 +255,7 @@ def _worker_spec(
 ) -> Any:
     """What torchrun's agent starts, and how it finds the agents of other nodes."""
     from torch.distributed.elastic.agent.server.api import WorkerSpec
-    from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
 
     fixed = request.nodes > 1 or request.port > 0
     static = fixed and not elastic
@@ -264,6 +264,7 @@ def _worker_spec(
     if elastic:  # nodes may leave and come back; every second the agents look who is there
         settings |= {
             "is_host": request.node == 0,
+            "read_timeout": min(60, seconds),
             "join_timeout": seconds,
             "last_call_timeout": 5,
             "keep_alive_interval": 1,
@@ -286,13 +287,26 @@ def _worker_spec(
         local_world_size=request.nproc,
         entrypoint=sys.executable,
         args=tuple(command),
-        rdzv_handler=registry.get_rendezvous_handler(parameters),
+        rdzv_handler=_rendezvous_handler(parameters, 0 if request.node == 0 else seconds),
         max_restarts=restarts,
         monitor_interval=0.1,
         master_addr=request.address if static else None,
         master_port=request.port if static else None,
         local_addr=local_address,
     )
+
+
+def _rendezvous_handler(parameters: Any, seconds: int) -> Any:
+    """torch's handler; for `seconds` it may be that the first node's store is not there yet."""
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError, registry
+
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return registry.get_rendezvous_handler(parameters)
+        except RendezvousConnectionError:
+            if time.monotonic() >= deadline:
+                raise
 
 
 def _agent_class() -> type:
@@ -370,15 +384,16 @@ def _no_rendezvous(error: Exception, request: LaunchRequest, seconds: int) -> Ex
     if not expected and "Rendezvous" not in type(error).__name__:
         return error
     require_port_after(error, request.port, request.port_name)
+    cause = first_line(error.__cause__ or error)
     if request.nodes > 1:
         return PolymodalError(
             f"Node {request.node} of {request.nodes} could not meet the other nodes at "
-            f"{request.address}:{request.port} within {seconds} s ({first_line(error)[:160]}).",
+            f"{request.address}:{request.port} within {seconds} s ({cause[:160]}).",
             "Start the same command on every node, each with its NODE_RANK, and see that the port is open "
             "between them.",
         )
     return PolymodalError(
-        f"The processes could not be started: {first_line(error)[:300]}.",
+        f"The processes could not be started: {cause[:300]}.",
         "`polymodal doctor` looks at ports, limits and the network.",
     )
 

@@ -405,11 +405,11 @@ def test_the_owner_of_a_port_is_named_on_one_line():
     assert "import time print(" in words and "\n" not in words
 
 
-def test_a_missing_node_is_one_sentence(processes):
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_missing_node_is_one_sentence(processes, restarts):
     port = free_port()
-    code, out, err = processes(
-        "pass", 1, 2, NNODES="2", NODE_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    nodes = variables(f"NNODES=2 NODE_RANK=1 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}")
+    code, out, err = processes("pass", 1, 2, restarts, **nodes)
     assert code == 2
     message = err.splitlines()[-1]
     expected = f"error: Node 1 of 2 could not meet the other nodes at 127.0.0.1:{port} within 2 s ("
