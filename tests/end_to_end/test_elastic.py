@@ -1,4 +1,4 @@
-"""Elastic restart: killed processes, then a killed node; training goes on from the last checkpoint with the same curve."""
+"""Elastic restart: after a killed process or node, training goes on from the last checkpoint, same curve."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.end_to_end.test_training import ENVIRONMENT, assert_same, curve, grou
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 STEPS = 40
-"""So many that training is not over while this test, on a busy machine, still waits for its turn to kill something."""
-EVERY_STEP = [f"train.steps={STEPS}", "checkpoint.every=1", "checkpoint.keep=100", "checkpoint.asynchronous=false"]  # fmt: skip
+"""So many that training is not over before this test, on a busy machine, kills something."""
+EVERY_STEP = "checkpoint.every=1 checkpoint.keep=100 checkpoint.asynchronous=false"
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,11 @@ def straight(ground, tmp_path_factory) -> Path:  # noqa: F811
     run = tmp_path_factory.mktemp("straight") / "run"
     train(ground, run, f"train.steps={STEPS}")
     return run
+
+
+def command_of(ground: Path, run: Path, options: str) -> list[str]:  # noqa: F811
+    overrides = [f"train.steps={STEPS}", f"checkpoint.dir={run}", *EVERY_STEP.split()]
+    return words("train", str(ground / "recipe.yaml"), *options.split(), *overrides)
 
 
 def free_port() -> int:
@@ -57,15 +62,13 @@ def wait_for_step(run: Path, step: int, processes: list[subprocess.Popen]) -> No
 
 def test_a_killed_process_leads_to_a_restart(ground, straight, tmp_path):  # noqa: F811
     run = tmp_path / "run"
-    command = words(
-        "train", str(ground / "recipe.yaml"), "--nproc", "2", "--restarts", "2", f"checkpoint.dir={run}", *EVERY_STEP
-    )  # fmt: skip
+    command = command_of(ground, run, "--nproc 2 --restarts 2")
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     wait_for_step(run, 3, [process])
     os.kill(workers(process.pid)[1], signal.SIGKILL)
-    _, said = process.communicate(timeout=200)
-    assert process.returncode == 0, said
-    assert "starting again from the newest checkpoint: rank 1 ended with exit code -9" in said
+    _, output = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "starting again from the newest checkpoint: rank 1 ended with exit code -9" in output
     assert_same(curve(run), curve(straight))
     assert json.loads((run / "summary.json").read_text())["resumed_at"] >= 3
 
@@ -76,13 +79,9 @@ def test_a_killed_node_leads_to_a_smaller_world(ground, straight, tmp_path):  # 
     port = free_port()
     nodes = []
     for rank in range(2):
-        environ = {
-            **ENVIRONMENT, "NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)
-        }  # fmt: skip
-        command = words(
-            "train", str(ground / "recipe.yaml"), "--nproc", "1", "--restarts", "5", "--min-nodes", "1",
-            f"checkpoint.dir={run}", *EVERY_STEP,
-        )  # fmt: skip
+        rendezvous = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environ = {**ENVIRONMENT, **rendezvous, "NODE_RANK": str(rank)}
+        command = command_of(ground, run, "--nproc 1 --restarts 5 --min-nodes 1")
         log = (tmp_path / f"node{rank}.log").open("w")
         nodes.append(subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True))
     try:
@@ -99,8 +98,8 @@ def test_a_killed_node_leads_to_a_smaller_world(ground, straight, tmp_path):  # 
             if node.poll() is None:
                 os.killpg(node.pid, signal.SIGKILL)
             node.wait()
-    said = (tmp_path / "node0.log").read_text()
-    assert said.count("starting again from the newest checkpoint") >= 2
+    output = (tmp_path / "node0.log").read_text()
+    assert output.count("starting again from the newest checkpoint") >= 2
     assert_same(curve(run), curve(straight))
     assert json.loads((run / "summary.json").read_text())["resumed_at"] >= again + 2
 
@@ -134,17 +133,13 @@ def test_a_node_that_dies_before_the_group_is_there_is_not_waited_for(tmp_path):
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, str(tmp_path / "node.py")]
-    both = [
-        subprocess.Popen(command, env={**environ, "NODE": node}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for node in "01"
-    ]  # fmt: skip
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    both = [subprocess.Popen(command, env={**environ, "NODE": node}, **output) for node in "01"]
     try:
-        said, _ = both[0].communicate(timeout=200)
-        assert both[0].returncode == 0, said
-        assert (
-            "world 1" in said
-            and "starting again from the newest checkpoint: the number of nodes changed" in said
-        )
+        text, _ = both[0].communicate(timeout=200)
+        assert both[0].returncode == 0, text
+        assert "world 1" in text
+        assert "starting again from the newest checkpoint: the number of nodes changed" in text
         assert both[1].wait(timeout=60) == -signal.SIGKILL
     finally:
         for process in both:

@@ -130,14 +130,14 @@ MISTAKES = [
 @pytest.mark.parametrize("text, sentence", MISTAKES, ids=[sentence[:40] for _, sentence in MISTAKES])
 def test_mistakes(tmp_path, text, sentence):
     path = write(tmp_path, text)
-    said = refused(path)
-    assert sentence in said and "\n" not in said
-    assert said.startswith(str(path))
+    message = refused(path)
+    assert sentence in message and "\n" not in message
+    assert message.startswith(str(path))
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path):
-    said = refused(write(tmp_path, "model: {source: a, sauce: b}\noptim: {lr: -1}\n")).splitlines()
-    assert len(said) == 2 and "sauce" in said[0] and "optim.lr" in said[1]
+    lines = refused(write(tmp_path, "model: {source: a, sauce: b}\noptim: {lr: -1}\n")).splitlines()
+    assert len(lines) == 2 and "sauce" in lines[0] and "optim.lr" in lines[1]
 
 
 def test_a_mistake_in_a_base_names_the_base(tmp_path):
