@@ -1,9 +1,7 @@
-"""HTML pages: one file each, with its style and pictures inside; nothing is loaded from elsewhere, so they
-open anywhere.
+"""HTML pages: one file each, with its style and pictures inside, so that it opens anywhere.
 
 A page is a template in templates/ (all of them extend base.html) and the values that it shows. Autoescape is
-on: what comes from data is plain text wherever it lands. The rooms above hand over plain values; of them this
-room knows nothing.
+on: what comes from data is plain text wherever it is shown.
 """
 
 from __future__ import annotations
@@ -26,8 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as a data URI, or (without `uri`) the reason why there is none; exact: small, enlarged without
-    blurring."""
+    """An image as a data URI, or why there is none. exact: small, enlarged without blurring."""
 
     uri: str = ""
     exact: bool = False
@@ -36,8 +33,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Card:
-    """One question in a grid. answers: (label, text, score 0..1 or None for "not judged"), e.g. before and
-    after training; the last one colours the card. expected None: there is nothing to compare with."""
+    """One question in a grid. expected None: there is nothing to compare with.
+
+    answers: (label, text, score 0..1 or None where not judged); the last one colours the card.
+    """
 
     question: str
     answers: Sequence[tuple[str, str, float | None]] = ()
@@ -53,30 +52,21 @@ class Card:
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers stand right, in columns that hold nothing else their headers too."""
+    """Numbers are aligned right, and so are the headers of columns that hold nothing else."""
 
     headers: Sequence[str]
     rows: Sequence[Sequence[Any]]
 
 
 def verdict(score: float | None) -> str:
-    """Class of a score between 0 and 1: "right", "part", "wrong", or "" when it was not judged."""
+    """CSS class of a score between 0 and 1; "" where not judged."""
     return "" if score is None else "right" if score >= 1 else "wrong" if score <= 0 else "part"
 
 
-def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def cell(value: object) -> str:
-    """A table cell's text; floats with four digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def numeric_columns(table: Table) -> list[bool]:
-    return [
-        bool(table.rows) and all(is_number(row[i]) for row in table.rows) for i in range(len(table.headers))
-    ]
+    """Which columns hold nothing but numbers."""
+    columns = zip(*table.rows, strict=True) if table.rows else ((None,) for _ in table.headers)
+    return [all(isinstance(value, (int, float)) for value in column) for column in columns]
 
 
 @functools.cache
@@ -90,20 +80,17 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"verdict": verdict, "cell": cell, "numeric_columns": numeric_columns}
-    made.tests["numeric"] = is_number
+    made.filters |= {"verdict": verdict, "numeric_columns": numeric_columns}
     return made
 
 
 def render(template: str, **values: Any) -> str:
-    """The page of `templates/<template>` with these values. A value that the template lacks is a bug and
-    raises."""
+    """The page of `templates/<template>`. A value that the template uses and does not get raises."""
     return _environment().get_template(template).render(**values)
 
 
 def write(file: Path, text: str, hint: str = "Choose another place for the page.") -> Path:
-    """The page as a file, whole or not at all; missing directories are made. Raises PolymodalError where it
-    cannot be."""
+    """The page as a file, whole or not at all; missing directories are made. Raises PolymodalError."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(file, text)
@@ -113,13 +100,9 @@ def write(file: Path, text: str, hint: str = "Choose another place for the page.
 
 
 def thumbnail(picture: Image, side: int = 240) -> Picture:
-    """The picture, reduced to at most `side` pixels; one of at most 64 (digits, icons) is kept exactly and
-    enlarged."""
-    picture = picture.convert(
-        "RGB"
-    )  # a copy or the picture itself: thumbnail() below must not change the caller's
-    exact = max(picture.size) <= 64
-    small = picture.copy()
+    """The picture reduced to `side` pixels; one of at most 64 (digits, icons) is kept and enlarged."""
+    small = picture.convert("RGB").copy()  # thumbnail() below must not change the caller's
+    exact = max(small.size) <= 64
     small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, "PNG" if exact else "JPEG", **({} if exact else {"quality": 80}))

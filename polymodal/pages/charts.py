@@ -1,5 +1,4 @@
-"""Charts as lists of SVG shapes: values become coordinates here, `chart` in templates/parts.html writes them
-down.
+"""Charts as lists of SVG shapes: values become coordinates here, `chart` in templates/parts.html writes them.
 
 Every function returns a `Chart` in its own units of length; the page scales it to its width.
 """
@@ -13,14 +12,13 @@ from itertools import accumulate
 from typing import Any
 
 Point = tuple[float, float]
-LEFT = 70
-"""Room for the names of rows and the numbers of a vertical axis, in charts as wide as the page."""
+WIDE, LEFT = 960, 70
+"""Width of charts as wide as the page; space in them for names of rows and numbers of an axis."""
 
 
 @dataclass
 class Chart:
-    """Shapes on a canvas. wide: made for a whole page's width, it scrolls on a narrow screen instead of
-    shrinking."""
+    """Shapes on a canvas. wide: as wide as the page; it scrolls on a narrow screen instead of shrinking."""
 
     width: float
     height: float
@@ -29,8 +27,7 @@ class Chart:
     shapes: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, tag: str, title: str = "", text: str = "", **attributes: Any) -> None:
-        """One SVG element. attributes: numbers are rounded; `_` in a name becomes `-`, one at its end is
-        dropped."""
+        """One SVG element. Floats are rounded; `_` in names becomes `-`, one at the end is dropped."""
         named = {
             name.rstrip("_").replace("_", "-"): f"{value:.2f}".rstrip("0").rstrip(".")
             if isinstance(value, float)
@@ -44,6 +41,11 @@ class Chart:
 
     def text(self, x: float, y: float, text: str, anchor: str = "start", kind: str = "tick") -> None:
         self.add("text", text=text, x=x, y=y, text_anchor=anchor, class_=kind)
+
+    def block(
+        self, x: float, y: float, width: float, height: float, colour: str, opacity: float, title: str
+    ) -> None:
+        self.add("rect", title, x=x, y=y, width=width, height=height, fill=colour, fill_opacity=opacity)
 
 
 def number(value: float) -> str:
@@ -84,9 +86,8 @@ def curve(
         return across, chart.height - bottom - (y - y0) / ((y1 - y0) or 1) * (chart.height - top - bottom)
 
     def path(through: Sequence[Point], kind: str) -> None:
-        chart.add(
-            "path", d="M" + " L".join(f"{a:.1f} {b:.1f}" for a, b in (at(*p) for p in through)), class_=kind
-        )
+        corners = (at(*point) for point in through)
+        chart.add("path", d="M" + " L".join(f"{a:.1f} {b:.1f}" for a, b in corners), class_=kind)
 
     for y in ticks(y0, y1):
         a, b = at(x0, y)
@@ -125,33 +126,24 @@ def bars(
     limit: tuple[float, str],
     text: Callable[[float], str],
 ) -> Chart:
-    """Stacked horizontal bars, kinds in the order of `colours`; limit: a vertical line at a size, with its
-    text."""
-    each, width = 34, 960
-    chart = Chart(width, len(rows) * each + 24, label, wide=True)
-    scale = (width - LEFT - 90) / (max([limit[0], *(row.total for row in rows)]) * 1.02)
+    """Stacked horizontal bars, kinds ordered as in `colours`. limit: a vertical line at a size, its text."""
+    each = 34
+    foot = len(rows) * each + 4
+    chart = Chart(WIDE, foot + 20, label, wide=True)
+    scale = (WIDE - LEFT - 90) / (max([limit[0], *(row.total for row in rows)]) * 1.02)
     for at, row in enumerate(rows):
         x, y = float(LEFT), at * each + 6
         chart.text(0, y + 16, row.name, kind="label")
         for kind, colour in colours.items():
             size = row.sizes.get(kind, 0)
-            wide = size * scale
-            if wide >= 0.3:
-                chart.add(
-                    "rect",
-                    f"{kind}: {text(size)}",
-                    x=x,
-                    y=y,
-                    width=wide,
-                    height=22,
-                    fill=colour,
-                    fill_opacity=row.opacity,
-                )
-            if wide >= 64:
-                chart.text(x + wide / 2, y + 15, text(size), "middle", "inside")
-            x += wide
+            width = size * scale
+            if width >= 0.3:
+                chart.block(x, y, width, 22, colour, row.opacity, f"{kind}: {text(size)}")
+            if width >= 64:
+                chart.text(x + width / 2, y + 15, text(size), "middle", "inside")
+            x += width
         chart.text(x + 6, y + 16, text(row.total), kind="label")
-    edge, foot = LEFT + limit[0] * scale, len(rows) * each + 4
+    edge = LEFT + limit[0] * scale
     chart.line(edge, 0, edge, foot, "mark")
     chart.text(edge, foot + 14, limit[1], "end", "label")
     return chart
@@ -164,26 +156,26 @@ def areas(
     text: Callable[[float], str],
     mark: tuple[int, str] | None = None,
 ) -> Chart:
-    """Stacked areas over the events of `course`, kinds in the order of `colours`; mark: a line at an
-    event."""
-    height, width = 220, 960
-    chart = Chart(width, height + 6, label, wide=True)
-    peak = max(sum(held.values()) for held in course)
-    top, step = max(peak * 1.05, 1), (width - LEFT) / (len(course) - 1)
-
-    def at(event: int, value: float) -> str:
-        return f"{LEFT + event * step:.1f},{height - value / top * height:.1f}"
-
-    stacks = [list(accumulate((held.get(kind, 0) for kind in colours), initial=0.0)) for held in course]
-    for n, (kind, colour) in enumerate(colours.items()):
-        upper = [at(event, stack[n + 1]) for event, stack in enumerate(stacks)]
-        lower = [at(event, stack[n]) for event, stack in enumerate(stacks)]
+    """Stacked areas over the events of `course`, kinds ordered as in `colours`. mark: a line at an event."""
+    height = 220
+    chart = Chart(WIDE, height + 6, label, wide=True)
+    stacks = [list(accumulate((sizes.get(kind, 0) for kind in colours), initial=0.0)) for sizes in course]
+    peak = max(sum(sizes.values()) for sizes in course)
+    top, step = max(peak * 1.05, 1), (WIDE - LEFT) / (len(course) - 1)
+    edges = [
+        [
+            f"{LEFT + event * step:.1f},{height - stack[n] / top * height:.1f}"
+            for event, stack in enumerate(stacks)
+        ]
+        for n in range(len(colours) + 1)
+    ]
+    for (kind, colour), lower, upper in zip(colours.items(), edges[:-1], edges[1:], strict=True):
         if upper != lower:
             chart.add("polygon", kind, points=" ".join(upper + lower[::-1]), fill=colour)
-    for share in (0.0, 0.5, 1.0):
-        y = height - share * peak / top * height
-        chart.text(0, min(y + 4, height), text(share * peak), kind="label")
-        chart.line(LEFT, y, width, y, "faint")
+    for value in (0.0, 0.5 * peak, peak):
+        y = height - value / top * height
+        chart.text(0, min(y + 4, height), text(value), kind="label")
+        chart.line(LEFT, y, WIDE, y, "faint")
     if mark is not None:
         x = LEFT + mark[0] * step
         chart.line(x, 0, x, height, "mark")
@@ -193,8 +185,7 @@ def areas(
 
 @dataclass(frozen=True)
 class Span:
-    """A slot of `timeline`: from `start` to `end` (seconds) in a row; text stands inside where there is
-    room."""
+    """A slot of `timeline`, from `start` to `end` seconds; its text stands inside where it fits."""
 
     row: int
     start: float
@@ -208,26 +199,17 @@ class Span:
 def timeline(
     label: str, rows: Sequence[str], spans: Sequence[Span], seconds: float, colours: Mapping[str, str]
 ) -> Chart:
-    """One row a worker, time to the right."""
-    each, width = 26, 960
-    chart, scale = Chart(width, len(rows) * each + 20, label, wide=True), (width - LEFT) / seconds
+    """A row for each worker, time to the right."""
+    each = 26
+    foot = len(rows) * each + 14
+    chart, scale = Chart(WIDE, foot + 6, label, wide=True), (WIDE - LEFT) / seconds
     for at, name in enumerate(rows):
         chart.text(0, at * each + 17, name, kind="label")
     for span in spans:
-        x, wide = LEFT + span.start * scale, (span.end - span.start) * scale
-        chart.add(
-            "rect",
-            span.title,
-            x=x,
-            y=span.row * each + 3,
-            width=max(wide - 0.4, 0.3),
-            height=each - 6,
-            fill=colours[span.kind],
-            fill_opacity=span.opacity,
-        )
-        if wide > 16:
-            chart.text(x + wide / 2, span.row * each + 17, span.text, "middle", "inside")
-    foot = len(rows) * each + 14
+        x, y, width = LEFT + span.start * scale, span.row * each + 3, (span.end - span.start) * scale
+        chart.block(x, y, max(width - 0.4, 0.3), each - 6, colours[span.kind], span.opacity, span.title)
+        if width > 16:
+            chart.text(x + width / 2, y + 14, span.text, "middle", "inside")
     chart.text(LEFT, foot, "0 s", kind="label")
-    chart.text(width, foot, f"{seconds:.3g} s", "end", "label")
+    chart.text(WIDE, foot, f"{seconds:.3g} s", "end", "label")
     return chart
