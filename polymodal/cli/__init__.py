@@ -1,6 +1,6 @@
-"""The one command. Each sub-command is a few lines into the package, in one file a kind; they join the app by import.
+"""The one command. A sub-command is a few lines into the package and joins the app by import.
 
-Sees every room, through its sub-commands alone. Help is printed without importing what takes half a second.
+Help is printed without importing what takes half a second.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any
 
 import typer
 
-# In the order of the help page: a file's commands join the app when it is imported.
-from polymodal.cli import catalogue, training, asking, generation, conversion, cluster, files  # isort: skip  # noqa: F401
+# In the order of the help page.
+from polymodal.cli import catalogue, training, asking, generation, files, cluster  # isort: skip  # noqa: F401
 from polymodal.cli.app import HELP, app, guard, spread
 
 __all__ = ["app", "guard", "help_at_once", "main", "spread"]
 
 
 def help_at_once(words: list[str]) -> bool:
-    """Prints the help that the words ask for, without typer's parsing (it imports what takes half a second)."""
+    """Print the help that the words ask for, without typer's parsing, whose imports take half a second."""
     if not set(HELP) & set(words[: words.index("--") if "--" in words else None]):
         return False
     command: Any = typer.main.get_command(app)

@@ -1,26 +1,32 @@
-"""What every sub-command shares: the groups they join, how errors leave, how processes start, the common options.
+"""What every sub-command shares: the groups they join, how errors are printed, how processes start.
 
-Sees launch and spawn, inside functions. A PolymodalError is one message on stderr and exit code 2; Ctrl-C is 130; a
-traceback is a bug.
+A PolymodalError is one message on stderr and exit code 2; Ctrl-C is 130; a traceback is a bug.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
 from polymodal.core.errors import PolymodalError
 
 HELP = ["-h", "--help"]
+TABLE: dict[str, Any] = yaml.load(
+    (Path(__file__).parent / "commands.yaml").read_text(encoding="utf-8"),
+    getattr(yaml, "CSafeLoader", yaml.SafeLoader),
+)
 app = typer.Typer(
     name="polymodal",
-    help="Train multimodal models: hub checkpoints in, one recipe, any number of devices, hub checkpoints out.",
+    help="Train multimodal models: hub checkpoints in, one recipe, any number of devices, "
+    "hub checkpoints out.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": HELP},
@@ -31,23 +37,85 @@ recipe_app = typer.Typer(
 )
 app.add_typer(data_app, name="data", rich_help_panel="Files")
 app.add_typer(recipe_app, name="recipe", rich_help_panel="Files")
+GROUPS = {"data": data_app, "recipe": recipe_app}
 
 
-def command(
-    group: typer.Typer, *examples: str, name: str | None = None, panel: str | None = None
-) -> Callable[[Callable], Callable]:
-    """A sub-command with examples in its help, whose errors are one message. panel: its box on the page of all commands."""
+@dataclasses.dataclass(frozen=True)
+class Opening:
+    """Options of commands that open a checkpoint."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    ema: bool = False
+    base: str | None = None
+    revision: str | None = None
+
+
+def command(name: str) -> Callable[[Callable], Callable]:
+    """A sub-command of commands.yaml ("data show" of the group `data`), whose errors are one message.
+
+    Parameters are its arguments and options; one that is a dataclass stands for an option a field.
+    """
 
     def wrap(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def run(*args: Any, **kwargs: Any) -> None:
-            raise typer.Exit(guard(lambda: function(*args, **kwargs)))
+        kinds = {p.name: p.annotation for p in inspect.signature(function, eval_str=True).parameters.values()}
+        groups = {key: kind for key, kind in kinds.items() if dataclasses.is_dataclass(kind)}
 
+        def run(**values: Any) -> None:
+            def action() -> int | None:
+                for option, value in values.items():
+                    _check_choice(name, option, value)
+                for key, kind in groups.items():
+                    names = [f.name for f in dataclasses.fields(kind)]
+                    values[key] = kind(**{n: values.pop(n) for n in names})  # type: ignore[operator]
+                return function(**values)
+
+            raise typer.Exit(guard(action))
+
+        run.__doc__ = function.__doc__
+        run.__signature__ = inspect.Signature(list(_parameters(name, function)))  # type: ignore[attr-defined]
+        facts = TABLE["commands"][name]
+        examples = facts["examples"]
         epilog = "\n\n".join(["Example:" if len(examples) == 1 else "Examples:", *examples])
-        group.command(name, epilog=epilog, rich_help_panel=panel)(run)
+        group, _, last = name.rpartition(" ")
+        GROUPS.get(group, app).command(last, epilog=epilog, rich_help_panel=facts.get("panel"))(run)
         return function
 
     return wrap
+
+
+def _parameters(name: str, function: Callable) -> Iterator[inspect.Parameter]:
+    """A function's parameters as typer takes them, with the help of commands.yaml."""
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        if dataclasses.is_dataclass(parameter.annotation):
+            yield from _parameters(name, parameter.annotation)  # type: ignore[arg-type]
+        else:
+            kind = Annotated[parameter.annotation, _info(name, parameter)]
+            yield parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY)
+
+
+def _info(name: str, parameter: inspect.Parameter) -> Any:
+    facts = option_facts(name, parameter.name)
+    common: dict[str, Any] = {"help": facts["help"], "min": facts.get("min"), "max": facts.get("max")}
+    if "shown" in facts or parameter.default is parameter.empty:
+        common["show_default"] = str(facts["shown"]) if "shown" in facts else False
+    if "argument" in facts:
+        return typer.Argument(metavar=facts["argument"], **common)
+    panels: Mapping[str, list[str]] = TABLE["commands"][name].get("panels", {})
+    panel = next((title for title, names in panels.items() if parameter.name in names), None)
+    flags = [flag(name, parameter.name)] if parameter.default is False else facts.get("flags", ())
+    return typer.Option(*flags, metavar=facts.get("metavar"), rich_help_panel=panel, **common)
+
+
+def option_facts(name: str, option: str) -> Mapping[str, Any]:
+    """What commands.yaml has about an option of a command."""
+    own = TABLE["commands"][name].get("options", {})
+    return own[option] if option in own else TABLE["shared"][option]
+
+
+def flag(name: str, option: str) -> str:
+    """How an option of a command is written."""
+    return option_facts(name, option).get("flags", [f"--{option.replace('_', '-')}"])[0]
 
 
 def guard(action: Callable[[], int | None]) -> int:
@@ -61,10 +129,10 @@ def guard(action: Callable[[], int | None]) -> int:
             except OSError as error:
                 from polymodal.runtime import host
 
-                said = host.full_disk(error)
-                if said is None:
+                full = host.full_disk(error)
+                if full is None:
                     raise
-                raise said from None
+                raise full from None
         except PolymodalError as error:
             if launcher.record(error):
                 start = "\033[1;31merror:\033[0m" if sys.stderr.isatty() else "error:"
@@ -83,11 +151,11 @@ def guard(action: Callable[[], int | None]) -> int:
         return 130
 
 
-def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises PolymodalError for a value that is none of those allowed."""
-    if value not in allowed:
+def _check_choice(name: str, option: str, value: Any) -> None:
+    choices = option_facts(name, option).get("choices", ())
+    if choices and value not in choices:
         raise PolymodalError(
-            f"{option} {value} is not known.", f"Use {', '.join(allowed[:-1])} or {allowed[-1]}."
+            f"{flag(name, option)} {value} is not known.", f"Use {', '.join(choices[:-1])} or {choices[-1]}."
         )
 
 
@@ -99,7 +167,7 @@ def spread(
     restarts: int = 0,
     min_nodes: int | None = None,
 ) -> int:
-    """Run this very command line in as many processes as asked (`here` in each of them), or join and run `here`."""
+    """Run this command line in as many processes as asked (`here` in each), or join and run `here`."""
     from polymodal.runtime import launcher, process_group
 
     if launcher.CHILD in os.environ:
@@ -118,8 +186,8 @@ def spread(
     return launcher.run(command, target, restarts=restarts, min_nodes=min_nodes)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(asked: bool) -> None:
+    if asked:
         from polymodal import __version__
 
         print(f"polymodal {__version__}")
@@ -133,18 +201,3 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-# One line an option reads best.
-# fmt: off
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Keys of the recipe to set.", show_default=False)]
-Processes = Annotated[str | None, typer.Option("--nproc", metavar="N", help="Processes to start on this node; auto = one a device.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, or the accelerator's kind.")]
-Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
-Other = Annotated[str | None, typer.Option("--with", metavar="RUN", help="Run of the other denoiser (Wan2.2 A14B).")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
-Ema = Annotated[bool, typer.Option("--ema", help="Use a run's averaged weights.")]
-Base = Annotated[str | None, typer.Option(metavar="DIR", help="Where the base model of an adapter or a run lies now.")]
-MediaDir = Annotated[str | None, typer.Option(metavar="DIR", help="Directory that relative media paths start from.")]

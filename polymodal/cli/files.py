@@ -1,4 +1,4 @@
-"""Commands of data files and recipes: data convert, check, show; recipe schema, show, docs.
+"""Commands of files: convert (weights); data convert, check, show; recipe schema, show, docs.
 
 Everything heavy is imported inside them.
 """
@@ -6,58 +6,80 @@ Everything heavy is imported inside them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
-
-from polymodal.cli.app import AsJson, MediaDir, Overrides, RecipeFile, command, data_app, one_of, recipe_app
-
-FORMATS = ("auto", "mllm", "llava", "sharegpt", "alpaca", "openai", "text", "caption", "asr")
-DataFormat = Annotated[str, typer.Option(help="auto, mllm, llava, sharegpt, alpaca or openai.")]
-
-# One line an option reads best.
-# fmt: off
+from polymodal.cli.app import command
 
 
-@command(data_app, "polymodal data convert data/llava_instruct_150k.json data/train.json --media-dir COCO2017/train2017")
+@command("convert")
+def convert_weights(
+    source: str,
+    directory: Path,
+    to: str,
+    hf_dir: str | None = None,
+    tp: int = 1,
+    pp: str | None = None,
+    vit_pp: str | None = None,
+    audio_pp: str | None = None,
+    vit_tp: int = 0,
+    audio_tp: int = 0,
+    ep: int = 1,
+    canonical: bool = False,
+    verify: bool = True,
+    dry_run: bool = False,
+    workers: int = 0,
+    allow_pickle: bool = False,
+    force: bool = False,
+) -> int:
+    """Weights between the hub's layout, Megatron-style trees and DCP directories; SOURCE is any of them."""
+    from polymodal.convert import recognise
+    from polymodal.convert.options import Settings
+    from polymodal.models import catalog
+
+    def local(name: str) -> Path:
+        return Path(name) if Path(name).exists() else catalog.resolve(name)
+
+    settings = Settings(verify, dry_run, workers, allow_pickle, force)
+    sizes = {"tp": tp, "ep": ep, "vit": vit_tp, "audio": audio_tp}
+    layers = {"pp": pp, "vit": vit_pp, "audio": audio_pp}
+    return recognise.run(
+        local(source), directory, to, local(hf_dir) if hf_dir else None, sizes, layers, canonical, settings
+    )  # type: ignore[arg-type]
+
+
+@command("data convert")
 def convert(
-    source: Annotated[str, typer.Argument(help="LLaVA, ShareGPT, Alpaca or OpenAI file, directory or glob.", show_default=False)],
-    target: Annotated[str, typer.Argument(help="MLLM file to write, .json or .jsonl.", show_default=False)],
-    media_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Put before the rows' media paths.")] = None,
-    format: DataFormat = "auto",
-    missing: Annotated[str, typer.Option(help="Rows whose media are not there: skip, keep or fail.")] = "skip",
+    source: str, target: str, media_dir: str | None = None, format: str = "auto", missing: str = "skip"
 ) -> int:
     """Rewrite a data file as MLLM JSON; text-only rows are kept, missing media counted and listed."""
-    from polymodal.tools import data_convert as room
+    from polymodal.tools import data_convert
 
-    one_of("--format", format, FORMATS)
-    one_of("--missing", missing, ("skip", "keep", "fail"))
-    print(room.convert(source, target, format=format, media_dir=media_dir, missing=missing))  # type: ignore[arg-type]
+    options: dict[str, Any] = {"format": format, "media_dir": media_dir, "missing": missing}
+    print(data_convert.convert(source, target, **options))
     return 0
 
 
-@command(data_app, "polymodal data check train.json --media-dir images", name="check")
+@command("data check")
 def check_data(
-    paths: Annotated[list[str], typer.Argument(metavar="FILE", help="Data files, directories or globs.", show_default=False)],
-    media_dir: MediaDir = None,
-    format: DataFormat = "auto",
-    limit: Annotated[int, typer.Option(help="Problems listed.")] = 20,
-    as_json: AsJson = False,
+    paths: list[str],
+    media_dir: str | None = None,
+    format: str = "auto",
+    limit: int = 20,
+    as_json: bool = False,
 ) -> int:
     """Read every row and every media header; list what is broken, with its line. Needs no model."""
-    from polymodal.tools import data_check as room
+    from polymodal.tools import data_check
 
-    one_of("--format", format, FORMATS)
-    return room.main(paths, media_dir=media_dir, format=format, limit=limit, as_json=as_json)
+    return data_check.main(paths, media_dir=media_dir, format=format, limit=limit, as_json=as_json)
 
 
-@command(data_app, "polymodal data show recipe.yaml -o samples.html --samples 20")
+@command("data show")
 def show(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Page to write.")] = Path("samples.html"),
-    samples: Annotated[int, typer.Option(min=1, help="Samples shown.")] = 8,
-    seed: Annotated[int, typer.Option(help="Seed of the choice.")] = 0,
+    recipe: Path,
+    overrides: list[str] | None = None,
+    out: Path = Path("samples.html"),
+    samples: int = 8,
+    seed: int = 0,
 ) -> int:
     """Render samples as the model meets them: tokens, label mask, pictures; one HTML page."""
     from polymodal import recipe as recipes
@@ -66,7 +88,7 @@ def show(
     return checks.show(recipes.load(recipe, overrides or []), out, samples, seed)
 
 
-@command(recipe_app, "polymodal recipe schema > recipe.schema.json")
+@command("recipe schema")
 def schema() -> int:
     """The JSON schema of a recipe, for editors."""
     import json
@@ -77,8 +99,8 @@ def schema() -> int:
     return 0
 
 
-@command(recipe_app, "polymodal recipe show recipe.yaml train.steps=10", name="show")
-def show_recipe(recipe: RecipeFile, overrides: Overrides = None) -> int:
+@command("recipe show")
+def show_recipe(recipe: Path, overrides: list[str] | None = None) -> int:
     """A recipe with its bases, overrides and defaults resolved."""
     from polymodal import recipe as recipes
 
@@ -86,7 +108,7 @@ def show_recipe(recipe: RecipeFile, overrides: Overrides = None) -> int:
     return 0
 
 
-@command(recipe_app, "polymodal recipe docs > docs/recipe.md")
+@command("recipe docs")
 def docs() -> int:
     """The reference page of every key, as Markdown."""
     from polymodal.recipe import reference

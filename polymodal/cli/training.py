@@ -5,39 +5,21 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from polymodal.cli.app import (
-    AsJson,
-    Base,
-    Ema,
-    Other,
-    Overrides,
-    Processes,
-    RecipeFile,
-    app,
-    command,
-    one_of,
-    spread,
-)
-
-# One line an option reads best.
-# fmt: off
+from polymodal.cli.app import command, spread
 
 
-@command(app, "polymodal train recipe.yaml --nproc 8", "polymodal train recipe.yaml train.steps=100 optim.lr=2e-5", "torchrun --nproc-per-node 8 -m polymodal train recipe.yaml", panel="Train")
+@command("train")
 def train(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    nproc: Processes = None,
-    restarts: Annotated[int, typer.Option(metavar="N", min=0, help="Times to start again from the newest checkpoint after a process died.")] = 0,
-    min_nodes: Annotated[int | None, typer.Option(metavar="N", min=1, help="Nodes that are enough to go on with.", show_default="all")] = None,
+    recipe: Path,
+    overrides: list[str] | None = None,
+    nproc: str | None = None,
+    restarts: int = 0,
+    min_nodes: int | None = None,
 ) -> int:
     """Train as a recipe says. The same command again goes on where it stopped.
 
-    Joins when torchrun, SLURM or Kubernetes started it; starts local processes with --nproc (or NPUS_PER_NODE).
+    Joins when torchrun, SLURM or Kubernetes started it; --nproc (or NPUS_PER_NODE) starts local processes.
     """
     from polymodal import recipe as recipes
     from polymodal.convert import recognise
@@ -48,12 +30,15 @@ def train(
     environment.apply(read.device)
     if launcher.CHILD not in os.environ:
         target = process_group.from_environment(process_group.default_nproc(nproc, read.device.kind))
-        if isinstance(target, process_group.LaunchRequest) or target.rank == 0:
-            from polymodal.tools import preflight as checks
+        starts = isinstance(target, process_group.LaunchRequest)
+        if starts or target.rank == 0:
+            from polymodal.tools import preflight
 
-            checks.refuse(read, target.nproc * target.nodes if isinstance(target, process_group.LaunchRequest) else target.world)
-        if isinstance(target, process_group.ProcessInfo) and target.launcher == "alone" and (count := device.count(read.device.kind)) > 1:
-            print(f"note: this node has {count} devices and one process trains; --nproc auto uses all", file=sys.stderr)
+            preflight.refuse(read, target.nproc * target.nodes if starts else target.world)
+        count = device.count(read.device.kind)
+        if not starts and target.launcher == "alone" and count > 1:
+            note = f"note: this node has {count} devices and one process trains; --nproc auto uses all"
+            print(note, file=sys.stderr)
 
     def here() -> int:
         from polymodal.train import trainer
@@ -63,15 +48,15 @@ def train(
     return spread(nproc, read.run_dir, here, read.device.kind, restarts, min_nodes)
 
 
-@command(app, "polymodal check recipe.yaml --world 8", panel="Train")
+@command("check")
 def check(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    world: Annotated[int | None, typer.Option(metavar="N", min=1, help="Processes it will be trained on.", show_default="what the layout needs")] = None,
-    data: Annotated[bool, typer.Option(help="SampleLengths every sample (headers only).")] = True,
-    as_json: AsJson = False,
+    recipe: Path,
+    overrides: list[str] | None = None,
+    world: int | None = None,
+    data: bool = True,
+    as_json: bool = False,
 ) -> int:
-    """Everything that train would refuse, and what it would do: samples, packs, steps, memory, disk. Trains nothing."""
+    """What train would refuse, and what it would do: samples, packs, steps, memory, disk. Trains nothing."""
     from polymodal import recipe as recipes
     from polymodal.convert import recognise
     from polymodal.tools import preflight_report
@@ -80,35 +65,36 @@ def check(
     return preflight_report.main(recipes.load(recipe, overrides or []), world, measure=data, as_json=as_json)
 
 
-@command(app, "polymodal export runs/mine out/my-model --merge-lora --dtype bf16", panel="Train")
+@command("export")
 def export(
-    source: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="Run, or one of its checkpoints.", show_default=False)],
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the hub checkpoint goes.", show_default=False)],
-    merge_lora: Annotated[bool, typer.Option("--merge-lora", help="Add adapters into the weights.", show_default="adapters alone")] = False,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.", show_default="the base's")] = None,
-    ema: Ema = False,
-    base: Base = None,
-    other: Other = None,
-    format: Annotated[str, typer.Option(help="source (as the base's files) or transformers.")] = "source",
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing directory.")] = False,
+    source: str,
+    directory: Path,
+    merge_lora: bool = False,
+    dtype: str | None = None,
+    ema: bool = False,
+    base: str | None = None,
+    other: str | None = None,
+    format: str = "source",
+    force: bool = False,
 ) -> int:
     """Write a run as a hub checkpoint, and prove that the library opens it with the same outputs."""
-    from polymodal.train import export as room
+    from polymodal.train import export as exporting
 
-    one_of("--format", format, ("source", "transformers"))
-    return room.run(
-        source, directory, merge_lora=merge_lora, dtype=dtype, ema=ema, base=base, other=other, layout=format, force=force
+    return exporting.run(
+        source,
+        directory,
+        merge_lora=merge_lora,
+        dtype=dtype,
+        ema=ema,
+        base=base,
+        other=other,
+        layout=format,
+        force=force,
     )
 
 
-@command(app, "polymodal profile runs/mine --steps 3 --ranks 0,1", panel="Train")
-def profile(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run that is training.", show_default=False)],
-    steps: Annotated[int, typer.Option(min=1, help="Steps to trace.")] = 2,
-    ranks: Annotated[str, typer.Option(help="Ranks that write a trace, e.g. 0,1 or 0-7.")] = "0",
-    stacks: Annotated[bool, typer.Option("--stacks", help="Record Python stacks and shapes.")] = False,
-    memory: Annotated[bool, typer.Option("--memory", help="Also write a memory snapshot.")] = False,
-) -> int:
+@command("profile")
+def profile(run: Path, steps: int = 2, ranks: str = "0", stacks: bool = False, memory: bool = False) -> int:
     """Trace a few steps of a live run; it starts at the run's next step. Traces open in Perfetto."""
     from polymodal.tools import profile_request
 

@@ -1,8 +1,6 @@
-"""Evaluation of what a model generates: the samples of a file of prompts, dealt out to ranks, kept, then measured.
+"""Evaluation of models that generate: the samples of a file of prompts, then what measures them.
 
-The same store, ranks, result and page as for answers (run.py, results.py): a sample is a file and a line of the rank's
-own list before the next batch starts. Samples do not depend on what measures them: measuring again generates nothing.
-Sees generate, data, evaluate/measures.py and errors.
+Samples are files and entries of the store; measuring them again generates nothing.
 """
 
 from __future__ import annotations
@@ -25,17 +23,16 @@ from polymodal.data.files import open_rows
 from polymodal.evaluate import benchmarks, results
 from polymodal.evaluate.measures import Measured, Measures, files_of, frechet, is_video
 from polymodal.evaluate.results import Judged, Result
-from polymodal.evaluate.run import deal, opened
-from polymodal.evaluate.store import Progress, Ranks, Store
-from polymodal.generate.media import groups, read_prompts, save
-from polymodal.generate.pipeline import Generator, Prompt, Settings, suspicion
+from polymodal.evaluate.store import Ranks, complete, store_in
+from polymodal.generate.media import make, read_prompts
+from polymodal.generate.pipeline import Generator, Prompt, Settings, opened
 
 PROMPTS = ("prompt", "prompt_en", "caption", "cap", "text")
 SAMPLES, VBENCH = "samples", "vbench"
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """One sample to be made and what is expected of it."""
 
     id: str
@@ -45,66 +42,78 @@ class Asked:
     label: str | None = None
     groups: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def vbench_name(self) -> str:
+        """A clip's file as VBench looks for it."""
+        return f"{self.prompt.prompt}-{self.number}.mp4"
 
-def asked_of(path: str, samples: int, media_dir: str | None, negative: str | None) -> tuple[list[Asked], str]:
-    """The rows of a file of prompts, `samples` of each, and the file's fingerprint. Raises PolymodalError.
 
-    Rows: prompt (or prompt_en, caption, cap, text), and any of negative_prompt, image (or image_name), last_image,
-    video, mask, references, seed, label, category, split, id. A .txt holds one prompt a line. Media start from media_dir, else the file.
+def read_requests(
+    path: str, samples: int, media_dir: str | None, negative: str | None
+) -> tuple[list[Request], str]:
+    """`samples` requests for each row of a file of prompts, and the file's fingerprint.
+
+    Rows: prompt (or prompt_en, caption, cap, text), and any of negative_prompt, image (or image_name),
+    last_image, video, mask, references, seed, label, category, split, id. A .txt holds one prompt a line.
+    Media start from media_dir, else from the file's directory. Raises PolymodalError.
     """
     if not os.path.isfile(path):
         raise PolymodalError(f"The file of prompts {path} does not exist.", "Give it with --data.")
+    rows: list[dict[str, Any]]
     if path.endswith(".txt"):
         digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
-        listed: list[tuple[dict[str, Any], str]] = [
-            ({"prompt": p.prompt}, f"{path}, line {i}") for i, p in enumerate(read_prompts(path), 1)
-        ]
+        rows = [{"prompt": p.prompt} for p in read_prompts(path)]
+        where = [f"{path}, line {i}" for i in range(1, len(rows) + 1)]
     else:
-        rows = open_rows(path)
-        digest = rows.fingerprint
-        listed = [(dict(rows[i]), rows.where(i)) for i in range(len(rows))]
+        file = open_rows(path)
+        digest = file.fingerprint
+        rows, where = [dict(file[i]) for i in range(len(file))], [file.where(i) for i in range(len(file))]
     root = media_dir if media_dir is not None else os.path.dirname(path)
-    out: list[Asked] = []
+    requests: list[Request] = []
     seen: dict[str, str] = {}
-    for i, (row, where) in enumerate(listed):
-        words = next((row[k] for k in PROMPTS if isinstance(row.get(k), str) and row[k].strip()), None)
-        if words is None:
-            raise PolymodalError(
-                f"{where}: there is no prompt (columns: {', '.join(map(str, row))[:120]}).",
-                f"A row needs one of {', '.join(PROMPTS)}.",
-            )
-        key = str(next((row[k] for k in ("id", "index") if row.get(k) not in (None, "")), i)).strip()
+    for i, row in enumerate(rows):
+        row = {name: value for name, value in row.items() if value not in (None, "")}
+        key = str(row.get("id", row.get("index", i))).strip()
         if key in seen:
             raise PolymodalError(
-                f"{where}: the id {key} was used before ({seen[key]}).", "Give every row its own, or none."
+                f"{where[i]}: the id {key} was used before ({seen[key]}).", "Give every row its own, or none."
             )
-        seen[key] = where
-        seed = row.get("seed")
-        if seed not in (None, "") and not str(seed).lstrip("-").isdigit():
-            raise PolymodalError(f"{where}: `seed` = {seed} is no whole number.", "Give an integer, or none.")
-        files: dict[str, Any] = {
-            name: os.path.join(root, str(value))
-            for name, value in (
-                ("image", row.get("image") or row.get("image_name")),
-                ("last_image", row.get("last_image")),
-                ("video", row.get("video")),
-                ("mask", row.get("mask")),
-            )
-            if value
-        }
-        if row.get("references"):
-            files["references"] = [os.path.join(root, str(r)) for r in row["references"]]
-        about = {k: str(row[k]) for k in ("category", "split") if row.get(k) not in (None, "")}
-        label = None if row.get("label") in (None, "") else str(row["label"])
-        against = row.get("negative_prompt") or negative
-        for number in range(samples):
-            own = None if seed in (None, "") else int(str(seed)) + number
-            prompt = Prompt(words.strip(), against, seed=own, **files)
-            name = key if samples == 1 else f"{key}-{number}"
-            out.append(Asked(name, where, prompt, number, label, about))
-    if not out:
+        seen[key] = where[i]
+        prompt = _prompt(row, where[i], root, negative)
+        label = str(row["label"]) if "label" in row else None
+        groups = {name: str(row[name]) for name in ("category", "split") if name in row}
+        for n in range(samples):
+            seeded = prompt if prompt.seed is None else replace(prompt, seed=prompt.seed + n)
+            name = key if samples == 1 else f"{key}-{n}"
+            requests.append(Request(name, where[i], seeded, n, label, groups))
+    if not requests:
         raise PolymodalError(f"{path} holds no prompt.", "Write one a row.")
-    return out, digest
+    return requests, digest
+
+
+def _prompt(row: dict[str, Any], where: str, root: str, negative: str | None) -> Prompt:
+    text = next((row[k] for k in PROMPTS if isinstance(row.get(k), str) and row[k].strip()), None)
+    if text is None:
+        raise PolymodalError(
+            f"{where}: there is no prompt (columns: {', '.join(map(str, row))[:120]}).",
+            f"A row needs one of {', '.join(PROMPTS)}.",
+        )
+    seed = row.get("seed")
+    if seed is not None and not str(seed).lstrip("-").isdigit():
+        raise PolymodalError(f"{where}: `seed` = {seed} is no whole number.", "Give an integer, or none.")
+    row = {"image": row.get("image_name"), **row}
+    files = {
+        name: os.path.join(root, str(row[name]))
+        for name in ("image", "last_image", "video", "mask")
+        if row.get(name)
+    }
+    return Prompt(
+        text.strip(),
+        row.get("negative_prompt", negative),
+        references=[os.path.join(root, str(file)) for file in row.get("references", ())] or None,
+        seed=None if seed is None else int(str(seed)),
+        **files,
+    )
 
 
 def evaluate(
@@ -131,68 +140,80 @@ def evaluate(
     """Make the samples of a file of prompts and measure them. Under a process group every rank calls this.
 
     real: directory of real pictures or clips; with features (a vision model's path) their Frechet distance.
-    clip: a CLIP's path; classifier: an image classifier's path, for rows with `label`. samples: of each prompt.
-    Rank 0 gets the Result, the others None. Raises PolymodalError.
+    clip: a CLIP's path; classifier: an image classifier's path, for rows with `label`. samples: of each
+    prompt. Rank 0 gets the Result, the others None. Raises PolymodalError.
     """
-    world = Ranks(alone=False)
-    try:
-        facts = benchmarks.find(benchmark)
-        settings = settings or Settings()
-        asked, digest = asked_of(data, samples or facts.samples, media_dir, negative)
-        asked = asked[: limit * (samples or facts.samples)] if limit else asked
-        still = generator.family.grid().still
-        references = _check(facts, asked, still, real, features)
-        measures = Measures(clip, features, classifier, generator.device)
-        if classifier is not None:
-            asked = [_labelled(measures, a) for a in asked]
-        belongs = {
-            "model": generator.identity, "data": digest, "settings": asdict(settings), "samples": samples or facts.samples,
-            "negative": negative, "fps": fps, "benchmark": facts.name,
-        }  # fmt: skip
-        store = Store(Path(out), belongs)
-        folder = Path(out) / SAMPLES
-        began = time.perf_counter()
-        done = opened(store, world, restart)
-        done = {k: e for k, e in done.items() if (folder / str(e["file"])).is_file()}
-        todo = [i for i, a in enumerate(asked) if a.id not in done]
-        mine = [todo[i] for i in deal([1.0] * len(todo), world.size)[world.rank]]
+    began = time.perf_counter()
+    facts = benchmarks.find(benchmark)
+    settings = settings or Settings()
+    each = samples or facts.samples
+    requests, digest = read_requests(data, each, media_dir, negative)
+    requests = requests[: limit * each] if limit else requests
+    references = _check(facts.name, requests, generator.family.grid().still, real, features)
+    measures = Measures(clip, features, classifier, generator.device)
+    if classifier is not None:
+        requests = [
+            r if r.label is None else replace(r, label=measures.known_label(r.label, r.where))
+            for r in requests
+        ]
+    belongs = {
+        "model": generator.identity,
+        "data": digest,
+        "settings": asdict(settings),
+        "samples": each,
+        "negative": negative,
+        "fps": fps,
+        "benchmark": facts.name,
+    }
+    folder = Path(out) / SAMPLES
+
+    def answer(mine: list[int]) -> Iterator[dict[str, Any]]:
         folder.mkdir(parents=True, exist_ok=True)
-        write = store.writer(world.rank) if mine else None
-        with Progress(progress and world.rank == 0, len(asked), len(done), store, generator.name) as bar:
-            for entry in _made(generator, asked, mine, settings, batch_size, fps, folder):
-                assert write is not None
-                write({**entry, "rank": world.rank})
-                bar.update()
-        world.barrier()
-        entries = store.answers()
-        found, vectors = _measured(measures, asked, entries, folder, references, world)
+        return _entries(generator, requests, mine, settings, batch_size, fps, folder)
+
+    with Ranks() as world, store_in(out, belongs, world) as store:
+        entries, resumed = complete(
+            store,
+            world,
+            [r.id for r in requests],
+            answer,
+            usable=lambda entry: (folder / str(entry["file"])).is_file(),
+            restart=restart,
+            title=generator.name if progress else None,
+        )
+        files = [folder / str(entries[r.id]["file"]) if entries[r.id]["file"] else None for r in requests]
+        measured, real_vectors = _measure(measures, requests, files, references, world)
         if world.rank != 0:
             return None
-        named = {"clip": clip, "features": features, "classifier": classifier, "real": real}
-        result = _result(
-            generator, facts.name, asked, entries, found, vectors, measures, {**belongs, "measured by": named}
-        )
-        result = replace(
-            result, out=str(out), seconds=round(time.perf_counter() - began, 2), resumed=len(done)
-        )
-
-        def shown(i: int) -> Sequence[Any]:
-            file = entries[asked[i].id].get("file")
-            return (
-                [Media("video" if is_video(file) else "image", str(folder / file))]
-                if file is not None
-                else []
+    judged = [
+        _judged(i, r, entries[r.id], measured.get(i), classifier is not None) for i, r in enumerate(requests)
+    ]
+    totals = results.means(judged)
+    score = totals.pop("score", None)
+    if real_vectors is not None:
+        vectors = [m.vector for m in measured.values() if m.vector is not None]
+        if len(vectors) < 2:
+            raise PolymodalError(
+                f"{len(vectors)} samples could be made, a distance needs 2.", "See samples.jsonl."
             )
+        totals["frechet"] = frechet(np.stack(vectors), real_vectors)
+    named = {"clip": clip, "features": features, "classifier": classifier, "real": real}
+    metric = "label" if score is not None else ", ".join(totals) or "none"
+    by, shown = results.by_group(judged), {**belongs, "measured by": named}
+    result = Result(generator.name, facts.name, metric, score, judged, shown, by, totals)
 
-        results.write(Path(out), result, shown, html, "made")
-        if facts.name == VBENCH:
-            _vbench(Path(out), asked, entries)
-        return result
-    finally:
-        world.close()
+    def pictures(i: int) -> list[Media]:
+        file = files[i]
+        return [] if file is None else [Media("video" if is_video(file) else "image", str(file))]
+
+    if facts.name == VBENCH:
+        _link_for_vbench(Path(out) / VBENCH, requests, files)
+    return results.finish(result, out, began, resumed, html, "made", pictures)
 
 
-def _check(facts: Any, asked: list[Asked], still: bool, real: str | None, features: str | None) -> list[Path]:
+def _check(
+    benchmark: str, requests: Sequence[Request], still: bool, real: str | None, features: str | None
+) -> list[Path]:
     """Refuse what cannot be measured before anything is generated; the files of real pictures."""
     if real is not None and features is None:
         raise PolymodalError("--real needs a model that sees.", "Name a vision model's path with --features.")
@@ -204,193 +225,145 @@ def _check(facts: Any, asked: list[Asked], still: bool, real: str | None, featur
     references = files_of(real) if real is not None else []
     odd = next((p for p in references if is_video(p) == still), None)
     if odd is not None:
+        kinds = ("picture", "clip")
         raise PolymodalError(
-            f"{odd} is a {'clip' if still else 'picture'}, this model makes {'pictures' if still else 'clips'}.",
+            f"{odd} is a {kinds[still]}, this model makes {kinds[not still]}s.",
             "Name a directory of the same kind with --real.",
         )
-    if references and len(asked) < 2:
+    if references and len(requests) < 2:
         raise PolymodalError("A distance of distributions needs at least 2 samples.", "Raise --samples.")
-    if facts.name == VBENCH:
-        if still:
-            raise PolymodalError("VBench judges clips, this model makes pictures.", "Use `generation`.")
-        names: dict[str, str] = {}
-        for a in asked:
-            name = vbench_name(a)
-            if "/" in name or len(name.encode()) > 255:
-                raise PolymodalError(
-                    f"{a.where}: the prompt cannot be a file's name, which VBench wants.", "Shorten it."
-                )
-            if name in names:
-                raise PolymodalError(
-                    f"{a.where}: the prompt was used before ({names[name]}); VBench tells clips apart by it.",
-                    "Remove one of the rows.",
-                )
-            names[name] = a.where
+    if benchmark == VBENCH:
+        _check_vbench(requests, still)
     return references
 
 
-def _labelled(measures: Measures, asked: Asked) -> Asked:
-    if asked.label is None:
-        return asked
-    return replace(asked, label=measures.known_label(asked.label, asked.where))
+def _check_vbench(requests: Sequence[Request], still: bool) -> None:
+    if still:
+        raise PolymodalError("VBench judges clips, this model makes pictures.", "Use `generation`.")
+    seen: dict[str, str] = {}
+    for request in requests:
+        name = request.vbench_name
+        if "/" in name or len(name.encode()) > 255:
+            raise PolymodalError(
+                f"{request.where}: the prompt cannot be a file's name, which VBench wants.", "Shorten it."
+            )
+        if name in seen:
+            raise PolymodalError(
+                f"{request.where}: the prompt was used before ({seen[name]}), VBench names clips by it.",
+                "Remove one of the rows.",
+            )
+        seen[name] = request.where
 
 
-def _made(
-    generator: Generator, asked: list[Asked], mine: list[int], settings: Settings, batch: int, fps: float, folder: Path
-) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Entries of this rank's samples, each with its file written."""
-    good: list[int] = []
-    for i in mine:
-        error = _unreadable(asked[i].prompt)
-        if error is None:
-            good.append(i)
-        else:
-            yield {"id": asked[i].id, "file": None, "answer": "", "error": f"{asked[i].where}: {error}"}
-    prompts = [a.prompt for a in asked]
-    for group in groups(good, prompts, batch):
-        began = time.perf_counter()
-        seeded = [
-            replace(prompts[i], seed=settings.seed * 1_000_003 + i if prompts[i].seed is None else prompts[i].seed)
-            for i in group
-        ]  # fmt: skip
-        made = generator.sample(seeded, settings)
-        each = round((time.perf_counter() - began) / len(group), 3)
-        for place, (i, prompt, frames) in enumerate(zip(group, seeded, made, strict=True)):
-            entry: dict[str, Any] = {"id": asked[i].id, "seed": prompt.seed, "seconds": each}
-            wrong = suspicion(frames)
-            if frames.dtype != np.uint8:
-                yield {**entry, "file": None, "answer": "", "error": f"the sample {wrong}"}
-                continue
-            name = save(folder, i, frames, fps, **generator.heard(place))
-            yield {**entry, "file": name, "answer": name, **({"warning": wrong} if wrong else {})}
+def _entries(
+    generator: Generator,
+    requests: Sequence[Request],
+    mine: Sequence[int],
+    settings: Settings,
+    batch_size: int,
+    fps: float,
+    folder: Path,
+) -> Iterator[dict[str, Any]]:
+    """Entries of these requests, each with its file written; a row with a broken picture fails alone."""
+    problems = {i: _unreadable(requests[i].prompt) for i in mine}
+    for i, problem in problems.items():
+        if problem is not None:
+            error = f"{requests[i].where}: {problem}"
+            yield {"id": requests[i].id, "file": None, "answer": "", "error": error}
+    readable = [i for i, problem in problems.items() if problem is None]
+    prompts = [request.prompt for request in requests]
+    for sample in make(generator, prompts, readable, settings, batch_size, folder, fps):
+        entry = {
+            "id": requests[sample.number].id,
+            "seed": sample.prompt.seed,
+            "seconds": round(sample.seconds, 3),
+            "file": sample.file,
+            "answer": sample.file or "",
+        }
+        if sample.file is None:
+            entry["error"] = f"the sample {sample.warning}"
+        elif sample.warning:
+            entry["warning"] = sample.warning
+        yield entry
 
 
 def _unreadable(prompt: Prompt) -> str | None:
-    """Why a row's conditions cannot be had, None when they can: such a row is named, the others go on."""
+    """Why a row's pictures and clips cannot be read, None when they can."""
+    pictures = [prompt.image, prompt.last_image, *(prompt.references or ())]
     try:
-        for path in (prompt.image, prompt.last_image, *(prompt.references or ())):
-            if path is not None:
+        for path in [*pictures, prompt.video, prompt.mask]:
+            if path is None:
+                continue
+            if path not in pictures and is_video(path):
+                media.video_header(path)
+            else:
                 media.image(path)
-        for path in (prompt.video, prompt.mask):
-            if path is not None:
-                if is_video(path):
-                    media.video_header(path)
-                else:
-                    media.image(path)
     except PolymodalError as error:
         return error.message
     return None
 
 
-def _measured(
-    measures: Measures, asked: list[Asked], entries: dict[str, Any], folder: Path, references: list[Path], world: Ranks
-) -> tuple[dict[int, Measured], np.ndarray | None]:  # fmt: skip
-    """What is said of each sample, and the features of the real ones; ranks share the work, rank 0 gets it all."""
-    here = [i for i, a in enumerate(asked) if entries.get(a.id, {}).get("file")]
-    error: PolymodalError | None = None
-    found: dict[int, Measured] = {}
-    seen: dict[int, np.ndarray] = {}
-    try:
-        for i in here[world.rank :: world.size]:
-            found[i] = measures.of(folder / entries[asked[i].id]["file"], asked[i].prompt.prompt)
+def _measure(
+    measures: Measures,
+    requests: Sequence[Request],
+    files: Sequence[Path | None],
+    references: Sequence[Path],
+    world: Ranks,
+) -> tuple[dict[int, Measured], np.ndarray | None]:
+    """Measures by position, and the features of the real files; ranks share the work. Collective."""
+    measured: dict[int, Measured] = {}
+    vectors: dict[int, np.ndarray] = {}
+    with world.together():
+        made = [(i, file) for i, file in enumerate(files) if file is not None]
+        for i, file in made[world.rank :: world.size]:
+            measured[i] = measures.of(file, requests[i].prompt.prompt)
         for at in range(world.rank, len(references), world.size):
-            seen[at] = measures.vector(references[at])
-    except PolymodalError as caught:
-        error = caught
-    world.raise_together(error)
-    parts = world.gather((found, seen))
-    found = {i: m for part in parts for i, m in part[0].items()}
-    vectors = {at: v for part in parts for at, v in part[1].items()}
-    return found, np.stack([vectors[at] for at in sorted(vectors)]) if vectors else None
+            vectors[at] = measures.vector(references[at])
+    for some_measured, some_vectors in world.gather((measured, vectors)):
+        measured |= some_measured
+        vectors |= some_vectors
+    return measured, np.stack([vectors[at] for at in sorted(vectors)]) if vectors else None
 
 
-def _result(
-    generator: Generator, benchmark: str, asked: list[Asked], entries: dict[str, Any], found: dict[int, Measured],
-    real: np.ndarray | None, measures: Measures, settings: dict[str, Any],
-) -> Result:  # fmt: skip
-    judged: list[Judged] = []
-    for i, a in enumerate(asked):
-        entry = entries.get(a.id)
-        if entry is None:
-            raise PolymodalError(
-                f"{a.where}: the sample {a.id} is missing in the parts.",
-                "Start the same command again; it makes what is missing.",
-            )
-        expected = (a.label,) if a.label is not None and measures.classifier is not None else ()
-        common = (i, a.id, a.where, a.prompt.prompt, expected, {}, a.groups, str(entry["answer"]))
-        if entry.get("error"):
-            judged.append(Judged(*common, score=0.0 if expected else None, error=entry["error"]))
-            continue
-        said = found[i]
-        score = float(said.label == a.label) if expected else None
-        judged.append(Judged(*common, said.label or "", score, measures=said.values))
-    totals = results.means(judged)
-    score = totals.pop("score", None)
-    if real is not None:
-        made = [m.vector for m in found.values() if m.vector is not None]
-        if len(made) < 2:
-            raise PolymodalError(
-                f"{len(made)} samples could be made, a distance needs 2.", "See samples.jsonl."
-            )
-        totals["frechet"] = frechet(np.stack(made), real)
-    scored = [s for s in judged if s.score is not None]
-    metric = "label" if scored else ", ".join(totals) or "none"
-    return Result(
-        generator.name, benchmark, metric, score, len(judged), len(scored), sum(s.error is not None for s in judged), 0, 0,
-        results.by_group(judged, ("split", "category")), 0.0, 0, settings, judged, measures=totals,
-    )  # fmt: skip
+def _judged(i: int, request: Request, entry: Any, measured: Measured | None, labels: bool) -> Judged:
+    expected = (request.label,) if request.label is not None and labels else ()
+    about = (request.id, request.where, request.prompt.prompt, expected, {}, request.groups)
+    sample = Judged(i, *about, str(entry["answer"]))
+    if measured is None:
+        return replace(sample, score=0.0 if expected else None, error=entry["error"])
+    score = float(measured.label == request.label) if expected else None
+    return replace(sample, extracted=measured.label or "", score=score, measures=measured.values)
 
 
-# ---- VBench ---------------------------------------------------------------------------------------------------------
-
-
-def vbench_name(asked: Asked) -> str:
-    """A clip's file as VBench looks for it: <prompt>-<number>.mp4."""
-    return f"{asked.prompt.prompt}-{asked.number}.mp4"
-
-
-def _vbench(out: Path, asked: list[Asked], entries: dict[str, Any]) -> None:
-    """<out>/vbench/<prompt>-<number>.mp4: hard links where the disk allows, else copies. VBench itself is run by the user."""
-    folder = out / VBENCH
+def _link_for_vbench(folder: Path, requests: Sequence[Request], files: Sequence[Path | None]) -> None:
+    """<prompt>-<number>.mp4: hard links where the disk allows, else copies. The user runs VBench itself."""
     folder.mkdir(exist_ok=True)
-    for a in asked:
-        file = entries[a.id].get("file")
-        if file is None:
-            continue
-        target, source = folder / vbench_name(a), out / SAMPLES / file
-        target.unlink(missing_ok=True)
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copyfile(source, target)
-
-
-# ---- the command ----------------------------------------------------------------------------------------------------
+    for request, source in zip(requests, files, strict=True):
+        if source is not None:
+            target = folder / request.vbench_name
+            target.unlink(missing_ok=True)
+            try:
+                os.link(source, target)
+            except OSError:
+                shutil.copyfile(source, target)
 
 
 def main(
-    checkpoint: str, benchmark: str, data: str, *, settings: Settings, how: dict[str, Any], out: str | None = None, **options: Any
-) -> Result | None:  # fmt: skip
-    """The command in one of its processes. how: of `generate.pipeline.opened`; options: of `evaluate`."""
-    from rich.console import Console
-
-    from polymodal.generate.pipeline import opened
-
-    where = Path(out) if out else Path("evaluations") / f"{Path(checkpoint.rstrip('/')).name}-{benchmark}"
-    facts = benchmarks.find(benchmark)
-    asked_of(data, options.get("samples") or facts.samples, options.get("media_dir"), None)  # raises early
-    with opened(checkpoint, **how) as (_, generator):
-        result = evaluate(
-            generator, data, where, benchmark=benchmark, settings=settings, progress=True, **options
-        )
+    checkpoint: str,
+    benchmark: str,
+    data: str,
+    *,
+    out: str | None = None,
+    opening: dict[str, Any],
+    **options: Any,
+) -> Result | None:
+    """The command in one of its processes. opening: options of `opened`; options: those of `evaluate`."""
+    where = results.directory(out, checkpoint, benchmark)
+    read_requests(data, 1, options.get("media_dir"), None)  # raises before the model is opened
+    with opened(checkpoint, **opening) as (_, generator):
+        result = evaluate(generator, data, where, benchmark=benchmark, progress=True, **options)
     if result is not None:
-        console = Console()
-        console.print(results.table(result))
+        results.show(result, where, errors="could not be made")
         if result.metric == "none":
-            console.print("nothing was measured: name --clip, --classifier, or --real with --features")
-        if result.errors:
-            console.print(f"{result.errors} could not be made")
-        if result.resumed:
-            console.print(f"{result.resumed} taken over from an earlier start")
-        console.print(f"{where}/result.json, samples.jsonl, samples/", markup=False, soft_wrap=True)
+            print("nothing was measured: name --clip, --classifier, or --real with --features")
     return result

@@ -1,7 +1,6 @@
 """How good generated pictures and clips are: by models that the user names by path, and by the pixels alone.
 
-Opens the models with transformers; nothing is downloaded. Sees the data room and errors; knows no rank and no
-generator. Figures depend on the model that measures: they compare runs that were measured with the same one.
+Figures depend on the model that measures: they compare runs that were measured with the same one.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from polymodal.core.errors import PolymodalError
 from polymodal.core.text import did_you_mean
 from polymodal.data import media
 from polymodal.data.files import IMAGE, VIDEO
+from polymodal.generate.opening import library_errors
 
 FRAMES = 16
 """Frames of a clip that models look at, evenly spread; motion is measured over all of them."""
@@ -30,7 +30,7 @@ BATCH = 32
 
 @dataclass
 class Measured:
-    """Of one sample. vector: its features, float32 [D] (a clip's: the mean over frames); label: the class seen."""
+    """Of one sample. vector: its features, float32 [D] (a clip's: mean over frames); label: the class."""
 
     values: dict[str, float] = field(default_factory=dict)
     vector: np.ndarray | None = None
@@ -38,7 +38,8 @@ class Measured:
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Frechet distance of the normal distributions fitted to two sets of features [N, D], N at least 2.
+    """Squared Frechet distance of the normal distributions fitted to two sets of features [N, D], N at least
+    2.
 
     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, arXiv:1706.08500, eq. 6), in float64.
     """
@@ -49,19 +50,19 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
         traces.append(float((centred**2).sum() / (len(x) - 1)))
         root = centred / (len(x) - 1) ** 0.5
         roots.append(torch.linalg.qr(root, mode="r").R if len(x) > x.shape[1] else root)
-    # tr (S1 S2)^(1/2) is the nuclear norm of X1 X2^T, where S = X^T X: exact also for fewer samples than features
+    # tr (S1 S2)^(1/2) is the nuclear norm of X1 X2^T, S = X^T X: exact also for fewer samples than features
     product = float(torch.linalg.svdvals(roots[0] @ roots[1].T).sum())
     return float((means[0] - means[1]).square().sum()) + traces[0] + traces[1] - 2 * product
 
 
 def motion(frames: np.ndarray) -> float:
-    """Mean absolute change of a pixel from frame to frame, as a share of its range; uint8 [F, H, W, 3], F at least 2."""
+    """Mean change of a pixel from frame to frame, as a share of its range. uint8 [F >= 2, H, W, 3]."""
     steps = [np.abs(b.astype(np.int16) - a).mean() for a, b in zip(frames[:-1], frames[1:], strict=True)]
     return float(np.mean(steps)) / 255
 
 
 def consistency(features: Tensor) -> float:
-    """How alike a clip's frames are, of features [F, D]: mean over frames of the cosines to the first and to the one before.
+    """How alike a clip's frames are: mean of their cosines to the first frame and to the one before. [F, D].
 
     The formula of VBench's subject consistency (Huang et al. 2023, arXiv:2311.17982).
     """
@@ -70,22 +71,23 @@ def consistency(features: Tensor) -> float:
     return float(((first.clamp(min=0) + before.clamp(min=0)) / 2).mean())
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def files_of(directory: str | os.PathLike) -> list[Path]:
-    """Pictures and clips of a directory and those inside it, by name. Raises PolymodalError when there are too few."""
+    """Pictures and clips of a directory and those inside it, by name. Raises PolymodalError for too few."""
     root = Path(directory).expanduser()
     if not root.is_dir():
         raise PolymodalError(f"The directory of real pictures {root} does not exist.", "Check --real.")
     known = IMAGE | VIDEO
-    found = sorted(p for p in root.rglob("*") if p.suffix.lower().removeprefix(".") in known and p.is_file())
-    if len(found) < 2:
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower().removeprefix(".") in known and p.is_file())
+    if len(files) < 2:
         raise PolymodalError(
-            f"{root} holds {len(found)} pictures or clips; a distance of distributions needs at least 2, and means something from some hundreds on.",
+            f"{root} holds {len(files)} pictures or clips; a distance of distributions needs at least 2, "
+            "and means something from some hundreds on.",
             "Name a directory of real pictures with --real.",
         )
-    return found
+    return files
 
 
 def is_video(path: str | os.PathLike) -> bool:
@@ -100,33 +102,7 @@ def read(path: Path) -> np.ndarray:
     return media.video(str(path), header, range(header.frames))
 
 
-# ---- models ---------------------------------------------------------------------------------------------------------
-
-
-def _open(auto: Any, path: str, option: str) -> tuple[nn.Module, set[str]]:
-    """A model by path or hub id, and the names that its checkpoint lacks. Raises PolymodalError."""
-    from polymodal.models import pipelines
-
-    try:
-        with pipelines.quiet():
-            model, info = auto.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise PolymodalError(
-            f"{option} {path} cannot be opened: {reason}",
-            "Give the directory of a checkpoint of transformers.",
-        ) from None
-    return model.eval().requires_grad_(False), set(info["missing_keys"])
-
-
-def _processor(path: str, option: str, auto: Any) -> Any:
-    try:
-        return auto.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise PolymodalError(
-            f"{option} {path} has no processor: {reason}", "Copy preprocessor_config.json beside the weights."
-        ) from None
+# --- models ---------------------------------------------------------------------------------------
 
 
 def _tensor(output: Any) -> Tensor:
@@ -151,87 +127,93 @@ class Measures:
 
         self.device = torch.device(device)
         self.clip: Any = None
-        self.seer: Any = None
+        self.vision: Any = None
         self.classifier: Any = None
         if clip is not None:
-            self.clip, lost = _open(AutoModel, clip, "--clip")
-            if not hasattr(self.clip, "get_text_features") or lost:
+            self.clip, missing = self._open(AutoModel, clip, "--clip")
+            if not hasattr(self.clip, "get_text_features") or missing:
+                what = type(self.clip).__name__ + (" without all of its weights" if missing else "")
                 raise PolymodalError(
-                    f"--clip {clip} is {type(self.clip).__name__}{' without all of its weights' if lost else ''}, not a model of texts and pictures.",
+                    f"--clip {clip} is {what}, not a model of texts and pictures.",
                     "Give a whole CLIP or SigLIP checkpoint.",
                 )
-            self.clip.to(self.device)
-            self.clip_processor = _processor(clip, "--clip", AutoProcessor)
+            self.clip_processor = _processor(AutoProcessor, clip, "--clip")
         if features is not None:
-            self.seer, lost = _open(AutoModel, features, "--features")
-            if any("pooler" not in name for name in lost):
+            self.vision, missing = self._open(AutoModel, features, "--features")
+            if any("pooler" not in name for name in missing):
                 raise PolymodalError(
-                    f"--features {features} lacks weights (first: {min(lost)}).", "Fetch it again."
+                    f"--features {features} lacks weights (first: {min(missing)}).", "Fetch it again."
                 )
-            self.pooled = not lost  # a pooler that the checkpoint lacks would be random
-            self.seer.to(self.device)
-            self.seer_processor = _processor(features, "--features", AutoImageProcessor)
+            self.pooled = not missing  # a pooler that the checkpoint lacks would be random
+            self.vision_processor = _processor(AutoImageProcessor, features, "--features")
         if classifier is not None:
-            self.classifier, lost = _open(AutoModelForImageClassification, classifier, "--classifier")
-            if lost:
+            self.classifier, missing = self._open(AutoModelForImageClassification, classifier, "--classifier")
+            if missing:
                 raise PolymodalError(
-                    f"--classifier {classifier} lacks weights (first: {min(lost)}): it was not trained to classify.",
+                    f"--classifier {classifier} lacks weights (first: {min(missing)}): "
+                    "it was not trained to classify.",
                     "Give a fine-tuned classifier.",
                 )
-            self.classifier.to(self.device)
-            self.classifier_processor = _processor(classifier, "--classifier", AutoImageProcessor)
+            self.classifier_processor = _processor(AutoImageProcessor, classifier, "--classifier")
             names = self.classifier.config.id2label
             self.classes = [str(names[i]) for i in range(len(names))]
 
+    def _open(self, auto: Any, path: str, option: str) -> tuple[Any, set[str]]:
+        """A model by path or hub id, and the names that its checkpoint lacks. Raises PolymodalError."""
+        from polymodal.models import pipelines
+
+        with library_errors(f"{option} {path} cannot be opened", "Give a checkpoint of transformers."):
+            with pipelines.quiet():
+                model, info = auto.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
+        return model.eval().requires_grad_(False).to(self.device), set(info["missing_keys"])
+
     def known_label(self, label: str, where: str) -> str:
         """A row's label as the classifier calls it. Raises PolymodalError."""
-        same = {c.casefold(): c for c in self.classes}
-        found = same.get(label.strip().casefold())
-        if found is None:
+        classes = {c.casefold(): c for c in self.classes}
+        same = classes.get(label.strip().casefold())
+        if same is None:
             raise PolymodalError(
                 f"{where}: `label` = {label} is no class of the classifier.",
                 did_you_mean(label, self.classes, f"It knows {', '.join(self.classes[:8])}, ..."),
             )
-        return found
+        return same
 
     @torch.no_grad()
     def features(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """[N, D] float32 on the CPU: projected image features, else the pooled output, else the mean over tokens."""
+        """[N, D] float32 on the CPU: projected image features, else pooled output, else mean over tokens."""
         out = []
-        for pixels in self._batches(self.seer_processor, pictures):
-            if hasattr(self.seer, "get_image_features"):
-                found = _tensor(self.seer.get_image_features(pixel_values=pixels))
+        for pixels in self._batches(self.vision_processor, pictures):
+            if hasattr(self.vision, "get_image_features"):
+                vectors = _tensor(self.vision.get_image_features(pixel_values=pixels))
             else:
-                made = self.seer(pixel_values=pixels)
-                pooled = getattr(made, "pooler_output", None) if self.pooled else None
-                hidden = made.last_hidden_state
-                if pooled is None:
-                    pooled = hidden.mean(1) if hidden.ndim == 3 else hidden.mean((2, 3))
-                found = pooled
-            out.append(found.flatten(1).float().cpu())
+                made = self.vision(pixel_values=pixels)
+                vectors = getattr(made, "pooler_output", None) if self.pooled else None
+                if vectors is None:
+                    hidden = made.last_hidden_state
+                    vectors = hidden.mean(1) if hidden.ndim == 3 else hidden.mean((2, 3))
+            out.append(vectors.flatten(1).float().cpu())
         return torch.cat(out)
 
     @torch.no_grad()
     def likeness(self, pictures: Sequence[Image.Image], prompt: str) -> Tensor:
-        """[N]: 100 x cosine of each picture and the prompt, at least 0 (Hessel et al. 2021, arXiv:2104.08718, without its factor)."""
-        words = self.clip_processor.tokenizer(
+        """[N]: 100 x cosine of each picture and the prompt, at least 0.
+
+        Hessel et al. 2021 (arXiv:2104.08718), without its factor.
+        """
+        tokens = self.clip_processor.tokenizer(
             [prompt], padding="max_length", truncation=True, return_tensors="pt"
         )
-        text = _tensor(self.clip.get_text_features(**words.to(self.device)))
-        seen = [
-            _tensor(self.clip.get_image_features(pixel_values=pixels))
-            for pixels in self._batches(self.clip_processor.image_processor, pictures)
-        ]
-        cosines = nn.functional.cosine_similarity(torch.cat(seen).float(), text.float())
+        text = _tensor(self.clip.get_text_features(**tokens.to(self.device)))
+        batches = self._batches(self.clip_processor.image_processor, pictures)
+        images = [_tensor(self.clip.get_image_features(pixel_values=pixels)) for pixels in batches]
+        cosines = nn.functional.cosine_similarity(torch.cat(images).float(), text.float())
         return 100 * cosines.clamp(min=0).cpu()
 
     @torch.no_grad()
-    def classes_of(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Mean logits over the pictures, [classes]."""
-        found = [
-            self.classifier(pixel_values=p).logits for p in self._batches(self.classifier_processor, pictures)
-        ]
-        return torch.cat(found).float().mean(0).cpu()
+    def logits(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """The classifier's, mean over the pictures, [classes]."""
+        batches = self._batches(self.classifier_processor, pictures)
+        return torch.cat([self.classifier(pixel_values=p).logits for p in batches]).float().mean(0).cpu()
 
     def _batches(self, processor: Any, pictures: Sequence[Image.Image]) -> Iterable[Tensor]:
         for at in range(0, len(pictures), BATCH):
@@ -243,22 +225,27 @@ class Measures:
         return self.features(_shown(read(path))).mean(0).numpy()
 
     def of(self, path: Path, prompt: str) -> Measured:
-        """All that the named models and the pixels say about a sample's file."""
+        """What the named models and the pixels give for a sample's file."""
         frames = read(path)
         pictures = _shown(frames)
         out = Measured()
         if self.clip is not None:
             out.values["clip"] = float(self.likeness(pictures, prompt).mean())
-        if self.seer is not None:
-            found = self.features(pictures)
-            out.vector = found.mean(0).numpy()
+        if self.vision is not None:
+            vectors = self.features(pictures)
+            out.vector = vectors.mean(0).numpy()
             if len(pictures) > 1:
-                out.values["consistency"] = consistency(found)
+                out.values["consistency"] = consistency(vectors)
         if self.classifier is not None:
-            out.label = self.classes[int(self.classes_of(pictures).argmax())]
+            out.label = self.classes[int(self.logits(pictures).argmax())]
         if len(frames) > 1:
             out.values["motion"] = motion(frames)
         return out
+
+
+def _processor(auto: Any, path: str, option: str) -> Any:
+    with library_errors(f"{option} {path} has no processor", "Copy its preprocessor_config.json there."):
+        return auto.from_pretrained(path)
 
 
 def _shown(frames: np.ndarray) -> list[Image.Image]:

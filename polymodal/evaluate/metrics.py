@@ -1,7 +1,6 @@
-"""How an answer is judged: exact, contains, anls, relaxed, choice, open, likelihood; reading a choice from free text.
+"""How an answer is judged, and how a choice is read from free text.
 
-Pure Python on strings: imports nothing of the house and no torch. Every metric is a function of (answer, expected
-answers, options) in METRICS and gives a `Score` in 0..1; a benchmark only names one.
+A metric is a function of (answer, expected answers, options) in METRICS; a benchmark only names one.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from polymodal.evaluate.word_errors import edit_distance
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ _QUOTES = "\"'`“”‘’"
 
 
 def final_text(answer: str) -> str:
-    """The answer without reasoning: what stands after the last closed <think> block, or inside <answer>...</answer>."""
+    """The answer without reasoning: after the last <think> block, or inside <answer>...</answer>."""
     text = _THOUGHT.sub(" ", answer)
     if "</think>" in text:  # templates that open the block in the prompt leave only its end in the answer
         text = text.rpartition("</think>")[2]
@@ -55,49 +56,34 @@ def exact(answer: str, expected: Sequence[str], options: Mapping[str, str]) -> S
 
 
 def contains(answer: str, expected: Sequence[str], options: Mapping[str, str]) -> Score:
-    """1 when an expected text occurs in the answer as whole words (in scripts without spaces: as a substring)."""
+    """1 when an expected text occurs in the answer as whole words (a substring in scripts without spaces)."""
     got = normalise(final_text(answer))
     return Score(float(any(_within(normalise(e), got) for e in expected if normalise(e))), got)
 
 
 def _within(needle: str, text: str) -> bool:
-    """Whether `needle` stands in `text` on word borders; a digit's border also keeps 5 out of 3.5 and 5,000."""
-    left = r"(?<![\w])" if needle[0].isascii() and needle[0].isalnum() else ""
-    right = r"(?![\w])" if needle[-1].isascii() and needle[-1].isalnum() else ""
-    if needle[0].isdigit():
-        left = r"(?<![\w])(?<!\d[.,])"
-    if needle[-1].isdigit():
-        right = r"(?![\w])(?![.,]\d)"
+    """Whether `needle` stands in `text` between word borders; for digits, 5 is not in 3.5 and 5,000."""
+    first, last = needle[0], needle[-1]
+    left = r"(?<!\w)" if first.isascii() and first.isalnum() or first.isdigit() else ""
+    right = r"(?!\w)" if last.isascii() and last.isalnum() or last.isdigit() else ""
+    left += r"(?<!\d[.,])" if first.isdigit() else ""
+    right += r"(?![.,]\d)" if last.isdigit() else ""
     return re.search(left + re.escape(needle) + right, text) is not None
 
 
-def levenshtein(a: str, b: str) -> int:
-    """Edit distance: insertions, deletions, substitutions, each 1."""
-    if len(a) < len(b):
-        a, b = b, a
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        previous, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
-    return row[-1]
-
-
 def anls(answer: str, expected: Sequence[str], options: Mapping[str, str], threshold: float = 0.5) -> Score:
-    """Average normalised Levenshtein similarity, one question's part (Biten et al. 2019, "Scene Text VQA", eq. 1).
+    """Average normalised Levenshtein similarity, one question's part (Biten et al. 2019, Scene Text VQA, eq.
+    1).
 
-    max over expected texts of 1 - d, where d = edit distance / longer length; 0 when d >= threshold. Case and runs of
-    spaces do not count.
+    max over expected texts of 1 - d, where d = edit distance / longer length; 0 when d >= threshold. Case and spacing are ignored.
     """
 
     def clean(text: str) -> str:
         return " ".join(text.lower().split())
 
     got, best = clean(final_text(answer)), 0.0
-    for text in expected:
-        want = clean(text)
-        longest = max(len(got), len(want))
-        distance = levenshtein(got, want) / longest if longest else 0.0
+    for text in map(clean, expected):
+        distance = edit_distance(got, text) / max(len(got), len(text), 1)
         if distance < threshold:
             best = max(best, 1 - distance)
     return Score(best, got)
@@ -121,134 +107,126 @@ def relaxed(
 ) -> Score:
     """Relaxed accuracy (Masry et al. 2022, "ChartQA", sec. 5.1): numbers may be 5 % off, texts must be equal.
 
-    A number whose expected value is 0 must be equal, for 5 % of 0 is 0. A percent sign divides by 100 on either side.
+    A number whose expected value is 0 must be equal, for 5 % of 0 is 0. A percent sign divides by 100.
     """
     got = normalise(final_text(answer))
     value = number(got)
-    right = False
-    for text in expected:
-        target = number(normalise(text))
-        if value is not None and target is not None:
-            right |= abs(value - target) <= tolerance * abs(target)
-        else:
-            right |= got == normalise(text)
-    return Score(float(right), got)
+
+    def right(text: str) -> bool:
+        target = number(text)
+        if value is None or target is None:
+            return got == text
+        return abs(value - target) <= tolerance * abs(target)
+
+    return Score(float(any(right(normalise(text)) for text in expected)), got)
 
 
-# --- choices ---------------------------------------------------------------------------------------------------
+# --- choices --------------------------------------------------------------------------------------
 
-_OPEN = r"[\s(\[{<*_\"'`“‘（【:：]{0,8}"  # bounded: a model that repeats itself must not make matching slow
-_WORD = r"(?:option|choice|letter|answer)?"
-_TAIL = r"(?![A-Za-z0-9])"
+_OPEN = r"[\s(\[{<*_\"'`“‘（【:：]{0,8}"  # bounded: matching stays quick on a model that repeats itself
+_WORD = r"(?i:option|choice|letter|answer)?"
+_LETTER = r"(?-i:([A-Z]))(?![A-Za-z0-9])"
 _STATED = re.compile(  # "the answer is (B)", "Correct option: **B**", "答案是B"
-    rf"(?:\b(?:answer|option|choice)\b(?:\s+to\s+[^.:\n]{{0,80}}?)?\s*\**\s*(?:is|:|：|=|should be|would be|must be)|答案\s*(?:是|为|選|选|应为|:|：)?|答え\s*は)"
-    rf"{_OPEN}(?:the\s+|most likely\s+|clearly\s+)?{_OPEN}(?i:{_WORD}){_OPEN}(?-i:([A-Z])){_TAIL}",
+    r"(?:\b(?:answer|option|choice)\b(?:\s+to\s+[^.:\n]{0,80}?)?\s*\**\s*"
+    r"(?:is|:|：|=|should be|would be|must be)|答案\s*(?:是|为|選|选|应为|:|：)?|答え\s*は)"
+    rf"{_OPEN}(?:the\s+|most likely\s+|clearly\s+)?{_OPEN}{_WORD}{_OPEN}{_LETTER}",
     re.I,
 )
 _BOXED = re.compile(r"\\boxed\s*\{\s*(?:\\text\s*\{)?\s*\(?([A-Za-z])\)?\s*\}")
 _JUDGED = re.compile(  # "B is correct", "option (B) is the best answer"
-    r"(?<![A-Za-z0-9])[(\[*]*(?-i:([A-Z]))[)\]*]*(?:[.:]\s*[^.\n]{0,60}?)?\s+(?:is|would be|must be|seems)\s+(?:the\s+|most\s+)*(?:correct|right|best|true|answer|appropriate|accurate)\b",
+    r"(?<![A-Za-z0-9])[(\[*]*(?-i:([A-Z]))[)\]*]*(?:[.:]\s*[^.\n]{0,60}?)?\s+"
+    r"(?:is|would be|must be|seems)\s+(?:the\s+|most\s+)*"
+    r"(?:correct|right|best|true|answer|appropriate|accurate)\b",
     re.I,
 )
 _CHOSEN = re.compile(
-    rf"(?:\b(?:choose|select|pick|go with|option|choice)\b|选择?|選ぶ){_OPEN}(?i:{_WORD}){_OPEN}(?-i:([A-Z])){_TAIL}",
+    r"(?:\b(?:choose|select|pick|go with|option|choice)\b|选择?|選ぶ)"
+    rf"{_OPEN}{_WORD}{_OPEN}{_LETTER}",
     re.I,
 )
+_BARE = re.compile(rf"{_OPEN}(?:(?i:option|choice|answer){_OPEN})?([A-Za-z])[\s.)\]}}>*_,;:\"'`”’）】。、]*")
 _LINE_MARK = re.compile(r"(?m)^[\s(\[*_\"'`]{0,8}([A-Za-z])[*_\"'`]*\s*[.):：、\]]")
+_ALONE = re.compile(r"(?<![A-Za-z0-9'’.])([A-Z])(?![A-Za-z0-9'’])")
+_SENTENCE = re.compile(r"\s+(?!(?:and|or|is|was|as|because|since)\b)(?:[a-z]|[A-Z][a-z])")
 
 
 def extract_choice(answer: str, options: Mapping[str, str]) -> str | None:
     """The option letter that a free text chooses, or None when it chooses none or several.
 
-    Read in this order, the first that speaks wins: the whole text is a letter; "the answer is B", \\boxed{B}; "B is
-    correct"; "choose B", "option B"; the text opens with "B." or "(B)"; the whole text is one option's text; one
-    lonely capital letter; one option's text inside the answer. `options`: letter -> text, in order.
+    The first of these that finds one decides: the whole text is a letter; "the answer is B", \\boxed{B}; "B
+    is correct"; "choose B", "option B"; the text opens with "B." or "(B)"; the whole text is one option's
+    text; one single capital letter; one option's text inside the answer. `options`: letter -> text, in order.
     """
     text = final_text(answer)
     letters = {letter.upper() for letter in options}
 
-    def article(match_end: int, letter: str) -> bool:  # "A dog", "I think": a word of the sentence
-        return (
-            letter in "AI"
-            and re.match(r"\s+(?!(?:and|or|is|was|as|because|since)\b)(?:[a-z]|[A-Z][a-z])", text[match_end:])
-            is not None
-        )
+    def named(match: re.Match) -> bool:
+        """Whether the match names an option, and is no word of the sentence: "A dog", "I think"."""
+        word = match[1] in "AI" and _SENTENCE.match(text[match.end(1) :]) is not None
+        return match[1].upper() in letters and not word
 
-    bare = re.fullmatch(
-        rf"{_OPEN}(?:(?i:option|choice|answer){_OPEN})?([A-Za-z])[\s.)\]}}>*_,;:\"'`”’）】。、]*", text
-    )
+    bare = _BARE.fullmatch(text)
     if bare and bare[1].upper() in letters:
         return bare[1].upper()
     words = re.findall(r"\w+", text)
     if words and all((len(w) == 1 and w.isupper()) or w in ("and", "or") for w in words):
-        found = set(words) & letters  # "A, B", "A or C": several choices are none
-        return found.pop() if len(found) == 1 else None
+        return _only(set(words) & letters)  # "A, B", "A or C": several choices are none
 
-    for pattern in (_STATED, _BOXED, _JUDGED, _CHOSEN):
-        matches = [
-            m
-            for m in pattern.finditer(text)
-            if m[1].upper() in letters and not (pattern is not _BOXED and article(m.end(1), m[1]))
-        ]
-        if pattern is _JUDGED:
-            matches = [
-                m
-                for m in matches
-                if not re.search(r"\b(?:not|n't|in)\s*$", text[: m.start()]) and "not" not in m[0].split()
-            ]
-        named = [m[1].upper() for m in matches]
-        if pattern is _CHOSEN and len(set(named)) > 1:
-            continue  # "option A ... option C": a comparison, not a choice
-        if named:
-            return named[-1]  # the last word counts: models correct themselves
+    boxed = [m[1].upper() for m in _BOXED.finditer(text) if m[1].upper() in letters]
+    stated = [m[1].upper() for m in _STATED.finditer(text) if named(m)]
+    judged = [m[1].upper() for m in _JUDGED.finditer(text) if named(m) and not _negated(m)]
+    chosen = [m[1].upper() for m in _CHOSEN.finditer(text) if named(m)]
+    if len(set(chosen)) > 1:
+        chosen = []  # "option A ... option C": a comparison, not a choice
+    for letters_named in (stated, boxed, judged, chosen):
+        if letters_named:
+            return letters_named[-1]  # the last word counts: models correct themselves
 
-    marks = [m[1].upper() for m in _LINE_MARK.finditer(text) if m[1].upper() in letters]
     opening = _LINE_MARK.match(text)
-    if (
-        opening
-        and opening[1].upper() in letters
-        and len(set(marks)) == 1
-        and not article(opening.end(1), opening[1])
-    ):
+    marks = {m[1].upper() for m in _LINE_MARK.finditer(text)} & letters
+    if opening and named(opening) and len(marks) == 1:
         return opening[1].upper()
 
     clean = normalise(text)
-    texts = {letter.upper(): normalise(value) for letter, value in options.items() if normalise(str(value))}
-    same = [letter for letter, value in texts.items() if value == clean]
-    if len(same) == 1:
-        return same[0]
-
-    lonely = {
-        m[1]
-        for m in re.finditer(r"(?<![A-Za-z0-9'’.])([A-Z])(?![A-Za-z0-9'’])", text)
-        if m[1] in letters and not article(m.end(1), m[1])
-    }
-    if len(lonely) == 1:
-        return lonely.pop()
-    if lonely:
-        return None
-    inside = [letter for letter, value in texts.items() if _within(value, clean)]
+    texts = {letter.upper(): normalise(str(value)) for letter, value in options.items()}
+    texts = {letter: value for letter, value in texts.items() if value}
+    same = _only({letter for letter, value in texts.items() if value == clean})
+    if same:
+        return same
+    alone = {m[1] for m in _ALONE.finditer(text) if m[1] in letters and named(m)}
+    if alone:
+        return _only(alone)
+    inside = {letter for letter, value in texts.items() if _within(value, clean)}
     # an option that is part of another one inside the answer ("5" in "5 cm") was not itself chosen
-    inside = [
-        a for a in inside if not any(a != b and texts[a] != texts[b] and texts[a] in texts[b] for b in inside)
-    ]
-    return inside[0] if len(inside) == 1 else None
+    parts = {a for a in inside for b in inside if texts[a] != texts[b] and texts[a] in texts[b]}
+    return _only(inside - parts)
+
+
+def _only(letters: set[str]) -> str | None:
+    return next(iter(letters)) if len(letters) == 1 else None
+
+
+def _negated(match: re.Match) -> bool:
+    before = match.string[: match.start()]
+    return re.search(r"\b(?:not|n't|in)\s*$", before) is not None or "not" in match[0].split()
+
+
+def _letters(text: str, options: Mapping[str, str]) -> set[str]:
+    """Letters of the options that have this text."""
+    return {k.upper() for k, value in options.items() if normalise(str(value)) == normalise(text)}
 
 
 def choice(answer: str, expected: Sequence[str], options: Mapping[str, str]) -> Score:
     """1 when the chosen letter is the expected one; `expected` holds a letter, or the text of an option."""
     letter = extract_choice(answer, options)
-    wanted = set()
+    right: set[str] = set()
     for text in expected:
         key = text.strip().strip("().").upper()
-        if key in {k.upper() for k in options}:
-            wanted.add(key)
-        else:
-            wanted |= {k.upper() for k, value in options.items() if normalise(str(value)) == normalise(text)}
-    return Score(float(letter in wanted), letter or "", letter is not None)
+        right |= {key} if key in {k.upper() for k in options} else _letters(text, options)
+    return Score(float(letter in right), letter or "", letter is not None)
 
 
-# --- open questions ----------------------------------------------------------------------------------------------
+# --- open questions -------------------------------------------------------------------------------
 
 _CONCLUDES = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ", "= ")
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
@@ -265,30 +243,30 @@ def _comparable(text: str) -> list[str | float]:
 def open_answer(answer: str, expected: Sequence[str], options: Mapping[str, str]) -> Score:
     """MMMU's rule for open questions (Yue et al. 2024, the paper's released evaluation).
 
-    The conclusions of the answer (what follows "is", "thus", "answer", "=" ... in each sentence) and the numbers in
-    them are compared: a text is right when it contains an expected text, a number when it is equal after rounding to
-    two decimals.
+    The conclusions of the answer (what follows "is", "thus", "answer", "=" ... in each sentence) and the
+    numbers in them are compared: a text is right when it contains an expected text, a number when it is equal
+    after rounding to two decimals.
     """
     text = final_text(answer).strip().rstrip(".").lower()
-    sentences = [s.strip() for s in re.split(r"\.\s|\n", text) if s.strip()]
-    keys = []
-    for sentence in sentences:
+    conclusions = []
+    for sentence in (s.strip() for s in re.split(r"\.\s|\n", text)):
         ends = [sentence.rpartition(word)[2].strip() for word in _CONCLUDES if word in sentence]
-        ends = [e for e in ends if e.strip(" :,.!?;'\"")]
+        ends = [end for end in ends if end.strip(" :,.!?;'\"")]
         if ends:
-            keys.append(min(ends, key=len))
-    keys = keys or [text]
-    said: list[str | float] = []
-    for key in keys:
-        said += _comparable(key)
-        said += [round(float(n.replace(",", "")), 2) for n in _NUMBER.findall(key)]
-    wanted = [value for e in expected for value in _comparable(e)]
-    right = any(
-        (w == s) if isinstance(s, float) or isinstance(w, float) else (bool(w.strip()) and w in s)
-        for s in said
-        for w in wanted
-    )  # fmt: skip
-    return Score(float(right), "; ".join(keys), bool(text))
+            conclusions.append(min(ends, key=len))
+    conclusions = conclusions or [text]
+    values: list[str | float] = []
+    for conclusion in conclusions:
+        values += _comparable(conclusion)
+        values += [round(float(n.replace(",", "")), 2) for n in _NUMBER.findall(conclusion)]
+
+    def right(expected: str | float) -> bool:
+        if isinstance(expected, float):
+            return expected in values
+        return bool(expected.strip()) and any(isinstance(v, str) and expected in v for v in values)
+
+    correct = any(right(value) for text in expected for value in _comparable(text))
+    return Score(float(correct), "; ".join(conclusions), bool(text))
 
 
 def choice_or_open(answer: str, expected: Sequence[str], options: Mapping[str, str]) -> Score:
@@ -297,13 +275,12 @@ def choice_or_open(answer: str, expected: Sequence[str], options: Mapping[str, s
 
 
 def likelihood(answer: str, expected: Sequence[str], options: Mapping[str, str]) -> Score:
-    """1 when the option that the model found likeliest (`answer`: its letter or its text) is the expected one."""
+    """1 when the likeliest option (`answer`: its letter or its text) is the expected one."""
 
     def letters(text: str) -> set[str]:
-        same = {k.upper() for k, value in options.items() if normalise(str(value)) == normalise(text)}
-        return same or {text.strip().upper()} & {k.upper() for k in options}
+        return _letters(text, options) or {text.strip().upper()} & {k.upper() for k in options}
 
-    return Score(float(any(letters(answer) & letters(e) for e in expected)), answer)
+    return Score(float(any(letters(answer) & letters(text) for text in expected)), answer)
 
 
 METRICS: Mapping[str, Metric] = {

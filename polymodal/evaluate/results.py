@@ -1,14 +1,12 @@
-"""What an evaluation found, of answers or of what was generated: the result, its files, its page and its
-table.
-
-Every kind of evaluation ends here.
-"""
+"""The result of an evaluation, of answers or of what was generated: its files, its page and its table."""
 
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,13 @@ from polymodal.core.errors import PolymodalError
 from polymodal.core.files import replace_file
 from polymodal.evaluate.thumbnails import thumbnail
 
+Means = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Group ("category") -> its value -> means of score and measures, and the number of samples as "n"."""
+
 
 @dataclass(frozen=True)
 class Judged:
-    """One question with its answer and its score; index: its place in the data, from 0; score None: not
-    scored."""
+    """One sample with its answer and score. index: its position in the data; score None: not scored."""
 
     index: int
     id: str
@@ -40,166 +40,113 @@ class Judged:
     measures: Mapping[str, float] = field(default_factory=dict)  # of what was generated: clip, motion...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Result:
-    """score: mean over scored questions, 0..1 (None when none has an answer to compare with).
+    """score: mean over scored samples, 0..1 (None when none has an answer to compare with).
 
-    errors: questions that could not be asked (a broken picture); they count as wrong. unparsed: answers
-    without a readable choice. cut: answers that max_new_tokens ended. by: group -> value -> {"score", "n"},
-    of what was generated also the means of its measures. measures: of all that was generated; those of a
-    whole set (frechet) too.
+    measures: means over all samples; those of a whole set (frechet) too. settings: what the answers belong
+    to. resumed: answers of an earlier start. Counted from the samples: `n`, `scored`, `errors` (samples
+    without an answer; they count as wrong), `unparsed` (answers without a readable choice), `cut` (answers
+    that max_new_tokens ended).
     """
 
     name: str
     benchmark: str
     metric: str
     score: float | None
-    n: int
-    scored: int
-    errors: int
-    unparsed: int
-    cut: int
-    by: Mapping[str, Mapping[str, Mapping[str, float]]]
-    seconds: float
-    resumed: int
+    samples: Sequence[Judged] = field(repr=False)
     settings: Mapping[str, Any]
-    samples: Sequence[Judged] = field(default=(), repr=False)
-    out: str | None = None
+    by: Means
     measures: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    resumed: int = 0
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        scored = [s for s in self.samples if s.score is not None]
+        self.n, self.scored = len(self.samples), len(scored)
+        self.errors = sum(s.error is not None for s in self.samples)
+        self.unparsed = sum(not s.parsed for s in scored)
+        self.cut = sum(not s.finished for s in self.samples)
 
     def summary(self) -> dict[str, Any]:
         """What result.json holds."""
-        fields = {k: v for k, v in self.__dict__.items() if k not in ("samples", "out")}
-        return {**fields, "version": __version__}
+        return {k: v for k, v in vars(self).items() if k not in ("samples", "out")} | {"version": __version__}
+
+
+def by_group(samples: Sequence[Judged]) -> dict[str, dict[str, dict[str, float]]]:
+    """Means over the samples of each split and of each category."""
+    groups: dict[str, dict[str, list[Judged]]] = {"split": {}, "category": {}}
+    for sample in samples:
+        for name, value in sample.groups.items():
+            groups.setdefault(name, {}).setdefault(value, []).append(sample)
+    return {
+        name: {value: {**means(inside), "n": len(inside)} for value, inside in sorted(values.items())}
+        for name, values in groups.items()
+        if values
+    }
+
+
+def means(samples: Sequence[Judged]) -> dict[str, float]:
+    """Mean of the score and of each measure over the samples that have it."""
+    values: dict[str, list[float]] = {}
+    for sample in samples:
+        score = {} if sample.score is None else {"score": sample.score}
+        for name, value in {**score, **sample.measures}.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(each) / len(each) for name, each in values.items()}
 
 
 Pictures = Callable[[int], Sequence[Any]]
 """Position of a sample -> what its card shows: media, or paths of files."""
 
 
-def by_group(samples: Sequence[Judged], names: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """Group -> value -> the means of what its samples have, and their number."""
-    out: dict[str, dict[str, dict[str, float]]] = {}
-    for group in names:
-        values: dict[str, list[Judged]] = {}
-        for sample in samples:
-            if group in sample.groups:
-                values.setdefault(sample.groups[group], []).append(sample)
-        if values:
-            out[group] = {value: {**means(found), "n": len(found)} for value, found in sorted(values.items())}
-    return out
-
-
-def means(samples: Sequence[Judged]) -> dict[str, float]:
-    """Mean of the score and of each measure over the samples that have it."""
-    found: dict[str, list[float]] = {}
-    for sample in samples:
-        own = {} if sample.score is None else {"score": sample.score}
-        for name, value in {**own, **sample.measures}.items():
-            found.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in found.items()}
+def finish(
+    result: Result,
+    out: str | os.PathLike | None,
+    began: float,
+    resumed: int,
+    html: int,
+    label: str,
+    pictures: Pictures,
+) -> Result:
+    """The result with its time since `began` (time.perf_counter), written to `out` if there is one."""
+    seconds = round(time.perf_counter() - began, 2)
+    result = replace(result, seconds=seconds, resumed=resumed, out=None if out is None else str(out))
+    if out is not None:
+        write(Path(out), result, pictures, html, label)
+    return result
 
 
 def write(out: Path, result: Result, pictures: Pictures, html: int, label: str) -> None:
     """samples.jsonl, report.html (html: samples on it, 0 = no page) and, last, result.json."""
-    lines = [
-        json.dumps({**asdict(s), "expected": list(s.expected)}, ensure_ascii=False) for s in result.samples
-    ]
+    lines = [json.dumps(asdict(sample), ensure_ascii=False) for sample in result.samples]
     replace_file(out / "samples.jsonl", "\n".join(lines) + "\n")
     if html:
         replace_file(out / "report.html", _page(result, pictures, html, label))
     replace_file(out / "result.json", json.dumps(result.summary(), indent=1, ensure_ascii=False))
 
 
-def percent(score: float | None) -> str:
-    return "not scored" if score is None else f"{100 * score:.1f} %"
+# --- the command ----------------------------------------------------------------------------------
 
 
-def lines_of(result: Result) -> Iterator[tuple[str, str, int]]:
-    """Rows of the table: (what, value, samples)."""
-    if result.score is not None or not result.measures:
-        yield "all", percent(result.score), result.scored
-    for name, value in result.measures.items():
-        yield name, f"{value:.4g}", result.n - result.errors
-    for group, values in result.by.items():
-        if len(values) > 1:
-            for value, part in values.items():
-                for name, mean in part.items():
-                    if name != "n":
-                        shown = (percent(mean), "") if name == "score" else (f"{mean:.4g}", f", {name}")
-                        yield f"{group}: {value}{shown[1]}", shown[0], int(part["n"])
+def directory(out: str | None, checkpoint: str, benchmark: str) -> Path:
+    """--out, else evaluations/<checkpoint>-<benchmark>."""
+    return Path(out) if out else Path("evaluations") / f"{Path(checkpoint.rstrip('/')).name}-{benchmark}"
 
 
-def cards(result: Result, pictures: Pictures, most: int, label: str = "answer") -> list[pages.Card]:
-    """Samples with thumbnails for a grid: at most `most`, evenly spread over the right and over the
-    others."""
-    right = [i for i, s in enumerate(result.samples) if s.score == 1]
-    other = [i for i, s in enumerate(result.samples) if s.score != 1]
-    half = max(most // 2, most - len(right), 0)
-    chosen = _spread(other, half)
-    chosen = sorted(chosen + _spread(right, most - len(chosen)))
-    shown = []
-    for i in chosen:
-        s = result.samples[i]
-        try:
-            media = pictures(i)
-        except PolymodalError:
-            media = []
-        text = s.error or (
-            f"{s.answer}  →  {s.extracted}"
-            if s.extracted and s.extracted.strip().lower() != s.answer.strip().lower()
-            else s.answer
-        )
-        question = s.question + "".join(f"\n{k}. {v}" for k, v in s.options.items())
-        note = "" if s.finished else "cut by max_new_tokens"
-        note = ", ".join([*([note] if note else []), *(f"{k} {v:.4g}" for k, v in s.measures.items())])
-        shown.append(
-            pages.Card(
-                question,
-                [(label, text, s.score)],
-                " | ".join(s.expected),
-                [thumbnail(m) for m in media],
-                note,
-                {"id": s.id, **s.groups},
-            )
-        )
-    return shown
+def show(result: Result, out: Path, **notes: str) -> None:
+    """Print the table, the counts that `notes` names (a field of Result -> its text) and the files."""
+    from rich.console import Console
 
-
-def _spread(positions: list[int], most: int) -> list[int]:
-    if len(positions) <= most:
-        return positions
-    return [positions[i * len(positions) // most] for i in range(most)]
-
-
-def _page(result: Result, pictures: Pictures, most: int, label: str) -> str:
-    counts = [
-        ("samples", result.n),
-        ("not asked (errors, counted as wrong)", result.errors),
-        ("without a readable choice", result.unparsed),
-        ("cut by max_new_tokens", result.cut),
-    ]
-    settings = [(key, json.dumps(value, ensure_ascii=False)) for key, value in result.settings.items()]
-    return pages.render(
-        "evaluation.html",
-        title=f"{result.name}: {result.benchmark}",
-        lead=_lead(result),
-        scores=pages.Table(_headers(result), list(lines_of(result))),
-        counts=pages.Table(("", "count"), [c for c in counts if c[1]]),
-        settings=pages.Table(("key", "value"), settings),
-        cards=cards(result, pictures, most, label),
-        total=result.n,
-    )
-
-
-def _headers(result: Result) -> tuple[str, str, str]:
-    return "", "value" if result.measures else "score", "samples"
-
-
-def _lead(result: Result) -> str:
-    if result.score is None and result.measures:
-        return ", ".join(f"{k} {v:.4g}" for k, v in result.measures.items()) + f" over {result.n} samples"
-    return f"{percent(result.score)} by {result.metric} over {result.scored} questions"
+    console = Console()
+    console.print(table(result))
+    counts = {text: getattr(result, name) for name, text in notes.items()}
+    counts["taken over from an earlier start"] = result.resumed
+    if any(counts.values()):
+        console.print("; ".join(f"{count} {text}" for text, count in counts.items() if count))
+    files = [name for name in ("samples.jsonl", "report.html", "samples") if (out / name).exists()]
+    console.print(", ".join([f"{out}/result.json", *files]), markup=False, soft_wrap=True)
 
 
 def table(result: Result) -> Any:
@@ -211,6 +158,91 @@ def table(result: Result) -> Any:
     out = Table(title=Text(title), title_justify="left", min_width=min(len(title), 78))
     for name in _headers(result):
         out.add_column(name, justify="left" if not name else "right")
-    for row in lines_of(result):
+    for row in _rows(result):
         out.add_row(*(Text(str(value)) for value in row))
     return out
+
+
+def _percent(score: float | None) -> str:
+    return "not scored" if score is None else f"{100 * score:.1f} %"
+
+
+def _headers(result: Result) -> tuple[str, str, str]:
+    return "", "value" if result.measures else "score", "samples"
+
+
+def _rows(result: Result) -> Iterator[tuple[str, str, int]]:
+    """(what, value, samples)."""
+    if result.score is not None or not result.measures:
+        yield "all", _percent(result.score), result.scored
+    for name, value in result.measures.items():
+        yield name, f"{value:.4g}", result.n - result.errors
+    for group, values in result.by.items():
+        for value, part in values.items() if len(values) > 1 else ():
+            count = int(part["n"])
+            for name, mean in part.items():
+                if name == "score":
+                    yield f"{group}: {value}", _percent(mean), count
+                elif name != "n":
+                    yield f"{group}: {value}, {name}", f"{mean:.4g}", count
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def _page(result: Result, pictures: Pictures, most: int, label: str) -> str:
+    counts = [
+        ("samples", result.n),
+        ("not asked (errors, counted as wrong)", result.errors),
+        ("without a readable choice", result.unparsed),
+        ("cut by max_new_tokens", result.cut),
+    ]
+    settings = [(key, json.dumps(value, ensure_ascii=False)) for key, value in result.settings.items()]
+    lead = f"{_percent(result.score)} by {result.metric} over {result.scored} questions"
+    if result.score is None and result.measures:
+        lead = ", ".join(f"{k} {v:.4g}" for k, v in result.measures.items()) + f" over {result.n} samples"
+    return pages.render(
+        "evaluation.html",
+        title=f"{result.name}: {result.benchmark}",
+        lead=lead,
+        scores=pages.Table(_headers(result), list(_rows(result))),
+        counts=pages.Table(("", "count"), [c for c in counts if c[1]]),
+        settings=pages.Table(("key", "value"), settings),
+        cards=[_card(result.samples[i], pictures, label) for i in _chosen(result.samples, most)],
+        total=result.n,
+    )
+
+
+def _chosen(samples: Sequence[Judged], most: int) -> list[int]:
+    """At most `most` positions, evenly spread over the right samples and over the rest."""
+
+    def spread(positions: list[int], count: int) -> list[int]:
+        if len(positions) <= count:
+            return positions
+        return [positions[i * len(positions) // count] for i in range(count)]
+
+    right = [i for i, s in enumerate(samples) if s.score == 1]
+    rest = [i for i, s in enumerate(samples) if s.score != 1]
+    wrong = spread(rest, max(most // 2, most - len(right), 0))
+    return sorted(wrong + spread(right, most - len(wrong)))
+
+
+def _card(sample: Judged, pictures: Pictures, label: str) -> pages.Card:
+    try:
+        media = pictures(sample.index)
+    except PolymodalError:
+        media = []
+    text = sample.error or sample.answer
+    same = sample.extracted.strip().lower() == sample.answer.strip().lower()
+    if sample.extracted and not same and not sample.error:
+        text = f"{sample.answer}  →  {sample.extracted}"
+    notes = [] if sample.finished else ["cut by max_new_tokens"]
+    notes += [f"{name} {value:.4g}" for name, value in sample.measures.items()]
+    return pages.Card(
+        sample.question + "".join(f"\n{letter}. {option}" for letter, option in sample.options.items()),
+        [(label, text, sample.score)],
+        " | ".join(sample.expected),
+        [thumbnail(medium) for medium in media],
+        ", ".join(notes),
+        {"id": sample.id, **sample.groups},
+    )

@@ -7,7 +7,7 @@ so a run that was killed goes on. Rates are counted at the end: another normalis
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from polymodal.data.source import open_corpus
 from polymodal.data.speech import TIMES
 from polymodal.evaluate import results
 from polymodal.evaluate.results import Judged, Result
-from polymodal.evaluate.run import deal, opened
-from polymodal.evaluate.store import Memory, Progress, Ranks, Store
+from polymodal.evaluate.store import Ranks, complete, store_in
 from polymodal.evaluate.word_errors import (
     CHOICES,
     Choice,
@@ -109,42 +108,35 @@ def evaluate(
     """
     if normalise not in CHOICES:
         raise PolymodalError(f"--normalise {normalise} is not known.", f"Use {', '.join(CHOICES)}.")
-    world = Ranks(alone=False)
-    try:
-        rows, digest = recordings(data, media_dir, language)
-        rows = rows[:limit] if limit else rows
-        settings = {"model": transcriber.identity, "data": digest, "language": language, "beams": beams}
-        if out is None and world.size > 1:
-            raise PolymodalError("An evaluation with several processes needs a directory.", "Give `out`.")
-        store = Store(Path(out), settings) if out is not None else Memory()
-        began = time.perf_counter()
-        done = opened(store, world, restart)
-        todo = [i for i, row in enumerate(rows) if row.id not in done]
-        costs = [_seconds(rows[i]) for i in todo] if world.size > 1 else [1.0] * len(todo)
-        mine = [todo[i] for i in deal(costs, world.size)[world.rank]]
-        write = store.writer(world.rank) if mine else None
-        with Progress(progress and world.rank == 0, len(rows), len(done), store, transcriber.name) as bar:
-            jobs = [rows[i].speech for i in mine]
-            for position, found in transcriber.transcripts(jobs, batch_size=batch_size, beams=beams):
-                assert write is not None
-                entry: dict[str, Any] = {"id": rows[mine[position]].id, "rank": world.rank}
-                if isinstance(found, PolymodalError):
-                    entry |= {"answer": "", "error": str(found)}
-                else:
-                    entry |= {"answer": found.text, "language": found.language, "seconds": found.seconds}
-                write(entry)
-                bar.update()
-        world.barrier()
+    began = time.perf_counter()
+    rows, digest = recordings(data, media_dir, language)
+    rows = rows[:limit] if limit else rows
+    settings = {"model": transcriber.identity, "data": digest, "language": language, "beams": beams}
+
+    def answer(mine: list[int]) -> Iterator[dict[str, Any]]:
+        jobs = [rows[i].speech for i in mine]
+        for position, made in transcriber.transcripts(jobs, batch_size=batch_size, beams=beams):
+            entry: dict[str, Any] = {"id": rows[mine[position]].id}
+            if isinstance(made, PolymodalError):
+                yield {**entry, "answer": "", "error": str(made)}
+            else:
+                yield {**entry, "answer": made.text, "language": made.language, "seconds": made.seconds}
+
+    with Ranks() as world, store_in(out, settings, world) as store:
+        alone = world.size == 1
+        entries, resumed = complete(
+            store,
+            world,
+            [row.id for row in rows],
+            answer,
+            cost=lambda i: 1.0 if alone else _seconds(rows[i]),
+            restart=restart,
+            title=transcriber.name if progress else None,
+        )
         if world.rank != 0:
             return None
-        result = _judged(transcriber, rows, store.answers(), normalise, settings)
-        result = replace(result, seconds=round(time.perf_counter() - began, 2), resumed=len(rows) - len(todo))
-        if out is not None:
-            result = replace(result, out=str(out))
-            results.write(Path(out), result, lambda i: (), html, "heard")
-        return result
-    finally:
-        world.close()
+    result = _judged(transcriber, rows, entries, normalise, settings)
+    return results.finish(result, out, began, resumed, html, "heard", lambda i: ())
 
 
 def _judged(
@@ -154,15 +146,10 @@ def _judged(
 
     spelling = getattr(transcriber.tokenizer, "english_spelling_normalizer", None)
     judged: list[Judged] = []
-    totals: dict[str, tuple[Errors, Errors, int]] = {}
+    counts: dict[str, tuple[Errors, Errors, int]] = {}
     cleaners: dict[str, Normaliser] = {}
     for i, row in enumerate(rows):
-        entry = entries.get(row.id)
-        if entry is None:
-            raise PolymodalError(
-                f"{row.where}: the text of recording {row.id} is missing in the parts.",
-                "Start the same command again; it transcribes what is missing.",
-            )
+        entry = entries[row.id]
         spoken = entry.get("language") or row.speech.language or "en"
         written = "en" if row.speech.task == "translate" else spoken
         if written not in cleaners:
@@ -170,48 +157,36 @@ def _judged(
         clean = cleaners[written]
         said, expected = clean(entry["answer"]), clean(row.expected)
         words, letters = word_errors(said, expected), character_errors(said, expected)
-        had = totals.get(written, (Errors(), Errors(), 0))
-        totals[written] = had[0] + words, had[1] + letters, had[2] + 1
+        had = counts.get(written, (Errors(), Errors(), 0))
+        counts[written] = had[0] + words, had[1] + letters, had[2] + 1
         measures = {"wer": words.rate, "cer": letters.rate}
         about = ("", (row.expected,), {}, {"language": written}, entry["answer"], said)
         score = float(not words.edits and not entry.get("error"))
         judged.append(
             Judged(i, row.id, row.where, *about, score=score, error=entry.get("error"), measures=measures)
         )
-    words = sum((t[0] for t in totals.values()), Errors())
-    letters = sum((t[1] for t in totals.values()), Errors())
+    words = sum((t[0] for t in counts.values()), Errors())
+    letters = sum((t[1] for t in counts.values()), Errors())
     by = {
         "language": {
-            code: {"wer": w.rate, "cer": c.rate, "n": n} for code, (w, c, n) in sorted(totals.items())
+            code: {"wer": w.rate, "cer": c.rate, "n": n} for code, (w, c, n) in sorted(counts.items())
         }
     }
     settings = {**settings, "normaliser": normalise, "words": asdict(words), "characters": asdict(letters)}
-    return Result(
-        transcriber.name, NAME, "wer, cer", None, len(judged), len(judged), sum(s.error is not None for s in judged),
-        0, 0, by, 0.0, 0, settings, judged, measures={"wer": words.rate, "cer": letters.rate},
-    )  # fmt: skip
+    totals = {"wer": words.rate, "cer": letters.rate}
+    return Result(transcriber.name, NAME, "wer, cer", None, judged, settings, by, totals)
 
 
-def main(checkpoint: str, data: str, *, device: str = "auto", out: str | None = None, how: dict[str, Any], **options: Any) -> Result | None:  # fmt: skip
-    """The command in one of its processes. how: of `open_model`; options: of `evaluate`."""
-    from rich.console import Console
+def main(
+    checkpoint: str, data: str, *, out: str | None = None, opening: dict[str, Any], **options: Any
+) -> Result | None:
+    """The command in one of its processes. opening: of `opened_model`; options: those of `evaluate`."""
+    from polymodal.generate.opening import opened_model
 
-    from polymodal import recipe as recipes
-    from polymodal.generate.opening import alike, open_model
-    from polymodal.runtime import process_group
-
-    where = Path(out) if out else Path("evaluations") / f"{Path(checkpoint.rstrip('/')).name}-{NAME}"
-    recipe = recipes.Recipe(model=recipes.Model(source=checkpoint), device=recipes.Device(kind=device))  # type: ignore[arg-type]
-    with process_group.runtime(recipe) as rt:
-        made = open_model(checkpoint, device=rt.device.torch, locate=alike(rt), **how)
+    where = results.directory(out, checkpoint, NAME)
+    with opened_model(checkpoint, **opening) as made:
         transcriber = Transcriber(made.model, made.processor, name=made.name, identity=made.identity)
         result = evaluate(transcriber, data, out=where, progress=True, **options)
     if result is not None:
-        console = Console()
-        console.print(results.table(result))
-        notes = [(result.errors, "could not be heard and count as wholly wrong"), (result.resumed, "taken over from an earlier start")]  # fmt: skip
-        for count, what in notes:
-            if count:
-                console.print(f"{count} {what}")
-        console.print(f"{where}/result.json, samples.jsonl, report.html", markup=False, soft_wrap=True)
+        results.show(result, where, errors="could not be heard and count as wholly wrong")
     return result

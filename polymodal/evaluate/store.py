@@ -1,19 +1,23 @@
-"""Where the answers of an evaluation are kept while it runs, and how its ranks meet.
+"""Answers of an evaluation on disk while it runs, and the ranks that write them.
 
-One directory: `settings.json` says what the answers belong to, `parts/rank-*.jsonl` hold them, a line each, written
-before the next batch starts. Sees errors and torch.distributed; knows nothing of models, questions and metrics.
+`out/settings.json` holds what the answers belong to, `out/parts/rank-*.jsonl` one answer a line, flushed as
+soon as it is made: a run that was killed goes on from there, with any number of ranks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.files import replace_file
@@ -21,84 +25,78 @@ from polymodal.core.files import replace_file
 LAST_BARRIER = timedelta(days=7)
 """Ranks meet once, when all are done: a slow one may take long, and the launcher ends all when one dies."""
 
+Entry = Mapping[str, Any]
+"""A line of a part: `id`, `answer`, `error` where there is none, and what else belongs to it."""
+
 
 class Ranks:
     """The ranks of this evaluation: those of the process group if there is one, else this process alone."""
 
-    def __init__(self, alone: bool):
-        import torch.distributed as dist
-
-        joined = not alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    def __init__(self) -> None:
+        joined = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
         self.group: Any = dist.new_group(backend="gloo", timeout=LAST_BARRIER) if joined else None
 
-    def barrier(self) -> None:
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self.group is not None:
-            import torch.distributed as dist
+            dist.destroy_process_group(self.group)
 
-            dist.barrier(self.group)
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank. Collective."""
+        if self.group is None:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
-    def raise_together(self, error: PolymodalError | None) -> None:
-        """Raise on every rank what any rank raised: nobody is left waiting."""
-        found: list[PolymodalError | None] = [error]
-        if self.group is not None:
-            import torch.distributed as dist
-
-            found = [None] * self.size
-            dist.all_gather_object(found, error, group=self.group)
-        first = next((e for e in found if e is not None), None)
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A PolymodalError that any rank raises inside is raised on every rank. Collective."""
+        error: PolymodalError | None = None
+        try:
+            yield
+        except PolymodalError as caught:
+            error = caught
+        first = next((e for e in self.gather(error) if e is not None), None)
         if first is not None:
             raise first
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank."""
-        found = [value]
-        if self.group is not None:
-            import torch.distributed as dist
-
-            found = [None] * self.size
-            dist.all_gather_object(found, value, group=self.group)
-        return found
-
-    def close(self) -> None:
-        if self.group is not None:
-            import torch.distributed as dist
-
-            dist.destroy_process_group(self.group)
-
 
 class Store:
-    """`out/`: settings.json (what the answers belong to), parts/rank-*.jsonl (answers), and the results."""
+    """settings.json and parts/ of one directory."""
 
     def __init__(self, out: Path, settings: Mapping[str, Any]):
         self.out, self.settings = out, json.loads(json.dumps(settings))
-        self.parts = out / "parts"
+        self.parts, self.file = out / "parts", out / "settings.json"
 
     def open(self, restart: bool) -> None:
-        """Make the directory, or check that what lies there belongs to these settings. Raises PolymodalError."""
-        file = self.out / "settings.json"
+        """Make the directory, or check that its answers belong to these settings. Raises PolymodalError."""
         if restart and self.parts.is_dir():
-            if not file.is_file():
+            if not self.file.is_file():
                 raise PolymodalError(
-                    f"{self.out} is not an evaluation's directory (it has no settings.json), nothing is deleted there.",
+                    f"{self.out} is not an evaluation's directory (it has no settings.json), "
+                    "nothing is deleted there.",
                     "Choose another --out.",
                 )
             shutil.rmtree(self.parts)
-        if file.is_file() and any(self.parts.glob("*.jsonl")):
+        if self.file.is_file() and any(self.parts.glob("*.jsonl")):
             self.check()
             return
         try:
             self.parts.mkdir(parents=True, exist_ok=True)
-            replace_file(file, json.dumps(self.settings, indent=1, ensure_ascii=False))
+            replace_file(self.file, json.dumps(self.settings, indent=1, ensure_ascii=False))
         except OSError as error:
             raise PolymodalError(
                 f"The directory {self.out} cannot be written: {error.strerror}.", "Choose another --out."
             ) from None
 
     def check(self) -> None:
-        file = self.out / "settings.json"
+        """Raise PolymodalError where the directory holds answers of other settings."""
         try:
-            before = json.loads(file.read_text())
+            before = _flat(json.loads(self.file.read_text()))
         except FileNotFoundError:
             raise PolymodalError(
                 f"{self.out} is not the same directory on every node.",
@@ -106,47 +104,37 @@ class Store:
             ) from None
         except (OSError, ValueError) as error:
             raise PolymodalError(
-                f"{file} cannot be read: {error}.", "Choose another --out, or --restart."
+                f"{self.file} cannot be read: {error}.", "Choose another --out, or --restart."
             ) from None
-        before, now = _flat(before), _flat(self.settings)
-        different = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+        now = _flat(self.settings)
+        different = sorted(k for k in {**before, **now} if before.get(k) != now.get(k))
         if different:
-            what = ", ".join(
-                f"{k}: {_short(before.get(k))} -> {_short(now.get(k))}" for k in sorted(different)
-            )
+            changes = (f"{k}: {_short(before.get(k))} -> {_short(now.get(k))}" for k in different)
             raise PolymodalError(
-                f"{self.out} holds answers of other settings ({what}).",
+                f"{self.out} holds answers of other settings ({', '.join(changes)}).",
                 "Choose another --out, or --restart to answer everything anew.",
             )
 
     def answers(self) -> dict[str, dict[str, Any]]:
-        """Every whole line of every part; a line that a killed process left half is passed over, an answer beats an error."""
-        found: dict[str, dict[str, Any]] = {}
+        """Entries by id. A line that a killed process left half is passed over, an answer beats an error."""
+        entries: dict[str, dict[str, Any]] = {}
         for file in sorted(self.parts.glob("*.jsonl")):
-            with file.open("rb") as lines:
-                for line in lines:
-                    try:
-                        entry = json.loads(line)
-                    except ValueError:
-                        continue
-                    if (
-                        isinstance(entry, dict)
-                        and "id" in entry
-                        and ("error" not in entry or entry["id"] not in found)
-                    ):
-                        found[entry["id"]] = entry
-        return found
+            for line in file.read_bytes().split(b"\n"):
+                with contextlib.suppress(ValueError):
+                    entry = json.loads(line)
+                    key = entry.get("id") if isinstance(entry, dict) else None
+                    if key is not None and ("error" not in entry or key not in entries):
+                        entries[key] = entry
+        return entries
 
-    def writer(self, rank: int) -> Callable[[Mapping[str, Any]], None]:
+    def writer(self, rank: int) -> Callable[[Entry], None]:
+        """Appends entries to this rank's part. Raises PolymodalError when the disk is full."""
         file = self.parts / f"rank-{rank:05d}.jsonl"
         handle = file.open("ab")
-        if handle.tell():
-            with file.open("rb") as old:
-                old.seek(-1, os.SEEK_END)
-                if old.read(1) != b"\n":  # a killed process left half a line: end it, it is passed over
-                    handle.write(b"\n")
+        if handle.tell() and not file.read_bytes().endswith(b"\n"):  # a killed process left half a line
+            handle.write(b"\n")
 
-        def write(entry: Mapping[str, Any]) -> None:
+        def write(entry: Entry) -> None:
             try:
                 handle.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
                 handle.flush()
@@ -158,81 +146,109 @@ class Store:
 
         return write
 
-    def count(self, sizes: dict[Path, tuple[int, int]]) -> int:
-        """Lines in all parts so far; `sizes` remembers what was counted before."""
-        for file in self.parts.glob("*.jsonl"):
-            at, lines = sizes.get(file, (0, 0))
-            with file.open("rb") as handle:
-                handle.seek(at)
-                chunk = handle.read()
-            sizes[file] = (at + len(chunk), lines + chunk.count(b"\n"))
-        return sum(lines for _, lines in sizes.values())
+    def count(self) -> int:
+        """Lines in all parts so far."""
+        return sum(file.read_bytes().count(b"\n") for file in self.parts.glob("*.jsonl"))
 
 
-class Memory(Store):
-    """The same without a directory: for one process that does not want files."""
+@contextlib.contextmanager
+def store_in(out: str | os.PathLike | None, settings: Mapping[str, Any], world: Ranks) -> Iterator[Store]:
+    """The store of a directory; without one, which one process alone may do, its files are temporary."""
+    if out is None and world.size > 1:
+        raise PolymodalError(
+            "An evaluation with several processes needs a directory for their answers.", "Give `out`."
+        )
+    with tempfile.TemporaryDirectory() if out is None else contextlib.nullcontext(out) as directory:
+        yield Store(Path(directory), settings)
 
-    def __init__(self) -> None:
-        self.entries: dict[str, dict[str, Any]] = {}
 
-    def open(self, restart: bool) -> None: ...
+def deal(costs: Sequence[float], world: int) -> list[list[int]]:
+    """Positions dealt to ranks in a snake by falling cost: counts differ by one at most, and costs hardly."""
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    hands: list[list[int]] = [[] for _ in range(world)]
+    for turn, i in enumerate(order):
+        lap, seat = divmod(turn, world)
+        hands[seat if lap % 2 == 0 else world - 1 - seat].append(i)
+    return [sorted(hand) for hand in hands]
 
-    def check(self) -> None: ...
 
-    def answers(self) -> dict[str, dict[str, Any]]:
-        return self.entries
+def complete(
+    store: Store,
+    world: Ranks,
+    ids: Sequence[str],
+    answer: Callable[[list[int]], Iterable[Entry]],
+    *,
+    cost: Callable[[int], float] = lambda i: 1.0,
+    usable: Callable[[Entry], bool] = lambda entry: True,
+    restart: bool = False,
+    title: str | None = None,
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """Have the ranks answer what the store lacks of `ids`. Returns (entries by id, how many were there
+    before).
 
-    def writer(self, rank: int) -> Callable[[Mapping[str, Any]], None]:
-        return lambda entry: self.entries.update({entry["id"]: dict(entry)})
+    answer: gives the entries of these positions, in any order. cost: of a position, for an even share.
+    usable: entries to keep; failed ones are asked again. title: of a progress bar on rank 0. Collective;
+    ranks get the same number of positions (one more at most) and meet before the first and after the last
+    only. Raises PolymodalError.
+    """
+    with world.together():  # before any rank writes
+        if world.rank == 0:
+            store.open(restart)
+    with world.together():
+        if world.rank != 0:
+            store.check()
+        before = {key for key, e in store.answers().items() if not e.get("error") and usable(e)}
+    todo = [i for i, key in enumerate(ids) if key not in before]
+    mine = [todo[i] for i in deal([cost(i) for i in todo], world.size)[world.rank]]
+    if mine:
+        write = store.writer(world.rank)
+        with progress(title if world.rank == 0 else None, len(ids), len(before), store) as update:
+            for entry in answer(mine):
+                write({**entry, "rank": world.rank})
+                update()
+    world.gather(None)
+    entries = world.gather(store.answers() if world.rank == 0 else None)[0]
+    missing = [key for key in ids if key not in entries]
+    if missing:
+        raise PolymodalError(
+            f"{len(missing)} answers are missing in {store.parts} (first: {missing[0]}).",
+            "Start the same command again; it makes what is missing.",
+        )
+    return entries, len(ids) - len(todo)
 
-    def count(self, sizes: dict[Path, tuple[int, int]]) -> int:
-        return len(self.entries)
+
+@contextlib.contextmanager
+def progress(title: str | None, total: int, done: int, store: Store) -> Iterator[Callable[[], None]]:
+    """A bar over all ranks' answers, to be updated often; none without a title."""
+    if title is None:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import Progress
+
+    looked = time.perf_counter()
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task(escape(title), total=total, completed=done)
+
+        def update(after: float = 1.0) -> None:
+            nonlocal looked
+            if time.perf_counter() - looked >= after:
+                looked = time.perf_counter()
+                bar.update(task, completed=min(total, store.count()))
+
+        yield update
+        update(0.0)
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Settings by dotted name."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
-        found |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
-    return found
+        flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
+    return flat
 
 
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-class Progress:
-    """A bar over all ranks' answers on rank 0's terminal; silent elsewhere."""
-
-    def __init__(self, on: bool, total: int, done: int, store: Store, title: str):
-        self.bar: Any = None
-        self.store, self.total, self.looked = store, total, 0.0
-        self.sizes: dict[Path, tuple[int, int]] = {}
-        if on:
-            from rich import progress as rich
-            from rich.console import Console
-
-            columns = (
-                rich.TextColumn("{task.description}", markup=False),
-                rich.BarColumn(),
-                rich.MofNCompleteColumn(),
-                rich.TimeRemainingColumn(),
-            )
-            self.bar = rich.Progress(*columns, console=Console(stderr=True))
-            self.task = self.bar.add_task(title, total=total, completed=done)
-
-    def __enter__(self) -> Progress:
-        if self.bar:
-            self.bar.start()
-        return self
-
-    def update(self) -> None:
-        if self.bar and time.perf_counter() - self.looked > 0.5:
-            self.looked = time.perf_counter()
-            self.bar.update(self.task, completed=min(self.total, self.store.count(self.sizes)))
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar:
-            self.bar.update(self.task, completed=min(self.total, self.store.count(self.sizes)))
-            self.bar.stop()

@@ -1,5 +1,4 @@
-"""Pictures for pages, from everything that the package has them as. Sees data/media.py for decoding, and
-pages."""
+"""Pictures for pages, from media, paths, bytes or PIL images."""
 
 from __future__ import annotations
 
@@ -16,8 +15,7 @@ from polymodal.data import media as decoders
 def thumbnail(source: Any, side: int = 240) -> pages.Picture:
     """Media, a path, bytes or a PIL image, reduced to `side` pixels; of a video the first frame.
 
-    One that cannot be read becomes its reason, in the picture's place: a report is about what went wrong,
-    too.
+    In place of one that cannot be read is the reason: a report is about what went wrong, too.
     """
     if isinstance(source, Image.Image):
         return pages.thumbnail(source, side)

@@ -1,7 +1,6 @@
-"""`polymodal generate`: prompts in, clips or pictures out, with a sheet of all and a JSON of how each was made.
+"""`polymodal generate`: clips or pictures of prompts, a sheet of all, a JSON of how each was made.
 
-Sees generate/pipeline.py and errors. Prompts are dealt out to ranks, or to groups of ranks that make each sample together; a
-sample depends on its own seed alone.
+Prompts are dealt to ranks, or to groups of ranks that make each sample together.
 """
 
 from __future__ import annotations
@@ -9,23 +8,27 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from polymodal import __version__
 from polymodal.core.errors import PolymodalError
-from polymodal.generate.pipeline import Prompt, Settings, opened, suspicion
+from polymodal.generate.pipeline import Generator, Prompt, Settings, opened, suspicion
 
 SHEET = 32
 """Samples on a contact sheet at most."""
+SHEET_FRAMES = 6
+"""Frames of a clip that it shows at most."""
 
 
 def read_prompts(path: str) -> list[Prompt]:
-    """A .txt of one prompt a line, or .jsonl of objects with Prompt's keys. Raises PolymodalError with the line."""
+    """A .txt of one prompt a line, or .jsonl of objects with Prompt's keys. Raises PolymodalError."""
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -66,10 +69,9 @@ def write_video(
     import av
 
     height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2
+    frame_rate = Fraction(fps).limit_denominator(1000)
     with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream(
-            "libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "17"}
-        )
+        stream: Any = container.add_stream("libx264", rate=frame_rate, options={"crf": "17"})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         track: Any = container.add_stream("aac", rate=rate, layout="stereo") if sound is not None else None
         for frame in frames:
@@ -78,16 +80,16 @@ def write_video(
         container.mux(stream.encode())
         if sound is not None:
             samples = np.ascontiguousarray(sound.clip(-1, 1), dtype=np.float32)
-            heard = av.AudioFrame.from_ndarray(samples, format="fltp", layout="stereo")
-            heard.sample_rate = rate
-            container.mux(track.encode(heard))
+            audio = av.AudioFrame.from_ndarray(samples, format="fltp", layout="stereo")
+            audio.sample_rate = rate
+            container.mux(track.encode(audio))
             container.mux(track.encode())
 
 
 def save(
     folder: Path, number: int, frames: np.ndarray, fps: float, sound: np.ndarray | None = None, rate: int = 0
 ) -> str:
-    """uint8 [F, H, W, 3] as NNNN.mp4, or NNNN.png of one frame; there whole or not at all. Returns the file's name."""
+    """uint8 [F, H, W, 3] as NNNN.mp4, or NNNN.png of one frame, whole or not at all. Returns the name."""
     from PIL import Image
 
     name = f"{number:04d}.{'mp4' if len(frames) > 1 else 'png'}"
@@ -100,16 +102,18 @@ def save(
     return name
 
 
-def sheet(samples: Sequence[np.ndarray], columns: int | None = None) -> np.ndarray:
-    """Pictures side by side; of clips each row is one, with up to six of its frames. uint8 [H, W, 3]."""
-    clips = any(len(s) > 1 for s in samples)
-    if clips:
-        rows = [
-            [s[i] for i in np.linspace(0, len(s) - 1, min(6, len(s))).round().astype(int)] for s in samples
-        ]
+def evenly(frames: np.ndarray) -> np.ndarray:
+    """The frames of a clip that a sheet shows."""
+    return frames[np.linspace(0, len(frames) - 1, min(SHEET_FRAMES, len(frames))).round().astype(int)]
+
+
+def sheet(samples: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures side by side; of clips each row is one, with some of its frames. uint8 [H, W, 3]."""
+    if any(len(sample) > 1 for sample in samples):
+        rows = [list(evenly(sample)) for sample in samples]
     else:
-        columns = columns or int(np.ceil(np.sqrt(len(samples))))
-        pictures = [s[0] for s in samples]
+        columns = int(np.ceil(np.sqrt(len(samples))))
+        pictures = [sample[0] for sample in samples]
         rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
     height, width = (max(p.shape[d] for row in rows for p in row) for d in (0, 1))
     out = np.full((len(rows) * (height + 2), max(map(len, rows)) * (width + 2), 3), 255, np.uint8)
@@ -117,6 +121,64 @@ def sheet(samples: Sequence[np.ndarray], columns: int | None = None) -> np.ndarr
         for x, picture in enumerate(row):
             top, left = y * (height + 2), x * (width + 2)
             out[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return out
+
+
+# --- many prompts ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """prompt: with the seed that was used; file: its name, None where values are not finite."""
+
+    number: int
+    prompt: Prompt
+    frames: np.ndarray
+    file: str | None
+    warning: str | None
+    seconds: float
+
+
+def make(
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    numbers: Sequence[int],
+    settings: Settings,
+    batch_size: int,
+    folder: Path,
+    fps: float,
+    write: bool = True,
+) -> Iterator[Sample]:
+    """Samples of the prompts with these numbers, written to `folder` as they are made, in batches.
+
+    A prompt without a seed gets one from the settings' seed and its number. write: False on a rank that helps
+    another one to make its samples; nothing comes of it.
+    """
+    for group in batches(numbers, prompts, batch_size):
+        began = time.perf_counter()
+        seeds = [settings.seed * 1_000_003 + i if prompts[i].seed is None else prompts[i].seed for i in group]
+        seeded = [replace(prompts[i], seed=seed) for i, seed in zip(group, seeds, strict=True)]
+        made = generator.sample(seeded, settings)
+        seconds = (time.perf_counter() - began) / len(group)
+        for position, (number, prompt, frames) in enumerate(zip(group, seeded, made, strict=True)):
+            if write:
+                finite = frames.dtype == np.uint8
+                file = save(folder, number, frames, fps, **generator.sound_of(position)) if finite else None
+                yield Sample(number, prompt, frames, file, suspicion(frames), seconds)
+
+
+def batches(numbers: Sequence[int], prompts: Sequence[Prompt], size: int) -> list[list[int]]:
+    """Groups of prompts to sample together; a prompt with a picture or clip goes alone."""
+    out: list[list[int]] = []
+    joins = False
+    for number in numbers:
+        p = prompts[number]
+        alone = bool(p.image or p.last_image or p.video or p.references)
+        if joins and not alone and len(out[-1]) < size:
+            out[-1].append(number)
+        else:
+            out.append([number])
+        joins = not alone
     return out
 
 
@@ -129,109 +191,58 @@ def main(
     fps: float = 16.0,
     batch_size: int = 1,
     cp: int = 1,
-    **how: Any,
+    **opening: Any,
 ) -> int:
-    """The command, in one of its processes: writes NNNN.mp4 or NNNN.png, sheet.png and samples.json. Returns the exit code.
+    """The command in one of its processes: NNNN.mp4 or NNNN.png, sheet.png, samples.json. Returns 0.
 
-    cp: ranks that make each sample together;
-    how: of `opened`.
+    cp: ranks that make each sample together. opening: options of `opened`.
     """
     if not prompts:
         raise PolymodalError("There is no prompt.", "Give --prompt TEXT or --prompts FILE.")
     folder = Path(out).expanduser()
-    with opened(checkpoint, cp=cp, **how) as (rt, generator):
+    rows: list[dict[str, Any]] = []
+    shown: dict[int, np.ndarray] = {}
+    with opened(checkpoint, cp=cp, **opening) as (rt, generator):
         folder.mkdir(parents=True, exist_ok=True)
-        if rt.rank == 0:
-            for left in (*folder.glob(".part-*.jsonl"), *folder.glob(".sheet-*.npy")):  # of a killed run
-                left.unlink()
-        rt.barrier()
-        mine = list(range(rt.rank // cp, len(prompts), rt.world // cp))
-        writes = rt.rank % cp == 0
-        part = folder / f".part-{rt.rank}.jsonl" if writes else Path(os.devnull)
-        with open(part, "w", encoding="utf-8") as listing:
-            for group in groups(mine, prompts, batch_size):
-                chosen = [prompts[i] for i in group]
-                numbered = [
-                    Prompt(
-                        **{
-                            **asdict(p),
-                            "seed": p.seed if p.seed is not None else settings.seed * 1_000_003 + i,
-                        }
-                    )
-                    for i, p in zip(group, chosen, strict=True)
-                ]
-                made = generator.sample(numbered, settings)
-                if not writes:
-                    continue
-                for place, (number, given, frames) in enumerate(zip(group, numbered, made, strict=True)):
-                    wrong = suspicion(frames)
-                    name = None
-                    if frames.dtype == np.uint8:
-                        name = save(folder, number, frames, fps, **generator.heard(place))
-                        if number < SHEET:
-                            np.save(folder / f".sheet-{number:04d}.npy", frames)
-                    row = {
-                        "number": number,
-                        "file": name,
-                        **asdict(given),
-                    }
-                    row |= {
-                        "frames": len(frames),
-                        "height": frames.shape[1],
-                        "width": frames.shape[2],
-                        "warning": wrong,
-                    }
-                    listing.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    if wrong:
-                        print(f"warning: sample {number} {wrong}", file=sys.stderr, flush=True)
-        rt.barrier()
-        if rt.rank == 0:
-            _finish(folder, generator, settings, fps, checkpoint, how.get("ema", False))
+        mine = range(rt.rank // cp, len(prompts), rt.world // cp)
+        made = make(generator, prompts, mine, settings, batch_size, folder, fps, write=rt.rank % cp == 0)
+        for sample in made:
+            frames, height, width, _ = sample.frames.shape
+            size = {"frames": frames, "height": height, "width": width, "warning": sample.warning}
+            rows.append({"number": sample.number, "file": sample.file, **asdict(sample.prompt), **size})
+            if sample.file is not None and sample.number < SHEET:
+                shown[sample.number] = evenly(sample.frames)
+            if sample.warning:
+                print(f"warning: sample {sample.number} {sample.warning}", file=sys.stderr, flush=True)
+        parts: list[Any] | None = [None] * rt.world if rt.rank == 0 else None
+        dist.gather_object((rows, shown), parts)
+        if parts is None:
+            return 0
+        about = {
+            "checkpoint": str(checkpoint),
+            "weights": generator.identity,
+            "ema": opening.get("ema", False),
+            "card": generator.family.card.name,
+            "pipeline": type(generator.pipeline).__name__,
+            "scheduler": type(generator.pipeline.scheduler).__name__,
+            "settings": asdict(settings),
+            "fps": fps,
+            "polymodal": __version__,
+        }
+    _finish(folder, about, parts)
     return 0
 
 
-def groups(mine: list[int], prompts: Sequence[Prompt], size: int) -> list[list[int]]:
-    """Batches of prompts that have the same kinds of conditions; a prompt with a picture or clip goes alone."""
-    out: list[list[int]] = []
-    for number in mine:
-        p = prompts[number]
-        alone = bool(p.image or p.last_image or p.video or p.references)
-        if (
-            not alone
-            and out
-            and len(out[-1]) < size
-            and not prompts[out[-1][0]].image
-            and not prompts[out[-1][0]].video
-            and not prompts[out[-1][0]].references
-        ):
-            out[-1].append(number)
-        else:
-            out.append([number])
-    return out
-
-
-def _finish(folder: Path, generator: Any, settings: Settings, fps: float, checkpoint: str, ema: bool) -> None:
+def _finish(folder: Path, about: dict[str, Any], parts: list[Any]) -> None:
+    """samples.json and sheet.png of all ranks' (rows, frames by number)."""
     from PIL import Image
 
-    rows = []
-    for part in sorted(folder.glob(".part-*.jsonl")):
-        rows += [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()]
-        part.unlink()
-    rows.sort(key=lambda row: row["number"])
-    shown = sorted(folder.glob(".sheet-*.npy"))
+    rows = sorted((row for part in parts for row in part[0]), key=lambda row: row["number"])
+    shown = {number: frames for part in parts for number, frames in part[1].items()}
     if shown:
-        Image.fromarray(sheet([np.load(path) for path in shown])).save(folder / "sheet.png")
-    for path in shown:
-        path.unlink()
-    about = {
-        "checkpoint": str(checkpoint), "weights": generator.identity, "ema": ema, "card": generator.family.card.name,
-        "pipeline": type(generator.pipeline).__name__, "scheduler": type(generator.pipeline.scheduler).__name__,
-        "settings": asdict(settings), "fps": fps, "polymodal": __version__, "samples": rows,
-    }  # fmt: skip
-    (folder / "samples.json").write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
+        Image.fromarray(sheet([shown[number] for number in sorted(shown)])).save(folder / "sheet.png")
+    text = json.dumps({**about, "samples": rows}, indent=1, ensure_ascii=False)
+    (folder / "samples.json").write_text(text, encoding="utf-8")
     wrong = sum(row["warning"] is not None for row in rows)
-    print(
-        f"{folder}: {len(rows)} samples, sheet.png, samples.json"
-        + (f"; {wrong} look wrong" if wrong else ""),
-        flush=True,
-    )
+    note = f"; {wrong} look wrong" if wrong else ""
+    print(f"{folder}: {len(rows)} samples, sheet.png, samples.json{note}", flush=True)

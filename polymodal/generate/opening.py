@@ -1,18 +1,19 @@
-"""Opens whatever holds a model for inference: hub checkpoints and exports, runs, single checkpoints, LoRA adapters.
+"""Opens whatever holds a model: hub checkpoints and exports, runs, single checkpoints, LoRA adapters.
 
-Hub formats are opened by the library itself, training's checkpoints by the house's own path (`assemble`), which
-export shares. Sees models, distributed/checkpoint.py, recipe and errors; the engine it hands out knows none of this.
+Hub formats are opened by transformers; of a training checkpoint the model is built, and its tensors are read
+one by one (`describe`), which export shares.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,16 +29,35 @@ from polymodal.distributed import checkpoint as checkpoints
 from polymodal.generate.engine import Engine
 from polymodal.models import catalog, library, lora, weights
 from polymodal.models.family import Family
+from polymodal.runtime import device as devices
+from polymodal.runtime import process_group
 from polymodal.runtime.process_group import Runtime
 
 Kind = Literal["hub", "adapter", "run"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SUFFIXES = (".safetensors", ".bin", ".distcp", ".json", ".jinja", ".metadata")
+
+# What transformers, peft and diffusers raise on files they cannot use.
+LIBRARY_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+
+
+@contextlib.contextmanager
+def library_errors(
+    message: str, hint: str, errors: tuple[type[Exception], ...] = LIBRARY_ERRORS
+) -> Iterator[None]:
+    """A library's error becomes PolymodalError("message: first line of its reason", hint)."""
+    try:
+        yield
+    except errors as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise PolymodalError(f"{message}: {reason}", hint) from None
 
 
 def kind_of(source: str | os.PathLike) -> Kind:
-    """What lies there: "run" (a run directory or one of its checkpoints), "adapter" (peft), "hub" (all else).
+    """What a path holds: "run" (a run directory or one of its checkpoints), "adapter" (peft), "hub" (all
+    else).
 
-    Raises PolymodalError for a path that is not there or a directory that holds none of them.
+    Raises PolymodalError for a path that does not exist or a directory that holds none of them.
     """
     text = os.fspath(source)
     path = Path(text).expanduser()
@@ -68,23 +88,18 @@ def fingerprint(directory: Path) -> str:
     """Changes when a file of a checkpoint does: names, sizes and times of its files, not their content."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(directory.iterdir()):
-        if (
-            file.is_file()
-            and file.suffix in (".safetensors", ".bin", ".distcp", ".json", ".jinja", ".metadata")
-            or file.name == ".metadata"
-        ):
+        if file.is_file() and file.suffix in SUFFIXES or file.name == ".metadata":
             info = file.stat()
             digest.update(f"{file.name} {info.st_size} {info.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
-# --- training's checkpoints ------------------------------------------------------------------------------------------
+# --- training checkpoints -------------------------------------------------------------------------
 
 
 @dataclass
 class Assembled:
-    """A model and where its values come from: on meta until `fill`, the house's attention, adapters still
-    apart.
+    """A model on meta (until `fill`), with adapters apart from their base, and where its values come from.
 
     tensors: whole, by plain parameter name, adapters by their own; each is read when it is asked for.
     """
@@ -96,20 +111,20 @@ class Assembled:
     tensors: LazyTensors
 
     @torch.no_grad()
-    def fill(self, dtype: torch.dtype = torch.float32) -> None:
-        """Give the model its values, on the CPU, in `dtype`, one tensor after the other. It is ready for
-        inference."""
-        model, held = self.model, self.tensors
+    def fill(self, dtype: torch.dtype = torch.float32) -> Assembled:
+        """Read the values, on the CPU in `dtype`, one tensor after the other, for inference."""
+        model, tensors = self.model, self.tensors
         cast(model, dtype)
         weights.materialise(model, "cpu")
-        weights.rebuild_buffers(model, persistent=any(n not in held for n in library.targets(model)))
+        weights.rebuild_buffers(model, persistent=any(n not in tensors for n in library.targets(model)))
         for tensor, names in library.aliases(model):
-            name = next((n for n in names if n in held), None)
+            name = next((n for n in names if n in tensors), None)
             if name is not None:
-                tensor.copy_(held[name])
+                tensor.copy_(tensors[name])
         for name, parameter in lora.adapters(model).items():
-            parameter.copy_(held[name])
+            parameter.copy_(tensors[name])
         model.eval()
+        return self
 
     def merged(self) -> LazyTensors:
         """The weights by plain name, adapters added in."""
@@ -125,31 +140,8 @@ Locate = Callable[[str | os.PathLike], Path]
 
 
 def alike(rt: Runtime) -> Locate:
-    """Collective: every rank opens the run, and gets the checkpoint that rank 0 finds. Raises PolymodalError."""
-
-    def locate(path: str | os.PathLike) -> Path:
-        found = checkpoints.agreed(rt, lambda: checkpoints.locate(path))
-        assert found is not None
-        return found
-
-    return locate
-
-
-def assemble(
-    source: str | os.PathLike,
-    *,
-    ema: bool = False,
-    base: str | None = None,
-    locate: Locate = checkpoints.locate,
-) -> Assembled:
-    """The model of a run or of one checkpoint, filled: its base (where one is needed) with the trained
-    tensors on top.
-
-    Raises PolymodalError as `describe` does.
-    """
-    made = describe(source, ema=ema, base=base, locate=locate)
-    made.fill()
-    return made
+    """For a run that every rank opens: each gets the checkpoint that rank 0 finds. Collective."""
+    return lambda path: checkpoints.agreed(rt, lambda: checkpoints.locate(path))  # type: ignore[return-value]
 
 
 def describe(
@@ -159,16 +151,16 @@ def describe(
     base: str | None = None,
     locate: Locate = checkpoints.locate,
 ) -> Assembled:
-    """The model of a run or of one checkpoint on meta, and its tensors to be read one by one.
+    """The model of a run or of one checkpoint: what it started from, where needed, under the trained tensors.
 
     ema: the average instead of the last weights. base: where model.source lies now, when it was moved.
     Raises PolymodalError: no checkpoint, no average, a base that is gone, tensors that do not fit.
     """
-    found = locate(source)
-    state = checkpoints.read_state(found)
+    checkpoint = locate(source)
+    state = checkpoints.read_state(checkpoint)
     if not state.recipe:
         raise PolymodalError(
-            f"{found / checkpoints.STATE} holds no recipe.",
+            f"{checkpoint / checkpoints.STATE} holds no recipe.",
             "The checkpoint was not written by `polymodal train`.",
         )
     recipe = recipes.validate(state.recipe)
@@ -187,60 +179,59 @@ def describe(
     model = family.build().trained
     if lora_recipe is not None:
         lora.attach(model, lora_recipe, family.card)
-    own = _of_run(model, found, "ema." if ema else "model.", strict=True)
-    lacking = [names for _, names in library.aliases(model) if not set(names) & set(own)]
-    if lacking or set(lora.adapters(model)) - set(own):
-        own = _base(model, family, recipe, locate) | own
-    return Assembled(model, family, recipe, found, own)
+    tensors = _of_run(model, checkpoint, "ema." if ema else "model.", strict=True)
+    frozen = any(not set(names) & set(tensors) for _, names in library.aliases(model))
+    if frozen or set(lora.adapters(model)) - set(tensors):
+        tensors = _initial(model, family, recipe, locate) | tensors
+    return Assembled(model, family, recipe, checkpoint, tensors)
 
 
-def _base(model: nn.Module, family: Family, recipe: recipes.Recipe, locate: Locate) -> LazyTensors:
+def _initial(model: nn.Module, family: Family, recipe: recipes.Recipe, locate: Locate) -> LazyTensors:
     """What the run started from: frozen parameters, and the base under adapters."""
     if recipe.model.init == "random":
-        held = weights.initial_buffers(model) | weights.random(model, family, recipe.train.seed)
+        tensors = weights.initial_buffers(model) | weights.random(model, family, recipe.train.seed)
     else:
         source = catalog.resolve(recipe.model.source, recipe.model.revision)
-        held = weights.read(model, weights.directory_of(source, family))
+        tensors = weights.read(model, weights.directory_of(source, family))
     if recipe.model.lora is not None:
-        held |= lora.initial_values(model, recipe.model.lora, recipe.train.seed)
+        tensors |= lora.initial_values(model, recipe.model.lora, recipe.train.seed)
     start = recipe.checkpoint.init_from
     if start and catalog.is_whole(start):
-        held |= weights.read(model, weights.directory_of(start, family))
+        tensors |= weights.read(model, weights.directory_of(start, family))
     elif start and lora.is_adapter(start):
-        held |= lora.read(model, Path(start))
+        tensors |= lora.read(model, Path(start))
     elif start:  # another run, perhaps a whole one under this one's adapters
-        held |= _of_run(model, locate(start), "model.", strict=False)
-    return held
+        tensors |= _of_run(model, locate(start), "model.", strict=False)
+    return tensors
 
 
-def _of_run(model: nn.Module, found: Path, prefix: str, *, strict: bool) -> LazyTensors:
+def _of_run(model: nn.Module, checkpoint: Path, prefix: str, *, strict: bool) -> LazyTensors:
     """A checkpoint's tensors by the plain names of a model's parameters.
 
-    strict: all of them must be the model's. Raises PolymodalError; for another shape when the tensor is asked
-    for.
+    strict: all of them must be the model's. Raises PolymodalError; for another shape when the tensor is read.
     """
-    with (
-        warnings.catch_warnings()
-    ):  # torch says each time that one process reads alone; that is what is wanted
+
+    def plain(name: str) -> str:
+        return name if library.ADAPTER.search(name) else weights.plain(name)
+
+    with warnings.catch_warnings():  # torch warns that one process reads alone, as it is meant to
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-        held = checkpoints.read_model(found, prefix)
-    shapes = {
-        n if library.ADAPTER.search(n) else weights.plain(n): p.shape for n, p in model.named_parameters()
-    }
-    names = {n: n if library.ADAPTER.search(n) else weights.plain(n) for n in held}
-    strange = sorted(n for n, plain in names.items() if plain not in shapes)
-    if strange and strict:
+        tensors = checkpoints.read_model(checkpoint, prefix)
+    shapes = {plain(n): p.shape for n, p in model.named_parameters()}
+    unknown = sorted(n for n in tensors if plain(n) not in shapes)
+    if unknown and strict:
         raise PolymodalError(
-            f"{found} has {len(strange)} tensors that the model of its recipe has not (first: {strange[0]}).",
+            f"{checkpoint} has {len(unknown)} tensors that the model of its recipe has not "
+            f"(first: {unknown[0]}).",
             "Give the model.source and model.config that it was trained with.",
         )
-    stored = held.renamed({n: plain for n, plain in names.items() if plain in shapes})
+    stored = tensors.renamed({n: plain(n) for n in tensors if plain(n) in shapes})
 
     def fitting(name: str) -> torch.Tensor:
         value = stored[name]
         if value.shape != shapes[name]:
             raise PolymodalError(
-                f"{found} has {name} of shape {list(value.shape)}, the model {list(shapes[name])}.",
+                f"{checkpoint} has {name} of shape {list(value.shape)}, the model {list(shapes[name])}.",
                 "Give the model.config that it was trained with.",
             )
         return value
@@ -253,8 +244,11 @@ def of_hub(source: str | os.PathLike) -> Assembled:
     recipe = recipes.Recipe(model=recipes.Model(source=os.fspath(source)))
     family = catalog.family(recipe.model)
     model = family.build().trained
-    held = weights.read(model, weights.directory_of(None, family))
-    return Assembled(model, family, recipe, Path(family.source), held)
+    tensors = weights.read(model, weights.directory_of(None, family))
+    return Assembled(model, family, recipe, Path(family.source), tensors)
+
+
+# --- processors -----------------------------------------------------------------------------------
 
 
 def processor_of(
@@ -264,38 +258,28 @@ def processor_of(
     *,
     trust: bool = False,
 ) -> Any:
-    """The library's processor of a checkpoint, with what a recipe changes about it: pixel limits and chat template.
+    """The library's processor of a checkpoint, with what a recipe changes: pixel limits and chat template.
 
-    family: tells whether the library counts a video's pixels by the frame, as the recipe does, or as a whole; in the
-    latter case the recipe's limits have no place in its files and the checkpoint's stay, with a warning.
-    Raises PolymodalError when the processor's files are missing.
+    family: where its processor limits the pixels of a whole video, which the recipe does by the frame, the
+    checkpoint's own limit of videos stays, with a warning. Raises PolymodalError.
     """
-    try:
+    hint = "Copy the checkpoint's tokenizer and preprocessor files beside its weights."
+    with library_errors(f"The processor of {directory} cannot be read", hint):
         processor = catalog.reader(directory).read_processor(Path(directory), trust)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise PolymodalError(
-            f"The processor of {directory} cannot be read: {reason}",
-            "Copy the checkpoint's tokenizer and preprocessor files beside its weights.",
-        ) from None
     if data is None:
         return processor
-    image = getattr(processor, "image_processor", None)
-    video = getattr(processor, "video_processor", None)
-    done = family is not None and family.limit_media(processor, data)
-    for part, limits in () if done else ((image, data.image), (video, data.video)):
-        if part is None or (limits.min_pixels is None and limits.max_pixels is None):
-            continue
-        if part is video and family is not None and _by_volume(family):
+    if family is None or not family.limit_media(processor, data):
+        _limit(getattr(processor, "image_processor", None), data.image)
+        video = getattr(processor, "video_processor", None)
+        limited = data.video.min_pixels is not None or data.video.max_pixels is not None
+        if video is not None and limited and family is not None and _limits_whole_videos(family):
             warnings.warn(
-                "data.video.min_pixels and max_pixels are pixels of a frame, this model's processor limits whole videos: videos are sized by the checkpoint's own limits here.",
+                "data.video.min_pixels and max_pixels are pixels of a frame, this model's processor limits "
+                "whole videos: videos are sized by the checkpoint's own limits here.",
                 stacklevel=2,
             )
-            continue
-        size = dict(part.size)
-        size["shortest_edge"] = limits.min_pixels or size["shortest_edge"]
-        size["longest_edge"] = limits.max_pixels or size["longest_edge"]
-        part.size = type(part.size)(**size) if not isinstance(part.size, dict) else size
+        else:
+            _limit(video, data.video)
     if data.chat_template:
         try:
             template = Path(data.chat_template).read_text(encoding="utf-8")
@@ -310,39 +294,44 @@ def processor_of(
     return processor
 
 
-def _by_volume(family: Family) -> bool:
-    """Whether the checkpoint's own limits make the frames of a long video smaller than those of a short one."""
+def _limit(part: Any, limits: recipes.Image | recipes.Video) -> None:
+    """Write a recipe's pixel limits into an image or video processor."""
+    if part is None or (limits.min_pixels is None and limits.max_pixels is None):
+        return
+    size = dict(part.size)
+    size["shortest_edge"] = limits.min_pixels or size["shortest_edge"]
+    size["longest_edge"] = limits.max_pixels or size["longest_edge"]
+    part.size = size if isinstance(part.size, dict) else type(part.size)(**size)
+
+
+def _limits_whole_videos(family: Family) -> bool:
+    """Whether the checkpoint's own limits make the frames of a long video smaller than of a short one."""
     media = family.media_processor(recipes.Data())
     spans = [media.span(MediaShape("video", 1024, 1024, frames)) for frames in (2, 64)]
     return len({tuple(span.parts[0].size[1:]) for span in spans}) > 1
 
 
-# --- opening ---------------------------------------------------------------------------------------------------------
+# --- hub checkpoints and adapters -----------------------------------------------------------------
 
 
 def load_hub(directory: Path, dtype: str | torch.dtype = "auto", trust: bool = False) -> nn.Module:
-    """A hub checkpoint by the library's from_pretrained, on the CPU. Raises PolymodalError when keys are missing."""
+    """A hub checkpoint by transformers, on the CPU. Raises PolymodalError when keys are missing."""
     import transformers
 
-    bars = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
     shown = transformers.utils.logging.is_progress_bar_enabled()
-    if not bars:
+    if not (sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"):
         transformers.utils.logging.disable_progress_bar()
+    hint = "Is it a whole checkpoint in the hub's format? Fetch or export it again."
     try:
-        reader = catalog.reader(directory)
-        config = reader.read_config(directory, trust)
-        names = [n for n in (config.architectures or ()) if hasattr(transformers, n)]
-        auto: Any = getattr(transformers, names[0]) if names else transformers.AutoModelForImageTextToText
-        with library.named_by(config.model_type, reader.tensor_names(directory)):
-            model, info = auto.from_pretrained(
-                directory, config=config, dtype=dtype, output_loading_info=True
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
-        reason = " ".join(str(error).strip().split("\n")[:1])[:300]
-        raise PolymodalError(
-            f"{directory} cannot be opened: {reason}",
-            "Is it a whole checkpoint in the hub's format? Fetch or export it again.",
-        ) from None
+        with library_errors(f"{directory} cannot be opened", hint):
+            reader = catalog.reader(directory)
+            config = reader.read_config(directory, trust)
+            names = [n for n in (config.architectures or ()) if hasattr(transformers, n)]
+            auto: Any = getattr(transformers, names[0] if names else "AutoModelForImageTextToText")
+            with library.named_by(config.model_type, reader.tensor_names(directory)):
+                model, info = auto.from_pretrained(
+                    directory, config=config, dtype=dtype, output_loading_info=True
+                )
     finally:
         if shown:
             transformers.utils.logging.enable_progress_bar()
@@ -355,118 +344,19 @@ def load_hub(directory: Path, dtype: str | torch.dtype = "auto", trust: bool = F
     return model
 
 
-def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters to a dtype; rotary tables and other buffers stay float32, as the library keeps them."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-
-
-@dataclass
-class Opened:
-    """A model ready for inference, with the library's processor. recipe: of a run, which says how its data were read.
-
-    name: for reports; identity: changes when the weights do.
-    """
-
-    model: nn.Module
-    processor: Any
-    name: str
-    identity: str
-    recipe: recipes.Recipe | None = None
-
-
-def open_model(
-    checkpoint: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    device: torch.device | str | None = None,
-    dtype: str = "auto",
-    ema: bool = False,
-    base: str | None = None,
-    trust_remote_code: bool = False,
-    locate: Locate = checkpoints.locate,
-) -> Opened:
-    """Any checkpoint's model: hub directory or id, export, run, one of its checkpoints, peft adapter.
-
-    device: None = the accelerator that is there. dtype: auto (the checkpoint's; for runs float32 on the CPU, else the
-    precision trained in), fp32, bf16, fp16. ema: a run's average. base: where an adapter's or a run's base lies now.
-    locate: `alike(rt)` where several ranks open one run.
-    """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise PolymodalError(f"dtype = {dtype} is not known.", f"Use auto, {', '.join(DTYPES)}.")
-    if device is None:
-        from polymodal.runtime import device as devices
-
-        device = devices.find("auto", int(os.environ.get("LOCAL_RANK", "0"))).torch
-    device = torch.device(device)
-    kind = kind_of(checkpoint)
-    if ema and kind != "run":
-        raise PolymodalError(
-            f"{checkpoint} is no run, only runs keep an average (train.ema).", "Leave out --ema."
-        )
-    text = os.fspath(checkpoint).rstrip("/")
-    if kind == "run":
-        made = assemble(checkpoint, ema=ema, base=base, locate=locate)
-        model, recipe = made.model, made.recipe
-        chosen = DTYPES.get(dtype) or (
-            torch.float32
-            if device.type == "cpu"
-            else DTYPES.get(recipe.train.precision.removeprefix("pure_"), torch.float32)
-        )
-        cast(model, chosen)
-        as_library(model)
-        processor = processor_of(
-            made.family.source, recipe.data, made.family, trust=recipe.model.trust_remote_code
-        )
-        model.generation_config = _generation(made.family.source, model)
-        identity = fingerprint(made.checkpoint) + (" ema" if ema else "")
-        name = (
-            f"{Path(text).name}"
-            if made.checkpoint.name in text
-            else f"{Path(text).name} ({made.checkpoint.name})"
-        )
-        return Opened(model.to(device), processor, name, identity, recipe)
-    wanted = DTYPES.get(dtype, "auto")
-    if kind == "adapter":
-        model, directory = load_adapter(Path(text).expanduser(), wanted, base, trust_remote_code)
-        own = Path(text).expanduser()
-        processor = processor_of(
-            own if (own / "tokenizer_config.json").is_file() else directory, trust=trust_remote_code
-        )
-        identity = f"{fingerprint(own)} on {fingerprint(directory)}"
-        return Opened(model.to(device), processor, Path(text).name, identity)
-    directory = catalog.resolve(checkpoint, revision)
-    model = load_hub(directory, wanted, trust_remote_code)
-    processor = processor_of(directory, trust=trust_remote_code)
-    name = text if "/" in text and not Path(text).is_dir() else Path(text).name
-    return Opened(model.to(device).eval(), processor, name, fingerprint(directory))
-
-
-def open_engine(checkpoint: str | os.PathLike, **options: Any) -> Engine:
-    """Any checkpoint that answers questions, as an Engine. options: those of `open_model`."""
-    made = open_model(checkpoint, **options)
-    data = made.recipe.data if made.recipe is not None else None
-    own = {} if data is None else {"video": data.video, "template_kwargs": data.template_kwargs}
-    return Engine(made.model, made.processor, name=made.name, identity=made.identity, **own)
-
-
 def adapter_config(directory: Path) -> dict[str, Any]:
     """adapter_config.json of a peft directory. Raises PolymodalError."""
-    try:
-        return dict(json.loads((directory / "adapter_config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise PolymodalError(
-            f"{directory / 'adapter_config.json'} cannot be read: {error}.",
-            "Give the directory of a peft adapter.",
-        ) from None
+    path = directory / "adapter_config.json"
+    with library_errors(f"{path} cannot be read", "Give the directory of a peft adapter."):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def of_pipeline(directory: Path, base: str | None = None) -> bool:
-    """Whether an adapter is of a denoiser: a file of diffusers, or peft's whose base is a part of a pipeline."""
+    """Whether an adapter is of a denoiser: diffusers' file, or peft's whose base is a part of a pipeline."""
     if not (directory / "adapter_config.json").is_file():
         return True
-    place = base or Path(adapter_config(directory).get("base_model_name_or_path") or "").parent
-    return (Path(place).expanduser() / "model_index.json").is_file()
+    pipeline = base or Path(adapter_config(directory).get("base_model_name_or_path") or "").parent
+    return (Path(pipeline).expanduser() / "model_index.json").is_file()
 
 
 def base_of(directory: Path, config: dict[str, Any], base: str | None = None) -> Path:
@@ -474,7 +364,7 @@ def base_of(directory: Path, config: dict[str, Any], base: str | None = None) ->
     named = base or config.get("base_model_name_or_path")
     if not named:
         raise PolymodalError(
-            f"{directory / 'adapter_config.json'} does not say which base the adapter belongs to.",
+            f"{directory / 'adapter_config.json'} does not name the adapter's base.",
             "Give it with --base.",
         )
     try:
@@ -490,36 +380,138 @@ def put_on(model: nn.Module, directory: Path, base: str) -> nn.Module:
     """The model with a peft adapter in place, put on by peft. Raises PolymodalError when they do not fit."""
     from peft import PeftModel
 
-    try:
-        with warnings.catch_warnings():  # between two versions of the libraries, of no use to who chats
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            return PeftModel.from_pretrained(model, str(directory)).get_base_model()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise PolymodalError(
-            f"The adapter {directory} does not fit its base {base}: {str(error).strip().splitlines()[0]}",
-            "Give the base it was trained on with --base.",
-        ) from None
+    message, hint = f"The adapter {directory} does not fit its base {base}", "Give its base with --base."
+    with library_errors(message, hint), warnings.catch_warnings():
+        # between two versions of the libraries, of no use to users
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        return PeftModel.from_pretrained(model, str(directory)).get_base_model()
 
 
 def load_adapter(
     directory: Path, dtype: str | torch.dtype = "auto", base: str | None = None, trust: bool = False
 ) -> tuple[nn.Module, Path]:
-    """A peft adapter on its base by the libraries alone: (the base model with adapters in place, the base's directory)."""
-    place = base_of(directory, adapter_config(directory), base)
-    return put_on(load_hub(place, dtype, trust), directory, str(place)).eval(), place
+    """A peft adapter on its base by the libraries alone: (base model with adapters, the base's directory)."""
+    base_directory = base_of(directory, adapter_config(directory), base)
+    model = load_hub(base_directory, dtype, trust)
+    return put_on(model, directory, str(base_directory)).eval(), base_directory
 
 
-def as_library(model: Any) -> None:
-    """A model built for training -> one to generate with: the library's attention, its cache switched on."""
+# --- opening --------------------------------------------------------------------------------------
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters to a dtype; rotary tables and other buffers stay float32, as the library keeps them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+@dataclass
+class Opened:
+    """A model ready for inference, with the library's processor. recipe: of a run, how its data were read.
+
+    name: for reports; identity: changes when the weights do.
+    """
+
+    model: nn.Module
+    processor: Any
+    name: str
+    identity: str
+    recipe: recipes.Recipe | None = None
+
+
+def check_options(
+    checkpoint: str | os.PathLike, device: torch.device | str | None, dtype: str, ema: bool
+) -> tuple[Kind, torch.device]:
+    """A checkpoint's kind, and the device (None: the accelerator, if there is one). Raises PolymodalError."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise PolymodalError(f"dtype = {dtype} is not known.", f"Use auto, {', '.join(DTYPES)}.")
+    kind = kind_of(checkpoint)
+    if ema and kind != "run":
+        raise PolymodalError(
+            f"{checkpoint} is no run, only runs keep an average (train.ema).", "Leave out --ema."
+        )
+    if device is None:
+        device = devices.find("auto", int(os.environ.get("LOCAL_RANK", "0"))).torch
+    return kind, torch.device(device)
+
+
+def open_model(
+    checkpoint: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: str = "auto",
+    ema: bool = False,
+    base: str | None = None,
+    locate: Locate = checkpoints.locate,
+) -> Opened:
+    """Any checkpoint's model: hub directory or id, export, run, one of its checkpoints, peft adapter.
+
+    device: None = the accelerator, if there is one. dtype: auto (the checkpoint's; for runs float32 on the
+    CPU, else the precision trained in), fp32, bf16, fp16. ema: a run's average. base: where an adapter's or a
+    run's base lies now. locate: `alike(rt)` where several ranks open one run.
+    """
+    kind, device = check_options(checkpoint, device, dtype, ema)
+    text = os.fspath(checkpoint).rstrip("/")
+    path = Path(text).expanduser()
+    if kind == "run":
+        made = describe(checkpoint, ema=ema, base=base, locate=locate).fill()
+        model, recipe, source = made.model, made.recipe, made.family.source
+        trained = DTYPES.get(recipe.train.precision.removeprefix("pure_"), torch.float32)
+        cast(model, DTYPES.get(dtype) or (torch.float32 if device.type == "cpu" else trained))
+        _generates(model, source)
+        processor = processor_of(source, recipe.data, made.family, trust=recipe.model.trust_remote_code)
+        identity = fingerprint(made.checkpoint) + (" ema" if ema else "")
+        name = path.name if made.checkpoint.name in text else f"{path.name} ({made.checkpoint.name})"
+        return Opened(model.to(device), processor, name, identity, recipe)
+    library_dtype = DTYPES.get(dtype, "auto")
+    if kind == "adapter":
+        model, directory = load_adapter(path, library_dtype, base)
+        processor = processor_of(path if (path / "tokenizer_config.json").is_file() else directory)
+        name, identity = path.name, f"{fingerprint(path)} on {fingerprint(directory)}"
+    else:
+        directory = catalog.resolve(checkpoint, revision)
+        model, processor = load_hub(directory, library_dtype).eval(), processor_of(directory)
+        name = text if "/" in text and not path.is_dir() else path.name
+        identity = fingerprint(directory)
+    return Opened(model.to(device), processor, name, identity)
+
+
+def _generates(model: Any, source: str) -> None:
+    """A model built for training becomes one to generate with: the library's attention, with its cache."""
+    from transformers import GenerationConfig
+
     model.set_attn_implementation("sdpa")
     for config in (model.config, getattr(model.config, "text_config", None)):
         if config is not None and hasattr(config, "use_cache"):
             config.use_cache = True
+    if (Path(source) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    else:
+        model.generation_config = GenerationConfig.from_model_config(copy.deepcopy(model.config))
 
 
-def _generation(directory: str, model: Any) -> Any:
-    from transformers import GenerationConfig
+def engine_of(opened: Opened) -> Engine:
+    """An engine that prepares media and prompts as the run did."""
+    own: dict[str, Any] = {}
+    if opened.recipe is not None:
+        data = opened.recipe.data
+        own = {"video": data.video, "template_kwargs": data.template_kwargs}
+    return Engine(opened.model, opened.processor, name=opened.name, identity=opened.identity, **own)
 
-    if (Path(directory) / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(directory)
-    return GenerationConfig.from_model_config(copy.deepcopy(model.config))
+
+def open_engine(checkpoint: str | os.PathLike, **options: Any) -> Engine:
+    """Any checkpoint that answers questions, as an Engine. options: those of `open_model`."""
+    return engine_of(open_model(checkpoint, **options))
+
+
+def command_recipe(checkpoint: str, device: str) -> recipes.Recipe:
+    """What the runtime of a command needs, whose only recipe is a checkpoint and a device's name."""
+    return recipes.validate({"model": {"source": checkpoint}, "device": {"kind": device}})
+
+
+@contextlib.contextmanager
+def opened_model(checkpoint: str, *, device: str = "auto", **options: Any) -> Iterator[Opened]:
+    """The checkpoint's model inside a command's runtime. options: those of `open_model`."""
+    with process_group.runtime(command_recipe(checkpoint, device)) as rt:
+        yield open_model(checkpoint, device=rt.device.torch, locate=alike(rt), **options)

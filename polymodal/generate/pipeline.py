@@ -1,11 +1,12 @@
-"""Opens whatever holds a generating model and samples from it: a pipeline's directory, an export, a run, a LoRA file.
+"""Opens whatever holds a generating model and samples from it: a pipeline's directory, an export, a run, a
+LoRA file.
 
-The sampling loop is diffusers'; this file puts the trained weights into its pipeline and hands prompts over. Sees
-models, parallel, generate/opening.py, launch and errors. Weights that are missing or too many are an error, never noise.
+The sampling loop is diffusers'. Weights that are missing or too many are an error, never noise.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -24,7 +25,7 @@ from polymodal.data.files import VIDEO
 from polymodal.distributed import checkpoint as checkpoints
 from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.generate import opening
-from polymodal.generate.opening import DTYPES, Assembled, Locate, alike, assemble, fingerprint, kind_of
+from polymodal.generate.opening import DTYPES, Assembled, Locate, describe, fingerprint, library_errors
 from polymodal.models import catalog, pipelines, weights
 from polymodal.models.diffusion import Generation
 from polymodal.models.lora import DIFFUSERS_STEM
@@ -36,7 +37,7 @@ MARKER = "polymodal_export.json"
 
 @dataclass
 class Prompt:
-    """One sample to be made. None: the pipeline's own default. image, last_image, video, mask, references: files."""
+    """One sample to be made. None: the pipeline's own default. All from image to references: files."""
 
     prompt: str
     negative_prompt: str | None = None
@@ -59,7 +60,19 @@ class Settings:
     frames: int | None = None
     strength: float | None = None
     seed: int = 42
-    fps: float | None = None  # told to pipelines that know of it
+    fps: float | None = None  # given to pipelines that take it
+
+    def arguments(self) -> dict[str, Any]:
+        """By the pipelines' names; None for their own default."""
+        return {
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            "height": self.height,
+            "width": self.width,
+            "num_frames": self.frames,
+            "strength": self.strength,
+            "frame_rate": self.fps,
+        }
 
 
 @dataclass
@@ -73,94 +86,87 @@ class Generator:
     device: torch.device
     sounds: list[np.ndarray] = field(default_factory=list)
     """Waveforms [2, samples] of the samples made last, where the pipeline makes sound."""
-    _others: dict[str, Any] = field(default_factory=dict)
+    _variants: dict[str, Any] = field(default_factory=dict)
 
-    def heard(self, i: int) -> dict[str, Any]:
+    def sound_of(self, i: int) -> dict[str, Any]:
         """The i-th of them and its rate, as `save` takes them; {} without sound."""
         if not self.sounds:
             return {}
         config = self.pipeline.vocoder.config
         return {"sound": self.sounds[i], "rate": int(config.get("output_sampling_rate", 24000))}
 
-    def suited(self, conditions: set[str]) -> Any:
-        """The pipeline that makes samples from these (`image`, `video`): the checkpoint's own, or another of the family's
-        around the same parts."""
+    def pipeline_for(self, conditions: set[str]) -> Any:
+        """The pipeline for these conditions (`image`, `video`): if need be another class around its parts."""
         import diffusers
 
-        if not conditions <= set(parameters(type(self.pipeline))):
-            for name in self.family.routes.values():
-                cls = getattr(diffusers, name)
-                if conditions <= set(parameters(cls)):
-                    if name not in self._others:
-                        have = {**dict(self.pipeline.config), **self.pipeline.components}
-                        wanted = inspect.signature(cls.__init__).parameters
-                        with pipelines.quiet():
-                            self._others[name] = cls(**{k: have[k] for k in wanted if k in have})
-                        self._others[name].set_progress_bar_config(disable=True)
-                    return self._others[name]
-        return self.pipeline
+        if conditions <= set(parameters(type(self.pipeline))):
+            return self.pipeline
+        classes = {name: getattr(diffusers, name) for name in self.family.routes.values()}
+        name = next((n for n, cls in classes.items() if conditions <= set(parameters(cls))), None)
+        if name is None:
+            return self.pipeline
+        if name not in self._variants:
+            parts = {**dict(self.pipeline.config), **self.pipeline.components}
+            taken = inspect.signature(classes[name].__init__).parameters
+            with pipelines.quiet():
+                variant = classes[name](**{k: parts[k] for k in taken if k in parts})
+            variant.set_progress_bar_config(disable=True)
+            self._variants[name] = variant
+        return self._variants[name]
 
     def sample(self, prompts: Sequence[Prompt], settings: Settings, first: int = 0) -> list[np.ndarray]:
-        """Samples of like prompts: each uint8 [F, H, W, 3] (pictures: F = 1), or float where it is not finite.
+        """Samples of like prompts: each uint8 [F, H, W, 3] (pictures: F = 1), or float if not finite.
 
-        A sample's noise comes from its seed, or from (settings.seed, its number): batches and ranks change nothing.
+        A sample's noise comes from its seed, else from (settings.seed, its number), whatever the batch.
         """
         if self.family.alone and len(prompts) > 1:
             return [s for i, p in enumerate(prompts) for s in self.sample([p], settings, first + i)]
-        asked: dict[str, Any] = {
-            "prompt": [p.prompt for p in prompts],
-            "num_inference_steps": settings.steps, "guidance_scale": settings.guidance, "height": settings.height,
-            "width": settings.width, "num_frames": settings.frames, "strength": settings.strength,
-            "frame_rate": settings.fps,
-        }  # fmt: skip
+        arguments: dict[str, Any] = {"prompt": [p.prompt for p in prompts], **settings.arguments()}
         if any(p.negative_prompt is not None for p in prompts):
-            asked["negative_prompt"] = [p.negative_prompt or "" for p in prompts]
+            arguments["negative_prompt"] = [p.negative_prompt or "" for p in prompts]
         for key in ("image", "last_image", "video", "mask", "references"):
-            given = [getattr(p, key) for p in prompts]
-            if any(given):
-                asked[key] = (
-                    [self._medium(key, g, settings) for g in given]
-                    if len(given) > 1
-                    else self._medium(key, given[0], settings)
-                )
+            files = [getattr(p, key) for p in prompts]
+            if any(files):
+                media = [self._medium(key, file, settings) for file in files]
+                arguments[key] = media if len(media) > 1 else media[0]
+        conditions = {"image", "video"} & set(arguments)
+        pipeline = self.pipeline_for(conditions)
+        arguments = {k: v for k, v in self.family.tune(pipeline, arguments).items() if v is not None}
+        arguments = self._checked(pipeline, arguments, sized=bool(conditions))
+        numbers = range(first, first + len(prompts))
         seeds = [
-            settings.seed * 1_000_003 + first + i if p.seed is None else p.seed for i, p in enumerate(prompts)
+            settings.seed * 1_000_003 + n if p.seed is None else p.seed
+            for n, p in zip(numbers, prompts, strict=True)
         ]
-        conditions = {key for key in ("image", "video") if key in asked}
-        pipeline = self.suited(conditions)
-        asked = {k: v for k, v in self.family.tune(pipeline, asked).items() if v is not None}
-        known = parameters(type(pipeline))
-        told = (
-            "frame_rate",
-            *(("height", "width", "num_frames") if conditions else ()),
-        )  # given media have them
-        asked = {k: v for k, v in asked.items() if k in known or k not in told}
-        for key in asked:
-            if key not in known:
-                raise PolymodalError(
-                    f"{type(pipeline).__name__} takes no `{key}`.",
-                    "Leave that option out for this model.",
-                )
-        lacking = needed(type(pipeline), self.family) - set(asked)
-        if lacking:
-            name = min(lacking)
-            raise PolymodalError(
-                f"{type(pipeline).__name__} of {self.family.card.name} needs `{name}`.",
-                f"Give it with --{name.replace('_', '-')}, or in the file of prompts.",
-            )
         draws = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        try:
-            with torch.no_grad():
-                draw = draws[0] if len(draws) == 1 else draws
-                out = pipeline(**asked, generator=draw, output_type="np")
-        except ValueError as error:  # what the pipeline checks: sizes, conditions
-            raise PolymodalError(
-                f"{type(pipeline).__name__}: {str(error).strip().splitlines()[0]}", "Change that option."
-            ) from None
-        heard = getattr(out, "audio", None)
-        self.sounds = [] if heard is None else [one.float().cpu().numpy() for one in heard]
+        # what the pipeline checks itself: sizes, conditions
+        with library_errors(type(pipeline).__name__, "Change that option.", (ValueError,)), torch.no_grad():
+            draw = draws[0] if len(draws) == 1 else draws
+            out = pipeline(**arguments, generator=draw, output_type="np")
+        sounds = getattr(out, "audio", None)
+        self.sounds = [] if sounds is None else [sound.float().cpu().numpy() for sound in sounds]
         made = out.frames if hasattr(out, "frames") else np.asarray(out.images)[:, None]
         return [_pixels(np.asarray(one)) for one in made]
+
+    def _checked(self, pipeline: Any, arguments: dict[str, Any], sized: bool) -> dict[str, Any]:
+        """The arguments that a pipeline takes. Raises PolymodalError for one that it lacks, or does not take.
+
+        sized: media are given, whose size and length a pipeline may not take besides.
+        """
+        name, known = type(pipeline).__name__, parameters(type(pipeline))
+        optional = {"frame_rate", *(("height", "width", "num_frames") if sized else ())}
+        arguments = {k: v for k, v in arguments.items() if k in known or k not in optional}
+        unknown = next((key for key in arguments if key not in known), None)
+        if unknown is not None:
+            raise PolymodalError(f"{name} takes no `{unknown}`.", "Leave that option out for this model.")
+        lacking = needed(type(pipeline), self.family) - set(arguments)
+        if lacking:
+            option = min(lacking)
+            raise PolymodalError(
+                f"{name} of {self.family.card.name} needs `{option}`.",
+                f"Give it with --{option.replace('_', '-')}, or in the file of prompts.",
+            )
+        return arguments
 
     def _medium(self, key: str, path: Any, settings: Settings) -> Any:
         from PIL import Image
@@ -169,17 +175,15 @@ class Generator:
 
         if path is None:
             raise PolymodalError(f"Not every prompt has its `{key}`.", "Give one to each.")
+        size = (settings.height, settings.width) if settings.height and settings.width else None
         if key == "references":
-            return [media.image(one) for one in path]
+            return [media.image(file) for file in path]
+        if key in ("image", "last_image"):
+            picture = media.image(path)
+            return picture.resize(size[::-1], Image.Resampling.BICUBIC) if size else picture
         if key == "mask" and not path.lower().endswith(tuple(f".{e}" for e in VIDEO)):
             return media.image(path)
-        if key not in ("video", "mask"):
-            picture = media.image(path)
-            if settings.height and settings.width:
-                picture = picture.resize((settings.width, settings.height), Image.Resampling.BICUBIC)
-            return picture
         header = media.video_header(path)
-        size = (settings.height, settings.width) if settings.height and settings.width else None
         count = min(header.frames, settings.frames or header.frames)
         return [Image.fromarray(f) for f in media.video(path, header, range(count), size)]
 
@@ -205,7 +209,10 @@ def _pixels(values: np.ndarray) -> np.ndarray:
 def suspicion(frames: np.ndarray) -> str | None:
     """What is wrong with a sample at first sight, with its likely cause; None when nothing is."""
     if frames.dtype != np.uint8:
-        return "holds values that are not numbers: the weights have diverged, or float16 overflowed (try --dtype fp32)"
+        return (
+            "holds values that are not numbers: the weights have diverged, "
+            "or float16 overflowed (try --dtype fp32)"
+        )
     if frames.max() <= 3:
         return "is all black: the VAE overflowed (try --dtype fp32), or the training had diverged"
     if int(frames.max()) - int(frames.min()) <= 2:
@@ -213,6 +220,9 @@ def suspicion(frames: np.ndarray) -> str | None:
     if len(frames) > 1 and (frames == frames[:1]).all():
         return "does not move: all frames are alike"
     return None
+
+
+# --- opening --------------------------------------------------------------------------------------
 
 
 def open_generator(
@@ -226,45 +236,27 @@ def open_generator(
     other: str | None = None,
     locate: Locate = checkpoints.locate,
 ) -> Generator:
-    """Any checkpoint of a generating model: pipeline directory or hub id, export, run, one of its checkpoints, LoRA.
+    """Any checkpoint of a generating model: pipeline, hub id, export, run, one of its checkpoints, LoRA.
 
-    dtype: auto (float32 on the CPU, else bf16), fp32, bf16, fp16. ema: a run's average. base: where a base lies now.
-    other: a run of the pipeline's other denoiser (Wan2.2 A14B has two), which takes its place too. locate: `alike(rt)`
-    where several ranks open one run.
+    dtype: auto (float32 on the CPU, else bf16), fp32, bf16, fp16. other: a run of the pipeline's other
+    denoiser (Wan2.2 A14B has two), which takes its place too. The rest as for `open_model`.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise PolymodalError(f"dtype = {dtype} is not known.", f"Use auto, {', '.join(DTYPES)}.")
-    if device is None:
-        from polymodal.runtime import device as devices
-
-        device = devices.find("auto", int(os.environ.get("LOCAL_RANK", "0"))).torch
-    device = torch.device(device)
+    kind, device = opening.check_options(checkpoint, device, dtype, ema)
     chosen = DTYPES.get(dtype) or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    kind = kind_of(checkpoint)
-    if ema and kind != "run":
-        raise PolymodalError(
-            f"{checkpoint} is no run, only runs keep an average (train.ema).", "Leave out --ema."
-        )
-    text = os.fspath(checkpoint).rstrip("/")
-    adapter: Path | None = None
+    directory = Path(os.fspath(checkpoint)).expanduser()
     if kind == "run":
-        made = assemble(checkpoint, ema=ema, base=base, locate=locate)
-        family, model, identity = (
-            made.family,
-            made.model,
-            fingerprint(made.checkpoint) + (" ema" if ema else ""),
-        )
+        made = describe(checkpoint, ema=ema, base=base, locate=locate)
+        family: Any = made.family
+        _check_generates(family, checkpoint)
+        model = made.fill().model
+        identity = fingerprint(made.checkpoint) + (" ema" if ema else "")
     else:
-        directory = Path(text).expanduser()
-        if kind == "adapter":
-            adapter = directory
-            text = base or base_of(directory)
-        found = catalog.family(recipes.Model(source=text, revision=revision))
-        family, model = found, found.build().trained
-        _only_generation(family, checkpoint)
+        source = os.fspath(checkpoint) if kind == "hub" else base or base_of(directory)
+        family = catalog.family(recipes.Model(source=source.rstrip("/"), revision=revision))
+        _check_generates(family, checkpoint)
+        model = family.build().trained
         weights.load(model, family, device="cpu")
         identity = pipelines.fingerprint(family.source, family.part)
-    _only_generation(family, checkpoint)
     parts = {family.part: model}
     if other is not None:
         second = other_denoiser(family, checkpoint, other, ema=ema, base=base, locate=locate)
@@ -272,17 +264,16 @@ def open_generator(
         identity += f" with {fingerprint(second.checkpoint)}"
     parts = {n: pipelines.cast(m.eval().requires_grad_(False), chosen).to(device) for n, m in parts.items()}
     pipeline = pipelines.open_pipeline(family.source, parts=parts, dtype=chosen, device=device)
-    if adapter is not None:
-        put_on(pipeline, family.part, adapter)
-        identity += f" {adapter}"
-    return Generator(pipeline, family, Path(os.fspath(checkpoint)).name, identity, device)
+    if kind == "adapter":
+        put_on(pipeline, family.part, directory)
+        identity += f" {directory}"
+    return Generator(pipeline, family, directory.name, identity, device)
 
 
 def cut_sequences(generator: Generator, mesh: Mesh, parallel: recipes.Parallel) -> None:
     """Let the ranks of each cp group make their samples together: the denoisers' sequences are cut over them.
 
-    All of a group must sample alike; each gets whole samples. Collective. Raises PolymodalError for a model that cannot
-    be cut so.
+    All of a group must sample alike; each gets whole samples. Collective. Raises PolymodalError.
     """
     from polymodal.models import library
     from polymodal.parallel import apply as layout
@@ -302,22 +293,16 @@ def cut_sequences(generator: Generator, mesh: Mesh, parallel: recipes.Parallel) 
 
 
 def other_denoiser(
-    family: Any,
-    checkpoint: Any,
-    other: str,
-    *,
-    ema: bool = False,
-    base: str | None = None,
-    locate: Locate = checkpoints.locate,
+    family: Any, checkpoint: Any, other: str, *, ema: bool = False, base: str | None = None, **locating: Any
 ) -> Assembled:
-    """The run of a pipeline's other denoiser, put together. Raises PolymodalError when the two do not belong together."""
+    """The filled run of a pipeline's other denoiser. Raises PolymodalError when the two do not fit."""
     if len(family.denoisers) < 2:
         raise PolymodalError(
             f"{checkpoint} is {family.card.name}, which has one denoiser.", "Leave out --with."
         )
-    if kind_of(other) != "run":
+    if opening.kind_of(other) != "run":
         raise PolymodalError(f"--with {other} is no run.", "Give the run of the other denoiser.")
-    made = assemble(other, ema=ema, base=base, locate=locate)
+    made = describe(other, ema=ema, base=base, **locating)
     theirs: Any = made.family
     if theirs.card.name != family.card.name or theirs.part == family.part:
         what = theirs.card.name if theirs.card.name != family.card.name else f"{theirs.part} too"
@@ -331,10 +316,10 @@ def other_denoiser(
                 f"{checkpoint} and {other} were trained from different pipelines: their {part} differs.",
                 "Give runs of one model.source.",
             )
-    return made
+    return made.fill()
 
 
-def _only_generation(family: Any, checkpoint: Any) -> None:
+def _check_generates(family: Any, checkpoint: Any) -> None:
     if not isinstance(family, Generation):
         raise PolymodalError(
             f"{checkpoint} is {family.card.name}, which answers and does not generate.",
@@ -350,42 +335,35 @@ def put_on(pipeline: Any, part: str, directory: Path) -> None:
     if (directory / "adapter_config.json").is_file():
         setattr(pipeline, part, opening.put_on(getattr(pipeline, part), directory, part))
         return
-    try:
-        with pipelines.quiet():
-            pipeline.load_lora_weights(str(directory), weight_name=f"{DIFFUSERS_STEM}.safetensors")
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        raise PolymodalError(
-            f"The adapter {directory} does not fit {type(pipeline).__name__}: {str(error).strip().splitlines()[0]}",
-            "Give the base it was trained on with --base.",
-        ) from None
+    message = f"The adapter {directory} does not fit {type(pipeline).__name__}"
+    with library_errors(message, "Give the base it was trained on with --base."), pipelines.quiet():
+        pipeline.load_lora_weights(str(directory), weight_name=f"{DIFFUSERS_STEM}.safetensors")
 
 
 def base_of(directory: Path) -> str:
-    """What an exported adapter says of its base. Raises PolymodalError when it says nothing."""
-    try:
+    """The base that an exported adapter names. Raises PolymodalError when it names none."""
+    base = None
+    with contextlib.suppress(OSError, ValueError):
         base = json.loads((directory / MARKER).read_text(encoding="utf-8")).get("base")
-    except (OSError, ValueError):
-        base = None
     if not base:
-        raise PolymodalError(
-            f"{directory} does not say which base the adapter belongs to.", "Give it with --base."
-        )
+        raise PolymodalError(f"{directory} does not name the adapter's base.", "Give it with --base.")
     return str(base)
 
 
 @contextmanager
 def opened(
-    checkpoint: str, *, device: str = "auto", cp: int = 1, **how: Any
+    checkpoint: str, *, device: str = "auto", cp: int = 1, **options: Any
 ) -> Iterator[tuple[Runtime, Generator]]:
-    """What a command that samples begins with, in one of its processes: the runtime, and the checkpoint's generator.
+    """A command's runtime, in one of its processes, and the checkpoint's generator.
 
-    cp: ranks that make each sample together, consecutive ones; how: of `open_generator`.
+    cp: ranks that make each sample together, consecutive ones. options: those of `open_generator`.
     """
-    recipe = recipes.Recipe(model=recipes.Model(source=checkpoint), device=recipes.Device(kind=device))  # type: ignore[arg-type]
+    recipe = opening.command_recipe(checkpoint, device)
     recipe.parallel.cp = cp
     with process_group.runtime(recipe) as rt:
         sizes = ParallelSizes.of(recipe.parallel, rt.world)
-        generator = open_generator(checkpoint, device=rt.device.torch, locate=alike(rt), **how)
+        locate = opening.alike(rt)
+        generator = open_generator(checkpoint, device=rt.device.torch, locate=locate, **options)
         if cp > 1:
             cut_sequences(generator, Mesh(sizes, rt.device.torch.type, rt.rank), recipe.parallel)
         yield rt, generator

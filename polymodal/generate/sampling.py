@@ -1,7 +1,4 @@
-"""How the next token is chosen: the options, and draws that belong to a question and not to its batch.
-
-Sees transformers' logits processors and errors.
-"""
+"""How the next token is chosen: options, and random draws that belong to a question, not to its batch."""
 
 from __future__ import annotations
 
@@ -23,7 +20,8 @@ from polymodal.core.errors import PolymodalError
 
 
 class Noise(LogitsProcessor):
-    """Adds Gumbel noise, so that the largest score is a sample of softmax(scores) (Gumbel 1954, "Gumbel-max trick").
+    """Adds Gumbel noise, so that the largest score is a sample of softmax(scores) (Gumbel 1954, "Gumbel-max
+    trick").
 
     Each row has its own generator: its draws do not depend on the other rows.
     """
@@ -61,12 +59,12 @@ class Sampling:
             "top_k": (self.top_k >= 0, "0 (no cut) or more"),
             "repetition_penalty": (self.repetition_penalty > 0, "above 0 (1 = none)"),
         }
-        for name, (good, wanted) in rules.items():
+        for name, (good, rule) in rules.items():
             if not good:
-                raise PolymodalError(f"{name} = {getattr(self, name)} must be {wanted}.")
+                raise PolymodalError(f"{name} = {getattr(self, name)} must be {rule}.")
 
     def processors(self, keys: Sequence[str]) -> LogitsProcessorList:
-        """What the library applies to a batch's scores before it takes the largest; `keys` name the rows' draws."""
+        """Processors of a batch's scores before the largest is taken; `keys` name the rows' draws."""
         chain = LogitsProcessorList()
         if self.temperature > 0:
             if self.temperature != 1:

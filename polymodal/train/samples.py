@@ -140,7 +140,7 @@ class Sampler:
                 prompt = Prompt(a.prompts[chosen], a.negative, **given)
                 (made,) = generator.sample([prompt], settings, chosen)
                 if number < len(a.prompts) and self.mesh.at["cp"] == self.mesh.at["tp"] == 0:
-                    self._keep(folder, number, made, generator.heard(0))
+                    self._keep(folder, number, made, generator.sound_of(0))
         finally:
             self.model.train(training)
             setattr(pipeline, self.family.part, None)

@@ -1,4 +1,4 @@
-"""Chat and the engine under it: batches equal single questions, seeds equal answers, whatever holds the model opens."""
+"""Chat and its engine: batches equal single questions, seeds give equal answers, every checkpoint opens."""
 
 import functools
 import io
@@ -15,7 +15,7 @@ from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Message
 from polymodal.data.chat import ChatProcessor
 from polymodal.distributed import checkpoint as checkpoints
-from polymodal.generate import chat
+from polymodal.generate import chat, rows
 from polymodal.generate.engine import Answer, Engine, Sampling
 from polymodal.generate.opening import kind_of, load_hub, open_engine, processor_of
 from polymodal.models import catalog
@@ -74,7 +74,7 @@ def test_a_batch_answers_as_single_questions_do(name, tmp_path, checkpoint_of):
 
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_the_model_is_fed_what_training_feeds_it(name, tmp_path, checkpoint_of):
-    """Tokens and pixels of a question equal those of training data, media of both kinds and turns without any included."""
+    """Tokens and pixels of a question equal those of training, with media of both kinds and with none."""
     source = checkpoint_of(name)
     data = recipes.Data(image=recipes.Image(max_pixels=512), video=recipes.Video(min_frames=2, fps=1.0))
     processor = ChatProcessor(catalog.family(recipes.Model(source=str(source))).media_processor(data), data)
@@ -253,11 +253,11 @@ def test_an_engine_leaves_the_model_as_it_was(model):
     assert Engine(net, opened.processor).identity != identity
 
 
-# --- what can be opened ----------------------------------------------------------------------------------------------
+# --- what can be opened ---------------------------------------------------------------------------
 
 
 def test_a_run_answers_as_its_weights_do(model, engine, tmp_path, picture):
-    """A run directory whose checkpoint holds the language tower only: the vision tower comes from model.source."""
+    """A run whose checkpoint holds the language tower only: the vision tower comes from model.source."""
     run = tmp_path / "run"
     recipe = recipes.Recipe(
         model=recipes.Model(source=str(model)),
@@ -334,7 +334,7 @@ def test_what_cannot_be_opened_says_why(tmp_path, model):
         Sampling(temperature=-1)
 
 
-# --- the terminal ----------------------------------------------------------------------------------------------------
+# --- the terminal ---------------------------------------------------------------------------------
 
 
 def test_a_conversation_in_the_terminal(engine, picture, tmp_path):
@@ -360,7 +360,12 @@ def test_a_conversation_in_the_terminal(engine, picture, tmp_path):
     )
     seen = []
     say = terminal.say
-    terminal.say = lambda text: (say(text), seen.append([*terminal.history]))[0]  # type: ignore[method-assign]
+
+    def say_and_note(text):
+        say(text)
+        seen.append([*terminal.history])
+
+    terminal.say = say_and_note
     terminal.run()
     text = "".join(printed)
     assert next(lines) == "never"
@@ -389,11 +394,11 @@ def test_stopping_an_answer_keeps_its_text(engine):
     assert " [stopped]" in said and terminal.history[-1].role == "assistant"
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 def test_records_in_records_out_and_on_after_a_stop(model, engine, picture, tmp_path, monkeypatch, capsys):
-    rows = [
+    asked = [
         {"prompt": "hello", "id": 7},
         {"prompt": "what is this?", "image": picture},
         {
@@ -408,8 +413,11 @@ def test_records_in_records_out_and_on_after_a_stop(model, engine, picture, tmp_
         {"nothing": 1},
     ]
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("\n".join(map(json.dumps, rows)) + "\nnot json\n")
-    run = lambda: chat.main(str(model), json_file=str(source), out=str(out), sampling=SHORT, device="cpu")  # noqa: E731
+    source.write_text("\n".join(map(json.dumps, asked)) + "\nnot json\n")
+
+    def run():
+        return chat.main(str(model), json_file=str(source), out=str(out), sampling=SHORT, device="cpu")
+
     assert run() == 2
     got = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(got) == 7 and got[0]["id"] == 7 and got[4]["expected"] == "expected"
@@ -431,10 +439,10 @@ def test_records_in_records_out_and_on_after_a_stop(model, engine, picture, tmp_
     source.write_text(json.dumps({"prompt": "other"}) + "\n")
     with pytest.raises(PolymodalError, match="in.jsonl, line 1 is not an answer to it"):
         run()
-    source.write_text(json.dumps(rows[0]) + "\n")
+    source.write_text(json.dumps(asked[0]) + "\n")
     with pytest.raises(PolymodalError, match="has 7 rows"):
         run()
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(rows[0]) + "\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(asked[0]) + "\n"))
     assert chat.main(str(model), json_file="-", sampling=SHORT, device="cpu") == 0
     assert json.loads(capsys.readouterr().out) == got[0]
 
@@ -461,8 +469,7 @@ def test_a_line_is_answered_while_the_next_is_still_to_come():
     import queue
 
     lines: queue.Queue = queue.Queue()
-    rows = (chat._parsed(i, line, "line") for i, line in enumerate(iter(lines.get, None), 1))
-    chunks = chat._chunks(rows, 4, live=True)
+    chunks = rows._available(rows._parsed(iter(lines.get, None), "line"), 4)
     lines.put('{"prompt": "a"}')
     assert [row.value for row in next(chunks)] == [{"prompt": "a"}]
     for _ in range(9):

@@ -52,10 +52,10 @@ def recipe(source, subject, prior, run, weight=1.0, generate=2, **data):
 
 
 def weights_of(made):
-    from polymodal.generate.opening import assemble
+    from polymodal.generate.opening import describe
 
     trainer.run(made)
-    return {n: p.detach() for n, p in assemble(made.run_dir).model.named_parameters()}
+    return {n: p.detach() for n, p in describe(made.run_dir).fill().model.named_parameters()}
 
 
 def test_pictures_of_the_class_are_drawn_once_and_their_weight_acts(source, subject, tmp_path, capsys):

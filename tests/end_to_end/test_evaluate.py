@@ -1,4 +1,4 @@
-"""Evaluation: scores, files and pages of one process; the same result on several; killed half-way it goes on."""
+"""Evaluation: scores, files and pages of one process; the same result on several; a killed one goes on."""
 
 import html
 import io
@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polymodal.core.errors import PolymodalError
-from polymodal.evaluate import results, run
+from polymodal.evaluate import results, run, store
 from polymodal.evaluate.thumbnails import thumbnail
 from polymodal.generate.engine import Engine, Sampling
 from polymodal.generate.opening import open_engine
@@ -192,13 +192,13 @@ def test_likelihood_ranks_options_and_choice_is_the_default_with_options(engine,
     assert run.evaluate(engine, turns, "likelihood").samples[0].answer in ("yes", "no")
 
 
-# --- several processes -----------------------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), max_size=40), st.integers(1, 6))
 def test_questions_are_dealt_out_evenly(costs, world):
-    hands = run.deal(costs, world)
+    hands = store.deal(costs, world)
     assert sorted(i for hand in hands for i in hand) == list(range(len(costs)))
     assert max(map(len, hands)) - min(map(len, hands)) <= 1
     loads = [sum(costs[i] for i in hand) for hand in hands]
@@ -255,7 +255,8 @@ def writer(self, rank):
     return slow
 
 store.Store.writer = writer  # after three answers a rank waits for its end
-run.main(sys.argv[1], "custom", sys.argv[2], metric="exact", out=sys.argv[3], device="cpu", max_new_tokens=8, batch_size=1)
+options = {"metric": "exact", "opening": {"device": "cpu"}, "max_new_tokens": 8, "batch_size": 1}
+run.main(sys.argv[1], "custom", sys.argv[2], out=sys.argv[3], **options)
 """
 
 
@@ -274,10 +275,10 @@ def start(world, *words):
         "MASTER_PORT": port,
         "OMP_NUM_THREADS": "1",
     }
-    return [
-        subprocess.Popen([sys.executable, "-c", CODE, *map(str, words)], env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in range(world)
-    ]  # fmt: skip
+    command = [sys.executable, "-c", CODE, *map(str, words)]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    return [subprocess.Popen(command, env={**shared, **rank}, **piped) for rank in ranks]
 
 
 def test_killed_half_way_it_goes_on(model, engine, tmp_path):
@@ -297,7 +298,7 @@ def test_killed_half_way_it_goes_on(model, engine, tmp_path):
     with before[0].open("ab") as file:
         file.write(b'{"id": "q11", "answer": "half a li')  # as a kill in the middle of a write leaves it
     kept = {f: f.read_bytes() for f in before}
-    options = {"metric": "exact", "device": "cpu", "max_new_tokens": 8, "batch_size": 1}
+    options = {"metric": "exact", "opening": {"device": "cpu"}, "max_new_tokens": 8, "batch_size": 1}
     result = run.main(str(model), "custom", str(data), out=str(out), **options)
     assert all(f.read_bytes().startswith(lines) for f, lines in kept.items())
     assert (result.n, result.resumed) == (12, 6)
@@ -305,7 +306,7 @@ def test_killed_half_way_it_goes_on(model, engine, tmp_path):
     assert [s.answer for s in result.samples] == [s.answer for s in alone.samples]
 
 
-# --- the page's parts ------------------------------------------------------------------------------------------------
+# --- the page's parts -----------------------------------------------------------------------------
 
 
 TAGS = ("<script>alert(1)</script>", "<b>", '"&', "<i>", "<u>", "<s>", "<c>", "<k>", "[/b0]")
@@ -318,17 +319,16 @@ def test_everything_from_data_is_escaped(tmp_path, capsys):
         0, strike, "f", script, (italic,), {"A": under}, {"group": category}, bold, quote, 1.0
     )
     other = replace(judged, groups={"group": closing}, score=0.0, error=under)
-    samples = [judged, other]
+    samples, by = [judged, other], results.by_group([judged, other])
     found = results.Result(
-        f"x{closing}", "<t>", "<m>", 0.5, 2, 2, 0, 0, 0, results.by_group(samples, ["group"]), 1.0, 0, {key: script}, samples
-    )  # fmt: skip
+        f"x{closing}", "<t>", "<m>", 0.5, samples, {key: script}, by, seconds=1.0, resumed=0
+    )
     results.write(tmp_path, found, lambda i: [str(tmp_path / "<gone>.png")], 2, "answer")
     page = (tmp_path / "report.html").read_text()
     body = page.partition("<body>")[2].partition("<script>")[0]
     elements = {tag for tag, _ in re.findall(r"<(\w+)((?:\s[^<>]*)?)>", body)}
-    assert elements <= {
-        "h1", "h2", "p", "div", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "button", "input", "b", "span"
-    }, elements  # fmt: skip
+    own = "h1 h2 p div table thead tbody tr th td details summary button input b span"
+    assert elements <= set(own.split()), elements
     text = html.unescape(re.sub(r"<[^<>]+>", "", body))
     for each in (*TAGS, "<gone>.png does not exist", "<t>"):
         assert each in text, each
@@ -359,7 +359,13 @@ def test_thumbnails_keep_small_pictures_exact_and_reduce_large_ones():
 def test_the_default_directory_and_the_printed_table(model, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     result = run.main(
-        str(model), "custom", str(data), metric="exact", device="cpu", max_new_tokens=TOKENS, limit=3
+        str(model),
+        "custom",
+        str(data),
+        metric="exact",
+        opening={"device": "cpu"},
+        max_new_tokens=TOKENS,
+        limit=3,
     )
     printed = capsys.readouterr().out
     assert (tmp_path / "evaluations" / "tiny-custom" / "result.json").is_file() and result.n == 3

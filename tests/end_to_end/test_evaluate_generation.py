@@ -1,4 +1,4 @@
-"""What a model generates is measured by models named by path: the formulas, the files, and that nothing is made twice."""
+"""What a model generates is measured by models named by path: formulas, files, and nothing is made twice."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from polymodal.generate.pipeline import Generator, Settings, open_generator
 from tests.models import clips, tiny_pipelines
 
 SETTINGS = Settings(2, height=32, width=32)
+TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +24,9 @@ def clip(tmp_path_factory):
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
     torch.manual_seed(0)
-    text = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 77, "eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}  # fmt: skip
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}  # fmt: skip
+    ids = {"eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}
+    text = {**TOWER, "vocab_size": 48, "max_position_embeddings": 77, **ids}
+    vision = {**TOWER, "image_size": 32, "patch_size": 8}
     folder = tmp_path_factory.mktemp("clip")
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
     pictures = CLIPImageProcessor(
@@ -40,10 +42,8 @@ def classifier(tmp_path_factory):
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
     torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8,
-        id2label={0: "Red", 1: "Blue"}, label2id={"Red": 0, "Blue": 1},
-    )  # fmt: skip
+    labels = {"id2label": {0: "Red", 1: "Blue"}, "label2id": {"Red": 0, "Blue": 1}}
+    config = ViTConfig(**TOWER, **labels, image_size=32, patch_size=8)
     folder = tmp_path_factory.mktemp("classifier")
     ViTForImageClassification(config).save_pretrained(folder)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
@@ -149,10 +149,9 @@ def test_ranks_make_what_one_process_makes(flux, prompts, real, clip, tmp_path):
     one = generation.evaluate(
         flux, str(prompts), tmp_path / "one", settings=SETTINGS, real=str(real), features=str(clip)
     )
-    command = [
-        sys.executable, "-m", "polymodal", "evaluate", flux.family.source, "generation", "--data", prompts, "--out", tmp_path / "two",
-        "--steps", 2, "--height", 32, "--width", 32, "--real", real, "--features", clip, "--nproc", 2, "--device", "cpu",
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "polymodal", "evaluate", flux.family.source, "generation"]
+    command += ["--data", prompts, "--out", tmp_path / "two", "--steps", 2, "--height", 32, "--width", 32]
+    command += ["--real", real, "--features", clip, "--nproc", 2, "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -170,7 +169,8 @@ def test_clips_lie_as_vbench_looks_for_them(clip, tmp_path):
     info = tmp_path / "VBench_full_info.json"
     info.write_text(json.dumps([{"prompt_en": "a red circle", "dimension": ["color", "object_class"]}]))
     settings = Settings(1, height=32, width=32, frames=5)
-    result = generation.evaluate(wan, str(info), tmp_path / "out", benchmark="vbench", samples=2, settings=settings, features=str(clip))  # fmt: skip
+    options = {"samples": 2, "settings": settings, "features": str(clip)}
+    result = generation.evaluate(wan, str(info), tmp_path / "out", benchmark="vbench", **options)
     found = sorted(p.name for p in (tmp_path / "out" / "vbench").iterdir())
     assert found == ["a red circle-0.mp4", "a red circle-1.mp4"]
     assert set(result.measures) == {"consistency", "motion"} and 0 < result.measures["motion"] < 1

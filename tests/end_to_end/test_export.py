@@ -14,7 +14,7 @@ from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Message
 from polymodal.distributed import checkpoint as checkpoints
 from polymodal.generate.engine import Sampling
-from polymodal.generate.opening import assemble, kind_of, load_hub, open_engine
+from polymodal.generate.opening import describe, kind_of, load_hub, open_engine
 from polymodal.models import catalog, lora, saving
 from polymodal.train.export import MARKER, export, run
 from tests.models import tiny
@@ -324,4 +324,4 @@ def test_what_cannot_be_exported_says_why(trained, model, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(model, moved)
     state = checkpoints.read_state(checkpoints.newest(directory))
-    assert assemble(directory, base=str(moved)).family.source == str(moved) != state.recipe["model"]["source"]
+    assert describe(directory, base=str(moved)).family.source == str(moved) != state.recipe["model"]["source"]

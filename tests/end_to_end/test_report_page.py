@@ -14,9 +14,16 @@ from polymodal.evaluate.thumbnails import thumbnail
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--v=0",
-]  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--enable-logging=stderr",
+    "--v=0",
+]
 
 
 @pytest.fixture
@@ -56,7 +63,7 @@ def test_sheets_of_samples_stand_by_step_and_are_not_too_many(tmp_path):
         (tmp_path / "samples" / f"step-{step:08d}").mkdir(parents=True)
         Image.new("RGB", (80, 80), "red").save(tmp_path / "samples" / f"step-{step:08d}" / "sheet.png")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 40, "loss": 0.25}\n')
-    steps = [step for step, _ in run_page.drawn(tmp_path)]
+    steps = [step for step, _ in run_page.sheets(tmp_path)]
     assert len(steps) == run_page.SHEETS and steps[0] == 1 and steps[-1] == 40 and steps == sorted(steps)
     text = run_page.of_generation(tmp_path, ["a <cat>"])
     assert text.count("<figure>") == run_page.SHEETS and "a &lt;cat&gt;" in text and "step 40<" in text
@@ -69,13 +76,18 @@ def test_a_browser_draws_it(page, tmp_path):
     profile = f"--user-data-dir={tmp_path / 'profile'}"
     done = subprocess.run(
         [CHROMIUM, *FLAGS, profile, f"--screenshot={shot}", "--window-size=1100,1400", page.as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr
     picture = Image.open(shot).convert("RGB")
     blue = sum(1 for r, g, b in picture.getdata() if b > 180 and r < 110 and g < 150)
     assert blue > 300, "the curves are not drawn"
-    script = "document.title+'|'+document.querySelectorAll('svg path').length+'|'+[...document.images].every(i=>i.naturalWidth>0)"
+    script = (
+        "[document.title, document.querySelectorAll('svg path').length, "
+        "[...document.images].every(i=>i.naturalWidth>0)].join('|')"
+    )
     probe = tmp_path / "probe.html"
     probe.write_text(page.read_text().replace("</body>", f"<script>document.title={script}</script></body>"))
     dom = subprocess.run(

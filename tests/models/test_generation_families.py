@@ -163,9 +163,9 @@ def test_samples_have_sound_and_their_files_too(data, stills, tmp_path):
     asked = Settings(2, 1.0, 32, 64, 9, fps=16.0)
     generator = open_generator(source)
     frames = generator.sample(prompts, asked)
-    heard = generator.heard(1)
+    heard = generator.sound_of(1)
     assert heard["rate"] == 16000 and heard["sound"].shape[0] == 2 and np.isfinite(heard["sound"]).all()
-    assert not np.array_equal(generator.heard(0)["sound"], heard["sound"])
+    assert not np.array_equal(generator.sound_of(0)["sound"], heard["sound"])
     assert save(tmp_path, 1, frames[1], 16.0, **heard) == "0001.mp4"
     assert media.video_header(str(tmp_path / "0001.mp4")).sound
 
@@ -190,10 +190,10 @@ def test_a_picture_or_a_clip_to_start_from_chooses_the_pipeline_for_it(name, kin
     )
     generator = open_generator(tmp_path / "p")
     made = [generator.sample([Prompt("a red square", seed=1, **{kind: str(f)})], asked)[0] for f in files[:2]]
-    assert list(generator._others) == [SOURCES[name, kind]]
+    assert list(generator._variants) == [SOURCES[name, kind]]
     assert made[0].dtype == np.uint8 and not np.array_equal(*made)  # the picture acts
     plain = generator.sample([Prompt("a red square", seed=1)], replace(asked, strength=None))[0]
-    assert plain.shape == made[0].shape and type(generator.pipeline).__name__ not in generator._others
+    assert plain.shape == made[0].shape and type(generator.pipeline).__name__ not in generator._variants
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_a_given_first_frame_is_shown_to_the_denoiser_as_the_pipeline_shows_it(t
         "output_type": "latent",
         "image_crf": 0,
     }  # not compressed before
-    generator.suited({"image"})(**family.tune(pipe, asked))
+    generator.pipeline_for({"image"})(**family.tune(pipe, asked))
     del model.forward
     theirs = named(model, *seen[0])
     with torch.no_grad():

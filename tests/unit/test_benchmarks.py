@@ -1,4 +1,4 @@
-"""Files of questions: VLMEvalKit tables, JSON, conversations; pictures by base64, path or reference; bad rows in words."""
+"""Files of questions: VLMEvalKit tables, JSON, conversations; pictures by base64, path, reference; bad rows."""
 
 import base64
 import csv
@@ -65,7 +65,8 @@ def test_ai2d_records_become_choice_prompts(tmp_path):
     first, second, third = questions[0], questions[1], questions[2]
     assert content(first) == (
         Media("image", big),
-        'Question: Which part is the "root"?\nLook\tclosely.\nOptions:\nA. X\nB. Y\nC. Z\nPlease select the correct answer from the options above.',
+        'Question: Which part is the "root"?\nLook\tclosely.\nOptions:\nA. X\nB. Y\nC. Z\n'
+        "Please select the correct answer from the options above.",
     )
     assert first.expected == ("B",) and first.options == {"A": "X", "B": "Y", "C": "Z"}
     assert first.groups == {"category": "plants", "split": "test"}

