@@ -109,8 +109,7 @@ def _info(name: str, parameter: inspect.Parameter) -> Any:
 
 def option_facts(name: str, option: str) -> Mapping[str, Any]:
     """What commands.yaml has about an option of a command."""
-    own = TABLE["commands"][name].get("options", {})
-    return own[option] if option in own else TABLE["shared"][option]
+    return {**TABLE["shared"], **TABLE["commands"][name].get("options", {})}[option]
 
 
 def flag(name: str, option: str) -> str:

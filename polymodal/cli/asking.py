@@ -62,10 +62,7 @@ def transcribe(
 ) -> int:
     """Write down what is said in recordings, with times as subtitles if asked."""
     from polymodal.generate import transcribe as speech
-    from polymodal.runtime import device as devices
 
-    device = devices.find(opening.device, 0).torch  # type: ignore[arg-type]
-    opened: dict[str, Any] = {**asdict(opening), "device": device}
     return speech.main(
         checkpoint,
         files,
@@ -76,7 +73,7 @@ def transcribe(
         out=out,
         batch_size=batch_size,
         beams=beams,
-        **opened,
+        **asdict(opening),
     )
 
 

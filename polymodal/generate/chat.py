@@ -157,7 +157,6 @@ def main(
     media_dir: str | None = None,
     sampling: Sampling = Sampling(),
     batch_size: int = 16,
-    device: str = "auto",
     **opening: Any,
 ) -> int:
     """The command. Returns the exit code: 2 when rows of a file could not be answered.
@@ -177,9 +176,8 @@ def main(
                 "Give --prompt TEXT, or --json FILE.",
             )
     from polymodal.generate.opening import open_engine
-    from polymodal.runtime import device as devices
 
-    engine = open_engine(checkpoint, device=devices.find(device).torch, **opening)  # type: ignore[arg-type]
+    engine = open_engine(checkpoint, **opening)
     asked: Mapping[str, Any] = {"system": system, "sampling": sampling}
     if json_file is not None:
         return rows.run(engine, json_file, out, batch_size=batch_size, media_dir=media_dir, **asked)

@@ -394,10 +394,7 @@ class Engine:
         What is wrong with one conversation (a broken picture) is its result; it does not stop the others. A
         batch holds at most batch_size conversations and BATCH_TOKENS tokens, padding and answers included.
         """
-
-        def compute(batch: list[_Prepared]) -> list[Answer]:
-            return self._generate(batch, sampling)
-
+        compute = functools.partial(self._generate, sampling=sampling)
         return self._many(conversations, compute, batch_size, sampling.max_new_tokens)
 
     def choices(

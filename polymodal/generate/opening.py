@@ -420,9 +420,9 @@ class Opened:
 
 
 def check_options(
-    checkpoint: str | os.PathLike, device: torch.device | str | None, dtype: str, ema: bool
+    checkpoint: str | os.PathLike, device: torch.device | str, dtype: str, ema: bool
 ) -> tuple[Kind, torch.device]:
-    """A checkpoint's kind, and the device (None: the accelerator, if there is one). Raises PolymodalError."""
+    """A checkpoint's kind, and the device; a str is a name of `--device`. Raises PolymodalError."""
     if dtype != "auto" and dtype not in DTYPES:
         raise PolymodalError(f"dtype = {dtype} is not known.", f"Use auto, {', '.join(DTYPES)}.")
     kind = kind_of(checkpoint)
@@ -430,16 +430,16 @@ def check_options(
         raise PolymodalError(
             f"{checkpoint} is no run, only runs keep an average (train.ema).", "Leave out --ema."
         )
-    if device is None:
-        device = devices.find("auto", int(os.environ.get("LOCAL_RANK", "0"))).torch
-    return kind, torch.device(device)
+    if not isinstance(device, torch.device):
+        device = devices.find(device, int(os.environ.get("LOCAL_RANK", "0"))).torch  # type: ignore[arg-type]
+    return kind, device
 
 
 def open_model(
     checkpoint: str | os.PathLike,
     *,
     revision: str | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "auto",
     dtype: str = "auto",
     ema: bool = False,
     base: str | None = None,
@@ -447,9 +447,9 @@ def open_model(
 ) -> Opened:
     """Any checkpoint's model: hub directory or id, export, run, one of its checkpoints, peft adapter.
 
-    device: None = the accelerator, if there is one. dtype: auto (the checkpoint's; for runs float32 on the
-    CPU, else the precision trained in), fp32, bf16, fp16. ema: a run's average. base: where an adapter's or a
-    run's base lies now. locate: `alike(rt)` where several ranks open one run.
+    device: or a name (auto: the accelerator, if there is one). dtype: auto (the checkpoint's; for runs
+    float32 on the CPU, else the precision trained in), fp32, bf16, fp16. ema: a run's average. base: where an
+    adapter's or a run's base lies now. locate: `alike(rt)` where several ranks open one run.
     """
     kind, device = check_options(checkpoint, device, dtype, ema)
     text = os.fspath(checkpoint).rstrip("/")

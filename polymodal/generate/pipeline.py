@@ -229,7 +229,7 @@ def open_generator(
     checkpoint: str | os.PathLike,
     *,
     revision: str | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "auto",
     dtype: str = "auto",
     ema: bool = False,
     base: str | None = None,

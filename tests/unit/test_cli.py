@@ -15,6 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 from polymodal import cli
+from polymodal.cli.app import TABLE
 from polymodal.core.errors import PolymodalError
 from polymodal.tools import profile_request
 
@@ -78,6 +79,20 @@ def test_every_documented_command_is_there():
         ("recipe", "show"),
         ("recipe", "docs"),
     } <= set(ALL)
+
+
+def test_the_table_of_help_names_nothing_that_is_not_there():
+    parameters = {}
+    for words in LEAVES:
+        command = ROOT
+        for word in words:
+            command = command.commands[word]
+        parameters[" ".join(words)] = {p.name for p in command.params}
+    assert parameters.keys() == TABLE["commands"].keys()
+    for name, facts in TABLE["commands"].items():
+        named = {*facts.get("options", ()), *sum(facts.get("panels", {}).values(), [])}
+        assert named <= parameters[name], name
+    assert set(TABLE["shared"]) <= set().union(*parameters.values())
 
 
 def test_help_imports_nothing_heavy():

@@ -5,7 +5,6 @@ import time
 import pytest
 
 from polymodal.evaluate import metrics
-from polymodal.evaluate.word_errors import edit_distance
 
 OPTIONS = {"A": "cat", "B": "dog", "C": "bird", "D": "none of the above"}
 
@@ -140,16 +139,6 @@ def test_exact_and_contains():
 )
 def test_anls(answer, expected, score):
     assert metrics.anls(answer, expected, {}).value == pytest.approx(score)
-
-
-def test_edit_distance_against_the_recursive_definition():
-    def slow(a, b):
-        if not a or not b:
-            return len(a) + len(b)
-        return min(slow(a[1:], b) + 1, slow(a, b[1:]) + 1, slow(a[1:], b[1:]) + (a[0] != b[0]))
-
-    for a, b in [("kitten", "sitting"), ("", "abc"), ("abc", "abc"), ("flaw", "lawn"), ("ab", "ba")]:
-        assert edit_distance(a, b) == edit_distance(b, a) == slow(a, b)
 
 
 @pytest.mark.parametrize(
