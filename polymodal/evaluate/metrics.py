@@ -75,7 +75,8 @@ def anls(answer: str, expected: Sequence[str], options: Mapping[str, str], thres
     """Average normalised Levenshtein similarity, one question's part (Biten et al. 2019, Scene Text VQA, eq.
     1).
 
-    max over expected texts of 1 - d, where d = edit distance / longer length; 0 when d >= threshold. Case and spacing are ignored.
+    max over expected texts of 1 - d, where d = edit distance / longer length; 0 when d >= threshold. Case and
+    spacing are ignored.
     """
 
     def clean(text: str) -> str:
