@@ -128,8 +128,8 @@ def measured(rank: int, source: str, parallel: dict[str, Any], precision: str, t
             job.step(lambda: [family.example(example) for _ in range(MICRO_BATCHES)], gradients)
             gc.collect()
     most, held = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
-    for number, change, phase in tracker.events:
-        kind = tracker.kind_of(number)
+    for storage, change, phase, _ in tracker.changes:
+        kind = storage.purpose
         if kind in held:
             held[kind] += change
         if phase == "step":

@@ -18,7 +18,7 @@ from typing import Any
 
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
-from polymodal.plan import devices, planner
+from polymodal.plan import accelerators, planner
 
 MARKS = ("<!-- layouts -->", "<!-- end of layouts -->")
 SIZES = {  # text: hidden size, layers, heads, key/value heads, MLP, vocabulary, tied; vision: MLP
@@ -75,7 +75,7 @@ def planned(size: str, world: int, layout: dict[str, Any], directory: Path) -> d
         })  # fmt: skip
         began = time.process_time()
         family = planner.family_of(made)
-        found = planner.plan(made, family, planner.Question(world, devices.named(DEVICE)))
+        found = planner.plan(made, family, planner.Question(world, accelerators.named(DEVICE)))
         took = time.process_time() - began
         if found.fits:
             break

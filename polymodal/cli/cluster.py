@@ -27,11 +27,12 @@ def plan(
     Runs the recipe's own code with shapes instead of tensors. Needs the checkpoint's config.json only.
     """
     from polymodal import recipe as recipes
-    from polymodal.plan import command, planner
+    from polymodal.plan import accelerators, command, planner
     from polymodal.tools import preflight
 
     read = recipes.load(recipe, overrides or [])
-    asked = planner.question(world or preflight.needs(read), device, media, patches, rank, stage)
+    accelerator = accelerators.named(device)
+    asked = planner.Question(world or preflight.needs(read), accelerator, media, patches, rank, stage)
     base = None if overrides else recipe
     return command.main(read, asked, as_json=as_json, html=html, search=search, out=out, base=base)
 

@@ -33,6 +33,10 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return whole
 
 
+def on_gloo(group: dist.ProcessGroup) -> bool:
+    return dist.get_backend(group) == "gloo"
+
+
 def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[n * size, ...] -> [n, ...]: this rank's part of the sum over ranks.
 
@@ -41,7 +45,7 @@ def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """
     tensor = tensor.contiguous()
     size = group.size()
-    if dist.get_backend(group) == "gloo":
+    if on_gloo(group):
         parts = torch.empty_like(tensor)
         dist.all_to_all_single(parts, tensor, group=group)
         return parts.view(size, tensor.shape[0] // size, *tensor.shape[1:]).sum(dim=0)

@@ -41,6 +41,12 @@ JOINT_BLOCKS = {
 """Tensor plan of blocks with a stream of the picture and one of text, as FLUX's and HunyuanVideo's are."""
 
 
+NOT_OF_LATENTS = re.compile(
+    r"\.(norm\w*|\w+_mod|\w+_context|add_\w+|to_add_out|txt_\w+|attn2\.(to|add)_[kv]\w*)(\.|$)"
+)
+"""Parameters of diffusers' blocks that compute no tokens of the latents: of the text, and modulation, once a sample."""
+
+
 @dataclass(frozen=True)
 class LatentGrid:
     """How pixels become latents and latents tokens: lengths in frames, sides in pixels."""
@@ -285,20 +291,20 @@ class Generation(Family):
     # ------------------------------------------------------------------ cost
 
     def cost(self, measure: SampleLengths) -> float:
-        """Forward FLOPs: 2 x parameters of the blocks x tokens, and 4 x tokens^2 x width a layer for attention."""
+        """Forward FLOPs: 2 x parameters that a token meets x tokens, and 4 x tokens^2 x width a layer for attention."""
         tokens = measure.tokens
         layers, width, parameters = self.size()
         return 2.0 * parameters * tokens + 4.0 * layers * width * tokens * tokens
 
     def size(self) -> tuple[int, int, float]:
-        """(layers, width, parameters of the blocks) of the denoiser, counted once on meta."""
+        """(layers, width, parameters of the blocks that every token of the latents meets), counted once on meta."""
         if not hasattr(self, "_size"):
             names = {n: p.numel() for n, p in self.build().trained.named_parameters()}
             expressions = [
                 re.compile(re.escape(p).replace(r"\*", r"[^.]+") + r"(?=\.)") for p in self.card.blocks
             ]
             found = [(hit[0], n) for n in names for e in expressions if (hit := e.match(n))]
-            count = sum(names[n] for _, n in found)
+            count = sum(names[n] for block, n in found if not NOT_OF_LATENTS.search(n[len(block) :]))
             self._size = max(1, len({block for block, _ in found})), self.width(), float(count)
         return self._size
 

@@ -284,7 +284,8 @@ def _shard(
     options: dict[str, Any] = {"mesh": mesh.fsdp, "mp_policy": policy}
     options["reshard_after_forward"] = parallel.reshards
     if "parameters" in parallel.offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
+        pinned = mesh.device_type != "cpu" and torch.accelerator.is_available()
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=pinned)
     copied = {id(module) for module in whole.values()}
     for module in experts:  # before the blocks that hold them: what is left of a block is its own unit
         own = mesh.expert_fsdp

@@ -81,6 +81,7 @@ class PackedBatchSharding(BatchSharding):
         self.family = family
         self.context = context(mesh, family.config, parallel)
         self.group = None
+        self.gather = media.gather
         if parallel.balance_media and mesh.sizes.dp_shard * mesh.sizes.cp > 1:
             self.group = mesh.shard_group
         elif self.context is not None:
@@ -102,7 +103,7 @@ class PackedBatchSharding(BatchSharding):
             return out
         streams = self.family.streams
         requests = [self._request(stream, whole, own) for whole, own in pairs for stream in streams]
-        everyone = media.gather(requests, self.group)
+        everyone = self.gather(requests, self.group)
         plans: list[media.MediaAllToAll | None] = []
         for number in range(len(requests)):
             stream = streams[number % len(streams)]

@@ -1,12 +1,11 @@
-"""`polymodal plan`: traces what a recipe's ranks would do on a cluster, and says it as text, JSON or a page.
-
-Sees every room.
-"""
+"""`polymodal plan`: traces what a recipe's ranks would do on a cluster, and prints it as text, JSON or a
+page."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from polymodal.core.errors import PolymodalError
@@ -17,62 +16,67 @@ from polymodal.plan.planner import Question, family_of, plan
 from polymodal.plan.predict import Prediction
 from polymodal.plan.tracker import KINDS
 from polymodal.recipe import Recipe
-from polymodal.train.layouts import Workload
 
 
 def text(made: Prediction) -> str:
-    """The verdict for a terminal."""
-    sizes, accelerator = made.sizes, made.accelerator
-    axes = {
-        "pp": sizes.pp, "dp_replicate": sizes.dp_replicate, "dp_shard": sizes.dp_shard, "cp": sizes.cp, "tp": sizes.tp, "ep": sizes.ep
-    }  # fmt: skip
-    layout = " x ".join(f"{name} {size}" for name, size in axes.items() if size > 1) or "one process"
-    measure = made.stages[0].trace.measure
-    samples = made.stages[0].trace.samples
-    held = made.layout.describe(Workload(measure, samples))
+    """The prediction for a terminal."""
+    sizes, accelerator, recipe = made.sizes, made.accelerator, made.recipe
+    traces = [stage.trace for stage in made.stages]
+    load = traces[0].load
+
+    def row(name: str, values: Iterable[float]) -> str:
+        return f"  {name:<14}" + "".join(f"{value / 2**30:>12.2f}" for value in values)
+
     lines = [
-        f"{sizes.world} x {accelerator.name}: {layout}, recompute {made.recipe.parallel.recompute}, {made.recipe.train.precision}",
-        f"micro-batch: {measure.tokens * samples} tokens, {held}; {made.micro_batches} a data-parallel rank and step",
+        f"{sizes.world} x {accelerator.name}: {made.axes}, recompute {recipe.parallel.recompute}, "
+        f"{recipe.train.precision}",
+        f"micro-batch: {load.measure.tokens * load.samples} tokens, {made.layout.describe(load)}; "
+        f"{made.micro_batches} a data-parallel rank and step",
         "",
-        f"{'GiB of a rank':<16}" + "".join(f"{f'stage {stage.trace.stage}':>12}" for stage in made.stages),
+        f"{'GiB of a rank':<16}" + "".join(f"{f'stage {trace.stage}':>12}" for trace in traces),
     ]
     for kind in KINDS:
-        values = [stage.trace.usage.parts[kind] for stage in made.stages]
-        if any(values):
-            lines.append(f"  {kind:<14}" + "".join(f"{value / 2**30:>12.2f}" for value in values))
-    lines.append(
-        f"  {'peak':<14}" + "".join(f"{stage.trace.usage.peak / 2**30:>12.2f}" for stage in made.stages)
-    )
+        if any(trace.usage.parts[kind] for trace in traces):
+            lines.append(row(kind, (trace.usage.parts[kind] for trace in traces)))
+    lines.append(row("peak", (trace.usage.peak for trace in traces)))
     if made.host:
-        lines.append(
-            f"  {'on the host':<14}" + "".join(f"{s.trace.usage.host / 2**30:>12.2f}" for s in made.stages)
-        )
-    verdict = "fits" if made.fits else "does NOT fit"
+        lines.append(row("on the host", (trace.usage.host for trace in traces)))
+    if made.saving:
+        lines.append(row("host, saving", (trace.saving for trace in traces)))
+    usable = format_bytes(accelerator.usable_memory)
     lines += [
-        f"  {verdict}: {format_bytes(made.peak)} of {format_bytes(made.room)} that {accelerator.name} can hand out",
+        f"  {'fits' if made.fits else 'does NOT fit'}: {format_bytes(made.peak)} of {usable} that "
+        f"{accelerator.name} can hand out",
         "",
         "collectives of a micro-batch (stage, axes, kind, direction: calls, GiB)",
     ]
-    for stage in made.stages:
-        for traffic in sorted(stage.trace.traffic, key=lambda t: -t.bytes)[:12]:
+    for trace in traces:
+        for each in sorted(trace.traffic, key=lambda t: -t.bytes)[:12]:
             lines.append(
-                f"  {stage.trace.stage}  {traffic.axes:<16} {traffic.kind:<15} {traffic.where:<9} {traffic.count:>6} {traffic.bytes / 2**30:>9.3f}"
+                f"  {trace.stage}  {each.axes:<16} {each.kind:<15} {each.where:<9} {each.count:>6} "
+                f"{each.bytes / 2**30:>9.3f}"
             )
+    bubble = f", pipeline bubble {made.bubble:.1%}" if sizes.pp > 1 else ""
     lines += [
         "",
-        f"step {made.step:.2f} s, {made.tokens:,.0f} tokens/s, MFU {made.mfu:.1%}"
-        + (f", pipeline bubble {made.bubble:.1%}" if sizes.pp > 1 else ""),
+        f"step {made.step:.2f} s, {made.tokens:,.0f} tokens/s, MFU {made.mfu:.1%}{bubble}",
         "times are a model: shares of peak are assumed, none was measured",
+        *(f"- {sentence}" for sentence in made.advice),
     ]
-    lines += [f"- {sentence}" for sentence in made.advice]
     return "\n".join(lines)
 
 
 def main(
-    recipe: Recipe, question: Question, *, as_json: bool = False, html: Path | None = None, search: bool = False, out: Path | None = None,
+    recipe: Recipe,
+    question: Question,
+    *,
+    as_json: bool = False,
+    html: Path | None = None,
+    search: bool = False,
+    out: Path | None = None,
     base: Path | None = None,
-) -> int:  # fmt: skip
-    """The command. Exit code 0 when the plan was made, also when it does not fit: the verdict is the answer."""
+) -> int:
+    """The command. Exit code 0 when the plan was made, also when the run does not fit."""
     if search and (question.rank is not None or question.stage is not None):
         raise PolymodalError("--search traces all stages of a layout.", "Leave out --rank and --stage.")
     if out is not None and not search:

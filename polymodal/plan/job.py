@@ -1,12 +1,14 @@
-"""A run's model, layout and optimizer step without data and without a loop: what `plan` traces and calibration runs.
+"""One rank of a run without data and without a loop: what `plan` traces and what its calibration runs for
+real.
 
-Sees every room. The order is the trainer's: family, adapters, freezing, `apply`, memory, optimizer, then micro-batches,
-norm, clipping and update. Runs alike with fake tensors under a pretended group and with real ones in a real world.
+Model, optimizer and layout are built by the trainer's own calls. It runs alike with fake tensors under a
+pretended process group and with real tensors in a real one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,65 +17,69 @@ from polymodal.core.sample import Batch, SampleLengths
 from polymodal.distributed.mesh import Mesh
 from polymodal.models import weights
 from polymodal.models.family import Family
-from polymodal.plan.pretended import meta_model
 from polymodal.recipe import Recipe
 from polymodal.train import optim
 from polymodal.train.layouts import layout_of
-from polymodal.train.parallel_model import ParallelModel
-from polymodal.train.step import StepMetrics, forward_backward
+from polymodal.train.parallel_model import ParallelModel, meta_model
+from polymodal.train.step import StepMetrics, forward_backward, inverse_weights
+
+CPU = torch.device("cpu")
 
 
 class Job:
-    """One rank of a run. The caller sets the process group up, and a tracker around it if there is one."""
+    """The caller sets up the process group. measure: of a micro-batch, for parallel.pp_layers = auto."""
 
     def __init__(self, recipe: Recipe, family: Family, mesh: Mesh, measure: SampleLengths):
-        """measure: of a micro-batch, for parallel.pp_layers = auto."""
-        self.recipe, self.family, self.mesh = recipe, family, mesh
-        self.model = ParallelModel(
-            lambda: meta_model(family, recipe), family, mesh, recipe, torch.device("cpu"), measure
-        )
+        self.recipe, self.family = recipe, family
         self.layout = layout_of(recipe, family)
         self.objective = self.layout.objective
+        make = partial(meta_model, family, recipe)
+        self.model = ParallelModel(make, family, mesh, recipe, CPU, measure)
         self.shard_batches = self.layout.batch_sharding(mesh)
+        self.encoder_parameters = self.layout.resident_encoders(mesh.fsdp_size)
         self.encoders: Tensor | None = None
-        self.frozen = self.layout.resident_encoders(mesh.fsdp_size)
 
-    def fill(self, seed: int | None = None) -> None:
-        """Give parameters memory (with a seed: values too) and buffers their values, then make the optimizer."""
+    def load_all(self, seed: int | None = None) -> None:
+        """Allocate parameters (with a seed: initialise them), buffers with their values, optimizer and
+        average."""
 
         def load(model: nn.Module) -> None:
-            if seed is None:
-                weights.materialise(model, "cpu")
-                weights.rebuild_buffers(model, persistent=True)
-            else:
+            if seed is not None:
                 weights.initialise(model, self.family, seed, "cpu")
+                return
+            weights.materialise(model, "cpu")
+            weights.rebuild_buffers(model, persistent=True)
 
         self.model.load_all(load)
         self.model.train()
         self.trainable = self.model.trainable
-        blocks = {n for n in self.trainable if any(optim.in_tower(n, (b,)) for b in self.family.card.blocks)}
-        offload = "optimizer" in self.recipe.parallel.offload
-        self.optimizer = optim.Optimizer(
-            self.trainable, self.recipe.optim, self.family.card.towers, blocks, offload
-        )
+        self.optimizer = optim.build(self.trainable, self.recipe, self.family.card)
         self.optimizer.state(create=True)
-        if self.frozen:
-            self.encoders = torch.empty(self.frozen, dtype=self.layout.dtype)
+        if self.encoder_parameters:
+            self.encoders = torch.empty(self.encoder_parameters, dtype=self.layout.dtype)
         decay = self.recipe.train.ema
         self.average = optim.MovingAverage(self.trainable, decay) if decay else None
 
-    def forward_backward(self, batches: list[Batch]) -> None:
-        """Gradients of a step of these micro-batches into .grad."""
-        batches = self.objective.prepare(None, batches)
-        inverse: dict[str, float] = {}
-        for batch in batches:
-            inverse |= {term: 1.0 / max(value, 1.0) for term, value in self.objective.weights(batch).items()}
-        forward_backward(
-            self.model.runner, self.objective, self.shard_batches(batches), inverse, StepMetrics()
-        )
+    def checkpoint_bytes(self) -> int:
+        """Bytes of this rank's tensors in a checkpoint."""
+        owned = self.model.owned
+        saved: list[Tensor] = list(owned.values())
+        if self.recipe.checkpoint.save == "full":
+            saved += [t for key, t in self.optimizer.state().items() if key.partition(".")[2] in owned]
+            shadow = self.average.shadow if self.average is not None else {}
+            saved += [t for name, t in shadow.items() if name in owned]
+        return sum(getattr(tensor, "_local_tensor", tensor).nbytes for tensor in saved)
 
-    def update(self) -> None:
-        """Norm, clipping, optimizer, average; gradients are freed."""
+    def step(
+        self, batches: Callable[[], list[Batch]], before_update: Callable[[], None] = lambda: None
+    ) -> None:
+        """One optimizer step on the micro-batches that `batches` makes; before_update is called when
+        gradients are complete."""
+        prepared = self.objective.prepare(None, batches())
+        inverse = inverse_weights(self.objective, prepared, None)
+        sharded = self.shard_batches(prepared)
+        forward_backward(self.model.runner, self.objective, sharded, inverse, StepMetrics())
+        before_update()
         norm = self.model.gradients()
         if self.recipe.optim.clip_norm:
             self.model.clip(norm, self.recipe.optim.clip_norm)
@@ -82,9 +88,3 @@ class Job:
         if self.average is not None:
             self.average.update()
         self.optimizer.zero_grad()
-
-    def step(self, batches: Callable[[], list[Batch]], between: Callable[[], None] = lambda: None) -> None:
-        """One optimizer step; `between` is called when gradients are whole. `batches` makes what the step reads."""
-        self.forward_backward(batches())
-        between()
-        self.update()

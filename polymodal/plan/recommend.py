@@ -1,8 +1,7 @@
 """The layout that a new recipe begins with: what the formulas rank first among those that fit, in a second or
 two.
 
-Sees the formulas, the search's list of layouts, and cards. A model is known by its family, where its
-config is here, or by a published size's facts.
+A model is known by its family, where its config is here, or by a published size's facts.
 """
 
 from __future__ import annotations
@@ -14,19 +13,18 @@ from polymodal.distributed.mesh import ParallelSizes
 from polymodal.models.card import ModelCard
 from polymodal.models.family import Family
 from polymodal.plan import estimate, search
-from polymodal.plan.devices import Accelerator
-from polymodal.plan.estimate import Shape
+from polymodal.plan.accelerators import Accelerator
 from polymodal.plan.planner import Question
 from polymodal.plan.search import Candidate
+from polymodal.plan.shape import Shape
 from polymodal.recipe import Recipe
 from polymodal.train.layouts import Workload, layout_of
 
 MARGIN = 0.9
-"""Share of the memory that can be handed out which a layout may fill by the formulas: they are about 10 %
-off."""
-CELL, FRAMES = 16 * 16, 4
-"""Pixels and frames of a latent token where no config says more: an autoencoder's 8 x 8 x 4, and patches
-of 2 x 2."""
+"""Share of the usable memory that a layout may fill by the formulas, which are about 10 % off."""
+TOKEN_PIXELS, TOKEN_FRAMES = 16 * 16, 4
+"""Pixels and frames of a latent token where no config is here: an autoencoder's 8 x 8 x 4, and patches of 2 x
+2."""
 
 
 def fastest(
@@ -42,19 +40,17 @@ def fastest(
 
     key: the published size, of use without a family. patches: a token, of data that were measured.
     """
-    found = (
-        search.candidates(made, family, question)
-        if family is not None
-        else published(made, card, key, question)
-    )
+    if family is not None:
+        candidates, packed = search.candidates(made, family, question), layout_of(made, family).packs
+    else:
+        candidates, packed = published(made, card, key, question), card.kind != "generation"
     batch = made.train.global_batch_size
-    even = [(one, sizes) for one, sizes in found if batch % (sizes.dp * one.train.micro_batch_size) == 0]
-    packed = layout_of(made, family).packs if family is not None else card.kind != "generation"
+    even = [(one, sizes) for one, sizes in candidates if batch % (sizes.dp * one.train.micro_batch_size) == 0]
     listed = search.ranked(
-        even, shape, lambda one: load(one, card, family, patches), question.accelerator, packed
+        even, shape, lambda one: workload(one, card, family, patches), question.accelerator, packed
     )
-    room = question.accelerator.memory * question.accelerator.usable * MARGIN
-    best = next((c for c in listed if c.memory <= room), None)
+    limit = question.accelerator.usable_memory * MARGIN
+    best = next((candidate for candidate in listed if candidate.memory <= limit), None)
     return (best, True) if best is not None else (min(listed, key=lambda c: c.memory), False)
 
 
@@ -68,21 +64,21 @@ def published(
     for sizes in search.layouts(made, question, False):
         if tp % sizes.tp or sizes.pp > 1 or (sizes.cp > 1 and not (cuts and 8 % sizes.cp == 0)):
             continue
+        axes = {axis: getattr(sizes, axis) for axis in ("dp_replicate", "dp_shard", "cp", "tp")}
         for recompute in search.RECOMPUTE:
-            axes = {axis: getattr(sizes, axis) for axis in ("dp_replicate", "dp_shard", "cp", "tp")}
             parallel = made.parallel.model_copy(update={**axes, "recompute": recompute})
             yield made.model_copy(update={"parallel": parallel}), sizes
 
 
-def load(one: Recipe, card: ModelCard, family: Family | None, patches: float | None) -> Workload:
+def workload(one: Recipe, card: ModelCard, family: Family | None, patches: float | None) -> Workload:
     """A micro-batch of a recipe."""
     if family is not None:
         layout = layout_of(one, family)
         return layout.workload(0.25, 1024) if patches is None else estimate.workload(layout, patches)
     tokens = one.data.pack_length or one.data.max_length
     if card.kind == "generation":
-        pictures = 1 if not card.clip.get("frames") else (max(one.data.clip.frames) - 1) // FRAMES + 1
-        tokens = pictures * one.data.clip.pixels // CELL
+        frames = max(one.data.clip.frames) if card.clip.get("frames") else 1
+        tokens = ((frames - 1) // TOKEN_FRAMES + 1) * one.data.clip.pixels // TOKEN_PIXELS
     return Workload(SampleLengths(tokens, tokens))
 
 

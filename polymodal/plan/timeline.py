@@ -1,12 +1,10 @@
-"""A pipeline's step as a timeline: torch's own order of actions, played with given times of every stage.
-
-This room may touch torch and the pretended group. The bubble that it gives is the share of the ranks' time without work.
-"""
+"""A pipeline's step as a timeline: torch's own order of actions, played with given times of every stage."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,10 +12,14 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
 from polymodal.core.errors import PolymodalError
+from polymodal.parallel.pipeline_split import SCHEDULES
 from polymodal.plan.pretended import pretended_group
 
 NAMES = {"F": "forward", "B": "backward", "I": "input", "W": "weight"}
-"""Letters of torch's actions; `input` and `weight` are the two halves of a backward that zero-bubble schedules part."""
+"""torch's letters of actions. Zero-bubble schedules split a backward pass into gradients of inputs and of
+weights."""
+Order = dict[int, list[tuple[int, str, int]]]
+"""rank -> (stage, letter, micro-batch), in the order in which the rank does them."""
 
 
 @dataclass(frozen=True)
@@ -42,41 +44,23 @@ class Timeline:
 def stages_of(schedule: str, ranks: int, virtual: int) -> list[list[int]]:
     """Stages of each rank: in turn, or there and back (a V) for schedules made for that."""
     total = ranks * virtual
-    if "ZBV" in schedule or "DualPipeV" in schedule:
+    if SCHEDULES[schedule].v:
         return [[rank, total - 1 - rank] for rank in range(ranks)]
     return [list(range(rank, total, ranks)) for rank in range(ranks)]
 
 
-Order = dict[int, list[tuple[int, str, int]]]
-"""rank -> (stage, letter, micro-batch), in the order in which the rank does them."""
-
-
-def _single(ranks: int, micro_batches: int, ahead: int | None) -> Order:
-    """One stage a rank: forwards up to `ahead` + stages behind it before the first backward (None: all), then in turn."""
-    found: Order = {}
-    for rank in range(ranks):
-        first = micro_batches if ahead is None else min(micro_batches, ranks - rank - 1 + ahead)
-        letters = [("F", micro) for micro in range(first)]
-        for micro in range(micro_batches):
-            letters.append(("B", micro))
-            if first + micro < micro_batches:
-                letters.append(("F", first + micro))
-        found[rank] = [(rank, letter, micro) for letter, micro in letters]
-    return found
-
-
 def order(schedule: str, ranks: int, virtual: int, micro_batches: int) -> Order:
-    """Of schedules with several stages a rank from torch itself; what it tells of 1F1B is off by one on the last rank,
-    so those with one stage are written down here. Raises PolymodalError for what the schedule cannot run."""
+    """torch's own, of schedules with several stages a rank; its 1F1B is off by one on the last rank, so
+    schedules with one stage are written down here. Raises PolymodalError for what the schedule cannot run."""
     if schedule in ("GPipe", "1F1B"):
-        return _single(ranks, micro_batches, None if schedule == "GPipe" else 1)
+        return _one_stage_a_rank(ranks, micro_batches, schedule == "GPipe")
     with pretended_group(ranks):
-        group, total = dist.group.WORLD, ranks * virtual
-        example = (torch.empty(1),)
+        example, cpu = (torch.empty(1),), torch.device("cpu")
+        shapes: dict[str, Any] = {"input_args": example, "output_args": example, "group": dist.group.WORLD}
         stages = [
-            PipelineStage(torch.nn.Identity(), stage, total, torch.device("cpu"), input_args=example, output_args=example, group=group)
+            PipelineStage(torch.nn.Identity(), stage, ranks * virtual, cpu, **shapes)
             for stage in stages_of(schedule, ranks, virtual)[0]
-        ]  # fmt: skip
+        ]
         kind = get_schedule_class(schedule)
         try:
             made = kind(
@@ -86,62 +70,80 @@ def order(schedule: str, ranks: int, virtual: int, micro_batches: int) -> Order:
             )
         except ValueError as error:
             raise PolymodalError(
-                f"The schedule {schedule} cannot run {micro_batches} micro-batches over {ranks} ranks: {error}.",
-                f"Use a multiple of {ranks} micro-batches: train.global_batch_size = {ranks} x data-parallel ranks.",
+                f"The schedule {schedule} cannot run {micro_batches} micro-batches over {ranks} ranks: "
+                f"{error}.",
+                f"Use a multiple of {ranks} micro-batches: train.global_batch_size = {ranks} x data-parallel "
+                "ranks.",
             ) from None
-        known = made.pipeline_order
         return {
             rank: [
-                (a.stage_index, str(a.computation_type.value if hasattr(a.computation_type, "value") else a.computation_type), a.microbatch_index)
-                for a in actions
-                if a is not None and a.microbatch_index is not None
+                (action.stage_index, action.computation_type.value, action.microbatch_index)
+                for action in actions
+                if action is not None and action.microbatch_index is not None
             ]
-            for rank, actions in known.items()
-        }  # fmt: skip
+            for rank, actions in made.pipeline_order.items()
+        }
+
+
+def _one_stage_a_rank(ranks: int, micro_batches: int, all_forward_first: bool) -> Order:
+    """1F1B: a forward for every stage from here on before the first backward, then in turn; GPipe: all
+    forwards."""
+    actions: Order = {}
+    for rank in range(ranks):
+        first = micro_batches if all_forward_first else min(micro_batches, ranks - rank)
+        letters = [("F", micro) for micro in range(first)]
+        for micro in range(micro_batches):
+            letters.append(("B", micro))
+            if first + micro < micro_batches:
+                letters.append(("F", first + micro))
+        actions[rank] = [(rank, letter, micro) for letter, micro in letters]
+    return actions
 
 
 def play(
-    schedule: str, ranks: int, micro_batches: int, forward: Sequence[float], backward: Sequence[float], transfer: float = 0.0
-) -> Timeline:  # fmt: skip
-    """Play a step. forward, backward: seconds of each STAGE's micro-batch, transfer: between two stages."""
-    virtual = len(forward) // ranks
-    actions = {rank: list(found) for rank, found in order(schedule, ranks, virtual, micro_batches).items()}
-    last = len(forward) - 1
+    schedule: str,
+    ranks: int,
+    micro_batches: int,
+    forward: Sequence[float],
+    backward: Sequence[float],
+    transfer: float = 0.0,
+) -> Timeline:
+    """Play a step. forward, backward: seconds of each STAGE's micro-batch; transfer: between two ranks."""
+    virtual, last = len(forward) // ranks, len(forward) - 1
+    actions = order(schedule, ranks, virtual, micro_batches)
+    rank_of = {stage: rank for rank, own in enumerate(stages_of(schedule, ranks, virtual)) for stage in own}
     done: dict[tuple[int, str, int], float] = {}
     free = dict.fromkeys(actions, 0.0)
     slots: list[Slot] = []
-    home = {stage: rank for rank, own in enumerate(stages_of(schedule, ranks, virtual)) for stage in own}
 
     def ready(stage: int, letter: str, micro: int) -> float | None:
-        """When what this action reads is there; None while nobody has begun to make it."""
+        """When the inputs of this action are there; None while one of them has not been scheduled."""
         if letter == "W":
-            needed = [(stage, "I", micro)]
+            needed = [(stage, "I")]
         elif letter == "F":
-            needed = [(stage - 1, "F", micro)] if stage else []
+            needed = [(stage - 1, "F")] if stage else []
         else:
-            needed = [(stage, "F", micro)] + ([(stage + 1, "I", micro)] if stage < last else [])
+            needed = [(stage, "F"), *([(stage + 1, "I")] if stage < last else [])]
         times = []
-        for key in needed:
-            at = done.get(key, done.get((key[0], "B", micro)) if key[1] == "I" else None)
+        for source, kind in needed:
+            at = done.get((source, kind, micro))
+            if at is None and kind == "I":
+                at = done.get((source, "B", micro))
             if at is None:
                 return None
-            times.append(at + (transfer if home[key[0]] != home[stage] else 0.0))
+            times.append(at + (transfer if rank_of[source] != rank_of[stage] else 0.0))
         return max(times, default=0.0)
 
-    waiting = True
-    while waiting:
-        waiting = False
+    progress = True
+    while progress:
+        progress = False
         for rank, queue in actions.items():
-            while queue:
-                stage, letter, micro = queue[0]
-                at = ready(stage, letter, micro)
-                if at is None:
-                    break
-                queue.pop(0)
-                waiting = True
-                share = 0.5 if letter in "IW" else 1.0
+            while queue and (at := ready(*queue[0])) is not None:
+                stage, letter, micro = queue.pop(0)
+                progress = True
+                seconds = forward[stage] if letter == "F" else backward[stage]
                 start = max(at, free[rank])
-                end = start + (forward[stage] if letter == "F" else backward[stage] * share)
+                end = start + seconds * (0.5 if letter in "IW" else 1.0)
                 free[rank] = done[stage, letter, micro] = end
                 slots.append(Slot(rank, stage, micro, NAMES[letter], start, end))
     if any(actions.values()):

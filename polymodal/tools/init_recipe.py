@@ -26,14 +26,13 @@ from polymodal.core.text import did_you_mean, format_bytes, format_count
 from polymodal.models import catalog
 from polymodal.models.card import ModelCard
 from polymodal.models.family import Family
-from polymodal.plan import devices as accelerators
-from polymodal.plan import estimate, planner, recommend, search
-from polymodal.plan.devices import Accelerator
-from polymodal.plan.pretended import meta_model
+from polymodal.plan import accelerators, estimate, planner, recommend, search, shape
+from polymodal.plan.accelerators import Accelerator
 from polymodal.plan.search import Candidate
 from polymodal.recipe import Recipe
 from polymodal.tools import advise
 from polymodal.train import run_length
+from polymodal.train.parallel_model import meta_model
 
 TASKS = {
     "sft": "full fine-tuning",
@@ -124,11 +123,11 @@ def plan(
     place = source or card.sizes[str(key)].hub
     family = _family(place, bool(source) or search_it)
     if family is not None:
-        shape = estimate.shape_of(family, meta_model(family, _bare(card, task, place, data)))
-        key = key or _size_of(place, card, shape.total)
+        counted = shape.shape_of(family, meta_model(family, _bare(card, task, place, data)))
+        key = key or _size_of(place, card, counted.total)
     else:
-        shape = estimate.published(card, str(key), task in ADAPTERS)
-    count = devices or _devices(card, key, task) or recommend.device_count(shape, accelerator)
+        counted = shape.published(card, str(key), task in ADAPTERS)
+    count = devices or _devices(card, key, task) or recommend.device_count(counted, accelerator)
     measured = _measured(family, card, task, data)
     most = -(-max(4 if task == "dreambooth" else BATCH, count) // count) * count
     made = _bare(card, task, place, data, measured, key, most)
@@ -139,7 +138,7 @@ def plan(
         share = 0.25 if patches is None else estimate.media_share(family, patches)
         best, fits = search.rank(made, family, replace(question, media=share), _say)[0], True
     else:
-        best, fits = recommend.fastest(made, card, str(key), family, shape, question, patches)
+        best, fits = recommend.fastest(made, card, str(key), family, counted, question, patches)
     best, length = _batch(best, measured)
     return Plan(
         card,
@@ -147,7 +146,7 @@ def plan(
         place,
         task,
         count,
-        shape.total,
+        counted.total,
         best,
         accelerator,
         fits,
@@ -376,7 +375,7 @@ def predicted(plan: Plan) -> str:
     held, share, step = (
         (traced.peak, traced.mfu, traced.step) if traced else (best.memory, best.mfu, best.seconds)
     )
-    room = accelerator.memory * accelerator.usable
+    room = accelerator.usable_memory
     by = (
         "traced"
         if traced

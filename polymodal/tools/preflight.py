@@ -272,16 +272,13 @@ def _model(
     problems: Problems,
 ) -> None:
     from polymodal.distributed.mesh import ParallelSizes
-    from polymodal.plan import estimate, pretended
+    from polymodal.plan import estimate, pretended, shape
     from polymodal.train import optim
     from polymodal.train.layouts import layout_of
+    from polymodal.train.parallel_model import meta_model
 
     towers = set(recipe.model.lora.towers or ()) if recipe.model.lora is not None else set()
-    model = (
-        problems.run(lambda: pretended.meta_model(family, recipe))
-        if towers <= set(family.card.towers)
-        else None
-    )
+    model = problems.run(lambda: meta_model(family, recipe)) if towers <= set(family.card.towers) else None
     report.model = {"card": family.card.name, "source": str(family.source)}
     if model is None:
         return
@@ -297,15 +294,14 @@ def _model(
                 else f"is neither a tower ({', '.join(family.card.towers)}) nor the pattern of a parameter"
             )
             report.notes.append(f"optim.groups.{i}.match = {group.match} {said}: it has no effect.")
-    shape = estimate.shape_of(family, model)
-    problems.run(pretended.try_layout, model, family, recipe, world, mean_sample)
+    counted = shape.shape_of(family, model)
+    problems.run(pretended.try_layout, family, recipe, world, mean_sample)
     sizes = problems.run(ParallelSizes.of, recipe.parallel, world)
     layout = layout_of(recipe, family)
     load = problems.run(estimate.workload, layout, ratio)
     if load is None or sizes is None:
         return
-    depth = estimate.pipeline_depth(recipe, sizes, layout.packs)
-    found = estimate.memory(shape, recipe, sizes, load.measure, load.samples, depth)
+    found = estimate.Formula(counted, recipe, sizes, load, layout.packs).memory()
     report.estimate = found.as_dict()
     wanted, free = estimate.disk(recipe, found)
     report.disk = {"wanted": wanted, "free": free, "one": found.checkpoint}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from polymodal.core.errors import PolymodalError
-from polymodal.recipe import Optim, Schedule
+from polymodal.models.card import ModelCard
+from polymodal.recipe import Optim, Recipe, Schedule
 
 Towers = Mapping[str, tuple[str, ...]]
 
@@ -202,6 +203,12 @@ class Optimizer:
                         if isinstance(value, Tensor):
                             out[f"{kind}.{names[id(parameter)]}"] = value
         return out
+
+
+def build(trainable: dict[str, nn.Parameter], recipe: Recipe, card: ModelCard) -> Optimizer:
+    """The optimizer of a run. Muon takes the matrices of the card's blocks."""
+    blocks = {name for name in trainable if in_tower(name, card.blocks)}
+    return Optimizer(trainable, recipe.optim, card.towers, blocks, "optimizer" in recipe.parallel.offload)
 
 
 HOST_PART = 256 << 20

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from polymodal.core.sample import SampleLengths
 from polymodal.distributed.collectives import clip_, grad_norm
 from polymodal.distributed.mesh import Mesh
-from polymodal.models import partial
+from polymodal.models import lora, partial
 from polymodal.models.family import Family
 from polymodal.parallel import dit_context_parallel, pipeline_split, stages
 from polymodal.parallel.apply import COMPUTE_DTYPE, apply
@@ -22,7 +22,17 @@ from polymodal.parallel.batches import context
 from polymodal.parallel.pipeline import Pipeline, TiedGradients
 from polymodal.parallel.pipeline import bind as bind_stage
 from polymodal.recipe import Recipe
+from polymodal.train import optim
 from polymodal.train.step import Runner, bind
+
+
+def meta_model(family: Family, recipe: Recipe) -> nn.Module:
+    """The whole model on meta, adapters attached and frozen parameters marked. Raises PolymodalError."""
+    model = family.build().trained
+    if recipe.model.lora is not None:
+        lora.attach(model, recipe.model.lora, family.card)
+    optim.freeze(model, recipe.train.freeze, family.card.towers)
+    return model
 
 
 class ParallelModel:

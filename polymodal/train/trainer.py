@@ -29,7 +29,7 @@ from polymodal.runtime import device as devices
 from polymodal.runtime.process_group import Runtime, runtime
 from polymodal.train import callbacks, monitor, optim, run_length
 from polymodal.train.layouts import layout_of
-from polymodal.train.parallel_model import ParallelModel
+from polymodal.train.parallel_model import ParallelModel, meta_model
 from polymodal.train.step import StepMetrics, drop_broken_samples, forward_backward, inverse_weights
 
 
@@ -74,18 +74,11 @@ class Trainer:
 
     # ---------------------------------------------------------------- building
 
-    def _whole(self) -> torch.nn.Module:
-        """The whole model on meta, with what is trained of it."""
-        model = self.family.build().trained
-        if self.recipe.model.lora is not None:
-            lora.attach(model, self.recipe.model.lora, self.card)
-        optim.freeze(model, self.recipe.train.freeze, self.card.towers)
-        return model
-
     def _build_model(self) -> None:
         recipe, family = self.recipe, self.family
+        measure = self.schedule.mean_sample()
         self.model = ParallelModel(
-            self._whole, family, self.mesh, recipe, self.device, self.schedule.mean_sample()
+            lambda: meta_model(family, recipe), family, self.mesh, recipe, self.device, measure
         )
         self.shard_batches = self.layout.batch_sharding(self.mesh)
         self.weights_group = self.shard_batches.weights_group if self.rt.world > 1 else None
@@ -117,9 +110,7 @@ class Trainer:
 
     def _build_optimizer(self) -> None:
         recipe = self.recipe
-        blocks = {n for n in self.trainable if any(optim.in_tower(n, (b,)) for b in self.card.blocks)}
-        offload = "optimizer" in recipe.parallel.offload
-        self.optimizer = optim.Optimizer(self.trainable, recipe.optim, self.card.towers, blocks, offload)
+        self.optimizer = optim.build(self.trainable, recipe, self.card)
         self.average = optim.MovingAverage(self.trainable, recipe.train.ema) if recipe.train.ema else None
         self.scaler = optim.LossScaler(recipe.train.precision == "fp16")
         self.guard = monitor.Guard(recipe.train.guard, self.scaler.enabled)

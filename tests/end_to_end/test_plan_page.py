@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from polymodal import recipe as recipes
-from polymodal.plan import command, devices, page, planner
+from polymodal.plan import accelerators, command, page, planner
 from tests.models import tiny
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -28,7 +28,7 @@ def test_a_browser_draws_a_pipeline(tmp_path):
         "name": "drawn", "model": {"source": str(tmp_path / "model")}, "data": {"max_length": 256},
         "parallel": {"pp": 2, "offload": ["activations"]}, "train": {"global_batch_size": 4},
     })  # fmt: skip
-    small = replace(devices.named("h100"), memory=4 * 2**20)  # bars of a tiny model are to be seen
+    small = replace(accelerators.named("h100"), memory=4 * 2**20)  # bars of a tiny model are to be seen
     asked = planner.Question(2, small, 0.25, 64)
     file = tmp_path / "plan.html"
     assert command.main(made, asked, html=file) == 0

@@ -7,7 +7,7 @@ import torch
 
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
-from polymodal.plan import command, devices, planner, predict
+from polymodal.plan import accelerators, command, planner, predict
 from polymodal.train.actors import Encoders
 from polymodal.train.layouts import layout_of
 from tests.models import tiny_pipelines
@@ -24,7 +24,7 @@ def recipe(source, encode="cached", **parallel):
 
 
 def planned(made, world=2):
-    return planner.plan(made, planner.family_of(made), planner.Question(world, devices.named("h100")))
+    return planner.plan(made, planner.family_of(made), planner.Question(world, accelerators.named("h100")))
 
 
 @pytest.mark.parametrize("name", ["wan", "wan-i2v", "wan-flf2v", "flux", "flux-guided"])
@@ -60,13 +60,13 @@ def test_rows_of_a_cut_sequence_are_sent_between_stages(tmp_path):
 
     def sent(**parallel) -> int:
         made = planner.plan(
-            recipe(source, pp=2, **parallel), family, planner.Question(4, devices.named("h100"))
+            recipe(source, pp=2, **parallel), family, planner.Question(4, accelerators.named("h100"))
         )
         traces = [stage.trace for stage in made.stages]
         (traffic,) = [t for t in traces[0].traffic if t.kind == "send" and t.axes == "pp"]
         assert traffic.count == 4, "the stream, two embeddings of the time, one of the text"
-        seconds = devices.transfer(made.accelerator, "send", traffic.ranks, traffic.bytes, traffic.count)
-        assert predict._hop(traces, made.accelerator, "1F1B", 1) == seconds, (
+        seconds = accelerators.transfer(made.accelerator, "send", traffic.ranks, traffic.bytes, traffic.count)
+        assert predict.slowest_hop(traces, made.accelerator, [[0], [1]]) == seconds, (
             "all of them wait for one another"
         )
         return traffic.bytes

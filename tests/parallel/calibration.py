@@ -115,7 +115,7 @@ def allocated(rank: int, case: Case, source: str) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         mesh = Mesh(ParallelSizes.of(recipe.parallel, case.world), "cpu", rank)
         job = Job(recipe, family, mesh, measure)
-        job.fill(seed=0)
+        job.load_all(seed=0)
         job.step(lambda: [family.example(measure)])
         for _ in range(3):
             held.append(living())

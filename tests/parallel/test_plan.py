@@ -6,12 +6,18 @@ measures all of them.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from polymodal import recipe as recipes
-from polymodal.plan import devices, estimate, planner, pretended, search
+from polymodal.plan import accelerators, planner, search
+from polymodal.plan.estimate import Formula
+from polymodal.plan.shape import shape_of
 from polymodal.train.layouts import layout_of
-from tests.models import tiny
+from polymodal.train.parallel_model import meta_model
+from tests.models import tiny, tiny_pipelines
 from tests.parallel.calibration import BOUND, CASES, compare
 
 QUICK = ("FSDP2 x 2",)
@@ -50,7 +56,7 @@ def test_enough_layouts_are_compared():
 # ---- the formulas against traces ----------------------------------------------------------------------------------------
 
 FORMULA_BOUND = 0.15
-"""Memory and time by the formulas of plan/estimate.py against traces, with a published model's widths."""
+"""Memory and time by the formulas of plan/estimate.py against traces, with published models' widths."""
 
 FORMULA_CASES = [
     ({}, {}),
@@ -62,21 +68,18 @@ FORMULA_CASES = [
     ({"dp_replicate": 2, "recompute": "full"}, {}),
     ({}, {"lora": {"rank": 16, "towers": ["language"]}}),
     ({"recompute": "full"}, {"lora": {"rank": 16, "towers": ["language"]}}),
+    ({"replicate": ["vision"]}, {}),
 ]
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory) -> str:
+def language(directory: Path) -> dict:
     """Qwen2.5-VL with the widths of 7B and four layers of each tower, as a config alone."""
-    directory = tmp_path_factory.mktemp("wide")
     text = {
         "hidden_size": 3584,
         "num_hidden_layers": 4,
         "num_attention_heads": 28,
         "num_key_value_heads": 4,
         "intermediate_size": 18944,
-    }
-    text |= {
         "vocab_size": 152064,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     }
@@ -90,34 +93,110 @@ def wide(tmp_path_factory) -> str:
         "window_size": 112,
         "fullatt_block_indexes": [1],
     }
-    config = tiny.config(
-        "qwen2.5-vl", **{f"text_config__{k}": v for k, v in text.items()}, **{f"vision_config__{k}": v for k, v in vision.items()}
-    )  # fmt: skip
-    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    write_config("qwen2.5-vl", "Qwen2_5_VLForConditionalGeneration", directory, text, vision)
+    return {"max_length": 4096}
+
+
+def experts(directory: Path) -> dict:
+    """Qwen3-VL MoE with the widths of 30B-A3B and four layers of each tower."""
+    text = {
+        "hidden_size": 2048,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "vocab_size": 151936,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+    }
+    vision = {
+        "depth": 4,
+        "hidden_size": 1152,
+        "num_heads": 16,
+        "intermediate_size": 4304,
+        "out_hidden_size": 2048,
+        "deepstack_visual_indexes": [1, 2, 3],
+    }
+    write_config("qwen3-vl-moe", "Qwen3VLMoeForConditionalGeneration", directory, text, vision)
+    return {"max_length": 4096}
+
+
+def write_config(name: str, architecture: str, directory: Path, text: dict, vision: dict) -> None:
+    sections = {"text_config": text, "vision_config": vision}
+    values = {f"{section}__{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    config = tiny.config(name, **values)
+    config.architectures = [architecture]
     config.save_pretrained(directory)
-    return str(directory)
+
+
+def joint_denoiser(directory: Path) -> dict:
+    """FLUX.1 with its widths, four blocks of two streams and eight of one: 4,096 tokens."""
+    layers = {"num_layers": 4, "num_single_layers": 8}
+    heads = {"attention_head_dim": 128, "num_attention_heads": 24, "axes_dims_rope": [16, 56, 56]}
+    denoiser("flux", directory, {**layers, **heads, "joint_attention_dim": 4096})
+    return {"clip": {"pixels": 512 * 512}}
+
+
+def cross_denoiser(directory: Path) -> dict:
+    """Wan 2.1 with the widths of 1.3B and eight blocks."""
+    heads = {"attention_head_dim": 128, "num_attention_heads": 12, "ffn_dim": 8960}
+    denoiser("wan", directory, {**heads, "num_layers": 8, "text_dim": 4096, "rope_max_seq_len": 1024})
+    return {"clip": {"frames": [33], "pixels": 240 * 416}}
+
+
+def denoiser(name: str, directory: Path, changes: dict) -> None:
+    """A tiny pipeline whose denoiser has other sizes, as a config alone."""
+    file = Path(tiny_pipelines.pipeline(name, directory)) / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+FORMULAS = [
+    *((language, *case) for case in FORMULA_CASES),
+    (experts, {"tp": 4}, {}),
+    (experts, {"tp": 4, "recompute": "full"}, {}),
+    (experts, {"ep": 4}, {}),
+    *(
+        (maker, {"recompute": word}, {})
+        for maker in (joint_denoiser, cross_denoiser)
+        for word in search.RECOMPUTE
+    ),
+]
+FAST = (language, {"recompute": "full"}, {})
 
 
 @pytest.mark.parametrize(
-    "parallel, model",
-    [pytest.param(*case, marks=() if i == 2 else pytest.mark.slow) for i, case in enumerate(FORMULA_CASES)],
-    ids=lambda part: " ".join(f"{k}={v}" for k, v in part.items()) or "plain",
+    "maker, parallel, model",
+    [pytest.param(*case, marks=() if case == FAST else pytest.mark.slow) for case in FORMULAS],
+    ids=lambda part: (
+        getattr(part, "__name__", None) or " ".join(f"{k}={v}" for k, v in part.items()) or "plain"
+    ),
 )
-def test_the_formulas_are_near_the_traces(wide, parallel, model):
+def test_the_formulas_are_near_the_traces(tmp_path, maker, parallel, model):
+    data = maker(tmp_path)
     made = recipes.validate({
-        "model": {"source": wide, **model}, "data": {"max_length": 4096}, "parallel": parallel, "train": {"global_batch_size": 32},
+        "model": {"source": str(tmp_path), **model}, "data": data, "parallel": parallel, "train": {"global_batch_size": 32},
     })  # fmt: skip
     family = planner.family_of(made)
-    traced = planner.plan(made, family, planner.Question(8, devices.named("h100")))
-    shape = estimate.shape_of(family, pretended.meta_model(family, made))
-    load = layout_of(made, family).workload(0.25, 1024)
-    (found,) = search.ranked(
-        [(made, traced.sizes)],
-        shape,
-        lambda _: load,
-        traced.accelerator,
-        True,
-    )
-    assert found.memory == pytest.approx(traced.peak, rel=FORMULA_BOUND)
-    assert found.seconds == pytest.approx(traced.step, rel=FORMULA_BOUND)
-    assert found.mfu == pytest.approx(traced.mfu, rel=FORMULA_BOUND)
+    traced = planner.plan(made, family, planner.Question(8, accelerators.named("h100")))
+    layout, accelerator = layout_of(made, family), traced.accelerator
+    shape = shape_of(family, meta_model(family, made))
+    formula = Formula(shape, made, traced.sizes, layout.workload(0.25, 1024), layout.packs)
+    seconds = formula.seconds(accelerator)
+    assert formula.memory().memory == pytest.approx(traced.peak, rel=FORMULA_BOUND)
+    assert seconds == pytest.approx(traced.step, rel=FORMULA_BOUND)
+    assert formula.mfu(accelerator, seconds) == pytest.approx(traced.mfu, rel=FORMULA_BOUND)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("maker", [joint_denoiser, cross_denoiser])
+def test_a_denoisers_cost_is_the_arithmetic_of_its_forward_pass(tmp_path, maker):
+    """Not of every weight on every token: text has its own, and modulation is computed once a sample."""
+    data = maker(tmp_path)
+    made = recipes.validate({"model": {"source": str(tmp_path)}, "data": data})
+    family = planner.family_of(made)
+    (stage,) = planner.plan(made, family, planner.Question(1, accelerators.named("h100"))).stages
+    load = stage.trace.load
+    assert stage.trace.flops("forward") == pytest.approx(family.cost(load.measure) * load.samples, rel=0.1)

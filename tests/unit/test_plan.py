@@ -13,11 +13,14 @@ from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
 from polymodal.distributed.mesh import ParallelSizes
 from polymodal.models.family import Family
-from polymodal.plan import command, devices, page, planner, search, timeline
+from polymodal.parallel import pipeline_split
+from polymodal.plan import accelerators, command, page, planner, search, timeline
 from polymodal.plan.predict import Prediction
+from polymodal.train import optim
+from polymodal.train.parallel_model import meta_model
 from tests.models import tiny
 
-CLUSTER = devices.named("h100")
+CLUSTER = accelerators.named("h100")
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +71,51 @@ def test_states_are_counted_to_the_byte(four, parameters):
     assert stage.trace.usage.peak == sum(stage.trace.usage.parts.values())
 
 
+def test_the_copy_that_a_background_save_makes_is_counted(four, source, parameters):
+    """Parameters and two moments, and a step counter each."""
+    assert four.saving == pytest.approx(parameters * 12 / 4, rel=0.01)
+    assert "host, saving" in command.text(four) and four.as_dict()["saving_bytes"] == four.saving
+    family = planner.family_of(recipe(source))
+
+    def saved(**keys) -> Prediction:
+        made = recipes.validate({**recipe(source).model_dump(mode="json"), "checkpoint": keys})
+        return planner.plan(made, family, planner.Question(4, CLUSTER, 0.25, 256))
+
+    assert saved(save="weights").saving == pytest.approx(parameters * 4 / 4, rel=0.01)
+    waiting = saved(asynchronous=False)
+    assert waiting.saving == 0 and "host, saving" not in command.text(waiting)
+
+
+def test_a_replicated_tower_is_whole_on_every_rank(four, source):
+    family = planner.family_of(recipe(source))
+    named = family.build().trained.named_parameters()
+    vision = sum(p.numel() for name, p in named if optim.tower_of(name, family.card.towers) == "vision")
+    made = planned(source, 4, replicate=["vision"])
+    plain, copied = (each.stages[0].trace.usage.end for each in (four, made))
+    assert copied["parameters"] - plain["parameters"] == pytest.approx(vision * 4 * 3 / 4, rel=0.01)
+    assert copied["optimizer"] - plain["optimizer"] == pytest.approx(vision * 8 * 3 / 4, rel=0.01)
+
+
+def test_frozen_towers_and_adapters_make_fewer_passes(four, source):
+    """MFU counts the passes that training makes, as a run's own does."""
+    data = recipe(source).model_dump(mode="json")
+    made = recipes.validate({**data, "model": {**data["model"], "lora": {"rank": 4}}})
+    family = planner.family_of(made)
+    adapters = planner.plan(made, family, planner.Question(4, CLUSTER, 0.25, 256))
+    assert four.stages[0].trace.passes == pytest.approx(3.0)
+    trace = adapters.stages[0].trace
+    assert trace.passes == pytest.approx(
+        pipeline_split.training_passes(meta_model(family, made), family, trace.load.measure)
+    )
+    assert 1.8 < trace.passes < 2.3
+    flops = trace.passes * family.cost(trace.load.measure) * made.train.global_batch_size
+    assert adapters.mfu == pytest.approx(flops / (adapters.step * 4 * CLUSTER.half_flops))
+
+
 def test_arithmetic_is_what_the_family_says(four, source):
     (stage,) = four.stages
     counted = stage.trace.flops("forward") + stage.trace.flops("backward")
-    said = 3 * planner.family_of(recipe(source)).cost(stage.trace.measure)
+    said = 3 * planner.family_of(recipe(source)).cost(stage.trace.load.measure)
     assert counted == pytest.approx(said, rel=0.08)
 
 
@@ -162,13 +206,13 @@ def test_an_uneven_stage_delays_the_other_stages():
 def test_collectives_cost_their_ring():
     within, across = tuple(range(8)), tuple(range(0, 64, 8))
     speed = CLUSTER.link * CLUSTER.wire
-    assert devices.transfer(CLUSTER, "all_gather", within, 8e9) == pytest.approx(
+    assert accelerators.transfer(CLUSTER, "all_gather", within, 8e9) == pytest.approx(
         7 / 8 * 8e9 / speed, rel=1e-2
     )
-    assert devices.transfer(CLUSTER, "all_reduce", within, 8e9) == pytest.approx(
+    assert accelerators.transfer(CLUSTER, "all_reduce", within, 8e9) == pytest.approx(
         14 / 8 * 8e9 / speed, rel=1e-2
     )
-    slow = devices.transfer(CLUSTER, "all_gather", across, 8e9)
+    slow = accelerators.transfer(CLUSTER, "all_gather", across, 8e9)
     assert slow == pytest.approx(7 / 8 * 8e9 / (CLUSTER.network * CLUSTER.wire), rel=1e-2)
 
 
@@ -237,9 +281,9 @@ def test_options_that_exclude_each_other_and_unknown_devices(source):
     with pytest.raises(PolymodalError, match="-o names the recipe that --search writes"):
         command.main(made, asked, out=Path("best.yaml"))
     with pytest.raises(PolymodalError, match="--rank and --stage"):
-        planner.question(4, "h100", 0.25, 1024, 0, 0)
+        planner.Question(4, CLUSTER, rank=0, stage=0)
     with pytest.raises(PolymodalError, match="Did you mean h100"):
-        planner.question(4, "h10", 0.25, 1024, None, None)
+        accelerators.named("h10")
 
 
 def test_only_layouts_that_training_takes_are_searched(source):
@@ -321,6 +365,6 @@ def test_the_page_needs_no_other_file(four):
     assert not re.search(r"(src|href)=|<script|https?://", text), "nothing from elsewhere"
     for kind in ("parameters", "optimizer", "activations"):
         assert kind in text
-    staged = replace(four, timeline=timeline.play("1F1B", 4, 8, [1.0] * 4, [2.0] * 4), bubble=0.27)
+    staged = replace(four, timeline=timeline.play("1F1B", 4, 8, [1.0] * 4, [2.0] * 4))
     drawn = page.page(staged)
     assert drawn.count("micro-batch 7, backward") == 4 and "pipeline bubble" in drawn
