@@ -40,7 +40,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage as its traced rank sees it."""
+    """One pipeline stage, by its traced rank."""
 
     trace: Trace
     forward: Part
@@ -267,7 +267,7 @@ def _advice_on_memory(made: Prediction) -> Iterator[str]:
     if made.fits:
         if parallel.recompute == "full" and fullest.peak < 0.45 * usable:
             yield (
-                "There is room: parallel.recompute: selective, none, or full for fewer blocks "
+                "There is memory left: parallel.recompute: selective, none, or full for fewer blocks "
                 "(recompute_first, recompute_every) saves arithmetic where it fits."
             )
         return

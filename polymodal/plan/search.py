@@ -188,7 +188,7 @@ def ranked(
 
 
 def rank(
-    made: Recipe, family: Family, question: Question, say: Callable[[str], None] = lambda text: None
+    made: Recipe, family: Family, question: Question, progress: Callable[[str], None] = lambda text: None
 ) -> list[Candidate]:
     """Candidates that fit, fastest first; the first CONFIRMED of them traced. Raises PolymodalError when
     nothing fits."""
@@ -221,7 +221,7 @@ def rank(
             chosen = min(waiting, key=lambda candidate: candidate.memory)
         if chosen is None or sum(candidate.fits for candidate in listed) >= CONFIRMED:
             break
-        say(f"tracing {chosen.name}")
+        progress(f"tracing {chosen.name}")
         one = chosen.recipe
         trace = traced[id(one)] = planner.plan(one, family, question)
         held = Formula(shape, one, chosen.sizes, load_of(one), packed).memory()
@@ -279,11 +279,11 @@ def main(
     """The command: prints the ranking, writes the best recipe, and the page of its plan to `html`. base: the
     file that `made` is, when nothing overrides it."""
 
-    def say(text: str) -> None:
+    def progress(text: str) -> None:
         if sys.stderr.isatty():
             print(text, "...", file=sys.stderr, flush=True)
 
-    found = rank(made, family, question, say)
+    found = rank(made, family, question, progress)
     best = found[0]
     path = out or Path(f"{made.name}-{question.world}x{question.accelerator.name}.yaml")
     try:

@@ -106,7 +106,6 @@ class Usage:
     kind)."""
 
     peak: int = -1
-    at: str = ""  # phase
     parts: dict[str, int] = field(default_factory=dict)
     end: dict[str, int] = field(default_factory=dict)
     host: int = 0
@@ -297,7 +296,7 @@ class Tracker(TorchDispatchMode):
                 continue
             total, outside = sum(held.values()), sum(away.values())
             if total > usage.peak:
-                usage.peak, usage.at, usage.parts = total, phase, dict(held)
+                usage.peak, usage.parts = total, dict(held)
             if outside > usage.host or not usage.host_parts:
                 usage.host, usage.host_parts = outside, dict(away)
             usage.both = max(usage.both, total + outside)

@@ -1,7 +1,6 @@
 """From a wish in plain words to a model, a task and the steps to take. English and Chinese.
 
-Phrases, planned families and the steps of every way are data, in advise.yaml; here is what weighs and fills
-them.
+Phrases, planned families and the steps of every way are data, in advise.yaml.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ FILES: dict[str, str] = TABLES["benchmark_files"]
 
 @dataclass(frozen=True)
 class PlannedFamily:
-    """A family that the documents name and that has no card here yet; advise.yaml says what the fields
-    mean."""
+    """A family that the documents name and that has no card here yet; its fields are explained in
+    advise.yaml."""
 
     name: str
     kind: str
@@ -39,11 +38,14 @@ class PlannedFamily:
 
 
 PLANNED = tuple(
-    PlannedFamily(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in family.items()}
-    )
+    PlannedFamily(**{key: tuple(v) if isinstance(v, list) else v for key, v in family.items()})
     for family in TABLES["planned"]
 )
+
+
+def planned_family(name: str) -> PlannedFamily | None:
+    """The planned family of this name or alias."""
+    return next((family for family in PLANNED if name.lower() in (family.name, *family.aliases)), None)
 
 
 def _weights(table: Mapping[str, Mapping[int, list[str]]]) -> dict[str, dict[str, int]]:
@@ -115,24 +117,15 @@ def _compact(text: str) -> str:
 
 def _mentioned(text: str, names: Iterable[str]) -> int:
     """Length of the longest of the names that the text mentions, written together or apart; 0 for none."""
-    squeezed = _compact(text)
+    squeezed, words = _compact(text), " ".join(map(_compact, text.split()))
     longest = 0
     for name in names:
         short = _compact(name)
-        spaced = _plain(name) in text
-        if spaced or (
-            len(short) > 4
-            and re.search(
-                rf"(?<![a-z0-9.]){re.escape(short)}(?![0-9.]*[0-9])",
-                squeezed if len(short) > 6 else _joined(text),
-            )
-        ):
+        joined = re.compile(rf"(?<![a-z0-9.]){re.escape(short)}(?![0-9.]*[0-9])")
+        together = len(short) > 4 and joined.search(squeezed if len(short) > 6 else words)
+        if _plain(name) in text or together:
             longest = max(longest, len(short))
     return longest
-
-
-def _joined(text: str) -> str:
-    return " ".join(_compact(word) for word in text.split())
 
 
 def _count(text: str) -> int | None:
@@ -151,58 +144,21 @@ def _size(text: str, sizes: Iterable[str]) -> str | None:
 
 
 def route(wish: str, cards: Mapping[str, ModelCard]) -> Route:
-    """What a wish in plain words means: kind of model, task, the card (with size) or the families still to
-    come.
+    """What a wish in plain words means: kind of model, task, the card (with size) or the planned families.
 
     A model that is named decides; else the words of each kind are weighed. The stages are those of the whole
     way.
     """
     text = _plain(wish)
-    named = {name: _mentioned(text, _names(card)) for name, card in cards.items()}
-    awaited = {
-        family.name: _mentioned(text, (family.name, *family.aliases))
-        for family in PLANNED
-        if family.name not in cards
-    }
-    best_card, best_coming = max(named.values(), default=0), max(awaited.values(), default=0)
-    works = {work: _score(text, words) for work, words in USE_PHRASES.items()}
-    work = max(works, key=lambda name: works[name]) if any(works.values()) else None
     task, notes = _task(text), []
     if task in NOT_YET:
         notes.append(NOT_YET[task])
-    if max(best_card, best_coming):
-        if best_card >= best_coming:
-            chosen = [cards[name] for name, length in named.items() if length == best_card]
-            kind: str | None = chosen[0].kind
-            later: tuple[PlannedFamily, ...] = ()
-        else:
-            later = tuple(f for f in PLANNED if awaited.get(f.name) == best_coming)
-            chosen, kind = [], later[0].kind
-    else:
-        scores = {
-            kind: _score(text, {**_own_words(cards, kind), **words}) for kind, words in KIND_PHRASES.items()
-        }
-        top = max(scores.values())
-        kind = max(scores.items(), key=lambda item: item[1])[0] if top else TABLES["kind_of_task"].get(task)
-        if kind is None:
-            return Route(None, task, notes=tuple(notes))
-        fits = [card for card in cards.values() if card.kind == kind]
-        chosen = [card for card in fits if work in card.tasks] or (
-            []
-            if work and work not in {t for c in fits for t in c.tasks} and kind != "understanding"
-            else fits
-        )
-        later = tuple(
-            f
-            for f in PLANNED
-            if f.kind == kind
-            and f.name not in cards
-            and (
-                work in f.tasks or work is None or not any(work in g.tasks for g in PLANNED if g.kind == kind)
-            )
-        )
-    sizes = {key for card in chosen for key in card.sizes}
-    size = _size(text, sizes)
+    kind, chosen, planned = _named(text, cards)
+    if kind is None:
+        kind, chosen, planned = _weighed(text, task, cards)
+    if kind is None:
+        return Route(None, task, notes=tuple(notes))
+    size = _size(text, {key for card in chosen for key in card.sizes})
     if size is not None:
         chosen = [card for card in chosen if size in card.sizes]
     if task == "dreambooth":  # named or not, what has a recipe for it goes first
@@ -216,8 +172,51 @@ def route(wish: str, cards: Mapping[str, ModelCard]) -> Route:
     card = _preferred(chosen)
     others = tuple(other for other in chosen if other is not card)
     devices = _count(text)
-    stages = way(card, size, task, devices, _benchmark(text)) if card else foreseen(later, task)
-    return Route(kind, task, card, size, devices, others, later, tuple(notes), stages)
+    stages = way(card, size, task, devices, _benchmark(text)) if card else foreseen(planned, task)
+    return Route(kind, task, card, size, devices, others, planned, tuple(notes), stages)
+
+
+Choice = tuple[str | None, list[ModelCard], tuple[PlannedFamily, ...]]
+"""Kind of model (None: unknown), the cards that fit, and the planned families that will."""
+
+
+def _named(text: str, cards: Mapping[str, ModelCard]) -> Choice:
+    """By the longest name of a model in the text."""
+    lengths = {name: _mentioned(text, _names(card)) for name, card in cards.items()}
+    planned = [family for family in PLANNED if family.name not in cards]
+    planned_lengths = [_mentioned(text, (family.name, *family.aliases)) for family in planned]
+    longest, longest_planned = max(lengths.values(), default=0), max(planned_lengths, default=0)
+    if longest and longest >= longest_planned:
+        chosen = [cards[name] for name, length in lengths.items() if length == longest]
+        return chosen[0].kind, chosen, ()
+    if longest_planned:
+        pairs = zip(planned, planned_lengths, strict=True)
+        later = tuple(family for family, length in pairs if length == longest_planned)
+        return later[0].kind, [], later
+    return None, [], ()
+
+
+def _weighed(text: str, task: str, cards: Mapping[str, ModelCard]) -> Choice:
+    """By the words of each kind, and of what a model is used for."""
+    scores = {
+        kind: _score(text, {**_own_words(cards, kind), **words}) for kind, words in KIND_PHRASES.items()
+    }
+    uses = {use: _score(text, words) for use, words in USE_PHRASES.items()}
+    use = max(uses, key=lambda name: uses[name]) if any(uses.values()) else None
+    kind = TABLES["kind_of_task"].get(task)
+    if any(scores.values()):
+        kind = max(scores, key=lambda name: scores[name])
+    if kind is None:
+        return None, [], ()
+    fits = [card for card in cards.values() if card.kind == kind]
+    chosen = [card for card in fits if use in card.tasks]
+    if not chosen and (use is None or kind == "understanding"):
+        chosen = fits
+    of_kind = [family for family in PLANNED if family.kind == kind]
+    planned = [family for family in of_kind if family.name not in cards]
+    if any(use in family.tasks for family in of_kind):
+        planned = [family for family in planned if use in family.tasks]
+    return kind, chosen, tuple(planned)
 
 
 def _own_words(cards: Mapping[str, ModelCard], kind: str) -> dict[str, int]:
@@ -348,8 +347,7 @@ def way(
 
 
 def foreseen(families: tuple[PlannedFamily, ...], task: str) -> tuple[Stage, ...]:
-    """The way for families without a card: what the stages will be. None trains yet; what converts today is
-    said."""
+    """The way for families without a card: what the stages will be. None trains yet; some convert today."""
     if not families:
         return ()
     first, features = families[0], any(family.features for family in families)

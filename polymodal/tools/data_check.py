@@ -1,7 +1,7 @@
 """Data files without a model: every row read, every media header opened, what is broken listed by its line.
 
-Part of the data room (`polymodal data check`): sees its neighbours source and media. Needs no tokenizer, so that data can
-be looked at before a model is chosen; lengths are the business of `polymodal check`.
+`polymodal data check` needs no tokenizer, so that data can be looked at before a model is chosen; lengths are
+the business of `polymodal check`.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ def main(
     as_json: bool = False,
     attr: Attr | None = None,
 ) -> int:
-    """The command: prints what the files hold and the first `limit` problems. Returns 2 when there are any, else 0."""
+    """The command: prints what the files hold and the first `limit` problems. Returns 2 when there are any,
+    else 0."""
     datasets = [Dataset(path=p, media_dir=media_dir, format=format) for p in paths]  # type: ignore[arg-type]
     corpus = open_corpus(datasets, attr, key="data")
     from rich.console import Console
@@ -132,32 +133,25 @@ def main(
     if as_json:
         print(json.dumps({"ok": not found.problems, **asdict(found)}, indent=2, ensure_ascii=False))
         return 2 if found.problems else 0
+    plain = f", {found.plain} plain" if found.plain else ""
     print(
-        f"{found.rows} rows: {found.turns} turns, {found.characters} characters, {found.text_only} of text only"
-        + (f", {found.plain} plain" if found.plain else "")
-        + "."
+        f"{found.rows} rows: {found.turns} turns, {found.characters} characters, "
+        f"{found.text_only} of text only{plain}."
     )
     for kind, count in found.media.items():
-        spread = (
-            f", {' / '.join(map(str, found.pixels[kind]))} pixels (smallest / middle / largest)"
-            if kind in found.pixels
-            else ""
-        )
-        length = (
-            f", {' / '.join(map(str, found.seconds[kind]))} seconds (shortest / middle / longest)"
-            if kind in found.seconds
-            else ""
-        )
-        print(f"{count} {kind}{'s' if count != 1 else ''}{spread}{length}.")
+        words = [f"{count} {kind}{'s' if count != 1 else ''}"]
+        if kind in found.pixels:
+            words.append(f"{' / '.join(map(str, found.pixels[kind]))} pixels (smallest / middle / largest)")
+        if kind in found.seconds:
+            words.append(f"{' / '.join(map(str, found.seconds[kind]))} seconds (shortest / middle / longest)")
+        print(", ".join(words) + ".")
     if found.unanswered:
         print(f"{found.unanswered} rows have no assistant's turn: nothing is learned from them.")
     for problem in found.problems[:limit]:
         print(problem)
-    if found.problems:
-        more = len(found.problems) - limit
-        print(
-            f"{len(found.problems)} of {found.rows} rows are broken"
-            + (f"; {more} are not listed (--limit)." if more > 0 else ".")
-        )
-        return 2
-    return 0
+    if not found.problems:
+        return 0
+    more = len(found.problems) - limit
+    listed = f"; {more} are not listed (--limit)." if more > 0 else "."
+    print(f"{len(found.problems)} of {found.rows} rows are broken{listed}")
+    return 2

@@ -1,7 +1,7 @@
 """Other data formats -> MLLM JSON: `polymodal data convert SRC DEST`.
 
-Part of the data room: sees its neighbours files, source and formats. Rows stream through; the output appears under its
-name only when it is whole, so that a run can be repeated or killed at any time.
+Rows stream through; the output appears under its name only when it is whole, so that a conversion can be
+repeated or killed at any time.
 """
 
 from __future__ import annotations
@@ -43,14 +43,16 @@ class Conversion:
     missing: list[tuple[str, str]] = field(default_factory=list)
     report: str | None = None  # file that lists the missing media
 
-    @property
-    def skipped(self) -> int:
-        return self.rows - self.written
-
     def __str__(self) -> str:
-        text = f"{self.written} of {self.rows} rows written to {self.destination} ({self.media} media, {self.text_only} rows of text only)"
+        text = (
+            f"{self.written} of {self.rows} rows written to {self.destination} "
+            f"({self.media} media, {self.text_only} rows of text only)"
+        )
         if self.missing:
-            text += f"; {len(self.missing)} media are missing, {self.skipped} rows left out for it: see {self.report}"
+            text += (
+                f"; {len(self.missing)} media are missing, {self.rows - self.written} rows left out for it: "
+                f"see {self.report}"
+            )
         return text + "."
 
 
@@ -63,14 +65,15 @@ def convert(
     attr: Attr | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
-    """Write `source` (file, directory or glob) as MLLM JSON: {"images": [...], "messages": [{"role", "content"}]}.
+    """Write `source` (file, directory or glob) as MLLM JSON: {"images": [...], "messages": [{"role",
+    "content"}]}.
 
-    destination: .json (one list) or .jsonl; replaced when it exists. media_dir: put before the rows' media paths as it
-    is given; without it paths are written relative to the destination's directory. Media that rows carry as bytes
-    are written to <destination without ending>_media. missing: rows whose media are not there are left out, kept, or
-    an error; they are listed in <destination>.missing.txt. Text-only rows are kept, with `images: []`.
-    progress(done, total) replaces the bar. Raises PolymodalError for rows that cannot be understood; nothing is then
-    written.
+    destination: .json (one list) or .jsonl; replaced when it exists. media_dir: put before the rows' media
+    paths as it is given; without it paths are written relative to the destination's directory. Media that
+    rows have as bytes are written to <destination without ending>_media. missing: rows whose media are not
+    there are left out, kept, or an error; they are listed in <destination>.missing.txt. Text-only rows are
+    kept, with `images: []`. progress(done, total) replaces the bar. Raises PolymodalError for rows that
+    cannot be understood; nothing is then written.
     """
     ending = os.path.splitext(destination)[1].lower()
     if ending not in (".json", ".jsonl"):
@@ -86,18 +89,14 @@ def convert(
     if any(os.path.realpath(p) == os.path.realpath(destination) for p in paths):
         raise PolymodalError(f"The destination {destination} is the source itself.", "Choose another name.")
     files = [open_rows(path) for path in paths]
-    total = sum(map(len, files))
+    total, attr = sum(map(len, files)), attr or Attr()
     out = Conversion(destination)
-    folder = os.path.dirname(destination) or "."
     try:
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(os.path.dirname(destination) or ".", exist_ok=True)
         with whole_file(destination) as file, _bar(total, progress) as report:
             for rows, path in zip(files, paths, strict=True):
-                reader = RowReader(
-                    format, attr or Attr(), path, media_dir or ""
-                )  # "": paths as the row has them
-                places = References(attr or Attr(), path, None) if media_dir is None else None
-                writer = _Writer(destination, places)
+                reader = RowReader(format, attr, path, media_dir or "")  # "": paths as the row has them
+                writer = _Writer(destination, References(attr, path, None) if media_dir is None else None)
                 for i in range(len(rows)):
                     record = reader.record(rows[i], rows.where(i))
                     absent = [p for m in record.media for p in writer.files(m) if not os.path.isfile(p)]
@@ -116,19 +115,7 @@ def convert(
                     out.media += len(record.media)
             if ending == ".json":
                 file.write("\n]\n" if out.written else "[]\n")
-            if out.missing and missing == "fail":
-                where, name = out.missing[0]
-                raise PolymodalError(
-                    f"{where}: {name} is not there, and {len(out.missing) - 1} more media of {out.rows} rows.",
-                    "Check --media-dir, or use --missing skip or keep. Nothing was written.",
-                )
-            if not out.rows:
-                raise PolymodalError(f"{source} holds no row.", "Check the file; nothing was written.")
-            if not out.written:
-                raise PolymodalError(
-                    f"{source}: not one of {out.rows} rows has all its media.",
-                    "Check --media-dir; nothing was written.",
-                )
+            _check_written(source, out, missing)
     except OSError as error:
         raise PolymodalError(
             f"{destination} cannot be written: {error.strerror or error}.",
@@ -143,6 +130,23 @@ def convert(
         with contextlib.suppress(FileNotFoundError):
             os.remove(listing)  # of an earlier run
     return out
+
+
+def _check_written(source: str, out: Conversion, missing: str) -> None:
+    """Raise PolymodalError, before the output gets its name, where it is not what was asked for."""
+    if out.missing and missing == "fail":
+        where, name = out.missing[0]
+        raise PolymodalError(
+            f"{where}: {name} is not there, and {len(out.missing) - 1} more media of {out.rows} rows.",
+            "Check --media-dir, or use --missing skip or keep. Nothing was written.",
+        )
+    if not out.rows:
+        raise PolymodalError(f"{source} holds no row.", "Check the file; nothing was written.")
+    if not out.written:
+        raise PolymodalError(
+            f"{source}: not one of {out.rows} rows has all its media.",
+            "Check --media-dir; nothing was written.",
+        )
 
 
 class _Writer:

@@ -1,7 +1,7 @@
-"""The pre-flight list: is this machine fit to train, and if not, what mends it.
+"""The pre-flight list: is this machine fit to train, and if not, what fixes it.
 
-Each check answers with rows: ok, warn or fail, what was found, and the mend. Only failures make the exit code
-1.
+Each check gives rows: ok, warn or fail, what was found, and the fix (doctor.yaml). Only failures make the
+exit code 1.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import yaml
+
 from polymodal.core.errors import PolymodalError
 from polymodal.core.text import format_bytes
 from polymodal.runtime import device, environment, host
 
 Verdict = Literal["ok", "warn", "fail"]
+FIXES: dict[str, str] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,9 @@ class Row:
     mend: str = ""
 
 
-def row(what: str, found: str, good: bool, mend: str, otherwise: Verdict = "warn") -> Row:
-    """ok without a mend when it is good, else `otherwise` with it."""
-    return Row(what, "ok", found) if good else Row(what, otherwise, found, mend)
+def row(what: str, found: str, good: bool, fix: str, otherwise: Verdict = "warn", **facts: object) -> Row:
+    """ok, else `otherwise` with the fix of this name. facts: what the fix is filled with."""
+    return Row(what, "ok", found) if good else Row(what, otherwise, found, FIXES[fix].format(**facts))
 
 
 def free(space: host.Space) -> str:
@@ -50,26 +53,23 @@ def packages() -> Iterator[Row]:
     """The interpreter, and every dependency against the range that this release declares."""
     from packaging.requirements import Requirement
 
-    yield row(
-        "python", platform.python_version(), sys.version_info >= (3, 10), "Use Python 3.10 or newer.", "fail"
-    )
+    yield row("python", platform.python_version(), sys.version_info >= (3, 10), "python", "fail")
     try:
         declared = importlib.metadata.requires("polymodal") or []
     except importlib.metadata.PackageNotFoundError:
-        yield Row("polymodal", "fail", "not installed", "Run `pip install -e .` in the repository.")
+        yield row("polymodal", "not installed", False, "polymodal", "fail")
         return
-    for text in declared:
-        needed = Requirement(text)
+    for needed in map(Requirement, declared):
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
             continue
-        mend = f"Run `pip install '{needed.name}{needed.specifier}'`."
+        name, good = f"{needed.name}{needed.specifier}", False
         try:
-            have = importlib.metadata.version(needed.name)
+            found = importlib.metadata.version(needed.name)
+            good = needed.specifier.contains(found, prereleases=True)
+            found += "" if good else f", {needed.specifier} is needed"
         except importlib.metadata.PackageNotFoundError:
-            yield Row(needed.name, "fail", f"missing, {needed.specifier or 'any'} is needed", mend)
-            continue
-        good = needed.specifier.contains(have, prereleases=True)
-        yield row(needed.name, have if good else f"{have}, {needed.specifier} is needed", good, mend, "fail")
+            found = f"missing, {needed.specifier or 'any'} is needed"
+        yield row(needed.name, found, good, "package", "fail", name=name)
 
 
 def devices() -> Iterator[Row]:
@@ -82,47 +82,32 @@ def devices() -> Iterator[Row]:
     yield Row("cpu", "ok", f"{cores} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
     memory = host.memory()
     if memory is not None:
-        mend = "Less than 4 GiB: close other programs, or lower data.workers and data.memory_budget."
-        yield row("memory", free(memory), memory.free >= 4 * host.GIB, mend)
+        yield row("memory", free(memory), memory.free >= 4 * host.GIB, "memory")
 
 
 def backend(name: str, processes: int, seconds: float = 120) -> Row:
     """A sum over `processes` real processes with one backend."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port = str(probe.getsockname()[1])
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     if os.path.isdir("/sys/class/net/lo"):
         environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     began = time.perf_counter()
-    started = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "polymodal.tools.backend_probe",
-                str(rank),
-                str(processes),
-                str(port),
-                name,
-            ],
-            env=environ,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
+    module = [sys.executable, "-m", "polymodal.tools.backend_probe"]
+    commands = [[*module, str(rank), str(processes), port, name] for rank in range(processes)]
+    quiet, pipe = subprocess.DEVNULL, subprocess.PIPE
+    started = [subprocess.Popen(c, env=environ, stdout=quiet, stderr=pipe, text=True) for c in commands]
     problems = []
     try:
         for process in started:
             try:
-                _, said = process.communicate(timeout=max(1.0, seconds - (time.perf_counter() - began)))
+                _, errors = process.communicate(timeout=max(1.0, seconds - (time.perf_counter() - began)))
             except subprocess.TimeoutExpired:
                 problems.append(f"no answer within {seconds:.0f} s")
                 continue
             if process.returncode:
-                lines = [line for line in said.splitlines() if line.strip()]
+                lines = [line for line in errors.splitlines() if line.strip()]
                 problems.append(lines[-1][:200] if lines else f"exit code {process.returncode}")
     finally:
         for process in started:
@@ -130,11 +115,7 @@ def backend(name: str, processes: int, seconds: float = 120) -> Row:
                 process.kill()
                 process.communicate()
     found = f"{processes} processes agree, {time.perf_counter() - began:.1f} s with their start"
-    mend = (
-        "See the network interfaces (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, HCCL_SOCKET_IFNAME), "
-        "the driver, and a firewall on the loopback."
-    )
-    return row(f"all-reduce {name}", problems[0] if problems else found, not problems, mend, "fail")
+    return row(f"all-reduce {name}", problems[0] if problems else found, not problems, "backend", "fail")
 
 
 def backends() -> Iterator[Row]:
@@ -142,76 +123,57 @@ def backends() -> Iterator[Row]:
     import torch.distributed as dist
 
     if not dist.is_available():
-        mend = "Install a build of torch with distributed support."
-        yield Row("torch.distributed", "fail", "not in this build of torch", mend)
+        yield row("torch.distributed", "not in this build of torch", False, "torch.distributed", "fail")
         return
     for name, processes in device.backends():
         yield backend(name, processes)
 
 
 def shared_memory() -> Iterator[Row]:
-    """/dev/shm carries batches from data workers, and the ranks' own exchange."""
+    """/dev/shm holds batches from data workers, and the ranks' own exchange."""
     space = host.shared_memory()
     if space is None:
-        yield Row("/dev/shm", "warn", "not on this system", "Data workers use slower copies.")
-        return
-    mend = "Start the container with --ipc=host or --shm-size=16g, or set data.workers to 0."
-    yield row("/dev/shm", free(space), space.free >= host.GIB, mend)
+        yield row("/dev/shm", "not on this system", False, "no_shared_memory")
+    else:
+        yield row("/dev/shm", free(space), space.free >= host.GIB, "shared_memory")
 
 
 def ports() -> Iterator[Row]:
     """The default rendezvous port, and the one that MASTER_PORT names."""
     from polymodal.runtime.process_group import DEFAULT_PORT
 
-    named = os.environ.get("MASTER_PORT", "")
-    mend = "Several nodes: end that process or set MASTER_PORT. One node: a free port is chosen by itself."
-    for port, name in {
-        DEFAULT_PORT: "default",
-        **({int(named): "MASTER_PORT"} if named.isdigit() else {}),
-    }.items():
+    wanted = {DEFAULT_PORT: "default"}
+    if (named := os.environ.get("MASTER_PORT", "")).isdigit():
+        wanted[int(named)] = "MASTER_PORT"
+    for port, name in wanted.items():
         good = host.port_free(port)
         found = f"free ({name})" if good else f"in use by {host.port_owner(port) or 'somebody'}"
-        yield row(f"port {port}", found, good, mend)
+        yield row(f"port {port}", found, good, "port")
 
 
 def disks() -> Iterator[Row]:
     """Free space where runs, downloads and temporary files go, and whether they can be written."""
-    hub = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
-    )
-    for title, path, least in (
-        ("disk: here", ".", 10),
-        ("disk: hub cache", hub, 20),
-        ("disk: temporary", tempfile.gettempdir(), 2),
-    ):
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    hub = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
+    temporary = tempfile.gettempdir()
+    for place, path, least in (("here", ".", 10), ("hub cache", hub, 20), ("temporary", temporary, 2)):
         space = host.space(path)
         if not os.access(space.path, os.W_OK):
-            mend = "Work in a directory that you may write, or set TMPDIR or HF_HOME."
-            verdict: Verdict = "fail" if title == "disk: temporary" else "warn"
-            yield Row(title, verdict, f"not writable ({space.path})", mend)
+            verdict: Verdict = "fail" if path == temporary else "warn"
+            yield row(f"disk: {place}", f"not writable ({space.path})", False, "not_writable", verdict)
             continue
-        mend = (
-            f"Less than {least} GiB: checkpoints may not fit; free some, or set checkpoint.dir, HF_HOME or "
-            "TMPDIR to another disk."
-        )
-        yield row(title, f"{free(space)} ({Path(path).expanduser()})", space.free >= least * host.GIB, mend)
+        found = f"{free(space)} ({Path(path).expanduser()})"
+        yield row(f"disk: {place}", found, space.free >= least * host.GIB, "disk", least=least)
 
 
 def limits() -> Iterator[Row]:
     """Open files (data workers keep many) and processes."""
-    files = host.open_files()
+    files, processes = host.open_files(), host.process_limit()
     if files is not None:
         good = not 0 < files[0] < 4096
-        yield row(
-            "open files",
-            f"limit {files[0]}, at most {files[1]}",
-            good,
-            "Run `ulimit -n 65536` before starting.",
-        )
-    processes = host.process_limit()
+        yield row("open files", f"limit {files[0]}, at most {files[1]}", good, "open_files")
     if processes is not None:
-        mend = "Run `ulimit -u 65536`, or raise the container's --pids-limit."
-        yield row("processes", f"limit {processes}", processes >= 1024, mend)
+        yield row("processes", f"limit {processes}", processes >= 1024, "processes")
 
 
 def clock() -> Iterator[Row]:
@@ -221,34 +183,29 @@ def clock() -> Iterator[Row]:
         skew = os.stat(file.name).st_mtime - now
     utc = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
     if abs(skew) > 2:
-        found = f"{utc}; the file server's is {skew:+.0f} s off"
-        yield Row("clock", "warn", found, "Let NTP or chrony set both clocks.")
+        yield row("clock", f"{utc}; the file server's is {skew:+.0f} s off", False, "file_clock")
         return
     synchronised = host.clock_synchronised()
-    several = any(
-        os.environ.get(name, "1") not in ("", "1") for name in ("NNODES", "PET_NNODES", "SLURM_JOB_NUM_NODES")
-    )
-    found = (
-        f"{utc}, " + {True: "synchronised", False: "not kept by NTP", None: "cannot be asked"}[synchronised]
-    )
+    counts = (os.environ.get(name, "1") for name in ("NNODES", "PET_NNODES", "SLURM_JOB_NUM_NODES"))
+    several = any(count not in ("", "1") for count in counts)
+    words = {True: "synchronised", False: "not kept by NTP", None: "cannot be asked"}
+    found = f"{utc}, {words[synchronised]}"
     if not several and not synchronised:
         found += "; with several nodes compare `date -u`"
-    good = bool(synchronised) or not several
-    yield row("clock", found, good, "Start NTP or chrony, and compare `date -u` on all nodes.")
+    yield row("clock", found, bool(synchronised) or not several, "clock")
 
 
 def variables() -> Iterator[Row]:
     """What is set of the documented variables, each against its range."""
-    for variable in environment.VARIABLES.values():
-        value = os.environ.get(variable.name)
+    for name, variable in environment.VARIABLES.items():
+        value = os.environ.get(name)
         if value is None:
             continue
         try:
             variable.check(value)
+            yield Row(name, "ok", value)
         except PolymodalError as error:
-            yield Row(variable.name, "warn", f"{value}: {error.message}", error.hint)
-        else:
-            yield Row(variable.name, "ok", value)
+            yield Row(name, "warn", f"{value}: {error.message}", error.hint)
 
 
 CHECKS: dict[str, Callable[[], Iterator[Row]]] = {
@@ -274,46 +231,41 @@ def examine(names: list[str] | None = None) -> dict[str, list[Row]]:
             rows.extend(CHECKS[name]())
         except Exception as error:
             why = f"the check itself failed: {type(error).__name__}: {error}"
-            rows.append(Row(name.lower(), "fail", why, "Please report this."))
+            rows.append(row(name.lower(), why, False, "broken_check", "fail"))
     return found
 
 
-def environment_lines() -> Iterator[str]:
-    """The documented variables with range, default, what is set and what it means, in rich's markup."""
+def show_environment(as_json: bool) -> int:
+    """`doctor --env`: the documented variables with range, default, what is set and what it means."""
+    from rich.console import Console
     from rich.markup import escape
 
-    yield "Environment variables for [bold]device.env[/bold] in the recipe; those marked * are set in the shell."
-    for variable in environment.VARIABLES.values():
-        now = os.environ.get(variable.name)
-        facts = [
-            escape(variable.allowed),
-            f"default {variable.default}" if variable.default else "",
-            f"[green]now {escape(now)}[/green]" if now else "",
-        ]
-        yield f"[bold]{variable.name}[/bold]{'*' * variable.shell}  {', '.join(fact for fact in facts if fact)}"
-        yield f"    [dim]{escape(variable.what)}[/dim]"
-
-
-def show_environment(as_json: bool) -> int:
-    """`doctor --env`."""
-    from rich.console import Console
-
+    listed = environment.VARIABLES.values()
     if as_json:
-        listed = [
+        facts = [
             {
-                "name": v.name,
-                "what": v.what,
-                "range": v.allowed,
-                "default": v.default,
-                "now": os.environ.get(v.name),
-                "set_in": "shell" if v.shell else "device.env",
+                "name": variable.name,
+                "what": variable.what,
+                "range": variable.allowed,
+                "default": variable.default,
+                "now": os.environ.get(variable.name),
+                "set_in": "shell" if variable.shell else "device.env",
             }
-            for v in environment.VARIABLES.values()
+            for variable in listed
         ]
-        print(json.dumps(listed, indent=2))
+        print(json.dumps(facts, indent=2))
         return 0
+    where = "[bold]device.env[/bold] in the recipe"
+    lines = [f"Environment variables for {where}; those marked * are set in the shell."]
+    for variable in listed:
+        words = [escape(variable.allowed)]
+        words += [f"default {variable.default}"] * bool(variable.default)
+        if now := os.environ.get(variable.name):
+            words.append(f"[green]now {escape(now)}[/green]")
+        lines.append(f"[bold]{variable.name}[/bold]{'*' * variable.shell}  {', '.join(filter(None, words))}")
+        lines.append(f"    [dim]{escape(variable.what)}[/dim]")
     console = Console()
-    for line in environment_lines():
+    for line in lines:
         console.print(line, highlight=False)
     return 0
 

@@ -1,10 +1,8 @@
-"""Writes recipes: a commented starting point for a model, a task and a number of devices, with the
-recommended layout.
+"""Writes recipes: a commented starting point for a model, a task and a number of devices (recipe.yaml.j2).
 
-Sees the cards, the planner's formulas and the recipe. The layout is the one that the formulas rank first
-among those that fit; with a checkpoint's config at hand it is that model's, else the published size's.
-With the data at hand the batch, the epochs and the length of packs are theirs. What is written always
-validates.
+The layout is the one that the planner's formulas rank first among those that fit: of the checkpoint's config
+where it is here, else of the published size's facts. With the data at hand the batch, the epochs and the
+length of packs are chosen for them. What is written always validates.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ import yaml
 
 from polymodal import recipe
 from polymodal.core.errors import PolymodalError
+from polymodal.core.files import replace_file
 from polymodal.core.text import did_you_mean, format_bytes, format_count
 from polymodal.models import catalog
 from polymodal.models.card import ModelCard
@@ -31,6 +29,7 @@ from polymodal.plan.accelerators import Accelerator
 from polymodal.plan.search import Candidate
 from polymodal.recipe import Recipe
 from polymodal.tools import advise
+from polymodal.tools.templates import template
 from polymodal.train import run_length
 from polymodal.train.parallel_model import meta_model
 
@@ -40,6 +39,8 @@ TASKS = {
     "pretrain": "pretraining from random weights",
     "dreambooth": "DreamBooth, LoRA on a few pictures of one subject",
 }
+RATES = {"sft": "1.0e-5", "lora": "1.0e-4", "pretrain": "3.0e-4", "dreambooth": "1.0e-4"}
+"""Learning rate of each task."""
 ADAPTERS = ("lora", "dreambooth")
 DATA = "data/train.json"
 ACCELERATOR = "910b"
@@ -48,7 +49,7 @@ BATCH = 32
 """Packs or samples a step, where there are enough of them and no more devices."""
 MAX_LENGTH = 4096
 PICTURE = 1024 * 1024
-"""Pixels of a picture where the card says nothing."""
+"""Pixels of a picture where the card has none."""
 
 
 @dataclass(frozen=True)
@@ -140,20 +141,8 @@ def plan(
     else:
         best, fits = recommend.fastest(made, card, str(key), family, counted, question, patches)
     best, length = _batch(best, measured)
-    return Plan(
-        card,
-        key or "",
-        place,
-        task,
-        count,
-        counted.total,
-        best,
-        accelerator,
-        fits,
-        family is not None,
-        measured,
-        length,
-    )
+    facts = (count, counted.total, best, accelerator, fits, family is not None, measured, length)
+    return Plan(card, key or "", place, task, *facts)
 
 
 def _devices(card: ModelCard, key: str | None, task: str) -> int | None:
@@ -279,9 +268,11 @@ def _identify(model: str) -> tuple[ModelCard, str | None, str]:
     known = None if os.path.isdir(model) else catalog.named(model)
     if known is not None:
         return (*known, "")
-    later = next((f for f in advise.PLANNED if model.lower() in (f.name, *f.aliases)), None)
-    if later is not None and not os.path.exists(model):
-        raise PolymodalError(f"{later.name} has no card here yet.", "`polymodal models` lists what there is.")
+    planned = advise.planned_family(model)
+    if planned is not None and not os.path.exists(model):
+        raise PolymodalError(
+            f"{planned.name} has no card here yet.", "`polymodal models` lists what there is."
+        )
     near = catalog.nearest(model)
     if not os.path.isdir(model) and not catalog.HUB_ID.match(model):
         raise PolymodalError(
@@ -298,147 +289,48 @@ def _size_of(source: str, card: ModelCard, parameters: int) -> str | None:
     return next((key for key in fits if key in source.lower()), fits[0] if fits else None)
 
 
-def text(
-    plan: Plan, data: str, *, name: str | None = None, base: str | None = None, file: str | None = None
-) -> str:
-    """The recipe as commented YAML. With `base`, what every recipe shares is left to that file."""
+def text(plan: Plan, data: str, *, name: str | None = None, file: str | None = None) -> str:
+    """The recipe as commented YAML. file: where it will be, for the commands in its comments."""
     name = name or f"{plan.name}-{plan.task}"
-    file = file or f"{name}.yaml"
-    nodes = f" on each of {-(-plan.devices // 8)} nodes" if plan.devices > 8 else ""
-    what = (
-        plan.name.replace("-" + plan.size, " " + plan.size)
-        if plan.size
-        else f"{plan.card.name}, {format_count(plan.parameters)} parameters"
+    title = f"{plan.card.name} {plan.size}"
+    if not plan.size:
+        title = f"{plan.card.name}, {format_count(plan.parameters)} parameters"
+    return template("recipe.yaml.j2", scalar=_scalar, flow=_flow).render(
+        plan=plan,
+        recipe=plan.best.recipe,
+        title=title,
+        what=TASKS[plan.task],
+        rate=RATES[plan.task],
+        name=name,
+        file=file or f"{name}.yaml",
+        data=data,
+        subject="data/subject" if data == DATA else data,
+        clip=_clip(plan.card, plan.size or None, plan.task),
+        predicted=predicted(plan),
+        data_words=_data_words(plan),
     )
-    one = plan.best.recipe
-    lines = [
-        f"# {what}: {TASKS[plan.task]} on {plan.devices} device{'s' * (plan.devices > 1)}.",
-        f"# polymodal check {file} --world {plan.devices}",
-        f"# polymodal train {file} --nproc {min(8, plan.devices)}{nodes}",
-        *([f"base: {base}"] if base else []),
-        f"name: {_scalar(name)}",
-        "model:",
-        f"  source: {_scalar(plan.source)}  # hub id, or the directory of its files",
-    ]
-    if plan.task in ADAPTERS:
-        lines += [
-            f"  lora: {{rank: 16, alpha: 32, towers: [{plan.card.main}]}}  # towers: {', '.join(plan.card.towers)}"
-        ]
-    if plan.task == "pretrain":
-        lines += [
-            "  init: random  # weights from the config and the seed; shrink with config: {text_config.num_hidden_layers: 4}"
-        ]
-    generation = plan.card.kind == "generation"
-    if plan.task == "dreambooth":
-        lines += _subject(plan, data, file)
-    else:
-        lines += _clips(plan, data, file) if generation else _chats(plan, data, base)
-    layout = ", ".join(f"{axis}: {value}" for axis, value in (plan.layout or {"dp_shard": -1}).items())
-    lines += [f"parallel: {{{layout}}}  # {predicted(plan)}", "train:"]
-    if plan.task == "dreambooth":
-        lines += ["  steps: 500"]
-    elif not base or plan.length:
-        lines += [f"  epochs: {one.train.epochs:g}{_told(plan)}"]
-    if not base:
-        lines += ["  precision: bf16"]
-    unit = "samples" if generation else "packs"
-    lines += [f"  global_batch_size: {one.train.global_batch_size}  # {unit}, over all devices"]
-    if one.train.micro_batch_size > 1:
-        lines += [f"  micro_batch_size: {one.train.micro_batch_size}"]
-    if plan.task == "sft":
-        lines += [f"  freeze: []  # any of {', '.join(plan.card.towers)}"]
-    rate = {"sft": "1.0e-5", "lora": "1.0e-4", "pretrain": "3.0e-4", "dreambooth": "1.0e-4"}[plan.task]
-    lines += ["optim:", f"  lr: {rate}"]
-    if plan.task == "sft" and "vision" in plan.card.towers:
-        lines += ["  groups: [{match: vision, lr_scale: 0.2}]  # the tower learns slower"]
-    if plan.task == "pretrain":
-        lines += ["  weight_decay: 0.1"]
-    if not base:
-        lines += [
-            "  schedule: {name: cosine, warmup: 0.03}",
-            "checkpoint:",
-            "  dir: runs/{name}",
-            "  every: 500",
-            "  keep: 2",
-        ]
-    if plan.card.expert_plan and plan.task not in ADAPTERS:
-        lines[lines.index("train:") + 1 : lines.index("train:") + 1] = [
-            "  router_aux_loss: 0.001  # balance of the experts"
-        ]
-    return "\n".join(lines) + "\n"
 
 
 def predicted(plan: Plan) -> str:
-    """What the formulas say of the layout: memory, utilisation, time, and whether it fits."""
+    """The layout's memory, utilisation and time by formula or trace, and whether it fits."""
     best, accelerator = plan.best, plan.accelerator
-    traced = best.traced
-    held, share, step = (
-        (traced.peak, traced.mfu, traced.step) if traced else (best.memory, best.mfu, best.seconds)
-    )
-    room = accelerator.usable_memory
-    by = (
-        "traced"
-        if traced
-        else "estimated by its config"
-        if plan.known
-        else "estimated for the published size"
-    )
-    said = f"{by}: {format_bytes(int(held))} of {format_bytes(int(room))} of {accelerator.name}"
+    by = "estimated by its config" if plan.known else "estimated for the published size"
+    if best.traced:
+        by = "traced"
+    usable = format_bytes(int(accelerator.usable_memory))
+    memory = f"{by}: {format_bytes(best.peak)} of {usable} of {accelerator.name}"
     if not plan.fits:
-        return f"{said}, which does not fit for certain: use more devices"
-    return f"{said}, MFU {share:.0%}, {step:.3g} s a step"
+        return f"{memory}, which does not fit for certain: use more devices"
+    mfu = best.traced.mfu if best.traced else best.mfu
+    return f"{memory}, MFU {mfu:.0%}, {best.step:.3g} s a step"
 
 
-def _told(plan: Plan) -> str:
-    """What the data come to."""
+def _data_words(plan: Plan) -> str:
+    """How many rows and tokens the data have, and the steps of a run."""
     if plan.data is None or plan.length is None:
         return ""
-    how = f"{plan.data.rows:,} rows" + (
-        f" of {format_count(plan.data.tokens)} tokens" if plan.data.tokens else ""
-    )
-    return f"  # {how}: about {plan.length.steps:,} steps"
-
-
-def _chats(plan: Plan, data: str, base: str | None) -> list[str]:
-    """The data section of a model that answers."""
-    lines = [
-        "data:",
-        "  datasets:",
-        f"    - path: {_scalar(data)}  # json, jsonl, parquet, csv, tar; MLLM, ShareGPT, LLaVA, Alpaca, OpenAI",
-    ]
-    if not base:
-        lines += ["      # media_dir: data  # where relative picture paths start (default: beside the file)"]
-    section = plan.best.recipe.data
-    lines += [
-        f"  max_length: {section.max_length}  # longer samples are dropped and counted; pictures are never cut"
-    ]
-    if section.pack_length is not None:
-        lines += [f"  pack_length: {section.pack_length}  # tokens of a pack: several samples"]
-    return [*lines, "  train_on: all"] if plan.task == "pretrain" else lines
-
-
-def _clips(plan: Plan, data: str, file: str) -> list[str]:
-    """The data section of a model that generates."""
-    facts = _clip(plan.card, plan.size or None, plan.task)
-    shape = "{" + ", ".join(f"{key}: {value}" for key, value in facts.items()) + "}"
-    return [
-        f"data:  # polymodal encode {file} --nproc {min(8, plan.devices)}, before training",
-        f"  datasets: [{{path: {_scalar(data)}}}]  # rows of path and cap, or a data.txt of folder,annotation lines",
-        f"  clip: {shape}  # sizes of about so many pixels, for every aspect ratio",
-    ]
-
-
-def _subject(plan: Plan, data: str, file: str) -> list[str]:
-    """The data section of DreamBooth: the subject's pictures, and pictures of its class that keep the
-    class as it is."""
-    place = "data/subject" if data == DATA else data
-    return [
-        f"data:  # polymodal encode {file} --nproc {min(8, plan.devices)}, before training: it also draws the pictures of the class",
-        "  datasets:  # equal weights: as many samples of the one as of the other",
-        f"    - {{path: {_scalar(place)}, caption: a photo of sks dog, weight: 1}}  # directory of 4 to 20 pictures; sks: a word without a meaning",
-        "    - {path: data/class, caption: a photo of a dog, weight: 1, generate: 100, loss_weight: 1.0}  # the class; remove for none",
-        "  clip: {pixels: 262144}  # sizes of about so many pixels, for every aspect ratio",
-    ]
+    tokens = f" of {format_count(plan.data.tokens)} tokens" if plan.data.tokens else ""
+    return f"{plan.data.rows:,} rows{tokens}: about {plan.length.steps:,} steps"
 
 
 def _scalar(value: str) -> str:
@@ -449,21 +341,18 @@ def _scalar(value: str) -> str:
     return yaml.safe_dump(value, width=10_000, allow_unicode=True).removesuffix("...\n").strip()
 
 
+def _flow(facts: dict[str, Any]) -> str:
+    """A mapping as YAML on one line."""
+    return "{" + ", ".join(f"{key}: {value}" for key, value in facts.items()) + "}"
+
+
 def write(path: Path, content: str, force: bool = False) -> None:
     """Write a file whole or not at all. Raises PolymodalError when it exists or cannot be written."""
     if path.exists() and not force:
         raise PolymodalError(f"{path} exists.", "Choose another --out, or add --force to replace it.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(content)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        replace_file(path, content)
     except OSError as error:
         raise PolymodalError(
             f"{path} cannot be written: {error.strerror}.", "Choose another --out."
@@ -481,7 +370,7 @@ def main(
     device: str = ACCELERATOR,
     search_it: bool = False,
 ) -> int:
-    """The command: prints the recipe (`out` absent or "-"), or writes it and says what comes next."""
+    """The command: prints the recipe (`out` absent or "-"), or writes it and prints the next command."""
     out = None if out == Path("-") else out
     if out is not None and out.exists() and not force:
         raise PolymodalError(f"{out} exists.", "Choose another --out, or add --force to replace it.")

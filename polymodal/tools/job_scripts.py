@@ -17,8 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2
-
 from polymodal.core.errors import PolymodalError
 from polymodal.core.files import replace_file
 from polymodal.core.text import did_you_mean
@@ -26,18 +24,12 @@ from polymodal.distributed.mesh import ParallelSizes
 from polymodal.recipe import Recipe
 from polymodal.runtime import device, environment
 from polymodal.runtime.process_group import DEFAULT_PORT
+from polymodal.tools.templates import template
 
 GRACE_SECONDS = 300
 """Between the warning that time is up and the end: enough to finish a step and to write a checkpoint."""
 
-TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent / "jobs"),
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
-TEMPLATES.filters |= {
+FILTERS: dict[str, Callable] = {
     "q": shlex.quote,
     "y": lambda value: json.dumps(value, ensure_ascii=False),  # JSON is YAML
     "block": lambda text, width: textwrap.indent(text.strip("\n"), " " * width).lstrip(),
@@ -113,7 +105,7 @@ def train_words(wish: JobRequest) -> list[str]:
     return words
 
 
-def _filled(template: str, recipe: Recipe, wish: JobRequest, **more: object) -> str:
+def _filled(name: str, recipe: Recipe, wish: JobRequest, **more: object) -> str:
     values = {
         "job": wish,
         "name": name_of(recipe),
@@ -122,7 +114,7 @@ def _filled(template: str, recipe: Recipe, wish: JobRequest, **more: object) -> 
         "env": {name: environment.check(name, value) for name, value in recipe.device.env.items()},
         **more,
     }
-    return TEMPLATES.get_template(template).render(values)
+    return template(f"jobs/{name}", **FILTERS).render(values)
 
 
 def slurm(recipe: Recipe, wish: JobRequest) -> JobFile:

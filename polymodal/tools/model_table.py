@@ -1,17 +1,16 @@
 """The page of models and the table in README, written from the cards: `polymodal models --markdown >
 docs/models.md`.
 
-The page is the template models.md.j2. What a layout needs is told by the caller, who knows what parallelism
-is built.
+The page is the template models.md.j2. The caller gives the reasons against a layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from polymodal.models.card import ModelCard, Size
 from polymodal.tools.advise import PLANNED
+from polymodal.tools.templates import template
 
 WhyNot = Callable[[ModelCard, str], str | None]
 """(card, axis) -> None when the model can be trained so, else the reason."""
@@ -53,17 +52,14 @@ def layout(size: Size) -> str:
 
 def markdown(cards: Iterable[ModelCard], axes: Iterable[tuple[str, str]], why_not: WhyNot) -> str:
     """docs/models.md. axes: (axis, title) in the order of the page."""
-    import jinja2
 
     def reason(card: ModelCard, axis: str) -> str:
         why = why_not(card, axis)
         return "yes" if why is None else f"no: {why.rstrip('.')}"
 
-    made = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    made.filters |= {"billions": billions, "layout": layout, "reason": reason}
     cards = list(cards)
     here = {card.name for card in cards}
-    template = made.from_string(Path(__file__).with_name("models.md.j2").read_text(encoding="utf-8"))
-    return template.render(
+    page = template("models.md.j2", billions=billions, layout=layout, reason=reason)
+    return page.render(
         cards=cards, axes=list(axes), coming=[family for family in PLANNED if family.name not in here]
     )

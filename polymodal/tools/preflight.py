@@ -1,14 +1,14 @@
 """Everything that `train` would refuse, found before anything is started; and a dry pass over model and data.
 
-Sees what the trainer sees. `refuse` is the quick part that `train` itself runs first; `check` does all of it and
-lists every problem, not only the first.
+`refuse` is the quick part that `train` itself runs first; `check` does all of it and lists every problem, not
+only the first.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,21 +42,18 @@ class Problems:
             return None
 
     def raise_all(self) -> None:
-        """Nothing when there is nothing; the error itself when it is one; else all of them, numbered."""
+        """Raise what was collected: one error itself, several numbered."""
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
-            raise PolymodalError(
-                "\n".join(
-                    [
-                        f"{len(self.errors)} problems:",
-                        *(f"{i}. {error}" for i, error in enumerate(self.errors, 1)),
-                    ]
-                )
-            )
+            raise PolymodalError(numbered(f"{len(self.errors)} problems:", self.errors))
 
 
-# ---- what needs no model --------------------------------------------------------------------------------------------
+def numbered(head: str, problems: Iterable[object]) -> str:
+    return "\n".join([head, *(f"{i}. {problem}" for i, problem in enumerate(problems, 1))])
+
+
+# ---- what needs no model ---------------------------------------------------------------------------
 
 
 def _datasets(recipe: Recipe) -> Iterator[tuple[str, Dataset]]:
@@ -78,10 +75,11 @@ def static(recipe: Recipe, world: int, problems: Problems) -> None:
     from polymodal.distributed.mesh import ParallelSizes
     from polymodal.train import callbacks
 
+    data, profile = recipe.data, recipe.monitor.profile
     problems.run(ParallelSizes.of, recipe.parallel, world)
     for name, value in recipe.device.env.items():
         problems.run(environment.check, name, value)
-    if not recipe.data.datasets and recipe.data.features is None:
+    if not data.datasets and data.features is None:
         problems.add(
             "The recipe has no data.datasets.", "Add at least one, e.g. data.datasets: [{path: train.json}]."
         )
@@ -92,18 +90,18 @@ def static(recipe: Recipe, world: int, problems: Problems) -> None:
                 f"{key}.media_dir = {dataset.media_dir}: the directory does not exist.",
                 f"Paths start from the working directory, {os.getcwd()}.",
             )
-    if recipe.data.chat_template is not None and not os.path.isfile(
-        os.path.expanduser(recipe.data.chat_template)
-    ):
+    template = data.chat_template
+    if template is not None and not os.path.isfile(os.path.expanduser(template)):
         problems.add(
-            f"data.chat_template = {recipe.data.chat_template}: the file does not exist.",
+            f"data.chat_template = {template}: the file does not exist.",
             "Check the path, or leave it out: the checkpoint's is used.",
         )
-    length = recipe.data.pack_length or recipe.data.max_length
-    if recipe.data.pack and length < recipe.data.max_length:
+    length = data.pack_length or data.max_length
+    if data.pack and length < data.max_length:
         problems.add(
-            f"data.pack_length = {length} is smaller than data.max_length = {recipe.data.max_length}: a sample could be longer than its pack.",
-            f"Raise data.pack_length to {recipe.data.max_length}, or lower data.max_length.",
+            f"data.pack_length = {length} is smaller than data.max_length = {data.max_length}: "
+            "a sample could be longer than its pack.",
+            f"Raise data.pack_length to {data.max_length}, or lower data.max_length.",
         )
     for tracker in recipe.monitor.trackers:
         if importlib.util.find_spec(tracker) is None:
@@ -111,19 +109,18 @@ def static(recipe: Recipe, world: int, problems: Problems) -> None:
                 f"monitor.trackers names {tracker}, which is not installed.",
                 f"Run `pip install polymodal[{tracker}]`, or remove it.",
             )
-    profile = recipe.monitor.profile
     absent = [rank for rank in profile.ranks if not 0 <= rank < world] if profile is not None else []
     if absent:
         problems.add(
             f"monitor.profile.ranks names {absent[0]}, and there are ranks 0 to {world - 1}.",
             "Name ranks of the run.",
         )
-    problems.run(lambda: callbacks.load(recipe.train.callbacks))
-    _starts(recipe, problems)
-    problems.run(lambda: host.require_writable(recipe.run_dir))
+    problems.run(callbacks.load, recipe.train.callbacks)
+    _check_start(recipe, problems)
+    problems.run(host.require_writable, recipe.run_dir)
 
 
-def _starts(recipe: Recipe, problems: Problems) -> None:
+def _check_start(recipe: Recipe, problems: Problems) -> None:
     """Where weights and state come from, besides model.source."""
     from polymodal.distributed import checkpoint
     from polymodal.models import catalog, lora
@@ -146,7 +143,7 @@ def _foreign(recipe: Recipe, origin: Path) -> bool:
     return storage.foreign(origin, weights.directory_of(None, catalog.family(recipe.model))) is not None
 
 
-# ---- what needs the config ------------------------------------------------------------------------------------------
+# ---- what needs the config -------------------------------------------------------------------------
 
 
 def family_of(recipe: Recipe, world: int, problems: Problems) -> Any:
@@ -164,7 +161,7 @@ def family_of(recipe: Recipe, world: int, problems: Problems) -> Any:
     problems.run(lambda: layout.objective)
     try:
         sizes = ParallelSizes.of(recipe.parallel, world)
-    except PolymodalError:  # said already
+    except PolymodalError:  # a problem already
         return family
     if sizes.pp > 1 and "pp" not in family.card.limits:
         if recipe.evaluate.samples.prompts:
@@ -189,14 +186,15 @@ def family_of(recipe: Recipe, world: int, problems: Problems) -> Any:
 
 
 def refuse(recipe: Recipe, world: int) -> None:
-    """The quick part, in seconds: raises all problems of paths, sizes, names and the checkpoint's config at once."""
+    """The quick part, in seconds: raises all problems of paths, sizes, names and the checkpoint's config at
+    once."""
     problems = Problems()
     static(recipe, world, problems)
     family_of(recipe, world, problems)
     problems.raise_all()
 
 
-# ---- the dry pass ---------------------------------------------------------------------------------------------------
+# ---- the dry pass ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -218,7 +216,8 @@ class Report:
 def check(
     recipe: Recipe, world: int | None = None, measure_data: bool = True, progress: Any = None
 ) -> Report:
-    """All of it. The report's `problems` holds every sentence that `train` would stop with; nothing is raised."""
+    """All of it. The report's `problems` holds every sentence that `train` would stop with; nothing is
+    raised."""
     from polymodal.distributed.mesh import ParallelSizes
     from polymodal.train.layouts import layout_of
 
@@ -234,7 +233,8 @@ def check(
         }
         if sizes.dp > recipe.train.global_batch_size:
             report.notes.append(
-                f"train.global_batch_size = {recipe.train.global_batch_size} is less than the {sizes.dp} ranks that see different data: some idle in every step."
+                f"train.global_batch_size = {recipe.train.global_batch_size} is less than the {sizes.dp} "
+                "ranks that see different data: some idle in every step."
             )
     ratio, mean_sample = 0.0, None
     if family is not None and measure_data:
@@ -271,29 +271,20 @@ def _model(
     report: Report,
     problems: Problems,
 ) -> None:
+    """The layout tried on meta, memory and disk. ratio: patches a token of the data."""
     from polymodal.distributed.mesh import ParallelSizes
     from polymodal.plan import estimate, pretended, shape
-    from polymodal.train import optim
     from polymodal.train.layouts import layout_of
     from polymodal.train.parallel_model import meta_model
 
-    towers = set(recipe.model.lora.towers or ()) if recipe.model.lora is not None else set()
-    model = problems.run(lambda: meta_model(family, recipe)) if towers <= set(family.card.towers) else None
     report.model = {"card": family.card.name, "source": str(family.source)}
+    towers = set(recipe.model.lora.towers or ()) if recipe.model.lora is not None else set()
+    model = None
+    if towers <= set(family.card.towers):  # others are a problem already
+        model = problems.run(meta_model, family, recipe)
     if model is None:
         return
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    for i, group in enumerate(recipe.optim.groups):
-        if not any(optim.matches(name, group.match, family.card.towers) for name in names):
-            frozen = any(
-                optim.matches(name, group.match, family.card.towers) for name, _ in model.named_parameters()
-            )
-            said = (
-                "matches only frozen parameters"
-                if frozen
-                else f"is neither a tower ({', '.join(family.card.towers)}) nor the pattern of a parameter"
-            )
-            report.notes.append(f"optim.groups.{i}.match = {group.match} {said}: it has no effect.")
+    report.notes += _groups_without_effect(recipe, family, model)
     counted = shape.shape_of(family, model)
     problems.run(pretended.try_layout, family, recipe, world, mean_sample)
     sizes = problems.run(ParallelSizes.of, recipe.parallel, world)
@@ -303,17 +294,35 @@ def _model(
         return
     found = estimate.Formula(counted, recipe, sizes, load, layout.packs).memory()
     report.estimate = found.as_dict()
-    wanted, free = estimate.disk(recipe, found)
-    report.disk = {"wanted": wanted, "free": free, "one": found.checkpoint}
-    if wanted > free:
+    needed, free = estimate.disk(recipe, found)
+    report.disk = {"wanted": needed, "free": free, "one": found.checkpoint}
+    if needed > free:
         problems.add(
-            f"Checkpoints of this run take up to {format_bytes(wanted)} ({recipe.checkpoint.keep} kept and one being written), the disk of {recipe.run_dir} has {format_bytes(free)} free.",
-            "Free some, lower checkpoint.keep, set checkpoint.save to weights, or checkpoint.dir to another disk.",
+            f"Checkpoints of this run take up to {format_bytes(needed)} ({recipe.checkpoint.keep} kept and "
+            f"one being written), the disk of {recipe.run_dir} has {format_bytes(free)} free.",
+            "Free some, lower checkpoint.keep, set checkpoint.save to weights, or checkpoint.dir to another "
+            "disk.",
         )
 
 
+def _groups_without_effect(recipe: Recipe, family: Any, model: Any) -> Iterator[str]:
+    """A note for each of optim.groups that matches no trained parameter."""
+    from polymodal.train import optim
+
+    towers = family.card.towers
+    for i, group in enumerate(recipe.optim.groups):
+        matching = [p for name, p in model.named_parameters() if optim.matches(name, group.match, towers)]
+        if any(parameter.requires_grad for parameter in matching):
+            continue
+        why = "matches only frozen parameters"
+        if not matching:
+            why = f"is neither a tower ({', '.join(towers)}) nor the pattern of a parameter"
+        yield f"optim.groups.{i}.match = {group.match} {why}: it has no effect."
+
+
 def show(recipe: Recipe, out: Path, samples: int, seed: int) -> int:
-    """`polymodal data show`: a page of samples as the model meets them. Needs the checkpoint's config, not its weights."""
+    """`polymodal data show`: a page of samples as the model meets them. Needs the checkpoint's config, not
+    its weights."""
     from polymodal.data.source import open_corpus
     from polymodal.models import catalog
     from polymodal.tools import data_show as page

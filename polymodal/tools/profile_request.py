@@ -57,12 +57,11 @@ def request_profile(
     if summary.is_file() and metrics.is_file() and summary.stat().st_mtime >= metrics.stat().st_mtime:
         print("note: the run has ended; the trace waits until it goes on with more steps")
         return 0
-    silent = time.time() - metrics.stat().st_mtime if metrics.is_file() else None
-    if silent is None or silent > QUIET:
-        since = (
-            "has not logged a step yet"
-            if silent is None
-            else f"has logged no step for {silent / 60:.0f} minutes"
-        )
-        print(f"note: the run {since}; the trace waits until it goes on")
+    since = "has not logged a step yet"
+    if metrics.is_file():
+        silent = time.time() - metrics.stat().st_mtime
+        if silent <= QUIET:
+            return 0
+        since = f"has logged no step for {silent / 60:.0f} minutes"
+    print(f"note: the run {since}; the trace waits until it goes on")
     return 0
