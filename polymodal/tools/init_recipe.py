@@ -141,8 +141,20 @@ def plan(
     else:
         best, fits = recommend.fastest(made, card, str(key), family, counted, question, patches)
     best, length = _batch(best, measured)
-    facts = (count, counted.total, best, accelerator, fits, family is not None, measured, length)
-    return Plan(card, key or "", place, task, *facts)
+    return Plan(
+        card=card,
+        size=key or "",
+        source=place,
+        task=task,
+        devices=count,
+        parameters=counted.total,
+        best=best,
+        accelerator=accelerator,
+        fits=fits,
+        known=family is not None,
+        data=measured,
+        length=length,
+    )
 
 
 def _devices(card: ModelCard, key: str | None, task: str) -> int | None:

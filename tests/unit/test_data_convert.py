@@ -74,7 +74,7 @@ def test_the_documents_walk_through_on_coco_and_llava_instruct(coco):
             {"role": "assistant", "content": "No."},
         ],
     }
-    assert (out.rows, out.written, out.skipped, out.text_only, out.media) == (5, 4, 1, 1, 3)
+    assert (out.rows, out.written, out.text_only, out.media) == (5, 4, 1, 3)
     assert out.missing == [
         ("./data/llava_instruct_150k.json, row 3", "./data/COCO2017/train2017/000000000002.jpg")
     ]

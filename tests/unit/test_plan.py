@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
@@ -16,6 +17,7 @@ from polymodal.models.family import Family
 from polymodal.parallel import pipeline_split
 from polymodal.plan import accelerators, command, page, planner, search, timeline
 from polymodal.plan.predict import Prediction
+from polymodal.plan.tracker import Tracker
 from polymodal.train import optim
 from polymodal.train.parallel_model import meta_model
 from tests.models import tiny
@@ -155,6 +157,23 @@ def test_a_pipeline_is_traced_stage_by_stage(source, parameters):
             {**recipe(source, pp=2).model_dump(mode="json"), "train": {"global_batch_size": 2}}
         )
         planner.plan(few, planner.family_of(few), planner.Question(4, CLUSTER))
+
+
+def test_work_is_what_operators_read_write_and_multiply():
+    """Of a gather and a scatter the rows that are named, of an allocation nothing, of experts their own rows."""
+    table, row, ones = torch.zeros(1000, 8), torch.tensor([3]), torch.ones(1, 8)
+    index = torch.ones(2, 8, dtype=torch.int64)
+    tokens, weights = torch.zeros(6, 16), torch.zeros(3, 16, 16)
+    with Tracker() as tracker:
+        torch.empty(1000, 8)
+        table.gather(0, index)
+        table.index_add_(0, row, ones)
+        for last in (6, 4):
+            torch._grouped_mm(tokens, weights, offs=torch.tensor([1, 2, last], dtype=torch.int32))
+    operators = [(flops, touched) for _, _, _, flops, touched in tracker.work]
+    assert (0.0, index.nbytes + 2 * 2 * 8 * 4) in operators and (0.0, 2 * (8 + 8 * 4)) in operators
+    assert max(touched for flops, touched in operators if not flops) < table.nbytes
+    assert sorted(flops for flops, _ in operators if flops) == [2 * 4 * 16 * 16, 2 * 6 * 16 * 16]
 
 
 def test_what_does_not_fit_is_reported_with_what_to_change(source):
