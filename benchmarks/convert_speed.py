@@ -72,7 +72,7 @@ def write(directory: Path, gigabytes: float) -> int:
     index = {}
     for number, spec in enumerate(files, 1):
         path = directory / f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        writing.safetensors_frame(path, spec)
+        writing.empty_safetensors(path, spec)
         begin = 8 + int.from_bytes(path.read_bytes()[:8], "little")
         with open(path, "r+b") as file:
             file.seek(begin)
@@ -87,8 +87,7 @@ def write(directory: Path, gigabytes: float) -> int:
 def convert(source: Path, target: Path, verify: bool) -> None:
     """Runs in a process of its own; prints what it measured."""
     from polymodal.convert import engine, output
-    from polymodal.convert.family import read_config
-    from polymodal.convert.family_registry import family
+    from polymodal.convert.family import family, read_config
     from polymodal.convert.options import Settings
     from polymodal.convert.tree import Parallel
 

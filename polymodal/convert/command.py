@@ -39,16 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point."""
     import jsonargparse
 
-    from polymodal.convert import converters_diffusion, converters_sharded  # noqa: F401  (they add theirs)
     from polymodal.convert.converters import CONVERTERS
     from polymodal.core.errors import PolymodalError
 
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     given = words(sys.argv[1:] if arguments is None else arguments)
-    every = {converter.__name__: converter for converter in CONVERTERS}
     # the parser of one converter is made faster than that of all
-    offered = {given[0]: every[given[0]]} if given and given[0] in every else every
+    offered = {name: CONVERTERS[name] for name in given[:1] if name in CONVERTERS} or CONVERTERS
     try:
         jsonargparse.auto_cli(
             offered, args=given, as_positional=False, prog=PROGRAM,

@@ -1,6 +1,6 @@
 """What `mm-convert` takes on the command line, in YAML and from the environment: the documented names, typed.
 
-Light on purpose: help is printed without torch. The docstring under a field is its help.
+Imports no torch, so that help is printed at once. The docstring under a field is its help.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class LanguageParallel:
     """How a tree of an understanding model is cut."""
 
     llm_pp_layers: Lists = field(default_factory=list)
-    """Language layers on each stage: [6,10] for two pipeline ranks, [[3,5],[3,5]] for two virtual stages on each. Empty: not cut, or, reading, as the tree says."""
+    """Language layers on each stage: [6,10] for two pipeline ranks, [[3,5],[3,5]] for two virtual stages on each.
+    Empty: not cut, or, reading, as the tree is."""
     vit_pp_layers: Lists = field(default_factory=list)
     """Vision layers on each stage, in the same form."""
     audio_pp_layers: Lists = field(default_factory=list)
@@ -44,47 +45,48 @@ class ModelOptions:
     """Which of a family's layouts is meant."""
 
     enable_canonical_hf_struct: bool = False
-    """Keep q, k, v and gate, up apart, as the hub has them."""
+    """Keep q, k, v and gate, up apart, as the hub has them. Adapters need it."""
     new_transformers_weight_key: bool | None = None
-    """LoRA: whether the hub's keys have model.language_model and model.visual, as the library's modules are called now. Left out: as the adapter has them; written, yes."""
+    """LoRA: whether the hub's keys have model.language_model and model.visual, as the library's modules are called now.
+    Left out: as the adapter has them; written, yes."""
     model_prefix: str = ""
     """LoRA: what the hub's keys begin with. Left out: base_model.model., as peft writes them."""
 
 
-@dataclass
-class HubToTree:
-    """Hub checkpoint -> tree."""
+@dataclass(kw_only=True)
+class OneTree:
+    """A tree, and how it is cut."""
 
     mm_dir: str
-    """Where the tree goes."""
-    hf_config: HubConfig
-    """The hub checkpoint."""
+    """The tree: where it goes, or where it is (or one iteration of it)."""
     parallel_config: LanguageParallel = field(default_factory=LanguageParallel)
-    """How the tree is cut."""
-    llm_hf_config: HubConfig | None = None
-    """Another hub checkpoint that the language model is taken from."""
+    """How the tree is cut. Reading, lists may be left out: the tree is looked at, what is given is compared with it."""
     common_model_config: ModelOptions = field(default_factory=ModelOptions)
     """Which layout."""
+
+
+@dataclass(kw_only=True)
+class HubToTree(OneTree):
+    """Hub checkpoint -> tree."""
+
+    hf_config: HubConfig
+    """The hub checkpoint."""
+    llm_hf_config: HubConfig | None = None
+    """Another hub checkpoint that the language model is taken from."""
     save_vit_only: bool = False
     """Only the vision tower and its projector."""
     trust_remote_code: bool = False
     """Accepted for scripts that give it; no code of a checkpoint is ever run, so nothing depends on it."""
 
 
-@dataclass
-class TreeToHub:
+@dataclass(kw_only=True)
+class TreeToHub(OneTree):
     """Tree -> hub checkpoint."""
 
-    mm_dir: str
-    """The tree, or one iteration of it."""
     save_hf_dir: str
     """Where the hub checkpoint goes."""
     hf_config: HubConfig
     """The hub checkpoint that it came from: config, tokenizer, cut into files."""
-    parallel_config: LanguageParallel = field(default_factory=LanguageParallel)
-    """How the tree is cut. Lists may be left out: the tree is looked at, what is given is compared with it."""
-    common_model_config: ModelOptions = field(default_factory=ModelOptions)
-    """Which layout."""
     trust_remote_code: bool = False
     """Accepted for scripts that give it; no code of a checkpoint is ever run, so nothing depends on it."""
 
@@ -97,34 +99,22 @@ class Adapter:
     """Directory with adapter_model.safetensors, or such a file."""
 
 
-@dataclass
-class AdapterToTree:
+@dataclass(kw_only=True)
+class AdapterToTree(OneTree):
     """Adapter -> tree."""
 
-    mm_dir: str
-    """Where the tree goes."""
     hf_config: Adapter
     """The adapter."""
-    parallel_config: LanguageParallel = field(default_factory=LanguageParallel)
-    """How the tree is cut."""
-    common_model_config: ModelOptions = field(default_factory=ModelOptions)
-    """Which layout; adapters need enable_canonical_hf_struct."""
 
 
-@dataclass
-class TreeToAdapter:
+@dataclass(kw_only=True)
+class TreeToAdapter(OneTree):
     """Tree of a LoRA run -> adapter."""
 
-    mm_dir: str
-    """The tree, or one iteration of it."""
     save_hf_dir: str
     """Where the adapter goes."""
     hf_config: HubConfig | None = None
     """The base model's hub checkpoint."""
-    parallel_config: LanguageParallel = field(default_factory=LanguageParallel)
-    """How the tree is cut."""
-    common_model_config: ModelOptions = field(default_factory=ModelOptions)
-    """Which layout; adapters need enable_canonical_hf_struct."""
     lora_alpha: float | None = None
     """For adapter_config.json; rank when left out, and the rank is read off the tensors."""
 
@@ -161,7 +151,7 @@ class DiffusionParallel:
 
 @dataclass
 class Paths:
-    """From one place to another."""
+    """Source and target."""
 
     source_path: str
     """What is converted."""
@@ -178,18 +168,15 @@ class Paths:
 @dataclass(frozen=True)
 class Settings:
     """verify: read back and compare; dry_run: print the plan only; workers: threads (0: one a core, at most 8);
-    allow_pickle: read tensors out of pickles that hold other objects; force: replace what is in the way; together: bytes
-    of the parts of one command, filled while it looks at all of them before it writes the first."""
+    allow_pickle: read tensors out of pickles that hold other objects; force: replace what is in the way."""
 
     verify: bool = True
     dry_run: bool = False
     workers: int = 0
     allow_pickle: bool = False
     force: bool = False
-    together: list[int] | None = None
 
     @property
     def threads(self) -> int:
-        return self.workers or min(
-            8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
+        affinity = getattr(os, "sched_getaffinity", None)
+        return self.workers or min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)

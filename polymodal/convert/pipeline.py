@@ -1,18 +1,16 @@
-"""A pipeline's directory (model_index.json above its parts) in place of one transformer: Wan 2.2 has two experts.
-
-Which parts are meant, and one action for all of them; sees the readers only.
-"""
+"""A pipeline's directory (model_index.json above its parts) in place of one transformer: Wan 2.2 has two experts."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from polymodal.convert import reading, tree
+from polymodal.convert import reading, tree, writing
 from polymodal.convert.options import Settings
+from polymodal.convert.output import Report
 
 EXPERTS = ("transformer", "transformer_2")
 
@@ -20,8 +18,8 @@ EXPERTS = ("transformer", "transformer_2")
 def parts(source: Path) -> list[str]:
     """The transformers below a directory that holds no weights itself; none for any other directory."""
     names = [name for name in EXPERTS if (source / name).is_dir()]
-    own = reading.is_dcp(source) or tree.is_tree(source) or (source / tree.TRACKER).is_file()
-    return [] if not names or own or any(source.glob("*.safetensors")) else names
+    weights = reading.is_dcp(source) or tree.is_tree(source) or (source / tree.TRACKER).is_file()
+    return [] if not names or weights or any(source.glob("*.safetensors")) else names
 
 
 def inside(path: Path, name: str) -> Path:
@@ -29,12 +27,11 @@ def inside(path: Path, name: str) -> Path:
     return path / name if (path / name).is_dir() else path
 
 
-def each(actions: Sequence[Callable[[Settings], object]], how: Settings) -> None:
-    """Every action; when there are several, each looks at everything first, so that all are refused or none."""
-    if len(actions) > 1 and not how.dry_run:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            look = replace(how, dry_run=True, together=[])
-            for act in actions:
-                act(look)
+def each(actions: Sequence[Callable[[Settings], Report]], settings: Settings) -> Iterator[Report]:
+    """Every action's report; when there are several, each looks at everything first, so that all are refused or none."""
+    if len(actions) > 1 and not settings.dry_run:
+        with contextlib.redirect_stderr(io.StringIO()):
+            planned = [act(replace(settings, dry_run=True)) for act in actions]
+        writing.need_space(planned[0].directory, sum(report.bytes for report in planned))
     for act in actions:
-        act(how)
+        yield act(settings)

@@ -1,13 +1,14 @@
-"""Any directory under the hub's names, told by what lies in it: hub files, a tree, a DCP directory.
+"""Any directory under the hub's names, recognised by what lies in it: hub files, a tree, a DCP directory.
 
-`polymodal convert` and the reader that training uses (`register`) go through here. Sees engine.py and shelf.py.
+`polymodal convert` and the reader that training uses (`register`) go through here.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,82 +16,70 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from polymodal.convert import engine, family_registry, pipeline, reading, tree, writing
+from polymodal.convert import changes, engine, family, output, pipeline, reading, tree, writing
 from polymodal.convert.engine import Opened
-from polymodal.convert.family import Family, read_config
+from polymodal.convert.family import Family, architectures, read_config
 from polymodal.convert.options import Settings
-from polymodal.convert.source import Box, Source
-from polymodal.convert.table import Table, row
+from polymodal.convert.output import Report
+from polymodal.convert.source import Box, Source, values
+from polymodal.convert.tree import Parallel
 from polymodal.core.errors import PolymodalError
 from polymodal.models import storage
 
 Kind = Literal["hf", "mm", "dcp"]
 CALLED = {"hf": "hub checkpoint", "mm": "tree", "dcp": "DCP directory"}
-IDENTITY = Family(
+PREFIXED = Family(
     "by prefix",
     "any model",
-    {prefix: Table((row("{x}", prefix + "{x}"),)) for prefix in ("model.", "base_model.model.model.", "")},
+    {prefix: family.generic(prefix, "").table() for prefix in ("model.", "base_model.model.model.", "")},
 )
+"""Tensors with the hub's names behind a prefix."""
 
 
 def kind_of(directory: Path) -> Kind:
     """What lies there. Raises PolymodalError for anything else."""
     if tree.is_tree(directory):
         return "mm"
-    if (
-        reading.is_dcp(directory)
-        or (directory / tree.TRACKER).is_file()
-        and reading.is_dcp(tree.iteration(directory))
-    ):
+    tracked = (directory / tree.TRACKER).is_file()
+    if reading.is_dcp(directory) or tracked and reading.is_dcp(tree.iteration(directory)):
         return "dcp"
     if directory.is_file() or any(directory.glob("*.safetensors")):
         return "hf"
     raise PolymodalError(
-        f"{directory} is neither a hub checkpoint (*.safetensors), nor a tree (mp_rank_*), nor a DCP directory (.metadata).",
+        f"{directory} is neither a hub checkpoint (*.safetensors), nor a tree (mp_rank_*), "
+        "nor a DCP directory (.metadata).",
         "Give the directory that holds the files, or the tracker above them.",
     )
 
 
-def architectures(hub: Path) -> list[str]:
-    config = read_config(hub)
-    return [
-        *(config.get("architectures") or ()),
-        *filter(None, [config.get("_class_name"), config.get("model_type")]),
-    ]
-
-
 def families_of(hub: Path) -> list[Family]:
     """Families of trees that take a hub checkpoint, then those of DCP directories."""
-    return sorted(
-        family_registry.by_architecture(architectures(hub)), key=lambda family: family.kind == "dcp"
-    )
+    found = family.by_architecture(architectures(read_config(hub)))
+    return sorted(found, key=lambda one: one.kind == "dcp")
 
 
 def tree_family(hub: Path) -> Family:
     """The family whose trees hold a model. Raises PolymodalError when no table knows it."""
-    for family in families_of(hub):
-        if family.kind != "dcp":
-            return family
+    for one in families_of(hub):
+        if one.kind != "dcp":
+            return one
+    titles = [one.title for one in family.families().values() if one.architectures]
+    model = " / ".join(architectures(read_config(hub))) or "this model"
     raise PolymodalError(
-        f"{hub / 'config.json'}: no converter knows trees of {' / '.join(architectures(hub)) or 'this model'}.",
-        f"There are tables for {', '.join(one.title for one in family_registry.families().values() if one.architectures)}.",
+        f"{hub / 'config.json'}: no converter knows trees of {model}.",
+        f"There are tables for {', '.join(titles)}.",
     )
 
 
-def dcp_family(hub: Path) -> Family | None:
-    """The family that names a model's tensors in DCP directories; None: they are the hub's behind a prefix."""
-    return next((family for family in reversed(families_of(hub)) if family.kind != "language"), None)
+Result = TypeVar("Result")
 
 
-Named = TypeVar("Named")
-
-
-def fitting(family: Family, attempt: Callable[[str], Named]) -> Named:
-    """What the first of a family's tables gives that fits; the error of the first one, when none does."""
+def first_that_fits(attempts: Iterable[Callable[[], Result]]) -> Result:
+    """The result of the first attempt that does not fail; the error of the first one, when all do."""
     failed: PolymodalError | None = None
-    for variant in family.tables:
+    for attempt in attempts:
         try:
-            return attempt(variant)
+            return attempt()
         except PolymodalError as error:
             failed = failed or error
     assert failed is not None
@@ -99,13 +88,13 @@ def fitting(family: Family, attempt: Callable[[str], Named]) -> Named:
 
 def opened_tree(root: Path, hub: Path, settings: Settings) -> tuple[Opened, Source]:
     """A tree under its own names, and under those of the hub checkpoint that it came from."""
-    family = tree_family(hub)
+    one = tree_family(hub)
 
     def attempt(variant: str) -> tuple[Opened, Source]:
-        opened = engine.opened_tree(family, variant, root, hub, None, settings)
-        return opened, engine.unmapped(opened, root, hub).source
+        opened = engine.opened_tree(one, variant, root, hub, None, settings)
+        return opened, engine.unmapped(opened, root, hub)
 
-    return fitting(family, attempt)
+    return first_that_fits(partial(attempt, variant) for variant in one.tables)
 
 
 def hub_names(directory: Path, hub: Path, settings: Settings) -> Source:
@@ -117,68 +106,57 @@ def hub_names(directory: Path, hub: Path, settings: Settings) -> Source:
     if kind == "mm":
         return opened_tree(directory, hub, settings)[1]
     if kind == "hf":
-        return reading.hub_files(directory)[0]
+        return reading.hub_files(directory)
     source = engine.opened_dcp(directory)
-    failed: PolymodalError | None = None
-    for family in [*reversed(families_of(hub)), IDENTITY]:
 
-        def attempt(variant: str, family: Family = replace(family, counted={})) -> Source:
-            return engine.unmapped(engine.under(family, variant, hub, source), directory, hub).source
+    def attempt(one: Family, variant: str) -> Source:
+        return engine.unmapped(engine.under(replace(one, counted={}), variant, hub, source), directory, hub)
 
-        try:
-            return fitting(family, attempt)
-        except PolymodalError as error:
-            failed = failed or error
-    assert failed is not None
-    raise failed
+    candidates = [*reversed(families_of(hub)), PREFIXED]
+    return first_that_fits(partial(attempt, one, variant) for one in candidates for variant in one.tables)
 
 
 # ---------------------------------------------------------------------------------------------- for models and training
 
 
-class Foreign:
+class ForeignFiles:
     """A tree or DCP directory as models/storage.py reads checkpoints: tensors under the hub's names, box by box."""
 
     def __init__(self, directory: Path, source: Source):
         self.directory, self.source = directory, source
         self.shapes = {key: tuple(shape) for key, shape in source.shapes.items()}
-        self.dtypes = {key: writing.NAMES[dtype] for key, dtype in source.dtypes.items()}
+        self.dtypes = {key: writing.DTYPE_NAMES[dtype] for key, dtype in source.dtypes.items()}
         self.order = {key: at for at, key in enumerate(self.shapes)}
         self.bytes_read = 0
 
     def where(self, key: str) -> Path:
         return self.directory
 
+    def whole(self, key: str, box: Box | None = None) -> Tensor:
+        """A tensor, or a box of it, in its own dtype."""
+        tensor = values(self.source, key, box)
+        self.bytes_read += tensor.nbytes
+        return tensor
+
     def read(self, key: str, box: Box, into: Tensor) -> None:
         """Copy a box of a tensor into `into`, cast to its dtype."""
-        values = torch.empty(into.shape, dtype=self.source.dtypes[key])
-        self.source.read(key, box, values)
-        self.bytes_read += values.nbytes
-        into.copy_(values)
+        into.copy_(self.whole(key, box))
 
     def equals(self, key: str, box: Box, other: Tensor) -> bool:
-        values = torch.empty(other.shape, dtype=other.dtype, device="cpu")
-        self.read(key, box, values)
-        return torch.equal(values, other.cpu())
+        return torch.equal(self.whole(key, box).to(other.dtype), other.cpu())
 
-    def whole(self, key: str) -> Tensor:
-        values = torch.empty(self.shapes[key], dtype=self.source.dtypes[key])
-        self.read(key, tuple(slice(0, n) for n in self.shapes[key]), values)
-        return values
+    def alike(self, key: str, other: str) -> bool:
+        return writing.first_difference(self.source, self.source, {key: other}, 1) is None
 
     def close(self) -> None:
-        pass
+        """There is nothing to close: storage.Files has it."""
 
 
-def reader(directory: Path, hub: Path) -> Foreign | None:
+def reader(directory: Path, hub: Path) -> ForeignFiles | None:
     """A tree or DCP directory of another system for models/storage.py; None for what is neither."""
-    if (
-        not tree.is_tree(directory)
-        and not reading.is_dcp(directory)
-        and not (directory / tree.TRACKER).is_file()
-    ):
+    if not (tree.is_tree(directory) or reading.is_dcp(directory) or (directory / tree.TRACKER).is_file()):
         return None
-    return Foreign(directory, hub_names(directory, hub, Settings(workers=1)))
+    return ForeignFiles(directory, hub_names(directory, hub, Settings(workers=1)))
 
 
 def register() -> None:
@@ -190,12 +168,10 @@ def register() -> None:
 # ------------------------------------------------------------------------------------------------ `polymodal convert`
 
 
-def lists(value: str | None) -> Any:
+def _lists(value: str | None) -> Any:
     """[6,10], [[3,5],[3,5]] or 6,10 as numbers."""
     if not value:
         return None
-    import json
-
     try:
         return json.loads(value if value.strip().startswith("[") else f"[{value}]")
     except ValueError:
@@ -204,32 +180,54 @@ def lists(value: str | None) -> Any:
         ) from None
 
 
+@dataclass(frozen=True)
+class Target:
+    """What `polymodal convert` writes. layers: option (pp, vit, audio) -> its list, as given; canonical: q, k, v and gate, up
+    apart."""
+
+    to: Kind
+    tp: int
+    ep: int
+    layers: Mapping[str, str | None]
+    tower_tp: Mapping[str, int]
+    canonical: bool
+
+    def parallel(self, opened: Opened) -> Parallel:
+        given = {name: tree.counts(f"--{name}-pp", _lists(value)) for name, value in self.layers.items()}
+        names = [tower.name for tower in opened.table.towers] or ["dit"]
+        main = next((name for name in names if name in ("llm", "dit")), names[-1])
+        layers = {main if name == "pp" else name: value for name, value in given.items() if value}
+        return Parallel(self.tp, self.ep, layers, self.tower_tp)
+
+
 def run(
     source: Path,
-    target: Path,
+    directory: Path,
     to: Kind,
     hub: Path | None,
-    sizes: dict[str, int],
-    layers: dict[str, str | None],
+    sizes: Mapping[str, int],
+    layers: Mapping[str, str | None],
     canonical: bool,
     settings: Settings,
 ) -> int:
     """Convert whatever lies in `source`. hub: the hub checkpoint of the model, where the source is none itself.
 
-    A pipeline's directory stands for its transformers; hub is then the pipeline's too.
+    sizes: tp and ep, and vit and audio for TP sizes of their own (0: none). A pipeline's directory stands for its
+    transformers; hub is then the pipeline's too.
     """
-    from polymodal.convert import changes, output
-    from polymodal.convert.converters import said
-    from polymodal.convert.tree import Parallel, counts
+    tower_tp = {name: sizes[name] for name in ("vit", "audio") if sizes.get(name)}
+    target = Target(to, sizes["tp"], sizes["ep"], layers, tower_tp, canonical)
+    names = pipeline.parts(source)
+    actions = [
+        partial(_one, source / name, directory / name, target, pipeline.inside(hub, name) if hub else None)
+        for name in names
+    ]
+    for report in pipeline.each(actions or [partial(_one, source, directory, target, hub)], settings):
+        print(report)
+    return 0
 
-    if names := pipeline.parts(source):
 
-        def one(how: Settings, name: str) -> None:
-            of = pipeline.inside(hub, name) if hub is not None else None
-            run(source / name, target / name, to, of, sizes, layers, canonical, how)
-
-        pipeline.each([partial(one, name=name) for name in names], settings)
-        return 0
+def _one(source: Path, directory: Path, target: Target, hub: Path | None, settings: Settings) -> Report:
     kind = kind_of(source)
     if kind == "hf":
         hub = source if source.is_dir() else source.parent
@@ -238,37 +236,24 @@ def run(
             f"{source} is a {CALLED[kind]}: its config and names are the hub checkpoint's.",
             "Give that with --hf-dir.",
         )
-    print(
-        f"{source}: {CALLED[kind]} of {' / '.join(architectures(hub)[:1])}",
-        file=sys.stderr,
-    )
-    if to == "hf":
-        made = {"from": str(source)}
-        stem = next(iter(families_of(hub)), IDENTITY).stem
-        said(output.to_hub(hub_names(source, hub, settings), target, settings, hub, stem, made), settings)
-        return 0
-    if to == "dcp":
-        named, family = hub_names(source, hub, settings), dcp_family(hub)
-        if family is None:
-            opened = engine.hub(IDENTITY, "model.", hub, named)
-        else:
-            opened = fitting(family, lambda variant: engine.hub(family, variant, hub, named))
-        said(output.to_dcp(opened.source, target, settings), settings)
-        return 0
-    if kind == "mm":
+    print(f"{source}: {CALLED[kind]} of {' / '.join(architectures(read_config(hub))[:1])}", file=sys.stderr)
+    if target.to == "hf":
+        stem = next(iter(families_of(hub)), PREFIXED).stem
+        tensors = hub_names(source, hub, settings)
+        return output.to_hub(tensors, directory, settings, hub, stem, {"from": str(source)})
+    if target.to == "mm" and kind == "mm":
         opened = changes.without_head(opened_tree(source, hub, settings)[0], known=True)
+        return output.to_tree(opened, target.parallel(opened), directory, settings)
+    tensors = hub_names(source, hub, settings)
+    if target.to == "dcp":
+        # tensors of language models without a table of their own bear the hub's names behind a prefix
+        one = next((one for one in reversed(families_of(hub)) if one.kind != "language"), None)
+        variants = one.tables if one else ["model."]
     else:
-        made, named = tree_family(hub), hub_names(source, hub, settings)
-        if canonical:
-            opened = engine.hub(made, "canonical", hub, named)
-        else:
-            opened = fitting(made, lambda variant: engine.hub(made, variant, hub, named))
-    given = {name: counts(f"--{name}-pp", lists(value)) for name, value in layers.items()}
-    if given.get("pp"):
-        last = opened.table.towers[-1].name if opened.table.towers else "dit"
-        main = next((t.name for t in opened.table.towers if t.name in ("llm", "dit")), last)
-        given[main] = given["pp"]
-    own_tp = {name: size for name, size in sizes.items() if name in ("vit", "audio") and size}
-    parallel = Parallel(sizes["tp"], sizes["ep"], {k: v for k, v in given.items() if v and k != "pp"}, own_tp)
-    said(output.to_tree(opened, parallel, target, settings), settings)
-    return 0
+        one = tree_family(hub)
+        variants = ["canonical"] if target.canonical else one.tables
+    attempts = (partial(engine.hub, one or PREFIXED, variant, hub, tensors) for variant in variants)
+    opened = first_that_fits(attempts)
+    if target.to == "dcp":
+        return output.to_dcp(opened.source, directory, settings)
+    return output.to_tree(opened, target.parallel(opened), directory, settings)

@@ -1,7 +1,7 @@
-"""Files out: the formats' frames first, then the tensors straight into their places, from several threads.
+"""Files out: an empty file of the format first, then the tensors straight to their offsets, from several threads.
 
-A frame is a whole, valid file whose tensor bytes are holes; values come from a source in slabs that stay in the
-processor's cache, so that memory does not grow with the model. Every byte is read back from its file and compared.
+Values come from a source in slabs that fit the processor's cache, so that memory does not grow with the model. Every byte
+is read back from its file and compared.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from polymodal.convert import reading
-from polymodal.convert.source import Place, Source, dense, memory
+from polymodal.convert.source import Location, Source, contiguous, memory, pread
 from polymodal.core.errors import PolymodalError
+from polymodal.models.storage import DTYPES
 
 SLAB = 512 << 10
 """Bytes that a thread holds of a tensor at a time: they stay in its processor's cache."""
@@ -32,7 +33,9 @@ TASK = 8 << 20
 """Bytes that a thread takes at a time."""
 DIRECTORY, PLAIN = 0o750, 0o640
 """Permissions of what is written."""
-NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""safetensors' names of the dtypes."""
+DISK = "The disk or its memory is at fault: write to another one."
 
 
 @dataclass(frozen=True)
@@ -43,77 +46,83 @@ class Item:
 
     key: str
     name: str
-    place: Place
+    location: Location
     group: str = ""
 
     @property
     def bytes(self) -> int:
-        return prod(self.place.shape) * self.place.dtype.itemsize
+        return prod(self.location.shape) * self.location.dtype.itemsize
+
+    @property
+    def row_dim(self) -> int:
+        """Its first dimension of more than one value; -1 for a single value."""
+        return next((dim for dim, size in enumerate(self.location.shape) if size > 1), -1)
+
+    @property
+    def rows(self) -> int:
+        return self.location.shape[self.row_dim] if self.row_dim >= 0 else 1
 
 
 Spec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Name -> (shape, dtype)."""
 
 
-def safetensors_frame(path: Path, spec: Spec) -> dict[str, Place]:
+def spec_of(source: Source, keys: Iterable[str]) -> Spec:
+    return {key: (tuple(source.shapes[key]), source.dtypes[key]) for key in keys}
+
+
+def spec_bytes(spec: Spec) -> int:
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in spec.values())
+
+
+def empty_safetensors(path: Path, spec: Spec) -> dict[str, Location]:
     """Write a safetensors file without its values; where each tensor's bytes go."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    end = 0
     # the format wants larger types first, so that every tensor is aligned
-    order = sorted(spec, key=lambda name: -spec[name][1].itemsize)
-    for name in order:
-        shape, dtype = spec[name]
-        count = prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + count]}
-        at += count
+    for name, (shape, dtype) in sorted(spec.items(), key=lambda item: -item[1][1].itemsize):
+        begin, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    data = 8 + len(text)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + at)
-    begin = 8 + len(text)
+        file.truncate(data + end)
     return {
-        name: Place(
-            path, begin + header[name]["data_offsets"][0], spec[name][0], dense(spec[name][0]), spec[name][1]
-        )
-        for name in spec
+        name: Location(path, data + header[name]["data_offsets"][0], shape, contiguous(shape), dtype)
+        for name, (shape, dtype) in spec.items()
     }
 
 
-def torch_frame(path: Path, slots: Mapping[str, Spec], extra: Mapping[str, Any]) -> dict[str, Place]:
-    """Write a torch file {slot: {name: tensor}, **extra} without its values; where each tensor's bytes go."""
-    table: dict[str, Any] = {
-        slot: {
-            name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in spec.items()
-        }  # memory that is never touched
-        for slot, spec in slots.items()
-    }
+def empty_torch_file(
+    path: Path, slots: Iterable[str], spec: Spec, extra: Mapping[str, Any]
+) -> dict[str, Location]:
+    """Write a torch file {slot: {name: tensor}, **extra} without its values; where each slot:name's bytes go."""
+    content: dict[str, Any] = {slot: {} for slot in slots}
+    for key, (shape, dtype) in spec.items():
+        slot, _, name = key.partition(":")
+        content[slot][name] = torch.empty(shape, dtype=dtype)  # memory that is never touched
     with torch.serialization.skip_data():
-        torch.save({**table, **extra}, path)
-    return torch_places(path, slots)
+        torch.save({**content, **extra}, path)
+    return torch_locations(path, content)
 
 
-def torch_places(path: Path, slots: Iterable[str]) -> dict[str, Place]:
+def torch_locations(path: Path, slots: Iterable[str]) -> dict[str, Location]:
     """Where the tensors of a torch file lie, by torch's own reader, under slot:name."""
-    made = reading.torch_file(path)
+    content = reading.torch_file(path)
     return {
-        f"{slot}:{name}": reading.place(path, tensor) for slot in slots for name, tensor in made[slot].items()
+        f"{slot}:{name}": where
+        for slot in slots
+        for name, where in reading.locations(path, content[slot]).items()
     }
 
 
 # ------------------------------------------------------------------------------------------------------------- values
 
 
-def _rows(item: Item) -> tuple[int, int]:
-    """(number, bytes) of a tensor's rows: along its first dimension of more than one value."""
-    dim = next((d for d, n in enumerate(item.place.shape) if n > 1), None)
-    if dim is None:
-        return 1, item.bytes
-    return item.place.shape[dim], item.bytes // item.place.shape[dim]
-
-
 Slab = tuple[Item, tuple[slice, ...], int]
-"""A part of a tensor that lies in one piece: the tensor, its slices, the file's byte where it begins."""
+"""A contiguous part of a tensor: the tensor, its slices, the file's byte where it begins."""
 
 
 @dataclass(frozen=True)
@@ -126,17 +135,15 @@ class Task:
     step: int
 
     def slabs(self) -> Iterator[Slab]:
-        """Parts of at most SLAB bytes (or one row), the tensors by turns."""
+        """Parts of at most SLAB bytes (or one row), the tensors in turn."""
         for begin in range(self.first, self.last, self.step):
             for item in self.group:
-                count, size = _rows(item)
-                end = min(begin + self.step, count)
+                end = min(begin + self.step, item.rows)
                 if begin < end:
-                    dim = next((d for d, n in enumerate(item.place.shape) if n > 1), -1)
-                    box = tuple(
-                        slice(begin, end) if d == dim else slice(0, n) for d, n in enumerate(item.place.shape)
-                    )
-                    yield item, box, item.place.offset + begin * size
+                    box = [slice(0, size) for size in item.location.shape]
+                    if item.row_dim >= 0:
+                        box[item.row_dim] = slice(begin, end)
+                    yield item, tuple(box), item.location.offset + begin * (item.bytes // item.rows)
 
 
 class _Buffers(threading.local):
@@ -153,57 +160,61 @@ class _Buffers(threading.local):
         return self.held[number][:count].view(dtype).view(sizes)
 
 
-def _tasks(items: list[Item]) -> list[Task]:
+def _tasks(items: Iterable[Item]) -> list[Task]:
     """All of the tensors in tasks of about TASK bytes; files take turns, so that threads seldom write to the same one."""
     groups: dict[tuple[str, str], list[Item]] = {}
     for item in items:
         if item.bytes:
-            name = (item.group, "") if item.group else (str(item.place.path), item.name)
+            name = (item.group, "") if item.group else (str(item.location.path), item.name)
             groups.setdefault(name, []).append(item)
-    queues: dict[Path, list[Task]] = {}
+    by_file: dict[Path, list[Task]] = {}
     for group in groups.values():
-        rows, sizes = max(_rows(item)[0] for item in group), [_rows(item)[1] for item in group]
-        step = max(1, SLAB // max(sizes))
-        each = step * max(1, TASK // (step * sum(sizes)))
-        queues.setdefault(group[0].place.path, []).extend(
-            Task(tuple(group), first, min(first + each, rows), step) for first in range(0, rows, each)
+        row_bytes = [item.bytes // item.rows for item in group]
+        step = max(1, SLAB // max(row_bytes))
+        rows = step * max(1, TASK // (step * sum(row_bytes)))
+        total = max(item.rows for item in group)
+        by_file.setdefault(group[0].location.path, []).extend(
+            Task(tuple(group), first, min(first + rows, total), step) for first in range(0, total, rows)
         )
-    lists = list(queues.values())
-    return [one[at] for at in range(max(map(len, lists), default=0)) for one in lists if at < len(one)]
+    longest = max(map(len, by_file.values()), default=0)
+    return [tasks[at] for at in range(longest) for tasks in by_file.values() if at < len(tasks)]
 
 
-def put(handle: int, data: memoryview, at: int) -> None:
-    """Write bytes at a place of a file."""
+def _run(function: Callable[[Task], Any], items: Iterable[Item], workers: int) -> list[Any]:
+    """The function's results for all tasks, on several threads; the first failure ends all."""
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(function, _tasks(items)))
+
+
+def pwrite(handle: int, data: memoryview, at: int) -> None:
+    """Write bytes to an offset of a file."""
     done = 0
     while done < len(data):
         done += os.pwrite(handle, data[done:], at + done)
 
 
-def fill(items: list[Item], source: Source, workers: int, verify: bool = True) -> None:
-    """Write every tensor's values into its place.
+def write_values(items: list[Item], source: Source, workers: int, verify: bool = True) -> None:
+    """Write every tensor's values to its location.
 
     verify: read each part back from the file as soon as it is written, and compare it with what it was written from.
     Raises PolymodalError for the first that differs.
     """
     buffers = _Buffers()
-    handles = {path: os.open(path, os.O_RDWR) for path in dict.fromkeys(item.place.path for item in items)}
+    handles = {path: os.open(path, os.O_RDWR) for path in {item.location.path for item in items}}
 
-    def one(task: Task) -> None:
+    def write(task: Task) -> None:
         for item, box, at in task.slabs():
-            values = buffers.view(0, box, item.place.dtype)
+            values = buffers.view(0, box, item.location.dtype)
             source.read(item.key, box, values)
-            data, handle = memory(values), handles[item.place.path]
-            put(handle, data, at)
+            handle = handles[item.location.path]
+            pwrite(handle, memory(values), at)
             if verify:
-                again = buffers.view(1, box, item.place.dtype)
-                back, done = memory(again), 0
-                while done < len(back) and (count := os.preadv(handle, [back[done:]], at + done)):
-                    done += count
-                if done < len(back) or not equal(values, again):
-                    raise _differs(item)
+                again = buffers.view(1, box, item.location.dtype)
+                if not pread(handle, memory(again), at) or not equal(values, again):
+                    raise PolymodalError(f"{item.location.path}: {item.name} is not what was written.", DISK)
 
     try:
-        _run(one, _tasks(items), workers)
+        _run(write, items, workers)
     finally:
         for handle in handles.values():
             os.close(handle)
@@ -214,90 +225,43 @@ def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return np.array_equal(*(tensor.reshape(-1).view(torch.uint8).numpy() for tensor in (one, other)))
 
 
-def _differs(item: Item) -> PolymodalError:
-    return PolymodalError(
-        f"{item.place.path}: {item.name} is not what was written.",
-        "The disk or its memory is at fault: write to another one.",
-    )
-
-
-def apart(items: list[Item], found: Mapping[Path, Mapping[str, Place]]) -> None:
-    """Check what the formats' own readers found in the files (file -> tensor -> its place) after the values came.
+def check_headers(items: list[Item], found: Mapping[Path, Mapping[str, Location]]) -> None:
+    """Compare what the formats' own readers find in the files (file -> tensor -> location) after the values were written.
 
     Raises PolymodalError when they would read other bytes than those that were written and compared.
     """
-    if sorted(map(_range, items)) != sorted(
-        _range(Item("", name, place)) for held in found.values() for name, place in held.items()
-    ):
-        raise PolymodalError(
-            f"{items[0].place.path.parent}: a file does not hold what was written.",
-            "The disk or its memory is at fault: write to another one.",
-        )
-    ends: dict[Path, int] = {}
-    for path, begin, end, *_ in sorted(map(_range, items)):
-        if begin < ends.get(path, 0):
-            raise PolymodalError(f"{path}: two tensors overlap.", "This is a defect: please report it.")
-        ends[path] = max(end, ends.get(path, 0))
+    held = [(name, where) for locations in found.values() for name, where in locations.items()]
+    if {(item.name, item.location) for item in items} != set(held) or len(items) != len(held):
+        raise PolymodalError(f"{items[0].location.path.parent}: a file does not hold what was written.", DISK)
 
 
-def _range(item: Item) -> tuple[Path, int, int, str, tuple[int, ...], str]:
-    place = item.place
-    return place.path, place.offset, place.offset + item.bytes, item.name, place.shape, str(place.dtype)
-
-
-def compare(items: list[Item], written: Mapping[str, Source], source: Source, workers: int) -> None:
-    """Read tensors from `written` (key -> what reads it, under the item's name) and from their source, and compare them.
-
-    Raises PolymodalError for the first that differs.
-    """
+def first_difference(source: Source, other: Source, names: Mapping[str, str], workers: int) -> str | None:
+    """The first tensor of a source that has not the bits of its counterpart (key -> name in `other`); None: all have."""
     buffers = _Buffers()
+    items = [
+        Item(key, name, Location(Path(), 0, tuple(source.shapes[key]), (), source.dtypes[key]))
+        for key, name in names.items()
+    ]
 
-    def one(task: Task) -> None:
+    def differs(task: Task) -> str | None:
         for item, box, _ in task.slabs():
-            want, have = (buffers.view(number, box, item.place.dtype) for number in (0, 1))
-            source.read(item.key, box, want)
-            written[item.key].read(item.name, box, have)
-            if not equal(want, have):
-                raise _differs(item)
+            one, two = (buffers.view(number, box, item.location.dtype) for number in (0, 1))
+            source.read(item.key, box, one)
+            other.read(item.name, box, two)
+            if not equal(one, two):
+                return item.key
+        return None
 
-    _run(one, _tasks(items), workers)
-
-
-def _run(one: Callable[[Any], None], tasks: list, workers: int) -> None:
-    """Each task once, on `workers` threads that take the next one as they come; the first failure ends all."""
-    at = iter(tasks)
-    lock = threading.Lock()
-    failed = threading.Event()
-
-    def work() -> None:
-        while not failed.is_set():
-            with lock:
-                task = next(at, None)
-            if task is None:
-                return
-            try:
-                one(task)
-            except BaseException:
-                failed.set()
-                raise
-
-    if workers == 1:
-        work()
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        for future in [pool.submit(work) for _ in range(workers)]:
-            future.result()
+    return next(filter(None, _run(differs, items, workers)), None)
 
 
-# -------------------------------------------------------------------------------------------------------------- places
+# -------------------------------------------------------------------------------------------------------- directories
 
 
 def need_space(directory: Path, count: int) -> None:
     """Raises PolymodalError when a disk is too small for `count` bytes."""
-    there = directory
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if free < count * 1.01 + (1 << 20):
         raise PolymodalError(
             f"{directory} needs {count / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free.",
@@ -307,26 +271,22 @@ def need_space(directory: Path, count: int) -> None:
 
 def protect(directory: Path) -> None:
     """Permissions: directories 0750, files 0640."""
-    directory.chmod(DIRECTORY)
-    for root, directories, files in os.walk(directory):
-        for name in directories:
-            (Path(root) / name).chmod(DIRECTORY)
-        for name in files:
-            (Path(root) / name).chmod(PLAIN)
+    for path in (directory, *directory.rglob("*")):
+        path.chmod(DIRECTORY if path.is_dir() else PLAIN)
 
 
 @contextmanager
 def released(root: Path, tracker: str, release: str) -> Iterator[Path]:
-    """A directory that becomes root/release, and the tracker that points at it, when the block ends well.
+    """A directory that becomes root/release, with the tracker that points at it, when the block ends well.
 
     Whatever else lies in root stays as it is: root may be the source. Raises PolymodalError when root belongs to a
     training run (its tracker names a step).
     """
-    said = (root / tracker).read_text().strip() if (root / tracker).is_file() else release
-    if said != release:
-        raise PolymodalError(f"{root} holds a training run (step {said}).", "Choose another directory.")
+    step = (root / tracker).read_text().strip() if (root / tracker).is_file() else release
+    if step != release:
+        raise PolymodalError(f"{root} holds a training run (step {step}).", "Choose another directory.")
     partial, old = root / f".{release}.partial", root / f".{release}.old"
-    made = [one for one in (root, *root.parents) if not one.exists()]
+    created = [path for path in (root, *root.parents) if not path.exists()]
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -340,7 +300,7 @@ def released(root: Path, tracker: str, release: str) -> Iterator[Path]:
         note.write_text(release)
         note.chmod(PLAIN)
         note.rename(root / tracker)
-        if made:
+        if created:
             root.chmod(DIRECTORY)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
@@ -350,6 +310,6 @@ def released(root: Path, tracker: str, release: str) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        for one in made:
-            if one.is_dir() and not any(one.iterdir()):
-                one.rmdir()
+        for path in created:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()

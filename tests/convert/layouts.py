@@ -78,7 +78,7 @@ def there_and_back(family: Family, source: Path, parallel: Parallel, base: Path,
     output.to_tree(engine.hub(family, variant, source), parallel, base / "mm", SETTINGS)
     back = engine.opened_tree(family, variant, base / "mm", source, None, SETTINGS)
     hub = engine.unmapped(back, base / "mm", source)
-    output.to_hub(hub.source, base / "hf", SETTINGS, source, family.stem)
+    output.to_hub(hub, base / "hf", SETTINGS, source, family.stem)
     same(tensors(source), tensors(base / "hf"))
     files = [{p.name for p in where.iterdir() if ".safetensors" in p.name} for where in (source, base / "hf")]
     assert files[0] == files[1]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from polymodal.convert import engine
-from polymodal.convert.family_registry import family
+from polymodal.convert.family import family
 from polymodal.convert.tree import Parallel
 from tests.convert import layouts
 from tests.convert.hubs import HUBS

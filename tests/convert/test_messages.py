@@ -215,29 +215,29 @@ def test_a_disk_that_is_too_small(here, capsys, monkeypatch):
 
 
 def test_verification_finds_a_byte_that_changed(here, capsys, monkeypatch):
-    put = writing.put
+    pwrite = writing.pwrite
 
     def and_spoil(handle, data, at):
-        put(handle, data, at)
-        put(handle, memoryview(b"\xff" if data[0] != 0xFF else b"\x00"), at)
+        pwrite(handle, data, at)
+        pwrite(handle, memoryview(b"\xff" if data[0] != 0xFF else b"\x00"), at)
 
-    monkeypatch.setattr(writing, "put", and_spoil)
+    monkeypatch.setattr(writing, "pwrite", and_spoil)
     refused(capsys, QWEN, "is not what was written")
     assert not (here / "mm").exists()
     assert run(f"{QWEN} --no-verify") == 0
 
 
 def test_verification_finds_a_file_that_changed_around_its_values(here, capsys, monkeypatch):
-    fill = writing.fill
+    write_values = writing.write_values
 
     def and_spoil(items, *rest):
-        fill(items, *rest)
-        path = items[0].place.path
+        write_values(items, *rest)
+        path = items[0].location.path
         content = torch.load(path, weights_only=True)
         content["model"].popitem()
         torch.save(content, path)
 
-    monkeypatch.setattr(writing, "fill", and_spoil)
+    monkeypatch.setattr(writing, "write_values", and_spoil)
     refused(capsys, QWEN, "a file does not hold what was written")
     assert not (here / "mm").exists()
 
@@ -249,7 +249,7 @@ def test_a_failure_while_writing_leaves_the_old_tree(here, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing, "fill", full)
+    monkeypatch.setattr(writing, "write_values", full)
     refused(
         capsys, f"{QWEN} --cfg.parallel_config.tp_size 2", "could not be written: No space left on device"
     )

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from polymodal.convert import converters_diffusion, converters_sharded  # noqa: F401  (they add theirs)
 from polymodal.convert.converters import CONVERTERS
 from tests.convert import layouts
 from tests.convert.hubs import HUBS, understanding
@@ -99,8 +98,8 @@ def test_values_may_be_rounded_on_the_way_to_the_hub(here):  # noqa: F811
 
 
 METHODS = [
-    (f"{converter.__name__} {name}", method)
-    for converter in CONVERTERS
+    (f"{title} {name}", method)
+    for title, converter in CONVERTERS.items()
     for name, method in (inspect.getmembers(converter, inspect.isfunction) or [("", converter)])
     if not name.startswith("_")
 ]

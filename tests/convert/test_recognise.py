@@ -6,9 +6,8 @@ from typer.testing import CliRunner
 
 from polymodal import cli
 from polymodal.convert import engine, output, recognise
-from polymodal.convert.converters_sharded import dcp_to_hub, hub_to_dcp
-from polymodal.convert.families.sharded import generic
-from polymodal.convert.family_registry import family
+from polymodal.convert.family import family, generic
+from polymodal.convert.methods_dcp import dcp_to_hub, hub_to_dcp
 from polymodal.convert.tree import Parallel
 from polymodal.models import storage, weights
 from tests.convert import layouts
@@ -62,9 +61,9 @@ def test_every_model_goes_to_dcp_and_comes_back(here, name):
         recognise.run(source, dcp, "dcp", None, sizes, {}, False, SETTINGS)
         recognise.run(dcp, back, "hf", source, sizes, {}, False, SETTINGS)
     else:
-        any_model = generic("", "", ())
-        hub_to_dcp(any_model, "", source, dcp, SETTINGS)
-        dcp_to_hub(any_model, "", dcp, back, source, SETTINGS, "")
+        any_model = generic("", "")
+        hub_to_dcp(any_model, str(source), str(dcp), SETTINGS)
+        dcp_to_hub(any_model, str(dcp), str(back), str(source), SETTINGS, "")
     layouts.same(tensors(source), tensors(back))
 
 
@@ -106,7 +105,7 @@ def test_models_load_from_trees_and_dcp_directories(tmp_path, monkeypatch, layou
             opened, Parallel(2, 1, {"llm": ((1, 3),), "vit": ((4, 0),)}), tmp_path / "other", SETTINGS
         )
     else:
-        output.to_dcp(engine.reading.hub_files(source)[0], tmp_path / "other", SETTINGS)
+        output.to_dcp(engine.reading.hub_files(source), tmp_path / "other", SETTINGS)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(
             AutoConfig.from_pretrained(source), dtype=torch.float32

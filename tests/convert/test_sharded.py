@@ -223,7 +223,7 @@ def test_mistral_names_are_the_librarys(here):
     """The table says what the library's registry of conversions says."""
     import transformers
 
-    from polymodal.convert.families.sharded import MISTRAL3_DCP
+    from polymodal.convert.family import family
     from polymodal.convert.table import forward
     from polymodal.models import library
 
@@ -254,8 +254,8 @@ def test_mistral_names_are_the_librarys(here):
     assert published, "the library saves the published names"
     plan = library.layout(model, {key: tuple(value.shape) for key, value in hub.items()})
     library_names = {stored.keys[0]: name for name, stored in plan.entries.items()}
-    table = MISTRAL3_DCP.table()
-    ours, _ = forward(table, {key: tuple(value.shape) for key, value in hub.items()}, {})
+    table = family("mistral3-dcp").table()
+    ours = forward(table, {key: tuple(value.shape) for key, value in hub.items()}, {}, "hf")
     for name, stored in ours.items():
         assert name == "model." + library_names[stored.keys[0]]
     assert run("mm-convert Mistral3Converter hf_to_dcp --hf_dir hf --dcp_dir dcp") == 0

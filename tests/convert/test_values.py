@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from polymodal.convert import engine, output
-from polymodal.convert.family_registry import family
+from polymodal.convert.family import family
 from polymodal.convert.tree import Parallel
 from tests.convert import layouts
 from tests.convert.hubs import HUBS, WAN, transformer
@@ -86,7 +86,7 @@ def test_a_vision_tower_may_have_its_own_tp(qwen, tmp_path):
         ]
         assert torch.equal(proj, hub["visual.blocks.0.attn.proj.weight"])
     back = engine.opened_tree(family("qwen2.5-vl"), "", tmp_path / "mm", qwen, cut, SETTINGS)
-    output.to_hub(engine.unmapped(back, tmp_path, qwen).source, tmp_path / "hf", SETTINGS, qwen)
+    output.to_hub(engine.unmapped(back, tmp_path, qwen), tmp_path / "hf", SETTINGS, qwen)
     layouts.same(hub, tensors(tmp_path / "hf"))
 
 
@@ -154,8 +154,10 @@ def test_frames_are_the_bytes_that_the_libraries_write(tmp_path):
     }
     spec = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
     for places in (
-        writing.safetensors_frame(tmp_path / "f.safetensors", spec),
-        writing.torch_frame(tmp_path / "f.pt", {"model": spec}, {"n": 1}),
+        writing.empty_safetensors(tmp_path / "f.safetensors", spec),
+        writing.empty_torch_file(
+            tmp_path / "f.pt", ["model"], {f"model:{key}": one for key, one in spec.items()}, {"n": 1}
+        ),
     ):
         path = next(iter(places.values())).path
         with open(path, "r+b") as file:

@@ -190,7 +190,7 @@ def test_the_size_to_begin_with_is_one_of_the_documents():
 
 
 def test_what_converts_today_is_listed_though_it_does_not_train_yet():
-    from polymodal.convert import family_registry as converters
+    from polymodal.convert import family as converters
 
     known = {
         advise._compact(family.title): family

@@ -1,1 +1,0 @@
-"""One file of tables a family. Facts only: key names, operations, cuts, stages."""
