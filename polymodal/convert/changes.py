@@ -1,4 +1,5 @@
-"""Small changes to opened tensors before they are written: parts left out or taken from elsewhere, copies, rounding."""
+"""Small changes to opened tensors before they are written: parts left out or taken from elsewhere, copies,
+rounding."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def with_language(source: Path, language: Path) -> Source:
 
 
 def without_head(opened: Opened, known: bool) -> Opened:
-    """A tree's tensors without a head that only repeats the embedding, as pipelines need it; the fact `tied` is then 1.
+    """A tree's tensors without a head that only repeats the embedding, as pipelines need it; the fact `tied`
+    is then 1.
 
     known: whether the facts come from a config; else a head equal to the embedding is taken for a tied one.
     """

@@ -1,61 +1,136 @@
-"""The converters that `mm-convert` offers: name -> what it is of, its methods, its family."""
+"""The converters that `mm-convert` offers: classes made from the table in converters.yaml.
+
+What their methods do is in actions_*.py, imported when they are called, so that help comes at once, without torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
 
-from polymodal.convert import methods_dcp as dcp
-from polymodal.convert import methods_diffusion as diffusion
-from polymodal.convert import methods_language as language
+import yaml
 
-_TABLE = {
-    "Qwen2VLConverter": ("Qwen2-VL.", language.Language, "qwen2-vl"),
-    "Qwen2_5_VLConverter": ("Qwen2.5-VL.", language.LanguageWithAdapters, "qwen2.5-vl"),
-    "Qwen2_5_OmniConverter": (
-        "Qwen2.5-Omni: the thinker; the rest is taken over from the hub checkpoint.",
-        language.Language,
-        "qwen2.5-omni",
-    ),
-    "Qwen3VLMegatronConverter": ("Qwen3-VL as a tree, dense or with experts.", language.Language, "qwen3-vl"),
-    "InternVLConverter": ("InternVL 2, 2.5 and 3.", language.Language, "internvl"),
-    "GlmConverter": ("GLM-4.1V.", language.Language, "glm-4.1v"),
-    "DeepSeekVLConverter": ("DeepSeek-VL2.", language.Language, "deepseek-vl2"),
-    "WanConverter": (
-        "Wan 2.1 and 2.2: a transformer, or a pipeline's directory with the two experts of 2.2.",
-        diffusion.Wan,
-        "wan",
-    ),
-    "HunyuanVideoConverter": (
-        "HunyuanVideo and HunyuanVideo 1.5: hf_to_mm and mm_to_hf with diffusers' names.",
-        diffusion.HunyuanVideo,
-        "hunyuan-video",
-    ),
-    "CogVideoConverter": ("CogVideoX 1.0 and 1.5.", diffusion.CogVideo, "cogvideox"),
-    "OpenSoraPlanConverter": ("Open-Sora Plan 1.2, 1.3 and 1.5.", diffusion.OpenSoraPlan, "open-sora-plan"),
-    "OpenSoraConverter": ("Open-Sora 2.0.", diffusion.Hub, "open-sora"),
-    "StepVideoConverter": ("Step-Video.", diffusion.Hub, "stepvideo"),
-    "VACEConverter": (
-        "VACE on Wan 2.1 and 2.2; hf_to_mm and mm_to_hf with the original code's names.",
-        diffusion.VACE,
-        "vace",
-    ),
-    "LuminaConverter": ("Lumina-mGPT 2.", diffusion.Hub, "lumina"),
-    "BagelConverter": ("BAGEL.", diffusion.Hub, "bagel"),
-    "Qwen3VLConverter": ("Qwen3-VL as a DCP directory, dense or with experts.", dcp.Sharded, "qwen3-vl-dcp"),
-    "Mistral3Converter": (
-        "Magistral and others of Mistral 3 as a DCP directory.",
-        dcp.Sharded,
-        "mistral3-dcp",
-    ),
-    "Qwen35Converter": ("Qwen3.5 as a DCP directory, experts transposed.", dcp.Qwen35, "qwen3.5-dcp"),
-    "GenericDCPConverter": ("Any model as a DCP directory.", dcp.AnyModel, ""),
-    "ExpertMergeDcpConverter": (
-        "InternVL 3.5, GLM-4.5V and Qwen3-Omni as a DCP directory, experts in one tensor.",
-        dcp.ExpertMerge,
-        "",
-    ),
+from polymodal.convert import options
+from polymodal.convert.options import Settings
+
+TYPES: dict[str, Any] = {
+    **{one.__name__: one for one in (str, bool, int, float)},
+    **{name: one for name, one in vars(options).items() if isinstance(one, type)},
+    "optional float": float | None,
+    "optional list": list[str] | None,
+    "optional names": dict[str, str] | None,
+    "style": Literal["merge", "split"],
+    "hunyuan version": Literal["t2v", "i2v", "t2v-lora", "i2v-lora", "1.5"],
+    "cogvideo version": Literal["t2v", "i2v"],
+    "plan version": Literal["v1.2", "v1.3", "v1.5"],
 }
-CONVERTERS: dict[str, Callable] = {
-    name: type(name, (base,), {"__doc__": title, "__module__": __name__, "_family": family})
-    for name, (title, base, family) in _TABLE.items()
-} | {"moe_expert": dcp.moe_expert}
+"""Types of options, by their names in the table."""
+HELP = {
+    "verify": "read everything back and compare.",
+    "dry_run": "print files, keys, shapes and bytes; write nothing.",
+    "workers": "threads; 0 = one a core.",
+    "force": "replace a target that was not written by a conversion.",
+    "allow_pickle": "read files that hold more than tensors; the rest is replaced by inert objects.",
+}
+"""Fields of Settings: options of every method (allow_pickle: of those that read torch's files)."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What an action gets beside its method's options. converter: its name; family, variant, original: names of the
+    family and of its tables, for the hub's names and for those of the original code."""
+
+    settings: Settings
+    converter: str
+    family: str = ""
+    variant: str = ""
+    original: str = ""
+    remove_pos_emb: bool = False
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a command: its name, type and help."""
+
+    name: str
+    type: Any
+    help: str
+    default: Any = inspect.Parameter.empty
+
+    @property
+    def parameter(self) -> inspect.Parameter:
+        kind = inspect.Parameter.KEYWORD_ONLY
+        return inspect.Parameter(self.name, kind, default=self.default, annotation=self.type)
+
+
+SETTINGS = [
+    Option(one.name, type(one.default), HELP[one.name], one.default)
+    for one in sorted(fields(Settings), key=lambda one: list(HELP).index(one.name))
+]
+
+
+def _described(function: Callable, given: list[Option], text: str, own: tuple[str, ...] = ("self",)) -> Any:
+    """A function with the signature and the help that the command line shows."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [*(inspect.Parameter(name, kind) for name in own), *(one.parameter for one in given)]
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {one.name: one.type for one in given}
+    function.__doc__ = "\n".join([text, "", "Args:", *(f"    {one.name}: {one.help}" for one in given)])
+    return function
+
+
+class _Table:
+    """The content of converters.yaml."""
+
+    def __init__(self, content: Mapping[str, Any]):
+        self.content = content
+        self.options = {
+            key: Option(**{"name": key, **entries, "type": TYPES[entries["type"]]})
+            for key, entries in content["options"].items()
+        }
+
+    def method(self, entries: Mapping[str, Any], name: str = "") -> Callable:
+        """A method of a class, or a function, where it has a name of its own."""
+        parameters = {key: self.options[option] for key, option in entries["options"].items()}
+        settings = [one for one in SETTINGS if one.name != "allow_pickle" or entries.get("torch_files")]
+
+        def run(self: Any = None, **given: Any) -> None:
+            given = {one.name: one.default for one in (*parameters.values(), *settings)} | given
+            call = {"converter": name, **(self.call if self else {}), **entries.get("call", {})}
+            call["settings"] = Settings(**{one.name: given[one.name] for one in settings})
+            module, _, action = entries["action"].partition(".")
+            function = getattr(import_module(f"polymodal.convert.actions_{module}"), action)
+            result = function(Call(**call), **{key: given[one.name] for key, one in parameters.items()})
+            for report in result if inspect.isgenerator(result) else [result]:
+                print(report)
+
+        own = () if name else ("self",)
+        return _described(run, [*parameters.values(), *settings], entries["help"], own)
+
+    def converter(self, name: str, entries: Mapping[str, Any]) -> type:
+        given = [self.options[option] for option in entries.get("options", ())]
+
+        def initialise(self: Any, **values: Any) -> None:
+            values = {one.name: one.default for one in given} | values
+            version = entries.get("versions", {}).get(values.pop("version", ""), {})
+            self.call = {"converter": name, **entries.get("call", {}), **version, **values}
+
+        methods = {}
+        for group in entries["methods"]:
+            methods |= {key: self.method(one) for key, one in self.content["methods"][group].items()}
+        initialise = _described(initialise, given, "")
+        return type(name, (), {"__doc__": entries["help"], "__init__": initialise, **methods})
+
+
+def _converters() -> dict[str, Callable]:
+    table = _Table(yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")))
+    classes = {name: table.converter(name, one) for name, one in table.content["converters"].items()}
+    return classes | {name: table.method(one, name) for name, one in table.content["functions"].items()}
+
+
+CONVERTERS = _converters()
+"""What the command offers, by name."""

@@ -1,4 +1,5 @@
-"""Any layout opened as whole tensors: hub files, trees and DCP directories, under the hub's names or a family's own.
+"""Any layout opened as whole tensors: hub files, trees and DCP directories, under the hub's names or a
+family's own.
 
 Everything that is wrong with a source is found here, before anything is written.
 """
@@ -34,11 +35,12 @@ class Opened:
 
 
 def hub(family: Family, variant: str, source: Path, tensors: Source | None = None) -> Opened:
-    """A hub checkpoint under the family's own names. tensors: its tensors, if they are not simply its files'."""
+    """A hub checkpoint under the family's own names. tensors: its tensors, if they are not simply its
+    files'."""
     if tensors is None:
         tensors = reading.hub_files(source)
     root = source if source.is_dir() else source.parent
-    facts = counted(family, facts_of(family, root, family.needs_config), tensors.shapes)
+    facts = counted(family, facts_of(family, root), tensors.shapes)
     table = family.table(variant, facts)
     return mapped(tensors, table, _tied(table, facts, tensors.shapes), str(source))
 
@@ -58,15 +60,16 @@ def _tied(table: Table, facts: Facts, shapes: Mapping[str, Shape]) -> Facts:
 def unmapped(opened: Opened, where: Path, template: Path | None = None) -> Source:
     """Tensors with the family's own names, under the hub's again.
 
-    template: a hub checkpoint whose other tensors (table.keep) are taken over, and whose head is written if it has one.
-    """
+    template: a hub checkpoint whose other tensors (table.keep) are taken over, and whose head is written if
+    it has one."""
     facts, table = opened.facts, opened.table
     shapes = hub_shapes(table, opened.source.shapes, facts, str(where))
     layout = forward(table, shapes, facts, str(where))
     for key, stored in layout.items():
-        if tuple(stored.shape) != tuple(opened.source.shapes[key]):
+        shape = opened.source.shapes[key]
+        if tuple(stored.shape) != tuple(shape):
             raise PolymodalError(
-                f"{where}: {key} is {list(opened.source.shapes[key])}, the config makes it {list(stored.shape)}.",
+                f"{where}: {key} is {list(shape)}, the config makes it {list(stored.shape)}.",
                 "Give the config that the tree was made with.",
             )
     inverse, _ = invert(layout, shapes)
@@ -117,9 +120,9 @@ def opened_tree(
 ) -> Opened:
     """A tree under the family's own names, stages and ranks put together.
 
-    config: a hub checkpoint of the model, or only its config.json; given: how the caller believes the tree is cut.
-    """
-    facts: Facts = facts_of(family, config, family.needs_config) if config else {}
+    config: a hub checkpoint of the model, or only its config.json; given: how the caller believes the tree is
+    cut."""
+    facts: Facts = facts_of(family, config) if config else {}
     shapes: Mapping[str, Shape] = {}
     if config is not None and any(config.glob("*.safetensors")):
         shapes = reading.hub_files(config).shapes
@@ -154,8 +157,9 @@ def _warn_of_drift(opened: tree.Tree) -> None:
     ]
     if different:
         print(
-            f"warning: {opened.directory}: {len(different)} tensors differ between ranks that should hold the same "
-            f"(first: {different[0].other} from {different[0].used}); the first rank's are taken",
+            f"warning: {opened.directory}: {len(different)} tensors differ between ranks "
+            f"that should hold the same (first: {different[0].other} from {different[0].used}); "
+            "the first rank's are taken",
             file=sys.stderr,
         )
 
@@ -195,7 +199,7 @@ def accepting(directory: Path, families: Iterable[Family]) -> Family:
 
 def under(family: Family, variant: str, config: Path | None, source: Source) -> Opened:
     """Whole tensors that bear the family's own names already."""
-    facts = facts_of(family, config, family.needs_config) if config is not None else {}
+    facts = facts_of(family, config) if config is not None else {}
     return Opened(source, facts, family.table(variant, facts))
 
 

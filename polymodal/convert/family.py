@@ -1,15 +1,17 @@
-"""A family: its tables, the facts that it takes from a config, the checkpoints that it accepts. Read from families/*.yaml.
+"""A family: its tables, the facts that it takes from a config, the checkpoints that it accepts. Read from
+families/*.yaml.
 
-A file has `names` (abbreviations, used as <NAME>; those of decoder.yaml hold in every file), `towers`, `rows` and `families`.
+A file has `names` (abbreviations, used as <NAME>; those of decoder.yaml hold in every file), `towers`, `rows`
+and `families`.
 
-rows: named groups, each `hub keys: tree keys [operation] [TP sharding]` by the words of operations.py, or a list of groups.
-{a,b} stands for several keys: as many on both sides make one row each, else they are joined or split in one row. A
-linear layer's weight that is sharded along its columns leaves its bias whole. <value>: filled in by a table's `with`.
+rows: named groups, each `hub keys: tree keys [operation] [TP sharding]` by the words of operations.py, or a
+list of groups. {a,b} stands for several keys: as many on both sides make one row each, else they are joined
+or split in one row. A linear layer's weight that is sharded along its columns leaves its bias whole. <value>:
+filled in by a table's `with`.
 
-tables: rows (names of groups, or {use: group, with: values, for_each: fact}), with (values), towers, drop, keep, everywhere,
-tensor_parallel, pipeline, from_shapes; like: the table whose entries hold where this one has none; cases: fact -> what
-differs where a config has it.
-"""
+tables: rows (names of groups, or {use: group, with: values, for_each: fact}), with (values), towers, drop,
+keep, everywhere, tensor_parallel, pipeline, from_shapes; like: the table whose entries hold where this one
+has none; cases: fact -> what differs where a config has it."""
 
 from __future__ import annotations
 
@@ -35,10 +37,11 @@ DEFAULTS = {"vocabulary": "rows", "prefix": "", "hub_prefix": "", "tree": "", "i
 
 @dataclass(frozen=True)
 class Family:
-    """architectures: names in config.json that it accepts; tables: variant -> entries of its table in the file ("" is the
-    usual one), or a table; facts: config.json -> numbers; counted: facts that are counted in the checkpoint's keys (fact ->
-    pattern with one group); stem: name of exported weight files; kind: generative ones bear the names of their trees in
-    DCP directories too, others those of a table of kind "dcp"; values: those of its tables' <names> that a user sets."""
+    """architectures: names in config.json that it accepts; tables: variant -> entries of its table in the
+    file ("" is the usual one), or a table; facts: config.json -> numbers; counted: facts that are counted in
+    the checkpoint's keys (fact -> pattern with one group); stem: name of exported weight files; kind:
+    generative ones bear the names of their trees in DCP directories too, others those of a table of kind
+    "dcp"; values: those of its tables' <names> that a user sets."""
 
     name: str
     title: str
@@ -194,7 +197,8 @@ def by_architecture(names: Iterable[str]) -> list[Family]:
 
 
 def generic(prefix: str, hub_prefix: str, flat: Iterable[str] = ()) -> Family:
-    """Any model: one prefix replaced by another, experts of these names flat (their number is in the config)."""
+    """Any model: one prefix replaced by another, experts of these names flat (their number is in the
+    config)."""
     rows = [
         row
         for name in flat
@@ -204,7 +208,7 @@ def generic(prefix: str, hub_prefix: str, flat: Iterable[str] = ()) -> Family:
     return Family("any", "any model", {"": table}, facts=FROM_CONFIG["experts"] if flat else None, kind="dcp")
 
 
-# ---------------------------------------------------------------------------------------------------------- configs
+# ---------------------------------------------------------------------------------------------------- configs
 
 
 def read_config(source: Path, required: bool = True) -> dict[str, Any]:
@@ -231,9 +235,9 @@ def architectures(config: Mapping[str, Any]) -> list[str]:
     return [name for name in names if name]
 
 
-def facts_of(family: Family, source: Path, required: bool = True) -> Facts:
+def facts_of(family: Family, source: Path) -> Facts:
     """The numbers of a checkpoint's config. Raises PolymodalError for a config of another architecture."""
-    config = read_config(source, required)
+    config = read_config(source, required=family.needs_config)
     named = architectures(config)
     if named and family.architectures and not set(named) & set(family.architectures):
         raise PolymodalError(

@@ -47,12 +47,11 @@ def _of(table: Table, rows: Iterable[Row]) -> Table:
 
 
 def adapters(table: Table, hub_prefix: str, suffix: str = "", library_names: bool = False) -> Table:
-    """The table of a family's adapters: a pair for every weight that is only renamed. Rows that join or take apart
-    layers have none, since the parts' A matrices differ.
+    """The table of a family's adapters: a pair for every weight that is only renamed. Rows that join or take
+    apart layers have none, since the parts' A matrices differ.
 
-    hub_prefix, suffix: around the hub's module names (`suffix` after lora_A); library_names: the library's module names
-    instead of the checkpoint's.
-    """
+    hub_prefix, suffix: around the hub's module names (`suffix` after lora_A); library_names: the library's
+    module names instead of the checkpoint's."""
     rows: list[Row] = []
     for row in table.rows:
         hub, tree = WEIGHT.match(row.hub[0]), WEIGHT.match(row.tree[0])
@@ -100,10 +99,11 @@ LORA = re.compile(r"(.*)\.lora_(A|B)(?:\.default)?\.weight\Z")
 def pairs(
     adapters: Source, base: Iterable[str], where: str, prefix: str = "", targets: Iterable[str] = ()
 ) -> dict[str, tuple[str, str]]:
-    """Base weight -> (A, B), for the adapters of modules whose names hold one of `targets` (all, if none are given).
+    """Base weight -> (A, B), for the adapters of modules whose names hold one of `targets` (all, if none are
+    given).
 
-    Raises PolymodalError for half a pair, for an adapter whose weight the base lacks, and when nothing is left.
-    """
+    Raises PolymodalError for half a pair, for an adapter whose weight the base lacks, and when nothing is
+    left."""
     targets = [target for target in targets if target]
     found: dict[str, dict[str, str]] = {}
     for key in adapters.shapes:

@@ -1,8 +1,8 @@
-"""The operations of a table: how hub tensors become a tree's tensors, and how those are sharded over TP ranks.
+"""The operations of a table: how hub tensors become a tree's tensors, and how those are sharded over TP
+ranks.
 
-Each is written once, on stand-ins that only record which box of a file goes where (models/slices.py: Stored); inverting
-that record gives the other direction. `source_shapes` gives the hub's shapes from the tree's.
-"""
+Each is written once, on stand-ins that only record which box of a file goes where (models/slices.py: Stored);
+inverting that record gives the other direction. `source_shapes` gives the hub's shapes from the tree's."""
 
 from __future__ import annotations
 
@@ -75,9 +75,8 @@ class Concatenate(Operation):
 class QueryGroups(Operation):
     """q, k, v -> one tensor, query group by query group: [q of its heads; k; v].
 
-    heads, groups: names of facts. fused: the hub has one tensor [q; k; v] already. without_key: the hub has no k part
-    (a bias), which reads as zeros.
-    """
+    heads, groups: names of facts. fused: the hub has one tensor [q; k; v] already. without_key: the hub has
+    no k part (a bias), which reads as zeros."""
 
     heads: str = "heads"
     groups: str = "kv_heads"
@@ -186,7 +185,8 @@ class Transpose(Operation):
 
 @dataclass(frozen=True)
 class UnstackExperts(Operation):
-    """[experts, in, out] -> one tensor [out, in] an expert; [experts, out, in] where the fact `as_linear` is set."""
+    """[experts, in, out] -> one tensor [out, in] an expert; [experts, out, in] where the fact `as_linear` is
+    set."""
 
     label = "one tensor an expert, transposed"
 
@@ -203,9 +203,8 @@ class UnstackExperts(Operation):
 class StackExperts(Operation):
     """Linear weights of all experts, transposed -> [experts, in, out], or flat [experts * in, out].
 
-    Tensors come as (first of expert 0, second of expert 0, ..., first of expert 1, ...); the `count` of one expert are
-    joined along their rows first.
-    """
+    Tensors come as (first of expert 0, second of expert 0, ..., first of expert 1, ...); the `count` of one
+    expert are joined along their rows first."""
 
     count: int
     flat: bool = False
@@ -238,13 +237,13 @@ class FlattenExperts(Operation):
         return [(facts["experts"], shapes[0][0] // facts["experts"], shapes[0][1])]
 
 
-# ------------------------------------------------------------------------------------------------- sharding over TP
+# ------------------------------------------------------------------------------------------- sharding over TP
 
 
 @dataclass(frozen=True)
 class TPShard:
-    """How a tensor is sharded over TP ranks: along `dim` (None: every rank holds all of it), each of `parts` equal parts
-    by itself (gate and up; q, k and v)."""
+    """How a tensor is sharded over TP ranks: along `dim` (None: every rank holds all of it), each of `parts`
+    equal parts by itself (gate and up; q, k and v)."""
 
     dim: int | None = None
     parts: int = 1
@@ -286,7 +285,8 @@ class TPShard:
 
 @dataclass(frozen=True)
 class AttentionMLPColumns(TPShard):
-    """Columns of the attention (the fact `hidden`) and those of the MLP behind them, each sharded by itself."""
+    """Columns of the attention (the fact `hidden`) and those of the MLP behind them, each sharded by
+    itself."""
 
     dim: int | None = 1
     label = "dim 1, attention and MLP columns each"
@@ -297,7 +297,8 @@ class AttentionMLPColumns(TPShard):
 
 @dataclass(frozen=True)
 class Uneven(TPShard):
-    """Sharded in units (the fact `unit`, or single rows); the first ranks get one more where they do not divide."""
+    """Sharded in units (the fact `unit`, or single rows); the first ranks get one more where they do not
+    divide."""
 
     unit: str = ""
 
@@ -318,7 +319,7 @@ audio_groups = partial(QueryGroups, "audio_heads", "audio_heads")
 OPERATIONS = {
     "concatenate": Concatenate(),
     "concatenate3": Concatenate((1, 1, 1)),
-    "concatenate_latents": Concatenate(("query_rows", "latent_rows")),
+    "latents": Concatenate(("query_rows", "latent_rows")),
     "query_groups": QueryGroups(),
     "vision_groups": vision_groups(),
     "fused_vision_groups": vision_groups(fused=True),

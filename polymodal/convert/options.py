@@ -24,8 +24,8 @@ class LanguageParallel:
     """How a tree of an understanding model is cut."""
 
     llm_pp_layers: Lists = field(default_factory=list)
-    """Language layers on each stage: [6,10] for two pipeline ranks, [[3,5],[3,5]] for two virtual stages on each.
-    Empty: not cut, or, reading, as the tree is."""
+    """Language layers on each stage: [6,10] for two pipeline ranks, [[3,5],[3,5]] for two virtual stages on
+    each. Empty: not cut, or, reading, as the tree is."""
     vit_pp_layers: Lists = field(default_factory=list)
     """Vision layers on each stage, in the same form."""
     audio_pp_layers: Lists = field(default_factory=list)
@@ -47,8 +47,8 @@ class ModelOptions:
     enable_canonical_hf_struct: bool = False
     """Keep q, k, v and gate, up apart, as the hub has them. Adapters need it."""
     new_transformers_weight_key: bool | None = None
-    """LoRA: whether the hub's keys have model.language_model and model.visual, as the library's modules are called now.
-    Left out: as the adapter has them; written, yes."""
+    """LoRA: whether the hub's keys have model.language_model and model.visual, as the library's modules are
+    called now. Left out: as the adapter has them; written, yes."""
     model_prefix: str = ""
     """LoRA: what the hub's keys begin with. Left out: base_model.model., as peft writes them."""
 
@@ -60,7 +60,8 @@ class OneTree:
     mm_dir: str
     """The tree: where it goes, or where it is (or one iteration of it)."""
     parallel_config: LanguageParallel = field(default_factory=LanguageParallel)
-    """How the tree is cut. Reading, lists may be left out: the tree is looked at, what is given is compared with it."""
+    """How the tree is cut. Reading, lists may be left out: the tree is looked at, what is given is compared
+    with it."""
     common_model_config: ModelOptions = field(default_factory=ModelOptions)
     """Which layout."""
 
@@ -132,7 +133,8 @@ class Resplit:
     target_parallel_config: LanguageParallel = field(default_factory=LanguageParallel)
     """How the new tree is cut."""
     hf_config: HubConfig | None = None
-    """The hub checkpoint: needed for experts, for heads that TP does not divide, and to check the layer counts."""
+    """The hub checkpoint: needed for experts, for heads that TP does not divide, and to check the layer
+    counts."""
     common_model_config: ModelOptions = field(default_factory=ModelOptions)
     """Which layout."""
 
@@ -142,7 +144,8 @@ class DiffusionParallel:
     """How a tree of a generative model is cut."""
 
     pp_layers: Lists = field(default_factory=list)
-    """Layers on each stage: [7,8,8,7] for four pipeline ranks, [[4,4],[3,4]] for two virtual stages on each of two."""
+    """Layers on each stage: [7,8,8,7] for four pipeline ranks, [[4,4],[3,4]] for two virtual stages on each
+    of two."""
     tp_size: int = 1
     """Tensor parallel size."""
     ep_size: int = 1
@@ -167,8 +170,9 @@ class Paths:
 
 @dataclass(frozen=True)
 class Settings:
-    """verify: read back and compare; dry_run: print the plan only; workers: threads (0: one a core, at most 8);
-    allow_pickle: read tensors out of pickles that hold other objects; force: replace what is in the way."""
+    """verify: read back and compare; dry_run: print the plan only; workers: threads (0: one a core, at most
+    8); allow_pickle: read tensors out of pickles that hold other objects; force: replace what is in the
+    way."""
 
     verify: bool = True
     dry_run: bool = False

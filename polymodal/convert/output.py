@@ -1,4 +1,5 @@
-"""Whole tensors out: as a tree, as hub files, as a DCP directory; read back and compared before they get their name.
+"""Whole tensors out: as a tree, as hub files, as a DCP directory; read back and compared before they get
+their name.
 
 Everything that can be refused is refused before the first byte is written.
 """
@@ -138,10 +139,9 @@ def to_hub(
 ) -> Report:
     """Write tensors under the hub's names as safetensors files.
 
-    template: a hub checkpoint whose other files are taken over; follow: and whose cut into weight files is kept.
-    origin: what is noted in the marker file; beside: JSON files that go with the weights; shard: bytes of a weight file
-    where no template says how to cut.
-    """
+    template: a hub checkpoint whose other files are taken over; follow: and whose cut into weight files is
+    kept. origin: what is noted in the marker file; beside: JSON files that go with the weights; shard: bytes
+    of a weight file where no template says how to cut."""
     files = _weight_files(source, template if follow else None, stem, shard)
     specs = {name: spec_of(source, keys) for name, keys in files.items()}
     report = _report(directory, specs)

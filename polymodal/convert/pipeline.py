@@ -1,4 +1,5 @@
-"""A pipeline's directory (model_index.json above its parts) in place of one transformer: Wan 2.2 has two experts."""
+"""A pipeline's directory (model_index.json above its parts) in place of one transformer: Wan 2.2 has two
+experts."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def inside(path: Path, name: str) -> Path:
 
 
 def each(actions: Sequence[Callable[[Settings], Report]], settings: Settings) -> Iterator[Report]:
-    """Every action's report; when there are several, each looks at everything first, so that all are refused or none."""
+    """Every action's report; when there are several, each looks at everything first, so that all are refused
+    or none."""
     if len(actions) > 1 and not settings.dry_run:
         with contextlib.redirect_stderr(io.StringIO()):
             planned = [act(replace(settings, dry_run=True)) for act in actions]

@@ -1,8 +1,7 @@
 """Files as plain tensors: safetensors, torch's zip files, and DCP directories.
 
-No value is read here, only where each tensor lies. Pickles are opened by torch's weights-only reader, or, when asked for,
-with inert stand-ins for everything that is no tensor: no code of a file is ever run.
-"""
+No value is read here, only where each tensor lies. Pickles are opened by torch's weights-only reader, or,
+when asked for, with inert stand-ins for everything that is no tensor: no code of a file is ever run."""
 
 from __future__ import annotations
 
@@ -54,7 +53,7 @@ def hub_files(source: Path) -> FileTensors:
     return FileTensors({key: locations[key] for key in files.order})
 
 
-# --------------------------------------------------------------------------------------------------------- torch files
+# ------------------------------------------------------------------------------------------------ torch files
 
 
 REBUILD = {
@@ -79,16 +78,16 @@ def _known(module: str, name: str) -> Any:
 def torch_file(path: Path, allow_pickle: bool = False) -> dict[str, Any]:
     """The object in a torch file, its tensors on meta; `location` finds where each lies.
 
-    Raises PolymodalError for a file that is not torch's zip format, is cut short, or holds objects beyond tensors
-    (unless allow_pickle: those come out inert).
-    """
+    Raises PolymodalError for a file that is not torch's zip format, is cut short, or holds objects beyond
+    tensors (unless allow_pickle: those come out inert)."""
     with open(path, "rb") as file:
         head = file.read(1 << 20)
     if module := next((name for name in MINDSPORE if name in head), None):
         raise PolymodalError(
             f"{path} was written by the MindSpore back end ({module.decode()} in its pickle), "
             "whose files torch cannot read.",
-            "Convert the hub checkpoint with the torch back end, or export the run to the hub's format there.",
+            "Convert the hub checkpoint with the torch back end, "
+            "or export the run to the hub's format there.",
         )
     if head[:2] != b"PK":
         problem = "is empty" if not head else "is not in torch's zip format"
@@ -105,7 +104,8 @@ def torch_file(path: Path, allow_pickle: bool = False) -> dict[str, Any]:
                 content = torch.load(path, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
         raise PolymodalError(
-            f"{path} holds more than tensors ({_object_of(str(error))}), and reading such a pickle can run code.",
+            f"{path} holds more than tensors ({_object_of(str(error))}), "
+            "and reading such a pickle can run code.",
             "If you trust it, allow it (--allow-pickle): only its tensors are taken, "
             "the rest is replaced by inert objects.",
         ) from None
@@ -136,12 +136,14 @@ def location(path: Path, tensor: Tensor, base: int = 0) -> Location:
 
 
 def locations(path: Path, table: Mapping[str, Any]) -> dict[str, Location]:
-    """Where the tensors of a table lie; it may hold other things: Megatron writes None for states that are empty."""
+    """Where the tensors of a table lie; it may hold other things: Megatron writes None for states that are
+    empty."""
     return {key: location(path, value) for key, value in table.items() if isinstance(value, Tensor)}
 
 
 def any_file(path: Path, *keys: str, allow_pickle: bool = False) -> FileTensors:
-    """The tensors of a directory or file, of safetensors or of torch (there: of the first table under one of `keys`)."""
+    """The tensors of a directory or file, of safetensors or of torch (there: of the first table under one of
+    `keys`)."""
     if path.is_dir() or path.suffix == ".safetensors":
         return hub_files(path)
     if not path.is_file():
@@ -151,7 +153,7 @@ def any_file(path: Path, *keys: str, allow_pickle: bool = False) -> FileTensors:
     return FileTensors(locations(path, next(inner, content)))
 
 
-# -------------------------------------------------------------------------------------------------------------- DCP
+# -------------------------------------------------------------------------------------------------------- DCP
 
 
 def is_dcp(directory: Path) -> bool:

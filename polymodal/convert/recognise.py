@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -116,11 +116,12 @@ def hub_names(directory: Path, hub: Path, settings: Settings) -> Source:
     return first_that_fits(partial(attempt, one, variant) for one in candidates for variant in one.tables)
 
 
-# ---------------------------------------------------------------------------------------------- for models and training
+# ------------------------------------------------------------------------------------ for models and training
 
 
 class ForeignFiles:
-    """A tree or DCP directory as models/storage.py reads checkpoints: tensors under the hub's names, box by box."""
+    """A tree or DCP directory as models/storage.py reads checkpoints: tensors under the hub's names, box by
+    box."""
 
     def __init__(self, directory: Path, source: Source):
         self.directory, self.source = directory, source
@@ -165,7 +166,7 @@ def register() -> None:
         storage.READERS.append(reader)
 
 
-# ------------------------------------------------------------------------------------------------ `polymodal convert`
+# ---------------------------------------------------------------------------------------- `polymodal convert`
 
 
 def _lists(value: str | None) -> Any:
@@ -180,26 +181,6 @@ def _lists(value: str | None) -> Any:
         ) from None
 
 
-@dataclass(frozen=True)
-class Target:
-    """What `polymodal convert` writes. layers: option (pp, vit, audio) -> its list, as given; canonical: q, k, v and gate, up
-    apart."""
-
-    to: Kind
-    tp: int
-    ep: int
-    layers: Mapping[str, str | None]
-    tower_tp: Mapping[str, int]
-    canonical: bool
-
-    def parallel(self, opened: Opened) -> Parallel:
-        given = {name: tree.counts(f"--{name}-pp", _lists(value)) for name, value in self.layers.items()}
-        names = [tower.name for tower in opened.table.towers] or ["dit"]
-        main = next((name for name in names if name in ("llm", "dit")), names[-1])
-        layers = {main if name == "pp" else name: value for name, value in given.items() if value}
-        return Parallel(self.tp, self.ep, layers, self.tower_tp)
-
-
 def run(
     source: Path,
     directory: Path,
@@ -210,24 +191,42 @@ def run(
     canonical: bool,
     settings: Settings,
 ) -> int:
-    """Convert whatever lies in `source`. hub: the hub checkpoint of the model, where the source is none itself.
+    """Convert whatever lies in `source`. hub: the hub checkpoint of the model, where the source is none
+    itself.
 
-    sizes: tp and ep, and vit and audio for TP sizes of their own (0: none). A pipeline's directory stands for its
-    transformers; hub is then the pipeline's too.
-    """
-    tower_tp = {name: sizes[name] for name in ("vit", "audio") if sizes.get(name)}
-    target = Target(to, sizes["tp"], sizes["ep"], layers, tower_tp, canonical)
-    names = pipeline.parts(source)
-    actions = [
-        partial(_one, source / name, directory / name, target, pipeline.inside(hub, name) if hub else None)
-        for name in names
-    ]
-    for report in pipeline.each(actions or [partial(_one, source, directory, target, hub)], settings):
+    sizes: tp and ep, and vit and audio for TP sizes of their own (0: none); layers: pp, vit, audio -> its
+    list, as given; canonical: q, k, v and gate, up apart. A pipeline's directory stands for its transformers;
+    hub is then the pipeline's too."""
+
+    def cut(opened: Opened) -> Parallel:
+        given = {name: tree.counts(f"--{name}-pp", _lists(value)) for name, value in layers.items()}
+        names = [tower.name for tower in opened.table.towers] or ["dit"]
+        main = next((name for name in names if name in ("llm", "dit")), names[-1])
+        lists = {main if name == "pp" else name: value for name, value in given.items() if value}
+        tower_tp = {name: sizes[name] for name in ("vit", "audio") if sizes.get(name)}
+        return Parallel(sizes["tp"], sizes["ep"], lists, tower_tp)
+
+    def convert(name: str, settings: Settings) -> Report:
+        own_hub = pipeline.inside(hub, name) if hub else None
+        return _one(source / name, directory / name, to, own_hub, cut, canonical, settings)
+
+    for report in pipeline.each(
+        [partial(convert, name) for name in pipeline.parts(source) or ["."]], settings
+    ):
         print(report)
     return 0
 
 
-def _one(source: Path, directory: Path, target: Target, hub: Path | None, settings: Settings) -> Report:
+def _one(
+    source: Path,
+    directory: Path,
+    to: Kind,
+    hub: Path | None,
+    cut: Callable[[Opened], Parallel],
+    canonical: bool,
+    settings: Settings,
+) -> Report:
+    """cut: how a tree is cut."""
     kind = kind_of(source)
     if kind == "hf":
         hub = source if source.is_dir() else source.parent
@@ -237,23 +236,23 @@ def _one(source: Path, directory: Path, target: Target, hub: Path | None, settin
             "Give that with --hf-dir.",
         )
     print(f"{source}: {CALLED[kind]} of {' / '.join(architectures(read_config(hub))[:1])}", file=sys.stderr)
-    if target.to == "hf":
+    if to == "hf":
         stem = next(iter(families_of(hub)), PREFIXED).stem
         tensors = hub_names(source, hub, settings)
         return output.to_hub(tensors, directory, settings, hub, stem, {"from": str(source)})
-    if target.to == "mm" and kind == "mm":
+    if to == "mm" and kind == "mm":
         opened = changes.without_head(opened_tree(source, hub, settings)[0], known=True)
-        return output.to_tree(opened, target.parallel(opened), directory, settings)
+        return output.to_tree(opened, cut(opened), directory, settings)
     tensors = hub_names(source, hub, settings)
-    if target.to == "dcp":
+    if to == "dcp":
         # tensors of language models without a table of their own bear the hub's names behind a prefix
         one = next((one for one in reversed(families_of(hub)) if one.kind != "language"), None)
         variants = one.tables if one else ["model."]
     else:
         one = tree_family(hub)
-        variants = ["canonical"] if target.canonical else one.tables
+        variants = ["canonical"] if canonical else one.tables
     attempts = (partial(engine.hub, one or PREFIXED, variant, hub, tensors) for variant in variants)
     opened = first_that_fits(attempts)
-    if target.to == "dcp":
+    if to == "dcp":
         return output.to_dcp(opened.source, directory, settings)
-    return output.to_tree(opened, target.parallel(opened), directory, settings)
+    return output.to_tree(opened, cut(opened), directory, settings)

@@ -1,8 +1,7 @@
 """Tensors by name, read box by box: those of files, and views of them under other names and shapes.
 
-`FileTensors` serves every format on disk (a path, an offset, strides); `Remapped` renames, joins, cuts and permutes
-without copying more than the box that is asked for. `invert` turns such a view round.
-"""
+`FileTensors` serves every format on disk (a path, an offset, strides); `Remapped` renames, joins, cuts and
+permutes without copying more than the box that is asked for. `invert` turns such a view round."""
 
 from __future__ import annotations
 
@@ -233,7 +232,8 @@ class InMemory:
 
 @dataclass(frozen=True)
 class Duplicate:
-    """A box that a layout holds twice: the tensor and its slices that are used, and the tensor and slices that are not."""
+    """A box that a layout holds twice: the tensor and its slices that are used, and the tensor and slices
+    that are not."""
 
     used: str
     used_box: Box
@@ -264,7 +264,8 @@ def invert(
         if not out[key].complete:
             held = sum(prod(piece.size) for piece in out[key].pieces)
             raise PolymodalError(
-                f"{key} ({list(shape)}) cannot be put together: only {held} of its {prod(shape)} values are there.",
+                f"{key} ({list(shape)}) cannot be put together: "
+                f"only {held} of its {prod(shape)} values are there.",
                 "A file of the tree is missing, or the layout that was given is not the tree's.",
             )
     return out, duplicates

@@ -1,9 +1,9 @@
-"""A family's table: rows of (hub key patterns, tree key patterns, operation, TP sharding), and its pipeline stages.
+"""A family's table: rows of (hub key patterns, tree key patterns, operation, TP sharding), and its pipeline
+stages.
 
-One table serves every direction: `forward` expresses the tree's tensors in terms of the hub's, `hub_shapes` finds
-which hub tensors a set of tree tensors stands for. The names of a DCP directory count as a tree's. Patterns: `{n}`, `{m}`
-layers, `{e}` expert, `{p}` weight or bias, `{x}` anything.
-"""
+One table serves every direction: `forward` expresses the tree's tensors in terms of the hub's, `hub_shapes`
+finds which hub tensors a set of tree tensors stands for. The names of a DCP directory count as a tree's.
+Patterns: `{n}`, `{m}` layers, `{e}` expert, `{p}` weight or bias, `{x}` anything."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def fill(pattern: str, values: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """hub, tree: key patterns (several: in the operation's order). An `{e}` on one side only counts the experts."""
+    """hub, tree: key patterns (several: in the operation's order). An `{e}` on one side only counts the
+    experts."""
 
     hub: tuple[str, ...]
     tree: tuple[str, ...]
@@ -53,8 +54,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Tower:
-    """A stack of layers that pipelines cut: `name` ("llm", "vit", "audio", "dit"), the prefix of its layers' keys,
-    prefixes of what belongs to its first and its last stage, and its own prefix (for a TP size of its own)."""
+    """A stack of layers that pipelines cut: `name` ("llm", "vit", "audio", "dit"), the prefix of its layers'
+    keys, prefixes of what belongs to its first and its last stage, and its own prefix (for a TP size of its
+    own)."""
 
     name: str
     layers: str
@@ -75,8 +77,9 @@ class Tower:
 
 @dataclass(frozen=True)
 class Table:
-    """tie: the tree's (head, embedding): a tied head is written for pipelines only. drop: hub keys that are left out (and
-    cannot be restored); keep: hub keys that trees do not have but an export takes from its template."""
+    """tie: the tree's (head, embedding): a tied head is written for pipelines only. drop: hub keys that are
+    left out (and cannot be restored); keep: hub keys that trees do not have but an export takes from its
+    template."""
 
     rows: tuple[Row, ...]
     towers: tuple[Tower, ...] = ()
@@ -176,8 +179,8 @@ def _refuse_unknown(keys: list[str], source: str, where: str) -> None:
 def forward(table: Table, shapes: Mapping[str, Shape], facts: Facts, where: str) -> dict[str, Stored]:
     """The tree's tensors in terms of the hub's.
 
-    Raises PolymodalError for hub keys that the table does not know, and for tensors whose partners are missing.
-    """
+    Raises PolymodalError for hub keys that the table does not know, and for tensors whose partners are
+    missing."""
     facts = table.from_shapes(facts, shapes)
     units, unmatched = _collect(table, shapes, "hub")
     unknown = [key for key in unmatched if not matches((*table.drop, *table.keep), key)]

@@ -1,8 +1,8 @@
-"""The Megatron-style tree: which tensor lies in which file under which name, for any TP, PP, virtual PP and EP.
+"""The Megatron-style tree: which tensor lies in which file under which name, for any TP, PP, virtual PP and
+EP.
 
-`place` is the one description; reading a tree asks it where everything would be and inverts the answer. File names, the
-tracker and the renumbering of layers and experts are here.
-"""
+`place` is the one description; reading a tree asks it where everything would be and inverts the answer. File
+names, the tracker and the renumbering of layers and experts are here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ Layers = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Parallel:
-    """How a tree is cut. layers: tower -> Layers (absent: all on one stage); tower_tp: tower -> its own TP size."""
+    """How a tree is cut. layers: tower -> Layers (absent: all on one stage); tower_tp: tower -> its own TP
+    size."""
 
     tp: int = 1
     ep: int = 1
@@ -97,7 +98,8 @@ def counts(option: str, value: Sequence | None) -> Layers | None:
 
 
 def check(parallel: Parallel, table: Table, facts: Facts) -> None:
-    """Raises PolymodalError for what cannot be cut so: layer counts, groups, experts, sizes that do not fit together."""
+    """Raises PolymodalError for what cannot be cut so: layer counts, groups, experts, sizes that do not fit
+    together."""
     for tower in table.towers:
         layers, total = parallel.layers.get(tower.name), facts.get(tower.count)
         if layers is not None and total is not None and (given := sum(map(sum, layers))) != total:
@@ -138,7 +140,7 @@ def check(parallel: Parallel, table: Table, facts: Facts) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------- where tensors go
+# ------------------------------------------------------------------------------------------- where tensors go
 
 
 def _begin(layers: Layers, stage: int) -> int:
@@ -211,7 +213,7 @@ def place(table: Table, shapes: Mapping[str, Shape], parallel: Parallel, facts: 
     return out
 
 
-# --------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------- reading
 
 
 @dataclass
@@ -295,7 +297,8 @@ def open_files(where: Path, allow_pickle: bool = False) -> Held:
     highest = [max(column) + 1 for column in numbers]
     if prod(map(len, numbers)) != len(found) or highest != list(map(len, numbers)):
         raise PolymodalError(
-            f"{where} has {len(found)} rank directories, whose numbers ask for {' x '.join(map(str, highest))}.",
+            f"{where} has {len(found)} rank directories, "
+            f"whose numbers ask for {' x '.join(map(str, highest))}.",
             "Copy the missing ones.",
         )
     return found
@@ -306,9 +309,8 @@ def read(
 ) -> Tree:
     """Open a tree. given: how the caller believes it is cut (checked); None: recognised.
 
-    Raises PolymodalError for files that are missing, keys that are unknown or left over, and a tree that is cut
-    otherwise than given.
-    """
+    Raises PolymodalError for files that are missing, keys that are unknown or left over, and a tree that is
+    cut otherwise than given."""
     where = iteration(root)
     files = open_files(where, allow_pickle)
     parallel = recognise(table, files, facts, where, given)
@@ -426,7 +428,8 @@ def _whole_shapes(table: Table, ranks: Held, parallel: Parallel, facts: Facts) -
 
 
 def _global_key(table: Table, parallel: Parallel, key: str, virtual: int, stage: int, expert: int) -> str:
-    """A tensor's name with the number of its layer and expert in the whole model. expert: the rank's first."""
+    """A tensor's name with the number of its layer and expert in the whole model. expert: the rank's
+    first."""
     for tower in table.towers:
         number, layers = tower.layer(key), parallel.layers.get(tower.name)
         if number is not None and layers is not None:

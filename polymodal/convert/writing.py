@@ -1,8 +1,8 @@
-"""Files out: an empty file of the format first, then the tensors straight to their offsets, from several threads.
+"""Files out: an empty file of the format first, then the tensors straight to their offsets, from several
+threads.
 
-Values come from a source in slabs that fit the processor's cache, so that memory does not grow with the model. Every byte
-is read back from its file and compared.
-"""
+Values come from a source in slabs that fit the processor's cache, so that memory does not grow with the
+model. Every byte is read back from its file and compared."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ import torch
 from polymodal.convert import reading
 from polymodal.convert.source import Location, Source, contiguous, memory, pread
 from polymodal.core.errors import PolymodalError
+from polymodal.models.saving import appearing
 from polymodal.models.storage import DTYPES
 
 SLAB = 512 << 10
@@ -98,7 +99,8 @@ def empty_safetensors(path: Path, spec: Spec) -> dict[str, Location]:
 def empty_torch_file(
     path: Path, slots: Iterable[str], spec: Spec, extra: Mapping[str, Any]
 ) -> dict[str, Location]:
-    """Write a torch file {slot: {name: tensor}, **extra} without its values; where each slot:name's bytes go."""
+    """Write a torch file {slot: {name: tensor}, **extra} without its values; where each slot:name's bytes
+    go."""
     content: dict[str, Any] = {slot: {} for slot in slots}
     for key, (shape, dtype) in spec.items():
         slot, _, name = key.partition(":")
@@ -118,7 +120,7 @@ def torch_locations(path: Path, slots: Iterable[str]) -> dict[str, Location]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- values
+# ----------------------------------------------------------------------------------------------------- values
 
 
 Slab = tuple[Item, tuple[slice, ...], int]
@@ -161,7 +163,8 @@ class _Buffers(threading.local):
 
 
 def _tasks(items: Iterable[Item]) -> list[Task]:
-    """All of the tensors in tasks of about TASK bytes; files take turns, so that threads seldom write to the same one."""
+    """All of the tensors in tasks of about TASK bytes; files take turns, so that threads seldom write to the
+    same one."""
     groups: dict[tuple[str, str], list[Item]] = {}
     for item in items:
         if item.bytes:
@@ -196,9 +199,8 @@ def pwrite(handle: int, data: memoryview, at: int) -> None:
 def write_values(items: list[Item], source: Source, workers: int, verify: bool = True) -> None:
     """Write every tensor's values to its location.
 
-    verify: read each part back from the file as soon as it is written, and compare it with what it was written from.
-    Raises PolymodalError for the first that differs.
-    """
+    verify: read each part back from the file as soon as it is written, and compare it with what it was
+    written from. Raises PolymodalError for the first that differs."""
     buffers = _Buffers()
     handles = {path: os.open(path, os.O_RDWR) for path in {item.location.path for item in items}}
 
@@ -226,7 +228,8 @@ def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def check_headers(items: list[Item], found: Mapping[Path, Mapping[str, Location]]) -> None:
-    """Compare what the formats' own readers find in the files (file -> tensor -> location) after the values were written.
+    """Compare what the formats' own readers find in the files (file -> tensor -> location) after the values
+    were written.
 
     Raises PolymodalError when they would read other bytes than those that were written and compared.
     """
@@ -236,7 +239,8 @@ def check_headers(items: list[Item], found: Mapping[Path, Mapping[str, Location]
 
 
 def first_difference(source: Source, other: Source, names: Mapping[str, str], workers: int) -> str | None:
-    """The first tensor of a source that has not the bits of its counterpart (key -> name in `other`); None: all have."""
+    """The first tensor of a source that has not the bits of its counterpart (key -> name in `other`); None:
+    all have."""
     buffers = _Buffers()
     items = [
         Item(key, name, Location(Path(), 0, tuple(source.shapes[key]), (), source.dtypes[key]))
@@ -255,7 +259,7 @@ def first_difference(source: Source, other: Source, names: Mapping[str, str], wo
     return next(filter(None, _run(differs, items, workers)), None)
 
 
-# -------------------------------------------------------------------------------------------------------- directories
+# ------------------------------------------------------------------------------------------------ directories
 
 
 def need_space(directory: Path, count: int) -> None:
@@ -279,37 +283,23 @@ def protect(directory: Path) -> None:
 def released(root: Path, tracker: str, release: str) -> Iterator[Path]:
     """A directory that becomes root/release, with the tracker that points at it, when the block ends well.
 
-    Whatever else lies in root stays as it is: root may be the source. Raises PolymodalError when root belongs to a
-    training run (its tracker names a step).
-    """
+    Whatever else lies in root stays as it is: root may be the source. Raises PolymodalError when root belongs
+    to a training run (its tracker names a step)."""
     step = (root / tracker).read_text().strip() if (root / tracker).is_file() else release
     if step != release:
         raise PolymodalError(f"{root} holds a training run (step {step}).", "Choose another directory.")
-    partial, old = root / f".{release}.partial", root / f".{release}.old"
     created = [path for path in (root, *root.parents) if not path.exists()]
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        protect(partial)
-        shutil.rmtree(old, ignore_errors=True)
-        if (root / release).exists():
-            (root / release).rename(old)
-        partial.rename(root / release)
+        with appearing(root / release, overwrite=True) as partial:
+            yield partial
+            protect(partial)
         note = root / f".{tracker}.partial"
         note.write_text(release)
         note.chmod(PLAIN)
         note.rename(root / tracker)
         if created:
             root.chmod(DIRECTORY)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise PolymodalError(
-            f"{root} could not be written: {error.strerror or error}.",
-            "Free space there, or choose another directory.",
-        ) from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         for path in created:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()

@@ -6,13 +6,13 @@ from typer.testing import CliRunner
 
 from polymodal import cli
 from polymodal.convert import engine, output, recognise
-from polymodal.convert.family import family, generic
-from polymodal.convert.methods_dcp import dcp_to_hub, hub_to_dcp
+from polymodal.convert.family import family
 from polymodal.convert.tree import Parallel
 from polymodal.models import storage, weights
 from tests.convert import layouts
 from tests.convert.hubs import HUBS, understanding
 from tests.convert.layouts import SETTINGS, tensors
+from tests.convert.test_command import run
 
 
 @pytest.fixture
@@ -61,9 +61,9 @@ def test_every_model_goes_to_dcp_and_comes_back(here, name):
         recognise.run(source, dcp, "dcp", None, sizes, {}, False, SETTINGS)
         recognise.run(dcp, back, "hf", source, sizes, {}, False, SETTINGS)
     else:
-        any_model = generic("", "")
-        hub_to_dcp(any_model, str(source), str(dcp), SETTINGS)
-        dcp_to_hub(any_model, str(dcp), str(back), str(source), SETTINGS, "")
+        line = "mm-convert GenericDCPConverter"
+        assert run(f"{line} hf_to_dcp --hf_dir hf --dcp_dir dcp") == 0
+        assert run(f"{line} dcp_to_hf --load_dir dcp --save_dir out --model_assets_dir hf") == 0
     layouts.same(tensors(source), tensors(back))
 
 
