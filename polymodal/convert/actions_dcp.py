@@ -16,7 +16,7 @@ from polymodal.convert.output import Report
 from polymodal.convert.source import Source
 
 EXPERTS = ("internvl3.5", "glm-4.5v", "qwen3-omni-moe")
-"""Families with one linear layer an expert, which the directory or a merged checkpoint holds in one tensor."""
+"""Families with one linear layer an expert; directories and merged checkpoints hold them in one tensor."""
 
 
 def _with_experts(hub: str) -> Family:
@@ -29,9 +29,9 @@ def _family(call: Call, hub: str, prefix: str, hub_prefix: str, flat: Sequence[s
         return generic(prefix, hub_prefix, flat or ())
     if call.family == "experts":
         return _with_experts(hub)
-    made = family(call.family)
+    model = family(call.family)
     return (
-        replace(made, values={"prefix": prefix, "hub_prefix": hub_prefix}) if prefix or hub_prefix else made
+        replace(model, values={"prefix": prefix, "hub_prefix": hub_prefix}) if prefix or hub_prefix else model
     )
 
 
@@ -49,8 +49,8 @@ def hub_to_dcp(
     if tie_head:
         copies = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     tensors = changes.with_copies(reading.hub_files(Path(source)), copies or {}, source)
-    made = _family(call, source, prefix, hub_prefix, flat)
-    opened = engine.hub(made, "lora base" if lora_base else "", Path(source), tensors)
+    model = _family(call, source, prefix, hub_prefix, flat)
+    opened = engine.hub(model, "lora base" if lora_base else "", Path(source), tensors)
     return output.to_dcp(opened.source, Path(target), call.settings)
 
 
@@ -66,12 +66,12 @@ def dcp_to_hub(
     trust_remote_code: bool = False,
 ) -> Report:
     """trust_remote_code: of no effect, since no code of a checkpoint is run."""
-    made = _family(call, template, prefix, hub_prefix, flat)
-    tensors: Source = engine.dcp(made, Path(source), Path(template))
+    model = _family(call, template, prefix, hub_prefix, flat)
+    tensors: Source = engine.dcp(model, Path(source), Path(template))
     if bf16:
         tensors = changes.Rounded(tensors, torch.bfloat16)
     origin = {"from": source, "converter": call.converter}
-    return output.to_hub(tensors, Path(target), call.settings, Path(template), made.stem, origin)
+    return output.to_hub(tensors, Path(target), call.settings, Path(template), model.stem, origin)
 
 
 def dcp_to_adapter(call: Call, source: str, target: str, base: str, alpha: float | None) -> Report:
@@ -101,12 +101,12 @@ def split_experts(call: Call, source: str, target: str, shard: str) -> Report:
 def merge_or_split_experts(
     call: Call, style: Literal["merge", "split"], source: str, target: str, shard: str
 ) -> Report:
-    hub, made = Path(source), _with_experts(source)
+    hub, model = Path(source), _with_experts(source)
     if style == "merge":
-        tensors: Source = engine.hub(made, "merged", hub).source
+        tensors: Source = engine.hub(model, "merged", hub).source
     else:
-        tensors = engine.unmapped(engine.under(made, "merged", hub, reading.hub_files(hub)), hub)
+        tensors = engine.unmapped(engine.under(model, "merged", hub, reading.hub_files(hub)), hub)
     origin, limit = {"from": source, "style": style}, changes.size(shard)
     return output.to_hub(
-        tensors, Path(target), call.settings, hub, made.stem, origin, shard=limit, follow=False
+        tensors, Path(target), call.settings, hub, model.stem, origin, shard=limit, follow=False
     )

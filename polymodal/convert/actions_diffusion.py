@@ -1,4 +1,4 @@
-"""What converters of generative models do, method by method: hub, original code, trees, DCP directories, adapters."""
+"""What converters of generative models do: hub, original code, trees, DCP directories, adapters."""
 
 from __future__ import annotations
 
@@ -114,24 +114,25 @@ def merge_adapters(call: Call, cfg: Paths, rank: int, alpha: float) -> Report:
     pairs = lora.pairs(adapters, base.source.shapes, cfg.lora_path)
     ranks = {adapters.shapes[a][0] for a, _ in pairs.values()}
     if ranks != {rank}:
+        have = ", ".join(map(str, sorted(ranks)))
         raise PolymodalError(
-            f"{cfg.lora_path}: its adapters have rank {', '.join(map(str, sorted(ranks)))}, lora_rank is {rank}.",
+            f"{cfg.lora_path}: its adapters have rank {have}, lora_rank is {rank}.",
             "Give the rank that they were trained with.",
         )
     return _tree(call, cfg, base.but(lora.Merged(base.source, adapters, pairs, alpha / rank)))
 
 
 def adapter_to_tree(call: Call, cfg: Paths) -> Report:
-    tensors, made = reading.hub_files(Path(cfg.source_path)), family(call.family)
+    tensors, model = reading.hub_files(Path(cfg.source_path)), family(call.family)
 
     def prefix(name: str) -> str:
         return name if any(key.startswith(name) for key in tensors.shapes) else ""
 
     if prefix("transformer.") or any(".attn1." in key for key in tensors.shapes):
-        table = lora.adapters(made.table(), prefix("transformer."))
+        table = lora.adapters(model.table(), prefix("transformer."))
     else:
         suffix = ".default" if any(key.endswith(".default.weight") for key in tensors.shapes) else ""
-        table = lora.adapters(made.table("original"), prefix("diffusion_model."), suffix)
+        table = lora.adapters(model.table("original"), prefix("diffusion_model."), suffix)
     return _tree(call, cfg, engine.mapped(tensors, table, {}, cfg.source_path))
 
 

@@ -46,11 +46,11 @@ def _opened(
 
 
 def hub_to_tree(call: Call, cfg: HubToTree) -> Report:
-    made, source, language = family(call.family), Path(cfg.hf_config.hf_dir), cfg.llm_hf_config
+    model, source, language = family(call.family), Path(cfg.hf_config.hf_dir), cfg.llm_hf_config
     tensors = changes.with_language(source, Path(language.hf_dir)) if language else None
-    opened = engine.hub(made, _variant(cfg.common_model_config), source, tensors)
+    opened = engine.hub(model, _variant(cfg.common_model_config), source, tensors)
     if cfg.save_vit_only:
-        opened = changes.only(opened, "image_encoder.", made.title)
+        opened = changes.only(opened, "image_encoder.", model.title)
     return output.to_tree(opened, _parallel(cfg.parallel_config), Path(cfg.mm_dir), call.settings)
 
 

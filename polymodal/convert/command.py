@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-PROGRAM = "mm-convert"
+DESCRIPTION = "Weights between the hub's layout and Megatron-style trees or DCP directories."
 
 
 def words(given: Sequence[str]) -> list[str]:
@@ -49,9 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     offered = {name: CONVERTERS[name] for name in given[:1] if name in CONVERTERS} or CONVERTERS
     try:
         jsonargparse.auto_cli(
-            offered, args=given, as_positional=False, prog=PROGRAM,
-            description="Weights between the hub's layout and Megatron-style trees or DCP directories.",
-        )  # fmt: skip
+            offered, args=given, as_positional=False, prog="mm-convert", description=DESCRIPTION
+        )
     except PolymodalError as error:
         start = "\033[1;31merror:\033[0m" if sys.stderr.isatty() else "error:"
         print(start, error, file=sys.stderr)

@@ -1,25 +1,25 @@
 """The converters that `mm-convert` offers: classes made from the table in converters.yaml.
 
-What their methods do is in actions_*.py, imported when they are called, so that help comes at once, without torch.
-"""
+What their methods do is in actions_*.py, imported when they are called, so that help comes at once, without
+torch."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from polymodal.convert import options
+from polymodal.convert import options as option_types
 from polymodal.convert.options import Settings
 
 TYPES: dict[str, Any] = {
     **{one.__name__: one for one in (str, bool, int, float)},
-    **{name: one for name, one in vars(options).items() if isinstance(one, type)},
+    **{name: one for name, one in vars(option_types).items() if isinstance(one, type)},
     "optional float": float | None,
     "optional list": list[str] | None,
     "optional names": dict[str, str] | None,
@@ -41,8 +41,8 @@ HELP = {
 
 @dataclass(frozen=True)
 class Call:
-    """What an action gets beside its method's options. converter: its name; family, variant, original: names of the
-    family and of its tables, for the hub's names and for those of the original code."""
+    """What an action gets beside its method's options. converter: its name; family, variant, original: names
+    of the family and of its tables, for the hub's names and for those of the original code."""
 
     settings: Settings
     converter: str
@@ -68,18 +68,17 @@ class Option:
 
 
 SETTINGS = [
-    Option(one.name, type(one.default), HELP[one.name], one.default)
-    for one in sorted(fields(Settings), key=lambda one: list(HELP).index(one.name))
+    Option(name, type(getattr(Settings, name)), text, getattr(Settings, name)) for name, text in HELP.items()
 ]
 
 
-def _described(function: Callable, given: list[Option], text: str, own: tuple[str, ...] = ("self",)) -> Any:
-    """A function with the signature and the help that the command line shows."""
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [*(inspect.Parameter(name, kind) for name in own), *(one.parameter for one in given)]
-    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    function.__annotations__ = {one.name: one.type for one in given}
-    function.__doc__ = "\n".join([text, "", "Args:", *(f"    {one.name}: {one.help}" for one in given)])
+def _described(function: Callable, options: list[Option], text: str, name: str = "") -> Any:
+    """A function with the signature and the help that the command line shows. name: none for a method."""
+    own = [] if name else [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    function.__signature__ = inspect.Signature([*own, *(one.parameter for one in options)])  # type: ignore
+    function.__annotations__ = {one.name: one.type for one in options}
+    function.__doc__ = "\n".join([text, "", "Args:", *(f"    {one.name}: {one.help}" for one in options)])
+    function.__name__ = name or function.__name__
     return function
 
 
@@ -108,21 +107,20 @@ class _Table:
             for report in result if inspect.isgenerator(result) else [result]:
                 print(report)
 
-        own = () if name else ("self",)
-        return _described(run, [*parameters.values(), *settings], entries["help"], own)
+        return _described(run, [*parameters.values(), *settings], entries["help"], name)
 
     def converter(self, name: str, entries: Mapping[str, Any]) -> type:
-        given = [self.options[option] for option in entries.get("options", ())]
+        options = [self.options[option] for option in entries.get("options", ())]
 
         def initialise(self: Any, **values: Any) -> None:
-            values = {one.name: one.default for one in given} | values
+            values = {one.name: one.default for one in options} | values
             version = entries.get("versions", {}).get(values.pop("version", ""), {})
             self.call = {"converter": name, **entries.get("call", {}), **version, **values}
 
         methods = {}
         for group in entries["methods"]:
             methods |= {key: self.method(one) for key, one in self.content["methods"][group].items()}
-        initialise = _described(initialise, given, "")
+        initialise = _described(initialise, options, "")
         return type(name, (), {"__doc__": entries["help"], "__init__": initialise, **methods})
 
 

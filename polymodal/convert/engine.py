@@ -70,7 +70,7 @@ def unmapped(opened: Opened, where: Path, template: Path | None = None) -> Sourc
         if tuple(stored.shape) != tuple(shape):
             raise PolymodalError(
                 f"{where}: {key} is {list(shape)}, the config makes it {list(stored.shape)}.",
-                "Give the config that the tree was made with.",
+                "Give the config that the tree was written with.",
             )
     inverse, _ = invert(layout, shapes)
     check_tied_head(opened, where)
@@ -106,7 +106,7 @@ def head_is_embedding(opened: Opened) -> bool:
 
 
 def check_tied_head(opened: Opened, where: Path) -> None:
-    """Raises PolymodalError for a tied head that lies there by itself and is not the embedding."""
+    """Raises PolymodalError for a tied head that is stored by itself and is not the embedding."""
     tie = opened.table.tie
     if tie and opened.facts.get("tied") and tie[0] in opened.source.shapes and not head_is_embedding(opened):
         raise PolymodalError(
@@ -198,7 +198,7 @@ def accepting(directory: Path, families: Iterable[Family]) -> Family:
 
 
 def under(family: Family, variant: str, config: Path | None, source: Source) -> Opened:
-    """Whole tensors that bear the family's own names already."""
+    """Whole tensors that have the family's own names already."""
     facts = facts_of(family, config) if config is not None else {}
     return Opened(source, facts, family.table(variant, facts))
 

@@ -40,7 +40,7 @@ class Family:
     """architectures: names in config.json that it accepts; tables: variant -> entries of its table in the
     file ("" is the usual one), or a table; facts: config.json -> numbers; counted: facts that are counted in
     the checkpoint's keys (fact -> pattern with one group); stem: name of exported weight files; kind:
-    generative ones bear the names of their trees in DCP directories too, others those of a table of kind
+    generative ones have the names of their trees in DCP directories too, others those of a table of kind
     "dcp"; values: those of its tables' <names> that a user sets."""
 
     name: str
@@ -73,9 +73,8 @@ class Family:
         if isinstance(entries, Table):
             return entries
         while "like" in entries:
-            entries = _over(
-                {**self.tables[entries["like"]]}, {k: v for k, v in entries.items() if k != "like"}
-            )
+            own = {name: value for name, value in entries.items() if name != "like"}
+            entries = _over(self.tables[entries["like"]], own)  # type: ignore[arg-type]
         case = next((case for fact, case in entries.get("cases", {}).items() if facts.get(fact)), {})
         entries = _over(entries, case)
         return _table(entries, facts, {**DEFAULTS, **entries.get("with", {}), **self.values})
@@ -86,15 +85,15 @@ def _over(entries: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(entries: Mapping[str, Any], facts: Facts, values: Mapping[str, str]) -> Table:
-    chosen = {name: tuple(entries[name]) for name in ("drop", "keep", "everywhere") if name in entries} | {
-        name: entries[name] for name in ("tensor_parallel", "pipeline") if name in entries
-    }
+    names = ("drop", "keep", "everywhere", "tensor_parallel", "pipeline")
+    chosen = {name: entries[name] for name in names if name in entries}
     if "head" in values:
         chosen |= {"tie": TIE, "head": f"{values['head']}.weight"}
     if "from_shapes" in entries:
         chosen["from_shapes"] = FROM_SHAPES[entries["from_shapes"]]
     rows = tuple(row for entry in entries["rows"] for row in _rows(entry, facts, values))
-    return Table(rows, tuple(_definitions()["towers"][name] for name in entries.get("towers", ())), **chosen)
+    towers = tuple(_definitions()["towers"][name] for name in entries.get("towers", ()))
+    return Table(rows, towers, **{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
 
 
 def _rows(entry: Any, facts: Facts, values: Mapping[str, str]) -> list[Row]:
@@ -104,20 +103,16 @@ def _rows(entry: Any, facts: Facts, values: Mapping[str, str]) -> list[Row]:
     if isinstance(entry, list):
         return [row for one in entry for row in _rows(one, facts, values)]
     if "use" not in entry:
-        return [
-            row for hub, tree in entry.items() for row in parse(_filled(hub, values), _filled(tree, values))
-        ]
-    inner = {**values, **entry.get("with", {})}
+        lines = [(_filled(hub, values), _filled(tree, values)) for hub, tree in entry.items()]
+        return [row for hub, tree in lines for row in parse(hub, tree)]
+    values = {**values, **entry.get("with", {})}
     if "for_each" not in entry:
-        return _rows(entry["use"], facts, inner)
-    name = entry["for_each"]
-    return [
-        row
-        for index in range(facts.get(name, 0))
-        for row in _rows(
-            entry["use"], facts, {**inner, "index": str(index), "value": str(facts[f"{name}.{index}"])}
-        )
-    ]
+        return _rows(entry["use"], facts, values)
+    fact, rows = entry["for_each"], []
+    for index in range(facts.get(fact, 0)):
+        numbers = {"index": str(index), "value": str(facts[f"{fact}.{index}"])}
+        rows += _rows(entry["use"], facts, {**values, **numbers})
+    return rows
 
 
 def _filled(text: str, values: Mapping[str, str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,13 +40,6 @@ def _pair(hub: str, tree: str, shard: TPShard) -> list[Row]:
     ]
 
 
-def _of(table: Table, rows: Iterable[Row]) -> Table:
-    return Table(
-        tuple(rows), table.towers, tensor_parallel=table.tensor_parallel, pipeline=table.pipeline,
-        from_shapes=table.from_shapes,
-    )  # fmt: skip
-
-
 def adapters(table: Table, hub_prefix: str, suffix: str = "", library_names: bool = False) -> Table:
     """The table of a family's adapters: a pair for every weight that is only renamed. Rows that join or take
     apart layers have none, since the parts' A matrices differ.
@@ -59,7 +53,7 @@ def adapters(table: Table, hub_prefix: str, suffix: str = "", library_names: boo
             module = _library_name(hub[1]) if library_names else hub[1]
             name = f"{hub_prefix}{module}.lora_{{}}{suffix}.weight"
             rows += _pair(name, f"{tree[1]}.lora_{{}}.default.weight", row.shards[0])
-    return _of(table, rows)
+    return replace(table, rows=tuple(rows), tie=None, drop=(), keep=())
 
 
 def tree_adapters(table: Table) -> Table:
@@ -70,7 +64,7 @@ def tree_adapters(table: Table) -> Table:
             if weight := WEIGHT.match(pattern):
                 name = f"{weight[1]}.lora_{{}}.default.weight"
                 rows += _pair(name, name, shard)
-    return _of(table, [*rows, Row(("{x}",), ("{x}",))])
+    return replace(table, rows=(*rows, Row(("{x}",), ("{x}",))), tie=None, drop=(), keep=())
 
 
 class Merged:
@@ -128,7 +122,7 @@ def pairs(
 
 
 def alphas(source: Source) -> list[float]:
-    """The different alphas that lie beside adapters (`x.alpha`), which trees have no entry for."""
+    """The different alphas of a file of adapters (`x.alpha`), for which trees have no entry."""
     return sorted({float(values(source, key)) for key in source.shapes if key.endswith(".alpha")})
 
 

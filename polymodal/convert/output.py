@@ -30,10 +30,8 @@ MARKER = "polymodal_convert.json"
 """In every hub directory that was written here: what it came from. Such a directory may be written again."""
 SHARD = 5 << 30
 """Bytes of a weight file, where no template says how to cut."""
-WEIGHTS = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".h5", ".msgpack", ".gguf",
-    ".safetensors.index.json",
-)  # fmt: skip
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".h5", ".msgpack", ".gguf")
+"""Endings of files that a copy of a hub checkpoint leaves out."""
 
 
 @dataclass
@@ -218,7 +216,8 @@ def copy_assets(template: Path, directory: Path) -> None:
     for root, directories, files in os.walk(template):
         directories[:] = [d for d in directories if d != tree.RELEASE and not d.startswith((".", "iter_"))]
         for name in files:
-            if not name.endswith(WEIGHTS) and name not in (tree.TRACKER, MARKER) and name[0] != ".":
+            weights = name.endswith((*WEIGHTS, ".safetensors.index.json"))
+            if not weights and name not in (tree.TRACKER, MARKER) and name[0] != ".":
                 target = directory / Path(root).relative_to(template) / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(Path(root) / name, target)

@@ -1,7 +1,7 @@
 """Files as plain tensors: safetensors, torch's zip files, and DCP directories.
 
-No value is read here, only where each tensor lies. Pickles are opened by torch's weights-only reader, or,
-when asked for, with inert stand-ins for everything that is no tensor: no code of a file is ever run."""
+No value is read here, only where each tensor is stored. Pickles are opened by torch's weights-only reader,
+or, when asked for, with inert stand-ins for everything that is no tensor: no code of a file is ever run."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _known(module: str, name: str) -> Any:
 
 
 def torch_file(path: Path, allow_pickle: bool = False) -> dict[str, Any]:
-    """The object in a torch file, its tensors on meta; `location` finds where each lies.
+    """The object in a torch file, its tensors on meta; `location` finds where each is stored.
 
     Raises PolymodalError for a file that is not torch's zip format, is cut short, or holds objects beyond
     tensors (unless allow_pickle: those come out inert)."""
@@ -127,7 +127,8 @@ def _object_of(text: str) -> str:
 
 
 def location(path: Path, tensor: Tensor, base: int = 0) -> Location:
-    """Where a tensor that was loaded on meta lies. base: the byte of the file at which its archive begins."""
+    """Where a tensor that was loaded on meta is stored. base: the byte of the file at which its archive
+    begins."""
     begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if begin is None:
         raise PolymodalError(f"{path}: a tensor has no offset in the file.", AGAIN)
@@ -136,8 +137,8 @@ def location(path: Path, tensor: Tensor, base: int = 0) -> Location:
 
 
 def locations(path: Path, table: Mapping[str, Any]) -> dict[str, Location]:
-    """Where the tensors of a table lie; it may hold other things: Megatron writes None for states that are
-    empty."""
+    """Where the tensors of a table are stored; it may hold other things: Megatron writes None for states that
+    are empty."""
     return {key: location(path, value) for key, value in table.items() if isinstance(value, Tensor)}
 
 
@@ -176,7 +177,7 @@ def dcp(directory: Path) -> tuple[FileTensors, dict[str, Stored]]:
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
             info = stored_at.get((name, offsets)) or stored_at.get((name, ()))
             if info is None:
-                raise PolymodalError(f"{index} does not say where a part of {name} lies.", AGAIN)
+                raise PolymodalError(f"{index} does not say where a part of {name} is stored.", AGAIN)
             path, label, rank = directory / info.relative_path, f"{name}@{number}", len(sizes)
             chunks[label] = _chunk(path, info, name)
             if chunks[label].shape != sizes:

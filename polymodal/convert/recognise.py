@@ -1,4 +1,4 @@
-"""Any directory under the hub's names, recognised by what lies in it: hub files, a tree, a DCP directory.
+"""Any directory under the hub's names, recognised by its files: hub files, a tree, a DCP directory.
 
 `polymodal convert` and the reader that training uses (`register`) go through here.
 """
@@ -37,7 +37,7 @@ PREFIXED = Family(
 
 
 def kind_of(directory: Path) -> Kind:
-    """What lies there. Raises PolymodalError for anything else."""
+    """What kind of checkpoint a directory holds. Raises PolymodalError for anything else."""
     if tree.is_tree(directory):
         return "mm"
     tracked = (directory / tree.TRACKER).is_file()
@@ -191,7 +191,7 @@ def run(
     canonical: bool,
     settings: Settings,
 ) -> int:
-    """Convert whatever lies in `source`. hub: the hub checkpoint of the model, where the source is none
+    """Convert any checkpoint. hub: the hub checkpoint of the model, where the source is none
     itself.
 
     sizes: tp and ep, and vit and audio for TP sizes of their own (0: none); layers: pp, vit, audio -> its
@@ -245,7 +245,7 @@ def _one(
         return output.to_tree(opened, cut(opened), directory, settings)
     tensors = hub_names(source, hub, settings)
     if to == "dcp":
-        # tensors of language models without a table of their own bear the hub's names behind a prefix
+        # directories of language models without a table of their own have the hub's names behind a prefix
         one = next((one for one in reversed(families_of(hub)) if one.kind != "language"), None)
         variants = one.tables if one else ["model."]
     else:

@@ -56,7 +56,7 @@ def memory(tensor: Tensor) -> memoryview:
 
 @dataclass(frozen=True)
 class Location:
-    """Where a tensor lies: the byte of its first element in the file, strides in elements."""
+    """Where a tensor is stored: the byte of its first element in the file, strides in elements."""
 
     path: Path
     offset: int
@@ -85,7 +85,7 @@ def _close(handles: dict[Path, int]) -> None:
 
 
 class FileTensors:
-    """Tensors that lie in files as plain bytes, whatever the format around them."""
+    """Tensors stored in files as plain bytes, whatever the format around them."""
 
     def __init__(self, locations: Mapping[str, Location]):
         self.locations = dict(locations)
@@ -174,7 +174,7 @@ class Remapped:
         return dtypes.pop()
 
     def _near(self, key: str, rows: slice) -> Stored:
-        """A tensor with those of its pieces that may lie in some rows, where it has many."""
+        """A tensor with those of its pieces that may overlap some rows, where it has many."""
         stored = self.layout[key]
         if len(stored.pieces) <= FEW:
             return stored

@@ -186,7 +186,7 @@ def forward(table: Table, shapes: Mapping[str, Shape], facts: Facts, where: str)
     unknown = [key for key in unmatched if not matches((*table.drop, *table.keep), key)]
     _refuse_unknown(unknown, "a hub checkpoint", where)
     experts = facts.get("experts", 0)
-    made: dict[str, Stored] = {}
+    out: dict[str, Stored] = {}
     for unit in units:
         unit.check_whole("hub", experts, where)
         try:
@@ -197,8 +197,8 @@ def forward(table: Table, shapes: Mapping[str, Shape], facts: Facts, where: str)
             raise _misfit(
                 f"{where}: {unit.hub[0]} {list(shapes[unit.hub[0]])} does not fit: {error}."
             ) from None
-        made.update(zip(unit.names("tree", experts), results, strict=True))
-    return made
+        out.update(zip(unit.names("tree", experts), results, strict=True))
+    return out
 
 
 def hub_shapes(table: Table, shapes: Mapping[str, Shape], facts: Facts, where: str) -> dict[str, Shape]:

@@ -1,4 +1,4 @@
-"""The Megatron-style tree: which tensor lies in which file under which name, for any TP, PP, virtual PP and
+"""The Megatron-style tree: which file holds which tensor under which name, for any TP, PP, virtual PP and
 EP.
 
 `place` is the one description; reading a tree asks it where everything would be and inverts the answer. File
@@ -149,7 +149,7 @@ def _begin(layers: Layers, stage: int) -> int:
 
 
 def _stages(table: Table, parallel: Parallel, key: str) -> Iterator[tuple[int, int, str]]:
-    """(virtual stage, pipeline rank, name there) of everywhere a tensor lies."""
+    """(virtual stage, pipeline rank, name there) of every stage that holds a tensor."""
     everything = [(v, p) for v in range(parallel.vpp) for p in range(parallel.pp)]
     if len(everything) == 1:
         yield 0, 0, key
@@ -190,7 +190,7 @@ Files = dict[str, dict[str, Stored]]
 
 
 def place(table: Table, shapes: Mapping[str, Shape], parallel: Parallel, facts: Facts) -> Files:
-    """Where every part of the whole tensors (key -> shape) lies in a tree cut so."""
+    """Where every part of the whole tensors (key -> shape) goes in a tree cut so."""
     experts = facts.get("experts", 0) // parallel.ep if parallel.ep > 1 else 0
     sizes = (parallel.largest_tp, parallel.pp, parallel.ep)
     ranks = [(t, p, e) for t in range(sizes[0]) for p in range(sizes[1]) for e in range(sizes[2])]
@@ -218,7 +218,7 @@ def place(table: Table, shapes: Mapping[str, Shape], parallel: Parallel, facts: 
 
 @dataclass
 class Tree:
-    """A tree on disk as whole tensors. source: them; duplicates: what lies there more than once."""
+    """A tree on disk as whole tensors. source: them; duplicates: what it holds more than once."""
 
     directory: Path
     parallel: Parallel
@@ -263,7 +263,7 @@ def is_tree(root: Path) -> bool:
 Rank = tuple[int, ...]
 """The numbers in the name of a rank's directory; or all of (tp, pp, ep)."""
 Held = dict[Rank, list[dict[str, Location]]]
-"""What lies on each rank: by virtual stage, tensor name -> where it lies."""
+"""What each rank holds: by virtual stage, tensor name -> where it is stored."""
 
 
 def open_files(where: Path, allow_pickle: bool = False) -> Held:
@@ -353,7 +353,7 @@ def _compare(
             raise PolymodalError(
                 f"{path}: {key.partition(':')[2]} is {list(location.shape)}, "
                 f"its layout ({parallel}) says {list(shape)}.",
-                "Give the layout that the tree was made with.",
+                "Give the layout that the tree was written with.",
             )
 
 
@@ -367,7 +367,7 @@ def _full(rank: Rank, parallel: Parallel) -> Rank:
 def recognise(
     table: Table, files: Held, facts: Facts, where: Path, given: Parallel | None = None
 ) -> Parallel:
-    """How a tree is cut, from its names and what lies where."""
+    """How a tree is cut, from its names and what each rank holds."""
     sample = next(iter(files))
     pp = len({rank[1] for rank in files}) if len(sample) > 1 else 1
     ep = len({rank[2] for rank in files}) if len(sample) == 3 else 1
@@ -385,7 +385,7 @@ def recognise(
                 stages.append(len({n for key in held if (n := tower.layer(key)) is not None}))
                 if any(key.startswith(tower.first) for key in held):
                     starts.append((virtual, p))
-        # a tower cut into fewer stages than the others lies there again and again
+        # a tower cut into fewer stages than the others is stored several times
         repeats = sorted({p for v, p in starts if v == starts[0][0]})
         width = repeats[1] - repeats[0] if len(repeats) > 1 else pp
         if sum(stages):
@@ -401,14 +401,14 @@ def recognise(
 def _agree(given: Parallel, found: Parallel, where: Path) -> None:
     if (given.largest_tp, given.ep) != (found.largest_tp, found.ep):
         raise PolymodalError(
-            f"{where} is cut to {found}, not to {given}.", "Give the sizes that it was made with."
+            f"{where} is cut to {found}, not to {given}.", "Give the sizes that it was written with."
         )
     for name, layers in given.layers.items():
         if name in found.layers and found.layers[name] != layers:
             raise PolymodalError(
                 f"{where}: {name}_pp_layers is {shown(found.layers[name])} in the tree, "
                 f"{shown(layers)} in the command.",
-                "Give the list that it was made with.",
+                "Give the list that it was written with.",
             )
 
 

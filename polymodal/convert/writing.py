@@ -111,7 +111,7 @@ def empty_torch_file(
 
 
 def torch_locations(path: Path, slots: Iterable[str]) -> dict[str, Location]:
-    """Where the tensors of a torch file lie, by torch's own reader, under slot:name."""
+    """Where the tensors of a torch file are stored, by torch's own reader, under slot:name."""
     content = reading.torch_file(path)
     return {
         f"{slot}:{name}": where
@@ -283,7 +283,7 @@ def protect(directory: Path) -> None:
 def released(root: Path, tracker: str, release: str) -> Iterator[Path]:
     """A directory that becomes root/release, with the tracker that points at it, when the block ends well.
 
-    Whatever else lies in root stays as it is: root may be the source. Raises PolymodalError when root belongs
+    Whatever else root holds stays as it is: root may be the source. Raises PolymodalError when root belongs
     to a training run (its tracker names a step)."""
     step = (root / tracker).read_text().strip() if (root / tracker).is_file() else release
     if step != release:
