@@ -7,16 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.convert import keylists, layouts
+from tests.convert.commands import ok, run
 from tests.convert.hubs import HUBS, keys_only, understanding
 from tests.convert.layouts import tensors
-from tests.convert.test_command import run
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
 
 CANONICAL = "--cfg.common_model_config.enable_canonical_hf_struct true"
 
@@ -33,22 +26,16 @@ def test_an_adapter_of_qwen_2_5_vl_goes_and_comes(here):
     )
     model.save_pretrained(here / "lora")
     cut = "--cfg.parallel_config.llm_pp_layers [1,2] --cfg.parallel_config.vit_pp_layers [4,0] --cfg.parallel_config.tp_size 2"
-    assert (
-        run(
-            f"mm-convert Qwen2_5_VLConverter lora_hf_to_mm --cfg.mm_dir mm --cfg.hf_config.hf_dir lora {CANONICAL} {cut}"
-        )
-        == 0
+    ok(
+        f"mm-convert Qwen2_5_VLConverter lora_hf_to_mm --cfg.mm_dir mm --cfg.hf_config.hf_dir lora {CANONICAL} {cut}"
     )
     tree, adapter = layouts.tree(here / "mm"), load_file(here / "lora/adapter_model.safetensors")
     down = "base_model.model.model.language_model.layers.1.mlp.down_proj.lora_{}.weight"
     at = "mp_rank_01_001/model:text_decoder.decoder.layers.0.mlp.linear_fc2.lora_{}.default.weight"
     assert torch.equal(tree[at.format("A")], adapter[down.format("A")].chunk(2, 1)[1])  # the input is cut
     assert torch.equal(tree[at.format("B")], adapter[down.format("B")])
-    assert (
-        run(
-            f"mm-convert Qwen2_5_VLConverter lora_mm_to_hf --cfg.mm_dir mm --cfg.save_hf_dir out {CANONICAL} {cut} --cfg.lora_alpha 8"
-        )
-        == 0
+    ok(
+        f"mm-convert Qwen2_5_VLConverter lora_mm_to_hf --cfg.mm_dir mm --cfg.save_hf_dir out {CANONICAL} {cut} --cfg.lora_alpha 8"
     )
     layouts.same(adapter, load_file(here / "out/adapter_model.safetensors"))
     base = Qwen2_5_VLForConditionalGeneration.from_pretrained(source)
@@ -97,10 +84,7 @@ def test_adapters_of_wan(here, style):
         adapter = wan_adapter(names)
     save_file(adapter, here / "lora/adapter_model.safetensors")
     pp = "--cfg.target_parallel_config.pp_layers [2,3]"
-    assert (
-        run(f"mm-convert WanConverter lora_hf_to_mm --cfg.source_path lora --cfg.target_path lora-mm {pp}")
-        == 0
-    )
+    ok(f"mm-convert WanConverter lora_hf_to_mm --cfg.source_path lora --cfg.target_path lora-mm {pp}")
     tree = layouts.tree(here / "lora-mm")
     for mine, theirs in zip(ours, names, strict=True):
         block, stage = int(mine.split(".")[1]), 0
@@ -109,16 +93,14 @@ def test_adapters_of_wan(here, style):
         local = f"blocks.{block}." + mine.split(".", 2)[2]
         leaf = next(key for key in adapter if key.startswith(theirs + ".") and "lora_B" in key)
         assert torch.equal(tree[f"mp_rank_00_00{stage}/model:{local}.lora_B.default.weight"], adapter[leaf])
-    assert (
-        run("mm-convert WanConverter lora_mm_to_hf --cfg.source_path lora-mm --cfg.target_path lora-out") == 0
-    )
+    ok("mm-convert WanConverter lora_mm_to_hf --cfg.source_path lora-mm --cfg.target_path lora-out")
     out = load_file(here / "lora-out/pytorch_lora_weights.safetensors")
     assert len(out) == len(adapter) and all(key.startswith("transformer.blocks.") for key in out)
     if style == "diffusers":
         layouts.same(adapter, out)
-    assert run("mm-convert WanConverter hf_to_mm --cfg.source_path hf --cfg.target_path mm") == 0
+    ok("mm-convert WanConverter hf_to_mm --cfg.source_path hf --cfg.target_path mm")
     line = "mm-convert WanConverter merge_lora_to_base --cfg.source_path mm --cfg.lora_path lora-mm --cfg.target_path sum --lora_rank 2 --lora-alpha 4"
-    assert run(line) == 0
+    ok(line)
     base, merged = layouts.tree(here / "mm"), layouts.tree(here / "sum")
     changed = {
         key.partition(":")[2].removesuffix(".weight")
@@ -144,10 +126,8 @@ def test_adapters_open_in_diffusers(here):
         ),
         here / "lora/adapter_model.safetensors",
     )
-    assert run("mm-convert WanConverter lora_hf_to_mm --cfg.source_path lora --cfg.target_path lora-mm") == 0
-    assert (
-        run("mm-convert WanConverter lora_mm_to_hf --cfg.source_path lora-mm --cfg.target_path lora-out") == 0
-    )
+    ok("mm-convert WanConverter lora_hf_to_mm --cfg.source_path lora --cfg.target_path lora-mm")
+    ok("mm-convert WanConverter lora_mm_to_hf --cfg.source_path lora-mm --cfg.target_path lora-out")
     model = diffusers.WanTransformer3DModel.from_pretrained(here / "hf")
     model.load_lora_adapter(
         load_file(here / "lora-out/pytorch_lora_weights.safetensors"), prefix="transformer"
@@ -158,26 +138,17 @@ def test_adapters_open_in_diffusers(here):
 @pytest.mark.slow
 def test_wan_to_dcp_and_back(here):
     source = HUBS["wan i2v"].make(here / "hf")
-    assert (
-        run(
-            "mm-convert WanConverter hf_to_mm --cfg.source_path hf --cfg.target_path mm --cfg.target_parallel_config.pp_layers [[1,2],[1,1]]"
-        )
-        == 0
+    ok(
+        "mm-convert WanConverter hf_to_mm --cfg.source_path hf --cfg.target_path mm --cfg.target_parallel_config.pp_layers [[1,2],[1,1]]"
     )
-    assert run("mm-convert WanConverter mm_to_dcp --cfg.source_path mm --cfg.target_path dcp") == 0
+    ok("mm-convert WanConverter mm_to_dcp --cfg.source_path mm --cfg.target_path dcp")
     from tests.convert.test_sharded import fqns
 
     assert "model.blocks.4.ffn.0.weight" in fqns(here / "dcp/release")
-    assert (
-        run(
-            "mm-convert WanConverter dcp_to_mm --cfg.source_path dcp --cfg.target_path again --cfg.target_parallel_config.pp_layers [4,1]"
-        )
-        == 0
+    ok(
+        "mm-convert WanConverter dcp_to_mm --cfg.source_path dcp --cfg.target_path again --cfg.target_parallel_config.pp_layers [4,1]"
     )
-    assert (
-        run("mm-convert WanConverter mm_to_hf --cfg.source_path again --cfg.target_path out --cfg.hf_dir hf")
-        == 0
-    )
+    ok("mm-convert WanConverter mm_to_hf --cfg.source_path again --cfg.target_path out --cfg.hf_dir hf")
     layouts.same(tensors(source), tensors(here / "out"))
 
 
@@ -192,7 +163,7 @@ def saved(keys, path, inside):
 def test_hunyuan_video_from_its_original_file(here, tp):
     state = saved(keylists.hunyuan(), here / "hunyuan/mp_rank_00/model_states.pt", "module")
     line = f"mm-convert HunyuanVideoConverter --version t2v source_to_mm --cfg.source_path hunyuan/mp_rank_00/model_states.pt --cfg.target_path mm --cfg.target_parallel_config.tp_size={tp}"
-    assert run(line) == 0
+    ok(line)
     tree = layouts.tree(here / "mm")
     columns = state["single_blocks.1.linear2.weight"]
     want = torch.cat([columns[:, :32].chunk(tp, 1)[-1], columns[:, 32:].chunk(tp, 1)[-1]], 1)
@@ -203,16 +174,11 @@ def test_hunyuan_video_from_its_original_file(here, tp):
         tree["mp_rank_00/model:single_blocks.1.linear1_qkv.bias"],
         torch.cat([x.chunk(tp)[0] for x in qkv.chunk(3)]),
     )
-    assert (
-        run("mm-convert HunyuanVideoConverter mm_to_source --cfg.source_path mm --cfg.target_path out") == 0
-    )
+    ok("mm-convert HunyuanVideoConverter mm_to_source --cfg.source_path mm --cfg.target_path out")
     layouts.same(state, tensors(here / "out"))
     # a tree is cut again by the same method
-    assert (
-        run(
-            "mm-convert HunyuanVideoConverter --version t2v source_to_mm --cfg.source_path mm --cfg.target_path one"
-        )
-        == 0
+    ok(
+        "mm-convert HunyuanVideoConverter --version t2v source_to_mm --cfg.source_path mm --cfg.target_path one"
     )
     assert {key.partition("/")[0] for key in layouts.tree(here / "one")} == {"mp_rank_00"}
 
@@ -233,11 +199,8 @@ def test_hunyuan_video_adapter(here):
             f"{prefix}{name}.alpha": (),
         }
     save_file({key: torch.randn(shape) for key, shape in keys.items()}, here / "kohya.safetensors")
-    assert (
-        run(
-            "mm-convert HunyuanVideoConverter --version i2v-lora source_to_mm --cfg.source_path kohya.safetensors --cfg.target_path mm"
-        )
-        == 0
+    ok(
+        "mm-convert HunyuanVideoConverter --version i2v-lora source_to_mm --cfg.source_path kohya.safetensors --cfg.target_path mm"
     )
     tree, state = layouts.tree(here / "mm"), load_file(here / "kohya.safetensors")
     for half, rows in (("qkv", slice(0, 96)), ("mlp", slice(96, 144))):
@@ -254,17 +217,11 @@ def test_hunyuan_video_adapter(here):
         == 2
     )  # not there
     base = saved(keylists.hunyuan(), here / "base.pt", "module")
-    assert (
-        run(
-            "mm-convert HunyuanVideoConverter --version i2v source_to_mm --cfg.source_path base.pt --cfg.target_path base"
-        )
-        == 0
+    ok(
+        "mm-convert HunyuanVideoConverter --version i2v source_to_mm --cfg.source_path base.pt --cfg.target_path base"
     )
-    assert (
-        run(
-            "mm-convert HunyuanVideoConverter --version i2v merge_lora_to_base --cfg.source_path base --cfg.lora_path mm --cfg.target_path sum --lora-alpha 4 --lora-rank 4"
-        )
-        == 0
+    ok(
+        "mm-convert HunyuanVideoConverter --version i2v merge_lora_to_base --cfg.source_path base --cfg.lora_path mm --cfg.target_path sum --lora-alpha 4 --lora-rank 4"
     )
     a, b = (state[f"{prefix}single_blocks_0_linear1.lora_{x}.weight"] for x in ("down", "up"))
     merged = layouts.tree(here / "sum")["mp_rank_00/model:single_blocks.0.linear1_mlp.weight"]
@@ -275,17 +232,11 @@ def test_hunyuan_video_1_5_keeps_its_names(here):
     source = keys_only(
         {"double_blocks.0.img_attn_q.weight": (8, 8), "byt5_in.x": (3,)}, None, "diffusion_pytorch_model"
     )(here / "hf")
-    assert (
-        run(
-            "mm-convert HunyuanVideoConverter --version 1.5 source_to_mm --cfg.source_path hf --cfg.target_path mm"
-        )
-        == 0
+    ok(
+        "mm-convert HunyuanVideoConverter --version 1.5 source_to_mm --cfg.source_path hf --cfg.target_path mm"
     )
-    assert (
-        run(
-            "mm-convert HunyuanVideoConverter --version 1.5 mm_to_source --cfg.source_path mm --cfg.target_path out"
-        )
-        == 0
+    ok(
+        "mm-convert HunyuanVideoConverter --version 1.5 mm_to_source --cfg.source_path mm --cfg.target_path out"
     )
     layouts.same(tensors(source), tensors(here / "out"))
 
@@ -318,11 +269,8 @@ def test_the_text_encoder_of_hunyuan_video(here):
     )
     model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
     model.save_pretrained(here / "llava")
-    assert (
-        run(
-            "mm-convert HunyuanVideoConverter --version t2v t2v_text_encoder --cfg.source_path llava --cfg.target_path encoder"
-        )
-        == 0
+    ok(
+        "mm-convert HunyuanVideoConverter --version t2v t2v_text_encoder --cfg.source_path llava --cfg.target_path encoder"
     )
     made = AutoModelForCausalLM.from_pretrained(here / "encoder", dtype="auto")
     assert made.dtype == torch.float16
@@ -333,21 +281,9 @@ def test_the_text_encoder_of_hunyuan_video(here):
 def test_cogvideox_by_both_of_its_names_is_one_tree(here):
     source = HUBS["cogvideox"].make(here / "hf")
     tp = "--cfg.target_parallel_config.tp_size 2 --cfg.target_parallel_config.pp_layers [2,3]"
-    assert (
-        run(
-            f"mm-convert CogVideoConverter --version t2v hf_to_mm --cfg.source_path hf --cfg.target_path mm {tp}"
-        )
-        == 0
-    )
-    assert (
-        run("mm-convert CogVideoConverter mm_to_source --cfg.source_path mm --cfg.target_path original") == 0
-    )
-    assert (
-        run(
-            f"mm-convert CogVideoConverter source_to_mm --cfg.source_path original --cfg.target_path again {tp}"
-        )
-        == 0
-    )
+    ok(f"mm-convert CogVideoConverter --version t2v hf_to_mm --cfg.source_path hf --cfg.target_path mm {tp}")
+    ok("mm-convert CogVideoConverter mm_to_source --cfg.source_path mm --cfg.target_path original")
+    ok(f"mm-convert CogVideoConverter source_to_mm --cfg.source_path original --cfg.target_path again {tp}")
     layouts.same(layouts.tree(here / "mm"), layouts.tree(here / "again"))
     hub, original = tensors(source), tensors(here / "original")
     one, two = (hub[f"transformer_blocks.1.norm{n}.linear.bias"].chunk(6) for n in (1, 2))
@@ -359,11 +295,8 @@ def test_cogvideox_by_both_of_its_names_is_one_tree(here):
 def test_positions_of_cogvideox_may_be_left_out(here):
     saved(keylists.sat(), here / "sat.pt", "module")
     for flag, there in (("", True), ("--remove_pos_emb true", False)):
-        assert (
-            run(
-                f"mm-convert CogVideoConverter --version i2v {flag} source_to_mm --cfg.source_path sat.pt --cfg.target_path mm"
-            )
-            == 0
+        ok(
+            f"mm-convert CogVideoConverter --version i2v {flag} source_to_mm --cfg.source_path sat.pt --cfg.target_path mm"
         )
         assert any("pos_embed.freqs_cos" in key for key in layouts.tree(here / "mm")) is there
 
@@ -371,21 +304,11 @@ def test_positions_of_cogvideox_may_be_left_out(here):
 @pytest.mark.slow
 def test_open_sora_plan_1_5_from_its_file(here):
     state = saved(keylists.open_sora_plan_15(), here / "osp.pt", "ema_state_dict")
-    assert (
-        run(
-            "mm-convert OpenSoraPlanConverter --version v1.5 source_to_mm --cfg.source_path osp.pt --cfg.target_path mm --cfg.target_parallel_config.tp_size 2"
-        )
-        == 0
+    ok(
+        "mm-convert OpenSoraPlanConverter --version v1.5 source_to_mm --cfg.source_path osp.pt --cfg.target_path mm --cfg.target_parallel_config.tp_size 2"
     )
-    assert (
-        run(
-            "mm-convert OpenSoraPlanConverter --version v1.5 resplit --cfg.source_path mm --cfg.target_path one"
-        )
-        == 0
-    )
-    assert (
-        run("mm-convert OpenSoraPlanConverter mm_to_source --cfg.source_path one --cfg.target_path out") == 0
-    )
+    ok("mm-convert OpenSoraPlanConverter --version v1.5 resplit --cfg.source_path mm --cfg.target_path one")
+    ok("mm-convert OpenSoraPlanConverter mm_to_source --cfg.source_path one --cfg.target_path out")
     layouts.same(state, tensors(here / "out"))
 
 
@@ -402,7 +325,7 @@ def test_other_sources_through_their_commands(here, line):
         "BagelConverter": "bagel",
     }[line]
     source = HUBS[name].make(here / "hf")
-    assert run(f"mm-convert {line} hf_to_mm --cfg.source_path hf --cfg.target_path mm") == 0
-    assert run(f"mm-convert {line} mm_to_hf --cfg.source_path mm --cfg.target_path out --cfg.hf_dir hf") == 0
+    ok(f"mm-convert {line} hf_to_mm --cfg.source_path hf --cfg.target_path mm")
+    ok(f"mm-convert {line} mm_to_hf --cfg.source_path mm --cfg.target_path out --cfg.hf_dir hf")
     layouts.same(tensors(source), tensors(here / "out"))
     assert json.loads((here / "out/polymodal_convert.json").read_text())["converter"] == line

@@ -1,35 +1,16 @@
 """Every `mm-convert` line of the documents runs as written, on tiny checkpoints; help lists what works, and only that."""
 
 import os
-import shlex
 import subprocess
 import sys
 
 import pytest
 import yaml
 
-from polymodal.convert import command
 from tests.convert import layouts
+from tests.convert.commands import ok
 from tests.convert.hubs import HUBS, understanding
 from tests.convert.layouts import tensors
-
-
-def run(line, *more):
-    """One command line, as a shell would cut it; lines may be continued. Its exit code."""
-    words = shlex.split(line.replace("\\\n", " "))
-    assert words.pop(0) == "mm-convert"
-    try:
-        command.main([*words, *more])
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
 
 QWEN_2_5 = """mm-convert Qwen2_5_VLConverter hf_to_mm \\
 --cfg.mm_dir "ckpt/mm_path/Qwen2.5-VL-3B-Instruct" \\
@@ -43,7 +24,7 @@ def test_qwen_2_5_vl_as_documented(here):
     source = understanding("qwen2.5-vl", text_config__num_hidden_layers=36, vision_config__depth=32)(
         here / "ckpt/hf_path/Qwen2.5-VL-3B-Instruct"
     )
-    assert run(QWEN_2_5) == 0
+    ok(QWEN_2_5)
     root = here / "ckpt/mm_path/Qwen2.5-VL-3B-Instruct"
     assert (root / "latest_checkpointed_iteration.txt").read_text() == "release"
     assert [p.name for p in (root / "release").iterdir()] == ["mp_rank_00"]
@@ -51,7 +32,7 @@ def test_qwen_2_5_vl_as_documented(here):
         QWEN_2_5.replace("hf_to_mm", "mm_to_hf").replace("[[36]]", "[36]").replace("[[32]]", "[32]")
         + " --cfg.save_hf_dir converted"
     )
-    assert run(back) == 0
+    ok(back)
     layouts.same(tensors(source), tensors(here / "converted"))
 
 
@@ -68,22 +49,14 @@ def test_wan_as_documented(here):
     place = here / "weights/Wan-AI/Wan2.1-T2V-1.3B-Diffusers/transformer"
     transformer("WanTransformer3DModel", **{**SIZES, "num_layers": 30})(place)
     before = tensors(place)
-    assert run(WAN) == 0
-    assert run(WAN_PP) == 0  # again, over the first
+    ok(WAN)
+    ok(WAN_PP)  # again, over the first
     assert sorted(p.name for p in (place / "release").iterdir()) == [f"mp_rank_00_00{p}" for p in range(4)]
     assert {key.partition(":")[0] for key in layouts.tree(place)} == {
         f"mp_rank_00_00{p}/model" for p in range(4)
     }
-    assert (
-        run(
-            "mm-convert WanConverter mm_to_hf --cfg.source_path",
-            str(place),
-            "--cfg.target_path",
-            "out",
-            "--cfg.hf_dir",
-            str(place),
-        )
-        == 0
+    ok(
+        f"mm-convert WanConverter mm_to_hf --cfg.source_path {place} --cfg.target_path out --cfg.hf_dir {place}"
     )
     layouts.same(before, tensors(here / "out"))
     import diffusers
@@ -119,75 +92,46 @@ def test_qwen_3_vl_as_documented(here, size):
         text = text.replace("8B", size)
         return text if size == "8B" else text.replace("6,10,10,10", "6,14,14,14") + EXPERTS
 
-    assert run(line(QWEN_3)) == 0
-    assert run(line(QWEN_3_BACK)) == 0
+    ok(line(QWEN_3))
+    ok(line(QWEN_3_BACK))
     layouts.same(tensors(source), tensors(here / f"ckpt/mm_to_hf/Qwen3-VL-{size}"))
 
 
+TREE = {"hf_to_mm", "mm_to_hf", "resplit"}
+SOURCE = {"source_to_mm", "mm_to_source"}
+SHARDED = {
+    "hf_to_dcp", "dcp_to_hf", "lora_hf_to_dcp", "lora_dcp_to_hf", "merge_mm_lora_dcp_weight_to_base_hf"
+}  # fmt: skip
 CONVERTERS = {
-    "Qwen2VLConverter": {"hf_to_mm", "mm_to_hf", "resplit"},
-    "Qwen2_5_VLConverter": {"hf_to_mm", "mm_to_hf", "resplit", "lora_hf_to_mm", "lora_mm_to_hf"},
-    "Qwen2_5_OmniConverter": {"hf_to_mm", "mm_to_hf", "resplit"},
-    "Qwen3VLMegatronConverter": {"hf_to_mm", "mm_to_hf", "resplit"},
-    "InternVLConverter": {"hf_to_mm", "mm_to_hf", "resplit"},
-    "GlmConverter": {"hf_to_mm", "mm_to_hf", "resplit"},
-    "DeepSeekVLConverter": {"hf_to_mm", "mm_to_hf", "resplit"},
-    "Qwen3VLConverter": {
-        "hf_to_dcp",
-        "dcp_to_hf",
-        "lora_hf_to_dcp",
-        "lora_dcp_to_hf",
-        "merge_mm_lora_dcp_weight_to_base_hf",
-    },
-    "Mistral3Converter": {
-        "hf_to_dcp",
-        "dcp_to_hf",
-        "lora_hf_to_dcp",
-        "lora_dcp_to_hf",
-        "merge_mm_lora_dcp_weight_to_base_hf",
-    },
+    "Qwen2VLConverter": TREE,
+    "Qwen2_5_VLConverter": {*TREE, "lora_hf_to_mm", "lora_mm_to_hf"},
+    "Qwen2_5_OmniConverter": TREE,
+    "Qwen3VLMegatronConverter": TREE,
+    "InternVLConverter": TREE,
+    "GlmConverter": TREE,
+    "DeepSeekVLConverter": TREE,
+    "Qwen3VLConverter": SHARDED,
+    "Mistral3Converter": SHARDED,
     "Qwen35Converter": {"hf_to_dcp", "dcp_to_hf"},
     "GenericDCPConverter": {"hf_to_dcp", "dcp_to_hf"},
     "ExpertMergeDcpConverter": {"hf_to_dcp", "dcp_to_hf", "merge", "split"},
     "WanConverter": {
-        "hf_to_mm",
-        "mm_to_hf",
-        "resplit",
-        "lora_hf_to_mm",
-        "lora_mm_to_hf",
-        "merge_lora_to_base",
-        "mm_to_dcp",
-        "dcp_to_mm",
+        *TREE, "lora_hf_to_mm", "lora_mm_to_hf", "merge_lora_to_base", "mm_to_dcp", "dcp_to_mm"
     },
-    "HunyuanVideoConverter": {
-        "hf_to_mm",
-        "mm_to_hf",
-        "source_to_mm",
-        "mm_to_source",
-        "resplit",
-        "merge_lora_to_base",
-        "t2v_text_encoder",
-    },
-    "CogVideoConverter": {
-        "hf_to_mm",
-        "mm_to_hf",
-        "source_to_mm",
-        "mm_to_source",
-        "resplit",
-        "merge_lora_to_base",
-    },
-    "OpenSoraPlanConverter": {"hf_to_mm", "mm_to_hf", "source_to_mm", "mm_to_source", "resplit"},
-    "OpenSoraConverter": {"hf_to_mm", "mm_to_hf", "resplit"},
-    "StepVideoConverter": {"hf_to_mm", "mm_to_hf", "resplit"},
-    "VACEConverter": {"hf_to_mm", "mm_to_hf", "hf_diffusers_to_mm", "mm_to_hf_diffusers", "resplit"},
-    "LuminaConverter": {"hf_to_mm", "mm_to_hf", "resplit"},
-    "BagelConverter": {"hf_to_mm", "mm_to_hf", "resplit"},
-}
+    "HunyuanVideoConverter": {*TREE, *SOURCE, "merge_lora_to_base", "t2v_text_encoder"},
+    "CogVideoConverter": {*TREE, *SOURCE, "merge_lora_to_base"},
+    "OpenSoraPlanConverter": {*TREE, *SOURCE},
+    "OpenSoraConverter": TREE,
+    "StepVideoConverter": TREE,
+    "VACEConverter": {*TREE, "hf_diffusers_to_mm", "mm_to_hf_diffusers"},
+    "LuminaConverter": TREE,
+    "BagelConverter": TREE,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONVERTERS)
 def test_help_lists_the_methods_that_work(name, capsys):
-    assert run(f"mm-convert {name} --help") == 0
+    ok(f"mm-convert {name} --help")
     text = capsys.readouterr().out
     listed = set(text.partition("Available subcommands:")[2].replace("(required)", "").split())
     assert CONVERTERS[name] <= listed
@@ -196,22 +140,22 @@ def test_help_lists_the_methods_that_work(name, capsys):
 
 
 def test_help_of_all(capsys):
-    assert run("mm-convert --help") == 0
+    ok("mm-convert --help")
     text = capsys.readouterr().out
     assert all(name in text for name in (*CONVERTERS, "moe_expert"))
-    assert run("mm-convert Qwen2VLConverter hf_to_mm --help") == 0
+    ok("mm-convert Qwen2VLConverter hf_to_mm --help")
     assert "Language layers on each stage" in " ".join(capsys.readouterr().out.split())
 
 
 def test_values_from_yaml_and_from_the_environment(here, capsys, monkeypatch):
     source = HUBS["qwen2.5-vl"].make(here / "hf")
-    assert run("mm-convert Qwen2_5_VLConverter hf_to_mm --print_config=comments") == 0
+    ok("mm-convert Qwen2_5_VLConverter hf_to_mm --print_config=comments")
     printed = capsys.readouterr().out
     assert "# Tensor parallel size" in printed
     config = yaml.safe_load(printed)
     config["cfg"]["mm_dir"], config["cfg"]["hf_config"]["hf_dir"] = "one", str(source)
     (here / "c.yaml").write_text(yaml.safe_dump(config))
-    assert run("mm-convert Qwen2_5_VLConverter hf_to_mm --config c.yaml") == 0
+    ok("mm-convert Qwen2_5_VLConverter hf_to_mm --config c.yaml")
     monkeypatch.setenv("JSONARGPARSE_DEFAULT_ENV", "true")
     for key, value in {
         "MM_DIR": "two",
@@ -219,14 +163,14 @@ def test_values_from_yaml_and_from_the_environment(here, capsys, monkeypatch):
         "PARALLEL_CONFIG__TP_SIZE": "1",
     }.items():
         monkeypatch.setenv(f"MM_CONVERT_QWEN2_5_VLCONVERTER__HF_TO_MM__CFG__{key}", value)
-    assert run("mm-convert Qwen2_5_VLConverter hf_to_mm") == 0
+    ok("mm-convert Qwen2_5_VLConverter hf_to_mm")
     layouts.same(layouts.tree(here / "one"), layouts.tree(here / "two"))
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(here, capsys):
     source = HUBS["qwen2.5-vl"].make(here / "hf")
     line = f"mm-convert Qwen2_5_VLConverter hf_to_mm --cfg.mm_dir mm --cfg.hf_config.hf_dir {source} --cfg.parallel_config.tp_size 2 --dry-run"
-    assert run(line) == 0
+    ok(line)
     out = capsys.readouterr().out
     assert (
         "release/mp_rank_01/model_optim_rng.pt" in out

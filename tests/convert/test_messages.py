@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from polymodal.convert import page, reading, writing
 from polymodal.core.errors import PolymodalError
 from tests.convert import layouts
+from tests.convert.commands import ok, run
 from tests.convert.hubs import HUBS
-from tests.convert.test_command import run
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_unknown_and_missing_tensors_are_named(here, capsys):
 
 @pytest.fixture
 def tree(here):
-    assert run(f"{QWEN} {PP.format('[1,3]', '[4,0]')} --cfg.parallel_config.tp_size 2") == 0
+    ok(f"{QWEN} {PP.format('[1,3]', '[4,0]')} --cfg.parallel_config.tp_size 2")
     return here / "mm"
 
 
@@ -144,14 +144,14 @@ def test_tensors_of_a_tree_that_do_not_belong(tree, capsys):
 def test_ranks_that_disagree_are_reported(tree, here, capsys):
     norm = "text_decoder.decoder.layers.0.input_layernorm.weight"
     edit(tree / "release/mp_rank_01_000/model_optim_rng.pt", lambda content: content["model"][norm].add_(1))
-    assert run(BACK) == 0
+    ok(BACK)
     assert "1 tensors differ between ranks that should hold the same" in capsys.readouterr().err
     layouts.same(layouts.tensors(here / "hf"), layouts.tensors(here / "out"))
 
 
 def test_a_tied_head_that_was_trained_by_itself(here, capsys):
     line = QWEN.replace("Qwen2_5_VL", "Qwen2VL").replace("dir hf", "dir tied")
-    assert run(f"{line} {PP.format('[1,2]', '[4,0]')}") == 0
+    ok(f"{line} {PP.format('[1,2]', '[4,0]')}")
     head = "text_decoder.output_layer.weight"
     edit(
         here / "mm/release/mp_rank_00_001/model_optim_rng.pt", lambda content: content["model"][head].add_(1)
@@ -176,13 +176,13 @@ def test_pickles_that_hold_more_than_tensors(tree, here, capsys):
         torch.save(
             {**content, "args": argparse.Namespace(lr=1e-4, dtype=torch.bfloat16), "iteration": 3}, path
         )
-    assert run(BACK) == 0  # plain settings are no danger
+    ok(BACK)  # plain settings are no danger
     shutil.rmtree(here / "out")
     for path in tree.glob("release/*/model_optim_rng.pt"):
         torch.save({**torch.load(path, weights_only=False), "rng_state": [Harmless()]}, path)
     refused(capsys, BACK, "holds more than tensors (print)")
     assert not (here / "out").exists()
-    assert run(f"{BACK} --allow-pickle") == 0
+    ok(f"{BACK} --allow-pickle")
     assert "code of the file ran" not in capsys.readouterr().out
     layouts.same(layouts.tensors(here / "hf"), layouts.tensors(here / "out"))
 
@@ -194,7 +194,7 @@ def test_trees_of_the_mindspore_back_end(tree, capsys):
 
 
 def test_what_is_in_the_way(here, capsys):
-    assert run(QWEN) == 0
+    ok(QWEN)
     line = (
         "mm-convert Qwen2_5_VLConverter mm_to_hf --cfg.mm_dir mm --cfg.hf_config.hf_dir hf --cfg.save_hf_dir "
     )
@@ -224,7 +224,7 @@ def test_verification_finds_a_byte_that_changed(here, capsys, monkeypatch):
     monkeypatch.setattr(writing, "pwrite", and_spoil)
     refused(capsys, QWEN, "is not what was written")
     assert not (here / "mm").exists()
-    assert run(f"{QWEN} --no-verify") == 0
+    ok(f"{QWEN} --no-verify")
 
 
 def test_verification_finds_a_file_that_changed_around_its_values(here, capsys, monkeypatch):
@@ -243,7 +243,7 @@ def test_verification_finds_a_file_that_changed_around_its_values(here, capsys, 
 
 
 def test_a_failure_while_writing_leaves_the_old_tree(here, capsys, monkeypatch):
-    assert run(QWEN) == 0
+    ok(QWEN)
     before = {p: p.read_bytes() for p in (here / "mm").rglob("*") if p.is_file()}
 
     def full(*_):

@@ -2,29 +2,15 @@
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from polymodal import cli
 from polymodal.convert import engine, output, recognise
 from polymodal.convert.family import family
 from polymodal.convert.tree import Parallel
 from polymodal.models import storage, weights
 from tests.convert import layouts
+from tests.convert.commands import ok, polymodal
 from tests.convert.hubs import HUBS, understanding
 from tests.convert.layouts import SETTINGS, tensors
-from tests.convert.test_command import run
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def polymodal(line):
-    done = CliRunner().invoke(cli.app, line.split())
-    return done.exit_code, done.output
-
 
 CUTS = {
     "qwen2.5-vl": "--tp 2 --pp 1,3 --vit-pp 4,0",
@@ -62,8 +48,8 @@ def test_every_model_goes_to_dcp_and_comes_back(here, name):
         recognise.run(dcp, back, "hf", source, sizes, {}, False, SETTINGS)
     else:
         line = "mm-convert GenericDCPConverter"
-        assert run(f"{line} hf_to_dcp --hf_dir hf --dcp_dir dcp") == 0
-        assert run(f"{line} dcp_to_hf --load_dir dcp --save_dir out --model_assets_dir hf") == 0
+        ok(f"{line} hf_to_dcp --hf_dir hf --dcp_dir dcp")
+        ok(f"{line} dcp_to_hf --load_dir dcp --save_dir out --model_assets_dir hf")
     layouts.same(tensors(source), tensors(back))
 
 

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from tests.convert import keylists, layouts
+from tests.convert.commands import ok
 from tests.convert.hubs import HUBS, keys_only
 from tests.convert.layouts import tensors
-from tests.convert.test_command import run
 
 
 def fqns(directory):
@@ -19,16 +19,10 @@ def fqns(directory):
     return {key: tuple(entry.size) for key, entry in table.items() if hasattr(entry, "size")}
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.mark.parametrize("name", ["qwen3-vl, tied", "qwen3-vl experts"])
 def test_qwen_3_vl(here, name):
     source = HUBS[name].make(here / "hf")
-    assert run("mm-convert Qwen3VLConverter hf_to_dcp --hf_dir hf --dcp_dir dcp") == 0
+    ok("mm-convert Qwen3VLConverter hf_to_dcp --hf_dir hf --dcp_dir dcp")
     assert (here / "dcp/latest_checkpointed_iteration.txt").read_text() == "release"
     hub, made = tensors(source), fqns(here / "dcp/release")
     assert made.keys() == {f"model.model.{key}" for key in hub}
@@ -36,23 +30,15 @@ def test_qwen_3_vl(here, name):
         shape = tuple(value.shape)
         flat = (shape[0] * shape[1], shape[2]) if ".experts." in key else shape
         assert made[f"model.model.{key}"] == flat
-    assert (
-        run(
-            "mm-convert Qwen3VLConverter dcp_to_hf --load_dir dcp/release --save_dir out --model_assets_dir hf"
-        )
-        == 0
-    )
+    ok("mm-convert Qwen3VLConverter dcp_to_hf --load_dir dcp/release --save_dir out --model_assets_dir hf")
     layouts.same(hub, tensors(here / "out"))
 
 
 @pytest.mark.slow
 def test_qwen_3_vl_head_and_lora_base(here):
     source = HUBS["qwen3-vl, tied"].make(here / "hf")
-    assert (
-        run(
-            "mm-convert Qwen3VLConverter hf_to_dcp --hf_dir hf --dcp_dir dcp --tie_weight True --is_lora_base true"
-        )
-        == 0
+    ok(
+        "mm-convert Qwen3VLConverter hf_to_dcp --hf_dir hf --dcp_dir dcp --tie_weight True --is_lora_base true"
     )
     made = fqns(here / "dcp/release")
     prefix = "model.base_model.model.model."
@@ -73,19 +59,16 @@ def test_an_adapter_goes_and_comes_and_is_added(here):
         adapter[f"base_model.model.{name}.lora_A.weight"] = torch.randn(4, columns)
         adapter[f"base_model.model.{name}.lora_B.weight"] = torch.randn(rows, 4)
     save_file(adapter, here / "lora/adapter_model.safetensors")
-    assert run("mm-convert Qwen3VLConverter lora_hf_to_dcp --hf_dir lora --dcp_dir lora-dcp") == 0
+    ok("mm-convert Qwen3VLConverter lora_hf_to_dcp --hf_dir lora --dcp_dir lora-dcp")
     assert f"model.base_model.model.model.{one}.lora_A.default.weight" in fqns(here / "lora-dcp/release")
-    assert (
-        run(
-            "mm-convert Qwen3VLConverter lora_dcp_to_hf --lora_dcp_dir lora-dcp --save_dir lora-out --lora_alpha 8"
-        )
-        == 0
+    ok(
+        "mm-convert Qwen3VLConverter lora_dcp_to_hf --lora_dcp_dir lora-dcp --save_dir lora-out --lora_alpha 8"
     )
     layouts.same(adapter, load_file(here / "lora-out/adapter_model.safetensors"))
     config = json.loads((here / "lora-out/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 8, sorted([one, two]))
     line = "mm-convert Qwen3VLConverter merge_mm_lora_dcp_weight_to_base_hf --base_hf_dir hf --lora_dcp_dir lora-dcp --save_merged_hf_dir sum --scaling 2.0 --lora_target_modules q_proj"
-    assert run(line) == 0
+    ok(line)
     merged = tensors(here / "sum")
     a, b = (adapter[f"base_model.model.{one}.lora_{x}.weight"] for x in "AB")
     want = (base[f"{one}.weight"].float() + (b @ a) * 2.0).to(torch.bfloat16)
@@ -99,7 +82,7 @@ def test_an_adapter_goes_and_comes_and_is_added(here):
 def test_experts_merged_and_split(here, scheme):
     keys = keylists.internvl_chat(experts=4)
     source = keys_only(keys, keylists.chat_config(experts=4))(here / "hf")
-    assert run("mm-convert moe_expert --style merge --hf_dir hf --save_dir merged --max_shard_size 20KB") == 0
+    ok("mm-convert moe_expert --style merge --hf_dir hf --save_dir merged --max_shard_size 20KB")
     merged, hub, layer = (
         tensors(here / "merged"),
         tensors(source),
@@ -114,7 +97,7 @@ def test_experts_merged_and_split(here, scheme):
         list((here / "merged").glob("model-*.safetensors"))
     ) > 2
     command = "moe_expert --style split" if scheme == "split" else "ExpertMergeDcpConverter split"
-    assert run(f"mm-convert {command} --hf_dir merged --save_dir apart") == 0
+    ok(f"mm-convert {command} --hf_dir merged --save_dir apart")
     layouts.same(hub, tensors(here / "apart"))
 
 
@@ -150,7 +133,7 @@ def test_expert_merge_dcp(here, which):
         "omni": thinker,
     }[which]()
     source = keys_only(keys, config)(here / "hf")
-    assert run("mm-convert ExpertMergeDcpConverter hf_to_dcp --hf_dir hf --save_dir dcp") == 0
+    ok("mm-convert ExpertMergeDcpConverter hf_to_dcp --hf_dir hf --save_dir dcp")
     made = fqns(here / "dcp/release")
     name = {
         "internvl": "model.model.language_model.model.layers.0.mlp",
@@ -163,10 +146,7 @@ def test_expert_merge_dcp(here, which):
         "omni": (4, 8, 8),
     }  # flat; Qwen3-Omni's keep their three dimensions
     assert made[f"{name}.experts.gate_up_proj"] == sizes[which]
-    assert (
-        run("mm-convert ExpertMergeDcpConverter dcp_to_hf --hf_dir hf --dcp_dir dcp/release --save_dir out")
-        == 0
-    )
+    ok("mm-convert ExpertMergeDcpConverter dcp_to_hf --hf_dir hf --dcp_dir dcp/release --save_dir out")
     layouts.same(tensors(source), tensors(here / "out"))
 
 
@@ -181,11 +161,8 @@ def test_qwen_3_5(here):
         keys |= keylists.expert(f"mtp.layers.0.mlp.experts.{e}", 8, 3)
     config = {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "text_config": {"num_experts": 4}}
     source = keys_only(keys, config)(here / "hf")
-    assert (
-        run(
-            'mm-convert Qwen35Converter hf_to_dcp --hf_dir hf --dcp_dir dcp --tie_weight_mapping \'{"head.weight":"lm_head.weight"}\''
-        )
-        == 0
+    ok(
+        'mm-convert Qwen35Converter hf_to_dcp --hf_dir hf --dcp_dir dcp --tie_weight_mapping \'{"head.weight":"lm_head.weight"}\''
     )
     made = fqns(here / "dcp/release")
     assert made["model.model.language_model.layers.0.mlp.experts.gate_up_proj"] == (4, 8, 6)
@@ -193,11 +170,8 @@ def test_qwen_3_5(here):
         16,
         8,
     )
-    assert run("mm-convert Qwen35Converter hf_to_dcp --hf_dir hf --dcp_dir dcp") == 0
-    assert (
-        run("mm-convert Qwen35Converter dcp_to_hf --dcp_dir dcp/release --save_hf_dir out --origin_hf_dir hf")
-        == 0
-    )
+    ok("mm-convert Qwen35Converter hf_to_dcp --hf_dir hf --dcp_dir dcp")
+    ok("mm-convert Qwen35Converter dcp_to_hf --dcp_dir dcp/release --save_hf_dir out --origin_hf_dir hf")
     layouts.same(tensors(source), tensors(here / "out"))
 
 
@@ -208,13 +182,10 @@ def test_any_model_behind_any_prefix(here):
         {"num_experts": 2, "text_config": {"num_experts": 2}},
     )(here / "hf")
     line = "--dcp_prefix net. --fused_linear_names '[gate_up_proj]'"
-    assert run(f"mm-convert GenericDCPConverter hf_to_dcp --hf_dir hf --dcp_dir dcp {line}") == 0
+    ok(f"mm-convert GenericDCPConverter hf_to_dcp --hf_dir hf --dcp_dir dcp {line}")
     assert fqns(here / "dcp/release")["model.net.model.experts.gate_up_proj"] == (6, 5)
-    assert (
-        run(
-            f"mm-convert GenericDCPConverter dcp_to_hf --load_dir dcp/release --save_dir out --model_assets_dir hf {line}"
-        )
-        == 0
+    ok(
+        f"mm-convert GenericDCPConverter dcp_to_hf --load_dir dcp/release --save_dir out --model_assets_dir hf {line}"
     )
     layouts.same(tensors(source), tensors(here / "out"))
 
@@ -258,11 +229,6 @@ def test_mistral_names_are_the_librarys(here):
     ours = forward(table, {key: tuple(value.shape) for key, value in hub.items()}, {}, "hf")
     for name, stored in ours.items():
         assert name == "model." + library_names[stored.keys[0]]
-    assert run("mm-convert Mistral3Converter hf_to_dcp --hf_dir hf --dcp_dir dcp") == 0
-    assert (
-        run(
-            "mm-convert Mistral3Converter dcp_to_hf --load_dir dcp/release --save_dir out --model_assets_dir hf"
-        )
-        == 0
-    )
+    ok("mm-convert Mistral3Converter hf_to_dcp --hf_dir hf --dcp_dir dcp")
+    ok("mm-convert Mistral3Converter dcp_to_hf --load_dir dcp/release --save_dir out --model_assets_dir hf")
     layouts.same(hub, tensors(here / "out"))
