@@ -146,9 +146,6 @@ class ForeignFiles:
     def equals(self, key: str, box: Box, other: Tensor) -> bool:
         return torch.equal(self.whole(key, box).to(other.dtype), other.cpu())
 
-    def alike(self, key: str, other: str) -> bool:
-        return writing.first_difference(self.source, self.source, {key: other}, 1) is None
-
     def close(self) -> None:
         """There is nothing to close: storage.Files has it."""
 

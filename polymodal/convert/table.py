@@ -53,6 +53,28 @@ class Row:
 
 
 @dataclass(frozen=True)
+class RowMatch:
+    """The row of a tree's key: which of its patterns, and the values of the placeholders."""
+
+    row: Row
+    position: int
+    values: Mapping[str, str]
+
+    @property
+    def shard(self) -> TPShard:
+        return self.row.shards[self.position]
+
+    @property
+    def expert(self) -> int | None:
+        """The number of the expert that the key names."""
+        return int(self.values["e"]) if "e" in self.values else None
+
+    def with_expert(self, number: int) -> str:
+        """The key of another expert."""
+        return fill(self.row.tree[self.position], {**self.values, "e": str(number)})
+
+
+@dataclass(frozen=True)
 class Tower:
     """A stack of layers that pipelines cut: `name` ("llm", "vit", "audio", "dit"), the prefix of its layers'
     keys, prefixes of what belongs to its first and its last stage, and its own prefix (for a TP size of its
@@ -97,19 +119,18 @@ class Table:
     def embedding(self) -> str:
         return self.tie[1] if self.tie else ""
 
-    def row_of(self, key: str) -> tuple[Row, int, dict[str, str]] | None:
-        """The row of a tree's key: (row, which of its patterns, values of its placeholders)."""
+    def row_of(self, key: str) -> RowMatch | None:
         for row in self.rows:
             for position, pattern in enumerate(row.tree):
                 values = match(pattern, key)
                 if values is not None:
-                    return row, position, values
+                    return RowMatch(row, position, values)
         return None
 
     def shard_of(self, key: str) -> TPShard:
         """How a tree's tensor is sharded over TP."""
         found = self.row_of(key)
-        return found[0].shards[found[1]] if found else WHOLE
+        return found.shard if found else WHOLE
 
 
 @dataclass

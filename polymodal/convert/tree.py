@@ -16,7 +16,7 @@ from pathlib import Path
 from polymodal.convert import reading
 from polymodal.convert.operations import Facts, Shape
 from polymodal.convert.source import Duplicate, FileTensors, Location, Remapped, invert
-from polymodal.convert.table import Table, fill
+from polymodal.convert.table import Table
 from polymodal.core.errors import PolymodalError
 from polymodal.models.slices import Stored
 
@@ -201,11 +201,10 @@ def place(table: Table, shapes: Mapping[str, Shape], parallel: Parallel, facts: 
         shards = shard.apply(stored, size, facts, key) if size > 1 else [stored]
         for virtual, stage, local in _stages(table, parallel, key):
             expert_ranks: Sequence[int] = range(parallel.ep)
-            row = table.row_of(local) if experts else None
-            if row and "e" in row[2]:
-                expert_rank, expert = divmod(int(row[2]["e"]), experts)
-                expert_ranks = [expert_rank]
-                local = fill(row[0].tree[row[1]], {**row[2], "e": str(expert)})
+            found = table.row_of(local) if experts else None
+            if found and found.expert is not None:
+                expert_ranks = [found.expert // experts]
+                local = found.with_expert(found.expert % experts)
             for e in expert_ranks:
                 for t in range(parallel.largest_tp):
                     name = f"{parallel.slots[virtual]}:{local}"
@@ -436,10 +435,8 @@ def _global_key(table: Table, parallel: Parallel, key: str, virtual: int, stage:
             width = len(layers[0])
             key = tower.renumbered(key, number + _begin(layers, virtual * width + stage % width))
             break
-    row = table.row_of(key) if expert else None
-    if row and "e" in row[2]:
-        key = fill(row[0].tree[row[1]], {**row[2], "e": str(int(row[2]["e"]) + expert)})
-    return key
+    found = table.row_of(key) if expert else None
+    return found.with_expert(found.expert + expert) if found and found.expert is not None else key
 
 
 def one_stage(table: Table, facts: Facts) -> dict[str, Layers]:
