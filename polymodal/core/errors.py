@@ -1,13 +1,13 @@
-"""The one exception that a user is meant to read. Ground floor: everyone may import it, it imports nothing."""
+"""The one exception that a user is meant to read."""
 
 from __future__ import annotations
 
 
 class PolymodalError(Exception):
-    """A fault of the input or of the machine, said in one sentence.
+    """A fault of the input or of the machine, in one sentence.
 
     message: what is wrong, with the file, line or key, and the cause.
-    hint:    the mend, as an instruction ("set data.max_length to at least 4096").
+    hint:    how to fix it, as an instruction ("set data.max_length to at least 4096").
 
     The command line prints both without a traceback and exits with `code`.
     """
@@ -19,8 +19,12 @@ class PolymodalError(Exception):
         self.message = message
         self.hint = hint
 
+    def at(self, where: str) -> PolymodalError:
+        """The same error with the file and line (or the key) that it comes from in front."""
+        return type(self)(f"{where}: {self.message}", self.hint)
+
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()
 
-    def __reduce__(self):  # crosses process borders (data workers, launcher)
+    def __reduce__(self):  # pickled by data workers and the launcher
         return type(self), (self.message, self.hint)

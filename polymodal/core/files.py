@@ -1,18 +1,26 @@
-"""Small files that appear under their name whole, or not at all."""
+"""Files that appear under their name whole, or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
-def replace_file(file: Path, text: str) -> None:
-    """Write `text` (UTF-8) beside `file` and rename it. Raises OSError; what was there before is then
-    untouched."""
+@contextlib.contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """A path beside `file` to write to, which is renamed to `file` at the end; removed after an exception,
+    and what was there before is then untouched."""
     temporary = file.with_name(f".{file.name[:200]}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         os.replace(temporary, file)
-    except OSError:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+
+
+def replace_file(file: Path, text: str) -> None:
+    """Write a text file (UTF-8). Raises OSError."""
+    with written_whole(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")

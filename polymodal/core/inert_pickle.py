@@ -1,8 +1,8 @@
-"""Reading pickles from elsewhere as data: names in them become inert records, so that no code of a file is ever run.
+"""Reading pickles from elsewhere as data, without running code of the file.
 
-`pickle` alone imports whatever a file names and calls it. Here every name is first shown to `known`; what that does not
-give a value for becomes a class of its own, made for this one load, whose objects only keep what they were given.
-No class of the program is handed out by default, because a pickle could also set attributes of it.
+`pickle` alone imports whatever a file names and calls it. Here every name is first passed to `known`; where
+that returns None, the name becomes a class made for this one load, whose objects only keep what they were
+given. No class of the program is used by default, because a pickle could also set attributes of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Inert:
-    """Stands for any object of a pickle; whatever is done to it, nothing happens. Keeps arguments and state."""
+    """Stands for any object of a pickle and keeps its arguments and state; all its methods do nothing."""
 
     __slots__ = ("args", "state")
     args: tuple[Any, ...]
@@ -44,12 +44,13 @@ class Inert:
 
 
 def unpickler(known: Callable[[str, str], Any]) -> type[pickle.Unpickler]:
-    """An unpickler that runs no code of the file. known(module, name): what a name stands for; None makes it inert."""
+    """An unpickler that runs no code of the file. known(module, name): what a name stands for; None makes it
+    inert."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
-            found = known(module, name)
-            return type(name, (Inert,), {"__slots__": (), "__module__": module}) if found is None else found
+            value = known(module, name)
+            return type(name, (Inert,), {"__slots__": (), "__module__": module}) if value is None else value
 
     return Unpickler
 

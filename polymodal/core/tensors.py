@@ -1,4 +1,4 @@
-"""Tensors by name that are read, drawn or computed only when they are asked for. Imports torch only."""
+"""Tensors by name that are read, drawn or computed only when they are asked for."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Words for people: numbers and sizes that are read at a glance, and the known name that a wrong one was
-meant to be."""
+"""Numbers and sizes as text, and the known name nearest to a misspelled one."""
 
 from __future__ import annotations
 
@@ -38,14 +37,9 @@ def nearest(name: object, known: Iterable[str], cutoff: float = 0.6, most: int =
 def did_you_mean(
     name: object, known: Iterable[str], otherwise: str | None = None, cutoff: float = 0.6
 ) -> str:
-    """The mend for a name that is not known: "Did you mean sdpa?", else `otherwise` (default: all that are
-    known)."""
+    """A hint for an unknown name: "Did you mean sdpa?", else `otherwise` (default: all known names)."""
     known = list(known)
     near = nearest(name, known, cutoff)
-    return (
-        f"Did you mean {near[0]}?"
-        if near
-        else f"Known: {', '.join(known)}."
-        if otherwise is None
-        else otherwise
-    )
+    if near:
+        return f"Did you mean {near[0]}?"
+    return f"Known: {', '.join(known)}." if otherwise is None else otherwise

@@ -26,32 +26,35 @@ def load_object(reference: str, key: str) -> Any:
     Raises PolymodalError for another form, a module that cannot be found or fails while it is imported, and a
     name that it does not have.
     """
-    said = f"{key} = {reference}"
+    named = f"{key} = {reference}"
     parts = _FORM.fullmatch(reference)
     if parts is None:
-        raise PolymodalError(f"{said} is not of the form module:name.", "Write e.g. my_package.losses:Focal.")
+        raise PolymodalError(
+            f"{named} is not of the form module:name.", "Write e.g. my_package.losses:Focal."
+        )
     module, names = parts.groups()
     try:
         with _without_working_directory():
             found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise PolymodalError(f"{said}: {module} imports {error.name}, which is not installed.") from error
+            raise PolymodalError(
+                f"{named}: {module} imports {error.name}, which is not installed."
+            ) from error
         raise PolymodalError(
-            f"{said}: there is no module {error.name}.",
-            "It must be installed or its directory be on PYTHONPATH; the working directory is not searched by "
-            "itself.",
+            f"{named}: there is no module {error.name}.",
+            "It must be installed or its directory be on PYTHONPATH; the working directory is not searched.",
         ) from None
     except Exception as error:
         raise PolymodalError(
-            f"{said}: importing {module} failed: {type(error).__name__}: {error}.",
+            f"{named}: importing {module} failed: {type(error).__name__}: {error}.",
             f"Try `python -c 'import {module}'`.",
         ) from error
     for name in names.split("."):
         if not hasattr(found, name):
             near = nearest(name, dir(found))
             raise PolymodalError(
-                f"{said}: {module} has no `{name}`.",
+                f"{named}: {module} has no `{name}`.",
                 f"Did you mean {near[0]}?" if near else "Check the name.",
             )
         found = getattr(found, name)
@@ -65,11 +68,11 @@ def _without_working_directory() -> Iterator[None]:
     here = os.path.realpath(os.getcwd())
     named = [os.path.realpath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     implicit = bool(sys.path) and os.path.realpath(sys.path[0] or here) == here and here not in named
-    first = sys.path[0] if implicit else None
-    if first is not None:
-        del sys.path[0]
+    if not implicit:
+        yield
+        return
+    first = sys.path.pop(0)
     try:
         yield
     finally:
-        if first is not None:
-            sys.path.insert(0, first)
+        sys.path.insert(0, first)

@@ -1,8 +1,8 @@
 """Records -> token ids, label weights and media tensors; and their lengths without decoding a pixel.
 
-Part of the data room: sees its neighbours template, counting and media, and a family's MediaProcessor. A record is
-rendered by the checkpoint's own chat template with one placeholder a medium, made tokens once, and every placeholder
-is then replaced by the medium's span. A span is never cut; whoever plans decides what becomes of long samples.
+A record is rendered by the checkpoint's own chat template with one placeholder per medium and tokenized
+once; every placeholder is then replaced by the medium's span. A span is never cut; the caller decides what
+becomes of long samples.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import hashlib
 import json
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,22 +32,42 @@ from polymodal.core.sample import (
     Span,
 )
 from polymodal.data import audio
-from polymodal.data import media as files
-from polymodal.data.counting import TokenCounter, tokens_before
+from polymodal.data import media as decoders
+from polymodal.data.counting import WordCounter
 from polymodal.data.template import Layout, Template
 from polymodal.recipe import Data
 
 VERSION = 1  # of what tokens and labels mean here: part of the fingerprint
 _SPANS = 4096  # spans of picture sizes remembered
-_BATCH = 512  # texts counted at a time
+_BATCH = 512  # texts tokenized at a time
+_CHECKED = 2  # texts of each batch that are tokenized although they were counted
+_PROBES = (
+    MediaShape("image", 10, 10),
+    MediaShape("image", 777, 333),
+    MediaShape("image", 9000, 7000),
+    MediaShape("video", 360, 640, 4, (0.0, 0.5, 1.0, 1.5), 1.0),
+    MediaShape("video", 1080, 1920, 64, tuple(i / 2 for i in range(64)), 1.0),
+    MediaShape("audio", samples=123_457),
+)
+"""Sizes whose spans go into the fingerprint, so that any setting that changes a length changes it."""
+
+
+class _Prepared(NamedTuple):
+    """A rendered record, before it is tokenized."""
+
+    layout: Layout
+    regions: list[tuple[int, int, float]]
+    """Trained ranges of characters with their weights, ascending and apart; media inside are not trained."""
+    spans: list[Span]  # of the media, in the text's order
+    decoders: list[Callable[[], Any]]
 
 
 class ChatProcessor:
     """Turns records into samples for one model. Picklable.
 
-    Labels: by data.train_on, on the words of assistant messages through their end-of-turn token; `all` is every token
-    but media; a message's own weight overrules it. Plain text is trained whole and ends with the end-of-text token.
-    Raises PolymodalError when data.chat_template cannot be read.
+    Labels: by data.train_on, on assistant messages through their end-of-turn token; `all` is every token but
+    media; a message's own weight overrules it. Plain text is trained whole and ends with the end-of-text
+    token. Raises PolymodalError when data.chat_template cannot be read.
     """
 
     def __init__(self, media: MediaProcessor, data: Data):
@@ -66,49 +85,54 @@ class ChatProcessor:
         self.max_length = data.max_length
         self.backend = backend
         self.template = Template(media, _read_template(data.chat_template), data.template_kwargs)
-        self.counter = TokenCounter(backend)
+        self.counter = WordCounter(backend)
         self.streams = media.streams
         self._begin = _automatic_begin(media.tokenizer)
-        self._spans: OrderedDict[Any, Span] = OrderedDict()
+        self._spans: dict[MediaShape, Span] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_spans": OrderedDict()}
+        return {**self.__dict__, "_spans": {}}
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that decides ids, labels and lengths: tokenizer, template, media and video settings.
-
-        Media are asked for the spans of a few sizes, so that any setting that changes a length changes the hash.
-        """
+        """Hash of all that decides ids, labels and lengths: tokenizer, template, media and video settings."""
         spans: list[Any] = []
-        halves = tuple(i / 2 for i in range(64))
-        for shape in (
-            MediaShape("image", 10, 10),
-            MediaShape("image", 777, 333),
-            MediaShape("image", 9000, 7000),
-            MediaShape("video", 360, 640, 4, halves[:4], 1.0),
-            MediaShape("video", 1080, 1920, 64, halves, 1.0),
-            MediaShape("audio", samples=123_457),
-        ):
+        for shape in _PROBES:
             try:
                 self.media.placeholder(shape.kind)
                 span = self.media.span(shape)
                 spans.append([list(span.ids), [(p.stream, p.size, p.lengths) for p in span.parts]])
             except PolymodalError as error:
                 spans.append(error.message)
-        state = [
-            VERSION, self.template.text, self.template.kwargs, self.template.marks, self.train_on, self.media.frame_multiple, spans,
-            self.video.model_dump(), getattr(self.media, "settings", None), str(self.media.tokenizer.eos_token), self._begin,
-        ]  # fmt: skip
+        template, tokenizer = self.template, self.media.tokenizer
+        state = [VERSION, template.text, template.kwargs, template.marks, self.train_on]
+        state += [self.media.frame_multiple, spans, self.video.model_dump()]
+        state += [getattr(self.media, "settings", None), str(tokenizer.eos_token), self._begin]
         digest = hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode())
         digest.update(self.backend.to_str().encode())
         return digest.hexdigest()
 
-    # -- text ---------------------------------------------------------------------------------------------------
+    # -- text ----------------------------------------------------------------
 
-    def _layout(self, record: Record, text: str | None = None) -> Layout:
+    def _weights(self, record: Record) -> dict[int, float]:
+        """Messages whose place in the text must be known -> weight: those that train, and all that have a
+        weight."""
+        if record.plain:
+            weight = record.messages[0].weight
+            return {0: 1.0 if weight is None else weight}
+        answers = [i for i, m in enumerate(record.messages) if m.role == "assistant"]
+        trained = {"assistant": answers, "last": answers[-1:], "all": []}[self.train_on]
+        out = {}
+        for i, message in enumerate(record.messages):
+            if message.weight is None and i in trained:
+                out[i] = 1.0
+            elif message.weight is not None and (message.weight > 0 or self.train_on == "all"):
+                out[i] = message.weight
+        return out
+
+    def _layout(self, record: Record, numbers: Sequence[int]) -> Layout:
         if not record.plain:
-            return self.template.layout(record, self._wanted(record), text)
+            return self.template.layout(record, numbers)
         eos = self.media.tokenizer.eos_token
         if eos is None:
             raise PolymodalError(
@@ -122,78 +146,81 @@ class ChatProcessor:
         text += "" if record.extra.get("_goes_on") else eos
         return Layout(text, ((len(self._begin), len(text)),), self.template.places(text, record.media))
 
-    def _wanted(self, record: Record) -> list[int]:
-        """Messages whose place in the text must be known: those that train, and all that bring a weight."""
-        answers = [i for i, m in enumerate(record.messages) if m.role == "assistant" and m.weight is None]
-        answers = [] if self.train_on == "all" else answers[-1:] if self.train_on == "last" else answers
-        if (
-            self.train_on == "last"
-            and answers
-            and any(m.role == "assistant" for m in record.messages[answers[-1] + 1 :])
-        ):
-            answers = []  # the last answer has a weight of its own
-        own = [
-            i
-            for i, m in enumerate(record.messages)
-            if m.weight is not None and (m.weight > 0 or self.train_on == "all")
-        ]
-        return sorted({*answers, *own})
+    def _prepare(self, record: Record, prompt: bool = False) -> _Prepared:
+        """Rendered, with the headers of its media read; prompt: up to where the model answers, nothing
+        trained."""
+        weights = {} if prompt else self._weights(record)
+        if prompt and not record.plain:
+            layout = self.template.prompt(record)
+        else:
+            layout = self._layout(record, list(weights))
+        regions, at = [], 0
+        ranges: list[Any] = [(layout.spans[i], weight) for i, weight in weights.items()]
+        for (start, stop), weight in sorted(ranges):
+            if self.train_on == "all" and not record.plain:
+                regions.append((at, start, 1.0))
+            regions.append((start, stop, weight))
+            at = stop
+        if self.train_on == "all" and not record.plain and not prompt:
+            regions.append((at, len(layout.text), 1.0))
+        regions = [(start, stop, weight) for start, stop, weight in regions if stop > start and weight > 0]
+        media = record.media if layout.media else ()
+        opened = [self._opened(media[number]) for _, _, number in layout.media]
+        return _Prepared(layout, regions, [span for span, _ in opened], [decode for _, decode in opened])
 
-    def _regions(self, record: Record, layout: Layout) -> list[tuple[int, int, float]]:
-        """Trained ranges of characters with their weights, ascending and apart. Media inside are still to be left out."""
-        wanted = [0] if record.plain else self._wanted(record)
-        spans = []
-        for i in wanted:
-            span, weight = layout.spans[i], record.messages[i].weight
-            assert span is not None
-            spans.append((*span, 1.0 if weight is None else weight))
-        spans.sort()
-        if self.train_on == "all" and not record.plain:
-            whole, at = [], 0
-            for start, stop, weight in spans:
-                whole += [(at, start, 1.0), (start, stop, weight)]
-                at = stop
-            spans = [*whole, (at, len(layout.text), 1.0)]
-        return [(a, b, w) for a, b, w in spans if b > a and w > 0]
+    def _tokens(self, prepared: _Prepared, encoding: Any) -> tuple[np.ndarray, np.ndarray]:
+        """(token ids with the media's spans, the weight of each as a label) of an encoded text."""
+        layout, regions, spans, _ = prepared
+        length = len(layout.text)
+        ids = np.asarray(encoding.ids, np.int64)
+        weights = np.zeros(len(ids), np.float32)
+        for start, stop, weight in regions:
+            weights[_tokens_before(encoding, start, length) : _tokens_before(encoding, stop, length)] = weight
+        pieces, kept, at = [], [], 0
+        for (start, stop, _), span in zip(layout.media, spans, strict=True):
+            before = _tokens_before(encoding, start, length)
+            pieces += [ids[at:before], np.asarray(span.ids, np.int64)]
+            kept += [weights[at:before], np.zeros(len(span.ids), np.float32)]
+            at = _tokens_before(encoding, stop, length)
+        return np.concatenate([*pieces, ids[at:]]), np.concatenate([*kept, weights[at:]])
 
-    # -- media --------------------------------------------------------------------------------------------------
+    # -- media ---------------------------------------------------------------
 
     def _opened(self, medium: Media) -> tuple[Span, Callable[[], Any]]:
         """Tokens of a medium from its header, and what decodes it."""
-        self.media.placeholder(medium.kind)  # or the model does not read this kind
+        self.media.placeholder(medium.kind)  # raises if the model does not read this kind
+        source: Any = medium.source
         decode: Callable[[], Any]
         if medium.kind == "video":
-            header = files.video_header(medium.source, self.video.fps)
-            clip = files.clip(header, self.video, self.media.frame_multiple)
+            header = decoders.video_header(source, self.video.fps)
+            clip = decoders.clip(header, self.video, self.media.frame_multiple)
             step = self.media.frame_multiple / clip.fps
             frames = len(clip.indices)
             shape = MediaShape("video", header.height, header.width, frames, clip.seconds, step)
-            decode = partial(files.video, medium.source, header, clip.indices)
+            decode = partial(decoders.video, source, header, clip.indices)
         elif medium.kind == "image":
-            assert not isinstance(medium.source, tuple)
-            shape = MediaShape("image", *files.image_size(medium.source))
-            decode = partial(files.image, medium.source)
+            shape = MediaShape("image", *decoders.image_size(source))
+            decode = partial(decoders.image, source)
         else:
-            assert not isinstance(medium.source, tuple)
-            heard, rate = audio.audio_header(medium.source), self.media.sample_rate
-            shape = MediaShape("audio", samples=heard.samples(rate))
-            decode = partial(audio.decode_audio, medium.source, heard, rate)
+            sound, rate = audio.audio_header(source), self.media.sample_rate
+            shape = MediaShape("audio", samples=sound.samples(rate))
+            decode = partial(audio.decode_audio, source, sound, rate)
         return self._span(shape, medium), decode
 
     def _span(self, shape: MediaShape, medium: Media) -> Span:
         span = self._spans.get(shape)
         if span is None:
+            name = decoders.label(medium.source)
             try:
                 span = self.media.span(shape)
             except (ValueError, ZeroDivisionError) as error:
                 raise PolymodalError(
-                    f"the {medium.kind} {files.label(medium.source)} cannot be used: {error}.",
-                    "Remove it, or mend its size.",
+                    f"the {medium.kind} {name} cannot be used: {error}.", "Remove it, or change its size."
                 ) from None
             except PolymodalError as error:
-                raise PolymodalError(f"{files.label(medium.source)}: {error.message}", error.hint) from None
+                raise error.at(name) from None
             if len(self._spans) >= _SPANS:
-                self._spans.popitem(last=False)
+                self._spans.clear()
             self._spans[shape] = span
         return span
 
@@ -202,14 +229,14 @@ class ChatProcessor:
         return self._opened(medium)[0]
 
     def _lengths(self, spans: Sequence[Span]) -> dict[str, tuple[int, ...]]:
-        parts = [part for span in spans for part in span.parts]
-        return {
-            stream.name: tuple(n for part in parts if part.stream == stream.name for n in part.lengths)
-            for stream in self.streams
-            if any(part.stream == stream.name for part in parts)
-        }
+        lengths: dict[str, tuple[int, ...]] = {}
+        for stream in self.streams:
+            parts = [part for span in spans for part in span.parts if part.stream == stream.name]
+            if parts:
+                lengths[stream.name] = tuple(n for part in parts for n in part.lengths)
+        return lengths
 
-    # -- the four services --------------------------------------------------------------------------------------
+    # -- the four services ---------------------------------------------------
 
     def measure(self, records: Sequence[Record]) -> list[SampleLengths | str]:
         """Lengths of records from texts and media headers; a string says why a record is not usable.
@@ -218,98 +245,87 @@ class ChatProcessor:
         """
         out: list[SampleLengths | str] = [""] * len(records)
         for first in range(0, len(records), _BATCH):
-            jobs: list[tuple[int, Layout, list[tuple[int, int, float]], list[Span], list[int]]] = []
-            texts = self.template.texts(records[first : first + _BATCH])
-            for n, text in enumerate(texts, first):
-                record = records[n]
+            prepared: dict[int, _Prepared] = {}
+            for n in range(first, min(first + _BATCH, len(records))):
                 try:
-                    layout = self._layout(record, text)
-                    media = record.media if layout.media else ()
-                    spans = [self._opened(media[k])[0] for _, _, k in layout.media]
-                    regions = self._regions(record, layout)
+                    prepared[n] = self._prepare(records[n])
                 except PolymodalError as error:
                     out[n] = str(error)
-                    continue
-                cuts = sorted({c for a, b, _ in (*regions, *layout.media) for c in (a, b)})
-                jobs.append((n, layout, regions, spans, cuts))
-            counts = self.counter.count([j[1].text for j in jobs], [j[4] for j in jobs])
-            for (n, layout, regions, spans, cuts), numbers in zip(jobs, counts, strict=True):
-                before = dict(zip(cuts, numbers, strict=False))
-                tokens = numbers[-1]
-                trained = sum(before[b] - before[a] for a, b, _ in regions) - any(
-                    before[a] == 0 < before[b] for a, b, _ in regions
-                )
-                for (start, stop, _), span in zip(layout.media, spans, strict=True):
-                    places = before[stop] - before[start]
-                    tokens += len(span.ids) - places
-                    if any(a <= start < b for a, b, _ in regions):
-                        trained -= places - (before[start] == 0)
-                out[n] = SampleLengths(tokens, trained, self._lengths(spans))
+            for n, lengths in zip(prepared, self._measured(list(prepared.values())), strict=True):
+                out[n] = lengths
         return out
+
+    def _measured(self, prepared: list[_Prepared]) -> list[SampleLengths]:
+        counts = [self._counted(each) for each in prepared]
+        unknown = [n for n, count in enumerate(counts) if count is None]
+        checked = [n for n, count in enumerate(counts) if count is not None][:_CHECKED]
+        texts = [prepared[n].layout.text for n in (*unknown, *checked)]
+        encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+        for n, encoding in zip((*unknown, *checked), encodings, strict=True):
+            ids, weights = self._tokens(prepared[n], encoding)
+            count = len(ids), int(np.count_nonzero(weights[1:]))
+            if counts[n] not in (None, count):
+                self.counter.expressions = None  # this tokenizer has a rule that is not known there
+                return self._measured(prepared)
+            counts[n] = count
+        lengths = [self._lengths(each.spans) for each in prepared]
+        return [SampleLengths(*count, media) for count, media in zip(counts, lengths, strict=True) if count]
+
+    def _counted(self, prepared: _Prepared) -> tuple[int, int] | None:
+        """(tokens, trained tokens) of a sample without tokenizing it; None when that is not possible."""
+        layout, regions, spans, _ = prepared
+        cuts = sorted({cut for start, stop, _ in (*regions, *layout.media) for cut in (start, stop)})
+        counts = self.counter.count(layout.text, cuts)
+        if counts is None:
+            return None
+        before = dict(zip(cuts, counts, strict=False))
+        tokens = counts[-1]
+        trained = sum(
+            before[stop] - before[start] - (before[start] == 0 < before[stop]) for start, stop, _ in regions
+        )
+        for (start, stop, _), span in zip(layout.media, spans, strict=True):
+            placeholder = before[stop] - before[start]
+            tokens += len(span.ids) - placeholder
+            if any(a <= start < b for a, b, _ in regions):
+                trained -= placeholder - (before[start] == 0)
+        return tokens, trained
 
     def sample(self, record: Record, id: int = -1, pixels: bool = True) -> Sample:
         """The tensors of a record; pixels: decoded, or only their sizes from the media's headers.
 
-        Raises PolymodalError with the record's place.
+        Raises PolymodalError with the record's file and line.
         """
         try:
-            layout = self._layout(record)
-            return self._sample(record, id, layout, self._regions(record, layout), pixels)
+            return self._sample(record, id, self._prepare(record), pixels)
         except PolymodalError as error:
-            raise PolymodalError(f"{record.where}: {error.message}", error.hint) from None
+            raise error.at(record.where) from None
 
     def prompt(self, record: Record, id: int = -1) -> Sample:
         """A record up to where the model answers, without labels; a last assistant message is left out."""
+        if record.plain:
+            record = replace(record, extra={**record.extra, "_goes_on": True})
         try:
-            layout = (
-                self._layout(replace(record, extra={**record.extra, "_goes_on": True}))
-                if record.plain
-                else self.template.prompt(record)
-            )
-            return self._sample(record, id, layout, [])
+            return self._sample(record, id, self._prepare(record, prompt=True))
         except PolymodalError as error:
-            raise PolymodalError(f"{record.where}: {error.message}", error.hint) from None
+            raise error.at(record.where) from None
 
-    def _sample(
-        self,
-        record: Record,
-        id: int,
-        layout: Layout,
-        regions: list[tuple[int, int, float]],
-        decode: bool = True,
-    ) -> Sample:
-        encoding = self.backend.encode(layout.text, add_special_tokens=False)
-        ids = np.asarray(encoding.ids, np.int64)
-        weights = np.zeros(len(ids), np.float32)
-        length = len(layout.text)
-        for start, stop, weight in regions:
-            weights[tokens_before(encoding, start, length) : tokens_before(encoding, stop, length)] = weight
-        pieces, kept, at = [], [], 0
-        features: dict[str, list[torch.Tensor]] = {}
-        spans: list[Span] = []
-        media = record.media
-        for start, stop, number in layout.media:
-            a, b = tokens_before(encoding, start, length), tokens_before(encoding, stop, length)
-            span, open_medium = self._opened(media[number])
-            pieces += [ids[at:a], np.asarray(span.ids, np.int64)]
-            kept += [weights[at:a], np.zeros(len(span.ids), np.float32)]
-            at = b
-            if decode:
-                for stream, rows in self._features(media[number], span, open_medium).items():
-                    features.setdefault(stream, []).append(rows)
-            spans.append(span)
-        tokens = torch.from_numpy(np.concatenate([*pieces, ids[at:]]))
-        loss = torch.from_numpy(np.concatenate([*kept, weights[at:]]))
+    def _sample(self, record: Record, id: int, prepared: _Prepared, decode: bool = True) -> Sample:
+        ids, weights = self._tokens(
+            prepared, self.backend.encode(prepared.layout.text, add_special_tokens=False)
+        )
+        tokens, loss = torch.from_numpy(ids), torch.from_numpy(weights)
         labels = torch.full_like(tokens, IGNORE)
         shifted = torch.zeros_like(loss)
         labels[:-1] = torch.where(loss[1:] > 0, tokens[1:], IGNORE)
         shifted[:-1] = loss[1:]
+        spans = prepared.spans
         tensors = {
             "input_ids": tokens,
             "labels": labels,
             "weights": shifted,
             "position_ids": self.media.position_ids(tokens, spans),
         }
+        features = self._features(record, prepared) if decode else {}
         for stream in self.streams:
             sizes = [part.size for span in spans for part in span.parts if part.stream == stream.name]
             if sizes:
@@ -317,29 +333,38 @@ class ChatProcessor:
             if stream.name in features:
                 tensors[stream.tensor] = torch.cat(features[stream.name])
         measure = SampleLengths(len(tokens), int((labels != IGNORE).sum()), self._lengths(spans))
-        kinds = [span.shape.kind for span in spans]
-        modality: Any = "mixed" if len(set(kinds)) > 1 else kinds[0] if kinds else "text"
+        kinds = {span.shape.kind for span in spans}
+        modality: Any = "mixed" if len(kinds) > 1 else kinds.pop() if kinds else "text"
         return Sample(id, tensors, measure, record.where, modality=modality, streams=self.streams)
 
-    def _features(self, medium: Media, span: Span, decode: Callable[[], Any]) -> dict[str, torch.Tensor]:
-        """Stream -> rows of its tensor."""
-        found = self.media.features(span.shape, decode())
-        for part in span.parts:
-            if tuple(found[part.stream][1][0].tolist()) != tuple(part.size):
-                raise PolymodalError(
-                    f"the {medium.kind} {files.label(medium.source)} decodes to another size than its header says.",
-                    "Fetch it again, or write it anew with a current tool.",
-                )
-        return {stream: rows for stream, (rows, _) in found.items()}
+    def _features(self, record: Record, prepared: _Prepared) -> dict[str, list[torch.Tensor]]:
+        """Stream -> what goes into its tensor, of each medium. Decodes them."""
+        out: dict[str, list[torch.Tensor]] = {}
+        media = record.media
+        for (_, _, number), span, decode in zip(
+            prepared.layout.media, prepared.spans, prepared.decoders, strict=True
+        ):
+            features = self.media.features(span.shape, decode())
+            for part in span.parts:
+                if tuple(features[part.stream][1][0].tolist()) != tuple(part.size):
+                    medium = media[number]
+                    raise PolymodalError(
+                        f"the {medium.kind} {decoders.label(medium.source)} decodes to another size than its "
+                        "header says.",
+                        "Fetch it again, or write it anew with a current tool.",
+                    )
+            for stream, (rows, _) in features.items():
+                out.setdefault(stream, []).append(rows)
+        return out
 
     def pieces(self, record: Record) -> list[Record]:
         """A record cut between messages into records of at most max_length tokens; [record] when it fits.
 
-        Each piece begins with the system messages; a user's turn stays with its answer, with the tool calls and
-        results between. A turn that is too long alone stays too long. Plain text is cut between tokens, media stay
-        whole. Raises PolymodalError for a broken record.
+        Each piece begins with the system messages; a user's turn stays with its answer, with the tool calls
+        and results between. A turn that is too long alone stays too long. Plain text is cut between tokens,
+        media stay whole. Raises PolymodalError for a broken record.
         """
-        if self._tokens([record])[0] <= self.max_length:
+        if self._counts([record])[0] <= self.max_length:
             return [record]
         if record.plain:
             return self._plain_pieces(record)
@@ -354,13 +379,13 @@ class ChatProcessor:
         out: list[Record] = []
         first = 0
         while first < len(turns):
-            ends = range(first + 1, len(turns) + 1)
-            candidates = [
-                replace(record, messages=(*head, *(m for t in turns[first:e] for m in t))) for e in ends
-            ]
+            candidates, messages = [], list(head)
+            for turn in turns[first:]:
+                messages += turn
+                candidates.append(replace(record, messages=tuple(messages)))
             take, step = 1, 8
             while take < len(candidates):  # measured a few at a time: most turns do not fit anyway
-                lengths = self._tokens(candidates[take : take + step])
+                lengths = self._counts(candidates[take : take + step])
                 fit = next((k for k, n in enumerate(lengths) if n > self.max_length), len(lengths))
                 take += fit
                 if fit < len(lengths):
@@ -369,7 +394,8 @@ class ChatProcessor:
             first += take
         return out
 
-    def _tokens(self, records: Sequence[Record]) -> list[int]:
+    def _counts(self, records: Sequence[Record]) -> list[int]:
+        """Tokens of each record. Raises PolymodalError for a broken one."""
         lengths = []
         for record, measure in zip(records, self.measure(records), strict=True):
             if isinstance(measure, str):
@@ -379,42 +405,46 @@ class ChatProcessor:
 
     def _plain_pieces(self, record: Record) -> list[Record]:
         atoms: list[tuple[str | Media, int]] = []  # a stretch of text or a medium, and its tokens
-        room = self.max_length - 2 - len(self.backend.encode(self._begin, add_special_tokens=False))
+        limit = self.max_length - 2 - len(self.backend.encode(self._begin, add_special_tokens=False))
+        step = max(1, limit // 4)
         for part in record.messages[0].content:
             if isinstance(part, Media):
-                atoms.append((part, len(self._opened(part)[0].ids)))
+                atoms.append((part, len(self.span(part).ids)))
                 continue
-            offsets, step, at = (
-                self.backend.encode(part, add_special_tokens=False).offsets,
-                max(1, room // 4),
-                0,
-            )
-            for k in range(step, len(offsets) + step, step):
-                stop = offsets[k][0] if k < len(offsets) else len(part)
+            starts = [start for start, _ in self.backend.encode(part, add_special_tokens=False).offsets]
+            at = 0
+            for stop in [*starts[step::step], len(part)]:
                 if stop > at:  # a cut inside a character's bytes moves to the next one
                     atoms.append((part[at:stop], step))
                     at = stop
-        out: list[list[str | Media]] = [[]]
+        contents: list[list[str | Media]] = [[]]
         used = 0
         for atom, tokens in atoms:
-            if used and used + tokens > room:
-                out.append([])
+            if used and used + tokens > limit:
+                contents.append([])
                 used = 0
-            out[-1].append(atom)
+            content = contents[-1]
+            if isinstance(atom, str) and content and isinstance(content[-1], str):
+                content[-1] += atom
+            else:
+                content.append(atom)
             used += tokens
-        records = []
-        for n, parts in enumerate(out):
-            joined: list[str | Media] = []
-            for p in parts:
-                if isinstance(p, str) and joined and isinstance(joined[-1], str):
-                    joined[-1] += p
-                else:
-                    joined.append(p)
-            extra = {**record.extra, "_goes_on": True} if n + 1 < len(out) else record.extra
-            records.append(
-                replace(record, messages=(replace(record.messages[0], content=tuple(joined)),), extra=extra)
-            )
-        return records
+        message = record.messages[0]
+        pieces = [replace(record, messages=(replace(message, content=tuple(c)),)) for c in contents]
+        goes_on = {**record.extra, "_goes_on": True}
+        return [*(replace(piece, extra=goes_on) for piece in pieces[:-1]), pieces[-1]]
+
+
+def _tokens_before(encoding: Any, position: int, length: int) -> int:
+    """Tokens of a `tokenizers.Encoding` that begin before a character; length: of the text in characters."""
+    while position < length:
+        token = encoding.char_to_token(position)
+        if token is not None:
+            while token < len(encoding) and encoding.token_to_chars(token)[0] < position:
+                token += 1
+            return token
+        position += 1  # a character that no token covers
+    return len(encoding)
 
 
 def _read_template(path: str | None) -> str | None:
@@ -445,7 +475,7 @@ def _read_template(path: str | None) -> str | None:
         )
     except jinja2.TemplateSyntaxError as error:
         raise PolymodalError(
-            f"data.chat_template = {path}, line {error.lineno}: {error.message}.", "Mend the template."
+            f"data.chat_template = {path}, line {error.lineno}: {error.message}.", "Correct the template."
         ) from None
     return text
 

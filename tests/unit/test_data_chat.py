@@ -18,7 +18,7 @@ from PIL import Image
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Message, Record
 from polymodal.data import media as files
-from polymodal.data.counting import TokenCounter
+from polymodal.data.counting import WordCounter
 from polymodal.data.source import open_corpus
 from polymodal.recipe import Dataset, Video
 from tests.models import tiny
@@ -162,78 +162,61 @@ def test_measure_is_what_the_sample_turns_out_to_be(qwen, folder, turns, system,
         text = "".join(p for p in message.content if isinstance(p, str))
         assert span is not None and text in layout.text[slice(*span)]
         assert layout.text[slice(*span)].endswith("<|im_end|>")
-    found = chat.template._by_search(
-        layout.text, chat.template.dicts(row.messages), row, range(len(row.messages))
-    )
-    for i, message in enumerate(row.messages):
-        if message.role == "assistant":
-            assert found[i] == layout.spans[i]
+    for i in range(len(row.messages)):  # one message alone, and all at once
+        assert chat.template.layout(row, [i]).spans[i] == layout.spans[i]
+
+
+texts = st.lists(
+    st.sampled_from(
+        [
+            *"aB \n\t7é中!_-",
+            "  ",
+            "\r\n",
+            "12",
+            "...",
+            "'s",
+            "<|im_end|>",
+            "word",
+            " the",
+            "\u00a0",
+            "😀",
+            "e\u0301",
+        ]
+    ),
+    max_size=20,
+)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    pieces=st.lists(
-        st.sampled_from(
-            [
-                "a",
-                "B",
-                " ",
-                "  ",
-                "\n",
-                "\r\n",
-                "\t",
-                "7",
-                "12",
-                "é",
-                "中",
-                "!",
-                "...",
-                "'s",
-                "<|im_end|>",
-                "word",
-                " the",
-                "\u00a0",
-                "😀",
-                "e\u0301",
-                "\x85",
-                "\x1c",
-                "_",
-                "-",
-            ]
-        ),
-        max_size=20,
-    ),
-    cuts=st.lists(st.integers(0, 60), max_size=4),
-)
+@given(pieces=texts, cuts=st.lists(st.integers(0, 60), max_size=4))
 def test_counting_by_words_is_the_tokenizers_count(qwen, pieces, cuts):
-    text = "".join(pieces)
+    text, counter = "".join(pieces), qwen().counter
     places = sorted(min(c, len(text)) for c in cuts)
-    counter = qwen().counter
-    assert counter.by_words
     encoding = counter.tokenizer.encode(text, add_special_tokens=False)
     starts = [a for a, _ in encoding.offsets]
-    assert counter.count([text], [places]) == [[*(sum(s < c for s in starts) for c in places), len(encoding)]]
-    assert counter.by_words  # no check has failed
+    counts = counter.count(text, [])
+    assert counts == [len(encoding)] or (counts is None and "e\u0301" in pieces)
+    assert counter.count(text, places) in (
+        None,
+        [*(sum(s < c for s in starts) for c in places), len(encoding)],
+    )
 
 
-def test_other_tokenizers_are_counted_by_themselves():
+def test_other_tokenizers_are_not_counted_by_words():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     other = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     other.pre_tokenizer = pre_tokenizers.Whitespace()
-    counter = TokenCounter(other)
-    assert not counter.by_words
-    assert counter.count(["a b  cc", "b"], [[0, 1, 3, 7], []]) == [[0, 1, 2, 3, 3], [1]]
+    assert WordCounter(other).count("a b", []) is None
 
 
-def test_a_wrong_rule_of_splitting_is_noticed(qwen):
-    import regex
-
-    counter = TokenCounter(qwen().backend)
-    counter._word, counter._spaced = regex.compile(r"[\s\S]"), False
-    text = "What is in this picture? It is a three, and the other is what I see in it."
-    assert counter.count([text], [[]]) == [[len(counter.tokenizer.encode(text))]]
-    assert not counter.by_words
+def test_a_wrong_rule_of_words_is_noticed(qwen):
+    chat = pickle.loads(pickle.dumps(qwen()))
+    row = record(("user", "What is in this picture?"), ("assistant", "It is a three."))
+    lengths = chat.measure([row])
+    assert chat.counter.expressions is not None
+    chat.counter.expressions = chat.counter.expressions[0], re.compile(r"[\s\S]")
+    assert chat.measure([row]) == lengths and chat.counter.expressions is None
 
 
 # long samples
