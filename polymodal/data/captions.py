@@ -1,11 +1,10 @@
-"""Rows of what is to be generated: a picture or a clip and what it shows; and the lists that name folders
-of them.
+"""Rows of what is to be generated: a picture or a clip with its caption; and the lists that name folders of
+them.
 
-Part of the data room: sees errors, recipe, references and sample. The documented rows are {path, cap,
-num_frames, fps, resolution}; the captions that others use are known by their names. A row becomes a Record
-whose user says the first caption and whose assistant answers with the medium; all captions are in
-`extra["captions"]`. What the medium is to be made from (a source, its mask, pictures to refer to) the user
-shows before the caption; `extra["given"]` says which is which.
+The documented rows are {path, cap, num_frames, fps, resolution}; other usual column names are known too. A
+row becomes a Record whose user message is the first caption and whose assistant message is the medium; all
+captions are in `extra["captions"]`. What the medium is made from (a source, its mask, reference pictures)
+stands before the caption, and by role in `extra["given"]`.
 """
 
 from __future__ import annotations
@@ -44,75 +43,75 @@ def is_caption_row(row: Mapping[str, Any], attr: Attr) -> bool:
 
 
 def caption_record(row: Mapping[str, Any], where: str, attr: Attr, references: References) -> Record:
-    """Raises PolymodalError with `where`, the key, the cause and the mend."""
-    value, key = first(row, attr.videos or attr.images, MEDIA)
-    value = listed(value)
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    members = {kind: row_members(row, kind) for kind in KINDS} if "__media__" in row else {}
-    for kind, named in members.items():
-        if value is None and named:
-            value = Media(kind, next(iter(named.values())))
-        elif data := member_named(named, value):
-            value = Media(kind, data)
-    if value is None or value == "":
-        raise PolymodalError(
-            f"{where}: the row names no picture or clip (looked for {', '.join(MEDIA[:5])}).",
-            "Name the column in data.attr.videos or data.attr.images.",
-        )
-    medium = (
-        value if isinstance(value, Media) else references.medium(_kind(value, key, where), value, where, key)
-    )
-    captions, key = first(row, attr.prompt, CAPTIONS)
+    """Raises PolymodalError with the key, the cause and a fix."""
+    medium = _medium(row, attr, references)
+    captions, _ = first(row, attr.prompt, CAPTIONS)
     captions = listed(captions)
     captions = captions if isinstance(captions, list) else [captions]
     if not captions or not all(isinstance(c, str) and c.strip() for c in captions):
         raise PolymodalError(
-            f"{where}: the row has no caption (looked for {', '.join(CAPTIONS)}).",
-            "Write one as `cap`, or a list of several; name another column in data.attr.prompt. For a file in a "
-            "directory: in a .txt of its name beside it, or one for all as `caption`.",
+            f"the row has no caption (looked for {', '.join(CAPTIONS)}).",
+            "Write one as `cap`, or a list of several; name another column in data.attr.prompt. For a file "
+            "in a directory: in a .txt of its name beside it, or one for all as `caption`.",
         )
     media_columns = {*MEDIA, attr.videos, attr.images, *(name for names in GIVEN.values() for name in names)}
-    extra = {
-        k: v
-        for k, v in row.items()
-        if isinstance(v, (str, int, float, dict))
-        and not k.startswith("__")
-        and not (isinstance(v, dict) and k in media_columns)
-    }
-    given = _given(row, where, references)
-    taken = {
-        key: found for key, count in TAKEN.items() if (found := _numbers(row.get(key), count, key, where))
-    }
-    if taken and given:
-        raise PolymodalError(
-            f"{where}: `{next(iter(taken))}` cuts the row's medium alone, not what it is made from.",
-            "Cut the files themselves, and leave that column out.",
-        )
+    extra: dict[str, Any] = {}
+    for key, value in row.items():
+        plain = isinstance(value, (str, int, float)) or (isinstance(value, dict) and key not in media_columns)
+        if plain and not key.startswith("__"):
+            extra[key] = value
+    given = _given(row, references)
+    for key, count in TAKEN.items():
+        numbers = _numbers(row.get(key), count, key)
+        if numbers and given:
+            raise PolymodalError(
+                f"`{key}` cuts the row's medium alone, not what it is made from.",
+                "Cut the files themselves, and leave that column out.",
+            )
+        extra |= {key: numbers} if numbers else {}
     shown = [m for group in given.values() for m in group]
     messages = (Message("user", (*shown, captions[0])), Message("assistant", (medium,)))
-    return Record(messages, where, extra={**extra, **taken, "captions": tuple(captions), "given": given})
+    return Record(messages, where, extra={**extra, "captions": tuple(captions), "given": given})
 
 
-def _numbers(value: Any, count: int, key: str, where: str) -> tuple[int, ...] | None:
-    """Whole numbers of `cut` or `crop`: a list, or its text in a table; None where there are none."""
+def _medium(row: Mapping[str, Any], attr: Attr, references: References) -> Media:
+    value, key = first(row, attr.videos or attr.images, MEDIA)
+    value = listed(value)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    for kind in KINDS if "__media__" in row else ():
+        members = row_members(row, kind)
+        if value is None and members:
+            return Media(kind, next(iter(members.values())))
+        if data := member_named(members, value):
+            return Media(kind, data)
+    if value is None or value == "":
+        raise PolymodalError(
+            f"the row names no picture or clip (looked for {', '.join(MEDIA[:5])}).",
+            "Name the column in data.attr.videos or data.attr.images.",
+        )
+    return references.medium(_kind(value, key), value, key)
+
+
+def _numbers(value: Any, count: int, key: str) -> tuple[int, ...] | None:
+    """Whole numbers of `cut` or `crop`: a list, or its text in a table; None if there are none."""
     value = listed(value)
     if value is None or value in ("", []):
         return None
     if isinstance(value, list) and len(value) == count:
         with contextlib.suppress(ValueError, TypeError):
-            found = tuple(int(v) for v in value)
-            if all(v == float(n) for v, n in zip(found, value, strict=True)):
-                return found
+            numbers = tuple(int(v) for v in value)
+            if all(v == float(n) for v, n in zip(numbers, value, strict=True)):
+                return numbers
     raise PolymodalError(
-        f"{where}: `{key}` = {str(value)[:60]} is no list of {count} whole numbers.",
+        f"`{key}` = {str(value)[:60]} is no list of {count} whole numbers.",
         "Write cut as [first frame, frame after the last], crop as [left, right, top, bottom] in pixels.",
     )
 
 
-def _given(row: Mapping[str, Any], where: str, references: References) -> dict[str, tuple[Media, ...]]:
+def _given(row: Mapping[str, Any], references: References) -> dict[str, tuple[Media, ...]]:
     """Role -> its media, of those that the row names; null and empty lists name none."""
-    found = {}
+    given = {}
     for role, names in GIVEN.items():
         value, key = first(row, None, names)
         value = listed(value)
@@ -120,22 +119,19 @@ def _given(row: Mapping[str, Any], where: str, references: References) -> dict[s
             continue
         several = role == "references"
         entries = value if isinstance(value, list) and several else [value]
-        media = tuple(references.medium(_kind(e, key, where), e, where, key) for e in entries)
-        odd = next((m for m in media if several and m.kind != "image"), None)
-        if odd is not None:
-            raise PolymodalError(
-                f"{where}: `{key}` names a video, references are pictures.", "Name pictures there."
-            )
-        found[role] = media
-    return found
+        media = tuple(references.medium(_kind(entry, key), entry, key) for entry in entries)
+        if several and any(m.kind != "image" for m in media):
+            raise PolymodalError(f"`{key}` names a video, references are pictures.", "Name pictures there.")
+        given[role] = media
+    return given
 
 
-def _kind(value: Any, key: str, where: str) -> Any:
+def _kind(value: Any, key: str) -> Any:
     """image or video, by the file's ending, else by the column's name."""
     name = value.get("path") if isinstance(value, Mapping) else value
     if isinstance(name, list):
         return "video"  # a list of frame images
-    ending = os.path.splitext(name)[1].lower().removeprefix(".") if isinstance(name, str) else ""
+    ending = _ending(name) if isinstance(name, str) else ""
     if ending in VIDEO or ending == "gif":
         return "video"
     if ending in IMAGE or key.startswith(("image", "src_image", "src_ref", "ref")):
@@ -143,17 +139,17 @@ def _kind(value: Any, key: str, where: str) -> Any:
     if key.startswith(("video", "src_video")):
         return "video"
     raise PolymodalError(
-        f"{where}: `{key}` = {str(value)[:60]} is neither a known picture nor a known video by its ending.",
+        f"`{key}` = {str(value)[:60]} is neither a known picture nor a known video by its ending.",
         f"Known: {', '.join(sorted(IMAGE | VIDEO))}.",
     )
 
 
 class Folder(Rows):
     """The media in a directory and below, as rows {path, cap}, of audio {audio, text}; hidden files are
-    passed over.
+    skipped.
 
     The text is that of the .txt or .caption of the same name beside the medium; without one it is left out.
-    texts: of how many media there is one.
+    texts: how many media have one.
     """
 
     unit = "file"
@@ -208,22 +204,21 @@ def _texts(name: str) -> tuple[str, str]:
 
 
 class Captioned(Rows):
-    """Rows whose media say nothing of themselves, with one caption for all of these."""
+    """Rows with one caption for all that have none."""
 
     def __init__(self, rows: Rows, caption: str, attr: Attr):
         super().__init__(rows.path)
         self.rows, self.caption, self.names = rows, caption, attr
-        self.fingerprint = hashlib.blake2b(
-            f"{rows.fingerprint} {caption}".encode(), digest_size=16
-        ).hexdigest()
+        content = f"{rows.fingerprint} {caption}".encode()
+        self.fingerprint = hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         row = self.rows[i]
-        said, _ = first(row, self.names.prompt, CAPTIONS)
-        return row if said not in (None, "", []) else {**row, self.names.prompt or CAPTIONS[0]: self.caption}
+        own, _ = first(row, self.names.prompt, CAPTIONS)
+        return row if own not in (None, "", []) else {**row, self.names.prompt or CAPTIONS[0]: self.caption}
 
     def where(self, i: int) -> str:
         return self.rows.where(i)

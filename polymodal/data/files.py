@@ -1,8 +1,8 @@
 """Data files as lists of rows: json, jsonl, csv, tsv, parquet, webdataset tar; any row by its number.
 
-Part of the data room: sees errors only. Opening scans a file once for the place of every row and for the
-content hash; afterwards a row is read by its offset, so that memory does not grow with the file. File
-handles are opened by the process that uses them, so that a `Rows` travels to workers by pickle.
+Opening scans a file once for the offset of every row and for the content hash; afterwards a row is read by
+its offset, so that memory does not grow with the file. Each process opens its own file handles: a `Rows` can
+be pickled to workers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import re
 import tarfile
 from array import array
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -29,11 +30,18 @@ ROW_GROUPS = 256 << 20  # bytes of decompressed parquet row groups a process kee
 IMAGE = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "ppm"})
 VIDEO = frozenset({"mp4", "webm", "mkv", "mov", "avi", "m4v"})
 AUDIO = frozenset({"wav", "flac", "mp3", "ogg", "m4a", "opus", "aac", "oga", "wma"})
+_COLUMNS = {
+    **dict.fromkeys(IMAGE, "images"),
+    **dict.fromkeys(VIDEO, "videos"),
+    **dict.fromkeys(AUDIO, "audios"),
+}
+_SPACES = re.compile(r"[ \t\r\n]*")
+_decode = json.JSONDecoder(strict=False).raw_decode
+csv.field_size_limit(2**31 - 1)  # benchmarks keep whole pictures in a field
 
 
 class Rows:
-    """Rows of one file. `path` is as the user gave it; `fingerprint` is a hash of content, whatever the
-    path."""
+    """Rows of one file. `path` is as the user gave it; `fingerprint` is a hash of the content."""
 
     unit = "row"
 
@@ -57,7 +65,7 @@ class Rows:
         return {**self.__dict__, "_handle": None}
 
     def _bytes(self, start: int, stop: int) -> bytes:
-        """Bytes of the file, without moving a shared file position: safe in threads and after fork."""
+        """Bytes of the file, by pread: safe in threads and after fork."""
         if self._handle is None:
             try:
                 self._handle = open(self.path, "rb")  # noqa: SIM115 (kept open for the life of the process)
@@ -75,7 +83,7 @@ class Rows:
         except (ValueError, RecursionError) as error:
             raise PolymodalError(
                 f"{self.where(i)}: not valid JSON: {error}.",
-                "Mend the row; training may leave it out (data.on_error: skip).",
+                "Correct the row; training may leave it out (data.on_error: skip).",
             ) from None
         if b"\\ud" in data or b"\\uD" in data:  # escapes of surrogates: in pairs they are one character
             try:
@@ -95,14 +103,9 @@ class Rows:
 
 
 def _kind(value: Any) -> str:
-    return {
-        list: "list",
-        str: "string",
-        int: "number",
-        float: "number",
-        bool: "boolean",
-        type(None): "null",
-    }.get(type(value), type(value).__name__)
+    """JSON's name of a value's type."""
+    names = {list: "list", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
 
 
 class Spans(Rows):
@@ -147,100 +150,117 @@ class JsonLines(Spans):
         return f"{self.path}, line {(i if self._lines is None else int(self._lines[i])) + 1}"
 
 
-class JsonArray(Spans):
-    """A JSON list of objects, scanned once in pieces and then read row by row.
+class _Window:
+    """A file's text read in pieces, one Latin-1 character per byte, so that places are byte offsets.
 
-    The scan lets Python's own decoder find where each row ends. It reads bytes as Latin-1, one character a
-    byte, so that places are byte offsets; JSON's marks are ASCII, and in UTF-8 no other character holds
-    such a byte.
+    JSON's marks are ASCII, and in UTF-8 no other character holds such a byte.
     """
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.digest = hashlib.blake2b(digest_size=16)
+        self.text, self.at, self.base = "", 0, 0  # base: offset of text[0] in the file
+        if self.more() and self.text.startswith("\xef\xbb\xbf"):
+            self.at = 3
+
+    def more(self, size: int = 0) -> bool:
+        """Drop what lies before `at` and read on; False at the end of the file."""
+        chunk = self.file.read(size or CHUNK)
+        self.digest.update(chunk)
+        self.base += self.at
+        self.text, self.at = self.text[self.at :] + chunk.decode("latin-1"), 0
+        return bool(chunk)
+
+    def mark(self) -> str:
+        """The next character that is no space; "" at the end of the file."""
+        while True:
+            self.at = _SPACES.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self.more():
+                return ""
+
+    def values(self) -> Iterator[tuple[int, int]]:
+        """(first byte, byte after the last) of each value of a list. Raises JSONDecodeError with an offset."""
+        if not self.mark():
+            raise json.JSONDecodeError("the file is empty", "", 0)
+        self.at += 1
+        empty = self.mark() == "]"
+        while not empty and self.mark():
+            start = self.base + self.at
+            self.skip_value()
+            yield start, self.base + self.at
+            if self.mark() != ",":
+                break
+            self.at += 1
+        if self.mark() != "]":
+            cause = "a comma is missing" if self.mark() else "the list is not closed"
+            raise json.JSONDecodeError(cause, "", self.base + self.at)
+        self.at += 1
+        if self.mark():
+            raise json.JSONDecodeError("something follows the list", "", self.base + self.at)
+
+    def skip_value(self) -> None:
+        """Go behind the JSON value that begins here. Raises JSONDecodeError and RecursionError."""
+        size = CHUNK
+        while True:
+            try:
+                _, stop = _decode(self.text, self.at)
+                if stop < len(self.text) or self.text[stop - 1] in '}]"' or not self.more(size):
+                    self.at = min(stop, len(self.text))  # at the file's end `more` has dropped what is before
+                    return
+            except json.JSONDecodeError as error:
+                inside = error.pos < len(self.text) - 16 and not error.msg.startswith("Unterminated")
+                place = self.base + error.pos
+                if inside or not self.more(size):
+                    raise json.JSONDecodeError(error.msg, "", place) from None
+            size = min(size * 2, 1 << 30)
+
+
+class JsonArray(Spans):
+    """A JSON list of objects, scanned once in pieces and then read row by row."""
 
     def __init__(self, path: str):
         super().__init__(path)
-        digest = hashlib.blake2b(digest_size=16)
-        decode, spaces = json.JSONDecoder(strict=False).raw_decode, re.compile(r"[ \t\r\n]*")
         starts, ends = array("q"), array("q")
-        text, at, base, grow = "", 0, 0, CHUNK  # `base`: the place of text[0] in the file
-        awaited = "["  # the list, then the "first" row or its end, then a "," or the end, then a "row"
-
-        def fail(place: int, cause: str) -> PolymodalError:
-            with open(path, "rb") as again:
-                line = sum(again.read(1 << 20).count(b"\n") for _ in range(place >> 20))
-                line += again.read(place & 0xFFFFF).count(b"\n") + 1
-            return PolymodalError(
-                f"{path}, line {line}: not valid JSON: {cause} (after row {len(starts)}).",
-                "Mend the file; `python -m json.tool FILE` points to the same place.",
-            )
-
         with open(path, "rb") as file:
-
-            def more() -> bool:
-                nonlocal text, at, base
-                chunk = file.read(grow)
-                digest.update(chunk)
-                base, text, at = base + at, text[at:] + chunk.decode("latin-1"), 0
-                return bool(chunk)
-
-            if more() and text.startswith("\xef\xbb\xbf"):
-                at = 3
-            while True:
-                at = spaces.match(text, at).end()  # type: ignore[union-attr]
-                if at == len(text):
-                    if more():
-                        continue
-                    break
-                mark = text[at]
-                if awaited == "[" and mark != "[":
-                    raise PolymodalError(
-                        f"{path}: a .json file holds a list of rows, this one begins with {mark!r}.",
-                        "Write [{...}, {...}], or one object a line in a .jsonl file.",
-                    )
-                if awaited == "[":
-                    awaited, at = "first", at + 1
-                elif mark == "]" and awaited in ("first", ","):
-                    awaited, at = "end", at + 1
-                elif awaited == ",":
-                    if mark != ",":
-                        raise fail(base + at, "a comma is missing")
-                    awaited, at = "row", at + 1
-                elif awaited == "end":
-                    raise fail(base + at, "something follows the list")
-                else:
-                    try:
-                        _, stop = decode(text, at)
-                        if stop == len(text) and mark not in '{["':  # a number may go on in the next piece
-                            raise json.JSONDecodeError("", text, stop)
-                    except json.JSONDecodeError as error:
-                        whole = error.pos < len(text) - 16 and not error.msg.startswith("Unterminated")
-                        grow, place = min(grow * 2, 1 << 30), base + error.pos
-                        if whole or not more():
-                            raise fail(place, error.msg) from None
-                        continue
-                    except RecursionError:
-                        raise fail(base + at, "nested too deep") from None
-                    starts.append(base + at)
-                    ends.append(base + stop)
-                    awaited, at, grow = ",", stop, CHUNK
-        if awaited != "end":
-            raise fail(base, "the file is empty" if awaited == "[" else "the list is not closed")
+            text = _Window(file)
+            if text.mark() not in ("", "["):
+                raise PolymodalError(
+                    f"{path}: a .json file holds a list of rows, this one begins with {text.mark()!r}.",
+                    "Write [{...}, {...}], or one object a line in a .jsonl file.",
+                )
+            try:
+                for start, stop in text.values():
+                    starts.append(start)
+                    ends.append(stop)
+            except (json.JSONDecodeError, RecursionError) as error:
+                known = isinstance(error, json.JSONDecodeError)
+                cause, place = (error.msg, error.pos) if known else ("nested too deep", text.base + text.at)
+                file.seek(0)
+                line = 1 + sum(
+                    file.read(min(CHUNK, place - at)).count(b"\n") for at in range(0, place, CHUNK)
+                )
+                raise PolymodalError(
+                    f"{path}, line {line}: not valid JSON: {cause} (after row {len(starts)}).",
+                    "Correct the file; `python -m json.tool FILE` points to the same place.",
+                ) from None
         self._starts, self._ends = np.array(starts, np.int64), np.array(ends, np.int64)
-        self.fingerprint = digest.hexdigest()
+        self.fingerprint = text.digest.hexdigest()
 
 
 class Delimited(Rows):
-    """csv or tsv with a header line; quoted fields may hold line breaks. Every value is text, an empty one
-    is None."""
+    """csv or tsv with a header line; quoted fields may hold line breaks. Values are text or None."""
 
     unit = "line"
 
     def __init__(self, path: str, delimiter: str):
         super().__init__(path)
-        csv.field_size_limit(2**31 - 1)  # benchmarks keep whole pictures in a field
-        digest = hashlib.blake2b(digest_size=16)
         self._delimiter = delimiter
+        digest = hashlib.blake2b(digest_size=16)
         offset = line = 0
 
-        def lines(file):
+        def lines(file: BinaryIO) -> Iterator[str]:
             nonlocal offset, line
             for raw in file:
                 digest.update(raw)
@@ -248,24 +268,23 @@ class Delimited(Rows):
                 line += 1
                 yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
 
-        places = []
-        with open(path, "rb") as file:
-            reader = csv.reader(lines(file), delimiter=delimiter)
-            try:
+        places = []  # first byte, byte after the last, line
+        try:
+            with open(path, "rb") as file:
+                reader = csv.reader(lines(file), delimiter=delimiter)
                 self.columns = next(reader, [])
                 start, first = offset, line
                 for row in reader:
                     if row:
                         places.append((start, offset, first + 1))
                     start, first = offset, line
-            except csv.Error as error:
-                raise PolymodalError(
-                    f"{path}, line {line}: not valid {'tsv' if delimiter != ',' else 'csv'}: {error}."
-                ) from None
-            except UnicodeDecodeError as error:
-                raise PolymodalError(
-                    f"{path}, line {line}: not UTF-8 text ({error.reason}).", "Save the file as UTF-8."
-                ) from None
+        except csv.Error as error:
+            kind = "csv" if delimiter == "," else "tsv"
+            raise PolymodalError(f"{path}, line {line}: not valid {kind}: {error}.") from None
+        except UnicodeDecodeError as error:
+            raise PolymodalError(
+                f"{path}, line {line}: not UTF-8 text ({error.reason}).", "Save the file as UTF-8."
+            ) from None
         twice = sorted({c for c in self.columns if self.columns.count(c) > 1})
         if twice:
             raise PolymodalError(
@@ -281,8 +300,8 @@ class Delimited(Rows):
         return f"{self.path}, line {self._places[i, 2]}"
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        csv.field_size_limit(2**31 - 1)
-        text = self._bytes(int(self._places[i, 0]), int(self._places[i, 1])).decode("utf-8")
+        start, stop, _ = self._places[i].tolist()
+        text = self._bytes(start, stop).decode("utf-8")
         values = next(csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter))
         if len(values) != len(self.columns):
             raise PolymodalError(
@@ -302,9 +321,8 @@ class Parquet(Rows):
         super().__init__(path)
         self.fingerprint = hash_file(path)
         meta = self._file().metadata
-        self._ends = np.cumsum(
-            [meta.row_group(g).num_rows for g in range(meta.num_row_groups)], dtype=np.int64
-        )
+        sizes = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
+        self._starts = np.append(0, np.cumsum(sizes, dtype=np.int64))
         self._groups: OrderedDict[int, Any] = OrderedDict()
         self._handle = None
 
@@ -326,10 +344,10 @@ class Parquet(Rows):
         return self._handle
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._starts[-1])
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        group = int(np.searchsorted(self._ends, i, "right"))
+        group = int(np.searchsorted(self._starts, i, "right")) - 1
         table = self._groups.pop(group, None)
         if table is None:
             import pyarrow as pa
@@ -337,39 +355,38 @@ class Parquet(Rows):
             try:
                 table = self._file().read_row_group(group)
             except (pa.ArrowException, OSError) as error:
+                cause = str(error).splitlines()[0]
                 raise PolymodalError(
-                    f"{self.where(i)}: this part of the parquet file cannot be read: {str(error).splitlines()[0]}",
+                    f"{self.where(i)}: this part of the parquet file cannot be read: {cause}",
                     "Copy the file again.",
                 ) from None
             while self._groups and sum(t.nbytes for t in self._groups.values()) + table.nbytes > ROW_GROUPS:
                 self._groups.popitem(last=False)
         self._groups[group] = table
-        start = 0 if group == 0 else int(self._ends[group - 1])
-        return table.slice(i - start, 1).to_pylist()[0]
+        return table.slice(i - int(self._starts[group]), 1).to_pylist()[0]
 
 
 class Tar(Rows):
     """A webdataset shard: members with the same stem (up to the first dot of the name) make one row.
 
     json gives the row's columns, txt the column `text`, cls the column `cls`; pictures, videos and sounds
-    come as bytes under `__media__`, each with its member name; `__key__` is the stem. The fingerprint
-    covers all headers, all text members and the first 4 KiB of every medium (its own header): a shard is
-    not read whole to be opened.
+    come as bytes under `__media__`, each with its member name; `__key__` is the stem. The fingerprint covers
+    all headers, all text members and the first 4 KiB of every medium (its own header): opening does not read
+    the whole shard.
     """
 
     def __init__(self, path: str):
         super().__init__(path)
         digest = hashlib.blake2b(digest_size=16)
         rows: dict[str, list[tuple[int, int, int]]] = {}
-        self._kinds: list[str] = []
-        numbers: dict[str, int] = {}
+        kinds: dict[str, int] = {}  # what follows a stem -> its number
         size = os.path.getsize(path)
         try:
             with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
                 for member in tar:
                     folder, _, name = member.name.rpartition("/")
                     stem, _, kind = name.partition(".")
-                    if not member.isfile() or not stem or name.startswith(".") or "__MACOSX" in folder:
+                    if not member.isfile() or not stem or "__MACOSX" in folder:
                         continue
                     if member.offset_data + member.size > size:
                         raise tarfile.ReadError(f"the member {member.name} goes beyond the end of the file")
@@ -377,27 +394,24 @@ class Tar(Rows):
                     text = kind.rpartition(".")[2].lower() in ("json", "txt", "cls")
                     digest.update(f"{member.name}\0{member.size}\0{member.mtime}\0".encode())
                     digest.update(file.read(member.size if text else min(member.size, 4096)))
-                    number = numbers.setdefault(kind, len(numbers))
-                    rows.setdefault(f"{folder}/{stem}" if folder else stem, []).append(
-                        (number, member.offset_data, member.size)
-                    )
+                    place = kinds.setdefault(kind, len(kinds)), member.offset_data, member.size
+                    rows.setdefault(f"{folder}/{stem}" if folder else stem, []).append(place)
         except (tarfile.TarError, EOFError) as error:
             raise PolymodalError(
                 f"{path}: not a readable tar file: {error}.",
-                "Copy it again; compressed tars (.tar.gz) must be unpacked to .tar, they have no random access.",
+                "Copy it again; compressed tars (.tar.gz) have no random access: unpack them to .tar.",
             ) from None
-        self._kinds = list(numbers)
+        self._kinds = list(kinds)
         self._members = np.array([m for members in rows.values() for m in members], np.int64).reshape(-1, 3)
-        self._ends = np.cumsum([len(m) for m in rows.values()], dtype=np.int64)
-        self._keys = "".join(rows)  # one string: a million small ones cost ten times the memory
-        self._key_ends = np.cumsum([len(k) for k in rows], dtype=np.int64)
+        self._starts = np.append(0, np.cumsum([len(m) for m in rows.values()], dtype=np.int64))
+        self._keys = np.array([key.encode() for key in rows], bytes)  # a list would take ten times the memory
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._keys)
 
     def _key(self, i: int) -> str:
-        return self._keys[int(self._key_ends[i - 1]) if i else 0 : int(self._key_ends[i])]
+        return self._keys[i].decode()
 
     def where(self, i: int) -> str:
         return f"{self.path}, row {i + 1} ({self._key(i)})"
@@ -406,32 +420,21 @@ class Tar(Rows):
         row: dict[str, Any] = {}
         media: dict[str, list[tuple[str, bytes]]] = {}
         key = self._key(i)
-        for number, offset, size in self._members[
-            int(self._ends[i - 1]) if i else 0 : int(self._ends[i])
-        ].tolist():
-            kind = self._kinds[number]
-            last = kind.rpartition(".")[2].lower()
-            group = (
-                "images"
-                if last in IMAGE
-                else "videos"
-                if last in VIDEO
-                else "audios"
-                if last in AUDIO
-                else None
-            )
-            if group:
-                media.setdefault(group, []).append((f"{key}.{kind}", self._bytes(offset, offset + size)))
-            elif last == "json":
-                row.update(self._object(i, self._bytes(offset, offset + size)))
-            elif last in ("txt", "cls"):
+        for number, offset, size in self._members[self._starts[i] : self._starts[i + 1]].tolist():
+            name = f"{key}.{self._kinds[number]}"
+            kind = name.rpartition(".")[2].lower()
+            data = self._bytes(offset, offset + size)
+            if kind in _COLUMNS:
+                media.setdefault(_COLUMNS[kind], []).append((name, data))
+            elif kind == "json":
+                row.update(self._object(i, data))
+            elif kind in ("txt", "cls"):
                 try:
-                    text = self._bytes(offset, offset + size).decode("utf-8")
+                    row["text" if kind == "txt" else "cls"] = data.decode("utf-8")
                 except UnicodeDecodeError as error:
                     raise PolymodalError(
-                        f"{self.where(i)}: the member {key}.{kind} is not UTF-8 text ({error.reason})."
+                        f"{self.where(i)}: the member {name} is not UTF-8 text ({error.reason})."
                     ) from None
-                row["text" if last == "txt" else "cls"] = text
         row["__key__"] = key
         if media:
             row["__media__"] = media
@@ -448,7 +451,7 @@ def hash_file(path: str) -> str:
 
 
 def _json(path: str) -> Rows:
-    """JSON by what it holds, whatever its ending: a list of rows, or one object a line."""
+    """JSON by its content, whatever its ending: a list of rows, or one object a line."""
     with open(path, "rb") as file:
         head = file.read(CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()
     if head.startswith(b"[") or not (head.startswith(b"{") or path.lower().endswith((".jsonl", ".ndjson"))):
@@ -477,15 +480,12 @@ OPENERS = {
 
 
 def open_rows(path: str) -> Rows:
-    """The rows of one file, by its ending. Raises PolymodalError when it is of no known kind or cannot be
-    read."""
+    """The rows of one file, by its ending. Raises PolymodalError for an unknown kind and for an unreadable
+    file."""
     ending = os.path.splitext(path)[1].lower()
     if ending not in OPENERS:
-        hint = (
-            "Unpack it first."
-            if ending in (".gz", ".zst", ".xz", ".bz2", ".zip", ".tgz")
-            else f"Known endings: {', '.join(OPENERS)}."
-        )
+        packed = ending in (".gz", ".zst", ".xz", ".bz2", ".zip", ".tgz")
+        hint = "Unpack it first." if packed else f"Known endings: {', '.join(OPENERS)}."
         raise PolymodalError(f"{path}: files ending in {ending or 'nothing'} cannot be read as data.", hint)
     try:
         return OPENERS[ending](path)

@@ -1,11 +1,11 @@
 """How a row becomes a Record: MLLM JSON, ShareGPT, LLaVA, Alpaca, OpenAI messages, speech with its text,
 plain text.
 
-Part of the data room: sees errors, recipe and core/sample.py; opens no file. All chat formats are one
-reader, for they differ in names only: `<image>`, `<video>`, `<audio>` in a text stand for the next entry of
-the row's list of that kind, and their number must equal the list's length; when a row has media and not one
-placeholder of that kind, the media go to the start of the first user turn. Typed parts ({"type": "image",
-...}) carry their own medium.
+All chat formats have one reader, for they differ in names only: `<image>`, `<video>`, `<audio>` in a text
+stand for the next entry of the row's list of that kind, and their number must equal the list's length; when
+a row has media and not one placeholder of that kind, the media go to the start of the first user turn. Typed
+parts ({"type": "image", ...}) carry their own medium. Errors raised here get the row's file and line in
+`RowReader.record`.
 """
 
 from __future__ import annotations
@@ -14,28 +14,22 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Message, Record
 from polymodal.data.captions import caption_record, is_caption_row
 from polymodal.data.files import AUDIO
-from polymodal.data.references import KINDS, References, first, listed, member_named, row_members
+from polymodal.data.references import KINDS, Kind, References, first, listed, member_named, row_members
 from polymodal.recipe import Attr
 
+MESSAGES = ("messages", "conversations")
+PROMPTS = ("instruction", "prompt")
+ANSWERS = ("output", "response", "completion")
 TRANSCRIPTS = ("text", "sentence", "transcription", "transcript")
-TEXT_COLUMNS = (
-    "messages",
-    "conversations",
-    "tools",
-    "prompt",
-    "completion",
-    "history",
-    "images",
-    "videos",
-    "audios",
-)
+TEXT_COLUMNS = (*MESSAGES, "tools", "prompt", "completion", "history", "images", "videos", "audios")
+"""Columns that hold no media under a name that is not known."""
 ROLES = {
     "system": ("system", "developer"),
     "user": ("user", "human"),
@@ -43,14 +37,21 @@ ROLES = {
     "tool": ("tool", "observation", "tool_response"),
     "call": ("function_call", "tool_call"),
 }
+TEXT_TYPES = ("text", "input_text", "output_text", "refusal")
+
+
+class _Literal(str):
+    """Text in which <image> is ordinary text."""
+
+
+class _Slot(str):
+    """A typed part without a source: the next entry of the row's list of this kind."""
 
 
 class RowReader:
     """Rows of one file -> Records. Picklable.
 
-    attr: the field names of this dataset. Relative media paths start from media_dir; without one, from the
-    file's directory, or from the working directory where that has the medium's directory and the former has
-    not.
+    attr: the field names of this dataset. Relative media paths start from media_dir; see References.
     """
 
     def __init__(self, format: str, attr: Attr, path: str, media_dir: str | None):
@@ -64,225 +65,198 @@ class RowReader:
             "tool": attr.observation,
             "call": attr.function,
         }
-        self.roles = {name: role for role, names in ROLES.items() for name in names}
-        for role, name in own.items():
-            if name is not None:
-                self.roles = {k: v for k, v in self.roles.items() if v != role}
-                self.roles[name] = role
-
-    # -- the row ------------------------------------------------------------------------------------------------
+        self.roles = {name: role for role, names in ROLES.items() if not own.get(role) for name in names}
+        self.roles |= {name: role for role, name in own.items() if name}
 
     def record(self, row: Mapping[str, Any], where: str) -> Record:
-        """Raises PolymodalError with `where`, the key, the cause and the mend."""
-        kind = self._shape(row, where)
+        """Raises PolymodalError with `where`, the key, the cause and a fix."""
+        try:
+            return self._record(row, where)
+        except PolymodalError as error:
+            raise error.at(where) from None
+
+    def _record(self, row: Mapping[str, Any], where: str) -> Record:
+        kind = self._kind(row)
         if kind == "caption":
             return caption_record(row, where, self.attr, self.references)
         if kind == "asr":
-            return self._asr(row, where)
-        if kind == "chat":
-            turns, literal = self._chat(row, where)
-        elif kind == "alpaca":
-            turns, literal = self._alpaca(row, where), False
-        else:
-            text, key = first(row, self.attr.prompt, ("text", "content"))
-            if not isinstance(text, str):
-                raise PolymodalError(
-                    f"{where}: the column `{key}` of plain text is missing or no string.",
-                    "Name the column in data.attr.prompt.",
-                )
-            turns, literal = [{"role": "assistant", "parts": [text]}], False
-        self._resolve(turns, row, where, literal, plain=kind == "text")
+            return Record(self._speech_turns(row), where, extra=_extra(row, speech=True))
+        turns = {"chat": self._chat, "alpaca": self._alpaca, "text": self._plain}[kind](row)
+        plain = kind == "text"
+        self._place_media(turns, row, plain)
         messages = tuple(
             Message(
                 t["role"], tuple(t["parts"]), t.get("weight"), t.get("tool_calls", ()), t.get("reasoning")
             )
             for t in turns
         )
-        tools = self._tools(row, where) if kind == "chat" else ()
-        timed = ("start" in row or "end" in row) and any(
-            isinstance(p, Media) and p.kind == "audio" for m in messages for p in m.content
-        )
-        return Record(messages, where, tools, _extra(row, where, timed), plain=kind == "text")
+        tools = self._tools(row) if kind == "chat" else ()
+        audio = any(isinstance(p, Media) and p.kind == "audio" for m in messages for p in m.content)
+        return Record(messages, where, tools, _extra(row, audio and ("start" in row or "end" in row)), plain)
 
-    def _shape(self, row: Mapping[str, Any], where: str) -> str:
+    def _kind(self, row: Mapping[str, Any]) -> str:
         a = self.attr
         if self.format in ("mllm", "sharegpt", "llava", "openai"):
             return "chat"
         if self.format in ("alpaca", "text", "caption", "asr"):
             return self.format
-        if first(row, a.messages, ("messages", "conversations"))[0] is not None or _prompt_turns(row):
+        answered = first(row, a.response, ANSWERS)[0] is not None
+        if first(row, a.messages, MESSAGES)[0] is not None or _prompt_turns(row):
             return "chat"
-        if (
-            first(row, a.prompt, ("instruction", "prompt"))[0] is not None
-            and first(row, a.response, ("output", "response", "completion"))[0] is not None
-        ):
+        if answered and first(row, a.prompt, PROMPTS)[0] is not None:
             return "alpaca"
         if is_caption_row(row, a):
             return "caption"
-        if self._speech(row)[0] is not None and first(row, a.response, TRANSCRIPTS)[0] is not None:
+        if self._audio(row)[0] is not None and first(row, a.response, TRANSCRIPTS)[0] is not None:
             return "asr"
         if isinstance(row.get("text"), str):
             return "text"
         columns = ", ".join(k for k in row if not k.startswith("__")) or "none"
         raise PolymodalError(
-            f"{where}: no known format has these columns: {columns}.",
-            "Expected messages or conversations, instruction and output, text, audio with its text, or a picture's "
-            "or clip's path with its caption (cap); else name yours in data.attr (for example data.attr.messages=dialog).",
+            f"no known format has these columns: {columns}.",
+            "Expected messages or conversations, instruction and output, text, audio with its text, or a "
+            "picture's or clip's path with its caption (cap); else name yours in data.attr (for example "
+            "data.attr.messages=dialog).",
         )
 
-    # -- conversations ------------------------------------------------------------------------------------------
+    def _plain(self, row: Mapping[str, Any]) -> list[dict]:
+        text, key = first(row, self.attr.prompt, ("text", "content"))
+        if not isinstance(text, str):
+            raise PolymodalError(
+                f"the column `{key}` of plain text is missing or no string.",
+                "Name the column in data.attr.prompt.",
+            )
+        return [{"role": "assistant", "parts": [text]}]
 
-    def _chat(self, row: Mapping[str, Any], where: str) -> tuple[list[dict], bool]:
-        value, key = first(row, self.attr.messages, ("messages", "conversations"))
+    # -- conversations -------------------------------------------------------
+
+    def _chat(self, row: Mapping[str, Any]) -> list[dict]:
+        value, key = first(row, self.attr.messages, MESSAGES)
         value = listed(value)
         if value is None and (turns := _prompt_turns(row)):
             value, key = turns, "prompt"
         if value is None:
             raise PolymodalError(
-                f"{where}: the column `{key}` is missing.",
+                f"the column `{key}` is missing.",
                 "Name the column of the conversation in data.attr.messages.",
             )
         if not isinstance(value, list) or not value:
+            kind = "empty" if value == [] else f"a {type(value).__name__}"
             raise PolymodalError(
-                f"{where}: `{key}` is a list of turns, here it is {'empty' if value == [] else 'a ' + type(value).__name__}.",
+                f"`{key}` is a list of turns, here it is {kind}.",
                 'Write [{"role": "user", "content": ...}, ...].',
             )
-        turns = []
-        for n, message in enumerate(value):
-            turns.append(self._turn(message, where, f"{key}[{n}]"))
-        self._system(turns, row, where)
-        return turns, self.format == "openai"
+        turns = [self._turn(message, f"{key}[{n}]") for n, message in enumerate(value)]
+        self._add_system(turns, row)
+        return turns
 
-    def _system(self, turns: list[dict], row: Mapping[str, Any], where: str) -> None:
-        """The row's system column, unless the conversation brings its own."""
+    def _add_system(self, turns: list[dict], row: Mapping[str, Any]) -> None:
+        """The row's system column, unless the conversation has its own."""
         system, key = first(row, self.attr.system, ("system",))
-        if system and not any(t["role"] == "system" for t in turns):
-            if not isinstance(system, str):
-                raise PolymodalError(
-                    f"{where}: `{key}` is the system prompt as a string, here it is a {type(system).__name__}.",
-                    "Write text, or leave it out.",
-                )
-            turns.insert(0, {"role": "system", "parts": [system]})
+        if not system or any(t["role"] == "system" for t in turns):
+            return
+        if not isinstance(system, str):
+            raise PolymodalError(
+                f"`{key}` is the system prompt as a string, here it is a {type(system).__name__}.",
+                "Write text, or leave it out.",
+            )
+        turns.insert(0, {"role": "system", "parts": [system]})
 
-    def _turn(self, message: Any, where: str, at: str) -> dict:
+    def _turn(self, message: Any, at: str) -> dict:
         if not isinstance(message, Mapping):
             raise PolymodalError(
-                f"{where}: `{at}` is an object with a role and a content, here it is a {type(message).__name__}.",
+                f"`{at}` is an object with a role and a content, here it is a {type(message).__name__}.",
                 'Write {"role": "user", "content": ...}.',
             )
-        role_key = self.attr.role or ("from" if message.get("role") is None and "from" in message else "role")
-        content_key = self.attr.content or (
-            "content" if message.get("content") is not None else "value" if "value" in message else "content"
-        )
+        role_key, content_key = self.attr.role, self.attr.content
+        if not role_key:
+            role_key = "from" if message.get("role") is None and "from" in message else "role"
+        if not content_key:
+            content_key = "value" if message.get("content") is None and "value" in message else "content"
         name = message.get(role_key)
+        if name is None:
+            raise PolymodalError(f"`{at}` has no `{role_key}`.", "Name the speaker's key in data.attr.role.")
         role = self.roles.get(name) if isinstance(name, str) else None
         if role is None:
-            if name is None:
-                raise PolymodalError(
-                    f"{where}: `{at}` has no `{role_key}`.", "Name the speaker's key in data.attr.role."
-                )
             raise PolymodalError(
-                f"{where}: `{at}.{role_key}` = {name!r} is no known role ({', '.join(self.roles)}).",
+                f"`{at}.{role_key}` = {name!r} is no known role ({', '.join(self.roles)}).",
                 "Name yours in data.attr.user, .assistant, .observation or .function.",
             )
         content = message.get(content_key)
-        turn: dict[str, Any] = {"role": "assistant" if role == "call" else role}
+        turn: dict[str, Any] = {"role": role}
         if role == "call":
-            turn.update(parts=[], tool_calls=_calls(content, where, f"{at}.{content_key}"))
+            turn = {"role": "assistant", "parts": [], "tool_calls": _calls(content, f"{at}.{content_key}")}
         else:
-            reasoning = calls = None
             if len(message) > 2 or content is None:  # most turns have a role and a content, nothing more
-                names = ("reasoning_content", "reasoning", "thinking")
-                thoughts = (message.get(k) for k in names)
-                reasoning = next((t for t in thoughts if isinstance(t, str) and t), None)
-                calls = listed(message.get("tool_calls"))
-            if calls:
-                turn["tool_calls"] = _calls(
-                    _without_null(calls) if self.parquet else calls, where, f"{at}.tool_calls"
-                )
-            if reasoning is not None:
-                turn["reasoning"] = reasoning
-            if content is None and not calls and reasoning is None:
+                turn |= self._thoughts_and_calls(message, at)
+            if content is None and len(turn) == 1:
                 raise PolymodalError(
-                    f"{where}: `{at}` has no `{content_key}`.",
-                    "Name the key of the text in data.attr.content.",
+                    f"`{at}` has no `{content_key}`.", "Name the key of the text in data.attr.content."
                 )
-            turn["parts"] = self._parts(content, where, f"{at}.{content_key}")
+            turn["parts"] = self._parts(content, f"{at}.{content_key}")
         weight = message.get("weight")
         if weight is not None:
-            if (
-                isinstance(weight, str)
-                or not isinstance(weight, (int, float))
-                or not math.isfinite(weight)
-                or weight < 0
-            ):
+            if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
                 raise PolymodalError(
-                    f"{where}: `{at}.weight` = {weight!r} is no number from 0.",
+                    f"`{at}.weight` = {weight!r} is no number from 0.",
                     "0 leaves the turn out of the loss, 1 is a turn's usual weight.",
                 )
             turn["weight"] = float(weight)
         return turn
 
-    def _parts(self, content: Any, where: str, at: str) -> list[Any]:
-        """Text, Media, or the name of a kind in a tuple: the next entry of the row's list of that kind."""
+    def _thoughts_and_calls(self, message: Mapping[str, Any], at: str) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        calls = listed(message.get("tool_calls"))
+        if calls:
+            out["tool_calls"] = _calls(_without_null(calls) if self.parquet else calls, f"{at}.tool_calls")
+        for key in ("thinking", "reasoning", "reasoning_content"):
+            if isinstance(message.get(key), str) and message[key]:
+                out["reasoning"] = message[key]
+        return out
+
+    def _parts(self, content: Any, at: str) -> list[Any]:
+        """Text, Media and _Slots."""
         if content is None:
             return []
         if isinstance(content, str):
             return [content]
         if not isinstance(content, list):
             raise PolymodalError(
-                f"{where}: `{at}` is text or a list of typed parts, here it is a {type(content).__name__}.",
+                f"`{at}` is text or a list of typed parts, here it is a {type(content).__name__}.",
                 'Write a string, or [{"type": "text", "text": ...}, ...].',
             )
-        parts: list[Any] = []
-        for n, part in enumerate(content):
-            here = f"{at}[{n}]"
-            if isinstance(part, str):
-                parts.append(_Literal(part))
-                continue
-            name = part.get("type") if isinstance(part, Mapping) else None
-            if name in ("text", "input_text", "output_text", "refusal") or (
-                name is None and isinstance(part, Mapping) and isinstance(part.get("text"), str)
-            ):
-                text = part.get("refusal" if name == "refusal" else "text")
-                if not isinstance(text, str):
-                    raise PolymodalError(
-                        f"{where}: `{here}` has no `text`.", 'Write {"type": "text", "text": ...}.'
-                    )
-                parts.append(_Literal(text))
-                continue
-            kind = next(
-                (
-                    k
-                    for k in KINDS
-                    if isinstance(name, str) and name.removeprefix("input_") in (k, f"{k}_url")
-                ),
-                None,
-            )
-            if kind is None:
-                raise PolymodalError(
-                    f"{where}: `{here}.type` = {name!r} is no known part.",
-                    "Known: text, image, image_url, video, video_url, audio, audio_url, input_audio.",
-                )
-            source = next(
-                (
-                    part[k]
-                    for k in (name, kind, f"{kind}_url", "url", "path", "bytes", "data")
-                    if part.get(k) is not None
-                ),
-                None,
-            )
-            parts.append((kind,) if source is None else self.references.medium(kind, source, where, here))
-        return parts
+        return [
+            _Literal(part) if isinstance(part, str) else self._part(part, f"{at}[{n}]")
+            for n, part in enumerate(content)
+        ]
 
-    def _tools(self, row: Mapping[str, Any], where: str) -> tuple[dict, ...]:
+    def _part(self, part: Any, at: str) -> Any:
+        name = part.get("type") if isinstance(part, Mapping) else None
+        untyped = name is None and isinstance(part, Mapping) and isinstance(part.get("text"), str)
+        if untyped or name in TEXT_TYPES:
+            text = part.get("refusal" if name == "refusal" else "text")
+            if not isinstance(text, str):
+                raise PolymodalError(f"`{at}` has no `text`.", 'Write {"type": "text", "text": ...}.')
+            return _Literal(text)
+        for kind in KINDS:
+            if isinstance(name, str) and name.removeprefix("input_") in (kind, f"{kind}_url"):
+                for key in (name, kind, f"{kind}_url", "url", "path", "bytes", "data"):
+                    if part.get(key) is not None:
+                        return self.references.medium(kind, part[key], at)
+                return _Slot(kind)
+        raise PolymodalError(
+            f"`{at}.type` = {name!r} is no known part.",
+            "Known: text, image, image_url, video, video_url, audio, audio_url, input_audio.",
+        )
+
+    def _tools(self, row: Mapping[str, Any]) -> tuple[dict, ...]:
         value, key = first(row, self.attr.tools, ("tools",))
         tools = listed(value)
         if not tools:
             return ()
         if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
             raise PolymodalError(
-                f"{where}: `{key}` is a list of tools (or that list as JSON text), here it is {str(value)[:40]!r}.",
+                f"`{key}` is a list of tools (or that list as JSON text), here it is {str(value)[:40]!r}.",
                 'Write [{"type": "function", "function": {"name": ...}}].',
             )
         tools = _without_null(tools) if self.parquet else tools
@@ -290,44 +264,45 @@ class RowReader:
             t if "function" in t or "name" not in t else {"type": "function", "function": t} for t in tools
         )
 
-    def _alpaca(self, row: Mapping[str, Any], where: str) -> list[dict]:
+    def _alpaca(self, row: Mapping[str, Any]) -> list[dict]:
         a = self.attr
-        prompt, prompt_key = first(row, a.prompt, ("instruction", "prompt"))
-        query, query_key = first(row, a.query, ("input", "query"))
-        answer, answer_key = first(row, a.response, ("output", "response", "completion"))
-        history, history_key = first(row, a.history, ("history",))
-        for value, key, attr in ((prompt, prompt_key, "prompt"), (answer, answer_key, "response")):
-            if not isinstance(value, str):
-                raise PolymodalError(
-                    f"{where}: the column `{key}` is {'missing' if value is None else 'no text'}.",
-                    f"Name the column in data.attr.{attr}.",
-                )
+        prompt, answer = (
+            self._text(row, own, names, f"Name the column in data.attr.{name}.")
+            for own, names, name in ((a.prompt, PROMPTS, "prompt"), (a.response, ANSWERS, "response"))
+        )
+        query, key = first(row, a.query, ("input", "query"))
         if query is not None and not isinstance(query, str):
             raise PolymodalError(
-                f"{where}: the column `{query_key}` is no text.",
-                "Name the column in data.attr.query, or leave it out.",
+                f"the column `{key}` is no text.", "Name the column in data.attr.query, or leave it out."
             )
-        turns = []
+        history, key = first(row, a.history, ("history",))
+        texts = []
         for n, pair in enumerate(listed(history) or []):
-            if (
-                not isinstance(pair, (list, tuple))
-                or len(pair) != 2
-                or not all(isinstance(t, str) for t in pair)
-            ):
+            pair_of_text = isinstance(pair, (list, tuple)) and all(isinstance(t, str) for t in pair)
+            if not pair_of_text or len(pair) != 2:
                 raise PolymodalError(
-                    f"{where}: `{history_key}[{n}]` is a pair [question, answer].",
+                    f"`{key}[{n}]` is a pair [question, answer].",
                     'Write [["question", "answer"], ...], oldest first.',
                 )
-            turns += [{"role": "user", "parts": [pair[0]]}, {"role": "assistant", "parts": [pair[1]]}]
-        turns += [
-            {"role": "user", "parts": [f"{prompt}\n{query}" if query else prompt]},
-            {"role": "assistant", "parts": [answer]},
-        ]
-        self._system(turns, row, where)
+            texts += pair
+        texts += [f"{prompt}\n{query}" if query else prompt, answer]
+        turns = [{"role": ("user", "assistant")[n % 2], "parts": [text]} for n, text in enumerate(texts)]
+        self._add_system(turns, row)
         return turns
 
-    def _speech(self, row: Mapping[str, Any]) -> tuple[Any, str]:
-        """The row's audio and its column; `file_name` (the hub's audio folders) where it names a sound."""
+    def _text(
+        self, row: Mapping[str, Any], own: str | None, names: tuple[str, ...], hint: str, of: str = ""
+    ) -> str:
+        text, key = first(row, own, names)
+        if not isinstance(text, str):
+            problem = "missing" if text is None else "no text"
+            raise PolymodalError(f"the column `{key}`{of} is {problem}.", hint)
+        return text
+
+    # -- speech --------------------------------------------------------------
+
+    def _audio(self, row: Mapping[str, Any]) -> tuple[Any, str]:
+        """The row's audio and its column; `file_name` (the hub's audio folders) if it names a sound."""
         value, key = first(row, self.attr.audios, ("audio", "audios", "audio_filepath", "file_name"))
         members = row_members(row, "audio")
         if members:
@@ -337,156 +312,145 @@ class RowReader:
             return None, "audio"
         return value, key
 
-    def _asr(self, row: Mapping[str, Any], where: str) -> Record:
+    def _speech_turns(self, row: Mapping[str, Any]) -> tuple[Message, Message]:
         """Speech and its transcription: the user's turn is the audio alone, the assistant's the text."""
-        value, key = self._speech(row)
+        value, key = self._audio(row)
         value = listed(value)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
         if value is None or isinstance(value, list):
             raise PolymodalError(
-                f"{where}: the row names {'no' if not value else 'more than one'} audio (`{key}`).",
+                f"the row names {'no' if not value else 'more than one'} audio (`{key}`).",
                 "Name the column in data.attr.audios; conversations about several go into messages.",
             )
-        text, text_key = first(row, self.attr.response, TRANSCRIPTS)
-        if not isinstance(text, str):
+        hint = "Name the column in data.attr.response."
+        text = self._text(row, self.attr.response, TRANSCRIPTS, hint, " of the transcription")
+        medium = self.references.medium("audio", value, key)
+        return Message("user", (medium,)), Message("assistant", (text,))
+
+    # -- media ---------------------------------------------------------------
+
+    def _place_media(self, turns: list[dict], row: Mapping[str, Any], plain: bool) -> None:
+        """Puts the row's media where the placeholders are; in place."""
+        marked = any(type(part) is not str or "<" in part for part in _all_parts(turns))
+        for kind in KINDS:
+            media, key = self.references.of_row(row, kind)
+            if media or marked:
+                self._place_kind(turns, row, kind, media, key, plain)
+        for turn in turns if marked else ():
+            turn["parts"] = [str(p) if isinstance(p, str) else p for p in turn["parts"]]
+
+    def _place_kind(
+        self, turns: list[dict], row: Mapping[str, Any], kind: Kind, media: list[Media], key: str, plain: bool
+    ) -> None:
+        mark = f"<{kind}>"
+        parts = _all_parts(turns)
+        named = sum(isinstance(p, _Slot) and p == kind for p in parts)
+        inline = sum(isinstance(p, Media) and p.kind == kind for p in parts)
+        slots = named + _count(turns, mark)
+        if slots != len(media) and not inline and not named:
+            slots -= self._keep_words(turns, row, mark, len(media))
+        if slots == len(media):
+            supply = iter(media)
+            for turn in turns if slots else ():
+                turn["parts"] = list(_filled(turn["parts"], kind, mark, supply))
+            return
+        if slots or inline:
+            have = f"`{key}` holds {len(media)}" if media else f"there is no `{key}`"
+            what = f"{slots} {mark} in the text"
+            if inline:
+                what = f"the messages name {inline} of their own and {slots} {mark}"
             raise PolymodalError(
-                f"{where}: the column `{text_key}` of the transcription is "
-                f"{'missing' if text is None else 'no text'}.",
-                "Name the column in data.attr.response.",
+                f"{what}, but {have}.",
+                f"Write one {mark} for each entry, in order of reading, or none at all.",
             )
-        medium = self.references.medium("audio", value, where, key)
-        turns = (Message("user", (medium,)), Message("assistant", (text,)))
-        return Record(turns, where, extra=_extra(row, where, speech=True))
+        opener = next((t["parts"] for t in turns if plain or t["role"] == "user"), None)
+        if opener is None:
+            raise PolymodalError(
+                f"`{key}` holds {len(media)}, but there is no user turn to put it in.",
+                f"Write {mark} where it belongs.",
+            )
+        at = next((n for n, part in enumerate(opener) if not isinstance(part, Media)), len(opener))
+        opener[at:at] = media
 
-    # -- media --------------------------------------------------------------------------------------------------
-
-    def _keep_words(
-        self, turns: list[dict], row: Mapping[str, Any], mark: str, media: int, literal: bool
-    ) -> int:
+    def _keep_words(self, turns: list[dict], row: Mapping[str, Any], mark: str, media: int) -> int:
         """Makes ordinary text of marks that stand for no medium, in place; returns how many.
 
-        Such are those of answers, when the other turns have one for each medium. Where the row has no medium:
+        Such are those of answers, when the other turns have one for each medium. In a row without media:
         those of OpenAI messages, which name media by typed parts; and those within a sentence ("the <image>
         element"), when no other column could hold media under a name that is not known.
         """
-
-        def count(some: list[dict]) -> int:
-            return sum(p.count(mark) for t in some for p in t["parts"] if type(p) is str)
-
         answers = [t for t in turns if t["role"] == "assistant"]
-        if not media and count(answers) < count(turns):
+        if not media and _count(answers, mark) < _count(turns, mark):
             prose = re.compile(rf"\S {mark}(?=[ .,;:?!)])")
-            within = sum(len(prose.findall(p)) for t in turns for p in t["parts"] if type(p) is str)
+            within = sum(len(prose.findall(p)) for p in _all_parts(turns) if type(p) is str)
             other = [v for k, v in row.items() if k not in TEXT_COLUMNS and k != self.attr.messages]
-            if not literal and (
-                within < count(turns) or any(isinstance(v, (list, dict, bytes)) for v in other)
-            ):
+            media_elsewhere = any(isinstance(v, (list, dict, bytes)) for v in other)
+            if self.format != "openai" and (within < _count(turns, mark) or media_elsewhere):
                 return 0
             answers = turns
-        elif count(turns) - count(answers) != media:
+        elif _count(turns, mark) - _count(answers, mark) != media:
             return 0
-        kept = count(answers)
+        kept = _count(answers, mark)
         for turn in answers:
             turn["parts"] = [_Literal(p) if type(p) is str and mark in p else p for p in turn["parts"]]
         return kept
 
-    def _resolve(
-        self, turns: list[dict], row: Mapping[str, Any], where: str, literal: bool, plain: bool = False
-    ) -> None:
-        """Puts the row's media where the placeholders are; in place."""
-        marked = any([type(p) is not str or "<" in p for t in turns for p in t["parts"]])  # noqa: C419 (faster)
-        for kind in KINDS:
-            media, key = self.references.of_row(row, kind, where)
-            if not media and not marked:
-                continue
-            mark, slots, inline = f"<{kind}>", 0, 0
-            for turn in turns:
-                for part in turn["parts"]:
-                    if type(part) is str:
-                        slots += part.count(mark)
-                    elif isinstance(part, tuple):
-                        slots += part[0] == kind
-                    elif isinstance(part, Media):
-                        inline += part.kind == kind
-            named = any(isinstance(p, tuple) and p[0] == kind for t in turns for p in t["parts"])
-            if slots != len(media) and not inline and not named:
-                slots -= self._keep_words(turns, row, mark, len(media), literal)
-            if slots != len(media):
-                if slots or inline:
-                    have = f"`{key}` holds {len(media)}" if media else f"there is no `{key}`"
-                    what = (
-                        f"{slots} {mark} in the text"
-                        if not inline
-                        else f"the messages name {inline} of their own and {slots} {mark}"
-                    )
-                    raise PolymodalError(
-                        f"{where}: {what}, but {have}.",
-                        f"Write one {mark} for each entry, in order of reading, or none at all.",
-                    )
-                opener = next((t for t in turns if plain or t["role"] == "user"), None)
-                if opener is None:
-                    raise PolymodalError(
-                        f"{where}: `{key}` holds {len(media)}, but there is no user turn to put it in.",
-                        f"Write {mark} where it belongs.",
-                    )
-                at = 0
-                while at < len(opener["parts"]) and isinstance(opener["parts"][at], Media):
-                    at += 1
-                opener["parts"][at:at] = media
-                continue
-            if not slots:
-                continue
-            supply = iter(media)
-            for turn in turns:
-                parts: list[Any] = []
-                for part in turn["parts"]:
-                    if type(part) is str and mark in part:
-                        pieces = part.split(mark)
-                        for n, piece in enumerate(pieces):
-                            if n:
-                                parts.append(next(supply))
-                            if piece:
-                                parts.append(piece)
-                    elif isinstance(part, tuple) and part[0] == kind:
-                        parts.append(next(supply))
-                    else:
-                        parts.append(part)
-                turn["parts"] = parts
-        for turn in turns if marked else ():
-            turn["parts"] = [str(p) if isinstance(p, str) else p for p in turn["parts"]]
+
+def _all_parts(turns: list[dict]) -> list[Any]:
+    return [part for turn in turns for part in turn["parts"]]
 
 
-def _extra(row: Mapping[str, Any], where: str, speech: bool) -> dict[str, Any]:
+def _count(turns: list[dict], mark: str) -> int:
+    return sum(part.count(mark) for part in _all_parts(turns) if type(part) is str)
+
+
+def _filled(parts: list[Any], kind: str, mark: str, supply: Iterator[Media]) -> Iterator[Any]:
+    """The parts with media in place of marks and slots."""
+    for part in parts:
+        if isinstance(part, _Slot) and part == kind:
+            yield next(supply)
+        elif type(part) is str and mark in part:
+            for n, piece in enumerate(part.split(mark)):
+                if n:
+                    yield next(supply)
+                if piece:
+                    yield piece
+        else:
+            yield part
+
+
+def _extra(row: Mapping[str, Any], speech: bool) -> dict[str, Any]:
     """Columns that are not trained on (id, task...); speech: `start` and `end` as seconds (NeMo:
     `offset`)."""
-    extra = {
-        k: v
-        for k, v in row.items()
-        if (0 < len(v) <= 256 and k != "text" if isinstance(v, str) else isinstance(v, (int, float)))
-    }
-    if speech:
-        if extra.get("offset") and isinstance(
-            extra.get("duration"), (int, float)
-        ):  # an excerpt in a NeMo manifest
-            extra.setdefault("start", extra["offset"])
-            extra.setdefault("end", float(extra["offset"]) + extra["duration"])
-        for key in ("start", "end"):
-            if extra.get(key) is None:
-                continue
-            try:
-                extra[key] = float(extra[key])
-            except ValueError:
-                extra[key] = math.nan
-            if not 0 <= extra[key] < math.inf:
-                raise PolymodalError(
-                    f"{where}: `{key}` = {row.get(key)!r} is no time in seconds.", "Write seconds, e.g. 12.5."
-                )
-        if extra.get("end", math.inf) <= extra.get("start", 0.0):
+    extra = {}
+    for key, value in row.items():
+        short = isinstance(value, str) and 0 < len(value) <= 256 and key != "text"
+        if short or isinstance(value, (int, float)):
+            extra[key] = value
+    if not speech:
+        return extra
+    if extra.get("offset") and isinstance(
+        extra.get("duration"), (int, float)
+    ):  # an excerpt in a NeMo manifest
+        extra.setdefault("start", extra["offset"])
+        extra.setdefault("end", float(extra["offset"]) + extra["duration"])
+    for key in ("start", "end"):
+        if extra.get(key) is None:
+            continue
+        try:
+            extra[key] = float(extra[key])
+        except ValueError:
+            extra[key] = math.nan
+        if not 0 <= extra[key] < math.inf:
             raise PolymodalError(
-                f"{where}: `end` = {extra['end']:g} s is not after `start` = {extra.get('start', 0.0):g} s.",
-                "Correct the two; they are in seconds.",
+                f"`{key}` = {row.get(key)!r} is no time in seconds.", "Write seconds, e.g. 12.5."
             )
+    if extra.get("end", math.inf) <= extra.get("start", 0.0):
+        raise PolymodalError(
+            f"`end` = {extra['end']:g} s is not after `start` = {extra.get('start', 0.0):g} s.",
+            "Correct the two; they are in seconds.",
+        )
     return extra
 
 
@@ -495,15 +459,9 @@ def _prompt_turns(row: Mapping[str, Any]) -> list[Any]:
     prompt, completion = listed(row.get("prompt")), listed(row.get("completion"))
     if not isinstance(prompt, list) or not isinstance(completion, list) or not completion:
         return []
-    return [*({**t, "weight": 0} if _is_answer(t) else t for t in prompt), *completion]
-
-
-def _is_answer(turn: Any) -> bool:
-    return isinstance(turn, Mapping) and turn.get("role") == "assistant"
-
-
-class _Literal(str):
-    """Text in which <image> is ordinary text."""
+    answers = [isinstance(turn, Mapping) and turn.get("role") == "assistant" for turn in prompt]
+    turns = [{**t, "weight": 0} if answer else t for t, answer in zip(prompt, answers, strict=True)]
+    return [*turns, *completion]
 
 
 def _without_null(value: Any) -> Any:
@@ -512,33 +470,25 @@ def _without_null(value: Any) -> Any:
     return [_without_null(v) for v in value] if isinstance(value, list) else value
 
 
-def _calls(value: Any, where: str, at: str) -> tuple[dict, ...]:
+def _calls(value: Any, at: str) -> tuple[dict, ...]:
     """Tool calls as {"type": "function", "function": {"name", "arguments": object}}."""
+    form = 'Write {"name": ..., "arguments": {...}}.'
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise PolymodalError(
-                f"{where}: `{at}` is a tool call as JSON, here it is not: {error}.",
-                'Write {"name": ..., "arguments": {...}}.',
-            ) from None
+            raise PolymodalError(f"`{at}` is a tool call as JSON, here it is not: {error}.", form) from None
     calls = []
     for call in value if isinstance(value, list) else [value]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise PolymodalError(
-                f"{where}: `{at}` holds a tool call without a name.",
-                'Write {"name": ..., "arguments": {...}}.',
-            )
+            raise PolymodalError(f"`{at}` holds a tool call without a name.", form)
         arguments = function.get("arguments", function.get("parameters", {}))
         if isinstance(arguments, str):
             with contextlib.suppress(ValueError):  # else a template may print the text as it is
                 arguments = json.loads(arguments)
-        calls.append(
-            {
-                "type": "function",
-                **({"id": call["id"]} if call.get("id") else {}),
-                "function": {"name": function["name"], "arguments": arguments},
-            }
-        )
+        made: dict[str, Any] = {"type": "function"}
+        if call.get("id"):
+            made["id"] = call["id"]
+        calls.append({**made, "function": {"name": function["name"], "arguments": arguments}})
     return tuple(calls)

@@ -1,13 +1,11 @@
 """The media that a row names: paths, bytes, data: URLs, members of a tar, lists of frame images.
 
-Part of the data room: sees errors, recipe and core/sample.py. It decides where relative paths start; it
-opens nothing.
+Decides where relative paths start; opens nothing.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 import re
@@ -52,7 +50,7 @@ class References:
         self.fixed = media_dir is not None
         self._folders: dict[str, str] = {}
 
-    def of_row(self, row: Mapping[str, Any], kind: Kind, where: str) -> tuple[list[Media], str]:
+    def of_row(self, row: Mapping[str, Any], kind: Kind) -> tuple[list[Media], str]:
         """The row's list of media of a kind, and the name of its column. Raises PolymodalError."""
         own = getattr(self.attr, f"{kind}s")
         value, key = first(row, own, COLUMNS[kind])
@@ -66,69 +64,63 @@ class References:
         out = []
         for n, entry in enumerate(entries):
             data = member_named(members, entry)
-            out.append(Media(kind, data) if data else self.medium(kind, entry, where, f"{key}[{n}]"))
+            out.append(Media(kind, data) if data else self.medium(kind, entry, f"{key}[{n}]"))
         return out, key
 
-    def medium(self, kind: Kind, source: Any, where: str, at: str) -> Media:
+    def medium(self, kind: Kind, source: Any, at: str) -> Media:
         """One entry: a path, bytes, a data: URL, an object that holds one of them, or a video's list of
         frames."""
         if isinstance(source, Mapping):
             if kind == "audio" and source.get("array") is not None:
-                return Media(kind, _wav(source, where, at))
-            name = next(
-                (k for k in ("bytes", "url", "path", kind, "data") if source.get(k) is not None), None
-            )
+                return Media(kind, _wav(source, at))
+            keys = ("bytes", "url", "path", kind, "data")
+            name = next((k for k in keys if source.get(k) is not None), None)
             source = None if name is None else source[name]
             if name == "data" and isinstance(source, str) and not source.startswith("data:"):
                 source = f"data:;base64,{source}"  # OpenAI's input_audio
         if isinstance(source, (bytes, bytearray)):
             return Media(kind, bytes(source))
         if isinstance(source, str) and source:
-            if source.startswith("data:"):
-                head, _, data = source.partition(",")
-                try:
-                    if not head.endswith(";base64"):
-                        raise ValueError("not base64")
-                    return Media(kind, base64.b64decode(data, validate=True))
-                except (ValueError, binascii.Error) as error:
-                    raise PolymodalError(
-                        f"{where}: `{at}` is a data: URL that cannot be decoded ({error}).",
-                        f"Write data:{kind}/{TYPES[kind]};base64,...",
-                    ) from None
-            if BASE64.fullmatch(source):
-                try:
-                    return Media(kind, base64.b64decode(source, validate=True))
-                except (ValueError, binascii.Error) as error:
-                    raise PolymodalError(
-                        f"{where}: `{at}` looks like base64 but cannot be decoded ({error}).",
-                        "Give a path, or whole base64 text.",
-                    ) from None
-            if len(source) > 4096:
-                raise PolymodalError(
-                    f"{where}: `{at}` is neither a path nor base64: {len(source)} characters, "
-                    f"from {source[:40]!r}.",
-                    f"Give a path, or data:{kind}/{TYPES[kind]};base64,...",
-                )
-            return Media(kind, self.path(source, where, at))
-        if (
-            kind == "video"
-            and isinstance(source, (list, tuple))
-            and source
-            and all(isinstance(s, str) and s for s in source)
-        ):
-            return Media(kind, tuple(self.path(s, where, at) for s in source))
-        raise PolymodalError(
-            f"{where}: `{at}` names no {kind}: {str(source)[:40]!r}.",
-            "Give a path, bytes"
-            + (", or a list of frame images." if kind == "video" else " or a data: URL."),
-        )
+            return Media(kind, self._bytes_or_path(kind, source, at))
+        if kind == "video" and isinstance(source, (list, tuple)) and source:
+            if all(isinstance(s, str) and s for s in source):
+                return Media(kind, tuple(self.path(s, at) for s in source))
+        forms = ", or a list of frame images." if kind == "video" else " or a data: URL."
+        raise PolymodalError(f"`{at}` names no {kind}: {str(source)[:40]!r}.", f"Give a path, bytes{forms}")
 
-    def path(self, source: str, where: str, at: str) -> str:
+    def _bytes_or_path(self, kind: Kind, source: str, at: str) -> bytes | str:
+        url = f"data:{kind}/{TYPES[kind]};base64,..."
+        if source.startswith("data:"):
+            head, _, data = source.partition(",")
+            try:
+                if not head.endswith(";base64"):
+                    raise ValueError("not base64")
+                return base64.b64decode(data, validate=True)
+            except ValueError as error:
+                raise PolymodalError(
+                    f"`{at}` is a data: URL that cannot be decoded ({error}).", f"Write {url}"
+                ) from None
+        if BASE64.fullmatch(source):
+            try:
+                return base64.b64decode(source, validate=True)
+            except ValueError as error:
+                raise PolymodalError(
+                    f"`{at}` looks like base64 but cannot be decoded ({error}).",
+                    "Give a path, or whole base64 text.",
+                ) from None
+        if len(source) > 4096:
+            raise PolymodalError(
+                f"`{at}` is neither a path nor base64: {len(source)} characters, from {source[:40]!r}.",
+                f"Give a path, or {url}",
+            )
+        return self.path(source, at)
+
+    def path(self, source: str, at: str) -> str:
         """Where a named file lies. Raises PolymodalError for addresses on the network."""
         if "://" in source[:12]:
             if not source.startswith("file://"):
                 raise PolymodalError(
-                    f"{where}: `{at}` = {source[:60]} is on the network.",
+                    f"`{at}` = {source[:60]} is on the network.",
                     "Training reads local files: download it and give the path.",
                 )
             source = unquote(source[7:])
@@ -145,7 +137,7 @@ class References:
 
 
 def row_members(row: Mapping[str, Any], kind: str) -> dict[str, bytes]:
-    """Members of a webdataset row that are of a kind: name -> bytes, in order."""
+    """Members of a webdataset row that are of this kind: name -> bytes, in order."""
     return dict(row.get("__media__", {}).get(f"{kind}s", ()))
 
 
@@ -159,9 +151,8 @@ def member_named(members: Mapping[str, bytes], name: Any) -> bytes | None:
     return members[found[0]] if len(found) == 1 else None
 
 
-def _wav(source: Mapping[str, Any], where: str, at: str) -> bytes:
-    """Decoded audio {array [samples] or [samples, channels], sampling_rate} as the bytes of a float32 wav
-    file."""
+def _wav(source: Mapping[str, Any], at: str) -> bytes:
+    """Decoded audio {array [samples] or [samples, channels], sampling_rate} as a float32 wav file."""
     rate = source.get("sampling_rate")
     try:
         values = np.asarray(source["array"], np.float32)
@@ -169,23 +160,13 @@ def _wav(source: Mapping[str, Any], where: str, at: str) -> bytes:
         values = np.zeros(0, np.float32)
     if not isinstance(rate, int) or rate < 1 or values.ndim not in (1, 2) or not values.size:
         raise PolymodalError(
-            f"{where}: `{at}` is decoded audio without samples or without its sampling_rate.",
+            f"`{at}` is decoded audio without samples or without its sampling_rate.",
             'Write {"array": [...], "sampling_rate": 16000}, or the path of a file.',
         )
     data, channels = values.astype("<f4").tobytes(), values.shape[1] if values.ndim == 2 else 1
     form = struct.pack("<HHIIHH", 3, channels, rate, rate * channels * 4, channels * 4, 32)
-    return b"".join(
-        (
-            b"RIFF",
-            struct.pack("<I", 36 + len(data)),
-            b"WAVEfmt ",
-            struct.pack("<I", 16),
-            form,
-            b"data",
-            struct.pack("<I", len(data)),
-            data,
-        )
-    )
+    head = struct.pack("<4sI8sI", b"RIFF", 36 + len(data), b"WAVEfmt ", 16)
+    return head + form + struct.pack("<4sI", b"data", len(data)) + data
 
 
 def first(row: Mapping[str, Any], own: str | None, names: tuple[str, ...]) -> tuple[Any, str]:

@@ -162,7 +162,7 @@ class _Writer:
         if isinstance(medium.source, bytes):
             return []
         names = medium.source if isinstance(medium.source, tuple) else (medium.source,)
-        return [self.places.path(n, "", "") if self.places else n for n in names]
+        return [self.places.path(n, "") if self.places else n for n in names]
 
     def row(self, record: Record) -> dict[str, Any]:
         if record.plain:
