@@ -64,7 +64,7 @@ def measure(root: Path, data: Path) -> dict[str, Any]:
     index = build_index(corpus, chat, recipe.data)
     used = os.times()
     return {
-        "samples": len(index), "tokens": int(index.tokens.sum()), "pictures": len(index.patch_values), "usable": int(index.usable.sum()),
+        "samples": len(index), "tokens": int(index.tokens.sum()), "pictures": int((index.media["vision"] > 0).sum()), "usable": int(index.usable.sum()),
         "seconds": time.perf_counter() - began,
         "cpu_seconds": sum(used[:4]) - sum(cpu[:4]),
     }  # fmt: skip

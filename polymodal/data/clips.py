@@ -1,8 +1,8 @@
-"""Pictures and clips as a generating model learns from them: which size and length each becomes, and its frames.
+"""Pictures and clips as a generating model learns from them: which size and length each becomes, and its
+frames.
 
-Part of the data room: sees errors, recipe, media and sample. The family hands in its latent grid; a medium's bucket is
-told by its header alone, so that planning decodes nothing. It stands where chat.py stands for language: index.py
-measures through it.
+The family gives its latent grid; a medium's bucket follows from its header alone, so that planning decodes
+nothing. index.py measures through it, as through chat.py for language.
 """
 
 from __future__ import annotations
@@ -29,44 +29,48 @@ NARROWEST = 4.0
 class Clips:
     """Records -> buckets and frames. Picklable.
 
-    grid: the family's LatentGrid (side, fits, tokens); given: the roles of what a row's medium is made from that the
-    family takes; needed: those that every row must have. Raises PolymodalError for sizes and lengths that the latents do not divide.
+    grid: the family's LatentGrid (side, fits, tokens); given: the roles of what a row's medium is made from
+    that the family takes; needed: those that every row must have. Raises PolymodalError for sizes and
+    lengths that the latents do not divide.
     """
 
     streams: tuple[MediaStream, ...] = ()  # there is no token stream that media stand in
 
     def __init__(self, clip: Clip, grid: Any, given: Sequence[str] = (), needed: Sequence[str] = ()):
         self.clip, self.grid, self.roles, self.needed = clip, grid, tuple(given), tuple(needed)
-        still = grid.still
         self.sounds = "sound" in self.roles and clip.sound
+        self.rate = clip.fps or 24.0
+        """Frames a second that are asked of lists of frames and of pictures."""
         if self.sounds and not clip.fps:
             raise PolymodalError(
                 "data.clip.fps is null: clips that are learned with their sound have one rate.",
                 "Set data.clip.fps, e.g. 24, or data.clip.sound to false.",
             )
-        for frames in clip.frames:
-            if not still and not grid.fits(frames):
+        for frames in () if grid.still else clip.frames:
+            if not grid.fits(frames):
                 below = next((f for f in range(frames - 1, 0, -1) if grid.fits(f)), 1)
                 above = next(f for f in range(frames + 1, frames + 8 * grid.time + 2) if grid.fits(f))
                 raise PolymodalError(
-                    f"data.clip.frames: {frames} frames do not become whole latents, which join {grid.time} frames after the first.",
+                    f"data.clip.frames: {frames} frames do not become whole latents, which join {grid.time} "
+                    "frames after the first.",
                     f"Use {below} or {above}.",
                 )
+        only = grid.size
         for height, width in clip.sizes:
             if height % grid.side or width % grid.side:
                 near = [max(grid.side, round(x / grid.side) * grid.side) for x in (height, width)]
                 raise PolymodalError(
-                    f"data.clip.sizes: {height} x {width} is not a multiple of {grid.side} pixels, which this model's latents need.",
+                    f"data.clip.sizes: {height} x {width} is not a multiple of {grid.side} pixels, which "
+                    "this model's latents need.",
                     f"Use [{near[0]}, {near[1]}].",
                 )
-        only = grid.size
-        other = next(((h, w) for h, w in clip.sizes if only not in (None, (h, w))), None)
-        if other is not None:
-            raise PolymodalError(
-                f"data.clip.sizes: {other[0]} x {other[1]} is not {only[0]} x {only[1]} pixels, which this model's places were learned for.",
-                "Leave data.clip.sizes out.",
-            )
-        self.lengths = [1] if still else sorted(set(clip.frames))
+            if only not in (None, (height, width)):
+                raise PolymodalError(
+                    f"data.clip.sizes: {height} x {width} is not {only[0]} x {only[1]} pixels, which this "
+                    "model's places were learned for.",
+                    "Leave data.clip.sizes out.",
+                )
+        self.lengths = [1] if grid.still else sorted(set(clip.frames))
         self.sizes = [only] if only else [(h, w) for h, w in clip.sizes] or _sizes(clip.pixels, grid.side)
         keys = [
             clip.model_dump(mode="json"),
@@ -79,7 +83,7 @@ class Clips:
         keys += [list(self.roles), grid.references, grid.sound] if self.roles else []
         self.fingerprint = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
 
-    # ------------------------------------------------------------------ measuring, from headers
+    # -- measuring, from headers ---------------------------------------------
 
     def measure(self, records: Sequence[Record]) -> list[SampleLengths | str]:
         """For each record its SampleLengths, or why it cannot be used, as one sentence."""
@@ -106,50 +110,12 @@ class Clips:
                 "Name it in every row, or remove the row.",
             )
         if medium.kind == "image":
-            if self.sounds:
-                raise PolymodalError(
-                    f"{media.label(medium.source)} is a picture, it has no sound.",
-                    "Remove the row, or set data.clip.sound to false.",
-                )
-            if self.grid.least > 1:
-                raise PolymodalError(
-                    f"{media.label(medium.source)} is a picture, this model learns from clips of {self.grid.least} frames and more.",
-                    "Remove the row, or name clips.",
-                )
-            if "cut" in record.extra:
-                raise PolymodalError(
-                    f"{media.label(medium.source)} is a picture, the row's `cut` is of frames.",
-                    "Leave it out.",
-                )
+            self._check_picture(medium, record)
             height, width, frames = *media.image_size(_source(medium)), 1
-        elif self.grid.still:
-            raise PolymodalError(
-                f"{media.label(medium.source)} is a video, this model makes pictures.",
-                "Remove the row, or name pictures.",
-            )
         else:
-            header = media.video_header(medium.source, self.clip.fps or 24.0)
+            header = self._header(medium)
             height, width = header.height, header.width
-            have = len(self._times(header, record))
-            if self.sounds:
-                self._audible(medium, header)
-            for role, shown in self._given(record).items():
-                if shown[0].kind == "video":
-                    less = len(self._times(media.video_header(shown[0].source, self.clip.fps or 24.0)))
-                    if less < min(have, self.lengths[0]):
-                        raise PolymodalError(
-                            f"the {role} {media.label(shown[0].source)} has {less} frames, fewer than the shortest length {self.lengths[0]}.",
-                            "A clip and what it is made from have the same length: mend or remove the row.",
-                        )
-                    have = min(have, less)
-            fitting = [f for f in self.lengths if f <= have]
-            if not fitting:
-                rate = f" at {self.clip.fps:g} a second" if self.clip.fps else ""
-                raise PolymodalError(
-                    f"the video {media.label(medium.source)} has {have} frames{rate}, fewer than the shortest length {self.lengths[0]}.",
-                    "Add a shorter length to data.clip.frames, raise data.clip.fps, or remove the row.",
-                )
-            frames = fitting[-1]
+            frames = self._length(medium, header, record)
         _, _, height, width = _region(record, height, width)
         ratio = math.log(height / width)
         height, width = min(self.sizes, key=lambda s: (abs(math.log(s[0] / s[1]) - ratio), -s[0] * s[1]))
@@ -157,28 +123,77 @@ class Clips:
         tokens = self.grid.tokens(frames, height, width)
         return SampleLengths(tokens, tokens, shape=(frames, height, width))
 
-    def _audible(self, medium: Media, header: media.VideoHeader) -> None:
+    def _check_picture(self, medium: Media, record: Record) -> None:
+        name = media.label(medium.source)
+        if self.sounds:
+            raise PolymodalError(
+                f"{name} is a picture, it has no sound.", "Remove the row, or set data.clip.sound to false."
+            )
+        if self.grid.least > 1:
+            raise PolymodalError(
+                f"{name} is a picture, this model learns from clips of {self.grid.least} frames and more.",
+                "Remove the row, or name clips.",
+            )
+        if "cut" in record.extra:
+            raise PolymodalError(f"{name} is a picture, the row's `cut` is of frames.", "Leave it out.")
+
+    def _length(self, medium: Media, header: media.VideoHeader, record: Record) -> int:
+        """Frames that are taken of a clip: the largest of the lengths that it has."""
+        name, shortest = media.label(medium.source), self.lengths[0]
+        if self.grid.still:
+            raise PolymodalError(
+                f"{name} is a video, this model makes pictures.", "Remove the row, or name pictures."
+            )
+        have = len(self._times(header, record))
+        if self.sounds:
+            self._check_sound(name, header)
+        for role, shown in self._given(record).items():
+            if shown[0].kind == "video":
+                less = len(self._times(self._header(shown[0])))
+                if less < min(have, shortest):
+                    raise PolymodalError(
+                        f"the {role} {media.label(shown[0].source)} has {less} frames, fewer than the "
+                        f"shortest length {shortest}.",
+                        "A clip and what it is made from have the same length: correct or remove the row.",
+                    )
+                have = min(have, less)
+        if have < shortest:
+            rate = f" at {self.clip.fps:g} a second" if self.clip.fps else ""
+            raise PolymodalError(
+                f"the video {name} has {have} frames{rate}, fewer than the shortest length {shortest}.",
+                "Add a shorter length to data.clip.frames, raise data.clip.fps, or remove the row.",
+            )
+        return max(length for length in self.lengths if length <= have)
+
+    def _check_sound(self, name: str, header: media.VideoHeader) -> None:
         assert self.clip.fps is not None
         if not header.sound:
             raise PolymodalError(
-                f"the video {media.label(medium.source)} has no sound.",
+                f"the video {name} has no sound.",
                 "Remove the row, or set data.clip.sound to false: all clips are then learned without sound.",
             )
         if header.fps < self.clip.fps * 0.999:
             raise PolymodalError(
-                f"the video {media.label(medium.source)} has {header.fps:g} frames a second, fewer than data.clip.fps = {self.clip.fps:g}.",
-                "Clips that are learned with their sound have one rate: lower data.clip.fps, or remove the row.",
+                f"the video {name} has {header.fps:g} frames a second, fewer than data.clip.fps = "
+                f"{self.clip.fps:g}.",
+                "Clips that are learned with their sound have one rate: lower data.clip.fps, or remove the "
+                "row.",
             )
+
+    def _header(self, medium: Media) -> media.VideoHeader:
+        return media.video_header(medium.source, self.rate)
 
     def _given(self, record: Record) -> dict[str, tuple[Media, ...]]:
         return {r: m for r, m in record.extra.get("given", {}).items() if r in self.roles}
 
     def _references(self, record: Record) -> int:
-        """Pictures that stand as latent frames of their own before the clip's, where the family has them so."""
+        """Pictures that stand as latent frames of their own before the clip's, where the family has them
+        so."""
         return len(self._given(record).get("references", ())) if self.grid.references else 0
 
     def _times(self, header: media.VideoHeader, record: Record | None = None) -> list[int]:
-        """Numbers of all frames that are taken at the asked rate; a slower video gives every frame. record: its `cut`."""
+        """Numbers of all frames that are taken at the asked rate; a slower video gives every frame. record:
+        its `cut`."""
         first, stop = (0, header.frames) if record is None else record.extra.get("cut", (0, header.frames))
         if not 0 <= first < stop <= header.frames:
             raise PolymodalError(
@@ -188,57 +203,56 @@ class Clips:
         step = max(1.0, header.fps / self.clip.fps) if self.clip.fps and not header.listed else 1.0
         return [first + round(i * step) for i in range(int((stop - first - 1) / step) + 1)]
 
-    # ------------------------------------------------------------------ decoding
+    # -- decoding ------------------------------------------------------------
 
     def frames(self, record: Record, measure: SampleLengths) -> np.ndarray:
-        """The medium in its bucket's size: uint8 [F, H, W, 3]. Raises PolymodalError with the row's place."""
+        """The medium in its bucket's size: uint8 [F, H, W, 3]. Raises PolymodalError with the row's file and
+        line."""
         count = measure.shape[0] - self.grid.time * self._references(record)
-        return self._decoded(medium_of(record), record, count, *measure.shape[1:])
+        try:
+            return self._decoded(medium_of(record), record, count, *measure.shape[1:])
+        except PolymodalError as error:
+            raise error.at(record.where) from None
 
     def given(self, record: Record, measure: SampleLengths) -> dict[str, np.ndarray]:
-        """What comes with the medium, by role, uint8: source and mask [F, H, W, 3] at the medium's own times (a
-        picture stands for all of them), references [N, H, W, 3], whole, on white; float32: sound [2, samples], and the
-        rate in frames a second. Raises PolymodalError."""
-        height, width = measure.shape[1:]
-        count = measure.shape[0] - self.grid.time * self._references(record)
+        """What comes with the medium, by role, uint8: source and mask [F, H, W, 3] at the medium's own times
+        (a picture stands for all of them), references [N, H, W, 3], whole, on white; float32: sound [2,
+        samples], and the rate in frames a second. Raises PolymodalError with the row's file and line."""
+        try:
+            return self._conditions(record, *measure.shape)
+        except PolymodalError as error:
+            raise error.at(record.where) from None
+
+    def _conditions(self, record: Record, count: int, height: int, width: int) -> dict[str, np.ndarray]:
+        count -= self.grid.time * self._references(record)
         out = {}
         for role, shown in self._given(record).items():
             if role == "references":
-                out[role] = np.stack([self._whole(m, record, height, width) for m in shown])
+                out[role] = np.stack([self._whole(m, height, width) for m in shown])
                 continue
-            found = self._decoded(shown[0], record, count, height, width)
-            out[role] = np.repeat(found, count, axis=0) if len(found) < count else found
+            frames = self._decoded(shown[0], None, count, height, width)
+            out[role] = np.repeat(frames, count, axis=0) if len(frames) < count else frames
         if "rate" in self.roles:
-            out["rate"] = np.float32(rate := self._rate(record))
+            medium = medium_of(record)
+            rate = self._rate(medium)
+            out["rate"] = np.array(rate, np.float32)
             if self.sounds:
-                medium = medium_of(record)
-                try:
-                    out["sound"] = audio.sound(
-                        _source(medium), self.grid.sound, round(count / rate * self.grid.sound), self._begin(record)
-                    )  # fmt: skip
-                except PolymodalError as error:
-                    raise PolymodalError(f"{record.where}: {error.message}", error.hint) from None
+                header = self._header(medium)
+                begin = self._times(header, record)[0] / header.fps  # of the row's `cut`
+                samples = round(count / rate * self.grid.sound)
+                out["sound"] = audio.sound(_source(medium), self.grid.sound, samples, begin)
         return out
 
-    def _begin(self, record: Record) -> float:
-        """Seconds before a clip's first frame: of its row's `cut`."""
-        header = media.video_header(medium_of(record).source, self.clip.fps or 24.0)
-        return self._times(header, record)[0] / header.fps
-
-    def _rate(self, record: Record) -> float:
+    def _rate(self, medium: Media) -> float:
         """Frames a second that a clip is taken at."""
-        medium, asked = medium_of(record), self.clip.fps or 24.0
         if medium.kind == "image":
-            return asked
-        header = media.video_header(medium.source, asked)
+            return self.rate
+        header = self._header(medium)
         return header.fps if header.listed or not self.clip.fps else min(header.fps, self.clip.fps)
 
-    def _whole(self, medium: Media, record: Record, height: int, width: int) -> np.ndarray:
+    def _whole(self, medium: Media, height: int, width: int) -> np.ndarray:
         """A picture scaled to lie within the size, in the middle of white."""
-        try:
-            picture = media.image(_source(medium))
-        except PolymodalError as error:
-            raise PolymodalError(f"{record.where}: {error.message}", error.hint) from None
+        picture = media.image(_source(medium))
         scale = min(height / picture.height, width / picture.width)
         size = max(1, int(picture.height * scale)), max(1, int(picture.width * scale))
         if (picture.height, picture.width) != size:
@@ -248,29 +262,26 @@ class Clips:
         out[top : top + size[0], left : left + size[1]] = np.asarray(picture)
         return out
 
-    def _decoded(self, medium: Media, record: Record, count: int, height: int, width: int) -> np.ndarray:
-        own = record if medium is medium_of(record) else None
-        try:
-            if medium.kind == "image":
-                picture = media.image(_source(medium))
-                if own is not None and "crop" in own.extra:
-                    top, left, tall, wide = _region(own, picture.height, picture.width)
-                    picture = picture.crop((left, top, left + wide, top + tall))
-                return self._fit(picture, height, width)[None]
-            header = media.video_header(medium.source, self.clip.fps or 24.0)
-            top, left, tall, wide = _region(own, header.height, header.width)
-            cover = self._cover(tall, wide, height, width)
-            y, x = cover[0] / tall, cover[1] / wide  # the whole frame is scaled while it is decoded
-            size = round(header.height * y), round(header.width * x)
-            found = media.video(medium.source, header, self._times(header, own)[:count], size)
-        except PolymodalError as error:
-            raise PolymodalError(f"{record.where}: {error.message}", error.hint) from None
-        if found.shape[1:3] != size:  # frames given as pictures
-            found = np.stack(
-                [np.asarray(Image.fromarray(f).resize(size[::-1], Image.Resampling.BICUBIC)) for f in found]
+    def _decoded(self, medium: Media, own: Record | None, count: int, height: int, width: int) -> np.ndarray:
+        """Frames of a medium; own: the record whose `cut` and `crop` are of this medium."""
+        if medium.kind == "image":
+            picture = media.image(_source(medium))
+            if own is not None and "crop" in own.extra:
+                top, left, tall, wide = _region(own, picture.height, picture.width)
+                picture = picture.crop((left, top, left + wide, top + tall))
+            return self._fit(picture, height, width)[None]
+        header = self._header(medium)
+        top, left, tall, wide = _region(own, header.height, header.width)
+        cover = self._cover(tall, wide, height, width)
+        y, x = cover[0] / tall, cover[1] / wide  # the whole frame is scaled while it is decoded
+        size = round(header.height * y), round(header.width * x)
+        frames = media.video(medium.source, header, self._times(header, own)[:count], size)
+        if frames.shape[1:3] != size:  # frames given as pictures
+            frames = np.stack(
+                [np.asarray(Image.fromarray(f).resize(size[::-1], Image.Resampling.BICUBIC)) for f in frames]
             )
         top, left = min(round(top * y), size[0] - cover[0]), min(round(left * x), size[1] - cover[1])
-        return _centre(found[:, top : top + cover[0], left : left + cover[1]], height, width)
+        return _centre(frames[:, top : top + cover[0], left : left + cover[1]], height, width)
 
     def _cover(self, height: int, width: int, to_height: int, to_width: int) -> tuple[int, int]:
         """The size a medium is scaled to before its centre is cut out."""

@@ -1,8 +1,8 @@
-"""The length of every sample, measured once, cached beside the data by content.
+"""The length of every sample, measured once in parallel, without decoding pixels, and cached beside the data
+by content.
 
-Sees the ground floor and its neighbours in `data`. Measures in parallel, without decoding pixels (that is the chat
-processor's craft). One process of a node measures while the others wait at a lock file: a lock has no time-out, unlike
-a barrier, and dies with its holder.
+One process of a node measures while the others wait at a lock file: a lock has no time-out, unlike a
+barrier, and is released when its holder dies.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import json
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cached_property
 from typing import Any
@@ -31,14 +30,19 @@ from polymodal.recipe import Data
 VERSION = 3  # of the file's form: part of its key
 UNTRAINED = "no token of it is trained on (data.train_on)"
 _CHUNK = 256  # records a task
-_START_SECONDS = 8.0  # more than this must be saved by it before processes are started
+_START_SECONDS = 8.0  # that must be saved by starting processes
+Row = tuple[int, int, SampleLengths]
+"""Record, piece of it or -1, lengths."""
+Measured = tuple[list[Row], list[Problem]]
+"""Rows of some records; problems by row among these."""
 
 
 class Index:
     """Compact lengths of all rows. A row is a record, or one piece of a record that was split.
 
-    tokens, trained: int32 [N]; media: stream -> sum of its lengths in each row, int32 [N]; record int64 [N] and piece int32 [N] (-1 = whole), both None without split records;
-    usable bool [N]; problems: the broken rows. The arrays are views of the mapped cache file: read-only.
+    tokens, trained: int32 [N]; media: stream -> sum of its lengths in each row, int32 [N]; record int64 [N]
+    and piece int32 [N] (-1 = whole), both None without split records; usable bool [N]; problems: the broken
+    rows. The arrays are views of the mapped cache file: read-only.
     """
 
     def __init__(
@@ -86,7 +90,8 @@ class Index:
         return int(self.record[i]), int(self.piece[i])
 
     def shapes(self) -> np.ndarray:
-        """(frames, height, width) of each row of what is to be generated, int32 [N, 3]; zeros where it is broken."""
+        """(frames, height, width) of each row of what is to be generated, int32 [N, 3]; zeros where it is
+        broken."""
         return np.zeros((len(self), 3), np.int32) if self._shapes is None else self._shapes.reshape(-1, 3)
 
     @property
@@ -127,10 +132,11 @@ def build_index(
 ) -> Index:
     """Lengths of every record of the corpus, from the cache or measured now.
 
-    rank: only rank 0 draws the progress bar; progress(done, total) replaces it. processes: measuring processes
-    (default: the cores this process may use). Every rank calls it; one a node measures, no barrier is needed.
-    Raises PolymodalError for broken records (data.on_error: fail) and overlong ones (data.overlong: error), naming
-    the first and counting all; what was measured is cached even then, so that every rank says the same at once.
+    rank: only rank 0 draws the progress bar; progress(done, total) replaces it. processes: measuring
+    processes (default: the cores this process may use). Every rank calls it; one a node measures, no barrier
+    is needed. Raises PolymodalError for broken records (data.on_error: fail) and overlong ones
+    (data.overlong: error), naming the first and counting all; what was measured is cached even then, so that
+    every rank raises the same.
     """
     key = cache_key(corpus, chat, data)
     name = f"{key}.arrow"
@@ -149,15 +155,14 @@ def build_index(
 
 
 def cache_key(corpus: Any, chat: Any, data: Data) -> str:
-    """Hash of all that lengths depend on: the files, the processor, and the data keys that change a sample."""
+    """Hash of all that lengths depend on: the files, the processor, and the data keys that change a
+    sample."""
     keys = {
         "version": VERSION,
         "parts": [(p.start, p.stop, p.fingerprint) for p in corpus.parts],
         "chat": chat.fingerprint,
         "train_on": data.train_on,
-        "split": data.max_length
-        if data.overlong == "split"
-        else None,  # else lengths do not depend on the limit
+        "split": data.max_length if data.overlong == "split" else None,
     }
     return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -168,76 +173,73 @@ def _refuse(index: Index, corpus: Any, data: Data) -> None:
         rest = f" It is the first of {count} broken records among {len(corpus)}." if count > 1 else ""
         raise PolymodalError(
             f"{index.problems[0]}.{rest}",
-            "Mend or remove what is broken (`polymodal data check` lists it all), or set data.on_error to skip.",
+            "Correct or remove what is broken (`polymodal data check` lists it), or set data.on_error to "
+            "skip.",
         )
     if data.overlong == "error":
         longer = np.flatnonzero(index.tokens > data.max_length)
         if len(longer):
             first, most = int(longer[0]), int(index.tokens[longer].max())
             raise PolymodalError(
-                f"{index.where(first)}: the sample has {index.tokens[first]} tokens, more than data.max_length = {data.max_length}; so have {len(longer)} of {len(index)} samples, the longest {most}.",
-                f"Set data.max_length to {most}, lower data.image.max_pixels, or set data.overlong to drop or split.",
+                f"{index.where(first)}: the sample has {index.tokens[first]} tokens, more than "
+                f"data.max_length = {data.max_length}; so have {len(longer)} of {len(index)} samples, "
+                f"the longest {most}.",
+                f"Set data.max_length to {most}, lower data.image.max_pixels, or set data.overlong to drop "
+                "or split.",
             )
 
 
-# Measuring -----------------------------------------------------------------------------------------------------------
+# Measuring ------------------------------------------------------------------
 
-_corpus: Any = None  # of a measuring process: sent once, not with every task
-_chat: Any = None
-_data: Any = None
+_measuring: Any = None  # corpus, chat and data of a measuring process: sent once, not with every task
 
 
-def _start(corpus: Any, chat: Any, data: Data) -> None:
-    global _corpus, _chat, _data
-    _corpus, _chat, _data = corpus, chat, data
+def _start(*context: Any) -> None:
+    global _measuring
+    _measuring = context
     import torch
 
     torch.set_num_threads(1)
 
 
-Row = tuple[int, int, SampleLengths]
-"""Record, piece of it or -1, lengths."""
+def _measure_here(span: tuple[int, int]) -> Measured:
+    corpus, chat, data = _measuring
+    return _measure_chunk(corpus, chat, data, *span)
 
 
-def _measure_here(start: int, stop: int) -> tuple[list[Row], list[Problem]]:
-    return _measure_chunk(_corpus, _chat, _data, start, stop)
-
-
-def _measure_chunk(corpus: Any, chat: Any, data: Data, start: int, stop: int) -> tuple[list, list[Problem]]:
-    """Rows of records start..stop; problems by row here."""
-    records: list[Any] = []
-    for i in range(start, stop):
-        try:
-            records.append(corpus[i])
-        except PolymodalError as error:
-            records.append(error.message)
-    good = [r for r in records if not isinstance(r, str)]
-    measures = iter(chat.measure(good))
+def _measure_chunk(corpus: Any, chat: Any, data: Data, start: int, stop: int) -> Measured:
+    """Rows of records start..stop."""
+    records: dict[int, Any] = {}
     rows: list[Row] = []
     problems: list[Problem] = []
 
-    def add(record: int, piece: int, where: str, measure: SampleLengths | str) -> None:
+    def add(record: int, piece: int, measure: SampleLengths | str) -> None:
         if isinstance(measure, str):
+            where = corpus.where(record)
             reason = measure.removeprefix(f"{where}: ").rstrip(".")
             problems.append(Problem(len(rows), where, reason))
             measure = SampleLengths(0, 0)
         rows.append((record, piece, measure))
 
-    for i, record in enumerate(records, start):
-        if isinstance(record, str):
-            add(i, -1, corpus.where(i), record)
+    measures: dict[int, SampleLengths | str] = {}
+    for i in range(start, stop):
+        try:
+            records[i] = corpus[i]
+        except PolymodalError as error:
+            measures[i] = error.message
+    measures |= zip(records, chat.measure(list(records.values())), strict=True)
+    for i in range(start, stop):
+        measure = measures[i]
+        if data.overlong != "split" or isinstance(measure, str) or measure.tokens <= data.max_length:
+            add(i, -1, measure)
             continue
-        measure = next(measures)
-        if data.overlong == "split" and not isinstance(measure, str) and measure.tokens > data.max_length:
-            try:
-                pieces = chat.pieces(record)
-            except PolymodalError as error:
-                add(i, -1, record.where, error.message)
-                continue
-            for number, piece in enumerate(chat.measure(pieces)):
-                add(i, number, record.where, piece)
-        else:
-            add(i, -1, record.where, measure)
+        try:
+            pieces = chat.pieces(records[i])
+        except PolymodalError as error:
+            add(i, -1, error.message)
+            continue
+        for number, piece in enumerate(chat.measure(pieces)):
+            add(i, number, piece)
     return rows, problems
 
 
@@ -246,31 +248,18 @@ def _measure_all(
 ) -> tuple[dict[str, np.ndarray], list[Problem]]:
     total = len(corpus)
     streams = [stream.name for stream in chat.streams]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = processes if processes is not None else cores
+    if processes is None:
+        affinity = getattr(os, "sched_getaffinity", None)
+        processes = len(affinity(0)) if affinity else os.cpu_count() or 1
     blocks: list[dict[str, np.ndarray]] = []
     problems: list[Problem] = []
-    rows_done = done = 0
+    rows_done = 0
     report(0, total)
-
-    def keep(result: tuple[list, list[Problem]], records: int) -> None:
-        nonlocal rows_done, done
-        rows, found = result
+    for done, (rows, new) in _measured(corpus, chat, data, processes):
         blocks.append(_columns(rows, streams))
-        problems.extend(p._replace(row=p.row + rows_done) for p in found)
+        problems += [problem._replace(row=problem.row + rows_done) for problem in new]
         rows_done += len(rows)
-        done += records
         report(done, total)
-
-    began = time.monotonic()
-    while done < total:
-        elapsed = time.monotonic() - began
-        if done and elapsed / done * (total - done) * (1 - 1 / processes) > _START_SECONDS:
-            break
-        stop = min(done + _CHUNK, total)
-        keep(_measure_chunk(corpus, chat, data, done, stop), stop - done)
-    if done < total:
-        _measure_parallel(corpus, chat, data, done, total, processes, keep)
     blocks = blocks or [_columns([], streams)]
     out = {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
     for name in [name for name in out if name.startswith("offsets/")]:
@@ -282,40 +271,32 @@ def _measure_all(
     return out, problems
 
 
-def _measure_parallel(
-    corpus: Any,
-    chat: Any,
-    data: Data,
-    start: int,
-    total: int,
-    processes: int,
-    keep: Callable[[Any, int], None],
-) -> None:
+def _measured(corpus: Any, chat: Any, data: Data, processes: int) -> Iterator[tuple[int, Measured]]:
+    """(records done, rows of the last of them) in order: here, and by processes where that is worth their
+    start."""
+    total = len(corpus)
+    began = time.monotonic()
+    for start in range(0, total, _CHUNK):
+        elapsed = time.monotonic() - began
+        if start and elapsed / start * (total - start) * (1 - 1 / processes) > _START_SECONDS:
+            break
+        stop = min(start + _CHUNK, total)
+        yield stop, _measure_chunk(corpus, chat, data, start, stop)
+    else:
+        return
     import torch.multiprocessing as mp
 
-    spans = deque((a, min(a + _CHUNK, total)) for a in range(start, total, _CHUNK))
-    processes = min(processes - 1, len(spans))
+    spans = [(first, min(first + _CHUNK, total)) for first in range(start, total, _CHUNK)]
     with quiet_threads():
-        pool = ProcessPoolExecutor(processes, mp.get_context("spawn"), _start, (corpus, chat, data))
-        waiting: deque[tuple[Future, int]] = deque()  # in the order of the data
+        context = mp.get_context("spawn")
+        pool = ProcessPoolExecutor(min(processes, len(spans)), context, _start, (corpus, chat, data))
         try:
-            while spans or waiting:
-                busy = sum(not f.done() for f, _ in waiting)
-                while spans and busy < 2 * processes:
-                    a, b = spans.popleft()
-                    waiting.append((pool.submit(_measure_here, a, b), b - a))
-                    busy += 1
-                if spans and len(waiting) < 16 * processes and not waiting[0][0].done():  # lend a hand
-                    a, b = spans.popleft()
-                    mine: Future = Future()
-                    mine.set_result(_measure_chunk(corpus, chat, data, a, b))
-                    waiting.append((mine, b - a))
-                    continue
-                future, records = waiting.popleft()
-                keep(future.result(), records)
+            for (_, stop), rows in zip(spans, pool.map(_measure_here, spans), strict=True):
+                yield stop, rows
         except BrokenProcessPool:
             raise PolymodalError(
-                "A process that measured the data was killed, most likely because the machine or container ran out of memory.",
+                "A process that measured the data was killed, most likely because the machine or container "
+                "ran out of memory.",
                 "Give the job more memory or fewer cores; what was measured so far is lost.",
             ) from None
         finally:

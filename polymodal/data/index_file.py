@@ -1,7 +1,7 @@
-"""The file that an index of lengths is kept in: where it lies, how it is read, written and guarded.
+"""The file of an index of lengths: where it lies, how it is read, written and locked.
 
-Sees the recipe and the file system. One Arrow file, named by the hash of all that the lengths depend on, written
-under a temporary name and renamed; readers map it, so the ranks of a node share one copy in memory.
+One Arrow file, named by the hash of all that the lengths depend on, written under a temporary name and
+renamed; readers map it, so the ranks of a node share one copy in memory.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import socket
 import tempfile
 import time
@@ -22,27 +23,15 @@ from typing import NamedTuple
 import numpy as np
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.files import written_whole
 from polymodal.recipe import Data
 
 log = logging.getLogger("polymodal.data")
 Progress = Callable[[int, int], None]
-_REMOTE = (
-    "nfs",
-    "lustre",
-    "gpfs",
-    "cifs",
-    "smb",
-    "beegfs",
-    "ceph",
-    "gluster",
-    "9p",
-    "afs",
-    "panfs",
-    "wekafs",
-    "pvfs",
-    "orangefs",
-    "fuse",
+_REMOTE = re.compile(
+    "nfs|lustre|gpfs|cifs|smb|beegfs|ceph|gluster|9p|afs|panfs|wekafs|pvfs|orangefs|fuse(?!blk)"
 )
+"""Begins the types of network file systems; fuseblk is a local disk (ntfs, exfat)."""
 
 
 class Problem(NamedTuple):
@@ -57,7 +46,8 @@ class Problem(NamedTuple):
 
 
 def cache_places(data: Data) -> list[Path]:
-    """Where an index may lie: data.cache_dir alone, or beside the data, the user's cache, the temporary directory."""
+    """Where an index may lie: data.cache_dir alone, or beside the data, the user's cache, the temporary
+    directory."""
     if data.cache_dir:
         return [Path(data.cache_dir)]
     places = []
@@ -66,25 +56,20 @@ def cache_places(data: Data) -> list[Path]:
         while not place.is_dir():  # a file or a pattern: the directory that is there
             place = place.parent
         places.append(place / ".polymodal")
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return [
-        *places,
-        Path(base) / "polymodal" / "index",
-        Path(tempfile.gettempdir()) / f"polymodal-{os.getuid()}",
-    ]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return [*places, cache / "polymodal" / "index", Path(tempfile.gettempdir()) / f"polymodal-{os.getuid()}"]
 
 
 def cache_directory(data: Data, mounts: str = "/proc/mounts") -> Path:
-    """Where a new index goes: the first place that can be written and is not on a network mount; it is created."""
+    """Where a new index goes: the first place that can be written and is not on a network mount; it is
+    created."""
     cause = ""
     for place in cache_places(data):
         if not data.cache_dir and is_remote(place, mounts):
             continue
         try:
             place.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(
-                dir=place
-            ):  # os.access is silent about read-only mounts and full quotas
+            with tempfile.TemporaryFile(dir=place):  # os.access does not see read-only mounts and full quotas
                 return place
         except OSError as error:
             cause = error.strerror or str(error)
@@ -94,7 +79,8 @@ def cache_directory(data: Data, mounts: str = "/proc/mounts") -> Path:
             "Name a directory that this user may write, or remove the key.",
         )
     raise PolymodalError(
-        "No directory for the index of lengths: the data's own, the user's cache and the temporary directory are all read-only, remote or full.",
+        "No directory for the index of lengths: the data's own, the user's cache and the temporary "
+        "directory are all read-only, remote or full.",
         "Set data.cache_dir to a directory that can be written.",
     )
 
@@ -114,9 +100,7 @@ def is_remote(path: Path, mounts: str = "/proc/mounts") -> bool:
         inside = real == point or real.startswith(point.rstrip("/") + "/")
         if inside and len(point) >= len(best):
             best, kind = point, fields[2]
-    return kind.lower() != "fuseblk" and kind.lower().startswith(
-        _REMOTE
-    )  # fuseblk: a local disk (ntfs, exfat)
+    return bool(_REMOTE.match(kind.lower()))
 
 
 def checksum(columns: dict[str, np.ndarray]) -> int:
@@ -136,25 +120,16 @@ def write(path: Path, key: str, columns: dict[str, np.ndarray], problems: list[P
     ]
     about = {"key": key, "checksum": str(checksum(columns)), "problems": json.dumps(problems)}
     batch = pa.record_batch(arrays, names=list(columns)).replace_schema_metadata(about)
-    handle, name = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+        with written_whole(path) as temporary, pa.ipc.new_file(str(temporary), batch.schema) as writer:
             writer.write_batch(batch)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except OSError as error:  # a full disk must not stop a run that holds the figures
-        log.warning(
-            "The index of lengths could not be kept at %s (%s); it will be measured again.",
-            path,
-            error.strerror,
-        )
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+    except OSError as error:  # a full disk must not stop a run: the lengths are in memory
+        message = "The index of lengths could not be kept at %s (%s); it will be measured again."
+        log.warning(message, path, error.strerror)
 
 
 def read(path: Path, key: str) -> tuple[dict[str, np.ndarray], list[Problem]] | None:
-    """The cached figures, mapped; None when there are none or they are not whole."""
+    """(columns, problems) of the cache file, mapped; None when there is none or it is not whole."""
     import pyarrow as pa
 
     if not path.exists():
@@ -162,9 +137,8 @@ def read(path: Path, key: str) -> tuple[dict[str, np.ndarray], list[Problem]] | 
     try:
         batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         about = {k.decode(): v.decode() for k, v in (batch.schema.metadata or {}).items()}
-        columns = {
-            name: batch.column(name).values.to_numpy(zero_copy_only=True) for name in batch.schema.names
-        }
+        names = batch.schema.names
+        columns = {name: batch.column(name).values.to_numpy(zero_copy_only=True) for name in names}
         if about["key"] == key and int(about["checksum"]) == checksum(columns):
             return columns, [Problem(*p) for p in json.loads(about["problems"])]
     except (pa.ArrowException, OSError, KeyError, ValueError, IndexError, TypeError):
@@ -175,32 +149,16 @@ def read(path: Path, key: str) -> tuple[dict[str, np.ndarray], list[Problem]] | 
 
 @contextlib.contextmanager
 def lock(path: Path, report: Progress) -> Iterator[Progress]:
-    """One measuring process a directory; the others wait and show its progress, which it writes into the lock file."""
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with contextlib.suppress(ValueError, KeyError):
-                state = json.loads(os.pread(handle, 1000, 0))
-                report(state["done"], state["total"])
-            os.close(handle)
-            time.sleep(0.2)
-            continue
-        except (
-            OSError
-        ):  # a file system without locks: measuring twice is harmless, the file is replaced whole
-            break
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(handle).st_ino == os.stat(path).st_ino:
-                break
-        os.close(handle)  # its last holder removed it while we waited
-    told = [0.0]
+    """One measuring process a directory; the others wait and show its progress, which it writes into the
+    lock file."""
+    handle = _acquire(path, report)
+    written = 0.0
 
     def publish(done: int, total: int) -> None:
+        nonlocal written
         report(done, total)
-        if time.monotonic() - told[0] > 0.5:
-            told[0] = time.monotonic()
+        if time.monotonic() - written > 0.5:
+            written = time.monotonic()
             state = {"done": done, "total": total, "pid": os.getpid(), "host": socket.gethostname()}
             os.pwrite(handle, json.dumps(state).ljust(200).encode(), 0)
 
@@ -209,4 +167,26 @@ def lock(path: Path, report: Progress) -> Iterator[Progress]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
+        os.close(handle)
+
+
+def _acquire(path: Path, report: Progress) -> int:
+    """The lock file's descriptor, once it is locked by this process."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with contextlib.suppress(ValueError, KeyError):
+                state = json.loads(os.pread(handle, 1000, 0))
+                report(state["done"], state["total"])
+            time.sleep(0.2)
+        except (
+            OSError
+        ):  # a file system without locks: measuring twice is harmless, the file is replaced whole
+            return handle
+        else:
+            with contextlib.suppress(FileNotFoundError):  # its last holder may have removed it meanwhile
+                if os.fstat(handle).st_ino == os.stat(path).st_ino:
+                    return handle
         os.close(handle)

@@ -1,13 +1,13 @@
 """Micro-batches of one shape for generating models: of encoded features, or of pictures and clips encoded
 later.
 
-Part of the data room: what the loader's workers run in place of packing text. A sample's draws (its caption,
-its noise) come from (seed, epoch, sample id) alone. A filler is a sample of the step once more, with weight
-0.
+What the loader's workers run in place of packing text. A sample's draws (its caption, its noise) come from
+(seed, epoch, sample id) alone. A filler is a sample of the step once more, with weight 0.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -26,71 +26,83 @@ from polymodal.data.permute import key_of
 from polymodal.recipe import Data
 
 
-def _batch(
-    tensors: dict[str, Tensor], task: Task, seed: int, shape: Any, tokens: int, weight: list[float]
-) -> Batch:
-    ids = tuple(s[0] for s in task.samples)
-    tensors["weight"] = torch.zeros(len(ids)) if task.filler else torch.tensor(weight)
-    axes: dict[str, Any] = {n: ("batch", *["none"] * (t.ndim - 1)) for n, t in tensors.items()}
-    if "latents" in tensors and tensors["latents"].ndim == 5:
-        axes["latents"] = ("batch", "none", "frame", "none", "none")
-    groups = {
-        "seeds": tuple(key_of(seed, 5, task.epoch, i) for i in ids),
-        "tokens": (tokens,) * len(ids),
-        "shape": tuple(int(x) for x in shape),
-        "kind": "video" if shape[0] > 1 else "image",
-    }
-    return Batch(tensors, axes, ids, groups=groups)
+class _Collator:
+    """Task -> batch of samples of one shape. Picklable.
 
-
-def _notes(batch: Batch, began: float, broken: list[tuple[int, str]]) -> MicroBatchStats:
-    count = int((batch["weight"] != 0).sum())
-    tokens = batch.groups["tokens"][0] * count
-    return MicroBatchStats(
-        tokens, tokens, count, count * batch.groups["shape"][0], time.perf_counter() - began, broken
-    )
-
-
-class FeatureCollator:
-    """Task -> batch of encoded samples: latents [B, ...], text and media tensors by the denoiser's names.
-    Picklable.
-
-    One caption of several is drawn a sample and epoch; text of unequal length is padded with zeros.
+    datasets: of some records, the number of each one's dataset; factors: of the loss of each dataset's
+    samples, () = 1.
     """
 
     copies = True
 
+    def __init__(self, seed: int, factors: Sequence[float]):
+        self.seed, self.factors = seed, factors
+
+    def learn(self, index: Any, task: Task, batch: Batch) -> None:
+        """Sizes are known before."""
+
+    def datasets(self, records: list[int]) -> Sequence[int]:
+        raise NotImplementedError
+
+    def caption(self, task: Task, id: int, captions: Sequence[Any]) -> Any:
+        """The one of several captions that a sample has in this epoch."""
+        return captions[key_of(self.seed, 6, task.epoch, id) % len(captions)]
+
+    def batch(self, tensors: dict[str, Tensor], task: Task, shape: Any, weight: list[float]) -> Batch:
+        ids = tuple(s[0] for s in task.samples)
+        if self.factors:
+            datasets = self.datasets([record for _, record, _, _ in task.samples])
+            tensors["loss_weight"] = torch.tensor([self.factors[d] for d in datasets])
+        tensors["weight"] = torch.zeros(len(ids)) if task.filler else torch.tensor(weight)
+        axes: dict[str, Any] = {n: ("batch", *["none"] * (t.ndim - 1)) for n, t in tensors.items()}
+        if "latents" in tensors and tensors["latents"].ndim == 5:
+            axes["latents"] = ("batch", "none", "frame", "none", "none")
+        groups = {
+            "seeds": tuple(key_of(self.seed, 5, task.epoch, i) for i in ids),
+            "tokens": (task.samples[0][3],) * len(ids),
+            "shape": tuple(int(x) for x in shape),
+            "kind": "video" if shape[0] > 1 else "image",
+        }
+        return Batch(tensors, axes, ids, groups=groups)
+
+
+def _stats(batch: Batch, began: float, broken: list[tuple[int, str]]) -> MicroBatchStats:
+    count = int((batch["weight"] != 0).sum())
+    tokens, media = batch.groups["tokens"][0] * count, batch.groups["shape"][0] * count
+    return MicroBatchStats(tokens, tokens, count, media, time.perf_counter() - began, broken)
+
+
+class FeatureCollator(_Collator):
+    """Batches of encoded samples: latents [B, ...], text and media tensors by the denoiser's names.
+
+    One caption of several is drawn per sample and epoch; text of unequal length is padded with zeros.
+    """
+
     def __init__(self, features: Features, seed: int, text: tuple[str, ...], factors: Sequence[float] = ()):
-        self.features, self.seed, self.text = features, seed, text
-        self.factors = factors
-        """Factor of the loss of each dataset's samples; () = 1."""
+        super().__init__(seed, factors)
+        self.features, self.text = features, text
 
     def bytes(self, index: Any, task: Task) -> int:
         return int(index.bytes[[s[0] for s in task.samples]].sum())
 
-    def learn(self, index: Any, task: Task, batch: Batch) -> None:
-        """The list of features says how large they are."""
+    def datasets(self, records: list[int]) -> Sequence[int]:
+        return self.features.datasets[records].tolist()
 
     def __call__(self, task: Task) -> tuple[Batch, MicroBatchStats]:
         began = time.perf_counter()
         rows: list[dict[str, Tensor]] = []
         for id, record, _, _ in task.samples:
             media, captions = self.features.sample(record)
-            rows.append({**media, **captions[key_of(self.seed, 6, task.epoch, id) % len(captions)]})
-        names = set(rows[0])
-        odd = next((i for i, row in enumerate(rows) if set(row) != names), None)
-        if odd is not None:
-            raise PolymodalError(
-                f"{self.features.where(task.samples[odd][1])} holds {', '.join(sorted(rows[odd]))}, other samples hold {', '.join(sorted(names))}.",
-                "Encode all data with one recipe.",
-            )
-        tensors = {n: _stacked([row[n] for row in rows], n in self.text) for n in sorted(names)}
-        if self.factors:
-            datasets = self.features.datasets[[record for _, record, _, _ in task.samples]]
-            tensors["loss_weight"] = torch.tensor([self.factors[d] for d in datasets])
-        shape = self.features.shapes[task.samples[0][1]]
-        batch = _batch(tensors, task, self.seed, shape, task.samples[0][3], [1.0] * len(rows))
-        return batch, _notes(batch, began, [])
+            rows.append({**media, **self.caption(task, id, captions)})
+            if set(rows[-1]) != set(rows[0]):
+                raise PolymodalError(
+                    f"{self.features.where(record)} holds {', '.join(sorted(rows[-1]))}, other samples hold "
+                    f"{', '.join(sorted(rows[0]))}.",
+                    "Encode all data with one recipe.",
+                )
+        tensors = {n: _stacked([row[n] for row in rows], n in self.text) for n in sorted(rows[0])}
+        batch = self.batch(tensors, task, self.features.shapes[task.samples[0][1]], [1.0] * len(rows))
+        return batch, _stats(batch, began, [])
 
 
 def _stacked(parts: list[Tensor], text: bool) -> Tensor:
@@ -100,35 +112,31 @@ def _stacked(parts: list[Tensor], text: bool) -> Tensor:
     return torch.stack(parts)
 
 
-class ClipCollator:
-    """Task -> batch of frames: pixels uint8 [B, F, H, W, 3], captions in groups, to be encoded on the device.
-    Picklable.
+class ClipCollator(_Collator):
+    """Batches of frames: pixels uint8 [B, F, H, W, 3], captions in groups, to be encoded on the device.
 
-    groups["given"] has a mapping of Clips.given an item; where references are frames of the bucket, pixels
-    are black. A broken sample is fatal, or (data.on_error: skip) black frames of weight 0: it is named, and
-    no other takes its place.
+    groups["given"] has Clips.given of each item; where references are frames of the bucket, pixels are
+    black. A broken sample is fatal, or (data.on_error: skip) black frames of weight 0: it is named, and no
+    other takes its place.
     """
 
-    copies = True
-
     def __init__(self, corpus: Any, clips: Clips, data: Data, seed: int, factors: Sequence[float] = ()):
-        self.corpus, self.clips, self.seed = corpus, clips, seed
-        self.factors = factors
-        """Factor of the loss of each dataset's samples; () = 1."""
+        super().__init__(seed, factors)
+        self.corpus, self.clips = corpus, clips
         self.on_error = data.on_error
 
     def bytes(self, index: Any, task: Task) -> int:
-        frames, height, width = index.measure(task.samples[0][0]).shape
-        return len(task.samples) * frames * height * width * 3
+        return len(task.samples) * 3 * math.prod(index.measure(task.samples[0][0]).shape)
 
-    def learn(self, index: Any, task: Task, batch: Batch) -> None:
-        """Sizes are known before."""
+    def datasets(self, records: list[int]) -> Sequence[int]:
+        starts = [part.start for part in self.corpus.parts]
+        return [bisect_right(starts, number) - 1 for number in records]
 
     def __call__(self, task: Task) -> tuple[Batch, MicroBatchStats]:
         began = time.perf_counter()
         pixels: list[Tensor | None] = []
         captions: list[str] = []
-        broken: list[tuple[int, str]] = []
+        broken: dict[int, str] = {}
         given: list[dict[str, Tensor]] = []
         shape: tuple[int, ...] = ()
         for id, number, _, _ in task.samples:
@@ -148,26 +156,19 @@ class ClipCollator:
             except PolymodalError as error:
                 if self.on_error == "fail":
                     raise
-                broken.append((id, error.message))
+                broken[id] = error.message
                 pixels.append(None)
                 given.append({})
-            said = record.extra["captions"]
-            captions.append(said[key_of(self.seed, 6, task.epoch, id) % len(said)])
+            captions.append(self.caption(task, id, record.extra["captions"]))
         tensors, given = _filled(pixels, given, shape, self.clips.grid.side)
-        shape = tuple(tensors["pixels"].shape[1:4])
-        if self.factors:
-            starts = [part.start for part in self.corpus.parts]
-            datasets = [bisect_right(starts, number) - 1 for _, number, _, _ in task.samples]
-            tensors["loss_weight"] = torch.tensor([self.factors[d] for d in datasets])
         weight = [0.0 if p is None else 1.0 for p in pixels]
-        batch = _batch(tensors, task, self.seed, shape, task.samples[0][3], weight)
-        broken_ids = {id for id, _ in broken}
+        batch = self.batch(tensors, task, tensors["pixels"].shape[1:4], weight)
         batch.groups |= {
             "captions": tuple(captions),
             "given": tuple(given),
-            "broken": tuple(id in broken_ids for id, *_ in task.samples),
+            "broken": tuple(id in broken for id, *_ in task.samples),
         }
-        return batch, _notes(batch, began, broken)
+        return batch, _stats(batch, began, list(broken.items()))
 
 
 def _filled(
@@ -175,10 +176,11 @@ def _filled(
 ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """(pixels [B, F, H, W, 3], `given` of each item) where frames that are None are black.
 
-    A broken item has as many conditions as the others; without any good item the frames are one black square.
+    A broken item has the same conditions as a good one; without any good item the frames are one black
+    square.
     """
-    told = next((g for g, p in zip(given, pixels, strict=True) if p is not None and g), {})
-    steady = {role: t for role, t in told.items() if t.is_floating_point()}
+    good = next((g for g, p in zip(given, pixels, strict=True) if p is not None and g), {})
+    steady = {role: t for role, t in good.items() if t.is_floating_point()}
     if all(p is None for p in pixels):
         shape = (1, side, side)
     black = torch.zeros(*shape, 3, dtype=torch.uint8)
@@ -187,8 +189,8 @@ def _filled(
 
 
 def without(batch: Batch, gone: Sequence[bool], side: int) -> tuple[Batch, StepStats]:
-    """(a ClipCollator's batch in which the items that are `gone` are black and have no weight, what was lost
-    with them).
+    """(a ClipCollator's batch in which the items that are `gone` are black and without weight, what was
+    lost).
 
     side: least height and width of frames, of the family's grid.
     """
@@ -196,13 +198,12 @@ def without(batch: Batch, gone: Sequence[bool], side: int) -> tuple[Batch, StepS
     pixels = [None if out else p for p, out in zip(batch["pixels"], gone, strict=True)]
     tensors, given = _filled(pixels, batch.groups["given"], shape, side)
     weight = batch["weight"].clone()
-    count = sum(
-        bool(w) and out and not was for w, out, was in zip(weight.tolist(), gone, before, strict=True)
-    )
+    lost = torch.tensor(gone) & ~torch.tensor(before) & (weight != 0)
+    count = int(lost.sum())
     weight[torch.tensor(gone)] = 0.0
     tokens = batch.groups["tokens"][0] * count
-    lost = StepStats(tokens=tokens, trained=tokens, samples=count, media=count * shape[0])
-    groups = {**batch.groups, "given": tuple(given), "broken": tuple(bool(out) for out in gone)}
+    stats = StepStats(tokens=tokens, trained=tokens, samples=count, media=count * shape[0])
     frames = tuple(tensors["pixels"].shape[1:4])
+    groups = {**batch.groups, "given": tuple(given), "broken": tuple(bool(out) for out in gone)}
     groups |= {"shape": frames, "kind": "video" if frames[0] > 1 else "image"}
-    return replace(batch, tensors={**batch.tensors, **tensors, "weight": weight}, groups=groups), lost
+    return replace(batch, tensors={**batch.tensors, **tensors, "weight": weight}, groups=groups), stats

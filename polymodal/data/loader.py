@@ -1,8 +1,8 @@
-"""What a rank trains on, step after step: the plan's samples, decoded ahead of need and handed over whole.
+"""The steps of one data-parallel rank: samples in the plan's order, prepared ahead by workers.
 
-Sees the ground floor and the data room. Tasks of the next steps are submitted when a step is taken; worker
-processes read, decode and pack while training computes, one micro-batch a task. A whole step is handed over,
-because the objective sums its denominators over the global batch before the first forward pass.
+Tasks of the next steps are submitted when a step is taken; worker processes read, decode and pack while
+training computes, one micro-batch per task. A whole step is returned at once, because the objective sums its
+denominators over the global batch before the first forward pass.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ from polymodal.data.workers import Pool
 from polymodal.recipe import Data
 
 log = logging.getLogger("polymodal.data")
-_UNIT_BYTES = (
-    6144  # of a unit of media length, until the first was seen: 16 x 16 x 2 frames x 3 colours in float32
-)
+_UNIT_BYTES = 6144
+"""Of a unit of media length, until the first was seen: 16 x 16 x 2 frames x 3 colours in float32."""
 
 
 @dataclass
 class StepStats:
-    """Of one rank's step. Fillers and holes count nowhere but in `broken`."""
+    """Of one rank's step. Padding samples count only in `broken`."""
 
     tokens: int = 0
     trained: int = 0  # tokens with a weight
@@ -42,9 +41,9 @@ class StepStats:
     media: int = 0
     flops: float = 0.0  # forward, as planned: the sum of the packs' cost
     bytes: int = 0
-    wait_seconds: float = 0.0  # training stood still for data
+    wait_seconds: float = 0.0  # that training waited for data
     make_seconds: float = 0.0  # sum over workers: reading, decoding, packing
-    broken: list[str] = field(default_factory=list)  # why samples became holes, each time
+    broken: list[str] = field(default_factory=list)  # why samples were left out, each time
 
 
 @dataclass
@@ -62,11 +61,11 @@ class Task(NamedTuple):
 
     epoch: int
     samples: tuple[tuple[int, int, int, int], ...]
-    filler: bool = False  # of weight 0: a rank without work that computes what its peers do
+    filler: bool = False  # of weight 0: for a rank without a micro-batch in this micro-step
 
 
 class MicroBatchStats(NamedTuple):
-    """What a worker tells of a micro-batch."""
+    """What a worker returns beside a micro-batch."""
 
     tokens: int
     trained: int
@@ -77,10 +76,10 @@ class MicroBatchStats(NamedTuple):
 
 
 class Collator:
-    """Task -> packed Batch. Picklable; it is all that a worker process knows.
+    """Task -> packed Batch. Picklable; sent once to each worker process.
 
-    Whoever draws at random for a sample takes `record.extra["seed"]`, which comes from (seed, epoch, sample
-    id) alone and so does not depend on the worker, the rank or the world.
+    Random draws for a sample use `record.extra["seed"]`, which comes from (seed, epoch, sample id) alone and
+    so does not depend on the worker, the rank or the world size.
     """
 
     def __init__(self, corpus: Any, chat: Any, data: Data, seed: int, rows: int, pixels: bool = True):
@@ -97,7 +96,7 @@ class Collator:
     """Whether a filler is a sample of the step once more, without weight; else it is a padding_sample."""
 
     def hole(self, planned: int, id: int, reason: str | None) -> Sample:
-        """A sample without weight; planned: tokens of the one in whose place it stands."""
+        """A sample without weight; planned: tokens of the one that it replaces."""
         return padding_sample(max(1, min(2, planned)), self.rows, id, broken=reason)
 
     def join(self, samples: Sequence[Sample]) -> Batch:
@@ -105,11 +104,11 @@ class Collator:
         return pack(samples)
 
     def filler(self) -> Batch:
-        """What a rank without a micro-batch is given."""
+        """The batch of a rank without a micro-batch."""
         return self.join([self.hole(2, -1, None)])
 
     def bytes(self, index: Any, task: Task) -> int:
-        """About what the batch will take; `learn` makes it better."""
+        """An estimate of the batch's bytes, improved by `learn`."""
         text = sum(s[3] for s in task.samples) * (20 + 8 * self.rows)
         return text + int(sum(n * self._unit_bytes[name] for name, n in self._media(index, task).items()))
 
@@ -118,7 +117,7 @@ class Collator:
         return {stream.name: int(index.media[stream.name][rows].sum()) for stream in self.streams}
 
     def learn(self, index: Any, task: Task, batch: Batch) -> None:
-        """Bytes of a unit of media length, as the model makes them: what the next estimates are built on."""
+        """Take the bytes of a unit of media length from a finished batch."""
         lengths = self._media(index, task)
         for stream in self.streams:
             made = batch.get(stream.tensor)
@@ -138,7 +137,7 @@ class Collator:
                 broken.append((id, error.message))
                 samples.append(self.hole(planned, id, error.message))
         batch = self.join(samples)
-        notes = MicroBatchStats(
+        stats = MicroBatchStats(
             sum(s.measure.tokens for s in samples if not s.broken),
             int((batch["weights"] != 0).sum()),
             len(samples) - len(broken),
@@ -146,7 +145,7 @@ class Collator:
             time.perf_counter() - began,
             broken,
         )
-        return batch, notes
+        return batch, stats
 
     def _sample(self, epoch: int, id: int, record: int, piece: int, planned: int) -> Sample:
         row = self.corpus[record]
@@ -173,7 +172,7 @@ class Collator:
 
 @dataclass
 class _Part:
-    """A micro-batch of a planned step. task: None, it is there already; future: None, it is not submitted."""
+    """A micro-batch of a planned step. task: None, it is finished; future: None, it is not submitted."""
 
     task: Task | None
     future: Future | None = None
@@ -181,7 +180,7 @@ class _Part:
 
     @property
     def bytes(self) -> int:
-        """What it holds or is going to hold."""
+        """Of the finished batch, else the estimate."""
         if self.future is None or not self.future.done() or self.future.exception() is not None:
             return self.estimate
         return _bytes(self.future.result()[0])
@@ -196,17 +195,15 @@ class _Step(NamedTuple):
 
 
 class Loader:
-    """Iterates over RankStep for one data-parallel rank, in the plan's order, prepared ahead.
+    """Iterates over RankStep for one data-parallel rank, in the plan's order, prepared ahead. Also a context
+    manager.
 
-    Also a context manager.
-
-    start: the first step; stop_after: steps to give (None: for ever); rows: rows of position_ids (for padding
-    samples); pixels: whether media are decoded, or only their sizes read; make: what makes batches of tasks
-    in place of the packed text's Collator; device: an accelerator that the batches will be copied to (they
-    are page-locked for it).
-    Ahead of what is taken, at most data.prefetch steps are prepared or in work, and of those that follow the
-    first at most data.memory_budget MiB with it.
-    Raises PolymodalError from __next__: a broken sample (data.on_error: fail), a dead worker.
+    start: the first step; stop_after: number of steps (None: endless); rows: rows of position_ids (for
+    padding samples); pixels: whether media are decoded, or only their sizes read; make: what makes batches
+    of tasks in place of the packed text's Collator; device: an accelerator that the batches will be copied
+    to (they are page-locked for it). At most data.prefetch steps are prepared or in work ahead of training;
+    after the first of them, only as many as fit into data.memory_budget MiB together with it. Raises
+    PolymodalError from __next__: a broken sample (data.on_error: fail), a dead worker.
     """
 
     def __init__(
@@ -232,8 +229,8 @@ class Loader:
         self.prefetch = data.prefetch
         self.budget = data.memory_budget << 20
         self._plans = islice(schedule.batches(start), stop_after)
-        self._steps: deque[_Step] = deque()  # planned and not handed over
-        self._told: set[int] = set()
+        self._steps: deque[_Step] = deque()  # planned and not returned yet
+        self._warned: set[int] = set()  # samples; -1: of the memory budget
         self._ended = False
         self._make = make if make is not None else Collator(corpus, chat, data, schedule.seed, rows, pixels)
         self._pool = Pool(self._make, data.workers, self._about, device)
@@ -273,8 +270,8 @@ class Loader:
         self._steps.clear()
 
     def _prepare(self) -> None:
-        """Plan as many steps as data.prefetch says, and submit their tasks in order: those of the first step
-        in any case, others as far as data.memory_budget allows."""
+        """Plan data.prefetch steps and submit their tasks in order: those of the first step in any case,
+        others as far as data.memory_budget allows."""
         for plan in islice(self._plans, self.prefetch - len(self._steps)):
             self._steps.append(self._plan(plan))
         held = 0
@@ -311,30 +308,29 @@ class Loader:
         stats, batches = StepStats(flops=step.flops), []
         for part in step.parts:
             assert part.future is not None
-            batch, notes = part.future.result()
+            batch, made = part.future.result()
             batches.append(batch)
             stats.bytes += _bytes(batch)
             if part.task is None:
                 continue
             self._make.learn(self.schedule.index, part.task, batch)
-            stats.tokens += notes.tokens
-            stats.trained += notes.trained
-            stats.samples += notes.samples
-            stats.media += notes.media
-            stats.make_seconds += notes.seconds
-            for id, reason in notes.broken:
+            stats.tokens += made.tokens
+            stats.trained += made.trained
+            stats.samples += made.samples
+            stats.media += made.media
+            stats.make_seconds += made.seconds
+            for id, reason in made.broken:
                 stats.broken.append(reason)
-                if id not in self._told:
-                    self._told.add(id)
+                if id not in self._warned:
+                    self._warned.add(id)
                     log.warning("Left out, its place in the batch has no weight: %s", reason)
-        if stats.bytes > self.budget and -1 not in self._told:
-            self._told.add(-1)
-            log.warning(
+        if stats.bytes > self.budget and -1 not in self._warned:
+            self._warned.add(-1)
+            message = (
                 "One step of this rank takes %d MiB, more than data.memory_budget = %d; nothing is prepared "
-                "beyond it.",
-                stats.bytes >> 20,
-                self.budget >> 20,
+                "beyond it."
             )
+            log.warning(message, stats.bytes >> 20, self.budget >> 20)
         return RankStep(step.plan.position, step.plan.next, batches, stats)
 
     def _about(self, task: Task) -> str:

@@ -1,8 +1,8 @@
 """Pictures and videos: their size from the header alone, and their pixels. Audio: data/audio.py.
 
-Part of the data room: sees errors, recipe and core/sample.py. Every call opens, reads and closes, so that a
-worker holds no decoder between samples. Faults are PolymodalErrors that name the file; who calls adds the
-row. Pictures are turned upright by EXIF, videos by their display matrix, transparency becomes white.
+Every call opens, reads and closes, so that a worker holds no decoder between samples. Errors are
+PolymodalErrors that name the file; the caller adds the row. Pictures are turned upright by EXIF, videos by
+their display matrix, transparency becomes white.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import io
 import os
 import struct
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -24,56 +24,54 @@ from polymodal.core.text import nearest
 from polymodal.recipe import Video
 
 Source = str | bytes
-_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}  # fmt: skip
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the picture upright."""
 _HEAD = 4096  # bytes in which a JPEG's frame header is looked for
 _SEEK = 2.0  # seconds to the next frame from which a jump to a key frame may pay
 
 
 def label(source: Any) -> str:
     """How an error names a medium: its path, or its size when it came as bytes."""
-    if isinstance(source, str):
-        return source if len(source) <= 300 else f"{source[:60]}... ({len(source)} characters)"
-    return (
-        f"{len(source)} bytes inside the row"
-        if isinstance(source, bytes)
-        else f"{source[0]} and {len(source) - 1} more frames"
-    )
+    if isinstance(source, bytes):
+        return f"{len(source)} bytes inside the row"
+    if not isinstance(source, str):
+        return f"{source[0]} and {len(source) - 1} more frames"
+    return source if len(source) <= 300 else f"{source[:60]}... ({len(source)} characters)"
 
 
-# Pictures ------------------------------------------------------------------------------------------------------------
+# Pictures -------------------------------------------------------------------
 
 
 def fault(source: Any, kind: str, error: BaseException) -> PolymodalError:
-    """What a library's error about a medium means to the user."""
-    name = label(source)
+    """A library's error about a medium as a sentence for the user."""
+    again = "Fetch it again; it may be cut short."
     if isinstance(error, FileNotFoundError):
-        return PolymodalError(
-            f"the {kind} {name} does not exist.",
-            _why_missing(str(source))
-            or "Check the path; relative ones start from media_dir (--media-dir), or from the data file's "
-            "directory.",
-        )
-    if isinstance(error, IsADirectoryError):
-        return PolymodalError(f"the {kind} {name} is a directory.", "Name a file.")
-    if isinstance(error, PermissionError):
-        return PolymodalError(f"the {kind} {name} may not be read.", "Change its permissions.")
-    if isinstance(error, Image.DecompressionBombError):
-        return PolymodalError(
-            f"the {kind} {name} is larger than can be decoded safely: {error}.", "Reduce it before training."
-        )
-    if isinstance(error, UnidentifiedImageError):
-        return PolymodalError(
-            f"the {kind} {name} is of no known format or its header is broken.",
-            "Fetch it again, or convert it to JPEG or PNG.",
-        )
-    reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-    return PolymodalError(
-        f"the {kind} {name} cannot be read: {reason}.", "Fetch it again; it may be cut short."
-    )
+        problem, hint = "does not exist", _why_missing(str(source))
+    elif isinstance(error, IsADirectoryError):
+        problem, hint = "is a directory", "Name a file."
+    elif isinstance(error, PermissionError):
+        problem, hint = "may not be read", "Change its permissions."
+    elif isinstance(error, Image.DecompressionBombError):
+        problem, hint = f"is larger than can be decoded safely: {error}", "Reduce it before training."
+    elif isinstance(error, UnidentifiedImageError):
+        problem = "is of no known format or its header is broken"
+        hint = "Fetch it again, or convert it to JPEG or PNG."
+    else:
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        problem, hint = f"cannot be read: {reason}", again
+    return PolymodalError(f"the {kind} {label(source)} {problem}.", hint)
 
 
 def _why_missing(path: str) -> str:
-    """The mend of a path that names no file, where it can be told; else ""."""
+    """How to fix a path that names no file."""
     if "\\" in path:
         return "It has backslashes, as Windows writes paths: use forward slashes (and media_dir for a drive)."
     folder, name = os.path.split(path)
@@ -81,15 +79,16 @@ def _why_missing(path: str) -> str:
         return "There is a blank or a line's end at its beginning or end: remove it."
     with contextlib.suppress(OSError):
         there = os.listdir(folder or ".")
-        same = [n for n in there if unicodedata.normalize("NFC", n) == unicodedata.normalize("NFC", name)]
-        if same:
+        if unicodedata.normalize("NFC", name) in (unicodedata.normalize("NFC", n) for n in there):
             return (
                 "A file's name has the same letters with accents composed otherwise (Unicode NFC and NFD): "
                 "write it as the file has it."
             )
         if near := nearest(name, there, 0.8):
             return f"Did you mean {os.path.join(folder, near[0])}?"
-    return ""
+    return (
+        "Check the path; relative ones start from media_dir (--media-dir), or from the data file's directory."
+    )
 
 
 _PICTURE_FAULTS = (
@@ -98,8 +97,8 @@ _PICTURE_FAULTS = (
     ValueError,
     EOFError,
     struct.error,
-    Image.DecompressionBombError,
     MemoryError,
+    Image.DecompressionBombError,
 )
 
 
@@ -133,8 +132,7 @@ def image_size(source: Source) -> tuple[int, int]:
 
 
 def _jpeg_size(source: Source) -> tuple[int, int] | None:
-    """(height, width) of a plain JPEG, three times faster than Pillow; None for all else, and when it has
-    EXIF."""
+    """(height, width) of a JPEG without EXIF, three times faster than Pillow; None for all else."""
     if isinstance(source, bytes):
         data = source[:_HEAD]
     else:
@@ -185,7 +183,7 @@ def _rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-# Videos --------------------------------------------------------------------------------------------------------------
+# Videos ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -214,7 +212,7 @@ class Clip:
 
 
 def clip(header: VideoHeader, video: Video, multiple: int = 2) -> Clip:
-    """Frames at video.fps between min_frames and max_frames, evenly spread, their number a multiple of
+    """Frames at video.fps between min_frames and max_frames, evenly spread; their number divides by
     `multiple`.
 
     The rule of qwen-vl-utils (smart_nframes): n = total / fps * target, at least min, at most max and
@@ -226,8 +224,8 @@ def clip(header: VideoHeader, video: Video, multiple: int = 2) -> Clip:
         count = min(header.frames, most)
     else:
         least = -(-video.min_frames // multiple) * multiple
-        wanted = min(max(header.frames / header.fps * video.fps, least), most, header.frames)
-        count = max(int(wanted // multiple) * multiple, min(multiple, header.frames))
+        target = min(max(header.frames / header.fps * video.fps, least), most, header.frames)
+        count = max(int(target // multiple) * multiple, min(multiple, header.frames))
     indices = tuple(int(i) for i in np.linspace(0, header.frames - 1, count).round())
     return Clip(indices, tuple(i / header.fps for i in indices), count / header.frames * header.fps)
 
@@ -235,7 +233,7 @@ def clip(header: VideoHeader, video: Video, multiple: int = 2) -> Clip:
 def video_header(source: Source | tuple[str, ...], fps: float = 2.0) -> VideoHeader:
     """Size, frames and rate without decoding pixels; `fps` is the rate of a list of frame images.
 
-    A container that does not say its number of frames has its packets counted. Raises PolymodalError.
+    Packets are counted in a container without a number of frames. Raises PolymodalError.
     """
     if isinstance(source, tuple):
         height, width = image_size(source[0])
@@ -277,74 +275,87 @@ def video(
 ) -> np.ndarray:
     """Frames with these numbers (ascending), upright, uint8 [F, H, W, 3].
 
-    size: (height, width) that frames of a container are scaled to as they are decoded, bicubic. Jumps to
-    key frames over long gaps. Raises PolymodalError when the video is damaged, or ends more than a
-    twentieth before its header says.
+    size: (height, width) that frames of a container are scaled to as they are decoded, bicubic. Jumps to key
+    frames over long gaps. Raises PolymodalError when the video is damaged, or ends more than a twentieth
+    before its header's duration.
     """
     if isinstance(source, tuple):
         pictures = [np.asarray(image(source[i])) for i in indices]
-        odd = next((i for i, p in zip(indices, pictures, strict=True) if p.shape != pictures[0].shape), None)
-        if odd is not None:
-            raise PolymodalError(
-                f"the frames of a video differ in size: {source[indices[0]]} and {source[odd]}.",
-                "Bring all frames of a video to one size.",
-            )
+        for i, picture in zip(indices, pictures, strict=True):
+            if picture.shape != pictures[0].shape:
+                raise PolymodalError(
+                    f"the frames of a video differ in size: {source[indices[0]]} and {source[i]}.",
+                    "Bring all frames of a video to one size.",
+                )
         return np.stack(pictures)
     import av
 
-    frames: list[np.ndarray] = []
     try:
         with open_container(source) as container:
-            stream = video_stream(container, source)
-            stream.thread_type = "NONE"  # a worker is one thread among many
-            begin = float((stream.start_time or 0) * stream.time_base)
-            half = 0.5 / header.fps
-            decoded = container.decode(stream)
-            at, current, jump = -1.0, None, _SEEK
-            for index in indices:
-                target = index / header.fps
-                if at >= 0 and target - at > jump:
-                    try:
-                        container.seek(int((target + begin) / stream.time_base), stream=stream)
-                    except av.FFmpegError:
-                        jump = float("inf")
-                    else:
-                        decoded = container.decode(stream)
-                        before, ahead = at, True
-                        current = None
-                else:
-                    before, ahead = at, False
-                while current is None or at < target - half:
-                    frame = next(decoded, None)
-                    if frame is None:
-                        if current is None and not frames:
-                            raise PolymodalError(
-                                f"the video {label(source)} holds no frame that can be decoded.",
-                                "Fetch it again, or remove the row.",
-                            )
-                        if target - at > max(2 / header.fps, 0.05 * header.duration):
-                            raise PolymodalError(
-                                f"the video {label(source)} ends at {max(at, 0):.1f} s, its header says {header.duration:.1f} s.",
-                                "Fetch it again; it is cut short.",
-                            )
-                        break
-                    current = frame
-                    at = (
-                        float(frame.pts * frame.time_base) - begin if frame.pts is not None else at + 2 * half
-                    )
-                    if ahead and at <= before:
-                        jump = max(
-                            jump, 2 * (target - before)
-                        )  # the jump led back: key frames are farther apart
-                    ahead = False
-                frames.append(_pixels(current, size) if current is not None else frames[-1])
+            frames = _Frames(container, source, header)
+            return np.stack([_pixels(frames.at(index / header.fps), size) for index in indices])
     except (av.FFmpegError, OSError, ValueError) as error:
         raise fault(source, "video", error) from None
-    return np.stack(frames)
+
+
+class _Frames:
+    """Frames of an open video by their times, asked for in ascending order."""
+
+    def __init__(self, container: Any, source: Source, header: VideoHeader):
+        self.container, self.source, self.header = container, source, header
+        self.stream = video_stream(container, source)
+        self.stream.thread_type = "NONE"  # a worker is one thread among many
+        self.begin = float((self.stream.start_time or 0) * self.stream.time_base)
+        self.decoded = container.decode(self.stream)
+        self.current: Any = None
+        self.last: Any = None  # the last frame that was given
+        self.time = -1.0  # of the last decoded frame
+        self.jump = _SEEK
+
+    def at(self, time: float) -> Any:
+        """The frame at `time`; the last one where the video ends a little earlier."""
+        before, jumped = self.time, False
+        if self.time >= 0 and time - self.time > self.jump:
+            jumped = self._seek(time)
+        while self.current is None or self.time < time - 0.5 / self.header.fps:
+            frame = next(self.decoded, None)
+            if frame is None:
+                self._check_end(time)
+                break
+            self.current = frame
+            self.time = self.time + 1 / self.header.fps
+            if frame.pts is not None:
+                self.time = float(frame.pts * frame.time_base) - self.begin
+            if jumped and self.time <= before:  # it led back: key frames are farther apart
+                self.jump = max(self.jump, 2 * (time - before))
+            jumped = False
+        self.last = self.last if self.current is None else self.current
+        return self.last
+
+    def _seek(self, time: float) -> bool:
+        import av
+
+        try:
+            self.container.seek(int((time + self.begin) / self.stream.time_base), stream=self.stream)
+        except av.FFmpegError:
+            self.jump = float("inf")
+            return False
+        self.decoded, self.current = self.container.decode(self.stream), None
+        return True
+
+    def _check_end(self, time: float) -> None:
+        name = label(self.source)
+        if self.current is None and self.last is None:
+            raise PolymodalError(
+                f"the video {name} holds no frame that can be decoded.", "Fetch it again, or remove the row."
+            )
+        if time - self.time > max(2 / self.header.fps, 0.05 * self.header.duration):
+            seconds = f"{max(self.time, 0):.1f} s, its header says {self.header.duration:.1f} s"
+            raise PolymodalError(f"the video {name} ends at {seconds}.", "Fetch it again; it is cut short.")
 
 
 def open_container(source: Source) -> Any:
-    """A file or bytes opened by PyAV. Raises av.FFmpegError and OSError; `fault` says these in a sentence."""
+    """A file or bytes opened by PyAV. Raises av.FFmpegError and OSError, see `fault`."""
     import av
 
     av.logging.set_level(av.logging.PANIC)
@@ -364,9 +375,10 @@ def video_stream(container: Any, source: Source) -> Any:
 
 def _pixels(frame: Any, size: tuple[int, int] | None = None) -> np.ndarray:
     turns = round(frame.rotation / 90) % 4
-    if size is not None and (frame.height, frame.width) != (size if turns % 2 == 0 else size[::-1]):
+    if size is not None:
         height, width = size if turns % 2 == 0 else size[::-1]
-        frame = frame.reformat(width=width, height=height, interpolation="BICUBIC")
+        if (frame.height, frame.width) != (height, width):
+            frame = frame.reformat(width=width, height=height, interpolation="BICUBIC")
     if any(c.is_alpha for c in frame.format.components):
         rgba = frame.to_ndarray(format="rgba").astype(np.uint16)
         alpha = rgba[..., 3:]
@@ -382,34 +394,30 @@ def _sideways(source: Source) -> bool:
     with open(source, "rb") if isinstance(source, str) else io.BytesIO(source) as file:
         if file.read(12)[4:8] != b"ftyp":
             return False
-        end = file.seek(0, 2)
-
-        def boxes(start: int, stop: int):
-            while start + 8 <= stop:
-                file.seek(start)
-                head = file.read(16)
-                size, kind, skip = int.from_bytes(head[:4], "big"), head[4:8], 8
-                if size == 1:
-                    size, skip = int.from_bytes(head[8:16], "big"), 16
-                size = size or stop - start
-                if size < skip:
-                    return
-                yield kind, start + skip, min(start + size, stop)
-                start += size
-
-        for kind, a, b in boxes(0, end):
-            if kind != b"moov":
-                continue
-            for track, c, d in boxes(a, b):
-                if track != b"trak":
-                    continue
-                for part, e, f in boxes(c, d):
-                    if part == b"tkhd":
-                        file.seek(e)
-                        data = file.read(f - e)
-                        at = 52 if data[:1] == b"\x01" else 40
-                        if len(data) >= at + 44:
-                            m = struct.unpack(">9i2I", data[at : at + 44])
-                            if m[9] and m[10]:  # the audio track has no size
-                                return m[0] == 0 and m[4] == 0 and m[1] != 0
+        for start, stop in _boxes(file, (b"moov", b"trak", b"tkhd"), 0, file.seek(0, 2)):
+            file.seek(start)
+            data = file.read(stop - start)
+            at = 52 if data[:1] == b"\x01" else 40
+            if len(data) >= at + 44:
+                m = struct.unpack(">9i2I", data[at : at + 44])
+                if m[9] and m[10]:  # the audio track has no size
+                    return m[0] == 0 and m[4] == 0 and m[1] != 0
         return False
+
+
+def _boxes(file: BinaryIO, path: Sequence[bytes], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """(first byte, byte after the last) of the contents of boxes of these types, each inside the one
+    before."""
+    while start + 8 <= stop:
+        file.seek(start)
+        head = file.read(16)
+        size, skip = int.from_bytes(head[:4], "big"), 8
+        if size == 1:
+            size, skip = int.from_bytes(head[8:16], "big"), 16
+        size = size or stop - start
+        if size < skip:
+            return
+        if head[4:8] == path[0]:
+            inner = start + skip, min(start + size, stop)
+            yield from _boxes(file, path[1:], *inner) if len(path) > 1 else [inner]
+        start += size

@@ -1,6 +1,6 @@
 """Rows that a user's own function gives, named in a dataset's `reader`, in place of those of a file.
 
-Part of the data room: sees the core and data/files.py. The function is called again in every process that
+The function is called again in every process that
 reads.
 """
 

@@ -1,4 +1,4 @@
-"""Samples into packs of at most a fixed number of tokens. Sees numpy only; all functions are pure.
+"""Samples into packs of at most a fixed number of tokens. All functions are pure.
 
 A packing is `cuts`: pack k holds the samples cuts[k] .. cuts[k + 1] of the (re-ordered) list.
 """
@@ -13,10 +13,11 @@ import numpy as np
 def first_fit_decreasing(
     lengths: np.ndarray, capacity: int, key: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pack: longest (or highest key) first, each into the first pack with room: (order [n], cuts [packs + 1]).
+    """Pack: longest (or highest key) first, each into the first pack with space: (order [n], cuts [packs +
+    1]).
 
-    At most 11/9 of the best number of packs, + 6/9 (Dosa 2007). A tree of the room left finds the pack in log time,
-    samples of one length that fit the same pack go in together. All lengths must be 1..capacity.
+    At most 11/9 of the best number of packs, + 6/9 (Dosa 2007). A tree of the space left finds the pack in
+    log time, samples of one length that fit the same pack go in together. All lengths must be 1..capacity.
     """
     order = np.argsort(-(lengths if key is None else key).astype(np.int64), kind="stable")
     ordered = lengths[order]
@@ -25,7 +26,7 @@ def first_fit_decreasing(
         len(order), 2 * int(lengths.sum(dtype=np.int64)) // capacity + 2
     )  # all packs but one are over half full
     size = 1 << (most - 1).bit_length()
-    room = [capacity] * (2 * size)
+    space = [capacity] * (2 * size)
     packs: list[int] = []
     taken: list[int] = []
     for length, count in zip(
@@ -35,20 +36,20 @@ def first_fit_decreasing(
             i = 1
             while i < size:
                 i += i
-                if room[i] < length:
+                if space[i] < length:
                     i += 1
-            take = min(count, room[i] // length)
+            take = min(count, space[i] // length)
             packs.append(i - size)
             taken.append(take)
             count -= take
-            room[i] -= take * length
+            space[i] -= take * length
             i >>= 1
             while i:
-                a, b = room[2 * i], room[2 * i + 1]
+                a, b = space[2 * i], space[2 * i + 1]
                 best = a if a > b else b
-                if room[i] == best:
+                if space[i] == best:
                     break
-                room[i] = best
+                space[i] = best
                 i >>= 1
     pack_of = np.repeat(packs, taken)
     by_pack = np.argsort(pack_of, kind="stable")
@@ -65,7 +66,8 @@ def next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def cut_to_multiple(lengths: np.ndarray, cuts: np.ndarray, multiple: int) -> np.ndarray:
-    """Cut the fullest packs of several samples in two until their number divides by `multiple`, or none is left."""
+    """Cut the fullest packs of several samples in two until their number divides by `multiple`, or none is
+    left."""
     missing = -(len(cuts) - 1) % multiple
     if not missing:
         return cuts

@@ -1,7 +1,7 @@
 """Random order without state: a hash of 64 bits and a keyed bijection of 0..n-1 in constant memory.
 
-Sees numpy only. Own arithmetic in place of numpy.random, whose streams may change between versions: the order of a
-run must be the same on every machine and after every upgrade.
+Own arithmetic in place of numpy.random, whose streams may change between versions: the
+order of a run must be the same on every machine and after every upgrade.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ _ROUNDS = 8
 
 
 def scramble(x: np.ndarray) -> np.ndarray:
-    """uint64 -> uint64 bijection whose bits look random: the finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
+    """uint64 -> uint64 bijection whose bits look random: the finaliser of SplitMix64 (Steele, Lea, Flood
+    2014)."""
     x = np.asarray(x, dtype=np.uint64) + np.uint64(_GOLD)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,25 +1,28 @@
-"""The plan of a run: which samples make up which global batch, as a pure function of seed, lengths and recipe.
+"""The plan of a run: the samples of each global batch, as a pure function of seed, lengths and recipe.
 
-Sees the recipe and numpy only (no torch, no files, no clock). Nothing of the size of the data set is ever built:
-an epoch is a virtual list of draws, a keyed bijection shuffles it, and one window of it is planned at a time.
+Nothing of the size of the data set is ever built: an epoch is a virtual list of draws, a keyed bijection
+shuffles it, and one window of it is planned at a time.
 
 How an epoch is made
-* A dataset without weight gives `repeat` x its usable rows. Of a fractional repeat, the fraction is a fixed, seeded,
-  stratified subset (one row of every stretch of the file).
-* Datasets with weight are mixed by share: n = weight x max(rows x repeat / weight) draws, so that the one that is
-  largest for its weight is used `repeat` times and the others come round again. What an epoch leaves over is where
-  the next one goes on: after any number of epochs two rows of a dataset differ by at most one use.
-* The draws are shuffled by (seed, epoch); with data.shuffle false they keep the order of the recipe and the files.
+* A dataset without weight gives `repeat` x its usable rows. Of a fractional repeat, the fraction is a fixed,
+  seeded, stratified subset (one row of every stretch of the file).
+* Datasets with weight are mixed by share: n = weight x max(rows x repeat / weight) draws, so that the one
+  that is largest for its weight is used `repeat` times and the others come round again. What an epoch leaves
+  over is where the next one goes on: after any number of epochs two rows of a dataset differ by at most one
+  use.
+* The draws are shuffled by (seed, epoch); with data.shuffle false they keep the order of the recipe and the
+  files.
 
 How a window is closed
 * No window looks at another one, so a run resumes anywhere by planning one window, and none drops a sample.
-* Packed: every window has a whole number of global batches: its fullest packs are cut in two until it has. Packs are
-  not padded, so that costs no arithmetic, and no step is made of a few odd packs. A window holds at least eight global
-  batches (data.window is raised for that), hence the average batch is at most a sixteenth smaller than asked.
-* Not packed: windows are multiples of the global batch; only the last batch of an epoch may be smaller. by_length:
-  samples of like length come together in a micro-batch, where these are padded to the longest.
-* In buckets (samples of one shape to a micro-batch): a window's samples are cut bucket by bucket, so that the last
-  micro-batch of a bucket, and the last batch of a window, may be smaller. No bucket is left out.
+* Packed: every window has a whole number of global batches: its fullest packs are cut in two until it has.
+  Packs are not padded, so that costs no arithmetic, and no step is made of a few odd packs. A window holds
+  at least eight global batches (data.window is raised for that), hence the average batch is at most a
+  sixteenth smaller than asked.
+* Not packed: windows are multiples of the global batch; only the last batch of an epoch may be smaller.
+  by_length: samples of like length come together in a micro-batch, where these are padded to the longest.
+* In buckets (samples of one shape to a micro-batch): a window's samples are cut bucket by bucket, so that
+  the last micro-batch of a bucket, and the last batch of a window, may be smaller. No bucket is left out.
 * Only where a window has fewer samples than a batch has packs (a tiny data set) is a packed batch smaller.
 """
 
@@ -43,17 +46,35 @@ _BATCHES_A_WINDOW = 8
 _ALIKE = 64  # micro-batches among whose samples those of like length are put together
 
 DECIDING_KEYS = (
-    "train.seed", "train.global_batch_size", "train.micro_batch_size", "model.source", "model.revision", "data.datasets",
-    "data.attr", "data.max_length", "data.overlong", "data.pack", "data.pack_length", "data.train_on", "data.on_error",
-    "data.image", "data.video", "data.clip", "data.features", "data.chat_template", "data.template_kwargs",
-    "data.shuffle", "data.window",
-)  # fmt: skip
+    "train.seed",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "model.source",
+    "model.revision",
+    "data.datasets",
+    "data.attr",
+    "data.max_length",
+    "data.overlong",
+    "data.pack",
+    "data.pack_length",
+    "data.train_on",
+    "data.on_error",
+    "data.image",
+    "data.video",
+    "data.clip",
+    "data.features",
+    "data.chat_template",
+    "data.template_kwargs",
+    "data.shuffle",
+    "data.window",
+)
 """Keys of the recipe that decide which samples make up a batch: by themselves, or by the samples' lengths."""
 
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """The whole data state of a run: the next global batch to train on. `Position(**asdict(p)) == p` through JSON."""
+    """The whole data state of a run: the next global batch to train on. `Position(**asdict(p)) == p` through
+    JSON."""
 
     epoch: int = 0
     window: int = 0
@@ -75,9 +96,11 @@ class GlobalBatch:
     def for_rank(self, dp_rank: int, dp_size: int) -> list[tuple[int, ...]]:
         """The micro-batches of one data-parallel rank; all ranks get ceil(packs / dp_size), () is a filler.
 
-        Ranks wait for each other in every micro-step, so a step takes the sum over micro-steps of the dearest pack:
-        smallest when packs of like cost share a micro-step, hence the cut of the packs sorted by cost. Inside a
-        micro-step the rank with the least work so far takes the dearest pack. Fillers fall into the last one.
+        Ranks wait for each other in every micro-step, so a step takes the sum over micro-steps of the
+        dearest pack:
+        smallest when packs of like cost share a micro-step, hence the cut of the packs sorted by cost.
+        Inside a micro-step the rank with the least work so far takes the dearest pack. Fillers fall into the
+        last one.
         """
         order = sorted(range(len(self.packs)), key=lambda i: (-self.cost[i], i))
         load = [0.0] * dp_size
@@ -106,6 +129,7 @@ class IndexLike(Protocol):
     """What planning and loading need to know of the samples (polymodal.data.index.Index has it)."""
 
     tokens: np.ndarray  # int32 [N]
+    trained: np.ndarray  # int32 [N]
     media: Mapping[str, np.ndarray]  # stream -> sum of its lengths, int32 [N]
     usable: np.ndarray  # bool [N]
     record: np.ndarray | None  # int64 [N], ascending: the corpus' record of each row; None = the row itself
@@ -128,9 +152,9 @@ class _Plan(NamedTuple):
 class Schedule:
     """Endless, random-access generator of global batches. Every process builds the same one.
 
-    index: lengths; parts: the datasets in records of the corpus (name, start, stop, weight, repeat, fingerprint);
-    cost: FLOPs of a sample, for the balance between ranks only; by_length: see above. Raises PolymodalError when nothing is usable or
-    pack_length is smaller than max_length.
+    index: lengths; parts: the datasets in records of the corpus (name, start, stop, weight, repeat,
+    fingerprint); cost: FLOPs of a sample, for the balance between ranks only; by_length: see above. Raises
+    PolymodalError when nothing is usable or pack_length is smaller than max_length.
     """
 
     def __init__(
@@ -154,7 +178,8 @@ class Schedule:
         self._cost = cost
         if self.pack and self.pack_length < data.max_length:
             raise PolymodalError(
-                f"data.pack_length = {self.pack_length} is smaller than data.max_length = {data.max_length}: a sample could be longer than its pack.",
+                f"data.pack_length = {self.pack_length} is smaller than data.max_length = {data.max_length}: "
+                "a sample could be longer than its pack.",
                 f"Raise data.pack_length to {data.max_length}, or lower data.max_length.",
             )
         self._sources = _sources(index, parts, self.seed)
@@ -163,7 +188,8 @@ class Schedule:
         if not self.draws:
             raise PolymodalError(
                 "No sample of the data can be trained on.",
-                "The list of what was left out (`polymodal check`) says why; often data.max_length is too small or data.train_on matches no message.",
+                "The list of what was left out (`polymodal check`) says why; often data.max_length is too "
+                "small or data.train_on matches no message.",
             )
         self._bounds = np.cumsum([0] + [s.draws for s in self._sources])
         self._window = self._window_size(data.window)
@@ -179,13 +205,13 @@ class Schedule:
             self.micro,
             self._window,
         )
-        if self.by_length:
-            keys = (*keys, "by length")
+        keys += ("by length",) * self.by_length
         if self.bucket is not None:
-            keys = (*keys, hashlib.sha256(self.bucket.tobytes()).hexdigest())
+            keys += (hashlib.sha256(self.bucket.tobytes()).hexdigest(),)
         prints = [(p.fingerprint, s.usable, s.draws) for p, s in zip(parts, self._sources, strict=True)]
         self.fingerprint: str = hashlib.sha256(repr((keys, prints)).encode()).hexdigest()[:16]
-        """Schedules of equal fingerprints and lengths plan the same batches: a checkpoint keeps both beside its position."""
+        """Schedules of equal fingerprints and lengths plan the same batches: a checkpoint keeps both beside
+        its position."""
         self.lengths: str = _lengths(index, self.pack)
 
     def _window_size(self, asked: int) -> int:
@@ -205,8 +231,10 @@ class Schedule:
         """Global batches from `start` on: over all epochs for ever, or until epoch `epochs` would begin."""
         if start.window >= self.windows or min(astuple(start)) < 0:
             raise PolymodalError(
-                f"The run to be resumed stopped in window {start.window} of an epoch, but the data now fill {self.windows}.",
-                "Resume with the data and the data keys the run began with, or start anew from its weights (checkpoint.init_from).",
+                f"The run to be resumed stopped in window {start.window} of an epoch, but the data now fill "
+                f"{self.windows}.",
+                "Resume with the data and the data keys the run began with, or start anew from its weights "
+                "(checkpoint.init_from).",
             )
         epoch, window, step = astuple(start)
         while epochs is None or epoch < epochs:
@@ -231,7 +259,8 @@ class Schedule:
         return SampleLengths(max(1, mean(self.index.tokens)), mean(self.index.trained), media)
 
     def steps_in_epoch(self, epoch: int = 0) -> int:
-        """Global batches of an epoch, exactly. Packed, this plans every window (about 0.1 s each) and remembers."""
+        """Global batches of an epoch, exactly. Packed, this plans every window (about 0.1 s each) and
+        remembers."""
         if not self.pack and self.bucket is None:
             return -(-self.draws // self.batch)
         if epoch not in self._steps:
@@ -263,74 +292,69 @@ class Schedule:
         return self._latest[1]
 
     def _planned(self, epoch: int, window: int) -> _Plan:
-        if not self.pack:
-            start, stop = window * self._window, min((window + 1) * self._window, self.draws)
-            rows = self._rows(epoch, start, stop)
-            if self.bucket is not None:
-                return self._bucketed(rows, epoch, window)
-            if self.by_length:
-                rows = self._sorted_in_stretches(rows, epoch, window)
-            batches = np.arange(0, len(rows), self.batch)
-            inside = np.arange(0, self.batch, self.micro)
-            cuts = (batches[:, None] + inside).ravel()
-            return _Plan(rows, np.append(cuts[cuts < len(rows)], len(rows)), len(inside))
+        if self.pack:
+            return self._packed(epoch, window)
+        rows = self._rows(epoch, window * self._window, min((window + 1) * self._window, self.draws))
+        if self.bucket is not None:
+            return self._bucketed(rows, epoch, window)
+        if self.by_length:
+            rows = self._sorted_in_stretches(rows, epoch, window)
+        batches = np.arange(0, len(rows), self.batch)
+        inside = np.arange(0, self.batch, self.micro)
+        cuts = (batches[:, None] + inside).ravel()
+        return _Plan(rows, np.append(cuts[cuts < len(rows)], len(rows)), len(inside))
+
+    def _packed(self, epoch: int, window: int) -> _Plan:
         start, stop = (self.draws * w // self.windows for w in (window, window + 1))  # windows of equal size
         rows = self._rows(epoch, start, stop)
         lengths = np.maximum(self.index.tokens[rows], 1)
-        if self.shuffle:
-            order, cuts = first_fit_decreasing(
-                lengths, self.pack_length, self._jittered(lengths, epoch, window)
-            )
-            rows, lengths = rows[order], lengths[order]
-        else:
-            cuts = next_fit(lengths, self.pack_length)
-        cuts = cut_to_multiple(lengths, cuts, self.batch)
-        if self.shuffle:
-            packs = np.arange(len(cuts) - 1, dtype=np.uint64)
-            order = np.argsort(
-                scramble(packs + np.uint64(key_of(self.seed, 2, epoch, window))), kind="stable"
-            )
-            sizes = np.diff(cuts)[order]
-            places = np.repeat(cuts[:-1][order] - np.append(0, np.cumsum(sizes)[:-1]), sizes) + np.arange(
-                len(rows)
-            )
-            rows, cuts = rows[places], np.append(0, np.cumsum(sizes))
-        return _Plan(rows, cuts, self.batch)
+        if not self.shuffle:
+            cuts = cut_to_multiple(lengths, next_fit(lengths, self.pack_length), self.batch)
+            return _Plan(rows, cuts, self.batch)
+        jittered = self._jittered(lengths, epoch, window)
+        order, cuts = first_fit_decreasing(lengths, self.pack_length, jittered)
+        rows = rows[order]
+        cuts = cut_to_multiple(lengths[order], cuts, self.batch)
+        packs = self._shuffled(len(cuts) - 1, epoch, window)
+        return _Plan(*_reordered(rows, cuts, packs), self.batch)
+
+    def _shuffled(self, count: int, epoch: int, window: int) -> np.ndarray:
+        """0..count-1 in this window's random order of its micro-batches."""
+        numbers = np.arange(count, dtype=np.uint64) + np.uint64(key_of(self.seed, 2, epoch, window))
+        return np.argsort(scramble(numbers), kind="stable")
 
     def _sorted_in_stretches(self, rows: np.ndarray, epoch: int, window: int) -> np.ndarray:
-        """Rows in another order, so that those of a micro-batch have like lengths: sorted within stretches of many
-        micro-batches, which then come in random order. The last one, where it is smaller, stays the last."""
+        """Rows in another order, so that those of a micro-batch have like lengths: sorted within stretches
+        of many micro-batches, which then come in random order. The last one, where it is smaller, stays the
+        last."""
         stretch = np.arange(len(rows)) // (self.micro * _ALIKE)
         rows = rows[np.lexsort((self.index.tokens[rows], stretch))]
         whole = len(rows) // self.micro
-        key = np.uint64(key_of(self.seed, 2, epoch, window))
-        order = np.argsort(scramble(np.arange(whole, dtype=np.uint64) + key), kind="stable")
+        order = self._shuffled(whole, epoch, window)
         filled = rows[: whole * self.micro].reshape(whole, self.micro)[order].ravel()
         return np.concatenate([filled, rows[whole * self.micro :]])
 
     def _bucketed(self, rows: np.ndarray, epoch: int, window: int) -> _Plan:
-        """Micro-batches of one bucket each, in random order, or without shuffling by their first sample's place."""
+        """Micro-batches of one bucket each, in random order, or without shuffling by their first sample's
+        place."""
         assert self.bucket is not None
         bucket = self.bucket[rows]
         order = np.argsort(bucket, kind="stable")
-        starts = np.append(0, np.cumsum(np.unique(bucket, return_counts=True)[1]))
-        cuts = np.unique(
-            np.concatenate([np.arange(a, b, self.micro) for a, b in zip(starts, starts[1:], strict=False)])
-        )
-        sizes = np.diff(np.append(cuts, len(rows)))
+        ends = np.cumsum(np.unique(bucket, return_counts=True)[1])
+        starts = np.append(0, ends[:-1])
+        firsts = [np.arange(a, b, self.micro) for a, b in zip(starts, ends, strict=True)]
+        cuts = np.append(np.concatenate(firsts), len(rows))
         if self.shuffle:
-            key = np.uint64(key_of(self.seed, 2, epoch, window))
-            packs = np.argsort(scramble(np.arange(len(cuts), dtype=np.uint64) + key), kind="stable")
+            packs = self._shuffled(len(cuts) - 1, epoch, window)
         else:
-            packs = np.argsort(order[cuts], kind="stable")
-        places = np.concatenate([order[cuts[p] : cuts[p] + sizes[p]] for p in packs])
-        return _Plan(rows[places], np.append(0, np.cumsum(sizes[packs])), -(-self.batch // self.micro))
+            packs = np.argsort(order[cuts[:-1]], kind="stable")
+        return _Plan(*_reordered(rows[order], cuts, packs), -(-self.batch // self.micro))
 
     def _jittered(self, lengths: np.ndarray, epoch: int, window: int) -> np.ndarray:
         """Lengths as packing sorts them: up to a tenth longer, at random.
 
-        By its exact length a sample of a small data set would meet the same neighbours in every epoch (four fifths
-        of the packs of 300 log-normal samples are alike, with this one in six; packs stay as full).
+        By its exact length a sample of a small data set would meet the same neighbours in every epoch (four
+        fifths of the packs of 300 log-normal samples are alike, with this one in six; packs stay as full).
         """
         key = np.uint64(key_of(self.seed, 4, epoch, window))
         chance = scramble(np.arange(len(lengths), dtype=np.uint64) + key) % np.uint64(1024)
@@ -350,9 +374,18 @@ class Schedule:
         return rows
 
 
+def _reordered(rows: np.ndarray, cuts: np.ndarray, packs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, cuts) with the packs in another order."""
+    sizes = np.diff(cuts)[packs]
+    ends = np.cumsum(sizes)
+    places = np.repeat(cuts[:-1][packs] - (ends - sizes), sizes) + np.arange(len(rows))
+    return rows[places], np.append(0, ends)
+
+
 @dataclass
 class _Source:
-    """One dataset as a virtual list of draws. Holds the positions of its unusable rows (or usable, if fewer)."""
+    """One dataset as a virtual list of draws. Holds the positions of its unusable rows (or usable, if
+    fewer)."""
 
     name: str
     first: int
@@ -363,7 +396,7 @@ class _Source:
     weighted: bool
     repeat: float
     key: int
-    draws: int = 0
+    draws: int
 
     def rows(self, draw: np.ndarray, epoch: int, shuffle: bool) -> np.ndarray:
         if self.weighted:
@@ -395,19 +428,14 @@ def _sources(index: IndexLike, parts: Sequence[Any], seed: int) -> list[_Source]
             first, stop = (int(r) for r in np.searchsorted(record, (part.start, part.stop)))
         count = int(np.count_nonzero(usable[first:stop]))
         lists_usable = 2 * count < stop - first
-        listed = _positions(
-            usable, first, stop, lists_usable, count if lists_usable else stop - first - count
-        )
+        listed = _positions(usable, first, stop, lists_usable)
         if not lists_usable:
             listed -= np.arange(len(listed))
-        key = key_of(seed, 3, number)
+        weighted, key = part.weight is not None, key_of(seed, 3, number)
+        draws = max(1, round(part.repeat * count)) if count and not weighted else 0
         sources.append(
-            _Source(
-                part.name, first, stop, count, listed, lists_usable, part.weight is not None, part.repeat, key
-            )
+            _Source(part.name, first, stop, count, listed, lists_usable, weighted, part.repeat, key, draws)
         )
-        if part.weight is None:
-            sources[-1].draws = max(1, round(part.repeat * count)) if count else 0
     mixed = [(s, p.weight) for s, p in zip(sources, parts, strict=True) if s.weighted and s.usable]
     scale = max((s.usable * s.repeat / weight for s, weight in mixed), default=0.0)
     for s, weight in mixed:
@@ -416,7 +444,8 @@ def _sources(index: IndexLike, parts: Sequence[Any], seed: int) -> list[_Source]
 
 
 def _lengths(index: IndexLike, pack: bool) -> str:
-    """Digest of what the index says of samples that decides the batches: which are usable and, packed, their tokens."""
+    """Digest of what the index says of samples that decides the batches: which are usable and, packed, their
+    tokens."""
     digest = hashlib.sha256()
     for a in range(0, len(index.usable), 1 << 16):
         rows = slice(a, a + (1 << 16))
@@ -426,11 +455,8 @@ def _lengths(index: IndexLike, pack: bool) -> str:
     return digest.hexdigest()[:16]
 
 
-def _positions(usable: np.ndarray, first: int, stop: int, value: bool, count: int) -> np.ndarray:
-    """Where usable[first:stop] is `value`, without a temporary of the data's size."""
-    out, filled = np.empty(count, dtype=np.int64), 0
-    for a in range(first, stop, 1 << 16) if count else ():
-        found = np.flatnonzero(usable[a : min(a + (1 << 16), stop)] == value) + (a - first)
-        out[filled : filled + len(found)] = found
-        filled += len(found)
-    return out
+def _positions(usable: np.ndarray, first: int, stop: int, value: bool) -> np.ndarray:
+    """Where usable[first:stop] is `value`, int64; scanned in blocks."""
+    starts = range(first, stop, 1 << 16)
+    blocks = [np.flatnonzero(usable[a : min(a + (1 << 16), stop)] == value) + (a - first) for a in starts]
+    return np.concatenate(blocks) if blocks else np.empty(0, np.int64)

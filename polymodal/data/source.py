@@ -1,7 +1,6 @@
 """The corpus: all datasets of a recipe's section joined into one numbered list of records.
 
-Part of the data room: sees errors, recipe, data/files.py and data/formats.py. It reads rows and hands them on as
-`Record`s; it decodes no media and knows no tokens.
+Decodes no media and knows no tokens.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from polymodal.recipe import Attr, Dataset
 class Part:
     """One dataset inside a corpus: records start..stop, and how the schedule is to use them.
 
-    fingerprint: hash of the files' content, of the format, field names and media_dir; the files' own paths do not
-    enter, so that moved data keeps its index. Media beside the files are not hashed.
+    fingerprint: hash of the files' content, of the format, field names and media_dir; the files' own paths
+    do not enter, so that moved data keeps its index. Media beside the files are not hashed.
     """
 
     name: str
@@ -98,24 +97,24 @@ def expand(path: str, key: str = "data.datasets.path") -> list[str]:
             "Download it first, for example with `huggingface-cli download --repo-type dataset`.",
         )
     if os.path.isdir(text):
-        found = sorted(os.path.join(text, f) for f in os.listdir(text) if _is_data(f))
-        if not found:
+        files = sorted(os.path.join(text, f) for f in os.listdir(text) if _is_data(f))
+        if not files:
             raise PolymodalError(
                 f"{key} = {path}: the directory holds no data file ({', '.join(OPENERS)}), "
                 "and no media with a .txt of the same name beside.",
                 f"Name a file, or a glob such as {os.path.join(path, '**', '*.jsonl')}; "
                 "write what a medium shows or says beside it, or one caption for all as `caption`.",
             )
-        return found
+        return files
     if os.path.exists(text):
         return [text]
     if glob.has_magic(text):
-        found = sorted(f for f in glob.glob(text, recursive=True) if os.path.isfile(f))
-        if not found:
+        files = sorted(f for f in glob.glob(text, recursive=True) if os.path.isfile(f))
+        if not files:
             raise PolymodalError(
                 f"{key} = {path}: no file matches.", "Check the pattern; ** goes through sub-directories."
             )
-        return found
+        return files
     folder = os.path.dirname(text) or "."
     if not os.path.isdir(folder):
         raise PolymodalError(
@@ -129,29 +128,28 @@ def expand(path: str, key: str = "data.datasets.path") -> list[str]:
     )
 
 
-def _annotated(paths: list[str]) -> list[tuple[str, str | None]]:
-    """(data file, folder of its media or None) of each path; a .txt lists them as `folder,annotation file`."""
-    found: list[tuple[str, str | None]] = []
-    for path in paths:
-        found += listing(path) if path.endswith(".txt") else [(path, None)]
-    return found
-
-
 def _opened(dataset: Dataset, names: Attr, key: str) -> Iterator[tuple[Rows, str | None]]:
-    """(rows, folder of their media or None) of a dataset's files, or of a directory of media with their texts."""
-    if dataset.reader is not None:
-        own = OwnRows(os.path.expanduser(dataset.path), dataset.reader, f"{key.rpartition('.')[0]}.reader")
-        yield (own if dataset.caption is None else Captioned(own, dataset.caption, names)), None
-        return
-    media = _media_folder(dataset)
-    listed = [] if media is not None else _annotated(expand(dataset.path, key))
-    files = [(media, media.path)] if media is not None else ((open_rows(path), root) for path, root in listed)
-    for rows, folder in files:
+    """(rows, folder of their media or None) of a dataset's files, or of a directory of media with their
+    texts."""
+    for rows, folder in _files(dataset, key):
         yield (rows if dataset.caption is None else Captioned(rows, dataset.caption, names)), folder
 
 
+def _files(dataset: Dataset, key: str) -> Iterator[tuple[Rows, str | None]]:
+    if dataset.reader is not None:
+        reader_key = f"{key.rpartition('.')[0]}.reader"
+        yield OwnRows(os.path.expanduser(dataset.path), dataset.reader, reader_key), None
+    elif (media := _media_folder(dataset)) is not None:
+        yield media, media.path
+    else:
+        for path in expand(dataset.path, key):  # a .txt lists `folder,annotation file`
+            for file, folder in listing(path) if path.endswith(".txt") else [(path, None)]:
+                yield open_rows(file), folder
+
+
 def _media_folder(dataset: Dataset) -> Folder | None:
-    """The directory of media that a dataset names: no data file lies in it; there is a text of some, or one for all."""
+    """The directory of media that a dataset names: no data file lies in it; there is a text of some, or one
+    for all."""
     root = os.path.expanduser(dataset.path)
     if not os.path.isdir(root) or any(map(_is_data, os.listdir(root))):
         return None
@@ -160,9 +158,10 @@ def _media_folder(dataset: Dataset) -> Folder | None:
 
 
 def check_path(dataset: Dataset, key: str) -> None:
-    """Raise PolymodalError when a dataset's path cannot be opened, or its reader not be found; nothing is read.
+    """Raise PolymodalError when a dataset's path cannot be opened, or its reader not be found; nothing is
+    read.
 
-    What is drawn first may be missing, and a reader may take what is no path.
+    The path of a dataset that is generated first may be missing, and a reader's may be no path.
     """
     root = os.path.expanduser(dataset.path)
     if dataset.reader is not None:
@@ -194,8 +193,8 @@ def _merged(own: Attr | None, common: Attr) -> Attr:
 def open_corpus(datasets: Sequence[Dataset], attr: Attr | None = None, key: str = "data.datasets") -> Corpus:
     """Open every dataset of a section; `attr` holds the field names for those that have no own.
 
-    Scans the files (their row offsets and content hash) but reads no media. `key` names the section in errors.
-    Raises PolymodalError for a missing or unreadable file and for one without rows.
+    Scans the files (their row offsets and content hash) but reads no media. `key` names the section in
+    errors. Raises PolymodalError for a missing or unreadable file and for one without rows.
     """
     parts: list[Part] = []
     files: list[tuple[int, Rows, RowReader]] = []
@@ -209,15 +208,13 @@ def open_corpus(datasets: Sequence[Dataset], attr: Attr | None = None, key: str 
             )
         names = _merged(dataset.attr, attr or Attr())
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(
-            json.dumps([dataset.format, names.model_dump(), dataset.media_dir], sort_keys=True).encode()
-        )
+        settings = [dataset.format, names.model_dump(), dataset.media_dir]
+        digest.update(json.dumps(settings, sort_keys=True).encode())
         stop, limit = start, dataset.max_samples or 1 << 62
         for rows, folder in _opened(dataset, names, f"{at}.path"):
-            path = rows.path
             take = min(len(rows), start + limit - stop)
             if take > 0:
-                reader = RowReader(dataset.format, names, path, folder or dataset.media_dir)
+                reader = RowReader(dataset.format, names, rows.path, folder or dataset.media_dir)
                 files.append((stop, rows, reader))
                 digest.update(f"{rows.fingerprint}:{take}".encode())
                 stop += take
@@ -230,9 +227,8 @@ def open_corpus(datasets: Sequence[Dataset], attr: Attr | None = None, key: str 
             )
         name = dataset.name or os.path.basename(dataset.path.rstrip("/")) or dataset.path
         taken = {p.name for p in parts}
-        unique = next(
-            n for n in [name, *(f"{name} ({k})" for k in range(2, len(parts) + 3))] if n not in taken
-        )
+        numbered = [name, *(f"{name} ({k})" for k in range(2, len(parts) + 3))]
+        unique = next(n for n in numbered if n not in taken)
         parts.append(Part(unique, start, stop, dataset.weight, dataset.repeat, digest.hexdigest()))
         start = stop
     return Corpus(parts, files)

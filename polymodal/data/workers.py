@@ -1,14 +1,13 @@
-"""Processes that make batches, and how a batch comes from there to here.
+"""Worker processes that make batches, and the transfer of a batch to the main process.
 
-Sees core/ only; what is made is the business of the callable it is given. Own code in place of torch's
-DataLoader: docs/dependencies.md has what was measured. A thread stands before each process: it sends a task,
-waits for the answer, and puts it into the task's Future. So a task goes to whoever is idle (pictures differ a
-hundredfold in cost), the caller decides when it is submitted, and a dead process is known at once, with its
-cause and the task it was at.
+Own code in place of torch's DataLoader: docs/dependencies.md has what was measured. Each process has a
+thread here: it sends a task, waits for the answer, and puts it into the task's Future. So a task goes to the
+next idle process (pictures differ a hundredfold in cost), the caller decides when it is submitted, and a
+dead process is noticed at once, with its cause and the task it was at.
 
-A batch travels as one anonymous file in memory (memfd), mapped here without a copy. That neither needs room
-in /dev/shm, which containers keep small, nor holds a file descriptor a tensor. Where a kernel has no memfd,
-bytes go through the socket, with a warning.
+A batch is sent as one anonymous file in memory (memfd), mapped here without a copy. That needs no space in
+/dev/shm, which containers keep small, nor a file descriptor per tensor. Where a kernel has no memfd, bytes
+go through the socket, with a warning.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class _Worker(NamedTuple):
 
 
 class Pool:
-    """`count` spawned processes, each doing one task at a time: `make(task) -> (Batch, notes)`; 0: a thread.
+    """`count` spawned processes, each doing one task at a time: `make(task) -> (Batch, stats)`; 0: a thread.
 
     make and what it holds are pickled once and sent to each process; about(task) names the task in the error
     of a dead process. device: an accelerator that batches will be copied to: their tensors are made
@@ -88,7 +87,7 @@ class Pool:
             self._thread(self._drive, worker, content)
 
     def submit(self, task: Any) -> Future:
-        """Put a task in the queue. Its Future gives (Batch, notes), or raises: PolymodalError of the task or
+        """Put a task in the queue. Its Future gives (Batch, stats), or raises: PolymodalError of the task or
         about a dead process, RuntimeError with the traceback of any other exception in a process."""
         future: Future = Future()
         self._tasks.put((future, task))
@@ -110,7 +109,7 @@ class Pool:
             worker.pipe.close()
         self._workers, self._threads = [], []
 
-    # The threads ---------------------------------------------------------------------------------------
+    # The threads ------------------------------------------------------------
 
     def _thread(self, target: Callable, *args: Any) -> None:
         thread = threading.Thread(target=target, args=args, name="polymodal-data", daemon=True)
@@ -118,13 +117,13 @@ class Pool:
         thread.start()
 
     def _drive(self, worker: _Worker, content: bytes) -> None:
-        with contextlib.suppress(OSError):  # it died while it started: the first task says so
+        with contextlib.suppress(OSError):  # it died while it started: the first task raises
             worker.pipe.send_bytes(content)
         del content
         self._serve(lambda task: self._ask(worker, task))
 
     def _serve(self, make: Make) -> None:
-        if self._device is not None:  # a thread's own: page-locked memory is asked of its driver
+        if self._device is not None:  # the device is set per thread; its driver gives page-locked memory
             torch.accelerator.set_device_index(self._device)
         while (item := self._tasks.get()) is not None and not self._closed:
             self._complete(make, *item)
@@ -132,8 +131,8 @@ class Pool:
 
     def _complete(self, make: Make, future: Future, task: Any) -> None:
         try:
-            batch, notes = make(task)
-            future.set_result((batch if self._device is None else batch.pin_memory(), notes))
+            batch, stats = make(task)
+            future.set_result((batch if self._device is None else batch.pin_memory(), stats))
         except BaseException as error:
             future.set_exception(error)
 
@@ -166,19 +165,19 @@ class Pool:
                 "SIGBUS": "A file was cut short while it was read, or memory ran out: check the data's disk "
                 "and the container's memory limit.",
                 "SIGSEGV": "A decoder crashed on one of these files: set data.workers to 0 to see which, and "
-                "mend or remove it.",
-            }.get(name, "Someone or something ended it: look at the system's log.")
+                "repair or remove it.",
+            }.get(name, "Look for the cause in the system's log.")
         elif code is None:
-            how = f"cannot be heard any more ({error or type(error).__name__})"
+            how = f"cannot be reached any more ({error or type(error).__name__})"
             hint = "Often too many files are open: raise `ulimit -n`."
         else:
             how = f"ended with exit code {code}"
-            hint = "Its own message stands above; data.workers = 0 prepares samples without processes."
+            hint = "Its own message is above; data.workers = 0 prepares samples without processes."
         where = f" while it prepared {self._about(task)}" if task is not None else ""
         return PolymodalError(f"A data worker (process {worker.process.pid}) {how}{where}.", hint)
 
 
-# The processes ---------------------------------------------------------------------------------------------
+# The processes --------------------------------------------------------------
 
 
 def _start(number: int, shared: bool) -> _Worker:
@@ -193,7 +192,8 @@ def _start(number: int, shared: bool) -> _Worker:
 
 
 def _work(pipe: connection.Connection, shared: bool) -> None:
-    """A worker's life: until the pipe ends. Signals for the job are the trainer's to answer, not its own."""
+    """The main function of a worker, until the pipe ends. Signals for the job are handled by the trainer
+    alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -233,7 +233,7 @@ def quiet_threads() -> Iterator[None]:
                 os.environ[name] = value
 
 
-# An object with tensors through a socket -------------------------------------------------------------------
+# An object with tensors through a socket ------------------------------------
 
 
 def memory_files_work() -> bool:

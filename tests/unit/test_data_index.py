@@ -156,7 +156,7 @@ def test_many_records_are_measured_by_several_processes(tmp_path, monkeypatch):
         progress=lambda done, total: seen.append((done, total)),
     )
     assert index.tokens.tolist() == [10 + i % 7 for i in range(1500)]
-    assert len(set(tally.read_text().split())) == 2  # this one, which saw that it takes long, and another
+    assert len(set(tally.read_text().split())) > 1  # this one, which saw that it takes long, and others
     assert seen[0] == (0, 1500) and seen[-1] == (1500, 1500) and seen == sorted(seen)
 
 
