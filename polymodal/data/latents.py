@@ -26,7 +26,7 @@ from polymodal.data.permute import key_of
 from polymodal.recipe import Data
 
 
-class _Collator:
+class UniformCollator:
     """Task -> batch of samples of one shape. Picklable.
 
     datasets: of some records, the number of each one's dataset; factors: of the loss of each dataset's
@@ -72,7 +72,7 @@ def _stats(batch: Batch, began: float, broken: list[tuple[int, str]]) -> MicroBa
     return MicroBatchStats(tokens, tokens, count, media, time.perf_counter() - began, broken)
 
 
-class FeatureCollator(_Collator):
+class FeatureCollator(UniformCollator):
     """Batches of encoded samples: latents [B, ...], text and media tensors by the denoiser's names.
 
     One caption of several is drawn per sample and epoch; text of unequal length is padded with zeros.
@@ -112,7 +112,7 @@ def _stacked(parts: list[Tensor], text: bool) -> Tensor:
     return torch.stack(parts)
 
 
-class ClipCollator(_Collator):
+class ClipCollator(UniformCollator):
     """Batches of frames: pixels uint8 [B, F, H, W, 3], captions in groups, to be encoded on the device.
 
     groups["given"] has Clips.given of each item; where references are frames of the bucket, pixels are

@@ -66,7 +66,7 @@ def _clips(broken: tuple[bool, ...]):
     shape = tuple(tensors["pixels"].shape[1:4])
     weight = [0.0 if b else 1.0 for b in broken]
     task = latents.Task(0, tuple((i, i, -1, 6) for i in range(3)))
-    batch = latents._batch(tensors, task, 1, shape, 6, weight)
+    batch = latents.UniformCollator(1, ()).batch(tensors, task, shape, weight)
     batch.groups |= {"given": tuple(given), "broken": broken, "captions": ("a", "b", "c")}
     return batch
 
