@@ -95,7 +95,7 @@ class Collator:
     copies = False
     """Whether a filler is a sample of the step once more, without weight; else it is a padding_sample."""
 
-    def hole(self, planned: int, id: int, reason: str | None) -> Sample:
+    def padding(self, planned: int, id: int, reason: str | None) -> Sample:
         """A sample without weight; planned: tokens of the one that it replaces."""
         return padding_sample(max(1, min(2, planned)), self.rows, id, broken=reason)
 
@@ -105,7 +105,7 @@ class Collator:
 
     def filler(self) -> Batch:
         """The batch of a rank without a micro-batch."""
-        return self.join([self.hole(2, -1, None)])
+        return self.join([self.padding(2, -1, None)])
 
     def bytes(self, index: Any, task: Task) -> int:
         """An estimate of the batch's bytes, improved by `learn`."""
@@ -135,7 +135,7 @@ class Collator:
                 if self.on_error == "fail":
                     raise
                 broken.append((id, error.message))
-                samples.append(self.hole(planned, id, error.message))
+                samples.append(self.padding(planned, id, error.message))
         batch = self.join(samples)
         stats = MicroBatchStats(
             sum(s.measure.tokens for s in samples if not s.broken),

@@ -194,7 +194,7 @@ class SpeechCollator(Collator):
     def __init__(self, corpus: Any, speech: SpeechProcessor, data: Data, seed: int, features: bool = True):
         super().__init__(corpus, speech, data, seed, 1, features)
 
-    def hole(self, planned: int, id: int, reason: str | None) -> Sample:
+    def padding(self, planned: int, id: int, reason: str | None) -> Sample:
         media = self.chat.media
         return padded.hole(media.stream, media.shape if self.pixels else None, id, reason)
 
