@@ -181,7 +181,7 @@ class _Window:
                 return ""
 
     def values(self) -> Iterator[tuple[int, int]]:
-        """(first byte, byte after the last) of each value of a list. Raises JSONDecodeError with an offset."""
+        """(first byte, byte after the last) of each value of a list. Raises JSONDecodeError."""
         if not self.mark():
             raise json.JSONDecodeError("the file is empty", "", 0)
         self.at += 1
