@@ -1,4 +1,4 @@
-"""The facts of a model: ModelCard, and the parts that its Family (family.py) hands around."""
+"""The facts of a model: ModelCard, and the types that its Family (family.py) takes and gives."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ Style = str
 """How a module is cut over ranks: a name known to parallel/tensor.py (STYLES)."""
 
 
+def optional(plan: Mapping[str, Style]) -> dict[str, Style]:
+    """A plan whose patterns need not match a module in every model of the card."""
+    return {name if name.endswith("?") else f"{name}?": style for name, style in plan.items()}
+
+
 @dataclass(frozen=True)
 class Size:
-    """A published size. `layout` is the recommended one, as recipe keys of `parallel`, by task."""
+    """A published size. `layout` is the recommended one, as recipe keys of `parallel`."""
 
     hub: str  # "Qwen/Qwen2.5-VL-7B-Instruct"
     parameters: float  # in billions
@@ -22,18 +27,18 @@ class Size:
     vision_layers: int = 0
     active: float | None = None  # billions of parameters a token meets (experts)
     devices: int = 8  # accelerators of 64-80 GB recommended for full fine-tuning
-    layout: Mapping[str, Any] = field(default_factory=dict)
+    layout: Mapping[str, Any] = field(default_factory=lambda: {"dp_shard": -1})
     clip: Mapping[str, Any] = field(default_factory=dict)  # where it differs from the card's
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Blocks that run one after the other, and that a pipeline may be cut between.
+    """Blocks that run one after the other, and between which a pipeline may be cut.
 
-    blocks: their pattern, or several, one kind of blocks after the other; first, last: modules or parameters that lie
-    with the first and with the last of them, the first name of `last` being what takes the last block's output; carry:
-    modules of `first` whose outputs every block reads, so that they travel from stage to stage. A name that not every
-    model of the card has ends in `?`.
+    blocks: their pattern, or several, one kind of blocks after the other; first, last: modules or parameters
+    that are in one stage with the first and with the last of them, the first name of `last` being what takes
+    the last block's output; carry: modules of `first` whose outputs every block reads, so that stages send
+    them on. A name that not every model of the card has ends in `?`.
     """
 
     blocks: str | tuple[str, ...]
@@ -53,35 +58,33 @@ class ModelCard:
     blocks: tuple[str, ...]  # FSDP unit = recompute unit = compile unit
     towers: Mapping[str, tuple[str, ...]]  # {"vision": ("model.visual",), ...}: freeze, lr, LoRA, balance
     block_streams: tuple[str, ...] = ("hidden_states",)
-    """Arguments of blocks that are handed on from block to block, in the order in which blocks give them back."""
+    """Arguments of blocks that are passed from block to block, in the order in which blocks return them."""
     masked_rows: Mapping[str, str] = field(default_factory=dict)
-    """Arguments of the language model that go together: a mask of rows of the stream [1, T] -> a list of tensors that
-    have one row for each True (or None); sequence parallelism cuts them alike."""
+    """Arguments of the language model that go together: a mask of rows of the stream [1, T] -> a list of
+    tensors that have one row for each True (or None); sequence parallelism cuts them alike."""
     num_leading_rows: str = ""
-    """Argument of blocks that counts rows at the beginning of the stream which are treated apart, if there is one."""
+    """Argument of blocks that counts rows at the beginning of the stream that are treated apart, if any."""
     pipeline: Mapping[str, Chain] = field(default_factory=dict)
     """What pipeline stages are cut from: tower -> its chain of blocks, in the order of the forward pass."""
     sequence_plan: Mapping[str, Mapping[str | int, int]] = field(default_factory=dict)
     """Where a sequence is cut for CP: module -> {argument name, or output index: dimension}."""
     sequence_entry: str = ""  # module where the sequence is cut for CP
     sequence_exit: str = ""  # module whose output is gathered
-    tensor_plan: Mapping[str, Style] = field(
-        default_factory=dict
-    )  # a pattern that may fit nothing ends in `?`
+    tensor_plan: Mapping[str, Style] = field(default_factory=dict)  # optional patterns end in `?`
     expert_plan: Mapping[str, Style] = field(default_factory=dict)  # styles of parallel/expert.py
     head: str = "lm_head"  # module name of the output projection
     embedding: str = ""  # module name of the input embedding
     sizes: Mapping[str, Size] = field(default_factory=dict)
     limits: Mapping[str, str] = field(default_factory=dict)  # {"pp": "why not"}
     aliases: tuple[str, ...] = ()
-    keywords: tuple[str, ...] = ()  # what people type when they mean it
+    keywords: tuple[str, ...] = ()  # what users type when they mean it
     kind: Literal["understanding", "generation", "omni", "audio"] = "understanding"
     title: str = ""  # as its authors write it, where the table's rule for names does not
     pipelines: Mapping[str, str] = field(
         default_factory=dict
     )  # generation: task -> diffusers' pipeline class
     clip: Mapping[str, Any] = field(default_factory=dict)
-    """Generation: frames, rate and pixels that it was made for, as keys of data.clip; what recipes begin with."""
+    """Generation: frames, rate and pixels that it was made for, as keys of data.clip of a new recipe."""
     verified: str = ""  # how it is checked here: "logits, gradients, keys on tiny models of the class"
     seeds: tuple[str, ...] = ()  # sizes named by the documents this follows
     methods: tuple[str, ...] = ()  # recipes besides sft and lora: "dreambooth"
@@ -97,7 +100,8 @@ class Process:
     """The noise process that a family was trained with: what `auto` means in train.diffusion.
 
     flow:     x_s = (1 - s) x0 + s n, s in (0, 1); the model is asked for n - x0, or x0 - n where `reversed`.
-    discrete: x_t = sqrt(a_t) x0 + sqrt(1 - a_t) n over `alphas`; epsilon = n, v_prediction = sqrt(a_t) n - sqrt(1 - a_t) x0.
+    discrete: x_t = sqrt(a_t) x0 + sqrt(1 - a_t) n over `alphas`; v_prediction = sqrt(a_t) n - sqrt(1 - a_t)
+    x0.
     """
 
     kind: Literal["flow", "discrete"] = "flow"
@@ -108,16 +112,17 @@ class Process:
     shift: float | Literal["dynamic"] = 1.0
     dynamic: Mapping[str, float] = field(
         default_factory=dict
-    )  # base_image_seq_len, max_image_seq_len, base_shift, max_shift
+    )  # {base,max}_image_seq_len, base_shift, max_shift
     weighting: str = "none"
     prediction: str = "epsilon"
     alphas: tuple[float, ...] = ()  # a_t: cumulated products, as the scheduler has them
     range: tuple[float, float] = (0.0, 1.0)  # of s, where two models share the levels
     streams: tuple[str, ...] = ()
-    """What is noised and learned beside the latents, at the same level: `<name>_latents` of a sample; it may be missing."""
+    """What is noised and trained beside the latents, at the same level: `<name>_latents` of a sample,
+    optional."""
     first_frame: bool = False  # the first latent frame of a clip is always given: no noise, no loss
     guidance: float | None = (
-        None  # the scale that training shows a guidance-distilled model; None: no such input
+        None  # the scale that a guidance-distilled model is trained with; None: no such input
     )
     per_token: bool = False  # each token has its timestep: 0 where a cell is given
 
@@ -127,7 +132,8 @@ class Output:
     """What a model's forward hands to an objective.
 
     hidden_states: [1, T, D] after the last norm (language models), or the prediction (diffusion).
-    head:          the output projection's module; the objective multiplies by it in chunks, logits are never whole.
+    head:          the output projection's module; the objective multiplies by it in chunks, logits are never
+    whole.
     extra:         router_logits (list of [T, E]) and the like.
     """
 
@@ -138,14 +144,14 @@ class Output:
 
 @dataclass
 class Components:
-    """The parts of a model: `trained` is what the optimizer sees; `frozen` are VAE, text encoders and the like."""
+    """The parts of a model: `trained` is what the optimizer sees; `frozen` are VAE and text encoders."""
 
     trained: nn.Module
     frozen: dict[str, nn.Module] = field(default_factory=dict)
 
 
 class PrunedModule(nn.Module):
-    """Stands where a module of another pipeline stage was; hands its first argument through, has no parameters."""
+    """In the place of a module of another pipeline stage: returns its first argument, has no parameters."""
 
     def forward(self, first: Any = None, *args: Any, **kwargs: Any) -> Any:
         return first

@@ -1,7 +1,7 @@
-"""Finds things by name: the card of a model, the directory of a checkpoint, the family of a recipe.
+"""Finds by name: the card of a model, the directory of a checkpoint, the family of a recipe.
 
-It reads config files and the hub's cache and imports the cards; of weights no more than whether two are tied.
-Whatever is wrong with a source is said here, before anything is built.
+Reads config files and the hub's cache; of weights no more than whether two are tied. What is wrong with a
+source is an error here, before anything is built.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import functools
 import importlib
-import json
 import os
 import pkgutil
 import re
@@ -20,23 +19,24 @@ from typing import Any
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.text import nearest as nearest_names
-from polymodal.models import library
+from polymodal.models import library, pipelines, storage
 from polymodal.models.card import ModelCard
 from polymodal.models.family import Family
 from polymodal.recipe import Model
 
-ROOMS = ("understanding", "generation", "omni", "audio")
+FOLDERS = ("understanding", "generation", "omni", "audio")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 """Files of a hub repository that are fetched: not other frameworks' copies of the weights."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @functools.cache
 def cards() -> dict[str, ModelCard]:
-    """Every card by its name: the `CARD` of each module in the model rooms."""
+    """Every card by its name: the `CARD` of each module in FOLDERS."""
     found = {}
-    for room in ROOMS:
-        package = importlib.import_module(f"polymodal.models.{room}")
+    for folder in FOLDERS:
+        package = importlib.import_module(f"polymodal.models.{folder}")
         for module in pkgutil.iter_modules(package.__path__):
             card = getattr(importlib.import_module(f"{package.__name__}.{module.name}"), "CARD", None)
             if card is not None:
@@ -46,7 +46,7 @@ def cards() -> dict[str, ModelCard]:
 
 @functools.cache
 def _names() -> dict[str, tuple[ModelCard, str | None]]:
-    """What people write -> (card, size): card names and aliases, with a size, hub ids, hub names without `-Instruct`."""
+    """What users write -> (card, size): card names, aliases, both with a size, hub ids, hub names."""
     names: dict[str, tuple[ModelCard, str | None]] = {}
     for card in cards().values():
         for alias in (card.name, *card.aliases):
@@ -68,62 +68,66 @@ def _plain(text: str) -> str:
 
 
 def named(text: str) -> tuple[ModelCard, str | None] | None:
-    """(card, size or None) of a card's name, alias, `name-size` or published hub id; None when it is none of them."""
+    """(card, size or None) of a card's name, alias, `name-size` or published hub id, else None."""
     return _names().get(_plain(text))
 
 
 def nearest(text: str, count: int = 3) -> list[str]:
     """Names of cards and sizes that look like the text."""
-    close = nearest_names(_plain(text).rpartition("/")[2], [n for n in _names() if "/" not in n], 0.5, count)
-    return list(
-        dict.fromkeys(
-            card.name if key is None else f"{card.name}-{key}"
-            for card, key in map(_names().__getitem__, close)
-        )
-    )
+    names = _names()
+    close = nearest_names(_plain(text).rpartition("/")[2], [n for n in names if "/" not in n], 0.5, count)
+    full = (card.name if key is None else f"{card.name}-{key}" for card, key in map(names.__getitem__, close))
+    return list(dict.fromkeys(full))
+
+
+def _did_you_mean(names: list[str], otherwise: str) -> str:
+    return f"Did you mean {' or '.join(names)}?" if names else otherwise
 
 
 def find(source: str | os.PathLike, revision: str | None = None) -> ModelCard:
     """The card of a checkpoint's directory, a hub id, or a name such as `qwen2.5-vl-7b`.
 
-    A directory is told by the architectures of its config.json; a published hub id by the catalogue, any other by
-    its config. Raises PolymodalError with the nearest names when nothing fits.
+    A directory is recognised by the architectures of its config.json, a published hub id by the cards, any
+    other by its config. Raises PolymodalError with the nearest names when nothing fits.
     """
     source = os.fspath(source)
-    known = None if _is_path(source) else named(source)
-    if known is not None:
-        return known[0]
+    card_and_size = None if _is_path(source) else named(source)
+    if card_and_size is not None:
+        return card_and_size[0]
     directory = resolve(source, revision, weights=False)
-    wanted = _architectures(directory)
+    named_there = _architectures(directory)
     for card in cards().values():
-        if set(wanted) & set(card.architectures) and _claims(card, directory):
+        if set(named_there) & set(card.architectures) and _claims(card, directory):
             return card
-    near = nearest_names(wanted[0] if wanted else "", [a for c in cards().values() for a in c.architectures])
-    closest = next((card.name for card in cards().values() if near and near[0] in card.architectures), None)
+    known = {name: card.name for card in cards().values() for name in card.architectures}
+    near = nearest_names(named_there[0] if named_there else "", known)
+    architecture = " / ".join(named_there) or "(none named)"
     raise PolymodalError(
-        f"{directory / 'config.json'}: the architecture {' / '.join(wanted) or '(none named)'} has no card.",
-        (f"Nearest: {closest}. " if closest else "") + f"Known models: {', '.join(cards())}.",
+        f"{directory / 'config.json'}: the architecture {architecture} has no card.",
+        (f"Nearest: {known[near[0]]}. " if near else "") + f"Known models: {', '.join(cards())}.",
     )
 
 
 def _claims(card: ModelCard, directory: Path) -> bool:
-    """Several cards may have one pipeline class: the family knows its own by model_index.json."""
-    index = directory / "model_index.json"
+    """Several cards may have one pipeline class: the family recognises its own by model_index.json."""
     claims = getattr(card.family, "claims", None)
-    return claims is None or not index.is_file() or bool(claims(_read(index)))
+    return (
+        claims is None
+        or not pipelines.is_pipeline(directory)
+        or bool(claims(pipelines.read_index(directory)))
+    )
 
 
 def reader(directory: str | os.PathLike) -> type[Family]:
-    """Who knows what lies in a checkpoint's directory: the family of its card; Family itself without a
-    card."""
+    """The family that reads and writes a checkpoint's directory: that of its card, else Family itself."""
     if not (Path(directory) / "config.json").is_file():
         return Family
-    wanted = set(_architectures(Path(directory)))
-    return next((card.family for card in cards().values() if wanted & set(card.architectures)), Family)
+    found = set(_architectures(Path(directory)))
+    return next((card.family for card in cards().values() if found & set(card.architectures)), Family)
 
 
 def read_config(directory: Path, trust: bool = False) -> Any:
-    """The library's config of a checkpoint of transformers, its card's changes made. Raises
+    """The library's config of a checkpoint of transformers, with its card's changes. Raises
     PolymodalError."""
     try:
         return reader(directory).read_config(directory, trust)
@@ -136,51 +140,37 @@ def _is_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or os.path.exists(os.path.expanduser(source))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PolymodalError(
-            f"{path} cannot be read: {error}.", "Copy the file again from the checkpoint's origin."
-        ) from None
-    if not isinstance(data, dict):
-        raise PolymodalError(f"{path}: a JSON object is wanted, this is a {type(data).__name__}.")
-    return data
-
-
 def _architectures(directory: Path) -> list[str]:
-    if (directory / "model_index.json").is_file():
-        return [str(_read(directory / "model_index.json").get("_class_name", ""))]
-    data = _read(directory / "config.json")
+    if pipelines.is_pipeline(directory):
+        return [str(pipelines.read_index(directory).get("_class_name", ""))]
+    data = storage.read_json(directory / "config.json")
     return [str(name) for name in (*(data.get("architectures") or ()), data.get("model_type")) if name]
 
 
 def resolve(
     source: str | os.PathLike, revision: str | None = None, weights: bool = True, key: str = ""
 ) -> Path:
-    """The local directory of a source: a path, or a hub id or card name through the hub's cache (fetched when online).
+    """The local directory of a source: a path, or a hub id or card name by the hub's cache or a download.
 
-    weights: also demand complete weights. key: of the recipe, for the message. Raises PolymodalError that names what is missing and how to get it.
+    weights: also require complete weights. key: of the recipe, for the message. Raises PolymodalError for
+    what is missing.
     """
     source = os.fspath(source)
-    known = None if _is_path(source) else named(source)
-    if known is not None:
-        card, key = known
-        if key is None:
+    card_and_size = None if _is_path(source) else named(source)
+    if card_and_size is not None:
+        card, size = card_and_size
+        if size is None:
             raise PolymodalError(
                 f"{source} is a model of several sizes.",
-                f"Name one of {', '.join(f'{card.name}-{size}' for size in card.sizes)}.",
+                f"Name one of {', '.join(f'{card.name}-{each}' for each in card.sizes)}.",
             )
-        source = card.sizes[key].hub
-    if known is None and (_is_path(source) or not HUB_ID.match(source)):
+        source = card.sizes[size].hub
+    elif _is_path(source) or not HUB_ID.match(source):
         directory = Path(source).expanduser()
         if not directory.is_dir():
-            near = nearest(source)
             raise PolymodalError(
                 f"{key}{source} is neither a directory nor a hub id nor a known model.",
-                f"Did you mean {' or '.join(near)}?"
-                if near
-                else f"Check the path, or take one of {', '.join(cards())}.",
+                _did_you_mean(nearest(source), f"Check the path, or take one of {', '.join(cards())}."),
             )
         _check(directory, source, weights)
         return directory
@@ -213,8 +203,8 @@ def download(
 ) -> Path:
     """Fetch a hub repository (or a card's name with a size) into the hub's cache, or into `directory`.
 
-    huggingface_hub resumes what was cut off and follows HF_ENDPOINT (mirrors), HTTPS_PROXY and HF_TOKEN. Returns the
-    directory with the files. Raises PolymodalError for what the network, the name or the licence forbids.
+    huggingface_hub resumes what was cut off and follows HF_ENDPOINT (mirrors), HTTPS_PROXY and HF_TOKEN.
+    Returns the directory with the files. Raises PolymodalError.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -222,10 +212,9 @@ def download(
     known = named(source)
     repository = known[0].sizes[known[1]].hub if known and known[1] else source
     patterns = [pattern for pattern in PATTERNS if weights or pattern != "*.safetensors"]
+    options: dict[str, Any] = {"revision": revision, "local_dir": directory, "allow_patterns": patterns}
     try:
-        path = Path(
-            snapshot_download(repository, revision=revision, local_dir=directory, allow_patterns=patterns)
-        )
+        path = Path(snapshot_download(repository, **options))
     except RevisionNotFoundError:
         raise PolymodalError(
             f"{repository} has no revision {revision}.", "Leave model.revision empty for the newest."
@@ -236,96 +225,79 @@ def download(
             f"Accept it at https://huggingface.co/{repository}, then set HF_TOKEN.",
         ) from None
     except RepositoryNotFoundError:
-        near = nearest(repository)
         raise PolymodalError(
             f"The hub has no model {repository}, or it is private.",
-            f"Did you mean {' or '.join(near)}? "
-            if near
-            else "Check the name; set HF_TOKEN for a private one.",
+            _did_you_mean(nearest(repository), "Check the name; set HF_TOKEN for a private one."),
         ) from None
     except Exception as error:  # the network's errors are classes of whatever transport the hub's client uses
-        if getattr(error, "errno", None) in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-        ):
+        if getattr(error, "errno", None) in DISK_ERRORS:
             raise PolymodalError(
                 f"{repository} cannot be stored: {error}.",
                 "Free space, or set HF_HOME to a larger disk that you may write to.",
             ) from None
-        reason = textwrap.shorten(
-            str(error.__cause__ or error).strip().split("\n")[0], 160, placeholder=" ..."
-        )
-        raise _absent(
-            repository, revision, missing or ["its files"], f"the hub cannot be reached ({reason})"
-        ) from None
+        cause = str(error.__cause__ or error).strip().split("\n")[0]
+        why = f"the hub cannot be reached ({textwrap.shorten(cause, 160, placeholder=' ...')})"
+        raise _absent(repository, revision, missing or ["its files"], why) from None
     _check(path, repository, weights)
     return path
 
 
 def _absent(repository: str, revision: str | None, missing: list[str], why: str) -> PolymodalError:
     asked = f"{repository} --revision {revision}" if revision else repository
-    listed = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
     return PolymodalError(
-        f"{repository} is no directory here, and as a model of the hub it is not complete in its cache (missing: {listed}), and {why}.",
-        f"Run `polymodal download {asked}` on a machine with a network and set model.source to that directory.",
+        f"{repository} is no directory here, and as a model of the hub it is not complete in its cache "
+        f"(missing: {_listed(missing)}), and {why}.",
+        f"Run `polymodal download {asked}` on a machine with a network "
+        "and set model.source to that directory.",
     )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def is_whole(directory: str | os.PathLike) -> bool:
     """Whether a directory is a whole checkpoint of transformers or diffusers, by its config files."""
-    return any((Path(directory) / name).is_file() for name in ("config.json", "model_index.json"))
+    return (Path(directory) / "config.json").is_file() or pipelines.is_pipeline(directory)
 
 
 def missing_files(directory: Path, weights: bool = True) -> list[str]:
-    """Files that a checkpoint's own lists name and that are not there."""
-    if (directory / "model_index.json").is_file():
-        return _missing_parts(directory, weights)
-    if not (directory / "config.json").is_file():
+    """Files that a checkpoint's own lists name and that are not there, and directories of components."""
+    missing = []
+    if pipelines.is_pipeline(directory):
+        missing = [f"{part}/" for part in pipelines.components(directory) if not (directory / part).is_dir()]
+        indexes = sorted(directory.glob("*/*.safetensors.index.json"))
+    elif (directory / "config.json").is_file():
+        indexes = sorted(directory.glob("model.safetensors.index.json"))
+        if weights and not indexes and not any(directory.glob("*.safetensors")):
+            return ["model.safetensors"]
+    else:
         return ["config.json"]
-    if not weights:
-        return []
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(_read(index).get("weight_map", {}).values()))
-        return [name for name in shards if not (directory / name).is_file()]
-    return [] if any(directory.glob("*.safetensors")) else ["model.safetensors"]
-
-
-def _missing_parts(directory: Path, weights: bool) -> list[str]:
-    """Files of a diffusers pipeline that are not there: config.json of a denoiser, shards that an index lists."""
-    parts = [
-        name
-        for name, entry in _read(directory / "model_index.json").items()
-        if isinstance(entry, list) and len(entry) == 2 and None not in entry
-    ]
-    missing = [f"{part}/" for part in parts if not (directory / part).is_dir()]
-    if not weights:
-        return missing
-    for index in sorted(directory.glob("*/*.safetensors.index.json")):
-        shards = sorted(set(_read(index).get("weight_map", {}).values()))
-        missing += [f"{index.parent.name}/{name}" for name in shards if not (index.parent / name).is_file()]
+    for index in indexes if weights else ():
+        shards = sorted(set(storage.read_json(index).get("weight_map", {}).values()))
+        absent = [index.parent / name for name in shards if not (index.parent / name).is_file()]
+        missing += [str(path.relative_to(directory)) for path in absent]
     return missing
 
 
 def _check(directory: Path, source: str, weights: bool) -> None:
-    """Raise what is wrong with a local checkpoint."""
+    """Raise PolymodalError for what is wrong with a local checkpoint."""
     missing = missing_files(directory, weights)
     if "config.json" in missing:
         if (directory / "adapter_config.json").is_file():
-            base = _read(directory / "adapter_config.json").get("base_model_name_or_path") or "its base model"
+            adapter = storage.read_json(directory / "adapter_config.json")
+            base = adapter.get("base_model_name_or_path") or "its base model"
             raise PolymodalError(
                 f"{source} is a LoRA adapter of {base}, not a whole model.",
-                f"Set model.source to {base} and checkpoint.init_from to the adapter, or merge it with `polymodal export --merge-lora`.",
+                f"Set model.source to {base} and checkpoint.init_from to the adapter, "
+                "or merge it with `polymodal export --merge-lora`.",
             )
-        inside = [path.parent.name for path in sorted(directory.glob("*/config.json"))][:3]
+        inside = [f"{source.rstrip('/')}/{p.parent.name}" for p in sorted(directory.glob("*/config.json"))]
         raise PolymodalError(
             f"{source} has no config.json, so it is not a hub checkpoint.",
-            f"Did you mean {source.rstrip('/')}/{inside[0]}?"
-            if inside
-            else "Give the directory that holds config.json and the .safetensors files.",
+            _did_you_mean(
+                inside[:1], "Give the directory that holds config.json and the .safetensors files."
+            ),
         )
     if missing:
         if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
@@ -333,68 +305,56 @@ def _check(directory: Path, source: str, weights: bool) -> None:
                 f"{source} has weights in PyTorch's pickle format only.",
                 "Save it once more with safetensors: `model.save_pretrained(DIR)` in transformers.",
             )
-        listed = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
         raise PolymodalError(
-            f"{source} lacks {listed}.",
-            "Fetch the rest with `polymodal download`, or set model.init to random to train from the config alone.",
+            f"{source} lacks {_listed(missing)}.",
+            "Fetch the rest with `polymodal download`, "
+            "or set model.init to random to train from the config alone.",
         )
-    for path in _pointers(directory, weights):
-        raise PolymodalError(
-            f"{path} is a git-lfs pointer of {path.stat().st_size} bytes, not the file itself.",
-            "Run `git lfs pull` in that directory, or fetch it with `polymodal download`.",
-        )
-
-
-def _pointers(directory: Path, weights: bool) -> Iterator[Path]:
     for pattern in ("*.json", "*.safetensors") if weights else ("*.json",):
         for path in sorted(directory.glob(pattern)):
-            if path.stat().st_size < 1024:
-                with open(path, "rb") as file:
-                    if file.read(40).startswith(b"version https://git-lfs"):
-                        yield path
+            if storage.is_lfs_pointer(path):
+                raise PolymodalError(
+                    f"{path} is a git-lfs pointer of {path.stat().st_size} bytes, not the file itself.",
+                    "Run `git lfs pull` in that directory, or fetch it with `polymodal download`.",
+                )
 
 
 def family(model: Model) -> Family:
-    """The family of a recipe's model section: config.json read, `model.config` overrides applied, card chosen.
+    """The family of a recipe's model section: config.json with `model.config` applied, card chosen.
 
-    Raises PolymodalError for everything `resolve` and `find` refuse and for overrides that do not fit the config.
+    Raises PolymodalError as `resolve` and `find` do, and for overrides that do not fit the config.
     """
-    directory = resolve(
-        model.source, model.revision, weights=model.init == "pretrained", key="model.source = "
-    )
+    pretrained = model.init == "pretrained"
+    directory = resolve(model.source, model.revision, weights=pretrained, key="model.source = ")
     card = find(directory)
     if card.kind == "generation":
-        return _pipeline_family(card, directory, model)
-    config = read_config(directory, model.trust_remote_code)
-    if model.init == "pretrained" and card.embedding and "tie_word_embeddings" not in model.config:
-        library.settle_ties(config, directory, card.head, card.embedding)
-    made = card.family(card, override(config, model.config), str(directory))
-    for name in ("attention", "experts"):
-        setattr(made, name, getattr(model, name))
-    getattr(made, "check", lambda: None)()
+        part = _part(card, directory, model.part)
+        made: Any = card.family(card, _denoiser_config(directory / part, model.config), str(directory))
+        made.part = part
+    else:
+        config = read_config(directory, model.trust_remote_code)
+        if pretrained and card.embedding and "tie_word_embeddings" not in model.config:
+            library.settle_ties(config, directory, card.head, card.embedding)
+        made = card.family(card, override(config, model.config), str(directory))
+    made.attention, made.experts = model.attention, model.experts
+    made.check()
     return made
 
 
-def _pipeline_family(card: ModelCard, directory: Path, model: Model) -> Family:
-    """The family of a diffusers pipeline: the denoiser's config.json, by the name that the family has for it."""
-    part = _part(card, directory, model.part)
-    path = directory / part / "config.json"
-    config = _read(path)
-    flat = dict(_flat(model.config))
-    for key, value in flat.items():
+def _denoiser_config(directory: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a pipeline's denoiser with keys replaced."""
+    config = storage.read_json(directory / "config.json")
+    for key, value in _flat(changes):
         if key not in config:
-            raise PolymodalError(f"model.config: `{key}` is not a key of {path}.", _mean(key, config))
+            raise PolymodalError(
+                f"model.config: `{key}` is not a key of {directory / 'config.json'}.", _near_keys(key, config)
+            )
         config[key] = _typed(key, config[key], value)
-    made = card.family(card, config, str(directory))
-    for name in ("attention", "experts"):
-        setattr(made, name, getattr(model, name))
-    made.part = part  # type: ignore[attr-defined]
-    made.check()  # type: ignore[attr-defined]
-    return made
+    return config
 
 
 def _part(card: ModelCard, directory: Path, asked: str | None) -> str:
-    """The denoiser that is trained. Raises PolymodalError for one that the pipeline has not."""
+    """The denoiser that is trained. Raises PolymodalError for one that the pipeline lacks."""
     own = str(getattr(card.family, "part", "transformer"))
     known = getattr(card.family, "denoisers", ()) or (own,)
     there = [name for name in known if (directory / name / "config.json").is_file()]
@@ -423,7 +383,7 @@ def override(config: Any, changes: Mapping[str, Any]) -> Any:
             section = section.get(part) if isinstance(section, dict) else None
         if not isinstance(section, dict) or leaf not in section:
             raise PolymodalError(
-                f"model.config: `{key}` is not a key of this model's config.json.", _mean(key, known)
+                f"model.config: `{key}` is not a key of this model's config.json.", _near_keys(key, known)
             )
         section[leaf] = _typed(key, section[leaf], value)
         if leaf == "num_hidden_layers" and ".".join([*path, "layer_types"]) not in flat:
@@ -431,10 +391,8 @@ def override(config: Any, changes: Mapping[str, Any]) -> Any:
     try:
         return type(config).from_dict(data)
     except Exception as error:  # the library's validators raise types of their own
-        reason = " ".join(str(error).split())
-        raise PolymodalError(
-            f"model.config: {', '.join(flat)}: the library refuses this config: {reason}"
-        ) from None
+        reason = f"the library refuses this config: {' '.join(str(error).split())}"
+        raise PolymodalError(f"model.config: {', '.join(flat)}: {reason}") from None
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -445,29 +403,24 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def _mean(key: str, known: Mapping[str, Any]) -> str:
+def _near_keys(key: str, known: Mapping[str, Any]) -> str:
     leaf = key.rpartition(".")[2]
     near = [name for name in known if name.rpartition(".")[2] == leaf]
     if not near:
         leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
         near = [leaves[name] for name in nearest_names(leaf, leaves, 0.7)]
-    if not near:
-        return "See the checkpoint's config.json for its keys."
-    return f"Did you mean {' or '.join(f'`{name}`' for name in near[:2])}?"
+    return _did_you_mean([f"`{name}`" for name in near[:2]], "See the checkpoint's config.json for its keys.")
 
 
 def _typed(key: str, old: Any, new: Any) -> Any:
     """`new` as the type of `old`; whole numbers may stand for decimals, anything for what was empty."""
-    if isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool):
+    if isinstance(old, float) and type(new) is int:
         return float(new)
-    same = (
-        isinstance(old, (list, tuple)) == isinstance(new, (list, tuple))
-        if isinstance(old, (list, tuple))
-        else type(new) is type(old)
-    )
-    if old is None or new is None or same:
+    sequences = isinstance(old, (list, tuple)) and isinstance(new, (list, tuple))
+    if old is None or new is None or sequences or type(new) is type(old):
         return new
     raise PolymodalError(
-        f"model.config: `{key}` = {new!r} is a {type(new).__name__}, the config has a {type(old).__name__} ({old!r}).",
+        f"model.config: `{key}` = {new!r} is a {type(new).__name__}, "
+        f"the config has a {type(old).__name__} ({old!r}).",
         "Give a value of that type.",
     )

@@ -1,7 +1,4 @@
-"""What a model is to the rest of the program: Family, the few calls that differ between models.
-
-A model's own file holds one ModelCard of facts (card.py) and, where a fact is not enough, a Family.
-"""
+"""Family: the calls that differ between models. A model's file has a ModelCard (card.py) and a Family."""
 
 from __future__ import annotations
 
@@ -26,18 +23,20 @@ PROCESSOR_FILES = (
 
 
 class Family:
-    """The calls that differ between families. One instance a run; holds the config and the card, no weights."""
+    """The calls that differ between models. One instance a run, with the config and the card, no weights."""
 
     layout: Literal["packed", "padded", "uniform"] = "packed"
     streams: tuple[MediaStream, ...] = ()  # what its towers read
-    line: str = ""  # what several cards have in common, as the directory of their recipes is called
+    line: str = ""  # of several related cards: the name of their recipes' directory
+    attention = "auto"  # the recipe's model.attention
+    experts = "auto"  # the recipe's model.experts
 
     def __init__(self, card: ModelCard, config: Any, source: str):
         self.card = card
         self.config = config
         self.source = source
 
-    # What lies in a checkpoint's directory, where the library cannot tell
+    # Files of a checkpoint's directory, where the library's layout is not the only one
 
     @classmethod
     def read_config(cls, directory: Path, trust: bool = False) -> Any:
@@ -53,39 +52,41 @@ class Family:
 
     @classmethod
     def read_processor(cls, directory: Path, trust: bool = False) -> Any:
-        """The library's processor of a checkpoint, or its tokenizer. Raises OSError, ValueError, KeyError,
-        TypeError."""
+        """The library's processor of a checkpoint, or its tokenizer. Raises as read_config does."""
         from transformers import AutoProcessor
 
         return AutoProcessor.from_pretrained(directory, trust_remote_code=trust)
 
     @classmethod
     def write_processor(cls, processor: Any, directory: Path) -> None:
-        """The library's processor into a checkpoint's directory, in its layout, in place of what is there."""
+        """Replace the processor's files in a checkpoint's directory, in its layout."""
         for name in PROCESSOR_FILES:
             (directory / name).unlink(missing_ok=True)
         processor.save_pretrained(str(directory))
 
     @classmethod
     def tensor_names(cls, directory: Path) -> list[Any] | None:
-        """Of files whose layout the library does not know: the rules (its WeightRenaming and WeightConverter)
-        that make its parameters of them, and can be reverted; in place of its own rules of this model. None:
-        it knows."""
+        """For files whose layout the library does not know: the rules (its WeightRenaming and
+        WeightConverter) that make its parameters of them and can be reverted, in place of its own. None: its
+        own."""
         return None
 
     def limit_media(self, processor: Any, data: Any) -> bool:
-        """Put the recipe's pixel limits into the library's processor. False: they are its smallest and
-        largest size, as shortest_edge and longest_edge."""
+        """Set the recipe's pixel limits in the library's processor. False: they are shortest_edge,
+        longest_edge."""
         return False
 
     # The model
 
+    def check(self) -> None:
+        """Raise PolymodalError for a config (with the recipe's overrides) or files that cannot be trained."""
+
     def build(self) -> Components:
-        """The model on the meta device, parameters float32, attention set to the house's own."""
+        """The model on the meta device, parameters float32, with this project's attention."""
         raise NotImplementedError
 
     def media_processor(self, data: Any) -> MediaProcessor:
-        """Knowledge of tokens and pixels; `data` is the recipe's data section."""
+        """What makes tokens and pixels of samples; `data` is the recipe's data section."""
         raise NotImplementedError
 
     def cost(self, measure: SampleLengths) -> float:
@@ -97,22 +98,23 @@ class Family:
         raise NotImplementedError
 
     def stage(self, model: nn.Module, carry: Any, batch: Batch) -> Any:
-        """One pipeline stage: carry (None on the first) -> carry, or Output on the last. Without a pipeline, all.
+        """One pipeline stage: carry (None on the first) -> carry, or Output on the last.
 
         By default the model's own forward between the blocks that are here, as the card's chain says.
         """
         return partial.stage(self, model, carry, batch)
 
     def carry_spec(self, batch: Batch, before: Mapping[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
-        """What travels over a cut for such a batch: meta tensors in wire order.
+        """What a stage sends to the next for such a batch: meta tensors in the order of sending.
 
-        before: how many blocks of each chain lie before the cut; dtype: of the activations. What the batch holds or
-        can tell need not travel: every stage has the batch. By default the stream and what the card's chain carries.
+        before: how many blocks of each chain are before the cut; dtype: of the activations. What follows from
+        the batch
+        is not sent: every stage has it. By default the stream and the outputs that the card's chain carries.
         """
         return partial.carry_spec(self, batch, dtype)
 
     def stage_neighbours(self) -> dict[str, str]:
-        """Modules that lie in a pipeline stage with a certain block, as the config says: module -> block."""
+        """Modules that must be in the pipeline stage of a certain block, by the config: module -> block."""
         return {}
 
     def costs(self, measure: SampleLengths) -> dict[str, float]:
@@ -120,11 +122,12 @@ class Family:
         raise NotImplementedError
 
     def example(self, measure: SampleLengths) -> Batch:
-        """A micro-batch of one sample of these sizes, without data: what `plan` runs. Floating-point tensors are zeros."""
+        """A micro-batch of one sample of these sizes, without data, for `plan`. Floating tensors are
+        zeros."""
         raise NotImplementedError
 
     def balance(self, weight: float | None) -> dict[str, Any]:
-        """Arguments of the objective's router term: {} without experts; weight None = the checkpoint's own."""
+        """Arguments of the objective's router term: {} without experts; None: the checkpoint's own."""
         return {}
 
     def routers(self) -> tuple[int, int]:

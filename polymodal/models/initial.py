@@ -1,9 +1,8 @@
-"""Random weights that depend on the seed and the parameter's name only, never on how the model is laid out.
+"""Random weights that depend on the seed and the parameter's name only, whatever the layout.
 
 The library's own initialiser draws each parameter whole, on the CPU, from torch's generator seeded by (seed,
-name); a rank then takes its slices (slices.scatter). Every rank draws the whole model that way, one tensor at
-a time: the price is time (about 4 ns an element) and never more memory than the largest parameter in float32.
-Imports torch only.
+name); a rank then takes its slices (slices.scatter). Every rank draws the whole model one tensor at a time:
+about 4 ns an element, and never more memory than the largest parameter in float32.
 """
 
 from __future__ import annotations
@@ -21,12 +20,11 @@ from torch import Tensor, nn
 def shielded(
     module: nn.Module, parameters: Collection[str] = (), buffers: Collection[str] = ()
 ) -> Iterator[dict[str, Tensor]]:
-    """Put meta tensors in the place of all parameters and buffers of a module and of those below it, so that
-    an initialiser changes none of them; it may draw for its children too.
+    """Replace all parameters and buffers of a module and of its children by meta tensors, so that an
+    initialiser, which may draw for the children too, changes none of them.
 
-    parameters: of the module itself, that get memory instead, float32 on the CPU, full of NaN: what is
-    yielded.
-    buffers:    of the module itself, that stay in their places, to be changed.
+    parameters: of the module itself, that get memory instead, float32 on the CPU, full of NaN: yielded.
+    buffers:    of the module itself, that are not replaced.
     """
     held = [(inner, dict(inner._parameters), dict(inner._buffers)) for inner in module.modules()]
     drawn: dict[str, Tensor] = {}
@@ -55,20 +53,23 @@ def shielded(
 def draw(
     module: nn.Module, parameter: str, rule: Callable[[nn.Module], Any], name: str, seed: int
 ) -> Tensor | None:
-    """One of a module's own parameters, whole, as `rule` (the module's initialiser) draws it from (seed,
-    name).
+    """One of a module's own parameters, whole, as `rule`, its initialiser, draws it from (seed, name).
 
-    None when the rule leaves it, or a part of it, without values.
+    None when the rule does not set all of it.
     """
     with shielded(module, (parameter,)) as drawn, seeded(seed, name):
         rule(module)
     value = drawn[parameter]
-    return None if value.numel() and bool(torch.aminmax(value).min.isnan()) else value
+    return None if has_nan(value) else value
+
+
+def has_nan(tensor: Tensor) -> bool:
+    return bool(tensor.numel() and tensor.is_floating_point() and torch.aminmax(tensor).min.isnan())
 
 
 @contextmanager
 def seeded(seed: int, name: str) -> Iterator[None]:
-    """torch's generator of the CPU as (seed, name) sets it, and as it was before afterwards."""
+    """Inside, torch's generator of the CPU is seeded by (seed, name); afterwards it is as before."""
     digest = blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int.from_bytes(digest, "little"))

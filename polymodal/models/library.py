@@ -1,7 +1,7 @@
-"""What only transformers knows: how a checkpoint's keys map to a model's parameters, and how a module is initialised.
+"""transformers' own rules: how a checkpoint's keys map to a model's parameters, how a module is initialised.
 
-The only file that uses private names of transformers; tests/models/test_weights.py has the canary that says which one
-changed. Sees errors, card.py and slices.py. Works on models that are on meta, sharded, wrapped or cut into stages.
+The only file that uses private names of transformers; a test in tests/models/test_weights.py names the one
+that changed. Works on models that are on meta, sharded, wrapped or cut into stages.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,20 +34,20 @@ def plain(name: str) -> str:
 
 
 def class_of(module: nn.Module) -> type:
-    """A module's class as its author wrote it: FSDP2 puts a subclass of its own in the place of each class it wraps."""
+    """A module's class as its author wrote it: FSDP2 replaces it by a subclass of its own."""
     return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
 
 
 def keep_recording(model: Any) -> None:
-    """Let a model of transformers give all its hidden states also after FSDP2 changed its class: the library knows by the
-    class's name what it can record."""
+    """Let a model of transformers return all its hidden states also after FSDP2 changed its class: the
+    library's registry of outputs goes by the class."""
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
     _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
 
 
 def targets(model: nn.Module) -> dict[str, Tensor]:
-    """All of a model that lives in checkpoints, by plain name: parameters (tied ones under each of their names) and
+    """All tensors of a model that checkpoints have, by plain name: parameters (tied ones under each name) and
     persistent buffers; no adapters."""
     found: dict[str, Tensor] = {
         plain(n): p for n, p in model.named_parameters(remove_duplicate=False) if not ADAPTER.search(n)
@@ -64,15 +65,15 @@ def tied(model: nn.Module) -> dict[str, str]:
 
 
 def settle_ties(config: Any, directory: Path, head: str, embedding: str) -> None:
-    """Set a config's tie_word_embeddings to what the checkpoint says and has.
+    """Set a config's tie_word_embeddings to what the checkpoint's config.json and files have.
 
     Where config.json's top level does not have the flag, its text part's decides: several classes default to
-    true there. Where the files hold both tensors, and they differ, they are not tied, whatever is said.
+    true there. Where the files hold both tensors, and they differ, they are not tied, whatever the flag.
     head, embedding: names of the two modules in the model; the files may have another prefix.
     """
-    said = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    text = said.get("text_config") or {}
-    if "tie_word_embeddings" not in said and "tie_word_embeddings" in text:
+    raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    text = raw.get("text_config") or {}
+    if "tie_word_embeddings" not in raw and "tie_word_embeddings" in text:
         config.tie_word_embeddings = bool(text["tie_word_embeddings"])
     if not getattr(config, "tie_word_embeddings", False) or not any(directory.glob("*.safetensors*")):
         return
@@ -87,7 +88,7 @@ def settle_ties(config: Any, directory: Path, head: str, embedding: str) -> None
 
 
 def aliases(model: nn.Module) -> list[tuple[Tensor, list[str]]]:
-    """Each tensor of `targets` once, with all its plain names; last comes the name of a twin in another stage."""
+    """Each tensor of `targets` once, with all its plain names, last that of a tied one in another stage."""
     names: dict[int, tuple[Tensor, list[str]]] = {}
     for name, tensor in targets(model).items():
         names.setdefault(id(tensor), (tensor, []))[1].append(name)
@@ -98,29 +99,44 @@ def aliases(model: nn.Module) -> list[tuple[Tensor, list[str]]]:
 
 
 @dataclass
-class Computed:
-    """Parameters that the library computes from file tensors in a way that does not commute with slicing."""
+class Conversion:
+    """One of the library's converters and the file tensors that it makes parameters of."""
 
     converter: Any
-    sources: dict[str, list[str]]  # pattern -> file keys
-    name: str
-    shapes: dict[str, torch.Size]  # the parameters that come out
+    name: str  # of the first parameter
+    sources: dict[str, list[str]] = field(default_factory=dict)  # pattern -> file keys
+    shapes: dict[str, torch.Size] = field(default_factory=dict)  # of the parameters that come out
 
-    def make(self, model: nn.Module, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """The parameters, whole, from whole file tensors."""
-        return _convert(self.converter, self.sources, self.name, targets(model), model.config, read)
+    def make(self, model: Any, read: Callable[[str], Any]) -> dict[str, Any]:
+        """The parameters, made of what `read(key)` returns: whole file tensors, on meta or not, or Stored."""
+        converter = deepcopy(self.converter)
+        for pattern, keys in self.sources.items():
+            for key in keys:
+                converter.add_tensor(self.name, key, pattern, read(key))
+        parameters = SimpleNamespace(get_parameter=targets(model).__getitem__)
+        try:
+            made = converter.convert(self.name, model=parameters, config=model.config)
+        except (ValueError, RuntimeError, KeyError, IndexError) as error:
+            keys = [key for found in self.sources.values() for key in found]
+            raise PolymodalError(
+                f"{self.name} cannot be put together from {len(keys)} tensors of the checkpoint "
+                f"(first: {keys[0]}): {error}.",
+                "Some of them are missing, or the checkpoint is of another size than the config.",
+            ) from None
+        return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
 
 
 @dataclass
 class Layout:
     """How the keys of a set of files map to a model.
 
-    entries: plain parameter name -> its boxes in the files; computed: the parameters that are not made of boxes;
-    unexpected: file key without a place -> the name it would have.
+    entries: plain parameter name -> its boxes in the files; computed: conversions that do not commute with
+    slicing;
+    unexpected: file key that no parameter has -> the name it would have.
     """
 
     entries: dict[str, Stored] = field(default_factory=dict)
-    computed: list[Computed] = field(default_factory=list)
+    computed: list[Conversion] = field(default_factory=list)
     unexpected: dict[str, str] = field(default_factory=dict)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
@@ -129,19 +145,9 @@ class Layout:
         return next((tuple(one.shapes[name]) for one in self.computed if name in one.shapes), None)
 
 
-class _Parameters:
-    """What the library's conversion operations ask a model for."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self._tensors = tensors
-
-    def get_parameter(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-
 @contextmanager
 def _own_classes(model: nn.Module) -> Iterator[None]:
-    """The library's registries go by class name and defining module: show them the classes without FSDP2's."""
+    """Inside, modules have their own classes and not FSDP2's: the library's registries go by class name."""
     wrapped = [(module, type(module)) for module in model.modules() if isinstance(module, FSDPModule)]
     try:
         for module, _ in wrapped:
@@ -154,8 +160,8 @@ def _own_classes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def named_by(model_type: str, rules: list[Any] | None) -> Iterator[None]:
-    """Inside, the library reads and writes files of a model type by these rules (Family.tensor_names); None:
-    its own."""
+    """Inside, the library reads and writes files of a model type by these rules (Family.tensor_names, None:
+    its own)."""
     if rules is None:
         yield
         return
@@ -173,10 +179,10 @@ def named_by(model_type: str, rules: list[Any] | None) -> Iterator[None]:
 
 
 def layout(model: nn.Module, shapes: Mapping[str, Sequence[int]], rules: list[Any] | None = None) -> Layout:
-    """Map file keys (with their whole shapes) to a model's parameters by the library's registry of conversions.
+    """Map file keys (with their whole shapes) to a model's parameters by the library's conversions.
 
     rules: in place of the library's own of this model (Family.tensor_names). Raises PolymodalError when the
-        tensors of one parameter do not fit together.
+    tensors of one parameter do not fit together.
     """
     from transformers import PreTrainedModel
 
@@ -200,7 +206,7 @@ def layout(model: nn.Module, shapes: Mapping[str, Sequence[int]], rules: list[An
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     prefix = model.base_model_prefix
-    chosen: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+    conversion_of: dict[str, Conversion] = {}
     for key in sorted(shapes, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
         if name not in wanted and key in wanted:
@@ -210,49 +216,25 @@ def layout(model: nn.Module, shapes: Mapping[str, Sequence[int]], rules: list[An
         elif pattern is None:
             out.entries[name] = Stored.whole(key, shapes[key])
         else:
-            _, sources = chosen.setdefault(name, (by_pattern[pattern], {}))
-            sources.setdefault(pattern, []).append(key)
-    for name, (converter, sources) in chosen.items():
-        given = (converter, sources, name, wanted, model.config)
+            one = conversion_of.setdefault(name, Conversion(by_pattern[pattern], name))
+            one.sources.setdefault(pattern, []).append(key)
+    for one in conversion_of.values():
         try:
-            out.entries.update(_convert(*given, lambda key: Stored.whole(key, shapes[key])))
-        except (NotASlice, TypeError):  # the latter from operators that stand-ins do not have
-            made = _convert(*given, lambda key: torch.empty(tuple(shapes[key]), device="meta"))
-            out.computed.append(Computed(converter, sources, name, {n: t.shape for n, t in made.items()}))
+            out.entries |= one.make(model, lambda key: Stored.whole(key, shapes[key]))
+        except (NotASlice, TypeError):  # the latter from operators that Stored does not have
+            made = one.make(model, lambda key: torch.empty(tuple(shapes[key]), device="meta"))
+            one.shapes = {name: tensor.shape for name, tensor in made.items()}
+            out.computed.append(one)
     return out
-
-
-def _convert(
-    converter: Any,
-    sources: Mapping[str, list[str]],
-    name: str,
-    wanted: Mapping[str, Tensor],
-    config: Any,
-    read: Callable,
-) -> dict:
-    """Run one of the library's converters on whatever `read(key)` gives, tensors or stand-ins for them."""
-    converter = deepcopy(converter)
-    for pattern, keys in sources.items():
-        for key in keys:
-            converter.add_tensor(name, key, pattern, read(key))
-    try:
-        made = converter.convert(name, model=_Parameters(wanted), config=config)
-    except (ValueError, RuntimeError, KeyError, IndexError) as error:
-        count = sum(map(len, sources.values()))
-        raise PolymodalError(
-            f"{name} cannot be put together from {count} tensors of the checkpoint (first: {next(iter(sources.values()))[0]}): {error}.",
-            "Some of them are missing, or the checkpoint is of another size than the config.",
-        ) from None
-    return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
 
 
 def reverted(
     model: nn.Module, state: Mapping[str, Tensor], rules: list[Any] | None = None
 ) -> dict[str, Tensor]:
-    """File key -> tensor for some parameters of a model, as the library itself would save them. Meta tensors
-    will do.
+    """File key -> tensor for some parameters of a model, on meta or not, as the library would save them.
 
-    rules: as in `layout`."""
+    rules: as in `layout`.
+    """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -264,7 +246,7 @@ def reverted(
 
 
 def rules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[[nn.Module], Any] | None]]:
-    """(path, module, what initialises it): the rule of the innermost library model around it, else torch's own."""
+    """(path, module, its initialiser): that of the innermost library model around it, else torch's own."""
     from transformers import PreTrainedModel
 
     owners: dict[str, Any] = {}
@@ -286,8 +268,8 @@ def builds_buffers(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _own_parameters(module: nn.Module) -> None:
-    """diffusers has no initialiser for parameters that hang directly in its modules: gains are ones, shifts zeros,
-    tables normal with the standard deviation 1 / sqrt(width), as its constructors draw them."""
+    """diffusers has no initialiser for its modules' own parameters: gains are ones, shifts zeros, tables
+    normal with the standard deviation 1 / sqrt(width), as its constructors draw them."""
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue
@@ -302,29 +284,30 @@ def optional(model: nn.Module, name: str) -> bool:
     return any(re.search(p, name) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
 
 
+def _deepest(model: nn.Module, name: str) -> tuple[nn.Module, list[str]]:
+    """The deepest module on the path of a name, and the rest of the path."""
+    parts, module = name.split("."), model
+    while parts and parts[0] in module._modules:
+        module = module._modules[parts.pop(0)]  # type: ignore[assignment]
+    return module, parts
+
+
 def ignorable(model: nn.Module, key: str, name: str) -> bool:
-    """Whether a file key without a place may be passed over: the library says so, it is a buffer that is computed,
-    or it belongs to another pipeline stage."""
+    """Whether a file key that no parameter has may be ignored: by the library's list, as a buffer that is
+    computed, or as one of another pipeline stage."""
     if any(re.search(p, key) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()):
         return True
-    *path, leaf = name.split(".")
-    at: nn.Module = model
-    for part in path:
-        if part not in at._modules:
-            return isinstance(at, PrunedModule)
-        at = at._modules[part]  # type: ignore[assignment]
-    missing_parameter = leaf in at._parameters and at._parameters[leaf] is None
-    return isinstance(at, PrunedModule) or leaf in at._non_persistent_buffers_set or missing_parameter
+    module, rest = _deepest(model, name)
+    if isinstance(module, PrunedModule) or len(rest) != 1:
+        return isinstance(module, PrunedModule)
+    pruned_parameter = rest[0] in module._parameters and module._parameters[rest[0]] is None
+    return rest[0] in module._non_persistent_buffers_set or pruned_parameter
 
 
 def beyond(model: nn.Module, name: str) -> bool:
-    """Whether a name is of a block that this model, made shallower than its checkpoint, does not have."""
-    at: nn.Module = model
-    for part in name.split("."):
-        if part not in at._modules:
-            return isinstance(at, nn.ModuleList) and part.isdigit() and int(part) >= len(at)
-        at = at._modules[part]  # type: ignore[assignment]
-    return False
+    """Whether a name is of a block that this model lacks, having fewer layers than its checkpoint."""
+    module, rest = _deepest(model, name)
+    return isinstance(module, nn.ModuleList) and rest[0].isdigit() and int(rest[0]) >= len(module)
 
 
 def overridden(model: nn.Module, written: Any) -> bool:
@@ -335,10 +318,8 @@ def overridden(model: nn.Module, written: Any) -> bool:
     volatile = ("dtype", "torch_dtype", "transformers_version", "architectures", "_name_or_path", "use_cache")
 
     def kept(values: Any) -> Any:
-        return (
-            {k: kept(v) for k, v in values.items() if k not in volatile}
-            if isinstance(values, dict)
-            else values
-        )
+        if not isinstance(values, dict):
+            return values
+        return {key: kept(value) for key, value in values.items() if key not in volatile}
 
     return kept(written.to_dict()) != kept(config.to_dict())

@@ -1,8 +1,7 @@
-"""A part of a model by its own forward: between the blocks that a pipeline stage holds, nothing of it copied.
+"""A pipeline stage by the model's own forward.
 
-Sees card.py only. What comes before the blocks of a stage runs on stand-ins of the right
-shapes (`ShapeStub`), the streams enter at the first block that is here, and are taken out where a dropped module waits
-for the last block's output.
+Modules before the blocks of a stage run as `ShapeStub`, the streams enter at the first block that is here,
+and leave where a pruned module is called with the last block's output.
 """
 
 from __future__ import annotations
@@ -24,11 +23,12 @@ from polymodal.models.card import Chain, Components, ModelCard, Output, PrunedMo
 HIDDEN = "hidden_states"
 """Name of the stream in a carry; of several, the one that the model's end takes."""
 ENTERED = "polymodal_entered"
-"""Attribute of a block where streams of an earlier stage just entered: the shapes of the stand-ins whose place they took."""
+"""Attribute of a block where streams of an earlier stage just entered: the shapes of the zeros they
+replaced."""
 
 
 def arguments(module: nn.Module) -> list[str]:
-    """Names of a module's forward's arguments, in order; of one that is dropped, those that it hands on."""
+    """Names of the arguments of a module's forward, in order; of a pruned module too."""
     if isinstance(module, PrunedModule):
         return getattr(module, "names", [HIDDEN])
     return list(inspect.signature(type(module).forward).parameters)[1:]
@@ -37,7 +37,7 @@ def arguments(module: nn.Module) -> list[str]:
 def on_argument(
     module: nn.Module, name: str, change: Callable[[Any], Any], args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]]:
-    """Change one of the arguments of a module's forward by its name there; as they are when it is not given."""
+    """Change one of the arguments of a module's forward by its name; unchanged when it is not given."""
     if name in kwargs:
         return args, {**kwargs, name: change(kwargs[name])} if kwargs[name] is not None else kwargs
     names = arguments(module)
@@ -48,7 +48,7 @@ def on_argument(
 
 
 class StreamPassthrough(PrunedModule):
-    """Stands where a block of several streams was: hands them on as the block gives them back."""
+    """In the place of a block of several streams: returns them as the block does."""
 
     def __init__(self, block: nn.Module, streams: tuple[str, ...]):
         super().__init__()
@@ -60,7 +60,7 @@ class StreamPassthrough(PrunedModule):
 
 
 class _Beside(torch.autograd.Function):
-    """The first tensor; the others get a gradient of zeros, where a stage may not use all that comes to it."""
+    """The first tensor; the others get a gradient of zeros, where a stage does not use them."""
 
     @staticmethod
     def forward(ctx: Any, main: Tensor, *others: Tensor) -> Tensor:
@@ -78,8 +78,8 @@ def together(main: Tensor, carry: Mapping[str, Tensor] | None) -> Tensor:
 
 
 class ShapeStub(PrunedModule):
-    """Stands where a module was that prepares the stream in another stage: gives zeros of its output's shape, which
-    take no memory, or what travelled in its place. Other code may look at shapes and unpack tuples as before."""
+    """In the place of a module that prepares the stream in another stage: returns zeros of its output's
+    shape, which take no memory, or the output that was sent."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -97,22 +97,22 @@ class ShapeStub(PrunedModule):
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        place = tensors[0].device
-        # under mixed precision the others' parameters are gathered in half precision, this one's are not gathered
+        device = tensors[0].device
+        # under mixed precision other modules' parameters are gathered in half precision, this one's are not
         own = next((p.dtype for p in self.original[0].parameters() if p.is_floating_point()), None)
         meta = {name: _meta(value, own) for name, value in kwargs.items()}
         out = self.original[0](*(_meta(value, own) for value in args), **meta)
         if isinstance(out, Tensor):
-            return self._zeros(0, out, place)
-        return type(out)(self._zeros(at, value, place) for at, value in enumerate(out))
+            return self._zeros(0, out, device)
+        return type(out)(self._zeros(at, value, device) for at, value in enumerate(out))
 
-    def _zeros(self, at: int, like: Any, place: torch.device) -> Any:
+    def _zeros(self, at: int, like: Any, device: torch.device) -> Any:
         if at in self.given:
             return self.given[at]
         if not isinstance(like, Tensor):
             return like
         dtype = self.dtype if self.dtype is not None and like.is_floating_point() else like.dtype
-        return torch.zeros((), dtype=dtype, device=place).expand(like.shape)
+        return torch.zeros((), dtype=dtype, device=device).expand(like.shape)
 
 
 def _meta(value: Any, dtype: torch.dtype | None) -> Any:
@@ -122,30 +122,24 @@ def _meta(value: Any, dtype: torch.dtype | None) -> Any:
 
 
 class _StreamLeft(Exception):
-    """No error: the stream has left the blocks that are here, and the rest of the forward with it."""
+    """No error: the stream has left the blocks that are here, and ends the forward."""
 
     def __init__(self, hidden: Tensor):
         self.hidden = hidden
 
 
 def blocks(model: nn.Module, chain: Chain) -> list[str]:
-    """Names of a chain's blocks, dropped ones too, in order."""
+    """Names of a chain's blocks, pruned ones too, in order."""
     patterns = (chain.blocks,) if isinstance(chain.blocks, str) else chain.blocks
+    expressions = [re.compile(re.escape(pattern).replace(r"\*", "[^.]+")) for pattern in patterns]
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    found = []
-    for pattern in patterns:
-        expression = re.compile(re.escape(pattern).replace(r"\*", "[^.]+"))
-        found += [name for name in names if expression.fullmatch(name)]
-    return found
+    return [name for expression in expressions for name in names if expression.fullmatch(name)]
 
 
 def present(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Names of a chain without their `?`; those that end in one only where the model has such a module."""
-    return [
-        name.removesuffix("?")
-        for name in names
-        if not name.endswith("?") or _found(model, name[:-1]) is not None
-    ]
+    there = [name for name in names if not name.endswith("?") or _module(model, name[:-1]) is not None]
+    return [name.removesuffix("?") for name in there]
 
 
 def run(
@@ -159,48 +153,45 @@ def run(
 ) -> tuple[Tensor | None, Any]:
     """`call()`, a forward around the chain's blocks, for those of them that are here.
 
-    hidden: the stream as the stage before left it, None where the chain begins; carried: outputs of `chain.carry` as
-    `<module>.<position>`; streams: the card's; others: those besides, as they enter, and afterwards as they leave.
-    Returns (the stream, None) when the chain goes on elsewhere, else (None, what call gave).
+    hidden: the stream from the stage before, None where the chain begins; carried: outputs of `chain.carry`
+    as `<module>.<position>`; streams: the card's; others: those besides `hidden`, as they enter, and
+    afterwards as they leave. Returns (the stream, None) when the chain continues in another stage, else
+    (None, result).
     """
     handles = []
+    end = model.get_submodule(chain.last[0])
+    _show_absent(model, chain)
+    here = [model.get_submodule(name) for name in blocks(model, chain)]
+    entry = next((block for block in here if not isinstance(block, PrunedModule)), end)
+    entering = {HIDDEN: hidden, **({} if entry is end else others or {})}
 
     def enter(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        came = args[0] if args else kwargs.get(HIDDEN)
-        setattr(block, ENTERED, {HIDDEN: came.shape} if isinstance(came, Tensor) else {})
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, HIDDEN: hidden})
-
-    def enter_all(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         shapes: dict[str, Any] = {}
 
-        def instead(came: Tensor, name: str, tensor: Tensor) -> Tensor:
+        def replace_by_stream(name: str, came: Tensor) -> Tensor | None:
             shapes[name] = came.shape
-            return tensor
+            return entering[name]
 
-        for name, tensor in {HIDDEN: hidden, **entering}.items():
-            change = partial(instead, name=name, tensor=tensor)
-            args, kwargs = on_argument(block, name, change, args, kwargs)
+        if len(entering) == 1 and args:
+            args = (replace_by_stream(HIDDEN, args[0]), *args[1:])
+        else:
+            for name in entering:
+                args, kwargs = on_argument(block, name, partial(replace_by_stream, name), args, kwargs)
         setattr(block, ENTERED, shapes)
         return args, kwargs
 
-    def note(_: nn.Module, __: Any, out: tuple) -> None:
+    def record(_: nn.Module, __: Any, out: tuple) -> None:
         assert others is not None
         others.update({name: part for name, part in zip(streams, out, strict=True) if name != HIDDEN})
 
     def leave(_: nn.Module, __: Any, out: Tensor) -> None:
         raise _StreamLeft(out)
 
-    end = model.get_submodule(chain.last[0])
-    _show_absent(model, chain)
-    entering = dict(others or {})
-    here = [model.get_submodule(name) for name in blocks(model, chain)]
     try:
         if hidden is not None:
-            entry = next((block for block in here if not isinstance(block, PrunedModule)), end)
-            change = enter_all if entering and entry is not end else enter
-            handles.append(entry.register_forward_pre_hook(change, prepend=True, with_kwargs=True))
+            handles.append(entry.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
             for name in present(model, chain.first):
-                module = _found(model, name)
+                module = _module(model, name)
                 if isinstance(module, ShapeStub):
                     module.dtype = hidden.dtype
                     module.given = {
@@ -211,7 +202,7 @@ def run(
         if isinstance(end, PrunedModule):
             handles.append(end.register_forward_hook(leave))
             if len(streams) > 1:
-                handles.append(here[-1].register_forward_hook(note))
+                handles.append(here[-1].register_forward_hook(record))
         try:
             return None, call()
         except _StreamLeft as left:
@@ -222,50 +213,43 @@ def run(
 
 
 def drop_parameter(owner: nn.Module, name: str) -> None:
-    """Take a parameter of another stage away. Code around it may still look at it: see `run`."""
+    """Remove a parameter of another stage. Code around it may still look at its shape: see `run`."""
     shape = owner._parameters[name].shape  # type: ignore[union-attr]
     owner.register_parameter(name, None)
     owner.__dict__[name] = torch.empty(shape, device="meta")
 
 
 def _show_absent(model: nn.Module, chain: Chain) -> None:
-    """Pruned parameters of the chain's end as zeros that take no memory: a forward may look at them on its way out."""
+    """Pruned parameters of the chain's end as zeros that take no memory: a forward may look at them."""
     for name in chain.last:
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
         absent = owner.__dict__.get(leaf)
         if isinstance(absent, Tensor) and absent.is_meta:
-            place = next(model.parameters()).device
-            owner.__dict__[leaf] = torch.zeros((), device=place).expand(absent.shape)
+            device = next(model.parameters()).device
+            owner.__dict__[leaf] = torch.zeros((), device=device).expand(absent.shape)
 
 
-def _found(model: nn.Module, name: str) -> nn.Module | None:
+def _module(model: nn.Module, name: str) -> nn.Module | None:
     """The module of that name; None for a parameter's."""
     parent, _, leaf = name.rpartition(".")
     return model.get_submodule(parent)._modules.get(leaf)
 
 
-def _recorded(model: nn.Module, chain: Chain, into: dict[str, Tensor]) -> list[Any]:
-    """Hooks that note the outputs of the modules whose outputs travel."""
+def _record_carried(model: nn.Module, chain: Chain, into: dict[str, Tensor]) -> list[Any]:
+    """Hooks that record the outputs of the modules of `chain.carry` that are here."""
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, out: Any) -> None:
-            values = (out,) if isinstance(out, Tensor) else out
-            into.update(
-                {f"{name}.{at}": value for at, value in enumerate(values) if isinstance(value, Tensor)}
-            )
+    def record(name: str, _: nn.Module, __: Any, out: Any) -> None:
+        outputs = enumerate((out,) if isinstance(out, Tensor) else out)
+        into.update({f"{name}.{at}": value for at, value in outputs if isinstance(value, Tensor)})
 
-        return hook
-
-    return [
-        module.register_forward_hook(note(name))
-        for name in present(model, chain.carry)
-        if not isinstance(module := model.get_submodule(name), PrunedModule)
-    ]
+    modules = {name: model.get_submodule(name) for name in present(model, chain.carry)}
+    here = {name: module for name, module in modules.items() if not isinstance(module, PrunedModule)}
+    return [module.register_forward_hook(partial(record, name)) for name, module in here.items()]
 
 
 class WholeModel(Protocol):
-    """What is asked of a family here."""
+    """What this file needs of a family."""
 
     card: ModelCard
 
@@ -284,10 +268,8 @@ def stage(
     (chain,) = chains
     streams = family.card.block_streams
     carried = {name: tensor for name, tensor in (carry or {}).items() if name not in streams}
-    others: dict[str, Tensor | None] = {
-        n: t for n, t in (carry or {}).items() if n in streams and n != HIDDEN
-    }
-    hooks = _recorded(model, chain, carried)
+    others: dict[str, Tensor | None] = {n: carry[n] for n in streams if n != HIDDEN} if carry else {}
+    hooks = _record_carried(model, chain, carried)
     try:
         hidden = None if carry is None else carry[HIDDEN]
         left, out = run(model, chain, hidden, lambda: family.whole(model, batch), carried, others, streams)
@@ -297,16 +279,16 @@ def stage(
     if left is None:
         return replace(out, hidden_states=together(out.hidden_states, carry))
     for name, tensor in others.items():
-        if tensor is None:  # the last block gives it up: nobody will look at it
+        if tensor is None:  # the last block does not return it, and nothing uses it
             shape = carry_spec(family, batch, left.dtype)[name].shape
             others[name] = _Beside.apply(left.new_zeros(shape, requires_grad=left.requires_grad), left)
     return {HIDDEN: together(left, carry), **others, **carried}  # type: ignore[dict-item]
 
 
 def probe(family: WholeModel, anew: bool = False) -> nn.Module:
-    """The model on meta that tells what travels, made once; anew: for another layout, what is known is forgotten.
+    """The model on meta that finds the shapes that stages send, made once; anew: for another layout.
 
-    Whatever changes the shapes of streams on their way to the first block (cuts over ranks) is to be done to it too.
+    What changes the shapes of streams before the first block (cuts over ranks) must be done to it too.
     """
     if anew or "_probe" not in family.__dict__:
         family.__dict__["_carry_specs"] = {}
@@ -316,8 +298,8 @@ def probe(family: WholeModel, anew: bool = False) -> nn.Module:
 
 @torch.no_grad()
 def carry_spec(family: WholeModel, batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Family.carry_spec for a card with one chain: the stream before a block and the carried outputs, found by a
-    forward on meta tensors up to the first block. Floating tensors travel in `dtype`."""
+    """Family.carry_spec for a card with one chain: the stream before a block and the carried outputs, found
+    by a forward on meta tensors up to the first block. Floating tensors are sent in `dtype`."""
     known: dict[Any, dict[str, Tensor]] = family.__dict__.setdefault("_carry_specs", {})
     key = (dtype, *((name, tuple(tensor.shape)) for name, tensor in sorted(batch.tensors.items())))
     if key in known:
@@ -332,27 +314,23 @@ def carry_spec(family: WholeModel, batch: Batch, dtype: torch.dtype) -> dict[str
         raise _StreamLeft(given[HIDDEN])
 
     first = model.get_submodule(blocks(model, chain)[0])
-    hooks = [*_recorded(model, chain, carried), first.register_forward_pre_hook(leave, with_kwargs=True)]
+    hooks = [
+        *_record_carried(model, chain, carried),
+        first.register_forward_pre_hook(leave, with_kwargs=True),
+    ]
     own = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    shapes = {
-        name: torch.empty(
-            tensor.shape, dtype=own if tensor.is_floating_point() else tensor.dtype, device="meta"
-        )
-        for name, tensor in batch.tensors.items()
-    }
-    meta = replace(batch, tensors=shapes)
     try:
-        family.whole(model, meta)
+        family.whole(model, replace(batch, tensors=_empty(batch.tensors, own)))
         raise RuntimeError(f"The forward of {family.card.name} does not pass through {chain.blocks}.")
     except _StreamLeft as left:
-        found = {HIDDEN: left.hidden, **carried}
+        known[key] = _empty({HIDDEN: left.hidden, **carried}, dtype)
     finally:
         for hook in hooks:
             hook.remove()
-    known[key] = {
-        name: torch.empty(
-            tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device="meta"
-        )
-        for name, tensor in found.items()
-    }
     return known[key]
+
+
+def _empty(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Meta tensors of the same shapes; floating ones of this dtype."""
+    kinds = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
+    return {n: torch.empty(tensors[n].shape, dtype=kind, device="meta") for n, kind in kinds.items()}

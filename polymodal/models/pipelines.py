@@ -1,14 +1,14 @@
-"""diffusers' pipelines on disk: the denoiser built without memory, the frozen parts opened whole, names checked.
+"""diffusers' pipelines on disk: denoisers built without memory, frozen parts opened whole.
 
-Sees errors, card.py, weights.py and diffusers. The only file that opens pipelines; what lies in one is told by its
-model_index.json. Missing or surplus weights are an error here, where the library would only warn.
+The only file that opens pipelines; model_index.json names their components. Missing or surplus weights are an
+error here, where the library would only warn.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from polymodal.core.errors import PolymodalError
+from polymodal.models.storage import read_json
 
 
 class _NoDraws(TorchFunctionMode):
-    """Random initial values are not drawn: they would be thrown away, and memory that is not written costs nothing."""
+    """Random initial values are not drawn: memory that is not written costs nothing."""
 
-    DRAWS = (
-        Tensor.uniform_,
-        Tensor.normal_,
-        Tensor.trunc_normal_ if hasattr(Tensor, "trunc_normal_") else None,
-    )
+    DRAWS = (Tensor.uniform_, Tensor.normal_, getattr(Tensor, "trunc_normal_", None))
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return args[0] if func in self.DRAWS else func(*args, **(kwargs or {}))
@@ -35,17 +32,16 @@ class _NoDraws(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters go to meta as they are registered; buffers (rotary tables) keep the values their module computes."""
+    """Parameters go to meta as they are registered; buffers (rotary tables) keep their values."""
     register = nn.Module.register_parameter
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
         if parameter is not None:
-            module._parameters[name] = nn.Parameter(
-                parameter.to("meta"), requires_grad=parameter.requires_grad
-            )
+            on_meta = parameter.to("meta")
+            module._parameters[name] = nn.Parameter(on_meta, requires_grad=parameter.requires_grad)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         with _NoDraws():
             yield
@@ -64,7 +60,7 @@ def empty(config: Mapping[str, Any], library: str = "diffusers") -> nn.Module:
 
 
 def _class(library: str, name: str) -> Any:
-    # parts that a pipeline brings itself are listed under its own name; a directory here may have that name too
+    # classes of a pipeline's own module are listed under its name, which a directory here may have too
     module = getattr(importlib.import_module("diffusers.pipelines"), library, None)
     if module is None:
         with contextlib.suppress(ImportError):
@@ -79,7 +75,7 @@ def _class(library: str, name: str) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' progress bars and notes: what matters about loading is said here, as an error."""
+    """Without the libraries' progress bars and warnings: what matters about loading is an error here."""
     import diffusers
     import transformers
 
@@ -97,7 +93,7 @@ def quiet() -> Iterator[None]:
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Parameters to a dtype but those that the library keeps in float32; buffers stay as they are computed."""
+    """Parameters to a dtype but those that the library keeps in float32; buffers stay."""
     kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype != torch.float32 else ()
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not any(part in name.split(".") for part in kept):
@@ -105,15 +101,13 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def is_pipeline(directory: str | Path) -> bool:
+    return (Path(directory) / "model_index.json").is_file()
+
+
 def read_index(directory: str | Path) -> dict[str, Any]:
     """model_index.json of a pipeline's directory. Raises PolymodalError."""
-    path = Path(directory) / "model_index.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise PolymodalError(
-            f"{path} cannot be read: {error}.", "Give the directory of a pipeline in diffusers' layout."
-        ) from None
+    return read_json(Path(directory) / "model_index.json")
 
 
 def pipeline_class(directory: str | Path) -> Any:
@@ -121,21 +115,28 @@ def pipeline_class(directory: str | Path) -> Any:
     return _class("diffusers", str(read_index(directory)["_class_name"]))
 
 
+def components(directory: str | Path) -> dict[str, tuple[str, str]]:
+    """The components of a pipeline: name -> (library, class)."""
+    return {
+        name: (str(entry[0]), str(entry[1]))
+        for name, entry in read_index(directory).items()
+        if isinstance(entry, list) and len(entry) == 2 and None not in entry
+    }
+
+
 def models_of(directory: str | Path) -> dict[str, tuple[str, str]]:
-    """The parts of a pipeline that have weights: name -> (library, class)."""
-    found = {}
-    for name, entry in read_index(directory).items():
-        if isinstance(entry, (list, tuple)) and len(entry) == 2 and None not in entry:
-            folder = Path(directory) / name
-            if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
-                found[name] = (str(entry[0]), str(entry[1]))
-    return found
+    """The components that have weights."""
+
+    def has_weights(folder: Path) -> bool:
+        return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+
+    return {n: entry for n, entry in components(directory).items() if has_weights(Path(directory) / n)}
 
 
 def load_part(directory: str | Path, name: str, dtype: torch.dtype, device: Any = "cpu") -> nn.Module:
     """One part of a pipeline with its weights, every key accounted for. Raises PolymodalError.
 
-    Models of diffusers go the house's way (weights.load), those of transformers by from_pretrained with its report.
+    Models of diffusers by weights.load, those of transformers by from_pretrained with its report.
     """
     from polymodal.models import weights
 
@@ -146,13 +147,12 @@ def load_part(directory: str | Path, name: str, dtype: torch.dtype, device: Any 
             f"{directory} has no weights of {name}.", "Fetch the whole pipeline in diffusers' layout."
         )
     if library == "diffusers" or hasattr(_class(library, cls_name), "load_config"):
-        config = {**json.loads((folder / "config.json").read_text(encoding="utf-8")), "_class_name": cls_name}
-        model = empty(config, library)
+        model = empty({**read_json(folder / "config.json"), "_class_name": cls_name}, library)
         weights.load(model, source=folder, device="cpu")
         return cast(model, dtype).to(device).eval().requires_grad_(False)
     with quiet():
-        loaded = _class(library, cls_name).from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    model, info = loaded
+        cls = _class(library, cls_name)
+        model, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     lost = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if lost:
         raise PolymodalError(
@@ -169,7 +169,7 @@ def open_pipeline(
     dtype: torch.dtype = torch.float32,
     device: Any = "cpu",
 ) -> Any:
-    """The pipeline of a directory: `parts` as given, those of `without` left out, the others loaded and frozen.
+    """The pipeline of a directory: `parts` as given, those of `without` left out, all else loaded and frozen.
 
     Raises PolymodalError for missing weights.
     """
@@ -194,26 +194,23 @@ def open_pipeline(
 def sizes(directory: str | Path, names: Iterable[str] | None = None) -> dict[str, int]:
     """Parameters of a pipeline's models by their configs alone; names: of these, by default of all."""
     found = {}
-    for name, entry in read_index(directory).items():
-        config = Path(directory) / name / "config.json"
-        if not isinstance(entry, (list, tuple)) or None in entry or not config.is_file():
+    for name, (library, cls_name) in components(directory).items():
+        folder, cls = Path(directory) / name, _class(library, cls_name)
+        if not (folder / "config.json").is_file() or not issubclass(cls, nn.Module):
             continue
-        cls = _class(*entry)
-        if not issubclass(cls, nn.Module) or (names is not None and name not in names):
+        if names is not None and name not in names:
             continue
-        if entry[0] == "diffusers":
-            model = empty({**json.loads(config.read_text(encoding="utf-8")), "_class_name": entry[1]})
+        if library == "diffusers":
+            model = empty({**read_json(folder / "config.json"), "_class_name": cls_name})
         else:
             with torch.device("meta"):
-                model = cls(cls.config_class.from_pretrained(config.parent))
+                model = cls(cls.config_class.from_pretrained(folder))
         found[name] = sum(parameter.numel() for parameter in model.parameters())
     return found
 
 
 def fingerprint(directory: str | Path, name: str) -> str:
-    """A part's identity: its config, and of each file of weights its size and the hash of its first and last MiB."""
-    import hashlib
-
+    """A part's identity: its config, and each file's size and hash of its first and last MiB."""
     folder = Path(directory) / name
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("config.json")]):

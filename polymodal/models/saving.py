@@ -1,8 +1,8 @@
-"""Weights on their way out: whole tensors into a hub checkpoint with the source's own keys and layout.
+"""Hub checkpoints written from whole tensors, with the source's own keys and layout.
 
-What every file holds is known from names and shapes before a value is read (`outputs`), so each of several
+What every file holds follows from names and shapes before a value is read (`outputs`), so each of several
 processes writes files of its own (`write`), and one file's tensors are the most that a process holds. The
-directory appears under its name when everything in it is written. Sees errors and models/.
+directory gets its name when everything in it is written.
 """
 
 from __future__ import annotations
@@ -28,22 +28,16 @@ from polymodal.core.errors import PolymodalError
 from polymodal.core.text import nearest
 from polymodal.models import catalog, library
 from polymodal.models.family import Family
+from polymodal.models.initial import has_nan
 from polymodal.models.library import Layout, plain
 from polymodal.models.slices import Piece
 from polymodal.models.storage import Files, write_file
 
 KEPT_FILES = (
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.vocab",
-    "*.py",
-    "LICENSE*",
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.vocab", "*.py", "LICENSE*"),
     "additional_chat_templates/*",
 )
-"""What is taken over from the source beside weights and config.json: tokenizer, processors, templates, code."""
+"""What is copied from the source beside weights and config.json: tokenizer, processors, templates, code."""
 CONVERTED_FILES = ("generation_config.json", "LICENSE*")
 """The same where all else is written in another layout than the source's."""
 LEFT_FILES = ("config.json", "*.index.json", "adapter_config.json", "trainer_state.json")
@@ -51,9 +45,9 @@ LEFT_FILES = ("config.json", "*.index.json", "adapter_config.json", "trainer_sta
 
 @contextmanager
 def appearing(final: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A directory to write into that gets the name `final` when the block ends well, and is gone when it does not.
+    """A directory to write into that gets the name `final` at the end, and is removed after a failure.
 
-    Raises PolymodalError when `final` has files (unless overwrite), and for a disk that is full or not writable.
+    Raises PolymodalError when `final` has files (unless overwrite), and for a full or read-only disk.
     """
     if final.exists() and not (final.is_dir() and (overwrite or not any(final.iterdir()))):
         raise PolymodalError(f"{final} exists already.", "Choose another directory, or remove it.")
@@ -75,9 +69,8 @@ def appearing(final: Path, overwrite: bool = False) -> Iterator[Path]:
 class Together:
     """`appearing` for all processes of a group, on a disk that they share (None: for this process alone).
 
-    All write into `directory`; rank 0 gives it its name. They meet in a collective at the start only: ranks
-    that have written leave a note in the directory for rank 0 (`wait`), since a collective would time out on
-    a long export.
+    All write into `directory`; rank 0 gives it its name. The only collective is at the start: ranks that have
+    written leave a file in the directory for rank 0 (`wait`), since a collective would time out.
     """
 
     def __init__(self, final: Path, group: dist.ProcessGroup | None = None):
@@ -108,8 +101,7 @@ class Together:
         return self.directory / f".rank-{rank}"
 
     def wait(self) -> None:
-        """On rank 0: until every other rank has left `with Together`. Raises PolymodalError when one did by
-        an error."""
+        """On rank 0: until every other rank has left `with Together`. Raises when one failed."""
         waiting = set(range(1, self.world))
         while waiting:
             for rank in [rank for rank in waiting if self._note(rank).exists()]:
@@ -149,7 +141,7 @@ def _copy_files(origin: Path, directory: Path, patterns: Sequence[str]) -> None:
 def _file_layout(
     model: nn.Module, origin: Path | None, rules: list[Any] | None
 ) -> tuple[Layout, dict[str, tuple[int, ...]], dict[str, str]]:
-    """(layout, shape of each file key, dtype of the keys that the source has): the source's, else the library's.
+    """(layout, shape of each file key, dtype of the source's keys): the source's, else the library's.
 
     rules: of the source's layout (Family.tensor_names).
     """
@@ -159,11 +151,9 @@ def _file_layout(
         files = Files(origin)
         shapes, dtypes = files.shapes, files.dtypes
     plan = library.layout(model, shapes, rules)
-    wanted = library.targets(model)
-    fits = {n: s for n, s in plan.entries.items() if s.complete and tuple(s.shape) == tuple(wanted[n].shape)}
-    computed = [
-        one for one in plan.computed if all(tuple(wanted[n].shape) == tuple(s) for n, s in one.shapes.items())
-    ]
+    own = {name: tuple(tensor.shape) for name, tensor in library.targets(model).items()}
+    fits = {n: s for n, s in plan.entries.items() if s.complete and tuple(s.shape) == own[n]}
+    computed = [one for one in plan.computed if all(own[n] == tuple(s) for n, s in one.shapes.items())]
     have = {*fits, *(n for one in computed for n in one.shapes)}
     rest = {
         names[0]: torch.empty(tensor.shape, device="meta")
@@ -202,14 +192,12 @@ class Output:
 def outputs(model: nn.Module, origin: Path | None, dtype: torch.dtype | None) -> list[Output]:
     """Every tensor of the files, in the order in which the model's parameters complete them.
 
-    model:  on meta or not, laid out or not: names, shapes, dtypes are all that is asked of it.
-    origin: the checkpoint whose keys and layout are taken, and what it alone keeps in float32; None: the
-    library's.
+    model:  for names, shapes and dtypes; may be on meta or sharded.
+    origin: the checkpoint whose keys, layout and few float32 tensors are kept; None: the library's.
     """
     rules = None if origin is None else catalog.reader(origin).tensor_names(origin)
     plan, shapes, stored_as = _file_layout(model, origin, rules)
-    common = Counter(stored_as.values()).most_common(1)
-    usual = common[0][0] if common else None
+    usual = next((dtype for dtype, _ in Counter(stored_as.values()).most_common(1)), None)
 
     def kind(key: str, own: torch.dtype) -> torch.dtype:
         if dtype is None or not own.is_floating_point:
@@ -233,14 +221,13 @@ def outputs(model: nn.Module, origin: Path | None, dtype: torch.dtype | None) ->
                     if missing[key] == 0:
                         made.append(out)
             elif name in waiting and all(other in seen for other in waiting[name].shapes):
-                group = {other: seen[other] for other in waiting[name].shapes}
-                on_meta = {
-                    n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, (_, t) in group.items()
-                }
-                parts = {other: first for other, (first, _) in group.items()}
+                on_meta, parts = {}, {}
+                for other in waiting[name].shapes:
+                    parts[other], held = seen[other]
+                    on_meta[other] = torch.empty(held.shape, dtype=held.dtype, device="meta")
                 for key, value in library.reverted(model, on_meta, rules).items():
-                    shape, dtype_ = tuple(value.shape), kind(key, value.dtype)
-                    made.append(Output(key, shape, dtype_, converted=parts, rules=rules))
+                    stored_dtype = kind(key, value.dtype)
+                    made.append(Output(key, tuple(value.shape), stored_dtype, converted=parts, rules=rules))
     return made
 
 
@@ -255,14 +242,15 @@ def write(
     rank: int = 0,
     world: int = 1,
 ) -> None:
-    """Write this process's share of a model's files, of at most `limit` bytes each; rank 0 writes the index
-    too.
+    """Write this process's share of a model's files, of at most `limit` bytes each; rank 0 also the index.
 
-    state: whole tensors by plain parameter name; every tensor is asked for once for each file it has a part
-    in. Raises PolymodalError when names or shapes are not the model's, and for a full disk.
+    state: whole tensors by plain parameter name; every tensor is read once for each file that has a part of
+    it. Raises PolymodalError when names or shapes are not the model's, and for a full disk.
     """
-    known = {name: names for _, names in library.aliases(model) for name in names}
-    held = {known[name][0]: name for name in map(plain, state) if name in known}
+    aliases = library.aliases(model)
+    known = {name: names[0] for _, names in aliases for name in names}
+    shapes = {names[0]: tuple(tensor.shape) for tensor, names in aliases}
+    held = {known[name]: name for name in map(plain, state) if name in known}
     strange = next((name for name in state if plain(name) not in known), None)
     if strange is not None:
         raise PolymodalError(
@@ -275,7 +263,6 @@ def write(
             f"The state lacks {len(lost)} parameters: {', '.join(lost[:4])}.",
             "Give the whole state of the model.",
         )
-    shapes = {names[0]: tuple(tensor.shape) for tensor, names in library.aliases(model)}
 
     def value(name: str) -> Tensor:
         tensor = state[held[name]]
@@ -283,7 +270,7 @@ def write(
             raise PolymodalError(
                 f"{name} is {list(tensor.shape)} in the state, {list(shapes[name])} in the model."
             )
-        if tensor.numel() and tensor.is_floating_point() and bool(torch.aminmax(tensor).min.isnan()):
+        if has_nan(tensor):
             raise PolymodalError(
                 f"{name} holds values that are not numbers (NaN).",
                 "The run had diverged: take an earlier checkpoint.",
@@ -298,10 +285,8 @@ def write(
         write_file(_values(file, model, value), directory / name)
     if rank == 0 and len(files) > 1:
         table = {out.key: name for file, name in zip(files, names, strict=True) for out in file}
-        index = {
-            "metadata": {"total_size": sum(out.nbytes for out in made)},
-            "weight_map": dict(sorted(table.items())),
-        }
+        size = sum(out.nbytes for out in made)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(table.items()))}
         (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -318,7 +303,7 @@ def _grouped(made: list[Output], limit: int) -> list[list[Output]]:
 
 
 def _values(file: list[Output], model: nn.Module, value: Any) -> dict[str, Tensor]:
-    """The tensors of one file, in memory of their own; one parameter at a time is held beside them."""
+    """The tensors of one file, in their own memory; one parameter at a time is held beside them."""
     tensors = {out.key: torch.empty(out.shape, dtype=out.dtype) for out in file}
     boxes: dict[str, list[tuple[str, Piece]]] = {}
     groups: dict[tuple[str, ...], Output] = {}
@@ -342,7 +327,7 @@ def _values(file: list[Output], model: nn.Module, value: Any) -> dict[str, Tenso
 def write_config(
     model: nn.Module, config: Any, origin: Path, directory: Path, made: list[Output], convert: bool = False
 ) -> None:
-    """config.json and everything else that lies beside the weights: taken over from `origin`, in its layout.
+    """config.json and all other files beside the weights: copied from `origin`, in its layout.
 
     convert: in the library's layout whatever the source's; tokenizer and processor are written anew.
     """
@@ -354,12 +339,11 @@ def write_config(
     sizes: Counter[torch.dtype] = Counter()
     for out in made:
         sizes[out.dtype] += out.nbytes
-    floats = [kind for kind, _ in sizes.most_common() if kind.is_floating_point]
-    if floats:
-        name = str(floats[0]).removeprefix("torch.")
+    largest = next((dtype for dtype, _ in sizes.most_common() if dtype.is_floating_point), None)
+    if largest is not None:
         for part in [config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", {}))]:
             if part is not None:
-                part.dtype = name
+                part.dtype = str(largest).removeprefix("torch.")
     config.architectures = [library.class_of(model).__name__]
     (Family if convert else reader).write_config(config, origin, directory)
     generation = getattr(model, "generation_config", None)

@@ -1,14 +1,13 @@
-"""Which part of a stored tensor belongs where: boxes of files, boxes of parameters, boxes of this rank's shards.
+"""Boxes of stored tensors, of parameters and of this rank's shards: arithmetic on shapes, no values.
 
-Pure arithmetic on shapes, used by weights.py to read and to write. Imports torch only and touches no file and no
-model: `Stored` walks through the library's own conversion operations in place of a tensor and keeps the books.
+`Stored` goes through the library's conversion operations in place of a tensor and records the boxes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import accumulate, product
 from math import prod
 from typing import Any
 
@@ -21,7 +20,7 @@ Spans = list[tuple[int, int]]
 
 
 class NotASlice(Exception):
-    """An operation computes with the values or regroups them: its result is not made of boxes of its inputs."""
+    """An operation computes with the values or regroups them: the result is no boxes of its inputs."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class Piece:
     start:  where the box begins, for each dimension of the stored tensor.
     offset: where it begins, for each dimension of the target.
     size:   its extent along each dimension of the target.
-    dims:   the stored dimension along each target dimension; None for one that the stored tensor lacks (extent 1).
-            A stored dimension that is not named has extent 1.
+    dims:   the stored dimension along each target dimension; None for one that the stored tensor lacks
+            (extent 1). A stored dimension that is not named has extent 1.
     """
 
     key: str
@@ -54,8 +53,8 @@ class Piece:
         return replace(
             self,
             start=tuple(start),
-            offset=_put(self.offset, dim, low - begin),
-            size=_put(self.size, dim, high - low),
+            offset=_replaced(self.offset, dim, low - begin),
+            size=_replaced(self.size, dim, high - low),
         )
 
     @property
@@ -82,14 +81,15 @@ class Piece:
         return target
 
 
-def _put(values: tuple[int, ...], index: int, value: int) -> tuple[int, ...]:
-    return (*values[:index], value, *values[index + 1 :])
+def _replaced(values: Sequence, index: int, *new: Any) -> tuple:
+    """`new` in place of the value at an index."""
+    return (*values[:index], *new, *values[index + 1 :])
 
 
 class Stored:
-    """Stands for a tensor made of boxes of stored tensors; `torch.cat` and its kin work on it, values are never read.
+    """In place of a tensor that is made of boxes of stored tensors; no values are read.
 
-    Anything that is not mere placing (arithmetic, reshaping) raises NotASlice.
+    The functions of RELOCATING work on it; all others (arithmetic, reshaping) raise NotASlice.
     """
 
     def __init__(self, shape: Sequence[int], pieces: Sequence[Piece]):
@@ -107,7 +107,7 @@ class Stored:
 
     @property
     def complete(self) -> bool:
-        """Whether every element has a place in some file (pieces never overlap)."""
+        """Whether every element is in some file (pieces never overlap)."""
         return sum(prod(piece.size) for piece in self.pieces) == prod(self.shape)
 
     @property
@@ -126,33 +126,30 @@ class Stored:
     def narrow(self, dim: int, start: int, length: int) -> Stored:
         dim %= self.ndim
         cut = [piece.narrow(dim, start, start + length) for piece in self.pieces]
-        return Stored(_put(tuple(self.shape), dim, length), [piece for piece in cut if piece is not None])
+        return Stored(_replaced(self.shape, dim, length), [piece for piece in cut if piece is not None])
+
+    def _rearranged(self, change: Callable[[Sequence, Any], tuple]) -> Stored:
+        """change: values of all dimensions, and of a new one -> the values afterwards."""
+        pieces = [
+            replace(p, offset=change(p.offset, 0), size=change(p.size, 1), dims=change(p.dims, None))
+            for p in self.pieces
+        ]
+        return Stored(change(self.shape, 1), pieces)
 
     def squeeze(self, dim: int) -> Stored:
         dim %= self.ndim
         if self.shape[dim] != 1:
             return self
-        return Stored(_drop(self.shape, dim), [
-            replace(p, offset=_drop(p.offset, dim), size=_drop(p.size, dim), dims=_drop(p.dims, dim)) for p in self.pieces
-        ])  # fmt: skip
+        return self._rearranged(lambda values, new: _replaced(values, dim))
 
     def unsqueeze(self, dim: int) -> Stored:
         dim %= self.ndim + 1
-        return Stored(_insert(self.shape, dim, 1), [
-            replace(p, offset=_insert(p.offset, dim, 0), size=_insert(p.size, dim, 1), dims=_insert(p.dims, dim, None))
-            for p in self.pieces
-        ])  # fmt: skip
+        return self._rearranged(lambda values, new: (*values[:dim], new, *values[dim:]))
 
     def transpose(self, dim0: int, dim1: int) -> Stored:
         order = list(range(self.ndim))
         order[dim0], order[dim1] = order[dim1], order[dim0]
-
-        def swap(values: Sequence) -> tuple:
-            return tuple(values[i] for i in order)
-
-        return Stored(swap(self.shape), [
-            replace(p, offset=swap(p.offset), size=swap(p.size), dims=swap(p.dims)) for p in self.pieces
-        ])  # fmt: skip
+        return self._rearranged(lambda values, new: tuple(values[i] for i in order))
 
     def split(self, sizes: int | Sequence[int], dim: int = 0) -> tuple[Stored, ...]:
         dim %= self.ndim
@@ -173,57 +170,47 @@ class Stored:
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name) if name.startswith("__") else NotASlice(name)
 
+    @staticmethod
+    def cat(tensors: Sequence[Stored], dim: int = 0) -> Stored:
+        dim %= tensors[0].ndim
+        first = tensors[0].shape
+        pieces: list[Piece] = []
+        at = 0
+        for tensor in tensors:
+            if _replaced(tensor.shape, dim) != _replaced(first, dim):
+                raise ValueError(
+                    f"shapes {tuple(first)} and {tuple(tensor.shape)} do not join along dimension {dim}"
+                )
+            pieces += [replace(p, offset=_replaced(p.offset, dim, p.offset[dim] + at)) for p in tensor.pieces]
+            at += tensor.shape[dim]
+        return Stored(_replaced(first, dim, at), pieces)
+
+    @staticmethod
+    def stack(tensors: Sequence[Stored], dim: int = 0) -> Stored:
+        dim %= tensors[0].ndim + 1
+        return Stored.cat([tensor.unsqueeze(dim) for tensor in tensors], dim)
+
     @classmethod
     def __torch_function__(
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        known: dict[Any, Callable[..., Any]] = {
-            torch.cat: _cat,
-            torch.stack: _stack,
-            torch.transpose: Stored.transpose,
-            torch.chunk: Stored.chunk,
-            torch.split: Stored.split,
-            torch.squeeze: Stored.squeeze,
-            torch.unsqueeze: Stored.unsqueeze,
-            torch.narrow: Stored.narrow,
-        }
-        if func not in known:
-            raise NotASlice(getattr(func, "__name__", str(func)))
-        return known[func](*args, **(kwargs or {}))
+        name = getattr(func, "__name__", str(func))
+        if func not in RELOCATING:
+            raise NotASlice(name)
+        return getattr(Stored, name)(*args, **(kwargs or {}))
 
 
-def _drop(values: Sequence, index: int) -> tuple:
-    return (*values[:index], *values[index + 1 :])
-
-
-def _insert(values: Sequence, index: int, value: Any) -> tuple:
-    return (*values[:index], value, *values[index:])
-
-
-def _cat(tensors: Sequence[Stored], dim: int = 0) -> Stored:
-    dim %= tensors[0].ndim
-    pieces: list[Piece] = []
-    at = 0
-    for tensor in tensors:
-        if _drop(tensor.shape, dim) != _drop(tensors[0].shape, dim):
-            raise ValueError(
-                f"shapes {tuple(tensors[0].shape)} and {tuple(tensor.shape)} do not join along dimension {dim}"
-            )
-        pieces += [replace(p, offset=_put(p.offset, dim, p.offset[dim] + at)) for p in tensor.pieces]
-        at += tensor.shape[dim]
-    return Stored(_put(tuple(tensors[0].shape), dim, at), pieces)
-
-
-def _stack(tensors: Sequence[Stored], dim: int = 0) -> Stored:
-    dim %= tensors[0].ndim + 1
-    return _cat([tensor.unsqueeze(dim) for tensor in tensors], dim)
+RELOCATING = (
+    *(torch.cat, torch.stack, torch.chunk, torch.split, torch.narrow),
+    *(torch.transpose, torch.squeeze, torch.unsqueeze),
+)
 
 
 def local_spans(tensor: Tensor) -> list[Spans]:
     """For each dimension, which indices of the whole tensor this rank's shard holds, in the shard's order.
 
-    A plain tensor holds everything. Placements are applied from left to right; `_StridedShard` (FSDP over TP) cuts
-    into `split_factor` groups first, each like `torch.chunk`, and takes this rank's part of every group.
+    A plain tensor holds everything. Placements are applied from left to right; `_StridedShard` (FSDP over TP)
+    cuts into `split_factor` groups first, each like `torch.chunk`, and takes this rank's part of every group.
     Raises ValueError for partial sums and for a shard whose shape is not what its placements say.
     """
     if not isinstance(tensor, DTensor):
@@ -244,7 +231,8 @@ def local_spans(tensor: Tensor) -> list[Spans]:
     local = tuple(tensor.to_local().shape)
     if local != extent(spans):
         raise ValueError(
-            f"the shard has shape {local}, its placements {tensor.placements} of {tuple(tensor.shape)} say {extent(spans)}"
+            f"the shard has shape {local}, "
+            f"but {extent(spans)} by its placements {tensor.placements} of {tuple(tensor.shape)}"
         )
     return spans
 
@@ -269,25 +257,26 @@ def extent(spans: list[Spans]) -> tuple[int, ...]:
 
 
 def boxes(spans: list[Spans], local: Tensor) -> Iterator[tuple[tuple[tuple[int, int], ...], Tensor]]:
-    """Each contiguous box of the whole tensor that a shard holds: ((begin, end) for each dimension, the shard's view)."""
-    places = []
-    for one in spans:
-        at, row = 0, []
-        for begin, end in one:
-            row.append((begin, end, at))
-            at += end - begin
-        places.append(row)
-    for chosen in product(*places):
+    """Each contiguous box of the whole tensor that a shard holds: ((begin, end) of each dimension, view of
+    the shard)."""
+    dimensions = []
+    for ranges in spans:
+        starts = accumulate((end - begin for begin, end in ranges), initial=0)
+        dimensions.append([(*one, at) for one, at in zip(ranges, starts, strict=False)])
+    for chosen in product(*dimensions):
         view = local
         for dim, (begin, end, at) in enumerate(chosen):
             view = view.narrow(dim, at, end - begin)
         yield tuple((begin, end) for begin, end, _ in chosen), view
 
 
-def copies(
-    stored: Stored, spans: list[Spans], local: Tensor
-) -> Iterator[tuple[str, tuple[slice, ...], Tensor]]:
-    """Everything to be read for a shard: (key, slices of the stored tensor, view of the shard of the same shape)."""
+def local_part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def copies(stored: Stored, tensor: Tensor) -> Iterator[tuple[str, tuple[slice, ...], Tensor]]:
+    """All reads for a tensor's shard on this rank: (key, slices of the stored tensor, view of the shard)."""
+    spans, local = local_spans(tensor), local_part(tensor)
     for box, view in boxes(spans, local):
         part = stored
         for dim, (begin, end) in enumerate(box):
@@ -299,6 +288,5 @@ def copies(
 @torch.no_grad()
 def scatter(whole: Tensor, tensor: Tensor) -> None:
     """Copy this rank's slices of `whole`, cast, into `tensor`, plain or a DTensor of that shape."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-    for box, view in boxes(local_spans(tensor), local):
+    for box, view in boxes(local_spans(tensor), local_part(tensor)):
         view.copy_(whole[tuple(slice(*one) for one in box)])

@@ -1,7 +1,7 @@
 """Adapters on stacked experts: which stacks get them, and what an adapter adds to each expert of a stack.
 
-Sees the ground floor and card.py; lora.py asks it. peft wraps the module that holds a stack [E, ..] once for each of
-its stacks, one wrapper inside of the other, with one pair of matrices for all experts: A [r E, in] and B [out, r E].
+peft wraps the module that holds a stack [E, ..] once for each of
+its stacks, one wrapper inside another, with one pair of matrices for all experts: A [r E, in], B [out, r E].
 """
 
 from __future__ import annotations
@@ -18,21 +18,26 @@ from polymodal.recipe import Lora
 
 
 def chosen(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> list[str]:
-    """Names of the stacks [E, .., ..] among the modules' own parameters that a target is the name or the ending of."""
+    """Names of the stacks [E, .., ..] of these modules that a target names."""
     stacks = [
         f"{name}.{key}"
         for name, module in modules.items()
         for key, value in module._parameters.items()
         if value is not None and value.ndim == 3
     ]
-    return [n for n in stacks if any(n == target or n.endswith("." + target) for target in targets)]
+    return [name for name in stacks if ends_in(name, targets)]
+
+
+def ends_in(name: str, targets: Iterable[str]) -> bool:
+    """Whether a target is a name or its last dotted parts."""
+    return any(f".{name}".endswith(f".{target}") for target in targets)
 
 
 def selector(stacks: list[str], model: nn.Module) -> list[str]:
-    """The shortest way to tell peft exactly these stacks: `module.parameter` endings where they are enough."""
+    """peft's shortest target_parameters for exactly these stacks: `module.parameter` endings if enough."""
     endings = sorted({".".join(name.split(".")[-2:]) for name in stacks})
-    hit = [n for n, _ in model.named_parameters() if any(plain(n).endswith("." + e) for e in endings)]
-    return endings if sorted(map(plain, hit)) == sorted(stacks) else sorted(stacks)
+    hit = [plain(name) for name, _ in model.named_parameters() if ends_in(plain(name), endings)]
+    return endings if sorted(hit) == sorted(stacks) else sorted(stacks)
 
 
 def wrappers(model: nn.Module) -> dict[str, Any]:
@@ -51,7 +56,8 @@ def check(lora: Lora) -> None:
     """Raises PolymodalError for what adapters on stacks cannot have."""
     if lora.dropout:
         raise PolymodalError(
-            f"model.lora.dropout = {lora.dropout}: adapters on stacked experts are added to the weights, there is no input to drop.",
+            f"model.lora.dropout = {lora.dropout}: adapters on stacked experts are added to the weights, "
+            "there is no input to drop.",
             "Set it to 0, or leave the experts out of model.lora.targets.",
         )
 

@@ -1,12 +1,8 @@
-"""Checkpoint directories on disk: safetensors files read slice by slice, and written.
-
-Knows the format and everything that can be wrong with a download; knows no model. Sees errors and torch.
-"""
+"""Checkpoint directories on disk: safetensors files read slice by slice, and written."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -20,23 +16,25 @@ from polymodal.core.errors import PolymodalError
 STEMS = ("model", "diffusion_pytorch_model")
 """Names under which transformers and diffusers look for weights."""
 
+LFS = b"version https://git-lfs"
+
 WINDOW = 32 << 20
-"""Bytes of a file that may be mapped into memory at a time: mapped pages count as resident until they are unmapped."""
+"""Bytes of a file that may be mapped into memory at a time: mapped pages count as resident."""
 
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
 
 READERS: list[Callable[[Path, Path], Any]] = []
-"""Readers of other systems' checkpoints, added by whoever knows them (the command adds convert's): (directory, hub
-checkpoint of the model) -> its tensors under the hub's names, to be used like Files, or None."""
+"""Readers of other systems' checkpoints (the command line registers convert's): (directory, hub checkpoint of
+the model) -> its tensors under the hub's names, to be used like Files, or None."""
 
 
 def foreign(directory: Path, source: Path) -> Any:
-    """The tensors of another system's checkpoint of the model in `source`; None when no reader knows the directory."""
+    """The tensors of another system's checkpoint of the model in `source`; None when no reader can."""
     return next((found for reader in READERS if (found := reader(directory, source)) is not None), None)
 
 
@@ -50,11 +48,32 @@ def dtype_of(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises PolymodalError."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        hint = "Copy the file again from the checkpoint's origin."
+        raise PolymodalError(f"{path} cannot be read: {error}.", hint) from None
+    if not isinstance(data, dict):
+        raise PolymodalError(f"{path}: expected a JSON object, this is a {type(data).__name__}.")
+    return data
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is a text of git-lfs in place of the file itself."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(LFS)) == LFS
+    except OSError:
+        return False
+
+
 class Files:
     """The tensors of a checkpoint directory: shapes and dtypes from the headers, values slice by slice.
 
-    shapes: key -> shape; dtypes: key -> safetensors' name of the dtype ("BF16"); order: key -> place in the files.
-    Raises PolymodalError for everything that is not a whole set of safetensors files.
+    shapes: key -> shape; dtypes: key -> safetensors' name of the dtype ("BF16"); order: key -> position in
+    the files. Raises PolymodalError for everything that is not a whole set of safetensors files.
     """
 
     def __init__(self, directory: Path, stems: tuple[str, ...] = STEMS):
@@ -93,19 +112,15 @@ class Files:
         return all(torch.equal(values.to(view), view) for values, view in self._parts(key, box, other))
 
     def alike(self, key: str, other: str) -> bool:
-        """Whether two stored tensors of one shape hold the same values; read row by row until they differ."""
-        rows = max(
-            1, (WINDOW // 4) // max(1, prod(self.shapes[key][1:]) * dtype_of(self.dtypes[key]).itemsize)
-        )
+        """Whether two stored tensors of one shape hold the same values; read in parts until they differ."""
+        row_bytes = prod(self.shapes[key][1:]) * dtype_of(self.dtypes[key]).itemsize
+        step = max(1, WINDOW // 4 // max(1, row_bytes))
         one, two = (_open(self._home[k]).get_slice(k) for k in (key, other))
-        total = self.shapes[key][0]
-        return all(
-            torch.equal(one[at : at + rows].float(), two[at : at + rows].float())
-            for at in range(0, total, rows)
-        )
+        parts = (slice(at, at + step) for at in range(0, self.shapes[key][0], step))
+        return all(torch.equal(one[part].float(), two[part].float()) for part in parts)
 
     def _parts(self, key: str, box: tuple[slice, ...], target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(stored values, view of the target) of one part of the box after the other, so that little is mapped."""
+        """(stored values, view of the target) of one part of the box at a time."""
         path, size = self._home[key], dtype_of(self.dtypes[key]).itemsize
         for part, view, spanned in _windows(box, self.shapes[key], target, WINDOW // 2 // size):
             if self._open is None or self._open[0] != path or self._mapped + spanned * size > WINDOW:
@@ -130,7 +145,7 @@ class Files:
 def _windows(
     box: tuple[slice, ...], shape: tuple[int, ...], target: Tensor, limit: int
 ) -> Iterator[tuple[tuple[slice, ...], Tensor, int]]:
-    """Cut a box along its first real dimension into parts that span at most `limit` elements of the file each.
+    """Cut a box along its first real dimension into parts that span at most `limit` elements of the file.
 
     Yields (slices, view of the target, elements spanned): a narrow column of a matrix spans whole rows.
     """
@@ -159,6 +174,7 @@ def _open(path: Path) -> Any:
 
 
 def _cause(path: Path, error: Exception) -> tuple[str, str]:
+    """(message, hint) for a file that safetensors cannot open."""
     again = "Fetch it again (`polymodal download` resumes), and compare its size with the hub's."
     try:
         size = path.stat().st_size
@@ -168,7 +184,7 @@ def _cause(path: Path, error: Exception) -> tuple[str, str]:
         return f"{path} does not exist.", again
     except OSError as problem:
         return f"{path} cannot be read: {problem.strerror}.", "Check its permissions and the disk."
-    if head.startswith(b"version https://git-lfs"):
+    if is_lfs_pointer(path):
         return (
             f"{path} is a git-lfs pointer of {size} bytes, not the weights.",
             f"Run `git lfs pull` in {path.parent}, or use `polymodal download`.",
@@ -194,18 +210,28 @@ def _shards(directory: Path, stems: tuple[str, ...]) -> list[Path]:
             return [directory / f"{stem}.safetensors"]
         numbered = sorted(directory.glob(f"{stem}-*-of-*.safetensors"))
         if numbered:
-            return _numbered(numbered)
+            total = numbered[0].stem.rpartition("-of-")[2].lstrip("0")
+            if total != str(len(numbered)):
+                count = len(numbered)
+                raise PolymodalError(
+                    f"{directory} has {count} shards but their names say {total}, and there is no index.",
+                    "Fetch the missing files.",
+                )
+            return numbered
     names = sorted(p.name for p in directory.iterdir() if p.is_file())
     other = [n for n in names if n.endswith(".safetensors")]
     if other:
+        expected = ", ".join(f"{stem}.safetensors" for stem in stems)
         raise PolymodalError(
-            f"{directory} has {', '.join(other[:3])}, but none of the files that the library reads ({', '.join(f'{s}.safetensors' for s in stems)}, or shards of them).",
+            f"{directory} has {', '.join(other[:3])}, but none of the files that the library reads "
+            f"({expected}, or shards of them).",
             "Give the directory with the library's own layout, or convert the checkpoint first.",
         )
     pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickles:
         raise PolymodalError(
-            f"{directory} holds its weights as pickles only ({', '.join(pickles[:3])}), which cannot be read slice by slice and can run code.",
+            f"{directory} holds its weights as pickles only ({', '.join(pickles[:3])}), "
+            "which cannot be read slice by slice and can run code.",
             "Use a revision with safetensors, or save it again with transformers' save_pretrained.",
         )
     raise PolymodalError(
@@ -215,18 +241,26 @@ def _shards(directory: Path, stems: tuple[str, ...]) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[Path]:
-    again = "Fetch the missing files (`polymodal download` resumes)."
+    """The shards that an index lists, with all the tensors that it lists for them."""
+    if is_lfs_pointer(index):
+        raise PolymodalError(
+            f"{index} is a git-lfs pointer, not the index.", f"Run `git lfs pull` in {index.parent}."
+        )
     try:
         table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted({str(name) for name in table.values()})
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise PolymodalError(*_index_cause(index, error)) from None
+        reason = f"{type(error).__name__}: {error}"
+        raise PolymodalError(
+            f"{index} is not a readable index of shards ({reason}).", "Fetch it again."
+        ) from None
     paths = [index.parent / name for name in names]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise PolymodalError(
-            f"{index.parent} lacks {len(missing)} of the {len(paths)} files that {index.name} lists (first: {missing[0]}).",
-            again,
+            f"{index.parent} lacks {len(missing)} of the {len(paths)} files that {index.name} lists "
+            f"(first: {missing[0]}).",
+            "Fetch the missing files (`polymodal download` resumes).",
         )
     for path in paths:
         have = set(_open(path).keys())
@@ -236,30 +270,6 @@ def _indexed(index: Path) -> list[Path]:
                 f"{path} lacks {len(lost)} of the tensors that {index.name} lists for it (first: {lost[0]}).",
                 "Index and files are of different saves: fetch them again.",
             )
-    return paths
-
-
-def _index_cause(index: Path, error: Exception) -> tuple[str, str]:
-    try:
-        pointer = index.read_bytes().startswith(b"version https://git-lfs")
-    except OSError:
-        pointer = False
-    if pointer:
-        return f"{index} is a git-lfs pointer, not the index.", f"Run `git lfs pull` in {index.parent}."
-    return f"{index} is not a readable index of shards ({type(error).__name__}: {error}).", "Fetch it again."
-
-
-def _numbered(paths: list[Path]) -> list[Path]:
-    total = (
-        int(re.findall(r"-of-(\d+)\.safetensors$", paths[0].name)[0])
-        if re.search(r"-of-\d+\.safetensors$", paths[0].name)
-        else -1
-    )
-    if total != len(paths):
-        raise PolymodalError(
-            f"{paths[0].parent} has {len(paths)} shards but their names say {total}, and there is no index.",
-            "Fetch the missing files.",
-        )
     return paths
 
 

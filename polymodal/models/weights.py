@@ -1,12 +1,11 @@
 """Weights into a model: each rank reads, or draws, only the slices that it holds. saving.py is the way out.
 
-Sees the ground floor and models/. Works on plain tensors and DTensors alike; what transformers knows of keys and
-initial values comes from library.py, what lies on disk from storage.py, the arithmetic of shards from slices.py.
+Works on plain tensors and DTensors alike. library.py has transformers' rules for keys and initial values,
+storage.py reads the files, slices.py has the arithmetic of shards.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -24,24 +23,19 @@ from polymodal.core.text import nearest
 from polymodal.models import catalog, library
 from polymodal.models.card import PrunedModule
 from polymodal.models.family import Family
-from polymodal.models.initial import draw, shielded
+from polymodal.models.initial import draw, has_nan, shielded
 from polymodal.models.library import Layout, plain
-from polymodal.models.slices import Stored, copies, local_spans, scatter
+from polymodal.models.slices import Stored, copies, local_part, scatter
 from polymodal.models.storage import Files, dtype_of
-
-__all__ = ["LoadReport", "initialise", "load", "materialise", "random", "read", "rebuild_buffers"]
 
 
 @dataclass
 class LoadReport:
-    """What `load` did on this rank. `unexpected`: file keys that nothing wanted (strict=False); `drawn`: random ones."""
+    """What `load` did on this rank. drawn: parameters that the files may lack and do."""
 
-    parameters: int = 0
     bytes_read: int = 0
     bytes_held: int = 0
-    seconds: float = 0.0
     drawn: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
 
 
 def load(
@@ -50,26 +44,20 @@ def load(
     source: Any = None,
     *,
     device: torch.device | str | None = None,
-    strict: bool = True,
-    new: Sequence[str] = (),
-    seed: int = 0,
     offloaded: bool = False,
     files: Any = None,
 ) -> LoadReport:
-    """Fill a model, laid out or not, from a checkpoint; each rank reads only the slices that it holds.
+    """Fill a model, sharded or not, from a checkpoint; each rank reads only the slices that it holds.
 
     model:  on meta or real; parameters plain or DTensors. They keep their dtype, whatever the file's.
     source: directory, hub id, or the recipe's model section; None: the family's own.
-    device: where to; None: where the parameters are, or their mesh's kind.
-    strict: file keys without a place are an error; otherwise they are reported.
-    new:    patterns (shell wildcards) of parameters that the file need not have; they are drawn from `seed`.
+    device: target; None: where the parameters are, or the device type of their mesh.
     files: tensors under the hub's names (storage.foreign), instead of the source's own.
     offloaded: parameters stay on the host (FSDP2's CPUOffloadPolicy), only buffers go to the device.
     Adapters are given memory and left empty (lora.initialise fills them); non-persistent buffers are rebuilt.
-    Collective when the model is spread: a failure of one rank is raised on all. Raises PolymodalError for anything
-    missing, unexpected, of another shape, not a number, or not readable.
+    Collective when the model is distributed: a failure of one rank is raised on all. Raises PolymodalError
+    for anything missing, unexpected, of another shape, not a number, or not readable.
     """
-    began = time.perf_counter()
     directory = directory_of(source, family)
     report = LoadReport()
 
@@ -77,15 +65,13 @@ def load(
         held = Files(directory) if files is None else files
         names = catalog.reader(directory).tensor_names(directory) if files is None else None
         plan = library.layout(model, held.shapes, names)
-        report.drawn = _check(model, plan, held, strict, new, report)
+        report.drawn = _check(model, plan, held)
         materialise(model, device, offloaded)
         known = dict(model.named_parameters())
         rebuild_buffers(model, persistent=any(name not in known for name in report.drawn))
-        written = _read(
-            model, plan, held, report
-        )  # last, so that no initialiser has a say about what was read
+        written = _read(model, plan, held, report)  # last, so that no initialiser overwrites what was read
         whole = library.targets(model)
-        values = random(model, None, seed) if report.drawn else {}
+        values = random(model) if report.drawn else {}
         for name in report.drawn:
             if name in values:
                 scatter(values[name], whole[name])
@@ -93,8 +79,7 @@ def load(
             if local._version != version:
                 raise RuntimeError(f"{name} was changed after it was read from {held.directory}")
 
-    _agreed(model, work)
-    report.seconds = time.perf_counter() - began
+    _raise_on_all_ranks(model, work)
     return report
 
 
@@ -110,9 +95,9 @@ def directory_of(source: Any, family: Family | None) -> Path:
     return Path(catalog.resolve(getattr(source, "source", source), getattr(source, "revision", None)))
 
 
-def _agreed(model: nn.Module, work: Callable[[], None]) -> None:
-    """Run `work`; on a spread model a failure of one rank is raised on all, so that none waits for the other."""
-    spread = (
+def _raise_on_all_ranks(model: nn.Module, work: Callable[[], None]) -> None:
+    """Run `work`; when the model is distributed, a failure of one rank is raised on all."""
+    distributed = (
         dist.is_initialized()
         and dist.get_world_size() > 1
         and (
@@ -120,91 +105,83 @@ def _agreed(model: nn.Module, work: Callable[[], None]) -> None:
             or any(isinstance(m, PrunedModule) for m in model.modules())  # a stage of a pipeline
         )
     )
+    if not distributed:
+        return work()
     failure: Exception | None = None
     try:
         work()
     except Exception as error:
-        if not spread:
-            raise
         failure = error
-    if spread:
-        said: list[Any] = [None] * dist.get_world_size()
-        known = failure is None or isinstance(failure, PolymodalError)
-        dist.all_gather_object(
-            said,
-            failure
-            if known
-            else PolymodalError(f"rank {dist.get_rank()}: {type(failure).__name__}: {failure}"),
-        )
-        if failure is not None:
-            raise failure
-        for other in said:
-            if other is not None:
-                raise other
+    shown = failure
+    if failure is not None and not isinstance(failure, PolymodalError):
+        shown = PolymodalError(f"rank {dist.get_rank()}: {type(failure).__name__}: {failure}")
+    failures: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, shown)
+    for error in (failure, *failures):
+        if error is not None:
+            raise error
 
 
-def _check(
-    model: nn.Module, plan: Layout, files: Files, strict: bool, new: Sequence[str], report: LoadReport
-) -> list[str]:
+def _check(model: nn.Module, plan: Layout, files: Files) -> list[str]:
     """Compare names and shapes; give tied weights their file key. Returns the parameters to be drawn."""
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         raise PolymodalError(
             f"{files.directory} holds quantised weights (quantization_config in config.json).",
             "Train from the checkpoint that is not quantised.",
         )
-    elsewhere = {name: key for key, name in plan.unexpected.items()}
+    key_of = {name: key for key, name in plan.unexpected.items()}
     missing: list[str] = []
     drawn: list[str] = []
-    wrong: list[tuple[str, tuple[int, ...] | None, tuple[int, ...]]] = []
+    misshapen: list[str] = []
     tensors = library.aliases(model)
     for tensor, names in tensors:
         found = next((n for n in names if plan.shape(n) is not None), None)
-        if found is None and names[-1] in elsewhere:  # tied to a parameter that another stage holds
-            key = elsewhere[names[-1]]
+        if found is None and names[-1] in key_of:  # tied to a parameter that another stage holds
+            key = key_of[names[-1]]
             found = names[0]
             plan.entries[found] = Stored.whole(key, files.shapes[key])
             del plan.unexpected[key]
         if found is None:
-            allowed = any(fnmatchcase(names[0], pattern) for pattern in new) or library.optional(
-                model, names[0]
-            )
-            (drawn if allowed else missing).append(names[0])
+            (drawn if library.optional(model, names[0]) else missing).append(names[0])
         elif plan.shape(found) != tuple(tensor.shape):
-            wrong.append((found, plan.shape(found), tuple(tensor.shape)))
-    unexpected = [key for key, name in plan.unexpected.items() if not library.ignorable(model, key, name)]
-    deeper = [key for key in unexpected if library.beyond(model, plan.unexpected[key])]
-    beside = files.directory
-    if (
-        deeper
-        and (beside / "config.json").is_file()
-        and library.overridden(model, catalog.read_config(beside))
-    ):
-        unexpected = [key for key in unexpected if key not in set(deeper)]
-    what = f"{files.directory} for {library.class_of(model).__name__}"
+            shapes = list(plan.shape(found) or ()), list(tensor.shape)
+            misshapen.append(f"{found} is {shapes[0]} in the file, {shapes[1]} in the model")
     whole = library.targets(model)
     for name, other in library.tied(model).items():
         if name in whole and other in whole and whole[name] is not whole[other]:
             raise RuntimeError(
                 f"{name} and {other} are tied by the config, but are two parameters of this model"
             )
+    what = f"{files.directory} for {library.class_of(model).__name__}"
+    unexpected = _unexpected(model, plan, files.directory)
     if missing:
         raise PolymodalError(
-            f"{what}: {len(missing)} of {len(tensors)} parameters are not in the checkpoint: {_some(missing)}.",
+            f"{what}: {len(missing)} of {len(tensors)} parameters are not in the checkpoint: "
+            f"{_some(missing)}.",
             _nearest(missing[0], unexpected or list(plan.entries)),
         )
-    if wrong:
-        name, has, needs = wrong[0]
+    if misshapen:
         raise PolymodalError(
-            f"{what}: {len(wrong)} tensors have another shape: {name} is {list(has or ())} in the file, {list(needs)} in the model.",
+            f"{what}: {len(misshapen)} tensors have another shape: {misshapen[0]}.",
             "Drop the model.config overrides that change sizes, or set model.init: random.",
         )
-    if unexpected and strict:
+    if unexpected:
         raise PolymodalError(
-            f"{what}: {len(unexpected)} tensors of the checkpoint have no place in the model: {_some(unexpected)}.",
+            f"{what}: {len(unexpected)} tensors of the checkpoint have no place in the model: "
+            f"{_some(unexpected)}.",
             _nearest(plan.unexpected[unexpected[0]], [n for _, names in tensors for n in names]),
         )
-    report.unexpected = unexpected
     return drawn
+
+
+def _unexpected(model: nn.Module, plan: Layout, directory: Path) -> list[str]:
+    """File keys without a parameter that are an error: not those of blocks that model.config cut off."""
+    keys = [key for key, name in plan.unexpected.items() if not library.ignorable(model, key, name)]
+    cut_off = {key for key in keys if library.beyond(model, plan.unexpected[key])}
+    if cut_off and (directory / "config.json").is_file():
+        if library.overridden(model, catalog.read_config(directory)):
+            return [key for key in keys if key not in cut_off]
+    return keys
 
 
 def _some(names: Sequence[str]) -> str:
@@ -213,11 +190,9 @@ def _some(names: Sequence[str]) -> str:
 
 def _nearest(name: str, have: Sequence[str]) -> str:
     near = nearest(name, have, most=2)
-    return (
-        f"Nearest to {name}: {', '.join(near)}."
-        if near
-        else "Is it a checkpoint of this architecture, and whole?"
-    )
+    if not near:
+        return "Is it a checkpoint of this architecture, and whole?"
+    return f"Nearest to {name}: {', '.join(near)}."
 
 
 @torch.no_grad()
@@ -226,7 +201,7 @@ def materialise(model: nn.Module, device: torch.device | str | None = None, offl
 
     offloaded: to parameters on the host, whatever the device.
     """
-    place = torch.device(device) if device is not None else _place(model)
+    target = torch.device(device) if device is not None else _device_of(model)
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -238,7 +213,7 @@ def materialise(model: nn.Module, device: torch.device | str | None = None, offl
         if not tensor.is_meta:
             return tensor
         if id(tensor) not in made:
-            home = torch.device("cpu") if offloaded and isinstance(tensor, nn.Parameter) else place
+            home = torch.device("cpu") if offloaded and isinstance(tensor, nn.Parameter) else target
             made[id(tensor)] = (tensor, torch.empty_like(tensor, device=home))
         return made[id(tensor)][1]
 
@@ -249,11 +224,11 @@ def materialise(model: nn.Module, device: torch.device | str | None = None, offl
             other._parameters[label] = module._parameters[name]
     for module in model.modules():  # diffusers' models are built with their buffers' values, on the CPU
         for name, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta and buffer.device.type != place.type:
-                module._buffers[name] = buffer.to(place)
+            if buffer is not None and not buffer.is_meta and buffer.device.type != target.type:
+                module._buffers[name] = buffer.to(target)
 
 
-def _place(model: nn.Module) -> torch.device:
+def _device_of(model: nn.Module) -> torch.device:
     for parameter in model.parameters():
         if not parameter.is_meta:
             return parameter.device
@@ -261,10 +236,6 @@ def _place(model: nn.Module) -> torch.device:
         if isinstance(parameter, DTensor) and parameter.device_mesh.device_type != "cpu":
             return torch.device(parameter.device_mesh.device_type, torch.accelerator.current_device_index())
     return torch.device("cpu")
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 @torch.no_grad()
@@ -277,22 +248,22 @@ def _read(model: nn.Module, plan: Layout, files: Files, report: LoadReport) -> d
         first, *more = [name for name in names if plan.shape(name) is not None] or [""]
         if first:
             held[first] = tensor
-            twins += [(first, other) for other in more]
+            twins += [(first, other) for other in more if other in plan.entries]
 
     def filled(name: str, keys: Sequence[str]) -> None:
-        local = _local(held[name])
+        local = local_part(held[name])
         written[name] = (local, local._version)
-        report.parameters += 1
         report.bytes_held += local.numel() * local.element_size()
-        if local.numel() and local.is_floating_point() and bool(torch.aminmax(local).min.isnan()):
+        if has_nan(local):
             raise PolymodalError(
                 f"{files.where(keys[0])}: {name} holds values that are not numbers (NaN).",
-                "The file is damaged, or the run that wrote it had diverged: fetch it again, or take an earlier checkpoint.",
+                "The file is damaged, or the run that wrote it had diverged: "
+                "fetch it again, or take an earlier checkpoint.",
             )
 
     for name in sorted(held.keys() & plan.entries.keys(), key=lambda n: files.order[plan.entries[n].keys[0]]):
         stored = plan.entries[name]
-        for key, box, view in copies(stored, local_spans(held[name]), _local(held[name])):
+        for key, box, view in copies(stored, held[name]):
             files.read(key, box, view)
         filled(name, stored.keys)
     for one in plan.computed:  # from whole sources, one group at a time
@@ -301,13 +272,13 @@ def _read(model: nn.Module, plan: Layout, files: Files, report: LoadReport) -> d
                 scatter(value, held[name])
                 filled(name, next(iter(one.sources.values())))
     for name, other in twins:
-        if other in plan.entries:
-            parts = copies(plan.entries[other], local_spans(held[name]), _local(held[name]))
-            if not all(files.equals(key, box, view) for key, box, view in parts):
-                raise PolymodalError(
-                    f"{files.directory}: config.json ties {other} to {name}, but the files hold two different tensors.",
-                    "Set tie_word_embeddings to false in config.json (or model.config.tie_word_embeddings=false).",
-                )
+        if not all(files.equals(*part) for part in copies(plan.entries[other], held[name])):
+            raise PolymodalError(
+                f"{files.directory}: config.json ties {other} to {name}, "
+                "but the files hold two different tensors.",
+                "Set tie_word_embeddings to false in config.json, "
+                "or model.config.tie_word_embeddings=false.",
+            )
     files.close()
     report.bytes_read = files.bytes_read
     return written
@@ -316,19 +287,19 @@ def _read(model: nn.Module, plan: Layout, files: Files, report: LoadReport) -> d
 def read(model: nn.Module, source: str | Path) -> LazyTensors:
     """The parameters of a checkpoint by plain name, whole, in the file's dtype, in the order of the files.
 
-    model tells names and shapes and may be on meta. For merging and re-writing without holding a model.
+    model: for names and shapes; may be on meta. For merging and re-writing without holding a model.
     Raises PolymodalError as `load` does for names and shapes.
     """
     files = Files(Path(source))
     plan = library.layout(model, files.shapes, catalog.reader(source).tensor_names(Path(source)))
-    drawn = _check(model, plan, files, True, (), LoadReport())
+    drawn = _check(model, plan, files)
     kept: dict[str, Tensor] = {}  # of the group of computed parameters that was asked for last
 
     def stored(name: str) -> Tensor:
         pieces = plan.entries[name]
         tensor = torch.empty(pieces.shape, dtype=dtype_of(files.dtypes[pieces.keys[0]]))
-        for key, box, view in copies(pieces, [[(0, size)] for size in pieces.shape], tensor):
-            files.read(key, box, view)
+        for part in copies(pieces, tensor):
+            files.read(*part)
         files.close()
         return tensor
 
@@ -347,7 +318,7 @@ def read(model: nn.Module, source: str | Path) -> LazyTensors:
     return LazyTensors(readers)
 
 
-# ---------------------------------------------------------------------------------------------- random values, buffers
+# -- random values, buffers
 
 
 def random(model: nn.Module, family: Family | None = None, seed: int = 0) -> LazyTensors:
@@ -383,8 +354,8 @@ def random(model: nn.Module, family: Family | None = None, seed: int = 0) -> Laz
 
 def initial_buffers(model: nn.Module) -> LazyTensors:
     """Persistent buffers as the library sets them, by plain name; a model on meta keeps them, on the CPU."""
-    kept = {id(p) for p in model.parameters()}
-    names = [name for name, tensor in library.targets(model).items() if id(tensor) not in kept]
+    parameters = {id(p) for p in model.parameters()}
+    names = [name for name, tensor in library.targets(model).items() if id(tensor) not in parameters]
     if names:
         for module in model.modules():
             for name, buffer in module._buffers.items():
@@ -404,8 +375,8 @@ def initialise(
 ) -> None:
     """Draw every parameter as the library would, from (seed, its name): the same values under every layout.
 
-    Adapters are given memory and left empty; buffers get the library's values. Raises PolymodalError for a parameter
-    that the library has no rule for.
+    Adapters are given memory and left empty; buffers get the library's values. Raises PolymodalError where
+    the library has no rule.
     """
     materialise(model, device, offloaded)
     rebuild_buffers(model, persistent=True)
@@ -417,21 +388,20 @@ def initialise(
 
 @torch.no_grad()
 def rebuild_buffers(model: nn.Module, persistent: bool = False) -> None:
-    """Compute again each buffer that no checkpoint holds (rotary tables and the like); with `persistent`, all buffers.
+    """Compute again each buffer that no checkpoint has (rotary tables); persistent: all buffers.
 
     The library's initialiser is run on each module that has some, with all parameters of the module and of
-    those below
-    it shielded: some initialisers draw for their children too (CLIPVisionEmbeddings). A buffer that this
-    leaves alone is taken from a fresh module of the same class and config. Raises PolymodalError for one that
-    nobody sets.
+    its
+    children shielded: some initialisers draw for their children too (CLIPVisionEmbeddings). A buffer that it
+    does not set is taken from a fresh module of the same class and config. Raises if neither sets it.
     """
+    if library.builds_buffers(model):
+        return
     for path, module, rule in library.rules(model):
-        names = {
-            n
-            for n, b in module._buffers.items()
-            if b is not None and (persistent or n in module._non_persistent_buffers_set)
-        }
-        if not names or library.builds_buffers(model):
+        names = {n for n, buffer in module._buffers.items() if buffer is not None}
+        if not persistent:
+            names &= module._non_persistent_buffers_set
+        if not names:
             continue
         before = {n: (module.get_buffer(n), module.get_buffer(n)._version) for n in names}
         if rule is not None:
@@ -439,22 +409,21 @@ def rebuild_buffers(model: nn.Module, persistent: bool = False) -> None:
                 rule(module)
         for name, (held, version) in sorted(before.items()):
             buffer = module.get_buffer(name)
-            if buffer is held and buffer._version == version:
-                buffer.copy_(_fresh(module, name, path))
-            if buffer.is_meta or (buffer.is_floating_point() and bool(_local(buffer).isnan().any())):
+            unchanged = buffer is held and buffer._version == version
+            known = not unchanged or _set_as_new(module, name)
+            if not known or buffer.is_meta or has_nan(local_part(buffer)):
                 raise PolymodalError(
                     f"The buffer {path}.{name} of {library.class_of(module).__name__} has no values.",
                     "This is a defect: please report it.",
                 )
 
 
-def _fresh(module: nn.Module, name: str, path: str) -> Tensor:
-    cls = library.class_of(module)
+def _set_as_new(module: nn.Module, name: str) -> bool:
+    """Set a buffer as in a fresh module of the same class and config. False if none can be made."""
     try:
         with torch.device("cpu"):
-            return cls(module.config).get_buffer(name)
+            fresh = library.class_of(module)(module.config).get_buffer(name)
     except (AttributeError, TypeError, ValueError):
-        raise PolymodalError(
-            f"The buffer {path}.{name} of {cls.__name__} is in no checkpoint and cannot be computed.",
-            "This is a defect: please report it.",
-        ) from None
+        return False
+    module.get_buffer(name).copy_(fresh)
+    return True

@@ -133,7 +133,7 @@ class PackedBatchSharding(BatchSharding):
     def _request(self, stream: MediaStream, whole: Batch, own: Batch) -> media.MediaRequest:
         if stream.sizes not in whole.tensors:
             return media.MediaRequest((), ())
-        places = self.family.places(stream, whole)[0]
+        places = self.family.media_mask(stream, whole)[0]
         numbers, rows = places.cumsum(0) - 1, own.get("rows")
         held = numbers[places] if rows is None else numbers[rows][places[rows]]
         return media.request(self.family.media_parts(stream, whole[stream.sizes]), held)

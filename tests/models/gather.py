@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from polymodal.models import library, lora, saving
+from polymodal.recipe import Lora
 
 
 def tensor(value: torch.Tensor) -> torch.Tensor:
@@ -30,6 +31,20 @@ def adapters(model: nn.Module) -> dict[str, torch.Tensor]:
 def merged(model: nn.Module) -> dict[str, torch.Tensor]:
     """Weights with their adapters added."""
     return dict(lora.merged(weights(model), adapters(model), lora.scales(model), model))
+
+
+def save_adapter(
+    state: Mapping[str, torch.Tensor],
+    model: nn.Module,
+    options: Lora,
+    directory: Path | str,
+    *,
+    base: Path | str,
+) -> Path:
+    """What export does with adapters, into a directory that appears when whole."""
+    with saving.appearing(Path(directory)) as partial:
+        lora.write(state, model, options, partial, base=str(base))
+    return Path(directory)
 
 
 def save(

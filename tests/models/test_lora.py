@@ -99,7 +99,9 @@ def test_peft_opens_what_is_saved(checkpoint, tmp_path, name, tied):
         ]
     ):
         model = adapted(source, options)
-        out = lora.save(gather.adapters(model), model, options, tmp_path / str(number), base=str(source))
+        out = gather.save_adapter(
+            gather.adapters(model), model, options, tmp_path / str(number), base=str(source)
+        )
         assert sorted(p.name for p in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
         ours, theirs = logits(model, source), logits(by_peft(source, out).get_base_model(), source)
         assert_near(ours, theirs)
@@ -116,7 +118,7 @@ def test_peft_opens_adapters_on_stacked_experts(checkpoint, tmp_path):
     assert {n.rpartition(".lora_")[0].rpartition("layers.1.")[2] for n in lora.adapters(model) if "layers.1." in n} == {
         "self_attn.q_proj", "mlp.experts", "mlp.experts.base_layer",
     }  # fmt: skip
-    out = lora.save(gather.adapters(model), model, EXPERTS, tmp_path / "out", base=str(source))
+    out = gather.save_adapter(gather.adapters(model), model, EXPERTS, tmp_path / "out", base=str(source))
     settings = json.loads((out / "adapter_config.json").read_text())
     assert settings["target_parameters"] == ["experts.down_proj", "experts.gate_up_proj"]
     assert settings["target_modules"] == ["q_proj"]
@@ -129,7 +131,7 @@ def test_peft_opens_adapters_on_stacked_experts(checkpoint, tmp_path):
     lora.load(again, EXPERTS, out)
     assert_near(logits(again, source), ours)
     only = adapted(source, Lora(targets=["experts.down_proj"]))
-    out = lora.save(
+    out = gather.save_adapter(
         gather.adapters(only), only, Lora(targets=["experts.down_proj"]), tmp_path / "only", base=str(source)
     )
     assert_near(logits(by_peft(source, out).get_base_model(), source), logits(only, source))
@@ -145,7 +147,7 @@ def test_merged_weights_give_the_same_logits(checkpoint, tmp_path, name, tied):
     merged = plain(out)
     torch.testing.assert_close(logits(merged, source), logits(model, source), rtol=1e-4, atol=1e-4)
     assert load_file(out / "model.safetensors").keys() == load_file(source / "model.safetensors").keys()
-    stream = lora.merged(weights.read(on_meta(source), source), gather.adapters(model), lora.scale(options))
+    stream = lora.merged(weights.read(on_meta(source), source), gather.adapters(model), lora.scales(model))
     again = gather.save(stream, tmp_path / "files", model=on_meta(source), source=source)
     assert all(torch.equal(p, dict(merged.named_parameters())[n]) for n, p in plain(again).named_parameters())
 
@@ -201,7 +203,7 @@ def test_continued_from_a_directory(checkpoint, tmp_path):
     source = checkpoint("qwen2.5-vl")
     options = Lora(rank=4, alpha=8)
     model = adapted(source, options)
-    out = lora.save(gather.adapters(model), model, options, tmp_path / "adapter", base=str(source))
+    out = gather.save_adapter(gather.adapters(model), model, options, tmp_path / "adapter", base=str(source))
     again = adapted(source, options, seed=9, trained=False)
     lora.load(again, options, out)
     want = gather.adapters(model)
@@ -241,7 +243,7 @@ def test_a_training_step_on_a_resumed_adapter_is_the_same(checkpoint, tmp_path):
     straight = adapted(source, options)
     optimizer = torch.optim.SGD(lora.adapters(straight).values(), lr=0.1)
     step(straight, optimizer)
-    out = lora.save(gather.adapters(straight), straight, options, tmp_path / "a", base=str(source))
+    out = gather.save_adapter(gather.adapters(straight), straight, options, tmp_path / "a", base=str(source))
     step(straight, optimizer)
     resumed = adapted(source, options, seed=8)
     lora.load(resumed, options, out)
@@ -290,7 +292,7 @@ def test_an_incomplete_or_foreign_state(checkpoint, tmp_path):
     state = gather.adapters(model)
     short = dict(list(state.items())[1:])
     with pytest.raises(PolymodalError, match="The state lacks 1 adapters"):
-        lora.save(short, model, options, tmp_path / "out", base="x")
+        gather.save_adapter(short, model, options, tmp_path / "out", base="x")
     assert not list(tmp_path.iterdir())
     state["model.elsewhere.lora_A.default.weight"] = state["model.elsewhere.lora_B.default.weight"] = (
         torch.ones(1, 1)
@@ -298,4 +300,4 @@ def test_an_incomplete_or_foreign_state(checkpoint, tmp_path):
     with pytest.raises(
         PolymodalError, match="1 adapters have no weight to be added to .first: model.elsewhere"
     ):
-        list(lora.merged(gather.weights(model), state, 1.0))
+        list(lora.merged(gather.weights(model), state, lora.scales(model)))

@@ -139,7 +139,7 @@ def test_captions_are_as_long_as_the_tokenizer_says(tmp_path):
     assert made.shape == (1, 6, 16) and family.shapes((4, 1, 4, 4))["encoder_hidden_states"] == (6, 16)
     assert family.arguments({"prompt": ["a cat runs"]})["max_sequence_length"] == 6
     family.config["added_kv_proj_dim"] = 24
-    assert family.words == 512
+    assert family.max_length == 512
 
 
 def test_missing_and_surplus_weights_are_errors(made, tmp_path):

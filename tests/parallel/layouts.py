@@ -187,7 +187,7 @@ def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps
         runner = Runner(plain, torch.device("cpu"))
 
     def load(part: nn.Module) -> None:
-        weights.load(part, family, new=["*lora_*"])
+        weights.load(part, family)
         draw_adapters(part)
 
     if model is not None:

@@ -70,7 +70,7 @@ def _train(rank: int, source: str, options: Lora, directory: str):
     model().backward()
     gradients = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
     if rank == 0:
-        lora.save(values, model, options, directory, base=source)
+        gather.save_adapter(values, model, options, directory, base=source)
     torch.distributed.barrier()
     lora.initialise(model, options, 77)
     lora.load(model, options, directory)
@@ -94,7 +94,7 @@ def _spread(rank: int, source: str, options: Lora, directory: str, layouts: list
         start(model, options)
         values = gather.adapters(model)
         if rank == 0:
-            lora.save(values, model, options, f"{directory}/{number}", base=source)
+            gather.save_adapter(values, model, options, f"{directory}/{number}", base=source)
         torch.distributed.barrier()
         lora.initialise(model, options, 77)
         lora.load(model, options, f"{directory}/{number}")
@@ -129,7 +129,7 @@ def test_adapters_on_spread_experts_have_one_processs_files(tmp_path):
     weights.load(model, None, source)
     start(model, options)
     ours, whole = gather.adapters(model), gather.merged(model)
-    wanted = lora.save(ours, model, options, tmp_path / "one", base=source)
+    wanted = gather.save_adapter(ours, model, options, tmp_path / "one", base=source)
     layouts = [{"ep": 2}, {"tp": 2}, {"ep": 2, "tp": 2}]
     first, _ = run(2, _spread, source, options, str(tmp_path), layouts)
     for number, (values, again, merged) in enumerate(first):

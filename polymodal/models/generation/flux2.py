@@ -5,25 +5,25 @@ Facts, and the arguments of diffusers' Flux2Transformer2DModel and Flux2Pipeline
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from polymodal.core.sample import Batch
-from polymodal.models.card import ModelCard, Process, Size
+from polymodal.models.card import Size
 from polymodal.models.diffusion import Generation, LatentGrid
-from polymodal.models.generation.pictures import flow_process, unbuilt
+from polymodal.models.generation.denoiser_card import denoiser_card
 
 
 class Flux2(Generation):
     """Two by two cells of the VAE are one latent, scaled by the running statistics that the VAE holds."""
 
     zero = ("proj_out.*",)
+    noise = {"scale": 1.0}
 
     @property
-    def distilled(self) -> bool:
+    def distilled(self) -> bool:  # type: ignore[override]
         return bool(self.config.get("guidance_embeds", True))
 
     def grid(self) -> LatentGrid:
@@ -31,14 +31,8 @@ class Flux2(Generation):
         space = 2 ** (len(vae.get("block_out_channels", (1, 1, 1, 1))) - 1)
         return LatentGrid(4 * int(vae.get("latent_channels", 32)), 1, 2 * space, still=True)
 
-    def process(self) -> Process:
-        return flow_process(
-            self.component_config("scheduler"), scale=1.0, guidance=1.0 if self.distilled else None
-        )
-
-    def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
-        embeddings, _ = pipeline.encode_prompt(list(captions))
-        return {"encoder_hidden_states": embeddings}
+    def prompt_options(self) -> dict[str, Any]:
+        return {}
 
     def encode_media(self, pipeline: Any, pixels: Tensor) -> dict[str, Tensor]:
         cells = pipeline.vae.encode(pixels[:, :, 0].to(pipeline.vae.dtype)).latent_dist.mode()
@@ -55,46 +49,40 @@ class Flux2(Generation):
         std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
         return vae.bn.running_mean.view(1, -1, 1, 1).to(like), std.view(1, -1, 1, 1).to(like)
 
-    def denoise(self, model: nn.Module, latents: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+    def inputs(self, model: nn.Module, latents: Tensor, batch: Batch) -> dict[str, Any]:
         from diffusers import Flux2Pipeline
 
-        given = self.conditions(model, batch, self.text)
-        shape = latents.shape
+        given = super().inputs(model, latents, batch)
         if self.distilled:
             given["guidance"] = self.guidance(batch, latents)
-        (prediction,) = self.forward(model)(
-            latents.flatten(2).transpose(1, 2), timestep=timestep, return_dict=False,
-            txt_ids=Flux2Pipeline._prepare_text_ids(given["encoder_hidden_states"]).to(latents.device),
-            img_ids=Flux2Pipeline._prepare_latent_ids(latents).to(latents.device), **given,
-        )  # fmt: skip
-        return prediction.transpose(1, 2).reshape(shape)
+        words = given["encoder_hidden_states"]
+        given["txt_ids"] = Flux2Pipeline._prepare_text_ids(words).to(latents.device)
+        given["img_ids"] = Flux2Pipeline._prepare_latent_ids(latents).to(latents.device)
+        return given
+
+    def denoise(self, model: nn.Module, latents: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        given = self.inputs(model, latents, batch)
+        tokens = latents.flatten(2).transpose(1, 2)
+        (prediction,) = self.forward(model)(tokens, timestep=timestep, return_dict=False, **given)
+        return prediction.transpose(1, 2).reshape(latents.shape)
 
 
-CARD = ModelCard(
+CARD = denoiser_card(
     name="flux2",
     title="FLUX.2",
     family=Flux2,
-    architectures=("Flux2Pipeline",),
-    kind="generation",
-    tasks=("text-to-image",),
     blocks=("transformer_blocks.*", "single_transformer_blocks.*"),
-    towers={
-        "blocks": ("transformer_blocks", "single_transformer_blocks"),
-        "embedders": (
-            "x_embedder",
-            "context_embedder",
-            "time_guidance_embed",
-            "double_stream_modulation_img",
-            "double_stream_modulation_txt",
-            "single_stream_modulation",
-        ),
-        "output": ("norm_out", "proj_out"),
-    },
-    head="proj_out",
+    embedders=(
+        "x_embedder",
+        "context_embedder",
+        "time_guidance_embed",
+        "double_stream_modulation_img",
+        "double_stream_modulation_txt",
+        "single_stream_modulation",
+    ),
+    output=("norm_out", "proj_out"),
     pipelines={"text-to-image": "Flux2Pipeline"},
-    limits=unbuilt(),
-    sizes={"dev": Size("black-forest-labs/FLUX.2-dev", 32.22, 56, devices=16, layout={"dp_shard": -1})},
-    verified="tiny models of the class: trained, exported, opened and sampled by diffusers' pipeline",
+    sizes={"dev": Size("black-forest-labs/FLUX.2-dev", 32.22, 56, devices=16)},
     keywords=("text to image", "image generation"),
     aliases=("flux.2", "flux-2"),
     seeds=("dev",),

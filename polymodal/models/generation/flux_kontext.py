@@ -1,7 +1,8 @@
 """FLUX.1 Kontext: a picture made from another and an instruction, in FLUX.1's denoiser.
 
-The source's tokens follow those of the noise, with 1 as the first of their places; what the denoiser says of them is
-passed over. Rows are edit pairs: `path` is the result, `src_image` the source, `cap` the instruction.
+The source's tokens follow those of the noise, with 1 as the first of their positions; the prediction of them
+is not
+used. Records are edit pairs: `path` is the result, `src_image` the source, `cap` the instruction.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ class FluxKontext(Flux):
         return {**made, "source_latents": super().encode_media(pipeline, source)["latents"]}
 
     def tokens(self, model: nn.Module, latents: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        own, places = super().tokens(model, latents, batch)
+        tokens, token_positions = super().tokens(model, latents, batch)
         source = self.conditions(model, batch, self.media)["source_latents"]
-        others = positions(source.shape[2] // 2, source.shape[3] // 2, source.device)
-        others[:, 0] = 1
-        return torch.cat([own, packed(source)], dim=1), torch.cat([places, others])
+        source_positions = positions(source.shape[2] // 2, source.shape[3] // 2, source.device)
+        source_positions[:, 0] = 1
+        return torch.cat([tokens, packed(source)], dim=1), torch.cat([token_positions, source_positions])
 
     def arguments(self, asked: dict[str, Any]) -> dict[str, Any]:
         """With a size, the source is taken in that size and not in one of the pipeline's own."""
@@ -54,10 +55,9 @@ CARD = replace(
     architectures=("FluxKontextPipeline",),
     tasks=("image-to-image",),
     pipelines={"image-to-image": "FluxKontextPipeline"},
-    sizes={"dev": Size("black-forest-labs/FLUX.1-Kontext-dev", 11.9, 57, devices=8, layout={"dp_shard": -1})},
+    sizes={"dev": Size("black-forest-labs/FLUX.1-Kontext-dev", 11.9, 57)},
     keywords=("image editing", "edit pictures", "edit images", "image to image"),
     aliases=("flux-kontext", "kontext"),
-    limits=FLUX.limits,
     methods=(),
     seeds=("dev",),
 )

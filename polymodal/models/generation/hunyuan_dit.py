@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.core.sample import Batch
-from polymodal.models.card import ModelCard, Process, Size
-from polymodal.models.generation.pictures import Pictures, discrete_process, unbuilt
+from polymodal.models.card import Process, Size
+from polymodal.models.diffusion import discrete_process
+from polymodal.models.generation.denoiser_card import denoiser_card
+from polymodal.models.generation.pictures import Pictures
 
 
 class HunyuanDiT(Pictures):
@@ -30,55 +32,50 @@ class HunyuanDiT(Pictures):
 
     def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
         made: dict[str, Tensor] = {}
-        for index, length in ((0, int(self.config["text_len"])), (1, int(self.config["text_len_t5"]))):
+        for index, suffix in enumerate(("", "_t5")):
             embeddings, _, mask, _ = pipeline.encode_prompt(
-                list(captions), do_classifier_free_guidance=False, max_sequence_length=length, text_encoder_index=index
-            )  # fmt: skip
-            made |= dict(zip(self.text[2 * index : 2 * index + 2], (embeddings, mask), strict=True))
+                list(captions),
+                do_classifier_free_guidance=False,
+                max_sequence_length=int(self.config[f"text_len{suffix}"]),
+                text_encoder_index=index,
+            )
+            made |= {f"encoder_hidden_states{suffix}": embeddings, f"text_embedding_mask{suffix}": mask}
         return made
 
-    def denoise(self, model: nn.Module, latents: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+    def inputs(self, model: nn.Module, latents: Tensor, batch: Batch) -> dict[str, Any]:
         from diffusers.models.embeddings import get_2d_rotary_pos_embed
         from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 
-        given = self.conditions(model, batch, self.text)
-        patch, space = int(self.config["patch_size"]), self.grid().space
+        patch, space, count = int(self.config["patch_size"]), self.grid().space, len(latents)
         height, width = latents.shape[-2:]
         size = (height // patch, width // patch)
-        rotary = get_2d_rotary_pos_embed(
-            int(self.config["attention_head_dim"]), get_resize_crop_region_for_grid(size, 512 // 8 // patch), size,
-            device=latents.device, output_type="pt",
-        )  # fmt: skip
+        crop = get_resize_crop_region_for_grid(size, 512 // 8 // patch)
+        head = int(self.config["attention_head_dim"])
+        rotary = get_2d_rotary_pos_embed(head, crop, size, device=latents.device, output_type="pt")
         # original size, size, corner of the crop: the pipeline's own defaults
-        meta = torch.tensor([[1024, 1024, height * space, width * space, 0, 0]], device=latents.device)
-        (prediction,) = self.forward(model)(
-            latents, timestep, image_meta_size=meta.expand(len(latents), -1).to(latents),
-            style=torch.zeros(len(latents), dtype=torch.long, device=latents.device), image_rotary_emb=rotary, return_dict=False, **given,
-        )  # fmt: skip
-        channels = latents.shape[1]  # a learned variance is the other half, which no loss sees
-        return prediction[:, :channels]
+        sizes = torch.tensor([[1024, 1024, height * space, width * space, 0, 0]], device=latents.device)
+        return {
+            **super().inputs(model, latents, batch),
+            "image_meta_size": sizes.expand(count, -1).to(latents),
+            "style": torch.zeros(count, dtype=torch.long, device=latents.device),
+            "image_rotary_emb": rotary,
+        }
+
+    def denoise(self, model: nn.Module, latents: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        prediction = super().denoise(model, latents, timestep, batch)
+        return prediction[:, : latents.shape[1]]  # the other half is a learned variance, which no loss sees
 
 
-CARD = ModelCard(
+CARD = denoiser_card(
     name="hunyuan-dit",
     title="HunyuanDiT",
     family=HunyuanDiT,
-    architectures=("HunyuanDiTPipeline",),
-    kind="generation",
-    tasks=("text-to-image",),
     blocks=("blocks.*",),
-    towers={
-        "blocks": ("blocks",),
-        "embedders": ("pos_embed", "text_embedder", "text_embedding_padding", "time_extra_emb"),
-        "output": ("norm_out", "proj_out"),
-    },
-    head="proj_out",
+    embedders=("pos_embed", "text_embedder", "text_embedding_padding", "time_extra_emb"),
+    output=("norm_out", "proj_out"),
     pipelines={"text-to-image": "HunyuanDiTPipeline"},
-    limits=unbuilt(pp="its early blocks feed its late ones"),
-    sizes={
-        "1.2": Size("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers", 1.51, 40, devices=8, layout={"dp_shard": -1})
-    },
-    verified="tiny models of the class: trained, exported, opened and sampled by diffusers' pipeline",
+    limits={"pp": "its early blocks feed its late ones"},
+    sizes={"1.2": Size("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers", 1.51, 40)},
     keywords=("text to image", "image generation", "chinese"),
     aliases=("hunyuandit",),
     seeds=("1.2",),

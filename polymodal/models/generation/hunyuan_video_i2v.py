@@ -1,7 +1,8 @@
 """HunyuanVideo from a first frame, in both its forms; captions are encoded together with that frame.
 
-Facts, and the arguments of diffusers' HunyuanVideoImageToVideoPipeline. latent_concat: the frame and a mask are channels
-beside the noise. token_replace: the first latent frame is the picture, without noise, and its tokens have timestep 0.
+Facts, and the arguments of diffusers' HunyuanVideoImageToVideoPipeline. latent_concat: the frame and a mask
+are channels
+beside the noise. token_replace: the first latent frame is the picture, without noise, at timestep 0.
 """
 
 from __future__ import annotations
@@ -11,18 +12,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
-from polymodal.core.sample import Batch
 from polymodal.models.card import Process, Size
-from polymodal.models.diffusion import Generation, LatentGrid
+from polymodal.models.diffusion import Generation, LatentGrid, one_prompt
 from polymodal.models.generation.hunyuan_video import CARD as TEXT_TO_VIDEO
 from polymodal.models.generation.hunyuan_video import HunyuanVideo
 
 
 class HunyuanVideoI2V(HunyuanVideo):
-    line = "hunyuan-video"
     conditioned = True
     sees = True
     alone = True
@@ -50,15 +49,12 @@ class HunyuanVideoI2V(HunyuanVideo):
         """Captions, and the clips whose first frames they are encoded with; without clips, black frames."""
         from PIL import Image
 
-        black = Image.new("RGB", (336, 336))
-        frames = (
-            [black] * len(captions)
-            if pixels is None
-            else [Image.fromarray(f) for f in self.shown(pixels[:, :, 0])]
-        )
+        frames = [Image.new("RGB", (336, 336))] * len(captions)
+        if pixels is not None:
+            frames = [Image.fromarray(frame) for frame in self.shown(pixels[:, :, 0])]
         interleave = (
             2 if self.concat else 4
-        )  # every so-manieth token of the picture, as the pipeline takes them
+        )  # one in so many of the picture's tokens, as the pipeline takes them
         made = [
             pipeline.encode_prompt(frame, [caption], image_embed_interleave=interleave)
             for frame, caption in zip(frames, captions, strict=True)
@@ -66,7 +62,7 @@ class HunyuanVideoI2V(HunyuanVideo):
         embeddings, pooled, masks = zip(*made, strict=True)
         longest = max(
             mask.shape[1] for mask in masks
-        )  # the pipeline takes more away from captions that are too long
+        )  # the pipeline cuts more from captions that are too long
         return {
             "encoder_hidden_states": torch.cat([pad(e, (0, 0, 0, longest - e.shape[1])) for e in embeddings]),
             "encoder_attention_mask": torch.cat([pad(m, (0, longest - m.shape[1])) for m in masks]),
@@ -76,26 +72,15 @@ class HunyuanVideoI2V(HunyuanVideo):
     def encode_media(self, pipeline: Any, pixels: Tensor, **given: Tensor) -> dict[str, Tensor]:
         made = super().encode_media(pipeline, pixels)
         if self.concat:
-            latents = made["latents"]
-            first = super().encode_media(pipeline, pixels[:, :, :1])["latents"]
-            condition = latents.new_zeros(len(latents), latents.shape[1] + 1, *latents.shape[2:])
-            condition[:, :, :1] = torch.cat([first, torch.ones_like(first[:, :1])], dim=1)
-            made["condition"] = condition
+            made["condition"] = self.first_frame(pipeline, pixels, made["latents"])
         return made
 
-    def denoise(self, model: nn.Module, latents: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        if self.concat:
-            condition = self.conditions(model, batch, self.media)["condition"]
-            latents = torch.cat([latents, condition], dim=1)
-        return super().denoise(model, latents, timestep, batch)
-
     def arguments(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """Without guidance as an input, guidance leads away from the negative prompt."""
-        out = {  # one prompt a call: captions are encoded with their own picture
-            k: v[0] if k in ("prompt", "negative_prompt") and isinstance(v, list) else v
-            for k, v in super().arguments(asked).items()
-        }
-        if not self.config.get("guidance_embeds"):
+        """Without guidance as an input, guidance leads away from the negative prompt. Captions are encoded
+        with their
+        own picture: one prompt a call."""
+        out = one_prompt(super().arguments(asked))
+        if not self.distilled:
             out["true_cfg_scale"] = out.pop("guidance_scale", None)
             if out["true_cfg_scale"] is not None:
                 out["negative_prompt"] = out.get("negative_prompt") or ""
@@ -111,10 +96,8 @@ CARD = replace(
     tasks=("image-to-video",),
     pipelines={"image-to-video": "HunyuanVideoImageToVideoPipeline"},
     sizes={
-        "13b": Size("hunyuanvideo-community/HunyuanVideo-I2V", 12.82, 60, devices=8, layout={"dp_shard": -1}),
-        "13b-33ch": Size(
-            "hunyuanvideo-community/HunyuanVideo-I2V-33ch", 12.82, 60, devices=8, layout={"dp_shard": -1}
-        ),
+        "13b": Size("hunyuanvideo-community/HunyuanVideo-I2V", 12.82, 60),
+        "13b-33ch": Size("hunyuanvideo-community/HunyuanVideo-I2V-33ch", 12.82, 60),
     },
     keywords=("image to video", "video generation"),
     aliases=("hunyuanvideo-i2v",),

@@ -5,11 +5,7 @@ Its noise has 1,100 levels and a steeper end; captions may be Chinese or English
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
-
-from torch import Tensor
 
 from polymodal.models.card import Size
 from polymodal.models.generation.sdxl import CARD as SDXL
@@ -17,9 +13,7 @@ from polymodal.models.generation.sdxl import StableDiffusionXL
 
 
 class Kolors(StableDiffusionXL):
-    def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
-        hidden, _, pooled, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
-        return {"encoder_hidden_states": hidden, "text_embeds": pooled}
+    zeros_for_empty = False
 
 
 CARD = replace(
@@ -30,7 +24,7 @@ CARD = replace(
     architectures=("KolorsPipeline",),
     pipelines={"text-to-image": "KolorsPipeline", "image-to-image": "KolorsImg2ImgPipeline"},
     towers={**SDXL.towers, "embedders": (*SDXL.towers["embedders"], "encoder_hid_proj")},
-    sizes={"2.6b": Size("Kwai-Kolors/Kolors-diffusers", 2.58, 7, devices=8, layout={"dp_shard": -1})},
+    sizes={"2.6b": Size("Kwai-Kolors/Kolors-diffusers", 2.58, 7)},
     keywords=("text to image", "chinese captions"),
     aliases=(),
     methods=(),

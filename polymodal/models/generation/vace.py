@@ -1,7 +1,7 @@
-"""VACE on Wan: a clip from a source clip, a mask of what is made anew, and pictures to refer to, any of them left out.
+"""VACE on Wan: a clip from a source clip, a mask of what is made anew, and reference pictures, all optional.
 
-Facts, and the arguments of diffusers' WanVACETransformer3DModel and WanVACEPipeline. Blocks of control run beside Wan's
-and add to them. Pictures to refer to are latent frames of their own before the clip's, in the pipeline's order.
+Facts, and the arguments of diffusers' WanVACETransformer3DModel and WanVACEPipeline. Blocks of control run
+beside Wan's and add to them. Reference pictures are latent frames of their own before the clip's.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Batch
-from polymodal.models.card import ModelCard, Size
-from polymodal.models.diffusion import LatentGrid
-from polymodal.models.generation.pictures import unbuilt
+from polymodal.models.card import Size
+from polymodal.models.diffusion import LatentGrid, one_prompt
+from polymodal.models.generation.denoiser_card import denoiser_card
 from polymodal.models.generation.wan import CARD as WAN
 from polymodal.models.generation.wan2_2 import Wan22
 
@@ -49,10 +49,11 @@ class Vace(Wan22):
     def check(self) -> None:
         super().check()
         grid = self.grid()
-        wanted, seen = 2 * grid.channels + grid.space**2, int(self.config["vace_in_channels"])
-        if seen != wanted:
+        made, seen = 2 * grid.channels + grid.space**2, int(self.config["vace_in_channels"])
+        if seen != made:
             raise PolymodalError(
-                f"{self.source}: its blocks of control see {seen} channels, its VAE and the mask make {wanted}.",
+                f"{self.source}: its blocks of control see {seen} channels, "
+                f"its VAE and the mask make {made}.",
                 "The denoiser and the VAE belong to different checkpoints: fetch the pipeline again.",
             )
 
@@ -60,42 +61,41 @@ class Vace(Wan22):
         return replace(super().grid(), references=True)
 
     def encode_media(
-        self, pipeline: Any, pixels: Tensor, source: Tensor | None = None, mask: Tensor | None = None,
+        self,
+        pipeline: Any,
+        pixels: Tensor,
+        source: Tensor | None = None,
+        mask: Tensor | None = None,
         references: Tensor | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        """A clip [1, 3, F, H, W] and what it is made from, alike; references [1, 3, N, H, W]. Without a source all is
-        made anew; without a mask all of the source is."""
+    ) -> dict[str, Tensor]:
+        """A clip [1, 3, F, H, W] and what it is made from, alike; references [1, 3, N, H, W]. Without a
+        source all is made anew; without a mask all of the source is."""
         from diffusers import WanVACEPipeline
 
         grid, vae, count = self.grid(), pipeline.vae, 0 if references is None else references.shape[2]
         source = torch.zeros_like(pixels) if source is None else source
         mask = torch.ones_like(pixels) if mask is None else ((mask + 1) / 2).clamp(0, 1)
         shown = [[] if references is None else list(references[0].unbind(1))]
-        like = SimpleNamespace(
-            transformer=SimpleNamespace(config=SimpleNamespace(patch_size=self.config["patch_size"])),
-            vae_scale_factor_temporal=grid.time, vae_scale_factor_spatial=grid.space,
-        )  # fmt: skip
+        config = SimpleNamespace(patch_size=self.config["patch_size"])
+        like: Any = SimpleNamespace(
+            transformer=SimpleNamespace(config=config),
+            vae_scale_factor_temporal=grid.time,
+            vae_scale_factor_spatial=grid.space,
+        )
         control = pipeline.prepare_video_latents(source, mask, shown, None, pixels.device)
-        masks = WanVACEPipeline.prepare_masks(like, mask, shown)  # type: ignore[arg-type]
+        masks = WanVACEPipeline.prepare_masks(like, mask, shown)
         latents = self._normalised(vae, vae.encode(pixels.to(vae.dtype)).latent_dist.mode())
         latents = torch.cat([control[:, : grid.channels, :count].to(latents), latents], dim=2)
         return {"latents": latents, "control_hidden_states": torch.cat([control, masks.to(control)], dim=1)}
 
-    def denoise(self, model: nn.Module, latents: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        given = self.conditions(model, batch, (*self.text, *self.media))
+    def inputs(self, model: nn.Module, latents: Tensor, batch: Batch) -> dict[str, Any]:
         scale = latents.new_ones(len(self.config["vace_layers"]))
-        (prediction,) = self.forward(model)(
-            latents, timestep=timestep, control_hidden_states_scale=scale, return_dict=False, **given
-        )
-        return prediction
+        return {**super().inputs(model, latents, batch), "control_hidden_states_scale": scale}
 
     def arguments(self, asked: dict[str, Any]) -> dict[str, Any]:
         """A clip to start from is the source: what is made has its length and size."""
         grid = self.grid()
-        out = {  # the pipeline takes one prompt, not a list of one
-            k: v[0] if k in ("prompt", "negative_prompt") and isinstance(v, list) else v
-            for k, v in super().arguments(asked).items()
-        }  # fmt: skip
+        out = one_prompt(super().arguments(asked))
         out["reference_images"] = out.pop("references", None)
         video, mask = out.get("video"), out.get("mask")
         if mask is not None and video is None:
@@ -117,29 +117,20 @@ class Vace(Wan22):
         return out
 
 
-CARD = ModelCard(
+CARD = denoiser_card(
     name="vace",
     title="Wan VACE",
     family=Vace,
-    architectures=("WanVACEPipeline",),
-    kind="generation",
-    tasks=("text-to-video", "video-to-video"),
     blocks=("blocks.*", "vace_blocks.*"),
-    towers={
-        "control": ("vace_blocks", "vace_patch_embedding"),
-        "blocks": ("blocks",),
-        "embedders": ("patch_embedding", "condition_embedder"),
-        "output": ("norm_out", "proj_out", "scale_shift_table"),
-    },
-    head="proj_out",
+    embedders=("patch_embedding", "condition_embedder"),
+    output=("norm_out", "proj_out", "scale_shift_table"),
+    towers={"control": ("vace_blocks", "vace_patch_embedding"), **WAN.towers},
     pipelines={"text-to-video": "WanVACEPipeline", "video-to-video": "WanVACEPipeline"},
-    limits=unbuilt(),
     clip=WAN.clip,
     sizes={
-        "1.3b": Size("Wan-AI/Wan2.1-VACE-1.3B-diffusers", 2.15, 45, devices=8, layout={"dp_shard": -1}),
-        "14b": Size("Wan-AI/Wan2.1-VACE-14B-diffusers", 17.3, 48, devices=16, layout={"dp_shard": -1}),
+        "1.3b": Size("Wan-AI/Wan2.1-VACE-1.3B-diffusers", 2.15, 45),
+        "14b": Size("Wan-AI/Wan2.1-VACE-14B-diffusers", 17.3, 48, devices=16),
     },
-    verified="tiny models of the class: trained, exported, opened and sampled by diffusers' pipeline",
     keywords=("text to video", "video to video", "video editing", "video inpainting", "video generation"),
     aliases=("wan-vace", "wan2.1-vace"),
     seeds=("1.3b", "14b"),

@@ -1,7 +1,7 @@
 """Wan 2.2: A14B, whose two denoisers share the noise levels, and 5B, whose tokens have a timestep each.
 
-What it shares with Wan 2.1 is in wan.py. Each expert of A14B is trained by a run of its own (model.part); the other
-stays as the source has it when the run is sampled or exported.
+What it shares with Wan 2.1 is in wan.py. Each expert of A14B is trained by a run of its own (model.part); the
+other stays as the source has it when the run is sampled or exported.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from polymodal.core.sample import Batch
 from polymodal.models.card import Process, Size
+from polymodal.models.generation.denoiser_card import VERIFIED
 from polymodal.models.generation.wan import CARD as WAN
 from polymodal.models.generation.wan import Wan
+
+CLIP_5B = {"frames": [121], "fps": 24, "pixels": 704 * 1280}
 
 
 class Wan22(Wan):
@@ -37,11 +40,11 @@ class Wan22(Wan):
         return self.card.pipelines if self.per_token else super().routes
 
     def process(self) -> Process:
-        plain, boundary = super().process(), self.index.get("boundary_ratio")
-        if boundary:
-            high = self.part == "transformer"
-            return replace(plain, range=(float(boundary), 1.0) if high else (0.0, float(boundary)))
-        return replace(plain, per_token=self.per_token)
+        process, boundary = super().process(), self.index.get("boundary_ratio")
+        if not boundary:
+            return replace(process, per_token=self.per_token)
+        high = self.part == "transformer"
+        return replace(process, range=(float(boundary), 1.0) if high else (0.0, float(boundary)))
 
     def denoise(self, model: nn.Module, latents: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         if not self.per_token:
@@ -61,18 +64,11 @@ CARD = replace(
     tasks=("text-to-video", "image-to-video"),
     pipelines={"text-to-video": "WanPipeline", "image-to-video": "WanImageToVideoPipeline"},
     sizes={
-        "5b": Size(
-            "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
-            5.0,
-            30,
-            devices=8,
-            layout={"dp_shard": -1},
-            clip={"frames": [121], "fps": 24, "pixels": 704 * 1280},
-        ),
-        "t2v-a14b": Size("Wan-AI/Wan2.2-T2V-A14B-Diffusers", 14.29, 40, devices=8, layout={"dp_shard": -1}),
-        "i2v-a14b": Size("Wan-AI/Wan2.2-I2V-A14B-Diffusers", 14.29, 40, devices=8, layout={"dp_shard": -1}),
+        "5b": Size("Wan-AI/Wan2.2-TI2V-5B-Diffusers", 5.0, 30, clip=CLIP_5B),
+        "t2v-a14b": Size("Wan-AI/Wan2.2-T2V-A14B-Diffusers", 14.29, 40),
+        "i2v-a14b": Size("Wan-AI/Wan2.2-I2V-A14B-Diffusers", 14.29, 40),
     },
     aliases=("wan22", "wan2_2"),
-    verified="tiny models of the class: trained, exported, opened and sampled by diffusers' pipeline",
+    verified=VERIFIED,
     seeds=("5b",),
 )

@@ -1,9 +1,7 @@
-"""InternVL 2 to 3.5: facts, and how its tower of tiles is called. Several language models, told by their
-config.
+"""InternVL 2 to 3.5: facts, and the call of its tower of tiles. The config names the language model.
 
 Checkpoints of transformers' InternVLForConditionalGeneration, and those of the authors (internvl_chat.py).
-The tower is InternViT-300M or InternViT-6B, whose 25 heads and norms across them leave its attention whole on
-every rank.
+The tower is InternViT-300M or InternViT-6B, whose 25 heads leave its attention whole on every rank.
 """
 
 from __future__ import annotations
@@ -19,14 +17,20 @@ from torch import Tensor, nn
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import MediaStream
-from polymodal.models.card import Chain, ModelCard, Size
+from polymodal.models.card import Chain, ModelCard, Size, optional
 from polymodal.models.understanding.internvl_chat import MODEL_TYPE, InternVLFiles
 from polymodal.models.understanding.internvl_media import TILES, InternVLMedia, limit_tiles
-from polymodal.models.understanding.language import EXPERTS_PLAN, SPREAD_PLAN, TEXT_PLAN, optional
+from polymodal.models.understanding.language import EXPERTS_PLAN, SPREAD_PLAN, TEXT_PLAN
 from polymodal.models.understanding.media import readable
-from polymodal.models.understanding.vision_language import KEYWORDS, TASKS, VisionLanguage, language_chain
+from polymodal.models.understanding.vision_language import (
+    KEYWORDS,
+    VisionLanguage,
+    language_chain,
+    vision_language_card,
+)
 from polymodal.recipe import Data
 
+EMBEDDING = "model.language_model.embed_tokens"
 TEXT_TYPES = ("qwen2", "qwen3", "qwen3_moe", "llama")
 ATTENTION = "model.vision_tower.encoder.layer.*.attention"
 VISION_PLAN = {
@@ -56,8 +60,7 @@ class InternVL(InternVLFiles, VisionLanguage):
         return True
 
     def check(self) -> None:
-        """Raise PolymodalError for a config that cannot be run. Called once the recipe's overrides are in
-        it."""
+        """Raise PolymodalError for a config that cannot be run."""
         vision = self.config.vision_config
         sides = [size // patch for size, patch in zip(vision.image_size, vision.patch_size, strict=True)]
         for key, value, known in (
@@ -73,7 +76,7 @@ class InternVL(InternVLFiles, VisionLanguage):
                     f"Known: {', '.join(map(str, known))}.",
                 )
 
-    # -- media -----------------------------------------------------------------------------------------------
+    # -- media
 
     @property
     def patches(self) -> int:
@@ -95,9 +98,8 @@ class InternVL(InternVLFiles, VisionLanguage):
         inner: Any = model.model
         hidden = inner.vision_tower(pixel_values=rows).last_hidden_state[:, 1:]  # without the class token
         side = self.config.vision_config.image_size[0] // self.config.vision_config.patch_size[0]
-        shuffled = inner.pixel_shuffle(
-            hidden.unflatten(1, (side, side)).contiguous(), self.config.downsample_ratio
-        )
+        square = hidden.unflatten(1, (side, side)).contiguous()
+        shuffled = inner.pixel_shuffle(square, self.config.downsample_ratio)
         return inner.multi_modal_projector(shuffled.flatten(1, 2)).flatten(0, 1)
 
     def tower_state(self, stream: MediaStream, rows: int) -> tuple[int, ...]:
@@ -134,30 +136,29 @@ class InternVL(InternVLFiles, VisionLanguage):
         }
 
 
-FSDP = {"dp_shard": -1}
+TP4, TP8 = {"dp_shard": -1, "tp": 4}, {"dp_shard": -1, "tp": 8}
 SIZES = {
-    "2-8b": Size("OpenGVLab/InternVL2-8B", 8.08, 32, 24, layout=FSDP),
-    "2.5-1b": Size("OpenGVLab/InternVL2_5-1B", 0.94, 24, 24, layout=FSDP),
-    "2.5-4b": Size("OpenGVLab/InternVL2_5-4B", 3.71, 36, 24, layout=FSDP),
-    "2.5-8b": Size("OpenGVLab/InternVL2_5-8B", 8.08, 32, 24, layout=FSDP),
-    "2.5-26b": Size("OpenGVLab/InternVL2_5-26B", 25.51, 48, 45, devices=16, layout=FSDP),
-    "2.5-38b": Size("OpenGVLab/InternVL2_5-38B", 38.39, 64, 45, devices=16, layout={**FSDP, "tp": 4}),
-    "2.5-78b": Size("OpenGVLab/InternVL2_5-78B", 78.41, 80, 45, devices=32, layout={**FSDP, "tp": 8}),
-    "3-1b": Size("OpenGVLab/InternVL3-1B", 0.94, 24, 24, layout=FSDP),
-    "3-2b": Size("OpenGVLab/InternVL3-2B", 2.09, 28, 24, layout=FSDP),
-    "3-8b": Size("OpenGVLab/InternVL3-8B", 7.94, 28, 24, layout=FSDP),
-    "3-14b": Size("OpenGVLab/InternVL3-14B", 15.12, 48, 24, layout=FSDP),
-    "3-38b": Size("OpenGVLab/InternVL3-38B", 38.39, 64, 45, devices=16, layout={**FSDP, "tp": 4}),
-    "3-78b": Size("OpenGVLab/InternVL3-78B", 78.41, 80, 45, devices=32, layout={**FSDP, "tp": 8}),
-    "3.5-4b": Size("OpenGVLab/InternVL3_5-4B", 4.73, 36, 24, layout=FSDP),
-    "3.5-8b": Size("OpenGVLab/InternVL3_5-8B", 8.53, 36, 24, layout=FSDP),
-    "3.5-30b-a3b": Size("OpenGVLab/InternVL3_5-30B-A3B", 30.85, 48, 24, active=3.3, devices=16, layout=FSDP),
-}  # fmt: skip
-CARD = ModelCard(
+    "2-8b": Size("OpenGVLab/InternVL2-8B", 8.08, 32, 24),
+    "2.5-1b": Size("OpenGVLab/InternVL2_5-1B", 0.94, 24, 24),
+    "2.5-4b": Size("OpenGVLab/InternVL2_5-4B", 3.71, 36, 24),
+    "2.5-8b": Size("OpenGVLab/InternVL2_5-8B", 8.08, 32, 24),
+    "2.5-26b": Size("OpenGVLab/InternVL2_5-26B", 25.51, 48, 45, devices=16),
+    "2.5-38b": Size("OpenGVLab/InternVL2_5-38B", 38.39, 64, 45, devices=16, layout=TP4),
+    "2.5-78b": Size("OpenGVLab/InternVL2_5-78B", 78.41, 80, 45, devices=32, layout=TP8),
+    "3-1b": Size("OpenGVLab/InternVL3-1B", 0.94, 24, 24),
+    "3-2b": Size("OpenGVLab/InternVL3-2B", 2.09, 28, 24),
+    "3-8b": Size("OpenGVLab/InternVL3-8B", 7.94, 28, 24),
+    "3-14b": Size("OpenGVLab/InternVL3-14B", 15.12, 48, 24),
+    "3-38b": Size("OpenGVLab/InternVL3-38B", 38.39, 64, 45, devices=16, layout=TP4),
+    "3-78b": Size("OpenGVLab/InternVL3-78B", 78.41, 80, 45, devices=32, layout=TP8),
+    "3.5-4b": Size("OpenGVLab/InternVL3_5-4B", 4.73, 36, 24),
+    "3.5-8b": Size("OpenGVLab/InternVL3_5-8B", 8.53, 36, 24),
+    "3.5-30b-a3b": Size("OpenGVLab/InternVL3_5-30B-A3B", 30.85, 48, 24, active=3.3, devices=16),
+}
+CARD = vision_language_card(
     name="internvl",
     family=InternVL,
     architectures=("InternVLForConditionalGeneration", "internvl", "InternVLChatModel", MODEL_TYPE),
-    tasks=TASKS,
     blocks=("model.vision_tower.encoder.layer.*", "model.language_model.layers.*"),
     towers={
         "vision": ("model.vision_tower",),
@@ -168,19 +169,12 @@ CARD = ModelCard(
         "vision": Chain(
             "model.vision_tower.encoder.layer.*",
             first=("model.vision_tower.embeddings",),
-            last=(
-                "model.vision_tower.layernorm",
-                "model.multi_modal_projector",
-                "model.language_model.embed_tokens",
-            ),
+            last=("model.vision_tower.layernorm", "model.multi_modal_projector", EMBEDDING),
         ),
         "language": language_chain(),
     },
-    sequence_entry="model.language_model",
-    sequence_exit="model.language_model",
     tensor_plan={**TEXT_PLAN, **optional(EXPERTS_PLAN), **VISION_PLAN},
     expert_plan=SPREAD_PLAN,
-    embedding="model.language_model.embed_tokens",
     sizes=SIZES,
     keywords=(*KEYWORDS, "mixture of experts", "moe"),
     aliases=("internvl2", "internvl2.5", "internvl3", "internvl3.5", "internvl2_5", "internvl3_5"),

@@ -2,8 +2,8 @@
 config.json, names of tensors, tokenizer and picture settings as transformers' InternVL has them, and back.
 
 Facts from the published config.json files, https://huggingface.co/OpenGVLab, and from transformers'
-conversion of them,
-https://github.com/huggingface/transformers (models/internvl/convert_internvl_weights_to_hf.py, version 4.57).
+conversion of them, https://github.com/huggingface/transformers
+(models/internvl/convert_internvl_weights_to_hf.py, version 4.57).
 """
 
 from __future__ import annotations
@@ -43,11 +43,10 @@ TEMPLATE = """{% for message in messages %}{{ '<|im_start|>' + message['role'] +
 {%- elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}
 {{- '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
-"""ChatML with media as the library's own InternVL checkpoints have it; the published repositories have it as
-code."""
+"""ChatML with media as the library's own InternVL checkpoints have it; published repositories have code."""
 
 
-# -- config.json ---------------------------------------------------------------------------------------------
+# -- config.json
 
 
 def is_original(directory: str | Path) -> bool:
@@ -65,11 +64,13 @@ def dump(raw: dict[str, Any], directory: Path) -> None:
 
 
 def convert_config(raw: dict[str, Any], image_token: int, where: Any) -> Any:
-    """A published config.json as transformers' InternVLConfig. Raises PolymodalError for what it cannot
-    describe."""
+    """A published config.json as transformers' InternVLConfig. Raises PolymodalError."""
     from transformers import CONFIG_MAPPING, InternVLConfig
 
     text = {key: value for key, value in raw["llm_config"].items() if key not in DROPPED}
+    for name in ("rope_scaling", "torch_dtype"):  # empty, as old versions wrote it
+        if text.get(name, "") is None:
+            del text[name]
     written = raw["llm_config"].get("model_type") or "qwen2"
     kind = TEXT_TYPES.get(written, written)
     for key, value, known in (
@@ -83,9 +84,6 @@ def convert_config(raw: dict[str, Any], image_token: int, where: Any) -> Any:
                 f"{where}: {key} = {value} is no InternVL that can be opened here.",
                 f"Known: {', '.join(map(str, known))}.",
             )
-    for name in ("rope_scaling", "torch_dtype"):  # empty, as old versions wrote it
-        if name in text and text[name] is None:
-            del text[name]
     vision = {
         VISION_KEYS.get(key, key): value
         for key, value in raw["vision_config"].items()
@@ -128,12 +126,11 @@ def write_config(config: Any, origin: Path, directory: Path) -> None:
     dump(raw, directory)
 
 
-# -- tokenizer and pictures ----------------------------------------------------------------------------------
+# -- tokenizer and pictures
 
 
 def read_tokenizer(directory: Path) -> Any:
-    """The tokenizer of the files, without their code; special tokens of pictures have names. Raises OSError,
-    ValueError."""
+    """The tokenizer of the files, without their code; special tokens of pictures have names."""
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
     if (directory / "tokenizer.model").is_file():
@@ -145,8 +142,8 @@ def read_tokenizer(directory: Path) -> Any:
 
 
 def _sentencepiece_tokenizer(directory: Path) -> Any:
-    """InternLM's: a byte-pair sentencepiece model, some of whose unused pieces tokenizer_config.json gives
-    other names.
+    """InternLM's: a byte-pair sentencepiece model, some of whose unused pieces are renamed by
+    tokenizer_config.json.
 
     The library's own reading of such a model would give renamed pieces new ids after the last.
     """
@@ -183,15 +180,11 @@ _SENTENCEPIECE = {
 
 
 def read_processor(directory: Path) -> Any:
-    """transformers' InternVLProcessor with the settings that the published code has as constants and in
-    config.json."""
+    """transformers' InternVLProcessor with the constants and settings of the published code."""
     from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
 
-    raw, config, tokenizer = (
-        read(directory / "config.json"),
-        read_config(directory),
-        read_tokenizer(directory),
-    )
+    raw, config = read(directory / "config.json"), read_config(directory)
+    tokenizer = read_tokenizer(directory)
     height, width = config.vision_config.image_size
     common = {"size": {"height": height, "width": width}, "image_mean": MEAN, "image_std": STD}
     limits = {"min_patches": raw.get("min_dynamic_patch", 1), "max_patches": raw.get("max_dynamic_patch", 12)}
@@ -206,20 +199,16 @@ def read_processor(directory: Path) -> Any:
 
 def write_limits(directory: Path, image_processor: Any) -> None:
     """The recipe's numbers of tiles into config.json, where the published code reads them."""
-    raw = read(directory / "config.json")
-    raw |= {
-        "min_dynamic_patch": image_processor.min_patches,
-        "max_dynamic_patch": image_processor.max_patches,
-    }
-    dump(raw, directory)
+    tiles = {"min": image_processor.min_patches, "max": image_processor.max_patches}
+    dynamic = {f"{end}_dynamic_patch": count for end, count in tiles.items()}
+    dump(read(directory / "config.json") | dynamic, directory)
 
 
-# -- names of tensors ----------------------------------------------------------------------------------------
+# -- names of tensors
 
 
 class SplitGroups:
-    """InternLM2's wqkv [K (G + 2) D, in], by heads of keys: G heads of queries, one of keys, one of values;
-    and back."""
+    """InternLM2's wqkv [K (G + 2) D, in], by groups: G heads of queries, one of keys, one of values."""
 
     supports_many_to_many = False  # as the library's ConversionOps, which it need not descend from
 
@@ -228,16 +217,16 @@ class SplitGroups:
 
     def convert(
         self,
-        input_dict: dict[str, Any],
+        inputs: dict[str, Any],
         source_patterns: list[str],
         target_patterns: list[str],
         config: Any,
-        **kwargs: Any,
+        **_: Any,
     ) -> dict[str, Tensor]:
         text = config.get_text_config()
         groups, heads = text.num_key_value_heads, text.num_attention_heads
         size = getattr(text, "head_dim", None) or text.hidden_size // heads
-        given = [input_dict[name] for name in source_patterns]
+        given = [inputs[name] for name in source_patterns]
         parts = [value[0] if isinstance(value, list) else value for value in given]
         if self.inverse:
             parts = [part.reshape(groups, -1, size, part.shape[-1]) for part in parts]
@@ -255,21 +244,16 @@ def rules(directory: Path) -> list[Any]:
     """Names of the files' tensors -> the library's, as transformers applies and reverts such rules."""
     from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
+    embeddings = r"vision_model\.embeddings"
     renames = [
         (r"^language_model\.lm_head", "lm_head"),
         (r"^language_model", "model.language_model"),
         (r"^mlp1\.0", "model.multi_modal_projector.layer_norm"),
         (r"^mlp1\.1", "model.multi_modal_projector.linear_1"),
         (r"^mlp1\.3", "model.multi_modal_projector.linear_2"),
-        (r"^vision_model\.embeddings\.class_embedding", "model.vision_tower.embeddings.cls_token"),
-        (
-            r"^vision_model\.embeddings\.position_embedding",
-            "model.vision_tower.embeddings.position_embeddings",
-        ),
-        (
-            r"^vision_model\.embeddings\.patch_embedding",
-            "model.vision_tower.embeddings.patch_embeddings.projection",
-        ),
+        (rf"^{embeddings}\.class_embedding", "model.vision_tower.embeddings.cls_token"),
+        (rf"^{embeddings}\.position_embedding", "model.vision_tower.embeddings.position_embeddings"),
+        (rf"^{embeddings}\.patch_embedding", "model.vision_tower.embeddings.patch_embeddings.projection"),
         (r"^vision_model\.encoder\.layers", "model.vision_tower.encoder.layer"),
         (r"\.ls1", ".lambda_1"),
         (r"\.ls2", ".lambda_2"),

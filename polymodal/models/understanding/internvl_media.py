@@ -1,11 +1,10 @@
 """What InternVL makes of pictures and videos: square tiles of one size, a fixed number of tokens each.
 
-Tiling and pixels are the library's own processors'; what is here is how many tokens stand for what.
+Tiling and pixels are the library's own processors'; here are the numbers of tokens.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import MediaPart, MediaShape, MediaStream, Span
-from polymodal.models.understanding.media import TokenMedia
+from polymodal.models.understanding.media import TokenMedia, encoded
 from polymodal.recipe import Data
 
 TILES = MediaStream("vision", "pixel_values", "tiles", ("tile", "none", "none", "none"))
@@ -23,8 +22,7 @@ TILES = MediaStream("vision", "pixel_values", "tiles", ("tile", "none", "none", 
 
 
 def limit_tiles(image_processor: Any, data: Data) -> None:
-    """data.image's pixels as numbers of tiles, before the thumbnail; what the recipe leaves out stays as it
-    is.
+    """data.image's pixels as numbers of tiles, before the thumbnail; None keeps the processor's.
 
     Raises PolymodalError for limits that contradict each other, and for limits of a video's pixels.
     """
@@ -49,8 +47,7 @@ def limit_tiles(image_processor: Any, data: Data) -> None:
 class InternVLMedia(TokenMedia):
     """MediaProcessor of tiles.
 
-    processor: the library's processor of the checkpoint (an InternVLProcessor); patches: of a tile, before
-        merging.
+    processor: the library's InternVLProcessor; patches: of a tile, before merging.
     """
 
     streams = (TILES,)
@@ -87,13 +84,12 @@ class InternVLMedia(TokenMedia):
         else:
             ids = []
             for frame in range(tiles):
-                ids += _encoded(self.tokenizer, f"{'' if frame == 0 else chr(10)}Frame{frame + 1}: ")
+                ids += encoded(self.tokenizer, f"{'' if frame == 0 else chr(10)}Frame{frame + 1}: ")
                 ids += [self.start, *[self.pad] * self.tokens, self.end]
         return Span(ids, (MediaPart(TILES.name, (tiles,), (self.patches,) * tiles),), shape)
 
     def features(self, shape: MediaShape, decoded: Any) -> dict[str, tuple[Tensor, Tensor]]:
-        """PIL image, or video frames uint8 [F, H, W, 3] -> tiles [N, 3, S, S] float32, their number [1,
-        1]."""
+        """PIL image, or video frames uint8 [F, H, W, 3] -> tiles [N, 3, S, S], their number [1, 1]."""
         if shape.kind == "image":
             rows = self.image_processor(images=[decoded], return_tensors="pt", **self.options)["pixel_values"]
         else:
@@ -105,8 +101,3 @@ class InternVLMedia(TokenMedia):
     def position_ids(self, input_ids: Tensor, spans: Sequence[Span]) -> Tensor:
         """Positions [1, T] int64: every token counts one."""
         return torch.arange(input_ids.shape[0])[None]
-
-
-@functools.lru_cache(4096)
-def _encoded(tokenizer: Any, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer.encode(text, add_special_tokens=False))

@@ -1,4 +1,4 @@
-"""Decoder-only language models as transformers names their modules and config keys: plans for cutting them, and FLOPs.
+"""Decoder-only language models with transformers' names: tensor plans, and FLOPs.
 
 Shared by all models whose text part is such a decoder (llama, qwen2, qwen3, qwen3_moe and those named alike).
 """
@@ -35,11 +35,6 @@ SPREAD_PLAN = {  # of experts spread over the expert-parallel group: styles of p
 }
 
 
-def optional(plan: dict[str, str]) -> dict[str, str]:
-    """A plan whose patterns need not fit: of cards whose models differ in their text part."""
-    return {name if name.endswith("?") else f"{name}?": style for name, style in plan.items()}
-
-
 def experts(text: Any) -> int:
     """Experts of each sparse layer; 0 without any."""
     return getattr(text, "num_experts", None) or 0
@@ -54,7 +49,7 @@ def sparse_layers(text: Any) -> int:
 
 
 def costs(text: Any, tokens: int, trained: int) -> tuple[float, float]:
-    """Forward FLOPs of (all layers, the head): two a weight and token, and causal attention over all tokens."""
+    """Forward FLOPs of (all layers, the head): two a weight and token, and causal attention."""
     width = text.hidden_size
     head_dim = getattr(text, "head_dim", None) or width // text.num_attention_heads
     queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim

@@ -1,10 +1,11 @@
-"""What processors of media share: the checkpoint's files read by the library, ids of special tokens, kinds that are read.
+"""What processors of media share: files of the checkpoint, ids of special tokens, kinds of media.
 
 Data workers hold a processor (it is picklable and needs no model), a family makes it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,14 +21,21 @@ def readable(directory: str, what: str, read: Callable[[], Any]) -> Any:
         reason = str(error).strip().split("\n")[0]
         raise PolymodalError(
             f"The {what} of {directory} cannot be read: {reason}",
-            "Copy the checkpoint's tokenizer and preprocessor files beside its weights, or fetch it again with `polymodal download`.",
+            "Copy the checkpoint's tokenizer and preprocessor files beside its weights, "
+            "or fetch it again with `polymodal download`.",
         ) from None
 
 
-class TokenMedia:
-    """MediaProcessor whose media stand at placeholder tokens. directory: a checkpoint with its processor files.
+@functools.lru_cache(4096)
+def encoded(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids without special tokens around them."""
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
 
-    reads: kind -> text that the chat is rendered with where such a medium stands.
+
+class TokenMedia:
+    """MediaProcessor whose media are placeholder tokens of the text. directory: a checkpoint.
+
+    reads: kind -> text of such a medium in the rendered chat.
     """
 
     streams: tuple[MediaStream, ...] = ()
@@ -41,7 +49,7 @@ class TokenMedia:
         self.tokenizer = self.load("AutoTokenizer", "tokenizer")
 
     def load(self, auto: str, what: str, **options: Any) -> Any:
-        """A part of the checkpoint by the library's Auto class. Raises PolymodalError when its files are not there."""
+        """A part of the checkpoint by the library's Auto class. Raises PolymodalError."""
         import transformers
 
         load = getattr(transformers, auto).from_pretrained
@@ -49,7 +57,7 @@ class TokenMedia:
 
     def token_id(self, text: str) -> int:
         """Id of a special token. Raises PolymodalError when the tokenizer does not have it."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = encoded(self.tokenizer, text)
         if len(ids) != 1:
             raise PolymodalError(
                 f"The tokenizer of {self.directory} does not know the token {text}.",
@@ -58,7 +66,7 @@ class TokenMedia:
         return ids[0]
 
     def placeholder(self, kind: str) -> str:
-        """Text of a medium before it is expanded. Raises PolymodalError for a kind that is not read."""
+        """Text of a medium before it is expanded. Raises PolymodalError for other kinds."""
         if kind not in self.reads:
             known = " and ".join(f"{name}s" for name in self.reads)
             raise PolymodalError(

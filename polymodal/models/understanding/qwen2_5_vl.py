@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: facts, and its window attention. See qwen_vl.py for what it shares with its line."""
+"""Qwen2.5-VL: facts, and its window attention."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from polymodal.distributed import attention as packed_attention
-from polymodal.models.card import ModelCard, Size
-from polymodal.models.understanding.language import DENSE_PLAN, TEXT_PLAN
-from polymodal.models.understanding.qwen_vl import BLOCKS, QwenVL, pipeline, towers, vision_plan
-from polymodal.models.understanding.vision_language import KEYWORDS, TASKS
+from polymodal.models.card import Size
+from polymodal.models.understanding.language import DENSE_PLAN
+from polymodal.models.understanding.qwen_vl import QwenVL, qwen_vl_card, vision_plan
 
 
 class Qwen25VL(QwenVL):
@@ -40,25 +39,14 @@ class Qwen25VL(QwenVL):
         return len(vision.fullatt_block_indexes), (vision.window_size // vision.patch_size) ** 2
 
 
-CARD = ModelCard(
+CARD = qwen_vl_card(
+    {**DENSE_PLAN, **vision_plan(("gate_proj", "up_proj"), "down_proj", ("mlp.0", "mlp.2"))},
     name="qwen2.5-vl",
     family=Qwen25VL,
     architectures=("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"),
-    tasks=TASKS,
-    blocks=BLOCKS,
-    towers=towers(),
-    pipeline=pipeline(),
-    sequence_entry="model.language_model",
-    sequence_exit="model.language_model",
-    tensor_plan={
-        **TEXT_PLAN,
-        **DENSE_PLAN,
-        **vision_plan(("gate_proj", "up_proj"), "down_proj", ("mlp.0", "mlp.2")),
-    },
-    embedding="model.language_model.embed_tokens",
     sizes={
-        "3b": Size("Qwen/Qwen2.5-VL-3B-Instruct", 3.75, 36, 32, devices=8, layout={"dp_shard": -1}),
-        "7b": Size("Qwen/Qwen2.5-VL-7B-Instruct", 8.29, 28, 32, devices=8, layout={"dp_shard": -1}),
+        "3b": Size("Qwen/Qwen2.5-VL-3B-Instruct", 3.75, 36, 32),
+        "7b": Size("Qwen/Qwen2.5-VL-7B-Instruct", 8.29, 28, 32),
         "32b": Size(
             "Qwen/Qwen2.5-VL-32B-Instruct", 33.45, 64, 32, devices=16, layout={"dp_shard": -1, "tp": 4}
         ),
@@ -66,8 +54,6 @@ CARD = ModelCard(
             "Qwen/Qwen2.5-VL-72B-Instruct", 73.41, 80, 32, devices=32, layout={"dp_shard": -1, "tp": 8}
         ),
     },
-    keywords=KEYWORDS,
     aliases=("qwen2.5vl", "qwen2_5_vl", "qwen25vl"),
-    verified="tiny models of the class: hidden states, logits and every gradient equal the library's; packed equals separate",
     seeds=("3b", "7b", "32b", "72b"),
 )

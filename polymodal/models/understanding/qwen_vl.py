@@ -1,8 +1,4 @@
-"""The Qwen VL line: what its models share in building, running and costing, beyond vision_language.py.
-
-Each model's own file holds its facts and overrides what differs. The architecture is transformers'; nothing of it is
-copied.
-"""
+"""What the Qwen VL models share beyond vision_language.py. Each model's file has what differs."""
 
 from __future__ import annotations
 
@@ -16,29 +12,55 @@ from torch import Tensor, nn
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Batch, MediaStream
 from polymodal.distributed import attention as packed_attention
-from polymodal.models.card import Chain, Components, PrunedModule
+from polymodal.models.card import Chain, Components, ModelCard, PrunedModule
+from polymodal.models.understanding.language import TEXT_PLAN
 from polymodal.models.understanding.qwen_vl_media import VISION, QwenVLMedia
-from polymodal.models.understanding.vision_language import VisionLanguage, language_chain
+from polymodal.models.understanding.vision_language import (
+    VisionLanguage,
+    language_chain,
+    vision_language_card,
+)
 from polymodal.recipe import Data
 
-BLOCKS = ("model.visual.blocks.*", "model.language_model.layers.*")
+VERIFIED = (
+    "tiny models of the class: hidden states, logits and every gradient equal the library's; "
+    "packed equals separate"
+)
 
 
-def pipeline(*vision: str) -> dict[str, Chain]:
-    """Chains of a pipeline: the vision tower, at whose end features are put among the token embeddings, and the
-    language model. vision: further modules of the tower that lie with its first block."""
-    return {
-        "vision": Chain(
-            "model.visual.blocks.*",
-            first=tuple(f"model.visual.{name}" for name in ("patch_embed", *vision)),
-            last=("model.visual.merger", "model.language_model.embed_tokens"),
-        ),
-        "language": language_chain(),
-    }
+def qwen_vl_card(
+    tensor_plan: Mapping[str, str],
+    *,
+    embedders: Sequence[str] = ("patch_embed",),
+    mergers: Sequence[str] = ("merger",),
+    **facts: Any,
+) -> ModelCard:
+    """A card of the line; embedders, mergers: modules of the vision tower before and behind its blocks.
+
+    The projector (the merger, with Qwen3-VL's deepstack mergers) is frozen separately from the tower
+    `vision`.
+    """
+    first = tuple(f"model.visual.{name}" for name in embedders)
+    blocks, embedding = "model.visual.blocks.*", "model.language_model.embed_tokens"
+    return vision_language_card(
+        blocks=(blocks, "model.language_model.layers.*"),
+        towers={
+            "vision": (*first, "model.visual.blocks"),
+            "projector": tuple(f"model.visual.{name}" for name in mergers),
+            "language": ("model.language_model", "lm_head"),
+        },
+        pipeline={
+            "vision": Chain(blocks, first=first, last=("model.visual.merger", embedding)),
+            "language": language_chain(),
+        },
+        tensor_plan={**TEXT_PLAN, **tensor_plan},
+        verified=VERIFIED,
+        **facts,
+    )
 
 
 def vision_plan(up: Sequence[str], down: str, merger: tuple[str, str], *mergers: str) -> dict[str, str]:
-    """Tensor plan of a vision tower: its MLP's layers, a merger's two layers, and what mergers there are."""
+    """Tensor plan of a vision tower: its MLP's layers, a merger's two layers, and names of the mergers."""
     plan = {
         "model.visual": "stream",
         "model.visual.blocks.*.attn": "attention",
@@ -57,24 +79,12 @@ def vision_plan(up: Sequence[str], down: str, merger: tuple[str, str], *mergers:
     return plan
 
 
-def towers(*vision: str, projector: Sequence[str] = ("merger",)) -> dict[str, tuple[str, ...]]:
-    """The three parts users freeze apart, as the described system names them: encoder, projector, language model.
-
-    The projector (the merger, with Qwen3-VL's deepstack mergers) lies inside `model.visual`, but is not `vision`.
-    """
-    return {
-        "vision": tuple(f"model.visual.{name}" for name in ("patch_embed", "blocks", *vision)),
-        "projector": tuple(f"model.visual.{name}" for name in projector),
-        "language": ("model.language_model", "lm_head"),
-    }
-
-
 class PatchEmbedding(nn.Conv3d):
     """A convolution whose kernel is its stride and its whole input: a matrix product, and computed as one.
 
-    torch's Conv3d takes 8 times (float32) to 100 times (bfloat16) as long on a CPU for 1024 patches, forward and
-    backward, and is slow elsewhere too (pytorch issue 174051). It becomes a library's convolution by changing that
-    one's class: parameters and names stay.
+    torch's Conv3d takes 8 times (float32) to 100 times (bfloat16) as long on a CPU for 1024 patches, forward
+    and backward, and is slow elsewhere too (pytorch issue 174051). It becomes a library's convolution by
+    changing that one's class: parameters and names stay.
     """
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -86,9 +96,9 @@ class PatchEmbedding(nn.Conv3d):
 class QwenVL(VisionLanguage):
     """Qwen2-VL, Qwen2.5-VL, Qwen3-VL dense and MoE.
 
-    Qwen3-VL's deepstack: features of some vision blocks are added to the stream after the first language layers. They
-    are carried as "deepstack" [levels, media tokens, D]: of the vision blocks before a stage, then those that language
-    layers ahead still want.
+    Qwen3-VL's deepstack: features of some vision blocks are added to the stream after the first language
+    layers. They are carried as "deepstack" [levels, media tokens, D]: of the vision blocks before a stage,
+    then those for the language layers of later stages.
     """
 
     line = "qwen-vl"
@@ -115,11 +125,8 @@ class QwenVL(VisionLanguage):
     ) -> Tensor | None:
         made: list[Tensor] = []
         mergers = getattr(model.model.visual, "deepstack_merger_list", ())
-        hooks = [
-            merger.register_forward_hook(lambda _, __, out: made.append(out))
-            for merger in mergers
-            if not isinstance(merger, PrunedModule)
-        ]
+        here = [merger for merger in mergers if not isinstance(merger, PrunedModule)]
+        hooks = [merger.register_forward_hook(lambda _, __, out: made.append(out)) for merger in here]
         try:
             state = super().run_tower(model, stream, batch, carry)
         finally:
@@ -138,17 +145,17 @@ class QwenVL(VisionLanguage):
         features = carried.pop("vision.features").to(hidden.dtype)
         levels = carried["deepstack"].to(hidden.dtype)
         if "vision" in batch.media:
-            every = batch.media["vision"].features(torch.cat([features, *levels], dim=-1))
-            features, *deeper = every.split(hidden.shape[-1], dim=-1)
-            # what is handed on between pipeline stages is never empty
+            joined = batch.media["vision"].features(torch.cat([features, *levels], dim=-1))
+            features, *deeper = joined.split(hidden.shape[-1], dim=-1)
+            # tensors between pipeline stages are never empty
             levels = nn.functional.pad(torch.stack(deeper), (0, 0, 0, not len(features)))
         carried["deepstack"] = levels
         if not self.received(VISION, batch):
             hidden = hidden + levels.sum() * 0.0
-        return self.place(VISION, batch, hidden, features, carried)
+        return self.insert_features(VISION, batch, hidden, features)
 
     def positions(self, batch: Batch, packed: bool) -> Tensor:
-        # the library finds packed samples in a fourth row of positions; packed attention is told their lengths
+        # the library finds packed samples by a fourth row of positions; packed attention gets their lengths
         return batch["position_ids"][1:] if packed else batch["position_ids"]
 
     def language_arguments(
@@ -163,7 +170,7 @@ class QwenVL(VisionLanguage):
             return {}
         # the library adds a level after the block of its number: none for blocks of earlier stages
         return {
-            "visual_pos_masks": self.places(VISION, batch),
+            "visual_pos_masks": self.media_mask(VISION, batch),
             "deepstack_visual_embeds": [*[None] * start, *levels[: done - start]],
         }
 
@@ -184,7 +191,7 @@ class QwenVL(VisionLanguage):
             for at, index in enumerate(indexes)
         }
 
-    # -- sizes of media -----------------------------------------------------------------------------------------------
+    # -- sizes of media
 
     def media_ids(self, stream: MediaStream) -> tuple[int, ...]:
         return self.config.image_token_id, self.config.video_token_id
@@ -203,8 +210,9 @@ class QwenVL(VisionLanguage):
     def medium(self, stream: MediaStream, length: int) -> tuple[int, ...]:
         """A nearly square picture."""
         merge = self.config.vision_config.spatial_merge_size
-        height, width = nearly_square(max(1, length // merge**2))
-        return 1, merge * height, merge * width
+        tokens = max(1, length // merge**2)
+        height = max(1, math.isqrt(tokens))
+        return 1, merge * height, merge * (tokens // height)
 
     def row_shape(self, stream: MediaStream) -> tuple[int, ...]:
         vision = self.config.vision_config
@@ -215,32 +223,32 @@ class QwenVL(VisionLanguage):
         return rows, getattr(vision, "embed_dim", None) or vision.hidden_size
 
     def check(self) -> None:
-        """Raise PolymodalError for a config that cannot be run. Called once the recipe's overrides are in it."""
+        """Raise PolymodalError for a config that cannot be run."""
         text, vision = self.config.text_config, self.config.vision_config
         merged = getattr(vision, "out_hidden_size", None) or vision.hidden_size
         if merged != text.hidden_size:
             raise PolymodalError(
-                f"model.config: the vision tower gives features of {merged}, the language model takes {text.hidden_size}.",
+                f"model.config: the vision tower gives features of {merged}, "
+                f"the language model takes {text.hidden_size}.",
                 "Set text_config.hidden_size and the vision tower's output size alike.",
             )
-        for name, count in (
-            ("fullatt_block_indexes", vision.depth),
-            ("deepstack_visual_indexes", vision.depth),
-        ):
-            beyond = [index for index in getattr(vision, name, None) or () if index >= count]
+        for name in ("fullatt_block_indexes", "deepstack_visual_indexes"):
+            beyond = [index for index in getattr(vision, name, None) or () if index >= vision.depth]
             if beyond:
                 raise PolymodalError(
-                    f"model.config: vision_config.{name} names layer {beyond[0]}, but the vision tower has {count}.",
-                    f"Set vision_config.{name} to layers below {count} as well.",
+                    f"model.config: vision_config.{name} names layer {beyond[0]}, "
+                    f"but the vision tower has {vision.depth}.",
+                    f"Set vision_config.{name} to layers below {vision.depth} as well.",
                 )
         if len(getattr(vision, "deepstack_visual_indexes", None) or ()) > text.num_hidden_layers:
             raise PolymodalError(
-                f"model.config: {len(vision.deepstack_visual_indexes)} deepstack features enter only {text.num_hidden_layers} language layers.",
+                f"model.config: {len(vision.deepstack_visual_indexes)} deepstack features enter only "
+                f"{text.num_hidden_layers} language layers.",
                 "Shorten vision_config.deepstack_visual_indexes.",
             )
 
     def geometry(self, grid: Tensor, device: torch.device) -> dict[str, Any]:
-        """What the tower derives from the grids [M, 3], computed on the host so that no layer waits for the device."""
+        """Arguments of the tower that follow from the grids [M, 3], computed on the host."""
         from transformers.vision_utils import get_vision_position_ids
 
         merge = self.config.vision_config.spatial_merge_size
@@ -267,15 +275,9 @@ class QwenVL(VisionLanguage):
         }
 
     def vision_weights(self, vision: Any) -> tuple[float, float]:
-        """Weights a patch meets in one block's feed-forward part, and those a merged token meets in the mergers."""
+        """Weights of one block's MLP (for each patch), and of the mergers (for each merged token)."""
         raise NotImplementedError
 
     def vision_attention(self, vision: Any) -> tuple[int, int]:
-        """Layers that attend to a whole picture, and the patches of a window in the others."""
+        """Layers with attention over a whole picture, and the patches of a window in the other layers."""
         return vision.depth, 0
-
-
-def nearly_square(count: int) -> tuple[int, int]:
-    """Height and width whose product is `count` or a little less, at most two apart in ratio."""
-    height = max(1, int(count**0.5))
-    return height, max(1, count // height)

@@ -1,12 +1,7 @@
-"""What the Qwen VL line makes of pictures and videos: token spans, patches and positions.
-
-Sizes, pixels and positions are the
-library's own functions; what is here is the order in which they are called.
-"""
+"""What the Qwen VL models make of pictures and videos: token spans, patches, positions."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -17,7 +12,7 @@ from torch import Tensor
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import MediaPart, MediaShape, MediaStream, Span
-from polymodal.models.understanding.media import TokenMedia
+from polymodal.models.understanding.media import TokenMedia, encoded
 from polymodal.recipe import Data
 
 START, END = "<|vision_start|>", "<|vision_end|>"
@@ -29,9 +24,9 @@ VISION = MediaStream("vision", "pixel_values", "grid_thw")
 class QwenVLMedia(TokenMedia):
     """MediaProcessor of Qwen2-VL and Qwen2.5-VL.
 
-    directory: a checkpoint with its tokenizer and processor files; config: its transformers config; rope: name of
-    the transformers class whose `get_rope_index` gives positions. data.image and data.video override the
-    checkpoint's pixel limits. Raises PolymodalError when files are missing or the limits contradict each other.
+    directory: a checkpoint with its tokenizer and processor files; config: its transformers config; rope:
+    name of the transformers class whose `get_rope_index` gives positions. data.image and data.video override
+    the checkpoint's pixel limits. Raises PolymodalError.
     """
 
     streams = (VISION,)
@@ -51,7 +46,7 @@ class QwenVLMedia(TokenMedia):
         self.fps = data.video.fps
 
     def _limits(self, kind: str, processor: Any, asked: Any) -> tuple[int | None, int | None]:
-        """(min, max) pixels as the recipe gives them; checked against the checkpoint's where only one is given."""
+        """(min, max) pixels as the recipe gives them; checked with the checkpoint's."""
         limits = (asked.min_pixels, asked.max_pixels)
         low, high = self._pixels_of(processor, limits)
         if limits != (None, None) and low > high:
@@ -85,7 +80,7 @@ class QwenVLMedia(TokenMedia):
         }
 
     def resized(self, kind: str, height: int, width: int, frames: int = 1) -> tuple[int, int]:
-        """(height, width) in pixels after the library's resizing. Raises PolymodalError for impossible shapes."""
+        """(height, width) in pixels after the library's resizing. Raises PolymodalError."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         processor = self._processor(kind)
@@ -101,13 +96,12 @@ class QwenVLMedia(TokenMedia):
         return self.image_processor if kind == "image" else self.video_processor
 
     def _call_limits(self, kind: str, frames: int) -> tuple[int, int]:
-        """(min, max) pixels handed to the library for one medium of so many frames."""
-        return self._pixels_of(
-            self._processor(kind), self.image_limits if kind == "image" else self.video_limits
-        )
+        """(min, max) pixels given to the library for one medium of so many frames."""
+        limits = self.image_limits if kind == "image" else self.video_limits
+        return self._pixels_of(self._processor(kind), limits)
 
     def grid(self, kind: str, height: int, width: int, frames: int = 1) -> tuple[int, int, int]:
-        """(t, h, w) in patches; a video's frames are filled up to whole temporal patches with its last frame."""
+        """(t, h, w) in patches; a video is filled up with its last frame."""
         processor = self._processor(kind)
         temporal = processor.temporal_patch_size
         frames = max(frames, temporal) if kind == "video" else 1
@@ -125,30 +119,29 @@ class QwenVLMedia(TokenMedia):
 
     def features(self, shape: MediaShape, decoded: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """PIL image, or video frames uint8 [F, H, W, 3] -> patches [P, D] float32, grid [1, 3] int64."""
-        kind, frames = shape.kind, decoded
-        processor = self._processor(kind)
-        if kind == "image":
-            low, high = self._call_limits(kind, 1)
-            out = processor(
-                images=[frames], size={"shortest_edge": low, "longest_edge": high}, return_tensors="pt"
-            )
+        processor = self._processor(shape.kind)
+        if shape.kind == "image":
+            out = processor(images=[decoded], size=self._size(shape.kind, 1), return_tensors="pt")
             return {VISION.name: (out["pixel_values"], out["image_grid_thw"])}
-        video = torch.as_tensor(frames)
+        video = torch.as_tensor(decoded)
         missing = processor.temporal_patch_size - video.shape[0]
         if missing > 0:
             video = torch.cat([video, video[-1:].expand(missing, -1, -1, -1)])
-        low, high = self._call_limits(kind, video.shape[0])
         out = processor(
             videos=[video.permute(0, 3, 1, 2)],
-            size={"shortest_edge": low, "longest_edge": high},
+            size=self._size(shape.kind, video.shape[0]),
             do_sample_frames=False,
             cap_pixels_per_frame=False,
             return_tensors="pt",
         )
         return {VISION.name: (out["pixel_values_videos"], out["video_grid_thw"])}
 
+    def _size(self, kind: str, frames: int) -> dict[str, int]:
+        low, high = self._call_limits(kind, frames)
+        return {"shortest_edge": low, "longest_edge": high}
+
     def position_ids(self, input_ids: Tensor, spans: Sequence[Span]) -> Tensor:
-        """Positions [4, T] int64 of one sample: its own tokens from 0, then the library's time, height, width."""
+        """Positions [4, T] int64 of one sample: tokens from 0, time, height, width."""
         own = torch.arange(input_ids.shape[0])
         if not spans:
             return own.expand(4, -1).clone()
@@ -157,29 +150,25 @@ class QwenVLMedia(TokenMedia):
         library = getattr(transformers, self.rope)
         holder = SimpleNamespace(config=self.config)
         holder.get_vision_position_ids = partial(library.get_vision_position_ids, holder)
-        types = (input_ids == self.ids[PADS["image"]]).int() + 2 * (
-            input_ids == self.ids[PADS["video"]]
-        ).int()
-        of = {kind: [span for span in spans if span.shape.kind == kind] for kind in PADS}
-        rows = {
-            kind: torch.tensor([span.parts[0].size for span in found]) if found else None
-            for kind, found in of.items()
+        image, video = (input_ids == self.ids[pad] for pad in PADS.values())
+        media = {kind: [span for span in spans if span.shape.kind == kind] for kind in PADS}
+        grids = {
+            f"{kind}_grid_thw": torch.tensor([span.parts[0].size for span in found]) if found else None
+            for kind, found in media.items()
         }
+        steps = [span.shape.step for span in media["video"]]
         positions, _ = library.get_rope_index(
             holder,
             input_ids[None],
-            mm_token_type_ids=types[None],
-            image_grid_thw=rows["image"],
-            video_grid_thw=rows["video"],
-            second_per_grid_ts=torch.tensor([span.shape.step for span in of["video"]])
-            if of["video"]
-            else None,
+            mm_token_type_ids=(image.int() + 2 * video.int())[None],
+            second_per_grid_ts=torch.tensor(steps) if steps else None,
+            **grids,
         )
         return torch.cat([own[None], positions[:, 0]])
 
 
 class Qwen3VLMedia(QwenVLMedia):
-    """Qwen3-VL: a video is its frames, each after its time in text; pixel limits count the whole video's volume."""
+    """Qwen3-VL: a video is its frames, each after its time in text; limits count all its pixels."""
 
     def resized(self, kind: str, height: int, width: int, frames: int = 1) -> tuple[int, int]:
         if kind == "image":
@@ -200,17 +189,15 @@ class Qwen3VLMedia(QwenVLMedia):
         return self._pixels_of(self.video_processor, self.video_limits, volume=frames)
 
     def span(self, shape: MediaShape) -> Span:
-        """As the library writes a video: each temporal patch after the mean time of its first and last frame.
-
-        The template's own start and end stay around the whole, as transformers 5 leaves them.
-        """
+        """As the library writes a video: each temporal patch after the mean time of its first and last frame,
+        and the template's own start and end around the whole, as transformers 5 leaves them."""
         if shape.kind == "image":
             return super().span(shape)
         grid = self.grid(shape.kind, shape.height, shape.width, shape.frames)
         pads = [self.ids[PADS[shape.kind]]] * (grid[1] * grid[2] // self.video_processor.merge_size**2)
         ids = [self.ids[START]]
         for time in self.times(shape.frames, shape.seconds):
-            ids += _encoded(self.tokenizer, f"<{time:.1f} seconds>")
+            ids += encoded(self.tokenizer, f"<{time:.1f} seconds>")
             ids += [self.ids[START], *pads, self.ids[END]]
         return Span([*ids, self.ids[END]], (_part(grid),), shape)
 
@@ -222,11 +209,6 @@ class Qwen3VLMedia(QwenVLMedia):
         temporal = self.video_processor.temporal_patch_size
         known += [known[-1]] * (-len(known) % temporal)
         return [(known[i] + known[i + temporal - 1]) / 2 for i in range(0, len(known), temporal)]
-
-
-@functools.lru_cache(4096)
-def _encoded(tokenizer: Any, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _part(grid: tuple[int, int, int]) -> MediaPart:

@@ -1,15 +1,14 @@
-"""Models of towers, projectors and a language model: what they share in building, running, cutting and costing.
+"""Models of towers, projectors and a language model: building, running, pipeline stages and FLOPs.
 
-A tower reads one media stream (core/sample.py: MediaStream), its projector makes features of the language model's
-width, and these take the places of placeholder tokens among the token embeddings. A model's own file says where its
-modules are (its card) and how its tower is called (`tower`); the library owns the architecture.
+A tower reads one media stream (core/sample.py: MediaStream), its projector makes features of the language
+model's width, and these replace placeholder tokens among the token embeddings. A model's own file has its
+card and the call of its tower (`tower`); the library owns the architecture.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,40 +20,63 @@ from polymodal.core.sample import AXES, IGNORE, Batch, MediaStream, SampleLength
 from polymodal.distributed import attention as packed_attention
 from polymodal.distributed.router_loss import router_sums
 from polymodal.models import partial
-from polymodal.models.card import Chain, Components, Output, PrunedModule
+from polymodal.models.card import Chain, Components, ModelCard, Output, PrunedModule
 from polymodal.models.family import Family
 from polymodal.models.understanding import language
 
 TASKS = ("image-text-to-text", "video-text-to-text")
 KEYWORDS = (
-    "vision-language", "image understanding", "video understanding", "visual question answering", "vqa", "ocr",
-    "document", "chart", "caption", "grounding", "multimodal chat", "image", "picture", "photo", "video question",
-)  # fmt: skip
+    "vision-language",
+    "image understanding",
+    "video understanding",
+    "visual question answering",
+    "vqa",
+    "ocr",
+    "document",
+    "chart",
+    "caption",
+    "grounding",
+    "multimodal chat",
+    "image",
+    "picture",
+    "photo",
+    "video question",
+)
+
+
+def vision_language_card(**facts: Any) -> ModelCard:
+    """A ModelCard with what is usual for modules as transformers names them; `facts` replace it."""
+    text = "model.language_model"
+    usual = {"sequence_entry": text, "sequence_exit": text, "embedding": f"{text}.embed_tokens"}
+    return ModelCard(**{"tasks": TASKS, "keywords": KEYWORDS, **usual, **facts})
+
+
+def language_chain() -> Chain:
+    """The language model's chain of blocks, as transformers names it."""
+    return Chain("model.language_model.layers.*", last=("model.language_model.norm", "lm_head"))
 
 
 class VisionLanguage(Family):
     """Packed samples of text and media. `attention` and `experts` are the recipe's model.* choices.
 
-    A tower has the name of its stream, in `card.towers` and `card.pipeline` too. Its chain of blocks ends with the
-    modules that make features of the stream of the last block; the last tower's chain also holds the embedding.
+    A tower has the name of its stream, in `card.towers` and `card.pipeline` too. Its chain of blocks ends
+    with the modules that make features of the stream of the last block; the last one also with the embedding.
     """
 
     layout = "packed"
-    attention = "auto"
-    experts = "auto"
     streams: tuple[MediaStream, ...] = (MediaStream("vision", "pixel_values", "grid_thw"),)
 
-    # -- what a model's file says -------------------------------------------------------------------------------------
+    # -- what a model's own file defines
 
     def tower(
         self, model: nn.Module, stream: MediaStream, rows: Tensor, sizes: Tensor, device: torch.device
     ) -> Tensor:
-        """The tower and its projector, by the library's modules: `stream.tensor` rows and sizes [M, k] on the host ->
-        features [media tokens, D] in reading order."""
+        """The tower and its projector, by the library's modules: `stream.tensor` rows and sizes [M, k] on the
+        host -> features [media tokens, D] in reading order."""
         raise NotImplementedError
 
     def tower_state(self, stream: MediaStream, rows: int) -> tuple[int, ...]:
-        """Shape of what one block of the tower hands to the next, for so many rows of the stream's tensor."""
+        """Shape of what a block of the tower passes to the next, for so many rows of the stream's tensor."""
         raise NotImplementedError
 
     def row_shape(self, stream: MediaStream) -> tuple[int, ...]:
@@ -74,7 +96,7 @@ class VisionLanguage(Family):
         raise NotImplementedError
 
     def media_ids(self, stream: MediaStream) -> tuple[int, ...]:
-        """Token ids at which the features of a stream stand."""
+        """Ids of the placeholder tokens of a stream's features."""
         raise NotImplementedError
 
     def tower_costs(self, stream: MediaStream, lengths: Sequence[int]) -> dict[str, float]:
@@ -82,27 +104,25 @@ class VisionLanguage(Family):
         raise NotImplementedError
 
     def media_parts(self, stream: MediaStream, sizes: Tensor) -> list[tuple[int, ...]]:
-        """The smallest parts of media [M, k] that the tower computes apart from each other, in the order of rows."""
+        """The smallest parts of media [M, k] that the tower computes independently, in the order of rows."""
         return [tuple(size) for size in sizes.tolist()]
 
-    # -- building -----------------------------------------------------------------------------------------------------
+    # -- building
 
     @property
     def text(self) -> Any:
         """The language model's config."""
         return self.config.get_text_config()
 
-    def create(self, **options: Any) -> nn.Module:
-        """The library's model of this config; under the meta device."""
-        from transformers import AutoModelForImageTextToText
-
-        return AutoModelForImageTextToText.from_config(copy.deepcopy(self.config), **options)
-
     def build(self) -> Components:
         """The library's model on meta in float32, with packed attention in text and towers."""
-        chosen = {} if self.experts == "auto" else {"experts_implementation": self.experts}
+        from transformers import AutoModelForImageTextToText
+
+        experts = {} if self.experts == "auto" else {"experts_implementation": self.experts}
         with torch.device("meta"):
-            model = self.create(dtype=torch.float32, attn_implementation="sdpa", **chosen)
+            model = AutoModelForImageTextToText.from_config(
+                copy.deepcopy(self.config), dtype=torch.float32, attn_implementation="sdpa", **experts
+            )
         packed_attention.use(model, self.attention)
         return Components(model.train())
 
@@ -110,78 +130,64 @@ class VisionLanguage(Family):
         """Embeddings, layers and last norm."""
         return model.get_submodule(self.card.embedding.rpartition(".")[0])
 
-    # -- running ------------------------------------------------------------------------------------------------------
+    # -- running
 
-    def places(self, stream: MediaStream, batch: Batch) -> Tensor:
-        """Where features of a stream stand among the tokens of a batch: bool [1, T]."""
+    def media_mask(self, stream: MediaStream, batch: Batch) -> Tensor:
+        """Which tokens of a batch are placeholders of a stream's features: bool [1, T]."""
         ids = batch["input_ids"]
-        first, *others = self.media_ids(stream)
-        found = ids == first
-        for other in others:
-            found = found | (ids == other)
-        return found
+        return functools.reduce(torch.logical_or, (ids == each for each in self.media_ids(stream)))
 
-    def rows(self, stream: MediaStream, batch: Batch) -> int:
-        """Rows of a stream that the tower of this rank computes; a later stage of a pipeline knows their sizes only."""
+    def tower_sizes(self, stream: MediaStream, batch: Batch) -> Tensor | None:
+        """Sizes [M, k] of the media that the tower of this rank computes."""
         exchange = batch.media.get(stream.name)
-        sizes = batch.on_host(stream.sizes) if exchange is None else exchange.sizes
-        return 0 if sizes is None else int(sizes.prod(dim=1).sum())
+        return batch.on_host(stream.sizes) if exchange is None else exchange.sizes
+
+    def feature_count(self, stream: MediaStream, sizes: Tensor) -> int:
+        """Features of media of these sizes."""
+        return sum(self.media_tokens(stream, part) for part in self.media_parts(stream, sizes))
 
     def received(self, stream: MediaStream, batch: Batch) -> int:
-        """Features of a stream that stand at tokens of this batch, on this rank."""
+        """Features of a stream that belong to tokens of this batch, on this rank."""
         exchange = batch.media.get(stream.name)
         if exchange is not None:
             return exchange.received
         sizes = batch.on_host(stream.sizes)
-        if sizes is None:
-            return 0
-        return sum(self.media_tokens(stream, part) for part in self.media_parts(stream, sizes))
+        return 0 if sizes is None else self.feature_count(stream, sizes)
 
     def tower_inputs(
         self, stream: MediaStream, batch: Batch, entering: Tensor | None
     ) -> tuple[Tensor, Tensor, int]:
-        """(rows of the stream's tensor, sizes on the host, features), after media were exchanged between ranks.
+        """(rows of the stream's tensor, sizes on the host, features), after the exchange between ranks.
 
-        A rank without media computes the smallest medium there is (0 features), whose result is multiplied by zero:
-        every rank of a sharded model must run the same modules. entering: the state of a tower that began in another
-        stage of a pipeline, where only the number of rows counts.
+        A rank without media computes the smallest medium there is (0 features), whose result is multiplied by
+        zero: every rank of a sharded model must run the same modules. entering: the state of a tower that
+        began in another stage of a pipeline, where only the number of rows counts.
         """
         device = batch["input_ids"].device
         exchange, shape = batch.media.get(stream.name), self.row_shape(stream)
-        sizes, rows = batch.on_host(stream.sizes), batch.get(stream.tensor)
-        if exchange is not None:
-            sizes = exchange.sizes
-            if entering is None:
-                rows = exchange.rows(rows, shape, device)
-        count = 0 if sizes is None else int(sizes.prod(dim=1).sum())
+        sizes, rows = self.tower_sizes(stream, batch), batch.get(stream.tensor)
         if entering is not None:
+            count = 0 if sizes is None else int(sizes.prod(dim=1).sum())
             rows = torch.zeros((), device=device).expand(count, *shape) if count else None
+        elif exchange is not None:
+            rows = exchange.rows(rows, shape, device)
         if rows is None or sizes is None:
             sizes = torch.tensor([self.medium(stream, 0)])
             return torch.zeros(int(sizes.prod()), *shape, device=device), sizes, 0
-        return (
-            rows,
-            sizes,
-            sum(self.media_tokens(stream, part) for part in self.media_parts(stream, sizes)),
-        )
+        return rows, sizes, self.feature_count(stream, sizes)
 
     def run_tower(
         self, model: nn.Module, stream: MediaStream, batch: Batch, carry: dict[str, Tensor]
     ) -> Tensor | None:
-        """One call of a tower, or of the part of it that is in this stage: its state if it goes on in another stage,
-        else None, and carry["<stream>.features"] [features, D] is set.
+        """One call of a tower, or of the part of it that is in this stage: its state if it continues in
+        another stage, else None, and carry["<stream>.features"] [features, D] is set.
 
-        carry["<stream>.state"]: of a tower that began in another stage; taken out.
+        carry["<stream>.state"]: of a tower that began in another stage; removed.
         """
         entering = carry.pop(f"{stream.name}.state", None)
         rows, sizes, count = self.tower_inputs(stream, batch, entering)
-        device = batch["input_ids"].device
-        state, features = partial.run(
-            model,
-            self.card.pipeline[stream.name],
-            entering,
-            lambda: self.tower(model, stream, rows, sizes, device),
-        )
+        call = functools.partial(self.tower, model, stream, rows, sizes, batch["input_ids"].device)
+        state, features = partial.run(model, self.card.pipeline[stream.name], entering, call)
         if features is not None:
             # of no media: the dummy's features, all of them, so that they stay in the graph
             carry[f"{stream.name}.features"] = features[:count] if count else features
@@ -196,9 +202,9 @@ class VisionLanguage(Family):
     ) -> dict[str, Tensor] | Output:
         """The whole model, or one pipeline stage of it whose other modules are PrunedModule.
 
-        carry: None on the first stage; of a tower that goes on {"<stream>.state"} and features of towers that are done
-        {"<stream>.features": [n, D]}; then {"hidden_states": [1, T, D]}; besides what the family's hooks put in.
-        Returns the same for the next stage, or Output.
+        carry: None on the first stage; {"<stream>.state"} of a tower that continues and {"<stream>.features":
+        [n, D]} of towers that are done; then {"hidden_states": [1, T, D]}; besides what the family's hooks
+        add. Returns the same for the next stage, or Output.
         """
         carried = dict(carry or {})
         hidden = carried.pop(partial.HIDDEN, None)
@@ -215,30 +221,28 @@ class VisionLanguage(Family):
         return self.run_language(model, batch, hidden, carried)
 
     def embed(self, model: nn.Module, batch: Batch, carried: dict[str, Tensor]) -> Tensor:
-        """Token embeddings with media features in their places; features are taken out of `carried`."""
+        """Token embeddings with media features at the placeholders; features are removed from `carried`."""
         hidden = model.get_submodule(self.card.embedding)(batch["input_ids"])
         for stream in self.streams:
             features = carried.pop(f"{stream.name}.features").to(hidden.dtype)
             exchange = batch.media.get(stream.name)
             if exchange is not None:
                 features = exchange.features(features)
-            hidden = self.place(stream, batch, hidden, features, carried)
+            hidden = self.insert_features(stream, batch, hidden, features)
         return hidden
 
-    def place(
-        self, stream: MediaStream, batch: Batch, hidden: Tensor, features: Tensor, carried: dict[str, Tensor]
-    ) -> Tensor:
-        """Features of this rank's tokens, put among the token embeddings [1, T, D]."""
+    def insert_features(self, stream: MediaStream, batch: Batch, hidden: Tensor, features: Tensor) -> Tensor:
+        """Token embeddings [1, T, D] with the features of this rank's placeholder tokens."""
         if not self.received(stream, batch):
             return hidden + features.sum() * 0.0
-        places = self.places(stream, batch)
+        mask = self.media_mask(stream, batch)
         torch._assert_async(
-            places.sum() == features.shape[0], "media tokens and media features differ in number"
+            mask.sum() == features.shape[0], "media tokens and media features differ in number"
         )
-        return hidden.masked_scatter(places[..., None], features)
+        return hidden.masked_scatter(mask[..., None], features)
 
     def positions(self, batch: Batch, packed: bool) -> Tensor:
-        """What the language model is given as position_ids; packed: packed attention bounds the samples itself."""
+        """What the language model is given as position_ids; packed: with packed attention."""
         return batch["position_ids"][0]
 
     def run_language(
@@ -260,9 +264,7 @@ class VisionLanguage(Family):
             if batch.cut is not None:
                 arguments["cut"] = batch.cut
             if self.routers()[0]:
-                arguments["output_router_logits"] = (
-                    True  # hooks of the routers alone, no hidden states are kept
-                )
+                arguments["output_router_logits"] = True  # hooks of the routers alone keep no hidden states
             out = text(
                 inputs_embeds=hidden,
                 position_ids=self.positions(batch, packed),
@@ -282,7 +284,7 @@ class VisionLanguage(Family):
         """Further arguments of the language model, whose layers start..done are here."""
         return {}
 
-    # -- mixture-of-experts layers: their routers' logits over stages -------------------------------------------------
+    # -- mixture-of-experts layers: their routers' logits over stages
 
     def routers(self) -> tuple[int, int]:
         """Layers with experts, and experts of each; (0, 0) without any."""
@@ -304,11 +306,8 @@ class VisionLanguage(Family):
         before = carried.pop("router_sums", None)
         if before is None:
             return {"router_logits": logits}
-        return {
-            "router_logits": logits,
-            "router_sums_before": before,
-            "router_layers_before": layers - len(logits),
-        }
+        earlier = {"router_sums_before": before, "router_layers_before": layers - len(logits)}
+        return {"router_logits": logits, **earlier}
 
     def router_carry(
         self, batch: Batch, hidden: Tensor, extra: Mapping[str, Any], carried: Mapping[str, Tensor]
@@ -321,7 +320,7 @@ class VisionLanguage(Family):
             before = hidden.new_zeros(2, self.routers()[1])
         return {} if before is None else {"router_sums": before}
 
-    # -- shapes without data ------------------------------------------------------------------------------------------
+    # -- shapes without data
 
     @functools.cached_property
     def depths(self) -> dict[str, int]:
@@ -342,21 +341,18 @@ class VisionLanguage(Family):
         return spec
 
     def carry_shapes(self, batch: Batch, before: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-        """Shapes of what `stage` hands on, but for what routers say."""
+        """Shapes of what `stage` returns for the next stage, without routers' sums."""
         shapes: dict[str, tuple[int, ...]] = {}
         for stream in self.streams:
-            smallest = self.medium(stream, 0)
+            sizes = self.tower_sizes(stream, batch)
+            if sizes is None or not len(sizes):
+                sizes = torch.tensor([self.medium(stream, 0)])
             if before[stream.name] < self.depths[stream.name]:
                 if before[stream.name]:
-                    rows = self.rows(stream, batch) or math.prod(smallest)
+                    rows = int(sizes.prod(dim=1).sum())
                     shapes = {f"{stream.name}.state": self.tower_state(stream, rows), **shapes}
                 return shapes
-            exchange = batch.media.get(stream.name)
-            sizes = batch.on_host(stream.sizes) if exchange is None else exchange.sizes
-            if sizes is None or not len(sizes):
-                sizes = torch.tensor([smallest])
-            tokens = sum(self.media_tokens(stream, part) for part in self.media_parts(stream, sizes))
-            shapes[f"{stream.name}.features"] = (tokens, self.text.hidden_size)
+            shapes[f"{stream.name}.features"] = (self.feature_count(stream, sizes), self.text.hidden_size)
         return {partial.HIDDEN: (1, batch["input_ids"].shape[1], self.text.hidden_size)}
 
     def example(self, measure: SampleLengths) -> Batch:
@@ -372,7 +368,7 @@ class VisionLanguage(Family):
             if not found:
                 continue
             sizes = torch.tensor(found)
-            count = sum(self.media_tokens(stream, part) for part in self.media_parts(stream, sizes))
+            count = self.feature_count(stream, sizes)
             if at + count > measure.tokens:
                 raise PolymodalError(f"Media of {at + count} tokens do not fit into {measure.tokens} tokens.")
             ids[0, at : at + count] = self.media_ids(stream)[0]
@@ -391,22 +387,16 @@ class VisionLanguage(Family):
         modality = next((kinds.get(name, name) for name, (count,) in media.items() if count), "text")
         groups = {"modality": (modality,), "media": media, "broken": (False,)}
         segments = {"text": packed_attention.cumulative([measure.tokens])}
-        return Batch(
-            tensors, {name: axes[name] for name in tensors}, (0,), segments, groups, streams=self.streams
-        )
+        axes = {name: axes[name] for name in tensors}
+        return Batch(tensors, axes, (0,), segments, groups, streams=self.streams)
 
     position_rows = 1
 
     def costs(self, measure: SampleLengths) -> dict[str, float]:
-        """Forward FLOPs: two a weight and token, plus attention. Each length of a media stream attends to itself."""
+        """Forward FLOPs: two a weight and token, plus attention within each medium's lengths."""
         layers, head = language.costs(self.text, measure.tokens, measure.trained)
         out: dict[str, float] = {}
         for stream in self.streams:
             out |= self.tower_costs(stream, measure.media.get(stream.name, ()))
         blocks = self.card.pipeline["language"].blocks
         return {**out, (blocks if isinstance(blocks, str) else blocks[0]): layers, self.card.head: head}
-
-
-def language_chain() -> Chain:
-    """The language model's chain of blocks, as transformers names it."""
-    return Chain("model.language_model.layers.*", last=("model.language_model.norm", "lm_head"))
