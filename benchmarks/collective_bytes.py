@@ -116,7 +116,7 @@ def step(rank: int, directory: str, parallel: dict[str, Any]) -> dict[str, Any]:
     )
     family = catalog.family(recipe.model)
     mesh = Mesh(ParallelSizes.of(recipe.parallel, dist.get_world_size()), "cpu", rank)
-    model = ParallelModel(lambda: family.build().trained, family, mesh, recipe, torch.device("cpu"))
+    model = ParallelModel(lambda: family.build(), family, mesh, recipe, torch.device("cpu"))
     model.load_all(lambda part: weights.load(part, family))
     layout = PackedBatchSharding(family, mesh, recipe.parallel)
     objective = LanguageObjective(**family.balance(None))

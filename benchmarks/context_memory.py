@@ -61,7 +61,7 @@ def kept(rank: int, directory: str, tokens: int, ulysses: int | None) -> dict[st
         train=Train(precision="fp32"),
     )
     family = catalog.family(recipe.model)
-    model = family.build().trained
+    model = family.build()
     bind(model, family)
     mesh = Mesh(ParallelSizes.of(recipe.parallel, world), "cpu", rank)
     apply(model, family.card, mesh, recipe)

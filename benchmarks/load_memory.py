@@ -103,7 +103,7 @@ def rank_main(rank: int, world: int, tp: int, source: str, store: str, results: 
     out = {}
     for turn in range(5 if dcp else 1):
         for reader in ("own", "dcp") if dcp else ("own",):
-            model = family.build().trained
+            model = family.build()
             apply(model, family.card, mesh, recipe)
             dist.barrier()
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from polymodal.core.sample import Batch
 from polymodal.distributed.mesh import Mesh, ParallelSizes
-from polymodal.models.card import Chain, Components, ModelCard, Output
+from polymodal.models.card import Chain, ModelCard, Output
 from polymodal.models.family import Family
 from polymodal.parallel import pipeline_split
 from polymodal.recipe import Model, Parallel, Recipe, Train
@@ -93,9 +93,9 @@ class Sleeper(nn.Module):
 class SleeperFamily(Family):
     stages, unit = 4, 0.0
 
-    def build(self) -> Components:
+    def build(self) -> nn.Module:
         with torch.device("meta"):
-            return Components(Sleeper(self.stages, self.unit))
+            return Sleeper(self.stages, self.unit)
 
     def whole(self, model: nn.Module, batch: Batch) -> Output:
         return Output(type(model).forward(model, batch["x"]))
@@ -121,7 +121,7 @@ def measured(
     family.stages, family.unit = RANKS * pipeline_split.stages_per_rank(parallel), unit
     mesh = Mesh(ParallelSizes.of(parallel, RANKS), "cpu", rank)
     recipe = Recipe(model=Model(source="-"), parallel=parallel, train=Train(precision="fp32"))
-    laid = ParallelModel(lambda: family.build().trained, family, mesh, recipe, torch.device("cpu"))
+    laid = ParallelModel(lambda: family.build(), family, mesh, recipe, torch.device("cpu"))
     for model in laid.models:
         model.to_empty(device="cpu")
         for parameter in model.parameters():

@@ -176,7 +176,7 @@ def describe(
     lora_recipe = recipe.model.lora
     shapes = recipe.model if lora_recipe is not None else recipe.model.model_copy(update={"init": "random"})
     family = catalog.family(shapes)  # weights of the base are asked for only when they are needed
-    model = family.build().trained
+    model = family.build()
     if lora_recipe is not None:
         lora.attach(model, lora_recipe, family.card)
     tensors = _of_run(model, checkpoint, "ema." if ema else "model.", strict=True)
@@ -243,7 +243,7 @@ def of_hub(source: str | os.PathLike) -> Assembled:
     """A hub checkpoint on meta, and its tensors to be read one by one. Raises PolymodalError."""
     recipe = recipes.Recipe(model=recipes.Model(source=os.fspath(source)))
     family = catalog.family(recipe.model)
-    model = family.build().trained
+    model = family.build()
     tensors = weights.read(model, weights.directory_of(None, family))
     return Assembled(model, family, recipe, Path(family.source), tensors)
 

@@ -254,7 +254,7 @@ def open_generator(
         source = os.fspath(checkpoint) if kind == "hub" else base or base_of(directory)
         family = catalog.family(recipes.Model(source=source.rstrip("/"), revision=revision))
         _check_generates(family, checkpoint)
-        model = family.build().trained
+        model = family.build()
         weights.load(model, family, device="cpu")
         identity = pipelines.fingerprint(family.source, family.part)
     parts = {family.part: model}

@@ -91,7 +91,7 @@ class ModelCard:
 
     @property
     def main(self) -> str:
-        """The tower that adapters go to unless the recipe says otherwise."""
+        """The tower that gets adapters by default."""
         return "language" if "language" in self.towers else next(iter(self.towers))
 
 
@@ -140,14 +140,6 @@ class Output:
     hidden_states: Tensor
     head: nn.Module | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Components:
-    """The parts of a model: `trained` is what the optimizer sees; `frozen` are VAE and text encoders."""
-
-    trained: nn.Module
-    frozen: dict[str, nn.Module] = field(default_factory=dict)
 
 
 class PrunedModule(nn.Module):

@@ -95,35 +95,32 @@ def find(source: str | os.PathLike, revision: str | None = None) -> ModelCard:
     if card_and_size is not None:
         return card_and_size[0]
     directory = resolve(source, revision, weights=False)
-    named_there = _architectures(directory)
-    for card in cards().values():
-        if set(named_there) & set(card.architectures) and _claims(card, directory):
-            return card
+    card = _card_of(directory)
+    if card is not None:
+        return card
+    found = _architectures(directory)
     known = {name: card.name for card in cards().values() for name in card.architectures}
-    near = nearest_names(named_there[0] if named_there else "", known)
-    architecture = " / ".join(named_there) or "(none named)"
+    near = nearest_names(found[0] if found else "", known)
     raise PolymodalError(
-        f"{directory / 'config.json'}: the architecture {architecture} has no card.",
+        f"{directory / 'config.json'}: the architecture {' / '.join(found) or '(none named)'} has no card.",
         (f"Nearest: {known[near[0]]}. " if near else "") + f"Known models: {', '.join(cards())}.",
     )
 
 
-def _claims(card: ModelCard, directory: Path) -> bool:
-    """Several cards may have one pipeline class: the family recognises its own by model_index.json."""
-    claims = getattr(card.family, "claims", None)
-    return (
-        claims is None
-        or not pipelines.is_pipeline(directory)
-        or bool(claims(pipelines.read_index(directory)))
-    )
+def _card_of(directory: Path) -> ModelCard | None:
+    """By the architectures of config.json; of cards with one pipeline class the one that claims its
+    model_index.json."""
+    found = set(_architectures(directory))
+    index = pipelines.read_index(directory) if pipelines.is_pipeline(directory) else None
+    fits = (card for card in cards().values() if found & set(card.architectures))
+    return next((card for card in fits if index is None or card.family.claims(index)), None)
 
 
 def reader(directory: str | os.PathLike) -> type[Family]:
     """The family that reads and writes a checkpoint's directory: that of its card, else Family itself."""
-    if not (Path(directory) / "config.json").is_file():
-        return Family
-    found = set(_architectures(Path(directory)))
-    return next((card.family for card in cards().values() if found & set(card.architectures)), Family)
+    known = (Path(directory) / "config.json").is_file()
+    card = _card_of(Path(directory)) if known else None
+    return Family if card is None else card.family
 
 
 def read_config(directory: Path, trust: bool = False) -> Any:
@@ -329,7 +326,8 @@ def family(model: Model) -> Family:
     card = find(directory)
     if card.kind == "generation":
         part = _part(card, directory, model.part)
-        made: Any = card.family(card, _denoiser_config(directory / part, model.config), str(directory))
+        config = _changed(storage.read_json(directory / part / "config.json"), model.config)
+        made: Any = card.family(card, config, str(directory))
         made.part = part
     else:
         config = read_config(directory, model.trust_remote_code)
@@ -339,18 +337,6 @@ def family(model: Model) -> Family:
     made.attention, made.experts = model.attention, model.experts
     made.check()
     return made
-
-
-def _denoiser_config(directory: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a pipeline's denoiser with keys replaced."""
-    config = storage.read_json(directory / "config.json")
-    for key, value in _flat(changes):
-        if key not in config:
-            raise PolymodalError(
-                f"model.config: `{key}` is not a key of {directory / 'config.json'}.", _near_keys(key, config)
-            )
-        config[key] = _typed(key, config[key], value)
-    return config
 
 
 def _part(card: ModelCard, directory: Path, asked: str | None) -> str:
@@ -371,11 +357,18 @@ def override(config: Any, changes: Mapping[str, Any]) -> Any:
 
     Raises PolymodalError for an unknown key (with the nearest) or a value of another type.
     """
-    flat = dict(_flat(changes))
-    if not flat:
+    if not changes:
         return config
-    data = config.to_dict()
-    known = dict(_flat(data))
+    data = _changed(config.to_dict(), changes)
+    try:
+        return type(config).from_dict(data)
+    except Exception as error:  # the library's validators raise types of their own
+        reason = f"the library refuses this config: {' '.join(str(error).split())}"
+        raise PolymodalError(f"model.config: {', '.join(dict(_flat(changes)))}: {reason}") from None
+
+
+def _changed(data: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    flat, known = dict(_flat(changes)), dict(_flat(data))
     for key, value in flat.items():
         *path, leaf = key.split(".")
         section: Any = data
@@ -388,11 +381,7 @@ def override(config: Any, changes: Mapping[str, Any]) -> Any:
         section[leaf] = _typed(key, section[leaf], value)
         if leaf == "num_hidden_layers" and ".".join([*path, "layer_types"]) not in flat:
             section.pop("layer_types", None)  # one entry a layer: the library makes it anew
-    try:
-        return type(config).from_dict(data)
-    except Exception as error:  # the library's validators raise types of their own
-        reason = f"the library refuses this config: {' '.join(str(error).split())}"
-        raise PolymodalError(f"model.config: {', '.join(flat)}: {reason}") from None
+    return data
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Batch, SampleLengths
 from polymodal.models import library, pipelines
-from polymodal.models.card import Components, Output, Process
+from polymodal.models.card import Output, Process
 from polymodal.models.family import Family
 from polymodal.models.storage import read_json
 
@@ -66,9 +66,7 @@ class LatentGrid:
     still: bool = False  # pictures only: latents have no axis of frames
     least: int = 1  # frames that a sample must have: more than one where a picture does not do
     sound: int = 0  # sample rate of the sound that clips are trained with; 0 = none
-    size: tuple[int, int] | None = (
-        None  # (height, width) of every frame, where position embeddings are learned
-    )
+    size: tuple[int, int] | None = None  # (height, width) of every frame, if positions are learned
     references: bool = False  # reference pictures are latent frames of their own, before the clip's
 
     @property
@@ -91,8 +89,8 @@ class LatentGrid:
 
     def fits(self, frames: int) -> bool:
         """Whether a video of so many frames becomes whole latents, and those whole tokens."""
-        whole = (frames - 1) % self.time == 0
-        return frames >= self.least and whole and ((frames - 1) // self.time + 1) % self.patch[0] == 0
+        latent_frames, rest = divmod(frames - 1, self.time)
+        return frames >= self.least and not rest and (latent_frames + 1) % self.patch[0] == 0
 
 
 class Generation(Family):
@@ -123,11 +121,6 @@ class Generation(Family):
     def routes(self) -> Mapping[str, str]:
         """Task -> diffusers' pipeline class, of what this checkpoint can do."""
         return self.card.pipelines
-
-    @classmethod
-    def claims(cls, index: Mapping[str, Any]) -> bool:
-        """Whether a pipeline of the card's class is of this family, by its model_index.json."""
-        return True
 
     # -- facts, from the directory's config files
 
@@ -163,8 +156,8 @@ class Generation(Family):
 
     # -- building
 
-    def build(self) -> Components:
-        return Components(pipelines.empty(self.config).train())
+    def build(self) -> nn.Module:
+        return pipelines.empty(self.config).train()
 
     def check(self) -> None:
         """Raise PolymodalError for a pipeline that this family cannot train."""
@@ -314,7 +307,7 @@ class Generation(Family):
         if not hasattr(self, "_size"):
             patterns = (re.escape(p).replace(r"\*", r"[^.]+") + r"(?=\.)" for p in self.card.blocks)
             block = re.compile("|".join(patterns))
-            parameters = dict(self.build().trained.named_parameters())
+            parameters = dict(self.build().named_parameters())
             found = {name: hit[0] for name in parameters if (hit := block.match(name))}
             meets = [name for name, at in found.items() if not NOT_OF_LATENTS.search(name[len(at) :])]
             count = sum(parameters[name].numel() for name in meets)
@@ -357,7 +350,5 @@ class GuidanceDistilled(Generation):
 
 def one_prompt(asked: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a pipeline that takes one prompt and not a list of one."""
-    prompts = {
-        name: asked[name] for name in ("prompt", "negative_prompt") if isinstance(asked.get(name), list)
-    }
-    return {**asked, **{name: texts[0] for name, texts in prompts.items()}}
+    texts = ("prompt", "negative_prompt")
+    return {n: v[0] if n in texts and isinstance(v, list) else v for n, v in asked.items()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from polymodal.core.sample import Batch, MediaProcessor, MediaStream, SampleLengths
 from polymodal.models import partial
-from polymodal.models.card import Components, ModelCard, Output
+from polymodal.models.card import ModelCard, Output
 
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -35,6 +35,11 @@ class Family:
         self.card = card
         self.config = config
         self.source = source
+
+    @classmethod
+    def claims(cls, index: Mapping[str, Any]) -> bool:
+        """Whether a pipeline of the card's class is of this family, by its model_index.json."""
+        return True
 
     # Files of a checkpoint's directory, where the library's layout is not the only one
 
@@ -81,7 +86,7 @@ class Family:
     def check(self) -> None:
         """Raise PolymodalError for a config (with the recipe's overrides) or files that cannot be trained."""
 
-    def build(self) -> Components:
+    def build(self) -> nn.Module:
         """The model on the meta device, parameters float32, with this project's attention."""
         raise NotImplementedError
 
@@ -100,7 +105,7 @@ class Family:
     def stage(self, model: nn.Module, carry: Any, batch: Batch) -> Any:
         """One pipeline stage: carry (None on the first) -> carry, or Output on the last.
 
-        By default the model's own forward between the blocks that are here, as the card's chain says.
+        By default the model's own forward between the blocks that are here, by the card's chain.
         """
         return partial.stage(self, model, carry, batch)
 

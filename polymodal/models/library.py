@@ -99,50 +99,18 @@ def aliases(model: nn.Module) -> list[tuple[Tensor, list[str]]]:
 
 
 @dataclass
-class Conversion:
-    """One of the library's converters and the file tensors that it makes parameters of."""
-
-    converter: Any
-    name: str  # of the first parameter
-    sources: dict[str, list[str]] = field(default_factory=dict)  # pattern -> file keys
-    shapes: dict[str, torch.Size] = field(default_factory=dict)  # of the parameters that come out
-
-    def make(self, model: Any, read: Callable[[str], Any]) -> dict[str, Any]:
-        """The parameters, made of what `read(key)` returns: whole file tensors, on meta or not, or Stored."""
-        converter = deepcopy(self.converter)
-        for pattern, keys in self.sources.items():
-            for key in keys:
-                converter.add_tensor(self.name, key, pattern, read(key))
-        parameters = SimpleNamespace(get_parameter=targets(model).__getitem__)
-        try:
-            made = converter.convert(self.name, model=parameters, config=model.config)
-        except (ValueError, RuntimeError, KeyError, IndexError) as error:
-            keys = [key for found in self.sources.values() for key in found]
-            raise PolymodalError(
-                f"{self.name} cannot be put together from {len(keys)} tensors of the checkpoint "
-                f"(first: {keys[0]}): {error}.",
-                "Some of them are missing, or the checkpoint is of another size than the config.",
-            ) from None
-        return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
-
-
-@dataclass
 class Layout:
     """How the keys of a set of files map to a model.
 
-    entries: plain parameter name -> its boxes in the files; computed: conversions that do not commute with
-    slicing;
-    unexpected: file key that no parameter has -> the name it would have.
+    entries: plain parameter name -> its boxes in the files; unexpected: file key that no parameter has -> the
+    name it would have.
     """
 
     entries: dict[str, Stored] = field(default_factory=dict)
-    computed: list[Conversion] = field(default_factory=list)
     unexpected: dict[str, str] = field(default_factory=dict)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        if name in self.entries:
-            return tuple(self.entries[name].shape)
-        return next((tuple(one.shapes[name]) for one in self.computed if name in one.shapes), None)
+        return tuple(self.entries[name].shape) if name in self.entries else None
 
 
 @contextmanager
@@ -206,7 +174,7 @@ def layout(model: nn.Module, shapes: Mapping[str, Sequence[int]], rules: list[An
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     prefix = model.base_model_prefix
-    conversion_of: dict[str, Conversion] = {}
+    begun: dict[str, tuple[Any, list[str]]] = {}  # first parameter -> the library's converter, file keys
     for key in sorted(shapes, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
         if name not in wanted and key in wanted:
@@ -216,15 +184,28 @@ def layout(model: nn.Module, shapes: Mapping[str, Sequence[int]], rules: list[An
         elif pattern is None:
             out.entries[name] = Stored.whole(key, shapes[key])
         else:
-            one = conversion_of.setdefault(name, Conversion(by_pattern[pattern], name))
-            one.sources.setdefault(pattern, []).append(key)
-    for one in conversion_of.values():
+            if name not in begun:
+                begun[name] = deepcopy(by_pattern[pattern]), []
+            converter, keys = begun[name]
+            converter.add_tensor(name, key, pattern, Stored.whole(key, shapes[key]))
+            keys.append(key)
+    parameters = SimpleNamespace(get_parameter=wanted.__getitem__)
+    for name, (converter, keys) in begun.items():
         try:
-            out.entries |= one.make(model, lambda key: Stored.whole(key, shapes[key]))
-        except (NotASlice, TypeError):  # the latter from operators that Stored does not have
-            made = one.make(model, lambda key: torch.empty(tuple(shapes[key]), device="meta"))
-            one.shapes = {name: tensor.shape for name, tensor in made.items()}
-            out.computed.append(one)
+            made = converter.convert(name, model=parameters, config=model.config)
+        except (NotASlice, TypeError) as error:  # the latter from operators that Stored does not have
+            raise PolymodalError(
+                f"{name} is computed from {len(keys)} tensors of the checkpoint (first: {keys[0]}) "
+                f"by an operation that cannot be done slice by slice ({error}).",
+                "Files of this layout are not supported.",
+            ) from None
+        except (ValueError, RuntimeError, KeyError, IndexError) as error:
+            raise PolymodalError(
+                f"{name} cannot be put together from {len(keys)} tensors of the checkpoint "
+                f"(first: {keys[0]}): {error}.",
+                "Some of them are missing, or the checkpoint is of another size than the config.",
+            ) from None
+        out.entries |= {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
     return out
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.core.sample import Batch
-from polymodal.models.card import Chain, Components, ModelCard, Output, PrunedModule
+from polymodal.models.card import Chain, ModelCard, Output, PrunedModule
 
 HIDDEN = "hidden_states"
 """Name of the stream in a carry; of several, the one that the model's end takes."""
@@ -253,7 +253,7 @@ class WholeModel(Protocol):
 
     card: ModelCard
 
-    def build(self) -> Components: ...
+    def build(self) -> nn.Module: ...
 
     def whole(self, model: nn.Module, batch: Batch) -> Output: ...
 
@@ -292,7 +292,7 @@ def probe(family: WholeModel, anew: bool = False) -> nn.Module:
     """
     if anew or "_probe" not in family.__dict__:
         family.__dict__["_carry_specs"] = {}
-        family.__dict__["_probe"] = family.build().trained.to("meta")
+        family.__dict__["_probe"] = family.build().to("meta")
     return family.__dict__["_probe"]
 
 

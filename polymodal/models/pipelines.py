@@ -14,39 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from polymodal.core.errors import PolymodalError
 from polymodal.models.storage import read_json
-
-
-class _NoDraws(TorchFunctionMode):
-    """Random initial values are not drawn: memory that is not written costs nothing."""
-
-    DRAWS = (Tensor.uniform_, Tensor.normal_, getattr(Tensor, "trunc_normal_", None))
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return args[0] if func in self.DRAWS else func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters go to meta as they are registered; buffers (rotary tables) keep their values."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None:
-            on_meta = parameter.to("meta")
-            module._parameters[name] = nn.Parameter(on_meta, requires_grad=parameter.requires_grad)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
-        with _NoDraws():
-            yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def empty(config: Mapping[str, Any], library: str = "diffusers") -> nn.Module:
@@ -54,8 +25,10 @@ def empty(config: Mapping[str, Any], library: str = "diffusers") -> nn.Module:
 
     library: as model_index.json has it; a name that is no package is one of diffusers' pipelines.
     """
+    from accelerate import init_empty_weights
+
     cls = _class(library, str(config["_class_name"]))
-    with _parameters_on_meta():
+    with init_empty_weights(include_buffers=False):
         return cls.from_config(dict(config)).float()
 
 

@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor, nn
 
 from polymodal.core.errors import PolymodalError
@@ -91,25 +92,21 @@ class Together:
         if self.rank == 0:
             self._final.__exit__(kind, error, trace)
             return
-        note = self._note(self.rank)
+        result = self.directory / f".rank-{self.rank}"
         with suppress(OSError):  # rank 0 has failed, and the directory is gone
-            unnamed = note.with_name(note.name + ".part")
+            unnamed = result.with_suffix(".part")
             unnamed.write_text("" if error is None else f"{error}" or type(error).__name__)
-            unnamed.replace(note)
-
-    def _note(self, rank: int) -> Path:
-        return self.directory / f".rank-{rank}"
+            unnamed.replace(result)
 
     def wait(self) -> None:
         """On rank 0: until every other rank has left `with Together`. Raises when one failed."""
-        waiting = set(range(1, self.world))
+        waiting = {rank: self.directory / f".rank-{rank}" for rank in range(1, self.world)}
         while waiting:
-            for rank in [rank for rank in waiting if self._note(rank).exists()]:
-                error = self._note(rank).read_text()
+            for rank, result in [(rank, result) for rank, result in waiting.items() if result.exists()]:
+                error = result.read_text()
                 if error:
                     raise PolymodalError(f"Rank {rank}: {error}")
-                self._note(rank).unlink()
-                waiting.discard(rank)
+                waiting.pop(rank).unlink()
             if waiting:
                 time.sleep(0.1)
 
@@ -151,42 +148,32 @@ def _file_layout(
         files = Files(origin)
         shapes, dtypes = files.shapes, files.dtypes
     plan = library.layout(model, shapes, rules)
-    own = {name: tuple(tensor.shape) for name, tensor in library.targets(model).items()}
-    fits = {n: s for n, s in plan.entries.items() if s.complete and tuple(s.shape) == own[n]}
-    computed = [one for one in plan.computed if all(own[n] == tuple(s) for n, s in one.shapes.items())]
-    have = {*fits, *(n for one in computed for n in one.shapes)}
+    own = library.targets(model)
+    fits = {n: s for n, s in plan.entries.items() if s.complete and s.shape == own[n].shape}
     rest = {
         names[0]: torch.empty(tensor.shape, device="meta")
         for tensor, names in library.aliases(model)
-        if not have & set(names)
+        if not fits.keys() & set(names)
     }
     fresh = library.reverted(model, rest, rules) if rest else {}
     made = {key: tuple(tensor.shape) for key, tensor in fresh.items()}
     more = library.layout(model, made, rules)
     shapes = {key: shapes[key] for stored in fits.values() for key in stored.keys} | made
-    return Layout({**fits, **more.entries}, computed + more.computed), shapes, dtypes
+    return Layout({**fits, **more.entries}), shapes, dtypes
 
 
 @dataclass
 class Output:
-    """A tensor of the files to be written, and what it is made of: boxes of parameters (parameter name, its
-    box), or whole parameters that the library converts together (its name for each -> parameter name)."""
+    """A tensor of the files to be written: (parameter name, its box) for all boxes that it is made of."""
 
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     pieces: list[tuple[str, Piece]] = field(default_factory=list)
-    converted: dict[str, str] = field(default_factory=dict)
-    rules: list[Any] | None = None  # Family.tensor_names of the layout
 
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def names(self) -> list[str]:
-        """The parameters that it is made of."""
-        return [name for name, _ in self.pieces] or list(self.converted.values())
 
 
 def outputs(model: nn.Module, origin: Path | None, dtype: torch.dtype | None) -> list[Output]:
@@ -207,27 +194,15 @@ def outputs(model: nn.Module, origin: Path | None, dtype: torch.dtype | None) ->
     made: list[Output] = []
     begun: dict[str, Output] = {}
     missing: dict[str, int] = {}  # elements
-    waiting = {name: one for one in plan.computed for name in one.shapes}
-    seen: dict[str, tuple[str, Tensor]] = {}
     for tensor, names in library.aliases(model):
-        for name in names:
-            seen[name] = (names[0], tensor)
-            if name in plan.entries:
-                for piece in plan.entries[name].pieces:
-                    key, shape = piece.key, shapes[piece.key]
-                    out = begun.setdefault(key, Output(key, shape, kind(key, tensor.dtype)))
-                    out.pieces.append((names[0], piece))
-                    missing[key] = missing.get(key, prod(shape)) - prod(piece.size)
-                    if missing[key] == 0:
-                        made.append(out)
-            elif name in waiting and all(other in seen for other in waiting[name].shapes):
-                on_meta, parts = {}, {}
-                for other in waiting[name].shapes:
-                    parts[other], held = seen[other]
-                    on_meta[other] = torch.empty(held.shape, dtype=held.dtype, device="meta")
-                for key, value in library.reverted(model, on_meta, rules).items():
-                    stored_dtype = kind(key, value.dtype)
-                    made.append(Output(key, tuple(value.shape), stored_dtype, converted=parts, rules=rules))
+        for name in (name for name in names if name in plan.entries):
+            for piece in plan.entries[name].pieces:
+                key, shape = piece.key, shapes[piece.key]
+                out = begun.setdefault(key, Output(key, shape, kind(key, tensor.dtype)))
+                out.pieces.append((names[0], piece))
+                missing[key] = missing.get(key, prod(shape)) - prod(piece.size)
+                if missing[key] == 0:
+                    made.append(out)
     return made
 
 
@@ -257,7 +232,7 @@ def write(
             f"The state has {strange}, which {library.class_of(model).__name__} does not.",
             f"Nearest: {', '.join(nearest(strange, known, most=2)) or 'none'}.",
         )
-    lost = sorted({name for out in made for name in out.names} - set(held))
+    lost = sorted({name for out in made for name, _ in out.pieces} - set(held))
     if lost:
         raise PolymodalError(
             f"The state lacks {len(lost)} parameters: {', '.join(lost[:4])}.",
@@ -277,50 +252,32 @@ def write(
             )
         return tensor
 
-    files = _grouped(made, limit)
-    names = [f"{stem}-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
-    if len(files) == 1:
-        names = [f"{stem}.safetensors"]
-    for file, name in list(zip(files, names, strict=True))[rank::world]:
-        write_file(_values(file, model, value), directory / name)
-    if rank == 0 and len(files) > 1:
-        table = {out.key: name for file, name in zip(files, names, strict=True) for out in file}
-        size = sum(out.nbytes for out in made)
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(table.items()))}
+    by_key = {out.key: out for out in made}
+    split = split_state_dict_into_shards_factory(
+        by_key,
+        get_storage_size=lambda out: out.nbytes,
+        get_storage_id=lambda out: None,
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
+        max_shard_size=limit,
+    )
+    for name, keys in list(split.filename_to_tensors.items())[rank::world]:
+        write_file(_values([by_key[key] for key in keys], value), directory / name)
+    if rank == 0 and split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _grouped(made: list[Output], limit: int) -> list[list[Output]]:
-    files: list[list[Output]] = [[]]
-    size = 0
-    for out in made:
-        if files[-1] and size + out.nbytes > limit:
-            files.append([])
-            size = 0
-        files[-1].append(out)
-        size += out.nbytes
-    return files
-
-
-def _values(file: list[Output], model: nn.Module, value: Any) -> dict[str, Tensor]:
+def _values(file: list[Output], value: Callable[[str], Tensor]) -> dict[str, Tensor]:
     """The tensors of one file, in their own memory; one parameter at a time is held beside them."""
     tensors = {out.key: torch.empty(out.shape, dtype=out.dtype) for out in file}
     boxes: dict[str, list[tuple[str, Piece]]] = {}
-    groups: dict[tuple[str, ...], Output] = {}
     for out in file:
         for name, piece in out.pieces:
             boxes.setdefault(name, []).append((out.key, piece))
-        if out.converted:
-            groups[tuple(out.converted)] = out
     for name, pieces in boxes.items():
         whole = value(name)
         for key, piece in pieces:
             tensors[key][piece.box].copy_(piece.view(whole))
-    for out in groups.values():
-        whole_group = {other: value(name) for other, name in out.converted.items()}
-        parts = library.reverted(model, whole_group, out.rules)
-        for key in tensors.keys() & parts.keys():
-            tensors[key].copy_(parts[key])
     return tensors
 
 

@@ -1,7 +1,7 @@
 """Adapters on stacked experts: which stacks get them, and what an adapter adds to each expert of a stack.
 
-peft wraps the module that holds a stack [E, ..] once for each of
-its stacks, one wrapper inside another, with one pair of matrices for all experts: A [r E, in], B [out, r E].
+peft wraps the module that holds a stack [E, ..] once for each of its stacks, one wrapper inside another, with
+one pair of matrices for all experts: A [r E, in], B [out, r E].
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ def load(
     source: directory, hub id, or the recipe's model section; None: the family's own.
     device: target; None: where the parameters are, or the device type of their mesh.
     files: tensors under the hub's names (storage.foreign), instead of the source's own.
-    offloaded: parameters stay on the host (FSDP2's CPUOffloadPolicy), only buffers go to the device.
-    Adapters are given memory and left empty (lora.initialise fills them); non-persistent buffers are rebuilt.
+    offloaded: parameters stay on the host (FSDP2's CPUOffloadPolicy), only buffers go to the device. Adapters
+    are given memory and left empty (lora.initialise fills them); non-persistent buffers are rebuilt.
     Collective when the model is distributed: a failure of one rank is raised on all. Raises PolymodalError
     for anything missing, unexpected, of another shape, not a number, or not readable.
     """
@@ -250,34 +251,24 @@ def _read(model: nn.Module, plan: Layout, files: Files, report: LoadReport) -> d
             held[first] = tensor
             twins += [(first, other) for other in more if other in plan.entries]
 
-    def filled(name: str, keys: Sequence[str]) -> None:
-        local = local_part(held[name])
+    for name in sorted(held.keys() & plan.entries.keys(), key=lambda n: files.order[plan.entries[n].keys[0]]):
+        stored, local = plan.entries[name], local_part(held[name])
+        for key, box, view in copies(stored, held[name]):
+            files.read(key, box, view)
         written[name] = (local, local._version)
         report.bytes_held += local.numel() * local.element_size()
         if has_nan(local):
             raise PolymodalError(
-                f"{files.where(keys[0])}: {name} holds values that are not numbers (NaN).",
+                f"{files.where(stored.keys[0])}: {name} holds values that are not numbers (NaN).",
                 "The file is damaged, or the run that wrote it had diverged: "
                 "fetch it again, or take an earlier checkpoint.",
             )
-
-    for name in sorted(held.keys() & plan.entries.keys(), key=lambda n: files.order[plan.entries[n].keys[0]]):
-        stored = plan.entries[name]
-        for key, box, view in copies(stored, held[name]):
-            files.read(key, box, view)
-        filled(name, stored.keys)
-    for one in plan.computed:  # from whole sources, one group at a time
-        for name, value in one.make(model, files.whole).items():
-            if name in held:
-                scatter(value, held[name])
-                filled(name, next(iter(one.sources.values())))
     for name, other in twins:
         if not all(files.equals(*part) for part in copies(plan.entries[other], held[name])):
             raise PolymodalError(
                 f"{files.directory}: config.json ties {other} to {name}, "
                 "but the files hold two different tensors.",
-                "Set tie_word_embeddings to false in config.json, "
-                "or model.config.tie_word_embeddings=false.",
+                "Set tie_word_embeddings to false in config.json, or model.config.tie_word_embeddings=false.",
             )
     files.close()
     report.bytes_read = files.bytes_read
@@ -287,13 +278,12 @@ def _read(model: nn.Module, plan: Layout, files: Files, report: LoadReport) -> d
 def read(model: nn.Module, source: str | Path) -> LazyTensors:
     """The parameters of a checkpoint by plain name, whole, in the file's dtype, in the order of the files.
 
-    model: for names and shapes; may be on meta. For merging and re-writing without holding a model.
-    Raises PolymodalError as `load` does for names and shapes.
+    model: for names and shapes; may be on meta. For merging and re-writing without holding a model. Raises
+    PolymodalError as `load` does for names and shapes.
     """
     files = Files(Path(source))
     plan = library.layout(model, files.shapes, catalog.reader(source).tensor_names(Path(source)))
     drawn = _check(model, plan, files)
-    kept: dict[str, Tensor] = {}  # of the group of computed parameters that was asked for last
 
     def stored(name: str) -> Tensor:
         pieces = plan.entries[name]
@@ -303,15 +293,8 @@ def read(model: nn.Module, source: str | Path) -> LazyTensors:
         files.close()
         return tensor
 
-    def computed(name: str) -> Tensor:
-        if name not in kept:
-            kept.clear()
-            kept.update(next(one for one in plan.computed if name in one.shapes).make(model, files.whole))
-        return kept.pop(name)
-
     names = sorted(plan.entries, key=lambda n: files.order[plan.entries[n].keys[0]])
     readers: dict[str, Callable[[str], Tensor]] = dict.fromkeys(names, stored)
-    readers |= {name: computed for one in plan.computed for name in one.shapes}
     if drawn:
         given = random(model)
         readers |= {name: given.__getitem__ for name in drawn if name in given}
@@ -328,27 +311,24 @@ def random(model: nn.Module, family: Family | None = None, seed: int = 0) -> Laz
     """
     ties = library.tied(model)
     zero = getattr(family, "zero", ())
+
+    def drawn(name: str, module: nn.Module, own: str, rule: Any) -> Tensor:
+        if any(fnmatchcase(name, pattern) for pattern in zero):
+            return torch.zeros(module._parameters[own].shape)  # type: ignore[union-attr]
+        value = None if rule is None else draw(module, own, rule, ties.get(name, name), seed)
+        if value is None:
+            raise PolymodalError(
+                f"There is no rule to draw {name} ({library.class_of(module).__name__}).",
+                "Start from a checkpoint that has it.",
+            )
+        return value
+
     readers: dict[str, Callable[[str], Tensor]] = {}
-
-    def reader(module: nn.Module, own: str, rule: Any) -> Callable[[str], Tensor]:
-        def drawn(name: str) -> Tensor:
-            if any(fnmatchcase(name, pattern) for pattern in zero):
-                return torch.zeros(module._parameters[own].shape)  # type: ignore[union-attr]
-            value = None if rule is None else draw(module, own, rule, ties.get(name, name), seed)
-            if value is None:
-                raise PolymodalError(
-                    f"There is no rule to draw {name} ({library.class_of(module).__name__}).",
-                    "Start from a checkpoint that has it.",
-                )
-            return value
-
-        return drawn
-
     for path, module, rule in library.rules(model):
         for own, parameter in module._parameters.items():
             full = f"{path}.{own}" if path else own
             if parameter is not None and not library.ADAPTER.search(full):
-                readers.setdefault(plain(full), reader(module, own, rule))
+                readers.setdefault(plain(full), partial(drawn, module=module, own=own, rule=rule))
     return LazyTensors(readers)
 
 

@@ -132,7 +132,7 @@ def candidates(made: Recipe, family: Family, question: Question) -> Iterator[tup
     recompute."""
     packed = layout_of(made, family).packs
     micro_sizes = [1] if packed else [n for n in (1, 2, 4, 8) if n <= made.train.global_batch_size]
-    model, stages = family.build().trained, pipeline_split.stages_per_rank(made.parallel)
+    model, stages = family.build(), pipeline_split.stages_per_rank(made.parallel)
     depth = sum(len(partial.blocks(model, chain)) for chain in family.card.pipeline.values())
     for sizes in layouts(made, question, bool(family.balance(None))):
         if sizes.pp > 1 and sizes.pp * stages > depth:

@@ -348,7 +348,7 @@ def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> tup
     )
     if arithmetic is None:
         if what != "adapter":
-            weights.read(family.build().trained, partial)
+            weights.read(family.build(), partial)
         return 0, 0.0, 0.0, ""
     made.fill(arithmetic)
     _round(model, what, dtype)

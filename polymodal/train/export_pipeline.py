@@ -123,7 +123,7 @@ def prove(
     )
     if not room_for(4 * (count + sum(p.numel() for p in made.model.parameters()))):
         for one in both if what != "adapter" else []:
-            weights.read(one.family.build().trained, partial / one.family.part)  # type: ignore[attr-defined]
+            weights.read(one.family.build(), partial / one.family.part)  # type: ignore[attr-defined]
         return 0, 0.0, 0.0, ""
     proofs = [_prove(one, partial, what, dtype) for one in both]
     worst = max(proofs, key=lambda proof: proof[1] / max(1.0, proof[2]))
@@ -178,7 +178,7 @@ def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> tup
 
 def _fresh(made: Assembled) -> nn.Module:
     """The run's base without adapters, for the library to put them on."""
-    base = replace(made, model=made.family.build().trained)
+    base = replace(made, model=made.family.build())
     base.fill()
     return base.model
 
@@ -212,7 +212,7 @@ def open_adapter(directory: Path, base: str | None) -> Assembled:
     rank = lora.read_settings(directory)
     recipe = recipes.Recipe(model=recipes.Model(source=place, lora=rank))
     family = catalog.family(recipe.model)
-    model = family.build().trained
+    model = family.build()
     lora.attach(model, rank, family.card)
     held = weights.read(model, weights.directory_of(None, family)) | lora.read(model, directory)
     return Assembled(model, family, recipe, directory, held)

@@ -28,7 +28,7 @@ from polymodal.train.step import Runner, bind
 
 def meta_model(family: Family, recipe: Recipe) -> nn.Module:
     """The whole model on meta, adapters attached and frozen parameters marked. Raises PolymodalError."""
-    model = family.build().trained
+    model = family.build()
     if recipe.model.lora is not None:
         lora.attach(model, recipe.model.lora, family.card)
     optim.freeze(model, recipe.train.freeze, family.card.towers)

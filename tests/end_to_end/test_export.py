@@ -59,7 +59,7 @@ def write_lora_run(directory, model, start=None, **chosen):
         checkpoint=recipes.Checkpoint(dir=str(directory), init_from=start),
     )
     family = catalog.family(recipe.model)
-    shapes = family.build().trained
+    shapes = family.build()
     lora.attach(shapes, section, family.card)
     generator = torch.Generator().manual_seed(2)
     adapters = {

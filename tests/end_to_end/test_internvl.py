@@ -126,7 +126,7 @@ def test_pixel_limits_of_a_recipe_are_in_both_layouts_of_its_export(place, tmp_p
     data = recipes.Data.model_validate({"image": {"max_pixels": 600}})
     recipe = recipes.Recipe(model=recipes.Model(source=str(place / "authors")), data=data)
     family = catalog.family(recipe.model)
-    model = family.build().trained
+    model = family.build()
     weights.load(model, family)
     state = checkpoints.RunState(step=1, recipe=recipe.model_dump(mode="json"))
     tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}

@@ -56,7 +56,7 @@ def test_a_directory_is_recognised_by_its_architectures(name, checkpoint):
     assert catalog.resolve(str(directory)) == directory
     family = catalog.family(Model(source=str(directory), attention="sdpa"))
     assert family.card.name == name and family.source == str(directory) and family.attention == "sdpa"
-    assert family.build().trained.model.visual.config._attn_implementation == "sdpa"
+    assert family.build().model.visual.config._attn_implementation == "sdpa"
 
 
 def test_a_config_without_architectures_is_recognised_by_its_type(checkpoint, tmp_path):
@@ -194,7 +194,7 @@ def test_overrides_reach_the_config_and_the_model(checkpoint):
         "text_config.rms_norm_eps": 1,
     }
     family = catalog.family(Model(source=str(checkpoint("qwen2.5-vl")), config=changes))
-    model = family.build().trained
+    model = family.build()
     assert len(model.model.language_model.layers) == 2 and len(model.model.visual.blocks) == 3
     assert family.config.text_config.layer_types == ["full_attention"] * 2
     assert (
@@ -358,7 +358,7 @@ def test_a_published_config_builds_the_model_the_card_describes(name, key, tmp_p
     }
     (tmp_path / "config.json").write_text(json.dumps(data))
     family = catalog.family(Model(source=str(tmp_path), init="random"))
-    model = family.build().trained
+    model = family.build()
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e9
     assert count == pytest.approx(size.parameters, rel=0.01)
     blocks = partial.blocks(model, card.pipeline["vision"])

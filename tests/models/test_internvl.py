@@ -110,7 +110,7 @@ def test_two_pipeline_stages_equal_the_whole(name, cut, family, checkpoint):
         whole = model_of(checkpoint(name), packed_attention=True)
         _, expected = ours(family, whole, batch)
         token_loss(expected, batch["labels"]).backward()
-        stages = [family.build().trained for _ in range(2)]
+        stages = [family.build() for _ in range(2)]
         for index, stage in enumerate(stages):
             weights.load(stage, family, source=checkpoint(name))
             prune(stage.double(), family, {"vision": cut, "language": layers}, index)
@@ -243,7 +243,7 @@ def test_pixel_limits_of_a_recipe_are_numbers_of_tiles(family, tmp_path, checkpo
 def test_both_layouts_are_one_model_and_go_back_to_their_files(name, checkpoint, originals, tmp_path):
     source, original = checkpoint(name), originals(name)
     families = [catalog.family(Model(source=str(path))) for path in (source, original)]
-    models = [family.build().trained for family in families]
+    models = [family.build() for family in families]
     for family, model in zip(families, models, strict=True):
         weights.load(model, family)
     expected = dict(models[0].named_parameters())
@@ -294,7 +294,7 @@ def test_both_layouts_are_one_model_and_go_back_to_their_files(name, checkpoint,
 def test_a_changed_config_goes_back_into_the_authors_names(originals, tmp_path):
     changes = {"text_config.num_hidden_layers": 2, "vision_config.attention_dropout": 0.1}
     family = catalog.family(Model(source=str(originals("internvl")), config=changes))
-    model = family.build().trained
+    model = family.build()
     weights.load(model, family)  # a layer of the files has no place, and the change says why
     again = gather.save(
         gather.weights(model),
@@ -339,7 +339,7 @@ def test_ties_are_those_of_the_language_models_config(checkpoint, tmp_path):
     del written["tie_word_embeddings"]
     (directory / "config.json").write_text(json.dumps(written))
     family = catalog.family(Model(source=str(directory)))
-    model = family.build().trained
+    model = family.build()
     weights.load(model, family)
     assert model.lm_head.weight is not model.model.language_model.embed_tokens.weight
 
@@ -370,7 +370,7 @@ def test_a_damaged_original_says_what_is_missing(originals, tmp_path):
     save_file(state, directory / "model.safetensors")
     family = catalog.family(Model(source=str(directory)))
     with pytest.raises(PolymodalError, match="multi_modal_projector.linear_2.bias"):
-        weights.load(family.build().trained, family)
+        weights.load(family.build(), family)
 
 
 # -- layouts -------------------------------------------------------------------------------------------------
@@ -387,7 +387,7 @@ def test_heads_of_the_large_tower_stay_whole_and_those_of_the_small_one_must_div
 @pytest.mark.parametrize("name", tiny.INTERNVL)
 def test_towers_hold_every_parameter_once_and_an_example_fits(name, family):
     family = family(name)
-    model = family.build().trained
+    model = family.build()
     for parameter, _ in model.named_parameters():
         homes = [
             t for t, names in family.card.towers.items() if any(parameter.startswith(f"{n}.") for n in names)

@@ -177,7 +177,7 @@ def test_the_librarys_own_attention_can_be_chosen(name, implementation, family, 
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_every_pattern_of_the_card_matches(name, tied, family):
     family = family(name, tied)
-    card, model = family.card, family.build().trained
+    card, model = family.card, family.build()
     modules = dict(model.named_modules(remove_duplicate=False))
     patterns = [
         *card.blocks,
@@ -228,7 +228,7 @@ def test_two_pipeline_stages_equal_the_whole(name, family, checkpoint):
         whole = model_of(checkpoint(name), "polymodal")
         _, expected = ours(family, whole, batch)
         token_loss(expected, batch["labels"]).backward()
-        stages = [family.build().trained for _ in range(2)]
+        stages = [family.build() for _ in range(2)]
         for index, stage in enumerate(stages):
             weights.load(stage, family, source=checkpoint(name))
             stage.double().set_experts_implementation("eager")

@@ -64,7 +64,7 @@ def test_a_published_size_has_its_parameters(key):
         encoder_attention_heads=width // 64, decoder_attention_heads=width // 64, encoder_ffn_dim=4 * width,
         decoder_ffn_dim=4 * width,
     )  # fmt: skip
-    made = Whisper(CARD, config, key).build().trained
+    made = Whisper(CARD, config, key).build()
     count = sum(p.numel() for p in made.parameters())
     assert count == parameters and CARD.sizes[key].parameters == pytest.approx(count / 1e9, rel=0.02)
     assert CARD.sizes[key].layers == decoder
@@ -76,7 +76,7 @@ def test_loss_and_gradients_are_the_librarys(family, source):
     with float64():
         batch = speech.batches(family, torch.float64)[2]
         batch.tensors["weights"] = (batch["labels"] >= 0).double()
-        ours = family.build().trained.double()
+        ours = family.build().double()
         weights.load(ours, family)
         objective = LanguageObjective()
         inverse = {"text": 1 / objective.weights(batch)["text"]}
@@ -103,7 +103,7 @@ def test_loss_and_gradients_are_the_librarys(family, source):
 def test_a_sample_in_a_padded_batch_is_the_sample_alone(family):
     """No mask is given: padding stands after what could see it, and has no weight."""
     with float64():
-        model = family.build().trained.double()
+        model = family.build().double()
         weights.load(model, family)
         model.eval()
         whole = speech.batches(family, torch.float64)[0]
@@ -123,7 +123,7 @@ def test_no_mask_is_built_and_nothing_is_asked_of_the_positions(family, monkeypa
         masking_utils, "find_packed_sequence_indices", lambda _: pytest.fail("looked at positions")
     )
     monkeypatch.setattr(masking_utils, "sdpa_mask", lambda *_, **__: pytest.fail("built a mask"))
-    model = family.build().trained
+    model = family.build()
     weights.load(model, family)
     batch = speech.batches(family, torch.float32)[0]
     assert family.stage(model, None, batch).hidden_states.shape == (2, 11, 32)
@@ -131,7 +131,7 @@ def test_no_mask_is_built_and_nothing_is_asked_of_the_positions(family, monkeypa
 
 def test_the_flops_are_those_that_torch_counts(source):
     family = catalog.family(Model(source=str(source), attention="eager"))  # whose products torch sees
-    model = family.build().trained
+    model = family.build()
     weights.load(model, family)
     tokens = 40
     batch = family.example(SampleLengths(tokens, tokens))

@@ -96,7 +96,7 @@ def seen(batch: Batch, first: bool) -> Batch:
 
 def build(family: Family, layout: Layout, dtype: torch.dtype) -> nn.Module:
     """The model on meta in `dtype`, adapters attached, frozen where the layout says."""
-    model = family.build().trained
+    model = family.build()
     packed = not isinstance(family, Generation)
     if dtype == torch.float64 and packed and getattr(family.config.get_text_config(), "num_experts", 0):
         model.set_experts_implementation("eager")  # torch's grouped product knows no float64

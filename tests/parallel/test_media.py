@@ -69,7 +69,7 @@ def vision_flops(rank: int, directory: str, balance: bool) -> tuple[float, int]:
         model=Model(source=directory, init="random"), parallel=Parallel(balance_media=balance), train=Train(precision="fp32")
     )  # fmt: skip
     family = catalog.family(recipe.model)
-    model = family.build().trained
+    model = family.build()
     bind(model, family)
     mesh = Mesh(ParallelSizes.of(recipe.parallel, dist.get_world_size()), "cpu", rank)
     apply(model, family.card, mesh, recipe)
@@ -102,7 +102,7 @@ def test_the_tower_computes_frames_apart_as_it_computes_them_together(name, tmp_
     """What `media_parts` promises: features of a video are those of its frames, one by one."""
     family = catalog.family(Model(source=str(tiny.checkpoint(name, tmp_path))))
     torch.manual_seed(0)
-    model = family.build().trained.to_empty(device="cpu")
+    model = family.build().to_empty(device="cpu")
     from polymodal.models import weights
 
     weights.load(model, family)

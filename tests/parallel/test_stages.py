@@ -21,7 +21,7 @@ from tests.parallel.spike.whisper import whisper
 
 
 def cut(family, **asked) -> dict:
-    return pipeline_split.counts(family.build().trained, family, Parallel(**asked))
+    return pipeline_split.counts(family.build(), family, Parallel(**asked))
 
 
 def test_layers_lie_as_asked():
@@ -111,7 +111,7 @@ def test_stages_lie_in_turn_or_in_a_v():
 
 def test_auto_makes_the_most_expensive_stage_as_cheap_as_can_be():
     family = tiny_qwen3_vl()
-    model = family.build().trained
+    model = family.build()
     short, long = SampleLengths(8, 4, {"vision": (400,)}), SampleLengths(400, 200, {"vision": (8,)})
     assert pipeline_split.balanced(model, family, 2, long)["vision"] == (3, 0), (
         "the tower is cheap: it stays together"
@@ -129,7 +129,7 @@ def test_auto_makes_the_most_expensive_stage_as_cheap_as_can_be():
 
 def test_training_passes_are_counted_by_module():
     family = tiny_qwen3_vl()
-    model, measure = family.build().trained, SampleLengths(400, 200, {"vision": (400,)})
+    model, measure = family.build(), SampleLengths(400, 200, {"vision": (400,)})
     assert pipeline_split.training_passes(model, family, measure) == pytest.approx(3)
     costs = family.costs(measure)
     vision = sum(cost for name, cost in costs.items() if name.startswith("model.visual"))
@@ -139,7 +139,7 @@ def test_training_passes_are_counted_by_module():
     assert pipeline_split.training_passes(model, family, measure) == pytest.approx(frozen)
     model.requires_grad_(False)
     assert pipeline_split.training_passes(model, family, measure) == pytest.approx(1)
-    adapted = family.build().trained
+    adapted = family.build()
     lora.attach(adapted, Lora(rank=1), family.card)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     share = trained / sum(p.numel() for p in adapted.parameters())
@@ -164,11 +164,11 @@ def test_a_card_that_cannot_be_cut_gives_its_reason():
 @pytest.mark.parametrize("count", [2, 3])
 def test_every_parameter_is_on_the_stage_that_needs_it_under_its_name(count):
     family = tiny_qwen2_vl(3)
-    whole = {name for name, _ in family.build().trained.named_parameters(remove_duplicate=False)}
+    whole = {name for name, _ in family.build().named_parameters(remove_duplicate=False)}
     counts = {"vision": (1, *[0] * (count - 1)), "language": (1, 2) if count == 2 else (1, 1, 1)}
     found: list[str] = []
     for index in range(count):
-        model = family.build().trained
+        model = family.build()
         stage = prune(model, family, counts, index)
         found += [name for name, _ in model.named_parameters()]
         layers = model.model.language_model.layers
@@ -186,7 +186,7 @@ def test_every_parameter_is_on_the_stage_that_needs_it_under_its_name(count):
 
 def test_deepstack_mergers_lie_with_the_blocks_that_feed_them():
     family = tiny_qwen3_vl()
-    model = family.build().trained
+    model = family.build()
     prune(model, family, {"vision": (2, 1), "language": (0, 4)}, 1)
     mergers = model.model.visual.deepstack_merger_list
     assert [isinstance(m, PrunedModule) for m in mergers] == [True, True, False]
@@ -199,7 +199,7 @@ def test_gradients_go_back_only_to_what_is_trained():
     counts = {"vision": (3, 0, 0), "language": (0, 2, 2)}
 
     def wanted(*trained: str) -> tuple[bool, ...]:
-        model = family.build().trained
+        model = family.build()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(trained))
         return prune(model, family, counts, 0).wanted
@@ -211,7 +211,7 @@ def test_gradients_go_back_only_to_what_is_trained():
 
 def test_without_a_pipeline_there_is_one_whole_part():
     family = tiny_qwen2_vl(2)
-    (part,) = stages.build(lambda: family.build().trained, family, Parallel(), 0)
+    (part,) = stages.build(lambda: family.build(), family, Parallel(), 0)
     assert not any(isinstance(module, PrunedModule) for module in part.model.modules())
     assert part.stage.first and part.stage.last and not part.stage.copies and part.stage.tied == ()
 
@@ -220,7 +220,7 @@ def test_a_tied_copy_goes_by_its_owners_name_and_follows_it_on_the_same_rank():
     family = tiny_qwen2_vl(3)
     asked = Parallel(pp=2, pp_schedule="ZBVZeroBubble", pp_layers={"language": [[0, 1], [1, 1]]})
     owner, copy = "model.language_model.embed_tokens.weight", "lm_head.weight"
-    parts = stages.build(lambda: family.build().trained, family, asked, 0)
+    parts = stages.build(lambda: family.build(), family, asked, 0)
     for part in parts:
         weights.materialise(part.model, "cpu")
     assert [part.stage.index for part in parts] == [0, 3]
@@ -230,9 +230,7 @@ def test_a_tied_copy_goes_by_its_owners_name_and_follows_it_on_the_same_rank():
         parts[0].model.get_parameter(owner).fill_(3)
     stages.sync_tied_copies(parts)
     assert parts[1].model.get_parameter(copy).eq(3).all()
-    last = stages.build(
-        lambda: family.build().trained, family, Parallel(pp=2, pp_layers={"language": [1, 2]}), 1
-    )
+    last = stages.build(lambda: family.build(), family, Parallel(pp=2, pp_layers={"language": [1, 2]}), 1)
     assert dict(stages.named_parameters(last, copies=True)).keys() == {owner}
 
 

@@ -7,7 +7,6 @@ import torch
 
 from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models import weights
-from polymodal.models.card import Components
 from polymodal.recipe import Model, Parallel, Recipe, Train
 from polymodal.train.parallel_model import ParallelModel
 from polymodal.train.step import Runner, StepMetrics, forward_backward, inverse_weights
@@ -30,11 +29,11 @@ class TinyWan(WanFamily):
         }  # fmt: skip
         return cls(CARD, settings, "wan")
 
-    def build(self) -> Components:
+    def build(self) -> torch.nn.Module:
         from diffusers import WanTransformer3DModel
 
         with torch.device("meta"):
-            return Components(WanTransformer3DModel(**self.config).double())
+            return WanTransformer3DModel(**self.config).double()
 
 
 class Flow(FlowMatching):
@@ -62,7 +61,7 @@ def wan_pp(rank: int, layers: int, parallels: list[dict[str, Any]]) -> list[dict
     family = TinyWan.make(layers)
     objective = Flow(7)
     torch.manual_seed(2)
-    model = family.build().trained.to_empty(device="cpu")
+    model = family.build().to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.1)
@@ -81,7 +80,7 @@ def wan_pp(rank: int, layers: int, parallels: list[dict[str, Any]]) -> list[dict
             parallel = Parallel(**settings)
             mesh = Mesh(ParallelSizes.of(parallel, torch.distributed.get_world_size()), "cpu", rank)
             recipe = Recipe(model=Model(source="wan"), parallel=parallel, train=Train(precision="fp32"))
-            laid = ParallelModel(lambda: family.build().trained, family, mesh, recipe, CPU)
+            laid = ParallelModel(lambda: family.build(), family, mesh, recipe, CPU)
 
             def load(part: torch.nn.Module) -> None:
                 weights.materialise(part)

@@ -211,7 +211,7 @@ def held(r: recipe.Recipe, world: int, patches: float = 0.5) -> estimate.Estimat
 def test_one_process_holds_the_whole_model(make):
     r = make("train.precision=fp32")
     found = held(r, 1)
-    count = sum(p.numel() for p in catalog.family(r.model).build().trained.parameters())
+    count = sum(p.numel() for p in catalog.family(r.model).build().parameters())
     assert found.total == found.trained == count == sum(total for total, _ in found.towers.values())
     assert (found.parameters, found.gradients, found.optimizer, found.gathered) == (
         4 * count,

@@ -54,7 +54,7 @@ def four(source) -> Prediction:
 
 @pytest.fixture(scope="module")
 def parameters(source) -> int:
-    made = planner.family_of(recipe(source)).build().trained
+    made = planner.family_of(recipe(source)).build()
     return sum(parameter.numel() for parameter in made.parameters())
 
 
@@ -90,7 +90,7 @@ def test_the_copy_that_a_background_save_makes_is_counted(four, source, paramete
 
 def test_a_replicated_tower_is_whole_on_every_rank(four, source):
     family = planner.family_of(recipe(source))
-    named = family.build().trained.named_parameters()
+    named = family.build().named_parameters()
     vision = sum(p.numel() for name, p in named if optim.tower_of(name, family.card.towers) == "vision")
     made = planned(source, 4, replicate=["vision"])
     plain, copied = (each.stages[0].trace.usage.end for each in (four, made))
@@ -124,7 +124,7 @@ def test_arithmetic_is_what_the_family_says(four, source):
 def test_collectives_move_the_parameters_and_no_more(four, parameters, source):
     moved = {(t.kind, t.where): t for t in four.stages[0].trace.traffic if t.axes == "dp_shard"}
     family = planner.family_of(recipe(source))
-    named = family.build().trained.named_parameters()
+    named = family.build().named_parameters()
     blocks = sum(p.numel() for n, p in named if any(part in n for part in (".blocks.", ".layers.")))
     assert moved["all_gather", "forward"].bytes == pytest.approx(parameters * 2, rel=0.01), "in bfloat16"
     assert moved["all_gather", "backward"].bytes == pytest.approx(blocks * 2, rel=0.01), (

@@ -19,7 +19,7 @@ from polymodal.core import padded
 from polymodal.core.sample import Batch, MediaStream, Sample, SampleLengths
 from polymodal.distributed import attention
 from polymodal.models import partial
-from polymodal.models.card import Components, Output, PrunedModule
+from polymodal.models.card import Output, PrunedModule
 from polymodal.models.family import Family
 
 STATE, ENCODED = "encoder.state", "encoder.output"
@@ -62,7 +62,7 @@ class EncoderDecoder(Family):
 
     # -- building and running -------------------------------------------------------------------------------------
 
-    def build(self) -> Components:
+    def build(self) -> nn.Module:
         """The library's model on meta in float32; its attention builds no masks, for padding needs none."""
         import transformers
 
@@ -70,7 +70,7 @@ class EncoderDecoder(Family):
         with torch.device("meta"):
             model = make(copy.deepcopy(self.config))
         attention.use(model, self.attention, padded=True)
-        return Components(model.train())
+        return model.train()
 
     def stage(
         self, model: nn.Module, carry: Mapping[str, Tensor] | None, batch: Batch
@@ -133,7 +133,7 @@ class EncoderDecoder(Family):
 
     @functools.cached_property
     def encoder_layers(self) -> int:
-        return len(partial.blocks(self.build().trained, self.card.pipeline["encoder"]))
+        return len(partial.blocks(self.build(), self.card.pipeline["encoder"]))
 
     def carry_spec(self, batch: Batch, before: Mapping[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
         rows, tokens = batch["input_ids"].shape

@@ -28,7 +28,7 @@ class Flux(GuidanceDistilled, Pictures):
 
     @property
     def max_length(self) -> int:
-        """Tokens of a prompt at most: the pipeline's 512, or fewer where the tokenizer says so."""
+        """Tokens of a prompt at most: the pipeline's 512, or the tokenizer's if fewer."""
         return int(min(512, self.component_config("tokenizer_2").get("model_max_length", 512)))
 
     def prompt_options(self) -> dict[str, Any]:

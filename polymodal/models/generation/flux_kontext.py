@@ -1,8 +1,7 @@
 """FLUX.1 Kontext: a picture made from another and an instruction, in FLUX.1's denoiser.
 
 The source's tokens follow those of the noise, with 1 as the first of their positions; the prediction of them
-is not
-used. Records are edit pairs: `path` is the result, `src_image` the source, `cap` the instruction.
+is not used. Records are edit pairs: `path` is the result, `src_image` the source, `cap` the instruction.
 """
 
 from __future__ import annotations

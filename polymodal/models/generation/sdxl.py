@@ -25,7 +25,7 @@ class StableDiffusionXL(Pictures):
     prompt_outputs = ("encoder_hidden_states", "", "text_embeds")
     media = ("time_ids",)
     zero = ("conv_out.*",)
-    zeros_for_empty = True  # if the pipeline's config says so, too
+    zeros_for_empty = True  # where the pipeline's config has it
 
     @property
     def patch(self) -> int:

@@ -51,8 +51,8 @@ class Wan(FirstFrameChannels):
 
     @property
     def max_length(self) -> int:
-        """Tokens of a caption: 512 as published, or fewer where the tokenizer says so. Beside image tokens
-        always 512, which the denoiser's attention counts back from."""
+        """Tokens of a caption: 512 as published, or the tokenizer's if fewer. Beside image tokens always 512,
+        which the denoiser's attention counts back from."""
         longest = int(min(512, self.component_config("tokenizer").get("model_max_length") or 512))
         return 512 if self.config.get("added_kv_proj_dim") else longest
 
@@ -79,18 +79,10 @@ class Wan(FirstFrameChannels):
             return {"latents": latents}
         frames, height, width = pixels.shape[2:]
         made, conditions = {"latents": latents}, []
+        options = (1, latents.shape[1], height, width, frames, latents.dtype, latents.device)
         for clip in pixels.split(1):
-            _, condition = pipeline.prepare_latents(
-                clip[:, :, 0],
-                1,
-                latents.shape[1],
-                height,
-                width,
-                frames,
-                latents.dtype,
-                latents.device,
-                last_image=clip[:, :, -1] if self.last_frame else None,
-            )
+            last = clip[:, :, -1] if self.last_frame else None
+            _, condition = pipeline.prepare_latents(clip[:, :, 0], *options, last_image=last)
             conditions.append(condition)
         made["condition"] = torch.cat(conditions)
         if "encoder_hidden_states_image" in self.media:

@@ -36,6 +36,10 @@ TOKENS = {
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }
+SENTENCEPIECE = {
+    **{"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"},
+    **{"add_bos_token": True, "model_max_length": 8192},
+}
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 TEMPLATE = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}
 {%- if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}
@@ -63,10 +67,11 @@ def dump(raw: dict[str, Any], directory: Path) -> None:
     (directory / "config.json").write_text(text, encoding="utf-8")
 
 
-def convert_config(raw: dict[str, Any], image_token: int, where: Any) -> Any:
+def read_config(directory: Path) -> Any:
     """A published config.json as transformers' InternVLConfig. Raises PolymodalError."""
     from transformers import CONFIG_MAPPING, InternVLConfig
 
+    raw = read(directory / "config.json")
     text = {key: value for key, value in raw["llm_config"].items() if key not in DROPPED}
     for name in ("rope_scaling", "torch_dtype"):  # empty, as old versions wrote it
         if text.get(name, "") is None:
@@ -81,7 +86,7 @@ def convert_config(raw: dict[str, Any], image_token: int, where: Any) -> Any:
     ):
         if value not in known:
             raise PolymodalError(
-                f"{where}: {key} = {value} is no InternVL that can be opened here.",
+                f"{directory / 'config.json'}: {key} = {value} is no InternVL that can be opened here.",
                 f"Known: {', '.join(map(str, known))}.",
             )
     vision = {
@@ -96,18 +101,12 @@ def convert_config(raw: dict[str, Any], image_token: int, where: Any) -> Any:
     return InternVLConfig(
         text_config=CONFIG_MAPPING[kind].from_dict(text).to_dict(),
         vision_config={**vision, "use_absolute_position_embeddings": True, "use_mean_pooling": True},
-        image_token_id=image_token,
+        image_token_id=read_tokenizer(directory).convert_tokens_to_ids(TOKENS["context_image_token"]),
         image_seq_length=int(sides**2 * ratio**2),
         downsample_ratio=ratio,
         tie_word_embeddings=bool(text.get("tie_word_embeddings", raw.get("tie_word_embeddings", False))),
         dtype=raw.get("dtype") or raw.get("torch_dtype") or text.get("torch_dtype"),
     )
-
-
-def read_config(directory: Path) -> Any:
-    tokenizer = read_tokenizer(directory)
-    token = tokenizer.convert_tokens_to_ids(TOKENS["context_image_token"])
-    return convert_config(read(directory / "config.json"), token, directory / "config.json")
 
 
 def write_config(config: Any, origin: Path, directory: Path) -> None:
@@ -142,11 +141,8 @@ def read_tokenizer(directory: Path) -> Any:
 
 
 def _sentencepiece_tokenizer(directory: Path) -> Any:
-    """InternLM's: a byte-pair sentencepiece model, some of whose unused pieces are renamed by
-    tokenizer_config.json.
-
-    The library's own reading of such a model would give renamed pieces new ids after the last.
-    """
+    """InternLM's: a byte-pair sentencepiece model, some of whose unused pieces tokenizer_config.json renames.
+    The library's own reading of such a model would give renamed pieces new ids after the last."""
     from sentencepiece import SentencePieceProcessor
     from transformers import LlamaTokenizer
     from transformers.tokenization_utils_base import generate_merges
@@ -160,23 +156,13 @@ def _sentencepiece_tokenizer(directory: Path) -> Any:
     tokenizer = LlamaTokenizer(
         {piece: at for at, piece in sorted(pieces.items())},
         merges,
-        **{name: written.get(name, default) for name, default in _SENTENCEPIECE.items()},
+        **{name: written.get(name, default) for name, default in SENTENCEPIECE.items()},
         add_prefix_space=model.encode_as_pieces("a")[0] != "a",
         extra_special_tokens=dict(TOKENS),
     )
     tokenizer.add_tokens(list(named.values()), special_tokens=True)
     tokenizer.chat_template = ("{{ bos_token }}" if tokenizer.add_bos_token else "") + TEMPLATE
     return tokenizer
-
-
-_SENTENCEPIECE = {
-    "unk_token": "<unk>",
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "pad_token": "</s>",
-    "add_bos_token": True,
-    "model_max_length": 8192,
-}
 
 
 def read_processor(directory: Path) -> Any:
@@ -195,13 +181,6 @@ def read_processor(directory: Path) -> Any:
         image_seq_length=config.image_seq_length,
         chat_template=tokenizer.chat_template,
     )
-
-
-def write_limits(directory: Path, image_processor: Any) -> None:
-    """The recipe's numbers of tiles into config.json, where the published code reads them."""
-    tiles = {"min": image_processor.min_patches, "max": image_processor.max_patches}
-    dynamic = {f"{end}_dynamic_patch": count for end, count in tiles.items()}
-    dump(read(directory / "config.json") | dynamic, directory)
 
 
 # -- names of tensors
@@ -226,14 +205,14 @@ class SplitGroups:
         text = config.get_text_config()
         groups, heads = text.num_key_value_heads, text.num_attention_heads
         size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        sizes = [heads // groups * size, size, size]
         given = [inputs[name] for name in source_patterns]
         parts = [value[0] if isinstance(value, list) else value for value in given]
         if self.inverse:
-            parts = [part.reshape(groups, -1, size, part.shape[-1]) for part in parts]
-            return {target_patterns[0]: torch.cat(parts, dim=1).flatten(0, 2)}
-        grouped = parts[0].reshape(groups, heads // groups + 2, size, parts[0].shape[-1])
-        split = grouped.split([heads // groups, 1, 1], dim=1)
-        return {name: part.flatten(0, 2) for name, part in zip(target_patterns, split, strict=True)}
+            split = [part.split(rows, dim=0) for part, rows in zip(parts, sizes, strict=True)]
+            return {target_patterns[0]: torch.cat([split[at % 3][at // 3] for at in range(3 * groups)])}
+        pieces = parts[0].split(sizes * groups, dim=0)
+        return {name: torch.cat(pieces[at::3]) for at, name in enumerate(target_patterns)}
 
     @property
     def reverse_op(self) -> SplitGroups:
@@ -311,7 +290,9 @@ class InternVLFiles(Family):
         if not is_original(directory):
             super().write_processor(processor, directory)
         elif processor.chat_template == read_processor(directory).chat_template:
-            write_limits(directory, processor.image_processor)
+            tiles = processor.image_processor  # their numbers are where the published code reads them
+            numbers = {"min_dynamic_patch": tiles.min_patches, "max_dynamic_patch": tiles.max_patches}
+            dump(read(directory / "config.json") | numbers, directory)
         else:
             raise PolymodalError(
                 "data.chat_template cannot be kept in the authors' layout, who have it in their code.",

@@ -56,7 +56,7 @@ class InternVLMedia(TokenMedia):
         self.directory, self.tokenizer = directory, processor.tokenizer
         self.image_processor, self.video_processor = processor.image_processor, processor.video_processor
         limit_tiles(self.image_processor, data)
-        # the library's processor cuts pictures into tiles whatever preprocessor_config.json says
+        # the library's processor cuts pictures into tiles whatever preprocessor_config.json has
         self.options = {"crop_to_patches": True, "max_patches": self.image_processor.max_patches}
         self.reads = {"image": processor.image_token, "video": processor.video_token}
         self.patches, self.tokens = patches, processor.image_seq_length

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from polymodal.models.card import Components, Size
+from polymodal.models.card import Size
 from polymodal.models.understanding.language import DENSE_PLAN
 from polymodal.models.understanding.qwen_vl import QwenVL, qwen_vl_card, vision_plan
 from polymodal.models.understanding.qwen_vl_media import Qwen3VLMedia
@@ -22,17 +22,17 @@ class Qwen3VL(QwenVL):
     media = Qwen3VLMedia
     rope = "Qwen3VLModel"
 
-    def build(self) -> Components:
+    def build(self) -> nn.Module:
         """The language model skips levels that an earlier pipeline stage has added (None)."""
-        made = super().build()
-        text = made.trained.model.language_model
+        model: Any = super().build()
+        text = model.model.language_model
         add = text._deepstack_process
 
         def add_unless_done(hidden: Tensor, mask: Tensor, level: Tensor | None) -> Tensor:
             return hidden if level is None else add(hidden, mask, level)
 
         text._deepstack_process = add_unless_done
-        return made
+        return model
 
     def vision_weights(self, vision: Any) -> tuple[float, float]:
         merged = vision.hidden_size * vision.spatial_merge_size**2

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Batch, MediaStream
 from polymodal.distributed import attention as packed_attention
-from polymodal.models.card import Chain, Components, ModelCard, PrunedModule
+from polymodal.models.card import Chain, ModelCard, PrunedModule
 from polymodal.models.understanding.language import TEXT_PLAN
 from polymodal.models.understanding.qwen_vl_media import VISION, QwenVLMedia
 from polymodal.models.understanding.vision_language import (
@@ -107,10 +107,10 @@ class QwenVL(VisionLanguage):
     streams = (VISION,)
     position_rows = 4  # its own count, then time, height, width
 
-    def build(self) -> Components:
-        made = super().build()
-        made.trained.model.visual.patch_embed.proj.__class__ = PatchEmbedding
-        return made
+    def build(self) -> nn.Module:
+        model: Any = super().build()
+        model.model.visual.patch_embed.proj.__class__ = PatchEmbedding
+        return model
 
     def media_processor(self, data: Data) -> QwenVLMedia:
         return self.media(self.source, self.config, self.rope, data)

@@ -33,37 +33,37 @@ class QwenVLMedia(TokenMedia):
     rows = 4
     reads = {kind: START + pad + END for kind, pad in PADS.items()}
 
+    counts_frames = False  # pixel limits of a video are of all its frames
+
     def __init__(self, directory: str, config: Any, rope: str, data: Data):
         self.config = config
         self.rope = rope
         super().__init__(directory)
-        self.image_processor = self.load("AutoImageProcessor", "image processor")
-        self.video_processor = self.load("AutoVideoProcessor", "video processor")
+        self.processors = {
+            "image": self.load("AutoImageProcessor", "image processor"),
+            "video": self.load("AutoVideoProcessor", "video processor"),
+        }
         self.ids = {text: self.token_id(text) for text in (START, END, *PADS.values())}
-        self.image_limits = self._limits("image", self.image_processor, data.image)
-        self.video_limits = self._limits("video", self.video_processor, data.video)
-        self.frame_multiple: int = self.video_processor.temporal_patch_size
+        asked = {"image": data.image, "video": data.video}
+        self.limits = {kind: (one.min_pixels, one.max_pixels) for kind, one in asked.items()}
+        for kind, limits in self.limits.items():
+            low, high = self.pixel_limits(kind)
+            if limits != (None, None) and low > high:
+                names = [
+                    f"data.{kind}.{name}" if value else "the checkpoint's"
+                    for name, value in zip(("min_pixels", "max_pixels"), limits, strict=True)
+                ]
+                raise PolymodalError(
+                    f"{names[0]} smallest size of {low} pixels is more than {names[1]} largest of {high}.",
+                    f"Set data.{kind}.min_pixels and data.{kind}.max_pixels together.",
+                )
+        self.frame_multiple: int = self.processors["video"].temporal_patch_size
         self.fps = data.video.fps
 
-    def _limits(self, kind: str, processor: Any, asked: Any) -> tuple[int | None, int | None]:
-        """(min, max) pixels as the recipe gives them; checked with the checkpoint's."""
-        limits = (asked.min_pixels, asked.max_pixels)
-        low, high = self._pixels_of(processor, limits)
-        if limits != (None, None) and low > high:
-            names = [
-                f"data.{kind}.{name}" if value else "the checkpoint's"
-                for name, value in zip(("min_pixels", "max_pixels"), limits, strict=True)
-            ]
-            raise PolymodalError(
-                f"{names[0]} smallest size of {low} pixels is more than {names[1]} largest of {high}.",
-                f"Set data.{kind}.min_pixels and data.{kind}.max_pixels together.",
-            )
-        return limits
-
-    @staticmethod
-    def _pixels_of(processor: Any, limits: tuple[int | None, int | None], volume: int = 1) -> tuple[int, int]:
-        low, high = limits
-        size = processor.size
+    def pixel_limits(self, kind: str, frames: int = 1) -> tuple[int, int]:
+        """(min, max) pixels given to the library for one medium: the recipe's, else the checkpoint's."""
+        volume = frames if self.counts_frames and kind == "video" else 1
+        (low, high), size = self.limits[kind], self.processors[kind].size
         return (
             size["shortest_edge"] if low is None else low * volume,
             size["longest_edge"] if high is None else high * volume,
@@ -72,37 +72,28 @@ class QwenVLMedia(TokenMedia):
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that decides spans and pixels, for cache keys. JSON-able."""
-        return {
-            "class": type(self).__name__,
-            "image": {**self.image_processor.to_dict(), "limits": self.image_limits},
-            "video": {**self.video_processor.to_dict(), "limits": self.video_limits, "fps": self.fps},
-            "ids": self.ids,
-        }
+        image, video = ({**p.to_dict(), "limits": self.limits[kind]} for kind, p in self.processors.items())
+        ids = {"class": type(self).__name__, "ids": self.ids}
+        return {**ids, "image": image, "video": {**video, "fps": self.fps}}
 
     def resized(self, kind: str, height: int, width: int, frames: int = 1) -> tuple[int, int]:
         """(height, width) in pixels after the library's resizing. Raises PolymodalError."""
+        try:
+            return self.smart_resize(kind, height, width, frames)
+        except (ValueError, ZeroDivisionError) as error:
+            message = f"The {kind} of {width} x {height} pixels cannot be used: {error}."
+            raise PolymodalError(message) from None
+
+    def smart_resize(self, kind: str, height: int, width: int, frames: int) -> tuple[int, int]:
+        """By the library's function."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-        processor = self._processor(kind)
-        low, high = self._call_limits(kind, frames)
-        try:
-            return smart_resize(height, width, processor.patch_size * processor.merge_size, low, high)
-        except (ValueError, ZeroDivisionError) as error:
-            raise PolymodalError(
-                f"The {kind} of {width} x {height} pixels cannot be used: {error}."
-            ) from None
-
-    def _processor(self, kind: str) -> Any:
-        return self.image_processor if kind == "image" else self.video_processor
-
-    def _call_limits(self, kind: str, frames: int) -> tuple[int, int]:
-        """(min, max) pixels given to the library for one medium of so many frames."""
-        limits = self.image_limits if kind == "image" else self.video_limits
-        return self._pixels_of(self._processor(kind), limits)
+        factor = self.processors[kind].patch_size * self.processors[kind].merge_size
+        return smart_resize(height, width, factor, *self.pixel_limits(kind))
 
     def grid(self, kind: str, height: int, width: int, frames: int = 1) -> tuple[int, int, int]:
         """(t, h, w) in patches; a video is filled up with its last frame."""
-        processor = self._processor(kind)
+        processor = self.processors[kind]
         temporal = processor.temporal_patch_size
         frames = max(frames, temporal) if kind == "video" else 1
         height, width = self.resized(kind, height, width, frames)
@@ -113,13 +104,13 @@ class QwenVLMedia(TokenMedia):
         """Tokens and patches of a medium from its size alone."""
         kind = shape.kind
         grid = self.grid(kind, shape.height, shape.width, shape.frames)
-        tokens = grid[0] * grid[1] * grid[2] // self._processor(kind).merge_size ** 2
+        tokens = grid[0] * grid[1] * grid[2] // self.processors[kind].merge_size ** 2
         ids = [self.ids[START], *[self.ids[PADS[kind]]] * tokens, self.ids[END]]
         return Span(ids, (_part(grid),), shape)
 
     def features(self, shape: MediaShape, decoded: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """PIL image, or video frames uint8 [F, H, W, 3] -> patches [P, D] float32, grid [1, 3] int64."""
-        processor = self._processor(shape.kind)
+        processor = self.processors[shape.kind]
         if shape.kind == "image":
             out = processor(images=[decoded], size=self._size(shape.kind, 1), return_tensors="pt")
             return {VISION.name: (out["pixel_values"], out["image_grid_thw"])}
@@ -137,8 +128,7 @@ class QwenVLMedia(TokenMedia):
         return {VISION.name: (out["pixel_values_videos"], out["video_grid_thw"])}
 
     def _size(self, kind: str, frames: int) -> dict[str, int]:
-        low, high = self._call_limits(kind, frames)
-        return {"shortest_edge": low, "longest_edge": high}
+        return dict(zip(("shortest_edge", "longest_edge"), self.pixel_limits(kind, frames), strict=True))
 
     def position_ids(self, input_ids: Tensor, spans: Sequence[Span]) -> Tensor:
         """Positions [4, T] int64 of one sample: tokens from 0, time, height, width."""
@@ -170,23 +160,16 @@ class QwenVLMedia(TokenMedia):
 class Qwen3VLMedia(QwenVLMedia):
     """Qwen3-VL: a video is its frames, each after its time in text; limits count all its pixels."""
 
-    def resized(self, kind: str, height: int, width: int, frames: int = 1) -> tuple[int, int]:
+    counts_frames = True
+
+    def smart_resize(self, kind: str, height: int, width: int, frames: int) -> tuple[int, int]:
         if kind == "image":
-            return super().resized(kind, height, width)
+            return super().smart_resize(kind, height, width, frames)
         from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
-        processor = self.video_processor
-        low, high = self._call_limits(kind, frames)
+        processor, limits = self.processors["video"], self.pixel_limits("video", frames)
         factor = processor.patch_size * processor.merge_size
-        try:
-            return smart_resize(frames, height, width, processor.temporal_patch_size, factor, low, high)
-        except (ValueError, ZeroDivisionError) as error:
-            raise PolymodalError(f"The video of {width} x {height} pixels cannot be used: {error}.") from None
-
-    def _call_limits(self, kind: str, frames: int) -> tuple[int, int]:
-        if kind == "image":
-            return super()._call_limits(kind, frames)
-        return self._pixels_of(self.video_processor, self.video_limits, volume=frames)
+        return smart_resize(frames, height, width, processor.temporal_patch_size, factor, *limits)
 
     def span(self, shape: MediaShape) -> Span:
         """As the library writes a video: each temporal patch after the mean time of its first and last frame,
@@ -194,7 +177,7 @@ class Qwen3VLMedia(QwenVLMedia):
         if shape.kind == "image":
             return super().span(shape)
         grid = self.grid(shape.kind, shape.height, shape.width, shape.frames)
-        pads = [self.ids[PADS[shape.kind]]] * (grid[1] * grid[2] // self.video_processor.merge_size**2)
+        pads = [self.ids[PADS[shape.kind]]] * (grid[1] * grid[2] // self.processors["video"].merge_size ** 2)
         ids = [self.ids[START]]
         for time in self.times(shape.frames, shape.seconds):
             ids += encoded(self.tokenizer, f"<{time:.1f} seconds>")
@@ -206,7 +189,7 @@ class Qwen3VLMedia(QwenVLMedia):
         known = list(seconds) or [index / self.fps for index in range(frames)]
         if len(known) != frames:
             raise ValueError(f"{frames} frames have {len(known)} times")
-        temporal = self.video_processor.temporal_patch_size
+        temporal = self.processors["video"].temporal_patch_size
         known += [known[-1]] * (-len(known) % temporal)
         return [(known[i] + known[i + temporal - 1]) / 2 for i in range(0, len(known), temporal)]
 

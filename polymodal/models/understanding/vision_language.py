@@ -20,7 +20,7 @@ from polymodal.core.sample import AXES, IGNORE, Batch, MediaStream, SampleLength
 from polymodal.distributed import attention as packed_attention
 from polymodal.distributed.router_loss import router_sums
 from polymodal.models import partial
-from polymodal.models.card import Chain, Components, ModelCard, Output, PrunedModule
+from polymodal.models.card import Chain, ModelCard, Output, PrunedModule
 from polymodal.models.family import Family
 from polymodal.models.understanding import language
 
@@ -114,7 +114,7 @@ class VisionLanguage(Family):
         """The language model's config."""
         return self.config.get_text_config()
 
-    def build(self) -> Components:
+    def build(self) -> nn.Module:
         """The library's model on meta in float32, with packed attention in text and towers."""
         from transformers import AutoModelForImageTextToText
 
@@ -124,7 +124,7 @@ class VisionLanguage(Family):
                 copy.deepcopy(self.config), dtype=torch.float32, attn_implementation="sdpa", **experts
             )
         packed_attention.use(model, self.attention)
-        return Components(model.train())
+        return model.train()
 
     def language_model(self, model: nn.Module) -> nn.Module:
         """Embeddings, layers and last norm."""
@@ -325,7 +325,7 @@ class VisionLanguage(Family):
     @functools.cached_property
     def depths(self) -> dict[str, int]:
         """Blocks of each tower."""
-        model = self.build().trained
+        model = self.build()
         return {
             name: len(partial.blocks(model, chain))
             for name, chain in self.card.pipeline.items()

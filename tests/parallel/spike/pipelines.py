@@ -70,7 +70,7 @@ def _line(mesh: Mesh) -> dist.ProcessGroup:
 def qwen3_lora_pp_fsdp(rank: int, targets: str) -> dict[str, Any]:
     """PP 2 x dp_shard 2, cut 1 + 3, packs of all lengths, with and without pictures; built and initialised on meta."""
     family = qwen.tiny_qwen3_vl()
-    model = family.build().trained
+    model = family.build()
     adapt(model, targets)
     weights.initialise(model, family, seed=0)
     adapters = draw_adapters(model)
@@ -87,7 +87,7 @@ def qwen3_lora_pp_fsdp(rank: int, targets: str) -> dict[str, Any]:
     names = sorted(name for name, _ in model.named_parameters())
 
     mesh = mesh_of(rank, pp=2, dp_shard=2)
-    cut = family.build().trained
+    cut = family.build()
     stage = prune(cut, family, {"vision": (3, 0), "language": (1, 3)}, mesh.at["pp"])
     adapt(cut, targets)
     bind(cut, family, stage, torch.float32)
@@ -115,7 +115,7 @@ def qwen2_tied_pp(rank: int, schedule: str = "1F1B", stages: int = 2) -> dict[st
     family = qwen.tiny_qwen2_vl(stages + 1)
 
     def build() -> nn.Module:
-        return family.build().trained.double()
+        return family.build().double()
 
     whole = build()
     weights.initialise(whole, family, seed=1)

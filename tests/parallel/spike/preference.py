@@ -96,7 +96,7 @@ def _packed(*pairs: tuple[int, tuple[int, int] | None]) -> Batch:
 def dpo_fsdp(rank: int) -> dict[str, Any]:
     """Three pairs over two ranks (2 + 1, the second fills up with a weightless pack), pictures on one rank only; float64."""
     family = tiny_qwen2_vl(2)
-    base, model = (family.build().trained.double() for _ in range(2))
+    base, model = (family.build().double() for _ in range(2))
     adapt(model)
     for part in (base, model):
         weights.initialise(part, family, seed=6)
