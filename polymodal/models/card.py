@@ -118,8 +118,7 @@ class Process:
     alphas: tuple[float, ...] = ()  # a_t: cumulated products, as the scheduler has them
     range: tuple[float, float] = (0.0, 1.0)  # of s, where two models share the levels
     streams: tuple[str, ...] = ()
-    """What is noised and trained beside the latents, at the same level: `<name>_latents` of a sample,
-    optional."""
+    """What is noised and trained beside the latents, at the same level: `<name>_latents` of a sample."""
     first_frame: bool = False  # the first latent frame of a clip is always given: no noise, no loss
     guidance: float | None = (
         None  # the scale that a guidance-distilled model is trained with; None: no such input

@@ -108,8 +108,7 @@ def find(source: str | os.PathLike, revision: str | None = None) -> ModelCard:
 
 
 def _card_of(directory: Path) -> ModelCard | None:
-    """By the architectures of config.json; of cards with one pipeline class the one that claims its
-    model_index.json."""
+    """By architectures of config.json; of cards with one pipeline class the one that claims its index."""
     found = set(_architectures(directory))
     index = pipelines.read_index(directory) if pipelines.is_pipeline(directory) else None
     fits = (card for card in cards().values() if found & set(card.architectures))
@@ -124,8 +123,7 @@ def reader(directory: str | os.PathLike) -> type[Family]:
 
 
 def read_config(directory: Path, trust: bool = False) -> Any:
-    """The library's config of a checkpoint of transformers, with its card's changes. Raises
-    PolymodalError."""
+    """The library's config of a transformers checkpoint, with its card's changes. Raises PolymodalError."""
     try:
         return reader(directory).read_config(directory, trust)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -149,8 +147,7 @@ def resolve(
 ) -> Path:
     """The local directory of a source: a path, or a hub id or card name by the hub's cache or a download.
 
-    weights: also require complete weights. key: of the recipe, for the message. Raises PolymodalError for
-    what is missing.
+    weights: also require complete weights. key: of the recipe, for messages. Raises PolymodalError.
     """
     source = os.fspath(source)
     card_and_size = None if _is_path(source) else named(source)

@@ -219,7 +219,7 @@ class Generation(Family):
         raise NotImplementedError
 
     def shapes(self, latents: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Of one sample's text and media tensors beside latents of this shape, by the config alone, for
+        """Shapes of a sample's text and media tensors beside such latents, by the config alone, for
         `plan`."""
         raise NotImplementedError
 

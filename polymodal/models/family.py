@@ -77,8 +77,7 @@ class Family:
         return None
 
     def limit_media(self, processor: Any, data: Any) -> bool:
-        """Set the recipe's pixel limits in the library's processor. False: they are shortest_edge,
-        longest_edge."""
+        """Set the recipe's pixel limits in the processor. False: they are shortest_edge, longest_edge."""
         return False
 
     # The model
@@ -127,8 +126,7 @@ class Family:
         raise NotImplementedError
 
     def example(self, measure: SampleLengths) -> Batch:
-        """A micro-batch of one sample of these sizes, without data, for `plan`. Floating tensors are
-        zeros."""
+        """A micro-batch of one sample of these sizes, without data. Floating tensors are zeros."""
         raise NotImplementedError
 
     def balance(self, weight: float | None) -> dict[str, Any]:

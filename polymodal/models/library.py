@@ -128,8 +128,7 @@ def _own_classes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def named_by(model_type: str, rules: list[Any] | None) -> Iterator[None]:
-    """Inside, the library reads and writes files of a model type by these rules (Family.tensor_names, None:
-    its own)."""
+    """Inside, the library reads and writes files of a model type by these rules (None: its own)."""
     if rules is None:
         yield
         return
@@ -288,7 +287,8 @@ def ignorable(model: nn.Module, key: str, name: str) -> bool:
 def beyond(model: nn.Module, name: str) -> bool:
     """Whether a name is of a block that this model lacks, having fewer layers than its checkpoint."""
     module, rest = _deepest(model, name)
-    return isinstance(module, nn.ModuleList) and rest[0].isdigit() and int(rest[0]) >= len(module)
+    number = rest[0] if rest and isinstance(module, nn.ModuleList) else ""
+    return number.isdigit() and int(number) >= len(module)  # type: ignore[arg-type]
 
 
 def overridden(model: nn.Module, written: Any) -> bool:

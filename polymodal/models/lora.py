@@ -147,8 +147,7 @@ def _no_layer(
 
 
 def _selector(chosen: list[str], names: list[str]) -> list[str] | str:
-    """peft's shortest target_modules for exactly these modules: endings, else a pattern of all layer
-    numbers."""
+    """peft's shortest target_modules for exactly these modules: endings, else a pattern of numbers."""
     endings = sorted({name.rpartition(".")[2] for name in chosen})
     if {name for name in names if name.rpartition(".")[2] in endings} == set(chosen):
         return endings

@@ -23,8 +23,7 @@ from polymodal.models.card import Chain, ModelCard, Output, PrunedModule
 HIDDEN = "hidden_states"
 """Name of the stream in a carry; of several, the one that the model's end takes."""
 ENTERED = "polymodal_entered"
-"""Attribute of a block where streams of an earlier stage just entered: the shapes of the zeros they
-replaced."""
+"""Attribute of a block where streams of a stage entered: shapes of the zeros they replaced."""
 
 
 def arguments(module: nn.Module) -> list[str]:
@@ -155,8 +154,8 @@ def run(
 
     hidden: the stream from the stage before, None where the chain begins; carried: outputs of `chain.carry`
     as `<module>.<position>`; streams: the card's; others: those besides `hidden`, as they enter, and
-    afterwards as they leave. Returns (the stream, None) when the chain continues in another stage, else
-    (None, result).
+    afterwards as they leave. Returns (the stream, None) when the chain continues elsewhere, else (None,
+    result).
     """
     handles = []
     end = model.get_submodule(chain.last[0])

@@ -257,8 +257,8 @@ def extent(spans: list[Spans]) -> tuple[int, ...]:
 
 
 def boxes(spans: list[Spans], local: Tensor) -> Iterator[tuple[tuple[tuple[int, int], ...], Tensor]]:
-    """Each contiguous box of the whole tensor that a shard holds: ((begin, end) of each dimension, view of
-    the shard)."""
+    """Each contiguous box of the whole tensor of a shard: ((begin, end) of each dimension, view of the
+    shard)."""
     dimensions = []
     for ranges in spans:
         starts = accumulate((end - begin for begin, end in ranges), initial=0)

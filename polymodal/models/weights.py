@@ -355,8 +355,8 @@ def initialise(
 ) -> None:
     """Draw every parameter as the library would, from (seed, its name): the same values under every layout.
 
-    Adapters are given memory and left empty; buffers get the library's values. Raises PolymodalError where
-    the library has no rule.
+    Adapters get memory and stay empty; buffers get the library's values. Raises PolymodalError without a
+    rule.
     """
     materialise(model, device, offloaded)
     rebuild_buffers(model, persistent=True)

@@ -1,5 +1,4 @@
-"""HunyuanVideo 1.5: text and image to video in one denoiser, with a first frame, a mask and its tokens as
-inputs.
+"""HunyuanVideo 1.5: text and image to video in one denoiser, which takes a first frame.
 
 Facts, and the arguments of diffusers' HunyuanVideo15Transformer3DModel and its two pipelines. The class of a
 checkpoint's pipeline decides between the two; from text alone frame, mask and picture are zeros.

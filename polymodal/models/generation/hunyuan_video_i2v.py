@@ -1,8 +1,7 @@
 """HunyuanVideo from a first frame, in both its forms; captions are encoded together with that frame.
 
 Facts, and the arguments of diffusers' HunyuanVideoImageToVideoPipeline. latent_concat: the frame and a mask
-are channels beside the noise. token_replace: the first latent frame is the picture, without noise, at
-timestep 0.
+are channels beside the noise. token_replace: the first latent frame is the picture, at timestep 0.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class LTX2(Generation):
     def encode_media(
         self, pipeline: Any, pixels: Tensor, sound: Tensor | None = None, rate: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """sound: waveforms [1, 2, samples] in -1..1 at the grid's rate, as long as the clip; rate: frames/s
+        """sound: waveforms [1, 2, samples] in -1..1 at the grid's rate, of the clip's length; rate: fps
         [1]."""
         vae = pipeline.vae
         latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()

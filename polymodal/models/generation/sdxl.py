@@ -1,7 +1,6 @@
 """Stable Diffusion XL: facts, and the arguments of diffusers' UNet2DConditionModel.
 
-Discrete timesteps, epsilon; the sizes of a picture are an input. The empty caption is zeros if the pipeline
-samples so.
+Discrete timesteps, epsilon; picture sizes are an input. The empty caption is zeros if the pipeline's is.
 """
 
 from __future__ import annotations
