@@ -1,12 +1,13 @@
-"""One attention for all: packed streams, text and vision, causal and full, on every device.
+"""Attention over packed streams, text and vision, causal and full, on every device.
 
-This room computes attention and nothing else. It may touch the ground floor and transformers' two registries:
-`register` puts the function under `NAME`, and a model whose config names it calls it from every attention layer.
-Segments never see each other: they are given as cumulative lengths, so no [T, T] mask is ever built.
+`register` puts the function into transformers' registries under `NAME`, and a model whose config names it
+calls it from every attention layer. Segments never attend to each other: they are given as cumulative
+lengths, so no [T, T] mask is ever built.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,23 +18,23 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from polymodal.core.errors import PolymodalError
 from polymodal.distributed.context_parallel import PackedShard
+from polymodal.distributed.ring_attention import widened
 from polymodal.runtime import device
 
 NAME = "polymodal_flash"
-"""Name in transformers' registries. transformers asks whether an implementation takes cumulative lengths by looking
-for "flash" in its name: with it the vision towers make one call a layer, without it one call a window."""
+"""Name in transformers' registries. transformers asks whether an implementation takes cumulative lengths by
+looking for "flash" in its name: with it the vision towers make one call a layer, without it one call a
+window."""
 
 PADDED = "polymodal_padded"
-"""Name of torch's own attention without any mask: of batches padded on the right in causal decoders. Under "sdpa"
-transformers looks for packed samples in the position ids at every forward, which waits for the device."""
-
-SHORT = 256
-"""Segments up to this many tokens are computed in float32 on a CPU when training in half precision (see _kernel)."""
+"""Name of torch's own attention without any mask: of batches padded on the right in causal decoders. Under
+"sdpa" transformers looks for packed samples in the position ids at every forward, which waits for the
+device."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the host knows of one cu_seqlens tensor; made once and kept on it, so that no layer waits for a device."""
+    """The lengths of one cu_seqlens tensor on the host, so that no layer waits for a device."""
 
     lengths: tuple[int, ...]
     sizes: tuple[int, ...]  # tokens of each run of equal lengths, in order
@@ -43,13 +44,15 @@ class Plan:
 
 
 _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Plans of cu_seqlens tensors that are alive. The library's layers hand on the tensor alone."""
+"""Plans of cu_seqlens tensors that are alive. The library's layers pass on the tensor alone."""
 
 
 def plan(cu_seqlens: Tensor, host: Tensor | None = None) -> Plan:
-    """The Plan of cumulative lengths [S + 1] (int32, first 0); kept for the tensor, which must not change after.
+    """The Plan of cumulative lengths [S + 1] (int32, first 0); kept for the tensor, which must not change
+    after.
 
-    host: the same on the host, where cu_seqlens was moved to a device: its lengths are read without waiting for it.
+    host: the same on the host, where cu_seqlens was moved to a device: its lengths are read without waiting
+    for it.
     """
     known = _plans.get(cu_seqlens)
     if known is None:
@@ -61,10 +64,8 @@ def plan(cu_seqlens: Tensor, host: Tensor | None = None) -> Plan:
 
 def cumulative(lengths: list[int] | tuple[int, ...], on: torch.device | str = "cpu") -> Tensor:
     """Lengths -> cu_seqlens [S + 1] int32 on a device, its plan already known to the host."""
-    ends = [0]
-    for length in lengths:
-        ends.append(ends[-1] + length)
-    cu_seqlens = torch.tensor(ends, dtype=torch.int32).to(on, non_blocking=True)
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    cu_seqlens = ends.to(on, non_blocking=True)
     _plans[cu_seqlens] = _plan(tuple(lengths))
     return cu_seqlens
 
@@ -100,9 +101,10 @@ def attend(
 ) -> Tensor:
     """Attention inside each segment of a packed stream.
 
-    query [1, H, T, D]; key, value [1, K, T, D] with H a multiple of K (grouped queries); cu_seqlens [S + 1] int32.
-    Returns [1, T, H, D] in query's dtype. Raises ValueError when cu_seqlens does not end at T.
-    cut: the stream lies cut over a context-parallel group: T counts this rank's rows, cu_seqlens is the whole stream's.
+    query [1, H, T, D]; key, value [1, K, T, D] with H a multiple of K (grouped queries); cu_seqlens [S + 1]
+    int32. Returns [1, T, H, D] in query's dtype. Raises ValueError when cu_seqlens does not end at T.
+    cut: of a stream cut over a context-parallel group: T counts this rank's rows, cu_seqlens is the whole
+    stream's.
     """
     known = plan(cu_seqlens)
     if query.shape[0] != 1 or (cut is None and known.total != query.shape[2]):
@@ -150,29 +152,21 @@ def _by_length(
 def _kernel(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None, dropout: float
 ) -> Tensor:
-    """Dense attention [n, H, L, D], grouped queries allowed.
-
-    torch's CPU backward in half precision costs 2 to 10 times the float32 one on short segments (measured: 64
-    windows of 16 tokens 36 ms against 4; 16 of 64 tokens 95 against 42), so these are computed in float32.
-    """
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    if half and query.device.type == "cpu" and query.shape[2] <= SHORT and torch.is_grad_enabled():
-        wide = (tensor.float() for tensor in (query, key, value))
-        return _kernel(*wide, causal=causal, scale=scale, dropout=dropout).to(query.dtype)
-    return scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        dropout_p=dropout,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+    """Dense attention [n, H, L, D], grouped queries allowed."""
+    dtype = query.dtype
+    if widened(query) and torch.is_grad_enabled():
+        query, key, value = query.float(), key.float(), value.float()
+    grouped = query.shape[1] != key.shape[1]
+    out = scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+    return out.to(dtype)
 
 
 @torch.compiler.disable
 def _packed(*args: Any) -> Tensor:
-    """`attend` outside of compiled graphs: its shape depends on the lengths, a graph a pack would be compiled."""
+    """`attend` outside of compiled graphs: its shapes depend on the lengths, every pack would be compiled
+    anew."""
     return attend(*args)
 
 
@@ -192,27 +186,20 @@ def attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [B, H, T, D] -> ([B, T, H, D], None).
 
-    With `cu_seq_lens_q` (training, vision towers) it is `attend`, also over a cut stream (`cut`); without (generation,
-    padded batches) it is transformers' own SDPA with its mask. Raises PolymodalError for a sliding window shorter than a segment.
+    With `cu_seq_lens_q` (training, vision towers) it is `attend`, also over a cut stream (`cut`); without
+    (generation, padded batches) it is transformers' own SDPA with its mask. Raises PolymodalError for a
+    sliding window shorter than a segment.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=is_causal,
-            **kwargs,
-        )
-    if sliding_window is not None and plan(cu_seq_lens_q).longest > sliding_window:
+        kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    longest = plan(cu_seq_lens_q).longest
+    if sliding_window is not None and longest > sliding_window:
         raise PolymodalError(
-            f"This model attends within a window of {sliding_window} tokens, a sample here has {plan(cu_seq_lens_q).longest}.",
+            f"This model attends within a window of {sliding_window} tokens, a sample here has {longest}.",
             "Lower data.max_length to the window, or set model.attention to sdpa.",
         )
     return _packed(query, key, value, cu_seq_lens_q, causal, scaling, dropout, cut), None
@@ -224,14 +211,12 @@ def register() -> str:
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(
-        NAME, sdpa_mask
-    )  # None for an unpadded stream, a mask for generation's padding
+    AttentionMaskInterface.register(NAME, sdpa_mask)  # None without padding, a mask for generation's
     return NAME
 
 
 def register_padded() -> str:
-    """Make PADDED known to transformers, which builds no mask for a name without a mask function; returns it."""
+    """Make PADDED known to transformers, which then builds no mask for it; returns it."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -240,10 +225,11 @@ def register_padded() -> str:
 
 
 def use(model: nn.Module, choice: str = "auto", padded: bool = False) -> str:
-    """Set recipe.model.attention on a built transformers model: auto = this room's; sdpa, eager = transformers' own.
+    """Set recipe.model.attention on a built transformers model: auto = `attention`; sdpa, eager =
+    transformers' own.
 
-    padded: batches are padded on the right, not packed. The name is written into every config of the model: transformers' own setter would look for a kernel package of
-    that name. Returns the implementation's name.
+    padded: batches are padded on the right, not packed. The name is written into every config of the model:
+    transformers' own setter would look for a kernel package of that name. Returns the implementation's name.
     """
     name = choice if choice != "auto" else register_padded() if padded else register()
     for part in model.modules():

@@ -1,12 +1,13 @@
 """Differentiable collectives, and the norm and clipping of gradients over mixed meshes.
 
-Ground floor: imports torch only. Inside a tensor-parallel region activations are whole or cut and gradients are
-PARTIAL (their sum over the group is the gradient); outside, both are whole. Each function here is one way through
-that wall, and its backward is the way back.
+Inside a tensor-parallel region activations are whole or cut and gradients are PARTIAL (their sum over the
+group is the gradient); outside, both are whole. Each function here enters or leaves such a region, and its
+backward is the inverse.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 _reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-# Plain collectives on dimension 0 -------------------------------------------------------------------------------
+# Plain collectives on dimension 0 -----------------------------------------------------------------
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -40,8 +41,8 @@ def on_gloo(group: dist.ProcessGroup) -> bool:
 def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[n * size, ...] -> [n, ...]: this rank's part of the sum over ranks.
 
-    gloo reduces in a ring that costs twice an exchange followed by a local sum (measured: 32 MiB over two processes
-    52 ms against 27, over four 110 against 43), so there it is the latter.
+    gloo reduces in a ring that costs twice an exchange followed by a local sum (measured: 32 MiB over two
+    processes 52 ms against 27, over four 110 against 43), so there it is the latter.
     """
     tensor = tensor.contiguous()
     size = group.size()
@@ -60,7 +61,7 @@ def _all_reduced(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return tensor
 
 
-# Into and out of a region whose gradients are partial -----------------------------------------------------------
+# Into and out of a region whose gradients are partial ---------------------------------------------
 
 
 class _Copy(torch.autograd.Function):
@@ -106,11 +107,11 @@ def reduce_from_region(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
-    """The same values; the gradient is multiplied by factor (a whole gradient becomes partial with 1 / size)."""
+    """The same values; the gradient is multiplied by factor (1 / size: from whole to partial)."""
     return _Scale.apply(tensor, factor)
 
 
-# Along the sequence: dimension -2 of [..., T, D]; each rank holds ceil(T / size) rows, the last ones zero-padded ---
+# Along the sequence, dimension -2 of [..., T, D]: each rank holds ceil(T / size) rows, zeros at the end
 
 
 def rows_per_rank(length: int, size: int) -> int:
@@ -118,75 +119,75 @@ def rows_per_rank(length: int, size: int) -> int:
     return -(-length // size)
 
 
-def _rows_first(tensor: Tensor) -> Tensor:
-    return tensor.movedim(-2, 0)
-
-
-def _rows_back(tensor: Tensor) -> Tensor:
-    return tensor.movedim(0, -2)
-
-
-def _padded(rows: Tensor, size: int) -> Tensor:
-    """[T, ...] -> [size * ceil(T / size), ...], zeros at the end."""
-    missing = rows_per_rank(rows.shape[0], size) * size - rows.shape[0]
+def _padded(rows: Tensor, length: int) -> Tensor:
+    """[T, ...] -> [length, ...], zeros at the end."""
+    missing = length - rows.shape[0]
     return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
 
 
-def _own(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _own(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[..., T, D] -> this rank's rows."""
+    rows = tensor.movedim(-2, 0)
     count = rows_per_rank(rows.shape[0], group.size())
     start = min(rows.shape[0], count * group.rank())
-    mine = rows[start : start + count]
-    missing = count - mine.shape[0]
-    return torch.cat([mine, mine.new_zeros(missing, *mine.shape[1:])]) if missing else mine
+    return _padded(rows[start : start + count], count).movedim(0, -2)
+
+
+def _gathered(tensor: Tensor, length: int, group: dist.ProcessGroup) -> Tensor:
+    """The inverse: every rank's rows, of which the first `length` count."""
+    return all_gather(tensor.movedim(-2, 0), group)[:length].movedim(0, -2)
+
+
+def _own_of_sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Partial [..., T, D] -> this rank's rows of the sum over ranks."""
+    rows, size = tensor.movedim(-2, 0), group.size()
+    whole = _padded(rows, rows_per_rank(rows.shape[0], size) * size)
+    return reduce_scatter(whole, group).movedim(0, -2)
 
 
 class _Cut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group, ctx.length = group, tensor.shape[-2]
-        return _rows_back(_own(_rows_first(tensor), group)).clone()
+        return _own(tensor, group).clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _rows_back(all_gather(_rows_first(grad), ctx.group)[: ctx.length]), None
+        return _gathered(grad, ctx.length, ctx.group), None
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, length: int, group: dist.ProcessGroup, partial: bool) -> Tensor:
         ctx.group, ctx.partial = group, partial
-        return _rows_back(all_gather(_rows_first(tensor), group)[:length])
+        return _gathered(tensor, length, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        rows = _rows_first(grad)
-        if ctx.partial:
-            mine = reduce_scatter(_padded(rows, ctx.group.size()), ctx.group)
-        else:
-            mine = _own(rows, ctx.group)
-        return _rows_back(mine), None, None, None
+        own = _own_of_sum(grad, ctx.group) if ctx.partial else _own(grad, ctx.group)
+        return own, None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group, ctx.length = group, tensor.shape[-2]
-        return _rows_back(reduce_scatter(_padded(_rows_first(tensor), group.size()), group))
+        return _own_of_sum(tensor, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _rows_back(all_gather(_rows_first(grad), ctx.group)[: ctx.length]), None
+        return _gathered(grad, ctx.length, ctx.group), None
 
 
 def cut_sequence(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Whole [..., T, D] -> this rank's slice [..., ceil(T / size), D]; slices of the gradient are gathered."""
+    """Whole [..., T, D] -> this rank's slice [..., ceil(T / size), D]; gradients are gathered."""
     return _Cut.apply(tensor, group)
 
 
 def gather_sequence(tensor: Tensor, length: int, group: dist.ProcessGroup, partial: bool) -> Tensor:
     """Slices [..., ceil(T / size), D] -> whole [..., T, D] with T = length.
 
-    partial: what follows hands back partial gradients (a region: they are summed and cut), else whole ones (cut).
+    partial: gradients come back partial (from a region: they are summed and cut), else whole (cut).
     """
     return _Gather.apply(tensor, length, group, partial)
 
@@ -196,7 +197,7 @@ def reduce_scatter_sequence(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _ReduceScatter.apply(tensor, group)
 
 
-# Layers that are cut over the vocabulary or over fused parts ----------------------------------------------------
+# Layers that are cut over the vocabulary or over fused parts --------------------------------------
 
 
 class _GatherLast(torch.autograd.Function):
@@ -218,21 +219,22 @@ def gather_last(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 def fused_exchange(parts: Sequence[int], size: int, rank: int) -> tuple[list[int], list[int], list[int]]:
     """How to turn a contiguous cut of fused rows into one cut of each part.
 
-    A fused weight has sum(parts) rows: those of q, then k, then v. It is kept as the natural cut (rank s holds rows
-    [s, s + 1) * sum(parts) / size), and computed with as rank r's share of every part. Returns (local rows in the
-    order they are sent, number sent to each rank, number received from each rank); what is received, in rank order,
-    is already in the order of the parts.
+    A fused weight has sum(parts) rows: those of q, then k, then v. It is kept as the natural cut (rank s
+    holds rows [s, s + 1) * sum(parts) / size), and computed with as rank r's share of every part. Returns
+    (local rows in the order they are sent, number sent to each rank, number received from each rank); what is
+    received, in rank order, is already in the order of the parts.
     """
     held = sum(parts) // size
     starts = [sum(parts[:at]) for at in range(len(parts))]
 
     def overlap(source: int, target: int) -> list[int]:
-        wanted = [
-            range(begin + target * part // size, begin + (target + 1) * part // size)
-            for begin, part in zip(starts, parts, strict=True)
-        ]
-        start, stop = source * held, (source + 1) * held
-        return [i - start for w in wanted for i in range(max(w.start, start), min(w.stop, stop))]
+        rows: list[int] = []
+        first = source * held
+        for begin, part in zip(starts, parts, strict=True):
+            start = max(begin + target * part // size, first)
+            stop = min(begin + (target + 1) * part // size, first + held)
+            rows += range(start - first, stop - first)
+        return rows
 
     sent = [overlap(rank, target) for target in range(size)]
     received = [len(overlap(source, rank)) for source in range(size)]
@@ -241,14 +243,7 @@ def fused_exchange(parts: Sequence[int], size: int, rank: int) -> tuple[list[int
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        tensor: Tensor,
-        index: Tensor,
-        sent: list[int],
-        received: list[int],
-        group: dist.ProcessGroup,
-    ) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, index: Tensor, sent: list[int], received: list[int], group: Any):
         ctx.save_for_backward(index)
         ctx.sent, ctx.received, ctx.group = sent, received, group
         out = tensor.new_empty(sum(received), *tensor.shape[1:])
@@ -268,15 +263,17 @@ class _Exchange(torch.autograd.Function):
 def exchange_rows(
     tensor: Tensor, index: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
 ) -> Tensor:
-    """Rows moved between ranks as `fused_exchange` says; gradients move back."""
+    """Rows moved between ranks as `fused_exchange` plans it; gradients move back."""
     return _Exchange.apply(tensor, index, sent, received, group)
 
 
 def rms_norm_across(hidden: Tensor, weight: Tensor, eps: float | None, group: dist.ProcessGroup) -> Tensor:
-    """Root-mean-square norm over features that are cut over the group: hidden [..., D / size] with weight [D / size].
+    """Root-mean-square norm over features that are cut over the group: hidden [..., D / size] with weight [D
+    / size].
 
-    x / sqrt(mean(x^2) + eps) * weight over all D (Zhang and Sennrich 2019, arXiv:1910.07467). The mean square is summed
-    over ranks, and so is its gradient on the way back: every rank's output depends on it. eps None: that of the dtype.
+    x / sqrt(mean(x^2) + eps) * weight over all D (Zhang and Sennrich 2019, arXiv:1910.07467). The mean square
+    is summed over ranks, and so is its gradient on the way back: every rank's output depends on it. eps None:
+    that of the dtype.
     """
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     own = wide.square().sum(dim=-1, keepdim=True)
@@ -301,7 +298,7 @@ def embed(ids: Tensor, weight: Tensor, rows: int, padding: int | None, group: di
     return reduce_from_region(found.masked_fill(elsewhere.unsqueeze(-1), 0), group)
 
 
-# Gradients of a whole model -------------------------------------------------------------------------------------
+# Gradients of a whole model -----------------------------------------------------------------------
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -309,23 +306,22 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _shards(tensor: Tensor) -> int:
-    """In how many pieces a parameter lies; its other holders have copies."""
+    """In how many pieces a parameter is cut; further ranks have copies of them."""
     if not isinstance(tensor, DTensor):
         return 1
-    pieces = 1
-    for dimension, placement in enumerate(tensor.placements):
-        if not placement.is_replicate():
-            pieces *= tensor.device_mesh.size(dimension)
-    return pieces
+    cut = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    return math.prod(tensor.device_mesh.size(dim) for dim in cut)
 
 
 @torch.no_grad()
 def grad_norm(parameters: Iterable[Tensor], mesh: Mesh, dtype: torch.dtype | None = None) -> Tensor:
-    """L2 norm of the gradient of the whole model, the same scalar (float32, or float64 for such gradients) everywhere.
+    """L2 norm of the gradient of the whole model, the same scalar (float32, or float64 for such gradients)
+    everywhere.
 
-    parameters: plain tensors or DTensors, sharded or replicated over any part of the mesh, with or without a gradient
-    on this rank; of a tied weight whose copies lie on several pipeline stages, the owner only. One all-reduce: a piece
-    that k ranks hold is counted 1 / k times by each. dtype: of the sum, for ranks that may hold no parameters.
+    parameters: plain tensors or DTensors, sharded or replicated over any part of the mesh, with or without a
+    gradient on this rank; of a tied weight with copies on several pipeline stages, the owner only. One
+    all-reduce: a piece that k ranks hold is counted 1 / k times by each. dtype: of the sum, for ranks that
+    may hold no parameters.
     """
     parameters = list(parameters)
     ranks = mesh.sizes.world // mesh.sizes.pp
@@ -348,7 +344,7 @@ def grad_norm(parameters: Iterable[Tensor], mesh: Mesh, dtype: torch.dtype | Non
 
 @torch.no_grad()
 def clip_(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale gradients in place by min(1, max_norm / norm); `norm` from grad_norm. No host waits for a device."""
+    """Scale gradients in place by min(1, max_norm / norm), without waiting for the device."""
     grads = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if not grads:
         return

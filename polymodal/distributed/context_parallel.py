@@ -1,7 +1,7 @@
 """Context parallelism: a group of ring x ulysses ranks that share sequences, and attention over it.
 
-Ground floor: imports torch, share, ring and ulysses. Everything but attention treats rows of a stream one by one, so a
-stream may be cut in any order; `Context.attend` is where ranks meet.
+Everything but attention treats rows of a stream one by one, so a stream may be cut in any order; ranks
+communicate in `Context.attend` alone.
 """
 
 from __future__ import annotations
@@ -23,19 +23,17 @@ from polymodal.distributed.ulysses import gather_heads, scatter_heads
 
 
 def ulysses_size(cp: int, heads: int, asked: int | None) -> int:
-    """Ulysses ranks of a context-parallel group: what is asked, else the largest divisor of cp that divides the heads
-    of a rank (the rest is the ring). Raises PolymodalError for what cannot be."""
+    """Ulysses ranks of a context-parallel group: `asked`, else the largest divisor of cp that divides the
+    heads of a rank (the rest is the ring). Raises PolymodalError for an impossible number."""
     divisors = [n for n in range(1, cp + 1) if cp % n == 0]
     if asked is None:
         return max(n for n in divisors if heads % n == 0)
     possible = [n for n in divisors if n <= heads]
     if asked in possible:
         return asked
-    why = (
-        f"does not divide parallel.cp = {cp}"
-        if cp % asked
-        else f"is more than the {heads} attention heads of a rank"
-    )
+    why = f"is more than the {heads} attention heads of a rank"
+    if cp % asked:
+        why = f"does not divide parallel.cp = {cp}"
     raise PolymodalError(
         f"parallel.ulysses = {asked} {why}.",
         f"Choose from {', '.join(map(str, possible))}, or leave it out; the ring takes the rest of cp.",
@@ -43,10 +41,11 @@ def ulysses_size(cp: int, heads: int, asked: int | None) -> int:
 
 
 class Context:
-    """The live group of this rank. cp rank = ring rank x ulysses size + ulysses rank: heads are traded by neighbours."""
+    """The live group. cp rank = ring rank x ulysses size + ulysses rank: neighbours exchange heads."""
 
     def __init__(self, view: DeviceMesh, ulysses: int):
-        """view: the 1-D mesh of the cp axis. Collective: every rank of the world makes it at the same point."""
+        """view: the 1-D mesh of the cp axis. Collective: every rank of the world makes it at the same
+        point."""
         self.size, self.rank = view.size(), view.get_local_rank()
         self._kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.group: dist.ProcessGroup = view.get_group()
@@ -63,22 +62,29 @@ class Context:
             self.ring_group, self.ulysses_group = both.get_group("ring"), both.get_group("ulysses")
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, share: SequenceSharding, causal: bool, scale: float | None,
-        local: Callable[[Tensor, Tensor, Tensor], Tensor], kept: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        share: SequenceSharding,
+        causal: bool,
+        scale: float | None,
+        local: Callable[[Tensor, Tensor, Tensor], Tensor],
+        kept: Tensor | None = None,
+    ) -> Tensor:
         """Attention of this rank's rows to all ranks'.
 
-        query [B, n, H, D]; key, value [B, n, K, D], H a multiple of K; n as `share` gives this rank. `local` computes
-        whole streams [B, S, h, D] -> [B, S, h, D]: it is what one process would do, called with this rank's heads
-        where there is no ring. kept: of sequences cut alike (share.even), the rows that attend and are attended to
-        [B, S] bool, in the order of ranks; around a ring the others get 0, without one `local` sees to them.
-        Returns [B, n, H, D].
+        query [B, n, H, D]; key, value [B, n, K, D], H a multiple of K; n as `share` gives this rank. `local`
+        computes whole streams [B, S, h, D] -> [B, S, h, D] as one process would, for this rank's heads where
+        there is no ring.
+        kept: of sequences cut alike (sequence_sharding.even), the rows that attend and are attended to [B, S]
+        bool, in the order of ranks; a ring gives 0 for other rows, `local` must know them itself. Returns [B,
+        n, H, D].
         """
         heads, rows = query.shape[2], share.parts[self.ring_rank]
-        if query.shape[1] != rows[self.ulysses_rank]:
-            raise ValueError(
-                f"this rank holds {rows[self.ulysses_rank]} rows, the stream has {query.shape[1]}"
-            )
+        own = rows[self.ulysses_rank]
+        if query.shape[1] != own:
+            raise ValueError(f"this rank holds {own} rows, the stream has {query.shape[1]}")
         if self.ulysses_group is not None:
             query, key, value = scatter_heads(query, key, value, rows, self.ulysses_group)
         if self.ring_group is not None:
@@ -98,7 +104,7 @@ class Context:
         return out
 
     def _of_kept(self, share: SequenceSharding, kept: Tensor) -> tuple[SequenceSharding, Tensor]:
-        """The share of those rows alone, and where they lie among this ring rank's [B * rows]."""
+        """The share of those rows alone, and their positions among this ring rank's [B * rows]."""
         known = self._kept.get(kept)
         if known is None:
             pieces = kept.split([sum(part) for part in share.parts], dim=1)
@@ -111,16 +117,16 @@ class Context:
     def spread(self, lengths: tuple[int, ...], causal: bool = True) -> PackedShard:
         """How a packed stream with these segments is cut over the group."""
         share = sequence_sharding.shard_lengths(lengths, self.ring, self.ulysses, causal)
-        return PackedShard(
-            self, share, sequence_sharding.rows(lengths, share, self.ring_rank, self.ulysses_rank)
-        )
+        rows = sequence_sharding.rows(lengths, share, self.ring_rank, self.ulysses_rank)
+        return PackedShard(self, share, rows)
 
 
 @dataclass(frozen=True)
 class PackedShard:
-    """One packed stream, cut over a group: `rows` [n] int64 are the places of the whole stream that this rank holds.
+    """One packed stream, cut over a group: `rows` [n] int64 are the positions of the stream that this rank
+    holds.
 
-    filler: tokens at the stream's end that stand for nothing: a stream shorter than the group is filled up, because
+    filler: tokens of padding at the stream's end: a stream shorter than the group is padded, because
     libraries cannot compute with no rows.
     """
 

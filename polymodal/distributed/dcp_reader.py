@@ -1,7 +1,8 @@
-"""DCP directories read as data: their index, `.metadata`, is a pickle, and torch's own reader would run what it names.
+"""DCP directories read as data: their index, `.metadata`, is a pickle whose code torch's reader would run.
 
-`read_metadata` rebuilds the index from inert records, each part checked for its type; `Reader` gives it to torch's
-loader. Everything that opens a DCP directory (training, export, conversion) goes through one of the two.
+`read_metadata` rebuilds the index from inert records, each part checked for its type; `Reader` gives it to
+torch's loader. Everything that opens a DCP directory (training, export, conversion) goes through one of the
+two.
 """
 
 from __future__ import annotations
@@ -31,15 +32,14 @@ INDEX = ".metadata"
 
 
 def _known(module: str, name: str) -> Any:
-    """dtypes and sizes are values that nothing can be done to."""
-    if module == "torch":
-        found = getattr(torch, name, None)
-        return found if found is torch.Size or isinstance(found, torch.dtype) else None
-    return None
+    """dtypes and sizes, which are harmless values."""
+    value = getattr(torch, name, None) if module == "torch" else None
+    return value if value is torch.Size or isinstance(value, torch.dtype) else None
 
 
 def read_metadata(directory: str | os.PathLike, name: str = INDEX) -> Metadata:
-    """The index of a DCP directory: tensors with their chunks, and where each chunk lies. No code of the file is run.
+    """The index of a DCP directory: tensors with their chunks, and where each chunk lies. No code of the file
+    is run.
 
     Raises PolymodalError for a file that is no such index, or that names files outside of the directory.
     """
@@ -47,41 +47,35 @@ def read_metadata(directory: str | os.PathLike, name: str = INDEX) -> Metadata:
     try:
         with open(path, "rb") as file:
             index = _fields(unpickler(_known)(file).load(), "Metadata")
-        table = {_text(key): _entry(entry) for key, entry in index["state_dict_metadata"].items()}
+        table = {_typed(key, str): _entry(entry) for key, entry in index["state_dict_metadata"].items()}
         places = dict(map(_place, index["storage_data"].items()))
     except OSError as error:
-        raise PolymodalError(f"{path} cannot be read: {error.strerror}.", _MEND) from None
+        raise PolymodalError(f"{path} cannot be read: {error.strerror}.", _HINT) from None
     except Exception as error:  # a pickle can fail in any way
         raise PolymodalError(
             f"{path} is not the index of a DCP checkpoint ({type(error).__name__}: {str(error)[:200]}).",
-            _MEND,
+            _HINT,
         ) from None
     return Metadata(table, None, places, StorageMeta(), index.get("version"))
 
 
-_MEND = "Take another checkpoint, or fetch or copy this one again."
+_HINT = "Take another checkpoint, or fetch or copy this one again."
 
 
 def _fields(record: Any, kind: str) -> Mapping[str, Any]:
-    if not isinstance(record, Inert) or type(record).__name__ != kind:
-        raise ValueError(f"a {kind} was expected, not {_named(record)}")
-    state = record.state
+    if type(record).__name__ != kind:
+        raise ValueError(f"a {kind} was expected, not {_type_name(record)}")
+    state = _typed(record, Inert).state
     return state if isinstance(state, Mapping) else {}
 
 
-def _named(value: Any) -> str:
+def _type_name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"a name was expected, not {_named(value)}")
-    return value
-
-
-def _size(value: Any) -> torch.Size:
-    if not isinstance(value, torch.Size):
-        raise ValueError(f"a size was expected, not {_named(value)}")
+def _typed(value: Any, kind: Any) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"a {kind.__name__} was expected, not {_type_name(value)}")
     return value
 
 
@@ -95,36 +89,34 @@ def _entry(entry: Any) -> TensorStorageMetadata | BytesStorageMetadata:
     if isinstance(entry, Inert) and type(entry).__name__ == "BytesStorageMetadata":
         return BytesStorageMetadata()
     fields = _fields(entry, "TensorStorageMetadata")
-    properties = fields["properties"]
-    if not isinstance(properties, Inert) or not isinstance(properties.state, tuple):
-        raise ValueError(f"properties of a tensor were expected, not {_named(properties)}")
-    dtype = properties.state[0]
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"a dtype was expected, not {_named(dtype)}")
+    dtype = _typed(_typed(_typed(fields["properties"], Inert).state, tuple)[0], torch.dtype)
     pieces = [_fields(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
-    chunks = [ChunkStorageMetadata(_size(piece["offsets"]), _size(piece["sizes"])) for piece in pieces]
-    return TensorStorageMetadata(TensorProperties(dtype), _size(fields["size"]), chunks)
+    chunks = [
+        ChunkStorageMetadata(_typed(piece["offsets"], torch.Size), _typed(piece["sizes"], torch.Size))
+        for piece in pieces
+    ]
+    return TensorStorageMetadata(TensorProperties(dtype), _typed(fields["size"], torch.Size), chunks)
 
 
 def _place(item: tuple[Any, Any]) -> tuple[MetadataIndex, _StorageInfo]:
     where, info = _fields(item[0], "MetadataIndex"), _fields(item[1], "_StorageInfo")
     offset = where.get("offset")
-    file = _text(info["relative_path"])
+    file = _typed(info["relative_path"], str)
     if os.path.isabs(file) or ".." in Path(file).parts:
-        raise ValueError(f"{file} lies outside of the directory")
-    transforms = info.get("transform_descriptors")
+        raise ValueError(f"{file} is outside of the directory")
+    if offset is not None:
+        _typed(offset, torch.Size)
+    transforms = [_typed(each, str) for each in info.get("transform_descriptors") or ()] or None
     return (
-        MetadataIndex(_text(where["fqn"]), None if offset is None else _size(offset), where.get("index")),
-        _StorageInfo(
-            file, _count(info["offset"]), _count(info["length"]), [_text(t) for t in transforms or ()] or None
-        ),
+        MetadataIndex(_typed(where["fqn"], str), offset, where.get("index")),
+        _StorageInfo(file, _count(info["offset"]), _count(info["length"]), transforms),
     )
 
 
 class Reader(dcp.FileSystemReader):
     """torch's reader over an index that was read as data, once: it grows with the model.
 
-    Only tensors are handed on. torch unpickles whatever an index calls bytes, under a tensor's name too.
+    It has tensors only: torch unpickles whatever an index calls bytes, under a tensor's name too.
     """
 
     def __init__(self, path: str | os.PathLike):

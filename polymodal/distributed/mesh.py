@@ -1,12 +1,13 @@
-"""One device mesh, fixed order pp, dp_replicate, dp_shard, cp, tp, with named views.
+"""One device mesh in the fixed order pp, dp_replicate, dp_shard, cp, tp, with named views.
 
-Ground floor: imports torch.distributed and the recipe's Parallel section. Intent (`ParallelSizes`) and the live
-mesh (`Mesh`) are two types; the live mesh is passed in, never global.
+The sizes (`ParallelSizes`) and the live mesh (`Mesh`) are two types; the live mesh is passed in, never
+global.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -35,6 +36,8 @@ class ParallelSizes:
         """Resolve dp_shard = -1 and check that the world divides. Raises PolymodalError."""
         fixed = parallel.pp * parallel.dp_replicate * parallel.cp * parallel.tp
         shard = parallel.dp_shard
+        before = f"pp {parallel.pp} x dp_replicate {parallel.dp_replicate} x"
+        after = f"cp {parallel.cp} x tp {parallel.tp}"
         if shard == 0:
             raise PolymodalError(
                 "parallel.dp_shard = 0 has no meaning.", "Use -1 for all remaining ranks, or a number from 1."
@@ -43,14 +46,16 @@ class ParallelSizes:
             if world % fixed:
                 near = [str(n) for n in (world // fixed * fixed, (world // fixed + 1) * fixed) if n]
                 raise PolymodalError(
-                    f"{world} processes cannot be divided by pp {parallel.pp} x dp_replicate {parallel.dp_replicate} x cp {parallel.cp} x tp {parallel.tp} = {fixed}.",
+                    f"{world} processes cannot be divided by {before} {after} = {fixed}.",
                     f"Start {' or '.join(near)} processes, or lower one of these.",
                 )
             shard = world // fixed
         if fixed * shard != world:
+            fitting = f"{world // fixed} or -1" if world % fixed == 0 else "-1"
             raise PolymodalError(
-                f"parallel asks for {fixed * shard} processes (pp {parallel.pp} x dp_replicate {parallel.dp_replicate} x dp_shard {shard} x cp {parallel.cp} x tp {parallel.tp}), but {world} were started.",
-                f"Set parallel.dp_shard to {f'{world // fixed} or ' if world % fixed == 0 else ''}-1, or start {fixed * shard} processes.",
+                f"parallel asks for {fixed * shard} processes ({before} dp_shard {shard} x {after}), "
+                f"but {world} were started.",
+                f"Set parallel.dp_shard to {fitting}, or start {fixed * shard} processes.",
             )
         spread = shard * parallel.cp * parallel.tp
         if spread % parallel.ep:
@@ -77,11 +82,10 @@ class ParallelSizes:
 
 
 class Mesh:
-    """The live mesh of one run.
+    """The live mesh of one run, with its views and process groups.
 
-    Views (each a DeviceMesh or None when its size is 1): pp, tp, cp; `fsdp` = [dp_replicate,] dp_shard x cp flattened
-    (1-D, or 2-D with dp_replicate > 1: HSDP); `dp` and `loss` groups for data and for sums over all that see tokens.
-    With ep > 1 a second mesh of the same ranks, pp, dp_replicate, efsdp, ep: view `ep`, and `expert_fsdp`.
+    With ep > 1 a second mesh of the same ranks in another order, pp, dp_replicate, efsdp, ep: view `ep`, and
+    `expert_fsdp`.
     """
 
     def __init__(self, sizes: ParallelSizes, device_type: str, rank: int):
@@ -96,45 +100,32 @@ class Mesh:
         coordinate = self.world.get_coordinate()
         assert coordinate is not None
         self.at = dict(zip(AXES, coordinate, strict=True))
-        shard_cp = self.world["dp_shard", "cp"]._flatten("fsdp_shard")
-        if sizes.dp_replicate > 1:
-            self._fsdp = self._two("dp_replicate", shard_cp)
-        else:
-            self._fsdp = shard_cp
+        self._shard = self.world["dp_shard", "cp"]._flatten("fsdp_shard")
+        self.fsdp = self._shard
+        """Mesh for fully_shard: (dp_shard x cp), or with dp_replicate > 1 (replicate, shard): HSDP."""
+        if sizes.dp_replicate > 1 and sizes.cp == 1:
+            self.fsdp = self.world["dp_replicate", "dp_shard"]
+        elif sizes.dp_replicate > 1:
+            self.fsdp = DeviceMesh._concatenate([self.world["dp_replicate"], self._shard])
         self._loss = self.world["dp_replicate", "dp_shard", "cp"]._flatten("loss")
         self._dp = self.world["dp_replicate", "dp_shard"]._flatten("dp")
         self._experts: DeviceMesh | None = None
-        if sizes.ep > 1:  # the same ranks in another order: dp_shard x cp x tp = efsdp x ep
+        if sizes.ep > 1:
             shape = (sizes.pp, sizes.dp_replicate, sizes.efsdp, sizes.ep)
             self._experts = init_device_mesh(device_type, shape, mesh_dim_names=EXPERT_AXES)
-        self._shard = shard_cp
         self._contexts: dict[int, Context] = {}
-        self._copies: DeviceMesh | None = None
-        self._same_samples: dist.ProcessGroup | None = None
         self._log = self._loss
         if sizes.pp > 1:
             self._log = self.world["pp", "dp_replicate", "dp_shard", "cp"]._flatten("log")
 
-    def _two(self, outer: str, inner: DeviceMesh) -> DeviceMesh:
-        if self.sizes.cp == 1:
-            return self.world["dp_replicate", "dp_shard"]
-        return DeviceMesh._concatenate([self.world[outer], inner])
-
-    @property
-    def fsdp(self) -> DeviceMesh:
-        """Mesh for fully_shard: 1-D (shard) or 2-D (replicate, shard)."""
-        return self._fsdp
-
-    @property
-    def copies(self) -> DeviceMesh:
-        """Mesh for fully_shard of what every rank keeps whole: 2-D, (all ranks of fsdp, 1). Collective at first use."""
-        if self._copies is None:
-            self._copies = self._loss._unflatten(0, (self.fsdp_size, 1), ("copies", "alone"))
-        return self._copies
-
     @property
     def fsdp_size(self) -> int:
         return self.sizes.dp_replicate * self.sizes.dp_shard * self.sizes.cp
+
+    @property
+    def dp_rank(self) -> int:
+        """This rank's number among those that read different data."""
+        return self.at["dp_replicate"] * self.sizes.dp_shard + self.at["dp_shard"]
 
     def view(self, axis: str) -> DeviceMesh | None:
         """1-D mesh of one axis, or None when its size is 1."""
@@ -151,23 +142,29 @@ class Mesh:
             self._contexts[ulysses] = Context(self.world["cp"], ulysses)
         return self._contexts[ulysses]
 
+    @cached_property
+    def copies(self) -> DeviceMesh:
+        """Mesh for fully_shard of whole copies: (all ranks of fsdp, 1). Collective at first use."""
+        return self._loss._unflatten(0, (self.fsdp_size, 1), ("copies", "alone"))
+
+    @property
+    def expert_fsdp(self) -> DeviceMesh:
+        """Mesh for fully_shard of the experts of an ep rank: 1-D (efsdp) or 2-D (replicate, efsdp)."""
+        assert self._experts is not None, "parallel.ep is 1"
+        replicated = self.sizes.dp_replicate > 1
+        return self._experts["dp_replicate", "efsdp"] if replicated else self._experts["efsdp"]
+
+    # Process groups
+
     @property
     def shard_group(self) -> dist.ProcessGroup:
         """Ranks that hold one copy of the sharded model: dp_shard x cp, cp ranks beside each other."""
         return self._shard.get_group()
 
     @property
-    def expert_fsdp(self) -> DeviceMesh:
-        """Mesh over which fully_shard spreads the experts of an ep rank: 1-D (efsdp) or 2-D (replicate, efsdp)."""
-        assert self._experts is not None, "parallel.ep is 1"
-        return (
-            self._experts["dp_replicate", "efsdp"] if self.sizes.dp_replicate > 1 else self._experts["efsdp"]
-        )
-
-    @property
-    def dp_rank(self) -> int:
-        """This rank's number among those that see different data."""
-        return self.at["dp_replicate"] * self.sizes.dp_shard + self.at["dp_shard"]
+    def dp_group(self) -> dist.ProcessGroup:
+        """Ranks that read different data."""
+        return self._dp.get_group()
 
     @property
     def loss_group(self) -> dist.ProcessGroup:
@@ -176,21 +173,14 @@ class Mesh:
 
     @property
     def log_group(self) -> dist.ProcessGroup:
-        """Ranks that a step's logs are summed over: the loss group of every stage; the last stage speaks."""
+        """Ranks that a step's logs are summed over: the loss groups of all stages."""
         return self._log.get_group()
 
-    @property
+    @cached_property
     def same_samples_group(self) -> dist.ProcessGroup:
-        """Ranks that read the same samples: those of all stages, context- and tensor-parallel ranks of one data-parallel
-        rank. Collective over the world at first use."""
-        if self._same_samples is None:
-            for ranks in self.world.mesh.permute(1, 2, 0, 3, 4).flatten(0, 1).flatten(1).tolist():
-                group = dist.new_group(ranks)
-                if isinstance(group, dist.ProcessGroup):  # of the ranks that are not in it another value
-                    self._same_samples = group
-        assert self._same_samples is not None
-        return self._same_samples
-
-    @property
-    def dp_group(self) -> dist.ProcessGroup:
-        return self._dp.get_group()
+        """Ranks that read the same samples: those of all stages, context- and tensor-parallel ranks of one
+        data-parallel rank. Collective over the world at first use."""
+        groups = self.world.mesh.permute(1, 2, 0, 3, 4).flatten(0, 1).flatten(1).tolist()
+        own, _ = dist.new_subgroups_by_enumeration(groups)
+        assert isinstance(own, dist.ProcessGroup)
+        return own

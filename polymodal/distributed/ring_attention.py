@@ -1,13 +1,13 @@
-"""Ring attention: keys and values travel around a group, each rank keeps its queries; and the local kernel it needs.
+"""Ring attention: keys and values are passed around a group, each rank keeps its queries.
 
-Ground floor: imports torch, fused_attention and share. The kernel gives, beside its output, the logarithm of the softmax's
-denominator, so that results over parts of the keys merge exactly; the backward pass is our own, with keys, values and
-their gradients travelling together (Liu et al. 2023, Ring Attention; Dao 2023, FlashAttention-2, section 3.1).
+The kernel returns, beside its output, the logarithm of the softmax's denominator, so that results over parts
+of the keys merge exactly. The backward pass sends keys, values and their gradients around the ring (Liu et
+al. 2023, Ring Attention; Dao 2023, FlashAttention-2, section 3.1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,50 +18,68 @@ from polymodal.distributed import flash_kernels
 from polymodal.distributed.sequence_sharding import SequenceSharding
 
 SHORT = 256
-"""Segments up to this many tokens are computed in float32 on a CPU when training in half precision (see attention)."""
+"""Segments up to this many tokens are computed in float32 on a CPU (see `widened`)."""
 
 
-# The local kernel: queries and keys of the same segments, of different lengths ------------------------------------
+def widened(query: Tensor) -> bool:
+    """Whether dense attention of [n, H, L, D] queries is computed in float32 instead of half precision.
+
+    torch's CPU backward in half precision costs 2 to 10 times the float32 one on short segments (measured: 64
+    windows of 16 tokens 36 ms against 4; 16 of 64 tokens 95 against 42).
+    """
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return half and query.device.type == "cpu" and query.shape[2] <= SHORT
+
+
+# The local kernel: queries and keys of the same segments, of different lengths --------------------
 
 
 def _groups(query_runs: Sequence[int], key_runs: Sequence[int]) -> list[tuple[int, int, list[int]]]:
-    """(queries, keys, the segments that have so many); none without queries or without keys."""
-    found: dict[tuple[int, int], list[int]] = {}
+    """(queries, keys, the segments with these counts), without segments that have none of either."""
+    groups: dict[tuple[int, int], list[int]] = {}
     for segment, pair in enumerate(zip(query_runs, key_runs, strict=True)):
         if min(pair) > 0:
-            found.setdefault(pair, []).append(segment)
-    return [(*pair, segments) for pair, segments in found.items()]
+            groups.setdefault(pair, []).append(segment)
+    return [(*pair, segments) for pair, segments in groups.items()]
+
+
+def _of_segments(rows: Tensor, runs: Sequence[int], segments: list[int]) -> list[Tensor]:
+    """Views of some segments' rows; one view when it is all of them."""
+    if len(segments) == len(runs):
+        return [rows]
+    parts = rows.split(list(runs))
+    return [parts[segment] for segment in segments]
 
 
 def _dense(rows: Tensor, runs: Sequence[int], segments: list[int], length: int) -> Tensor:
     """Rows [n, h, D] of some segments, all of the same length -> [segments, h, length, D]."""
-    if len(segments) < len(runs):
-        parts = rows.split(list(runs))
-        rows = (
-            parts[segments[0]] if len(segments) == 1 else torch.cat([parts[segment] for segment in segments])
-        )
+    parts = _of_segments(rows, runs, segments)
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts)
     return rows.view(-1, length, *rows.shape[1:]).transpose(1, 2)
 
 
-def _add(rows: Tensor, runs: Sequence[int], segments: list[int], values: Tensor) -> None:
-    """Add dense values [segments, h, length, D] to these segments' rows [n, h, D], in place."""
+def _pairs(rows: Tensor, runs: Sequence[int], segments: list[int], values: Tensor) -> Iterator[tuple]:
+    """Views of some segments' rows, each with its part of the dense values [segments, h, length, D]."""
+    targets = _of_segments(rows, runs, segments)
     values = values.transpose(1, 2).flatten(0, 1)
-    if len(segments) == len(runs):
-        rows.add_(values)
-        return
-    targets = rows.split(list(runs))
-    for segment, value in zip(segments, values.split([runs[s] for s in segments]), strict=True):
-        targets[segment].add_(value)
+    return zip(targets, values.split([len(target) for target in targets]), strict=True)
 
 
 @torch.no_grad()
 def forward_block(
-    query: Tensor, key: Tensor, value: Tensor, query_runs: Sequence[int], key_runs: Sequence[int], causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention of each segment's queries to its keys here: output [n, h, D] float32 (float64 for such inputs) and
-    the log of the sum of exponentials [n, h]; 0 and -inf for queries without keys.
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_runs: Sequence[int],
+    key_runs: Sequence[int],
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each segment's queries to its keys here: output [n, h, D] float32 (float64 for such
+    inputs) and the log of the sum of exponentials [n, h]; 0 and -inf for queries without keys.
 
-    query [n, h, D]; key, value [m, k, D], h a multiple of k; query_runs, key_runs: rows of every segment, in order.
+    query [n, h, D]; key, value [m, k, D], h a multiple of k; query_runs, key_runs: rows of every segment, in
+    order.
     causal: query i of a segment sees keys 0..i of it (as many keys as queries).
     """
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -72,32 +90,31 @@ def forward_block(
     out = query.new_zeros(query.shape, dtype=wide)
     lse = query.new_full(query.shape[:2], float("-inf"), dtype=wide)
     for queries, keys, segments in _groups(query_runs, key_runs):
-        q, k, v = (
-            _dense(rows, runs, segments, length)
-            for rows, runs, length in ((query, query_runs, queries), (key, key_runs, keys), (value, key_runs, keys))
-        )  # fmt: skip
-        if len(segments) == len(query_runs):
-            got, norm = _forward(q, k, v, causal, scale)
-            return got.transpose(1, 2).flatten(0, 1).to(wide), norm.transpose(1, 2).flatten(0, 1).to(wide)
-        got, norm = _forward(q, k, v, causal, scale)
-        _put(out, query_runs, segments, got)
-        _put(lse, query_runs, segments, norm)
+        q = _dense(query, query_runs, segments, queries)
+        k, v = (_dense(rows, key_runs, segments, keys) for rows in (key, value))
+        results = _forward(q, k, v, causal, scale)
+        for rows, values in zip((out, lse), results, strict=True):
+            for target, own in _pairs(rows, query_runs, segments, values):
+                target.copy_(own)
     return out, lse
-
-
-def _put(rows: Tensor, runs: Sequence[int], segments: list[int], values: Tensor) -> None:
-    values = values.transpose(1, 2).flatten(0, 1)
-    targets = rows.split(list(runs))
-    for segment, value in zip(segments, values.split([runs[s] for s in segments]), strict=True):
-        targets[segment].copy_(value)
 
 
 @torch.no_grad()
 def backward_block(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    query_runs: Sequence[int], key_runs: Sequence[int], causal: bool, scale: float,
-    grad_query: Tensor, grad_key: Tensor, grad_value: Tensor,
-) -> None:  # fmt: skip
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query_runs: Sequence[int],
+    key_runs: Sequence[int],
+    causal: bool,
+    scale: float,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+) -> None:
     """Add this block's share of the gradients to grad_query [n, h, D], grad_key and grad_value [m, k, D].
 
     out, lse: of the WHOLE attention of these queries, over all blocks; other arguments as in forward_block.
@@ -114,19 +131,15 @@ def backward_block(
         )
         k, v = (_dense(rows, key_runs, segments, keys) for rows in (key, value))
         parts = _backward(g, q, k, v, o, norm.squeeze(-1), causal, scale)
-        _add(grad_query, query_runs, segments, parts[0])
-        _add(grad_key, key_runs, segments, parts[1])
-        _add(grad_value, key_runs, segments, parts[2])
-
-
-def _widened(query: Tensor) -> bool:
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return half and query.device.type == "cpu" and query.shape[2] <= SHORT
+        totals = ((grad_query, query_runs), (grad_key, key_runs), (grad_value, key_runs))
+        for (total, runs), part in zip(totals, parts, strict=True):
+            for target, own in _pairs(total, runs, segments, part):
+                target.add_(own)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Dense [n, h, L, D] -> output and [n, h, L] log-sum-exp."""
-    if _widened(q):
+    if widened(q):
         q, k, v = q.float(), k.float(), v.float()
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
@@ -136,7 +149,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tup
 def _backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _widened(q):
+    if widened(q):
         g, q, k, v, out = g.float(), q.float(), k.float(), v.float(), out.float()
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -157,7 +170,7 @@ def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
 
 
 def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """The definition, for devices without a fused kernel that tells its log-sum-exp; scores are whole."""
+    """The definition, for devices without a fused kernel that returns its log-sum-exp; scores are whole."""
     scores = _scores(q, k, causal, scale)
     lse = scores.logsumexp(-1)
     out = (scores - lse.unsqueeze(-1)).exp() @ v.unsqueeze(2).to(scores.dtype)
@@ -180,26 +193,28 @@ def plain_backward(
     return grad_q, grad_k, grad_v
 
 
-# The ring -----------------------------------------------------------------------------------------------------------
+# The ring -----------------------------------------------------------------------------------------
 
 
 def exchange(sent: Tensor, to: int, received: Tensor, source: int, group: dist.ProcessGroup) -> list[Any]:
-    """Start sending one tensor to a rank of the group and receiving another; wait for all of what is returned.
+    """Start sending one tensor to a rank of the group and receiving another; `_wait` for what is returned.
 
     Both in one call: all ranks that only send would wait for each other on an accelerator.
     """
-    return dist.batch_isend_irecv(
-        [
-            dist.P2POp(dist.isend, sent, group=group, group_peer=to),
-            dist.P2POp(dist.irecv, received, group=group, group_peer=source),
-        ]
-    )
+    send = dist.P2POp(dist.isend, sent, group=group, group_peer=to)
+    receive = dist.P2POp(dist.irecv, received, group=group, group_peer=source)
+    return dist.batch_isend_irecv([send, receive])
+
+
+def _wait(work: list[Any]) -> None:
+    for each in work:
+        each.wait()
 
 
 def _seen(
     share: SequenceSharding, causal: bool, queries_of: int, keys_of: int
 ) -> list[tuple[int, slice, int, slice]]:
-    """(query piece, its rows, key piece, its rows) of what two ring ranks' pieces have to do with each other."""
+    """(query piece, its rows, key piece, its rows) of two ring ranks' pieces that attend to each other."""
     return [
         (i, rows, j, keys)
         for i, rows in share.slices(queries_of)
@@ -211,33 +226,31 @@ def _seen(
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, share: SequenceSharding, causal: bool, scale: float, group: dist.ProcessGroup
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        share: Any,
+        causal: bool,
+        scale: float,
+        group: Any,
+    ):
         rank, size = group.rank(), group.size()
-        out = lse = None
+        wide = torch.promote_types(query.dtype, torch.float32)
+        out = query.new_zeros(query.shape, dtype=wide)
+        lse = query.new_full(query.shape[:2], float("-inf"), dtype=wide)
         held = torch.stack([key, value])
         for step in range(size):
             source = (rank - step) % size
-            coming, work = None, []
+            coming, moving = held, []
             if step < size - 1:
                 coming = held.new_empty(2, share.rows_of((source - 1) % size), *key.shape[1:])
-                work = exchange(held, (rank + 1) % size, coming, (rank - 1) % size, group)
+                moving = exchange(held, (rank + 1) % size, coming, (rank - 1) % size, group)
             for i, rows, j, keys in _seen(share, causal, rank, source):
-                got, norm = forward_block(
-                    query[rows], held[0, keys], held[1, keys], share.runs[i], share.runs[j], causal and i == j, scale
-                )  # fmt: skip
-                if out is None or lse is None:
-                    out, lse = (
-                        got.new_zeros(query.shape),
-                        got.new_full(query.shape[:2], float("-inf")),
-                    )
-                _merge(out[rows], lse[rows], got, norm)
-            for waiting in work:
-                waiting.wait()
-            held = coming if coming is not None else held
-        if out is None or lse is None:  # this rank has no queries
-            wide = torch.promote_types(query.dtype, torch.float32)
-            out, lse = torch.zeros_like(query, dtype=wide), query.new_zeros(query.shape[:2], dtype=wide)
+                block = (query[rows], held[0, keys], held[1, keys], share.runs[i], share.runs[j])
+                _merge(out[rows], lse[rows], *forward_block(*block, causal and i == j, scale))
+            _wait(moving)
+            held = coming
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.share, ctx.causal, ctx.scale, ctx.group = share, causal, scale, group
@@ -255,37 +268,28 @@ class _Ring(torch.autograd.Function):
         grad_query = torch.zeros_like(query, dtype=wide)
         own = torch.zeros_like(held, dtype=wide)
         arriving: Tensor | None = None
-        work: list[Any] = []
+        sums: list[Any] = []  # gradients of keys and values on their way
         for step in range(size):
             source = (rank - step) % size
             shape = (2, share.rows_of((source - 1) % size), *key.shape[1:])
-            coming, moving = None, []
+            coming, moving = held, []
             if step < size - 1:
                 coming = held.new_empty(shape)
                 moving = exchange(held, after, coming, before, group)
             total = own if step == 0 else torch.zeros_like(held, dtype=wide)
             for i, rows, j, keys in _seen(share, causal, rank, source):
-                backward_block(
-                    grad[rows], query[rows], held[0, keys], held[1, keys], out[rows], lse[rows], share.runs[i], share.runs[j],
-                    causal and i == j, scale, grad_query[rows], total[0, keys], total[1, keys],
-                )  # fmt: skip
-            if step > 0:
-                # ranks that had these keys before have summed theirs: add, and pass on; the last one sends them home
-                for waiting in work:
-                    waiting.wait()
-                if arriving is not None:
-                    total += arriving
-                arriving = held.new_empty(shape)
-                leaving = total.to(key.dtype)
-                for waiting in moving:
-                    waiting.wait()
-                work = exchange(leaving, after, arriving, before, group)
-            else:
-                for waiting in moving:
-                    waiting.wait()
-            held = coming if coming is not None else held
-        for waiting in work:
-            waiting.wait()
+                queries = (grad[rows], query[rows], held[0, keys], held[1, keys], out[rows], lse[rows])
+                options = (share.runs[i], share.runs[j], causal and i == j, scale)
+                backward_block(*queries, *options, grad_query[rows], total[0, keys], total[1, keys])
+            _wait(sums)
+            if arriving is not None:  # the sum of the ranks that had these keys before
+                total += arriving
+            _wait(moving)
+            if step > 0:  # to the next rank, from the last one to the rank whose keys they are
+                arriving, leaving = held.new_empty(shape), total.to(key.dtype)
+                sums = exchange(leaving, after, arriving, before, group)
+            held = coming
+        _wait(sums)
         if arriving is not None:
             own += arriving
         return grad_query.to(query.dtype), own[0].to(key.dtype), own[1].to(key.dtype), None, None, None, None
@@ -311,7 +315,7 @@ def ring_attention(
 ) -> Tensor:
     """Attention of this ring rank's queries [n, h, D] to the keys of all ranks [m, k, D]: [n, h, D].
 
-    Rows are ordered as share.slices says; segments see only themselves. Gradients are whole: every rank gets back
-    what all ranks' losses say about its own rows.
+    Rows are in the order of share.slices; segments attend only to themselves. Gradients are whole: those of
+    all ranks' losses with respect to this rank's rows.
     """
     return _Ring.apply(query, key.contiguous(), value.contiguous(), share, causal, scale, group)

@@ -1,6 +1,6 @@
 """Load statistics of mixture-of-experts routers, and the balance loss made of them.
 
-Ground floor: sees torch and data.sample only. A pipeline stage sums its own layers' statistics and hands them on.
+A pipeline stage adds its own layers' statistics to those of the stages before it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from polymodal.core.sample import Batch
 def router_sums(
     router_logits: Sequence[Tensor], experts_per_token: int, batch: Batch | None = None
 ) -> Tensor:
-    """One [T, E] a layer -> [2, E]: sums over layers of the share of choices that fall on each expert (k in all a
-    token, no gradient) and of its mean probability, float32 (float64 for such logits).
+    """One [T, E] a layer -> [2, E]: sums over layers of the share of choices that fall on each expert (k in
+    all a token, no gradient) and of its mean probability, float32 (float64 for such logits).
 
-    batch: the micro-batch. When its rows are spread over ranks, choices are counted over all of them and probabilities
-    are each rank's own part of the mean: the sum of the ranks' balance losses is then the loss, as with the text term;
-    rows that only fill up a pack do not count.
+    batch: the micro-batch. When its rows are spread over ranks, choices are counted over all of them and
+    probabilities are each rank's own part of the mean: the sum of the ranks' balance losses is then the loss,
+    as with the text term; rows that only fill up a pack do not count.
     """
     logits = torch.stack([layer.reshape(-1, layer.shape[-1]) for layer in router_logits])
     group = None
@@ -42,8 +42,8 @@ def router_sums(
 def balance_loss(sums: Tensor, layers: int) -> Tensor:
     """Load-balance loss of one micro-batch from the sums [2, E] of all its layers.
 
-    E * sum_e (mean share of e) * (mean probability of e), over all layers' tokens together (Fedus et al. 2021, Switch
-    Transformer, eq. 4-6, summed over the k choices).
+    E * sum_e (mean share of e) * (mean probability of e), over all layers' tokens together (Fedus et al.
+    2021, Switch Transformer, eq. 4-6, summed over the k choices).
     """
     share, probability = sums / layers
     return sums.shape[-1] * (share * probability).sum()
@@ -59,10 +59,10 @@ def expert_choices(router_logits: Sequence[Tensor], experts_per_token: int) -> T
 
 
 def load_figures(choices: Tensor) -> dict[str, float]:
-    """What a log says of choices [layers, E]: the busiest expert's load over its layer's mean, and the share of experts
-    that no token chose. Layers without any choice (of other pipeline stages) are left out."""
-    seen = choices[choices.sum(dim=1) > 0]
-    if not len(seen):
+    """Metrics of choices [layers, E]: the busiest expert's load over its layer's mean, and the share of
+    experts that no token chose. Layers without any choice (of other pipeline stages) are left out."""
+    layers = choices[choices.sum(dim=1) > 0]
+    if not len(layers):
         return {}
-    busiest = (seen.max(dim=1).values / seen.mean(dim=1)).max()
-    return {"experts/busiest": float(busiest), "experts/idle": float((seen == 0).to(torch.float64).mean())}
+    busiest = (layers.max(dim=1).values / layers.mean(dim=1)).max()
+    return {"experts/busiest": float(busiest), "experts/idle": float((layers == 0).to(torch.float64).mean())}

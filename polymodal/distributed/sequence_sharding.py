@@ -1,14 +1,15 @@
-"""How a stream is spread over a context-parallel group: plain arithmetic on lengths, no communication.
+"""How a stream is sharded over a context-parallel group: plain arithmetic on lengths, no communication.
 
-Ground floor: imports torch only. A group of ring x ulysses ranks cuts every segment of a packed stream into pieces;
-each ring rank holds one piece of each segment (or two, an early and a late one, so that causal attention costs all
-ranks the same), and cuts what it holds into one part a ulysses rank.
+A group of ring x ulysses ranks cuts every segment of a packed stream into pieces;
+each ring rank holds one piece of each segment (or two, an early and a late one, so that causal attention
+costs all ranks the same), and cuts what it holds into one part a ulysses rank.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ class SequenceSharding:
     """One stream over a group; rank c of the group is ring rank c // ulysses, ulysses rank c % ulysses.
 
     runs:  by piece, the rows that each segment has in it.
-    held:  by ring rank, the pieces it holds; its rows are piece after piece, in a piece segment after segment.
+    held:  by ring rank, the pieces it holds; its rows are piece after piece, in a piece segment after
+    segment.
     parts: by ring rank, the rows that each ulysses rank has of them.
     """
 
@@ -48,37 +50,36 @@ class SequenceSharding:
             start += self.sizes[piece]
         return out
 
-    def bounds(self, ring_rank: int, ulysses_rank: int) -> tuple[int, int]:
-        """Where a ulysses rank's part starts and stops among its ring rank's rows."""
-        start = sum(self.parts[ring_rank][:ulysses_rank])
-        return start, start + self.parts[ring_rank][ulysses_rank]
-
 
 def cut_points(length: int, parts: int, shift: int = 0) -> list[int]:
-    """Where a run of `length` is cut in `parts` whose sizes differ by at most one; `shift` turns who gets the rest."""
+    """Cuts of a run of `length` into `parts` of equal size, or one more; `shift` moves which are longer."""
     return [(length * part + shift) // parts for part in range(parts + 1)]
 
 
-def shard_lengths(lengths: tuple[int, ...], ring: int, ulysses: int, causal: bool) -> SequenceSharding:
-    """A packed stream with these segment lengths over ring x ulysses ranks. Any lengths, also below the group's size.
+def part_sizes(length: int, parts: int) -> tuple[int, ...]:
+    """The sizes of the parts that `cut_points` cuts."""
+    points = cut_points(length, parts)
+    return tuple(stop - start for start, stop in zip(points, points[1:], strict=False))
 
-    causal: with a ring, segments are cut into 2 x ring pieces and rank r holds pieces r and 2 x ring - 1 - r, the
-    "zig-zag" order (Brandon et al. 2023, Striped Attention, and its successors): every rank meets the same number of
-    earlier tokens. What does not divide goes to another piece with each segment.
+
+def shard_lengths(lengths: tuple[int, ...], ring: int, ulysses: int, causal: bool) -> SequenceSharding:
+    """A packed stream with these segment lengths over ring x ulysses ranks. Any lengths, also below the
+    group's size.
+
+    causal: with a ring, segments are cut into 2 x ring pieces and rank r holds pieces r and 2 x ring - 1 - r,
+    the "zig-zag" order (Brandon et al. 2023, Striped Attention, and its successors): every rank meets the
+    same number of earlier tokens. What does not divide goes to another piece with each segment.
     """
     pieces = 2 * ring if causal and ring > 1 else ring
     by_segment = [cut_points(length, pieces, number % pieces) for number, length in enumerate(lengths)]
     runs = tuple(tuple(points[piece + 1] - points[piece] for points in by_segment) for piece in range(pieces))
     held = tuple((r, pieces - 1 - r) if pieces > ring else (r,) for r in range(ring))
-    parts = []
-    for mine in held:
-        points = cut_points(sum(sum(runs[piece]) for piece in mine), ulysses)
-        parts.append(tuple(stop - start for start, stop in zip(points, points[1:], strict=False)))
-    return SequenceSharding(runs, held, tuple(parts))
+    parts = tuple(part_sizes(sum(sum(runs[piece]) for piece in own), ulysses) for own in held)
+    return SequenceSharding(runs, held, parts)
 
 
 def even(counts: tuple[int, ...], ring: int, batch: int = 1) -> SequenceSharding:
-    """Sequences [batch, S] cut alike: rank c of the group holds counts[c] consecutive rows of every one of them."""
+    """Sequences [batch, S] cut alike: rank c holds counts[c] consecutive rows of every one."""
     ulysses = len(counts) // ring
     parts = tuple(tuple(counts[r * ulysses : (r + 1) * ulysses]) for r in range(ring))
     return SequenceSharding(
@@ -87,22 +88,13 @@ def even(counts: tuple[int, ...], ring: int, batch: int = 1) -> SequenceSharding
 
 
 def rows(lengths: tuple[int, ...], share: SequenceSharding, ring_rank: int, ulysses_rank: int) -> Tensor:
-    """Which rows of the whole stream a rank of `spread` holds, in its order: int64 [n]."""
-    starts, total = [], 0
-    for length in lengths:
-        starts.append(total)
-        total += length
-    before = [0] * len(lengths)
-    places: dict[int, list[int]] = {}
-    for piece, run in enumerate(share.runs):
-        places[piece] = [start + done for start, done in zip(starts, before, strict=True)]
-        before = [done + count for done, count in zip(before, run, strict=True)]
-    ranges = [
-        torch.arange(start, start + count)
-        for piece in share.held[ring_rank]
-        for start, count in zip(places[piece], share.runs[piece], strict=True)
-        if count
-    ]
-    mine = torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.int64)
-    start, stop = share.bounds(ring_rank, ulysses_rank)
-    return mine[start:stop]
+    """Which rows of the whole stream a rank holds, in its order: int64 [n]."""
+    starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+    pieces: list[list[Tensor]] = []  # the rows of each piece, segment after segment
+    for run in share.runs:
+        pieces.append([torch.arange(at, at + count) for at, count in zip(starts, run, strict=True)])
+        starts = [at + count for at, count in zip(starts, run, strict=True)]
+    ranges = [rows for piece in share.held[ring_rank] for rows in pieces[piece]]
+    own = torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.int64)
+    start = sum(share.parts[ring_rank][:ulysses_rank])
+    return own[start : start + share.parts[ring_rank][ulysses_rank]]

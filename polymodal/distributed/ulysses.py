@@ -1,8 +1,7 @@
-"""Ulysses: before attention each rank trades its rows of all heads for all rows of its heads, after it back again.
+"""Ulysses: ranks exchange their rows of all heads for all rows of their heads, and back after attention.
 
-Ground floor: imports torch only. Heads need not divide by the group: a rank's query heads differ by at most one, and
-it is sent the key heads that these look at, so a key head may go to several ranks (Jacobs et al. 2023, DeepSpeed
-Ulysses).
+Heads need not divide by the group: ranks' query heads differ by at most one, and each is sent the key heads
+that these attend to, so a key head may go to several ranks (Jacobs et al. 2023, DeepSpeed Ulysses).
 """
 
 from __future__ import annotations
@@ -19,6 +18,9 @@ from polymodal.distributed.sequence_sharding import cut_points
 
 Heads = Sequence[range]
 """By rank, the consecutive heads it gets."""
+Rows = Sequence[int]
+"""By rank, the number of rows it holds."""
+Group = dist.ProcessGroup
 
 
 def query_heads(heads: int, size: int) -> list[range]:
@@ -28,7 +30,7 @@ def query_heads(heads: int, size: int) -> list[range]:
 
 
 def key_heads(heads: int, keys: int, size: int) -> list[range]:
-    """The key heads that each rank's query heads look at; ranks may share one."""
+    """The key heads that each rank's query heads attend to; ranks may share one."""
     group = heads // keys
     return [
         range(mine[0] // group, mine[-1] // group + 1) if mine else range(0)
@@ -37,7 +39,7 @@ def key_heads(heads: int, keys: int, size: int) -> list[range]:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """All parts in one flat buffer, in order; each is copied once, none if they lie so already."""
+    """All parts in one flat buffer, in order; each is copied once, a single contiguous one not at all."""
     if len(parts) == 1 and parts[0].is_contiguous():
         return parts[0].flatten()
     joined = parts[0].new_empty(sum(part.numel() for part in parts))
@@ -46,18 +48,18 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return joined
 
 
-def _trade(
-    sent: Tensor, sent_sizes: list[int], shapes: Sequence[Sequence[tuple[int, ...]]], group: dist.ProcessGroup
+def _exchange(
+    sent: Tensor, sent_sizes: list[int], shapes: list[list[tuple[int, ...]]], group: Group
 ) -> list[list[Tensor]]:
-    """One exchange of flat pieces; by rank, what it sent in these shapes."""
-    sizes = [[math.prod(shape) for shape in of] for of in shapes]
+    """One all-to-all of flat pieces; by source rank, what it sent in these shapes."""
+    sizes = [[math.prod(shape) for shape in of_rank] for of_rank in shapes]
     received = sent.new_empty(sum(map(sum, sizes)))
-    dist.all_to_all_single(received, sent, [sum(of) for of in sizes], sent_sizes, group=group)
-    parts = iter(received.split([size for of in sizes for size in of]))
-    return [[next(parts).view(shape) for shape in of] for of in shapes]
+    dist.all_to_all_single(received, sent, [sum(of_rank) for of_rank in sizes], sent_sizes, group=group)
+    parts = iter(received.split([size for of_rank in sizes for size in of_rank]))
+    return [[next(parts).view(shape) for shape in of_rank] for of_rank in shapes]
 
 
-def _to_heads(tensors: Sequence[Tensor], heads: Sequence[Heads], rows: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:  # fmt: skip
+def _to_heads(tensors: Sequence[Tensor], heads: Sequence[Heads], rows: Rows, group: Group) -> list[Tensor]:
     """Each tensor [B, n, H_t, D] -> [B, sum(rows), heads of this rank, D]; one exchange for all of them."""
     rank, size = group.rank(), group.size()
     batch, mine, _, width = tensors[0].shape
@@ -67,14 +69,15 @@ def _to_heads(tensors: Sequence[Tensor], heads: Sequence[Heads], rows: Sequence[
         for tensor, of in zip(tensors, heads, strict=True)
     ]
     counts = [sum(len(of[r]) for of in heads) * mine * batch * width for r in range(size)]
-    came = _trade(
-        _joined(parts), counts, [[(batch, n, len(of[rank]), width) for of in heads] for n in rows], group
-    )
-    return [torch.cat(pieces, dim=1) for pieces in zip(*came, strict=True)]
+    shapes = [[(batch, n, len(of[rank]), width) for of in heads] for n in rows]
+    received = _exchange(_joined(parts), counts, shapes, group)
+    return [torch.cat(pieces, dim=1) for pieces in zip(*received, strict=True)]
 
 
-def _to_rows(tensors: Sequence[Tensor], heads: Sequence[Heads], totals: Sequence[int], rows: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:  # fmt: skip
-    """The way back: [B, sum(rows), heads of this rank, D] -> [B, n, totals[t], D]; a head that several ranks had is summed."""
+def _to_rows(
+    tensors: Sequence[Tensor], heads: Sequence[Heads], totals: Sequence[int], rows: Rows, group: Group
+) -> list[Tensor]:
+    """The inverse: [B, sum(rows), own heads, D] -> [B, n, totals[t], D]; shared heads are summed."""
     rank, size = group.rank(), group.size()
     batch, width, mine = tensors[0].shape[0], tensors[0].shape[-1], rows[group.rank()]
     counts = [sum(len(of[rank]) for of in heads) * n * batch * width for n in rows]
@@ -83,9 +86,10 @@ def _to_rows(tensors: Sequence[Tensor], heads: Sequence[Heads], totals: Sequence
     else:
         by_rows = [tensor.split(list(rows), dim=1) for tensor in tensors]
         sent = _joined([part for parts in zip(*by_rows, strict=True) for part in parts])
-    came = _trade(sent, counts, [[(batch, mine, len(of[r]), width) for of in heads] for r in range(size)], group)  # fmt: skip
+    shapes = [[(batch, mine, len(of[r]), width) for of in heads] for r in range(size)]
+    received = _exchange(sent, counts, shapes, group)
     out = []
-    for total, of, pieces in zip(totals, heads, zip(*came, strict=True), strict=True):
+    for total, of, pieces in zip(totals, heads, zip(*received, strict=True), strict=True):
         if sum(map(len, of)) == total:
             out.append(torch.cat(pieces, dim=2))
             continue
@@ -98,10 +102,10 @@ def _to_rows(tensors: Sequence[Tensor], heads: Sequence[Heads], totals: Sequence
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: Sequence[int], group: dist.ProcessGroup) -> tuple:  # fmt: skip
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: Rows, group: Group) -> tuple:
         count, keys = query.shape[2], key.shape[2]
-        wanted = key_heads(count, keys, group.size())
-        ctx.heads, ctx.totals = (query_heads(count, group.size()), wanted, wanted), (count, keys, keys)
+        of_keys = key_heads(count, keys, group.size())
+        ctx.heads, ctx.totals = (query_heads(count, group.size()), of_keys, of_keys), (count, keys, keys)
         ctx.rows, ctx.group = rows, group
         return tuple(_to_heads((query, key, value), ctx.heads, rows, group))
 
@@ -112,7 +116,7 @@ class _Scatter(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out: Tensor, heads: int, rows: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, out: Tensor, heads: int, rows: Rows, group: Group) -> Tensor:
         ctx.heads, ctx.rows, ctx.group = (query_heads(heads, group.size()),), rows, group
         return _to_rows((out,), ctx.heads, (heads,), rows, group)[0]
 
@@ -121,26 +125,26 @@ class _Gather(torch.autograd.Function):
         return _to_heads((grad,), ctx.heads, ctx.rows, ctx.group)[0], None, None, None
 
 
-def scatter_heads(query: Tensor, key: Tensor, value: Tensor, rows: Sequence[int], group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Rows [B, n, H, D] and [B, n, K, D] (n = rows[rank]) -> all rows [B, sum(rows), ...] of this rank's heads.
+def scatter_heads(
+    query: Tensor, key: Tensor, value: Tensor, rows: Rows, group: Group
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [B, n, H, D] and [B, n, K, D] (n = rows[rank]) -> all rows [B, sum(rows), ...] of this rank's
+    heads.
 
-    The key heads that come are those its query heads look at; when these do not fall into equal groups, keys and
-    values are repeated, one a query head.
+    The key heads received are those its query heads attend to; when these do not fall into equal groups, keys
+    and values are repeated, one a query head.
     """
     heads, keys = query.shape[2], key.shape[2]
     q, k, v = _Scatter.apply(query, key, value, rows, group)
-    mine = query_heads(heads, group.size())[group.rank()]
-    looked_at = [head * keys // heads - mine[0] * keys // heads for head in mine]
-    count = k.shape[2]
-    regular = not mine or (
-        len(mine) % count == 0 and looked_at == [i // (len(mine) // count) for i in range(len(mine))]
-    )
-    if not regular:
-        index = torch.tensor(looked_at, device=k.device)
+    own, count = query_heads(heads, group.size())[group.rank()], k.shape[2]
+    attended = [head * keys // heads - own[0] * keys // heads for head in own]
+    even = len(own) % max(1, count) == 0
+    if own and not (even and attended == [i // (len(own) // count) for i in range(len(own))]):
+        index = torch.tensor(attended, device=k.device)
         k, v = k.index_select(2, index), v.index_select(2, index)
     return q, k, v
 
 
-def gather_heads(out: Tensor, heads: int, rows: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """All rows of this rank's heads [B, sum(rows), h, D] -> this rank's rows of all `heads` [B, n, heads, D]."""
+def gather_heads(out: Tensor, heads: int, rows: Rows, group: Group) -> Tensor:
+    """All rows of this rank's heads [B, sum(rows), h, D] -> its rows of all heads [B, n, heads, D]."""
     return _Gather.apply(out, heads, rows, group)
