@@ -278,12 +278,12 @@ def cut_sequences(generator: Generator, mesh: Mesh, parallel: recipes.Parallel) 
     from polymodal.models import library
     from polymodal.parallel import apply as layout
     from polymodal.parallel import dit_context_parallel
-    from polymodal.parallel.batches import context
+    from polymodal.parallel.batches import context_of
 
     family = generator.family
     for reason in layout.check(family.card, family.config, mesh.sizes, parallel):
         raise reason
-    group = context(mesh, family.config, parallel)
+    group = context_of(mesh, family.config, parallel)
     assert group is not None
     for name in family.denoisers or (family.part,):
         model = getattr(generator.pipeline, name)

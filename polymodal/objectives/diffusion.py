@@ -1,7 +1,7 @@
-"""What a generating model is asked: noise is mixed into latents and the model tells what was mixed.
+"""Diffusion losses: noise is mixed into latents, and the model predicts what was mixed.
 
-Flow matching and discrete processes (epsilon, v), their noise levels and weightings, condition dropping, validation
-at fixed levels. Sees the ground floor and models/card.py. All that is random comes from a sample's own seed.
+Flow matching and discrete processes (epsilon, v), their noise levels and weightings, condition dropping,
+validation at fixed levels. All that is random comes from a sample's own seed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ KINDS = ("image", "video")
 def level(u: Tensor, density: str, settings: Diffusion) -> Tensor:
     """Uniform draws in (0, 1) -> noise levels in (0, 1) of a density, by its inverse distribution function.
 
-    Esser et al. 2024 (arXiv:2403.03206), section 3.1: logit-normal, mode with heavy tails (eq. 20), cosmap (eq. 21).
+    Esser et al. 2024 (arXiv:2403.03206), section 3.1: logit-normal, mode with heavy tails (eq. 20), cosmap
+    (eq. 21).
     """
     if density == "logit_normal":
         return torch.sigmoid(settings.logit_mean + settings.logit_std * torch.special.ndtri(u))
@@ -44,21 +45,21 @@ def shifted(s: Tensor, k: float) -> Tensor:
 
 
 def dynamic_shift(tokens: int, facts: Any) -> float:
-    """The shift k = exp(mu) of a sample of so many latent tokens, mu linear between two lengths (FLUX's scheduler)."""
+    """The shift k = exp(mu) for so many latent tokens, mu linear between two lengths (as in FLUX)."""
     short, long = facts["base_image_seq_len"], facts["max_image_seq_len"]
     low, high = facts["base_shift"], facts["max_shift"]
     return math.exp(low + (high - low) * (tokens - short) / (long - short))
 
 
 def zero_terminal_snr(alphas: Tensor) -> Tensor:
-    """Cumulated products rescaled so that the last step is pure noise (Lin et al. 2023, arXiv:2305.08891, algorithm 1)."""
+    """Rescaled so that the last step is pure noise (Lin et al. 2023, arXiv:2305.08891, algorithm 1)."""
     root = alphas.sqrt()
     first, last = root[0].clone(), root[-1].clone()
     return ((root - last) * first / (first - last)) ** 2
 
 
 def gaussian_weight(s: Tensor, shift: float, steps: int = 1000) -> Tensor:
-    """A bell over timesteps, largest in the middle, whose mean over the shifted grid of `steps` levels is 1."""
+    """A Gaussian over timesteps whose mean over the shifted grid of `steps` levels is 1."""
     grid = shifted(torch.linspace(1, 1 / steps, steps, dtype=torch.float64), shift)
 
     def bell(x: Tensor) -> Tensor:
@@ -71,13 +72,13 @@ def gaussian_weight(s: Tensor, shift: float, steps: int = 1000) -> Tensor:
 class DiffusionObjective:
     """Mean squared error of the prediction: mean over a sample's elements, weighted mean over samples.
 
-    A process with further streams sums their errors, each its own mean over elements: `<name>_latents` becomes
-    `<name>_noisy` and `<name>_target`, and the prediction is extra[<name>] of the model's output.
+    A process with further streams sums their errors, each its own mean over elements: `<name>_latents`
+    becomes `<name>_noisy` and `<name>_target`, and the prediction is extra[<name>] of the model's output.
 
-    process: what the family was trained with; settings: the recipe's train.diffusion; tokens: latent tokens of a
-    batch's samples, for the dynamic shift. Batches bring `latents` [B, ...], `weight` [B] (0 for a filler), `loss_weight`
-    [B] where datasets have one, and in groups `seeds` (one an item, from (seed, epoch, sample)) and `tokens`. Raises PolymodalError for settings that do
-    not fit the process.
+    process: what the family was trained with; settings: the recipe's train.diffusion; tokens: latent tokens
+    of a batch's samples, for the dynamic shift. Batches bring `latents` [B, ...], `weight` [B] (0 for a
+    filler), `loss_weight` [B] where datasets have one, and in groups `seeds` (one an item, from (seed, epoch,
+    sample)) and `tokens`. Raises PolymodalError for settings that do not fit the process.
     """
 
     term = "diffusion"
@@ -86,7 +87,7 @@ class DiffusionObjective:
     def __init__(self, process: Process, settings: Diffusion):
         self.process, self.settings = process, settings
         self.unconditional: dict[str, Tensor] = {}
-        """Text tensors of the empty caption, [1, ...]: what a sample is given whose caption is dropped."""
+        """Text tensors of the empty caption, [1, ...], for samples whose caption is dropped."""
         self.fixed = False
         self.density = process.density if settings.density == "auto" else settings.density
         self.weighting = process.weighting if settings.weighting == "auto" else settings.weighting
@@ -113,28 +114,30 @@ class DiffusionObjective:
         if self.shift == "dynamic" and not process.dynamic:
             raise _misfit("shift", "dynamic", "has no lengths for it in its scheduler's config")
         if not flow:
-            alphas = torch.tensor(process.alphas, dtype=torch.float64)
-            ends = float(alphas[-1]) < 1e-7
-            if settings.zero_snr is False and ends:
-                raise PolymodalError(
-                    "train.diffusion.zero_snr = false: this model's scheduler ends in pure noise.",
-                    "Leave train.diffusion.zero_snr out.",
-                )
-            if settings.zero_snr and not ends:
-                alphas = zero_terminal_snr(alphas)
-            if (settings.zero_snr or ends) and self.prediction == "epsilon":
-                raise PolymodalError(
-                    "train.diffusion.zero_snr: at pure noise there is nothing to be learned from predicting the noise.",
-                    "Set train.diffusion.prediction to v_prediction.",
-                )
-            self.alphas = alphas.float()
+            self.alphas = self._alphas()
         names = [f"noise {self._quantile(i):.3g}" for i in range(settings.quantiles)]
         self.parts: tuple[str, ...] = (*KINDS, *names, *process.streams)
-        """What losses are told apart by in logs: nll/<part> and tokens/<part>."""
+        """Parts of the loss in logs: nll/<part> and tokens/<part>."""
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, family: Generation) -> DiffusionObjective:
         return cls(family.process(), recipe.train.diffusion)
+
+    def _alphas(self) -> Tensor:
+        """Cumulative products of the process' steps, down to pure noise where zero_snr asks for it."""
+        alphas, zero_snr = torch.tensor(self.process.alphas, dtype=torch.float64), self.settings.zero_snr
+        ends_in_noise = float(alphas[-1]) < 1e-7
+        if zero_snr is False and ends_in_noise:
+            raise PolymodalError(
+                "train.diffusion.zero_snr = false: this model's scheduler ends in pure noise.",
+                "Leave train.diffusion.zero_snr out.",
+            )
+        if (zero_snr or ends_in_noise) and self.prediction == "epsilon":
+            raise PolymodalError(
+                "train.diffusion.zero_snr: at pure noise there is nothing to be learned from predicting it.",
+                "Set train.diffusion.prediction to v_prediction.",
+            )
+        return (zero_terminal_snr(alphas) if zero_snr and not ends_in_noise else alphas).float()
 
     def _quantile(self, i: int) -> float:
         return (i + 0.5) / self.settings.quantiles
@@ -152,10 +155,10 @@ class DiffusionObjective:
         return {self.term: float(batch["weight"].sum(dtype=torch.float64))}
 
     def prepare(self, actors: Any, batches: Sequence[Batch]) -> list[Batch]:
-        """Noise levels, noise and targets; of validation, one batch a quantile. actors.encode: pixels to latents first."""
+        """Noise, levels and targets; of validation one batch a quantile. actors.encode: pixels to latents."""
         out = []
         if actors is not None:
-            with actors.at_hand():
+            with actors.on_device():
                 batches = [actors.encode(batch) for batch in batches]
         for batch in batches:
             if self.fixed:
@@ -167,20 +170,20 @@ class DiffusionObjective:
     def _noised(self, batch: Batch, quantile: int | None) -> Batch:
         """A batch with noise: at the levels drawn, or all at the middle of a quantile.
 
-        Every sample has a generator of its own, from its seed, and the order in which it is asked is part of what a
-        seed means: a draw that is moved, added before others or left out changes every run of a recipe, and resumed
-        runs part from straight ones. The order:
+        Every sample has a generator of its own, from its seed, and the order of draws is part of what a seed
+        means: a draw that is moved, added before others or left out changes every run of a recipe, and
+        resumed runs differ from uninterrupted ones. The order:
 
         1. one uniform number for the noise level,
         2. one uniform number that drops the caption,
         3. normal numbers of the latents' shape: the noise,
-        4. one uniform number that gives the first frame, where the process or the recipe may give it and the sample
-           is a clip,
-        5. for each further stream of the process that the batch has, in the process' order, normal numbers of its
-           shape.
+        4. one uniform number that gives the first frame, where the process or the recipe may give it and the
+           sample is a clip,
+        5. for each further stream of the process that the batch has, in the process' order, normal numbers of
+           its shape.
 
-        1 and 2 are drawn in validation too, and with drop = 0, though nothing looks at them: the noise is the same.
-        All numbers are float32, drawn on the CPU.
+        1 and 2 are drawn in validation too, and with drop = 0, though they are not used: the noise is then
+        the same. All numbers are float32, drawn on the CPU.
         """
         latents = batch["latents"].float()
         seeds = batch.groups["seeds"]
@@ -221,7 +224,8 @@ class DiffusionObjective:
                 for part, tensor in zip(("noisy", "target"), pair, strict=True):
                     tensors[f"{name}_{part}"] = tensor
                     axes[f"{name}_{part}"] = batch.axes[f"{name}_latents"]
-        # one weight for the sum over the batch, one for level and dataset: only the first is in the denominator
+        # one weight for the sum over the batch, one for level and dataset: only the first is in the
+        # denominator
         tensors |= {"noisy": mixed, "target": target, "timestep": timestep, "level_weight": weight}
         del tensors["latents"]
         axes = {n: axes.get(n) or batch.axes.get(n, ("batch",)) for n in tensors}
@@ -238,7 +242,7 @@ class DiffusionObjective:
         k = dynamic_shift(tokens, process.dynamic) if self.shift == "dynamic" else float(self.shift)
         s = shifted(s, k)
         if process.range != (0.0, 1.0):
-            ends = [self._place(edge, k) for edge in process.range]
+            ends = [self._uniform_of(edge, k) for edge in process.range]
             s = shifted(level(ends[0] + (ends[1] - ends[0]) * u, self.density, self.settings), k)
         if self.weighting == "gaussian":
             weight = gaussian_weight(s, k)
@@ -248,24 +252,24 @@ class DiffusionObjective:
             weight = torch.ones_like(s)
         return s, (1 - s if process.ascending else s) * process.scale, weight
 
-    def _place(self, s: float, k: float) -> float:
-        """The uniform draw that becomes the level s: the inverse of the density and the shift, by bisection."""
+    def _uniform_of(self, s: float, k: float) -> float:
+        """The uniform draw that becomes the level s: inverts density and shift by bisection."""
 
-        def made(u: float) -> float:
+        def level_of(u: float) -> float:
             return float(shifted(level(torch.tensor(u, dtype=torch.float64), self.density, self.settings), k))
 
         low, high = 0.0, 1.0
-        rising = made(1 - 1e-9) > made(1e-9)
+        rising = level_of(1 - 1e-9) > level_of(1e-9)
         for _ in range(50):
             middle = (low + high) / 2
-            if (made(middle) < s) == rising:
+            if (level_of(middle) < s) == rising:
                 low = middle
             else:
                 high = middle
         return (low + high) / 2
 
     def _snr_weight(self, t: Tensor) -> Tensor:
-        """Min-SNR (Hang et al. 2023, arXiv:2303.09556): min(snr, gamma) / snr for epsilon, / (snr + 1) for v."""
+        """Min-SNR (arXiv:2303.09556): min(snr, gamma) / snr for epsilon, / (snr + 1) for v."""
         if self.weighting != "min_snr":
             return torch.ones(len(t))
         snr = self.alphas[t] / (1 - self.alphas[t])
@@ -275,9 +279,8 @@ class DiffusionObjective:
     def _mixed(self, latents: Tensor, noise: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         s = s.view(-1, *[1] * (latents.ndim - 1))
         if self.process.kind == "flow":
-            return (
-                1 - s
-            ) * latents + s * noise, latents - noise if self.process.reversed else noise - latents
+            target = latents - noise if self.process.reversed else noise - latents
+            return (1 - s) * latents + s * noise, target
         alphas = self.alphas.to(latents.device)[s]
         signal, sigma = alphas.sqrt(), (1 - alphas).sqrt()
         target = noise if self.prediction == "epsilon" else signal * noise - sigma * latents
@@ -288,7 +291,7 @@ class DiffusionObjective:
     def loss(
         self, output: Output, batch: Batch, inverse: dict[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scaled loss (a scalar; gradients are summed over ranks and micro-batches) and logs, sums over samples."""
+        """Scaled loss (a scalar, to be summed over ranks and micro-batches) and logs, sums over samples."""
         prediction, target = output.hidden_states.float(), batch["target"]
         if prediction.shape != target.shape:
             raise PolymodalError(
@@ -305,9 +308,9 @@ class DiffusionObjective:
         weight = batch["weight"]
         beside: dict[str, Tensor] = {}
         for name in self.process.streams:
-            wanted = batch.get(f"{name}_target")
-            if wanted is not None:
-                beside[name] = (output.extra[name].float() - wanted).square().flatten(1).mean(1)
+            own_target = batch.get(f"{name}_target")
+            if own_target is not None:
+                beside[name] = (output.extra[name].float() - own_target).square().flatten(1).mean(1)
                 per_sample = per_sample + beside[name]
         loss = (per_sample * batch["level_weight"] * weight).sum() * inverse[self.term]
         logs = {"loss": loss.detach()}
@@ -325,8 +328,8 @@ class DiffusionObjective:
 def _replaced(text: Tensor, dropped: Tensor, empty: Tensor) -> Tensor:
     """A text tensor [B, L, ...] with the empty caption's [1, M, ...] in the rows where dropped [B] is true.
 
-    Lengths that differ are both padded with zeros to the longer one, masks as well as embeddings: a masked token more
-    changes no prediction, whereas a token less, or one broadcast along the mask, would.
+    Lengths that differ are both padded with zeros to the longer one, masks as well as embeddings: a masked
+    token more changes no prediction, whereas a token less, or one broadcast along the mask, would.
     """
     empty = empty.to(text.device, text.dtype)
     if text.ndim > 1 and text.shape[1] != empty.shape[1]:
@@ -339,7 +342,7 @@ def _replaced(text: Tensor, dropped: Tensor, empty: Tensor) -> Tensor:
     return torch.where(where, empty, text)
 
 
-def _misfit(key: str, value: Any, why: Literal["is trained by flow matching"] | str) -> PolymodalError:
+def _misfit(key: str, value: Any, why: str) -> PolymodalError:
     return PolymodalError(
         f"train.diffusion.{key} = {value} does not fit this model, which {why}.",
         f"Leave train.diffusion.{key} out.",

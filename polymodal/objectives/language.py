@@ -1,7 +1,7 @@
-"""Next-token loss for everything that speaks: three weightings, chunked over the vocabulary, exact under layouts.
+"""Next-token loss: three weightings, chunked over the vocabulary, exact under every layout.
 
-Sees the ground floor and models/card.py. The logits of a batch are never whole: the head is multiplied in chunks
-of rows and the gradients are made in the forward pass, chunk by chunk.
+The logits of a batch are never whole: the head is multiplied in chunks of rows and the gradients are made in
+the forward pass, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ Weighting = Literal["per_token", "per_sample", "per_micro_batch"]
 CHUNK_BYTES = 512 << 20
 """Logits held at a time, in the dtype of the arithmetic."""
 BLOCK_ELEMENTS = {"cpu": 1 << 21}
-"""Logits that are worked on at a time in float32: few enough for a CPU's cache, 2^24 for other devices' kernels."""
+"""Logits computed at a time in float32: few enough for a CPU's cache, 2^24 for other devices' kernels."""
 
 
 def token_weights(batch: Batch, weighting: Weighting) -> Tensor:
     """Weight of every token's loss before the global normalisation.
 
-    batch: packed, weights [1, T] float32; or padded, weights [B, T], segments["text"] the rows of the flattened
-    batch. Returns the same shape: w for per_token; w / sum of w in its sample for per_sample; w / sum of w in the
-    micro-batch for per_micro_batch.
+    batch: packed, weights [1, T] float32; or padded, weights [B, T], segments["text"] the rows of the
+    flattened
+    batch. Returns the same shape: w for per_token; w / sum of w in its sample for per_sample; w / sum of w in
+    the micro-batch for per_micro_batch.
     """
     weights = batch["weights"]
     if weighting == "per_token":
@@ -50,12 +51,12 @@ def token_weights(batch: Batch, weighting: Weighting) -> Tensor:
 class _HeadLoss(torch.autograd.Function):
     """sum_i w_i * (logsumexp(h_i W^T) - h_i W^T[y_i]), vocabulary optionally cut over a process group.
 
-    The gradient of softmax cross entropy, (p - onehot) w, is formed while a chunk's logits exist; backward only
-    scales it. A chunk of rows goes over the vocabulary in blocks. Of each block its softmax and the logarithm of its sum
-    are kept; what a block's softmax lacks to that of the whole vocabulary is one factor a row (Milakov and Gimelshein
-    2018), and rows are scaled in hidden states, not in logits. The label's own column is zero in a block and taken
-    apart, since p - 1 is lost where p is held in 16 bits. hidden [N, D]; weight [V_local, D]; bias [V_local] or None;
-    labels [N] (global ids); w [N] float32.
+    The gradient of softmax cross entropy, (p - onehot) w, is formed while a chunk's logits exist; backward
+    only scales it. A chunk of rows goes over the vocabulary in blocks. Of each block its softmax and the
+    logarithm of its sum are kept; what a block's softmax lacks to that of the whole vocabulary is one factor
+    a row (Milakov and Gimelshein 2018), and rows are scaled in hidden states, not in logits. The label's own
+    column is zero in a block and taken apart, since p - 1 is lost where p is held in 16 bits. hidden [N, D];
+    weight [V_local, D]; bias [V_local] or None; labels [N] (global ids); w [N] float32.
     """
 
     @staticmethod
@@ -127,10 +128,10 @@ class _HeadLoss(torch.autograd.Function):
             if need_hidden:
                 grad_hidden[part] = into_hidden.addcmul_(own, weight[y].to(accumulate))
             if need_weight:  # summed a label first: many small terms would be lost in a 16-bit sum
-                found, place = y.unique(return_inverse=True)
-                label = torch.zeros(len(found), h.shape[1], dtype=accumulate, device=h.device)
-                label.index_add_(0, place, wide * own)
-                grad_weight.index_add_(0, found, label.to(sums))
+                seen, inverse = y.unique(return_inverse=True)
+                label = torch.zeros(len(seen), h.shape[1], dtype=accumulate, device=h.device)
+                label.index_add_(0, inverse, wide * own)
+                grad_weight.index_add_(0, seen, label.to(sums))
             if need_bias:
                 grad_bias.index_add_(0, y, own[:, 0])
         if group is not None and need_hidden:
@@ -146,8 +147,8 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        # In place: a copy of the head's gradient costs as much as the head. Once: zero-bubble schedules come here a
-        # second time, with the same scale, for the weights.
+        # In place: a copy of the head's gradient costs as much as the head. Once: zero-bubble schedules call
+        # this a second time, with the same scale, for the weights.
         if ctx.scale is None:
             for tensor in ctx.saved_tensors:
                 if tensor is not None:
@@ -163,9 +164,9 @@ def head_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted negative log-likelihood of labels under softmax(head(hidden)), in chunks of rows.
 
-    hidden [T, D] (same on every rank of the head's tensor-parallel group); labels [T] int64 or IGNORE; weights [T].
-    Rows of weight 0 are not multiplied at all. Returns (sum of weighted losses, losses of kept rows [N] float32 or
-    float64, indices of kept rows [N]).
+    hidden [T, D] (same on every rank of the head's tensor-parallel group); labels [T] int64 or IGNORE;
+    weights [T]. Rows of weight 0 are not multiplied at all. Returns (sum of weighted losses, losses of kept
+    rows [N] float32 or float64, indices of kept rows [N]).
     """
     keep = ((labels != IGNORE) & (weights != 0)).nonzero()[:, 0]
     weight, bias = cast(Tensor, head.weight), getattr(head, "bias", None)
@@ -179,7 +180,7 @@ def head_loss(
         weight = weight.to_local()
         bias = bias.to_local() if isinstance(bias, DTensor) else bias
     hidden = hidden.to(weight.dtype)
-    if not torch.is_grad_enabled():  # a function of our own would not notice
+    if not torch.is_grad_enabled():  # which needs_input_grad does not tell
         weight, bias = weight.detach(), bias if bias is None else bias.detach()
     rows = max(16, CHUNK_BYTES // max(1, weight.shape[0] * hidden.element_size()))
     if len(keep) == 0:
@@ -200,15 +201,16 @@ def _offset(size: int, parts: int, rank: int) -> int:
 class LanguageObjective:
     """Weighted next-token loss plus, for experts, the router's balance loss.
 
-    The loss of a step is sum(w * nll) / sum(w) over the whole global batch, whatever the layout: `weights` gives this
-    micro-batch's denominators, the caller sums them over the global batch, `loss` multiplies by the inverses.
-    The balance loss is declared per micro-batch: a pack's loss depends on that pack alone, a step takes their mean.
+    The loss of a step is sum(w * nll) / sum(w) over the whole global batch, whatever the layout: `weights`
+    gives this micro-batch's denominators, the caller sums them over the global batch, `loss` multiplies by
+    the inverses. The balance loss is declared per micro-batch: a pack's loss depends on that pack alone, a
+    step takes their mean.
     """
 
     term = "text"
     aux_weight = 0.0
     parts = ("text", "image", "video", "audio", "mixed")
-    """What losses are told apart by in logs: nll/<part> and tokens/<part>."""
+    """Parts of the loss in logs: nll/<part> and tokens/<part>."""
 
     def __init__(
         self, weighting: Weighting = "per_token", aux_weight: float = 0.0, experts_per_token: int = 0
@@ -240,16 +242,17 @@ class LanguageObjective:
     def loss(
         self, output: Output, batch: Batch, inverse: dict[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scaled loss (a scalar; gradients are summed over ranks and micro-batches) and logs, sums over tokens.
+        """Scaled loss (a scalar; gradients are summed over ranks and micro-batches) and logs, sums over
+        tokens.
 
-        Logs: "loss" the scaled text term; "nll/<modality>" and "tokens/<modality>": sums of unweighted losses and
-        counts, to be added over ranks; "balance": the scaled router term; "choices": [layers here, E] tokens that
-        chose each expert.
+        Logs: "loss" the scaled text term; "nll/<modality>" and "tokens/<modality>": sums of unweighted losses
+        and counts, to be added over ranks; "balance": the scaled router term; "choices": [layers here, E]
+        tokens that chose each expert.
         """
         assert output.head is not None
         weights, labels = token_weights(batch, self.weighting).reshape(-1), batch["labels"].reshape(-1)
         counts, rows = float(weights.sum()) > 0, batch.get("rows")
-        if rows is not None:  # of the whole stream this rank's
+        if rows is not None:  # this rank's rows of the whole stream
             weights, labels = weights[rows], labels[rows]
         hidden = output.hidden_states.reshape(-1, output.hidden_states.shape[-1])
         text, losses, kept = head_loss(hidden, output.head, labels, weights)
@@ -266,7 +269,7 @@ class LanguageObjective:
         return loss, logs
 
     def balance(self, output: Output, batch: Batch) -> Tensor:
-        """Router term of one micro-batch, from the layers that are here and the sums of earlier pipeline stages."""
+        """Router term of one micro-batch: of the layers here and the sums of earlier pipeline stages."""
         sums, layers = output.extra.get("router_sums_before"), output.extra.get("router_layers_before", 0)
         if routers := output.extra["router_logits"]:
             own = router_sums(routers, self.experts_per_token, batch)

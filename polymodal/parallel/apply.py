@@ -1,12 +1,11 @@
-"""A whole model on a whole mesh: tensor and expert parallelism, compilation, recompute and FSDP2, in that order.
+"""A whole model on a whole mesh: tensor and expert parallelism, compilation, recompute, FSDP2, in that order.
 
-This room is the one place where a recipe's `parallel` and `train.precision` meet a model. It sees the ground floor
-and models/card.py. It works on meta or real parameters and never changes a parameter's name.
+A recipe's `parallel` and `train.precision` are applied to a model here, on meta or real parameters; a
+parameter's name never changes.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +20,9 @@ from polymodal.distributed.context_parallel import ulysses_size
 from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models.card import ModelCard, PrunedModule
 from polymodal.parallel import dit_context_parallel, expert, memory, pipeline_split, tensor
-from polymodal.parallel.batches import attention_heads, context
+from polymodal.parallel.batches import attention_heads, context_of
 from polymodal.parallel.pipeline_split import SCHEDULES, ScheduleTraits
+from polymodal.parallel.styles import on_first, pattern_of
 from polymodal.recipe import Parallel, Recipe
 
 COMPUTE_DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "pure_bf16": torch.bfloat16}
@@ -30,29 +30,27 @@ COMPUTE_DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "p
 
 
 def matching(model: nn.Module, patterns: tuple[str, ...] | list[str], what: str) -> dict[str, nn.Module]:
-    """Modules whose name fits a pattern (`*` is one dotted part), in the patterns' and then the model's order.
+    """Modules whose name fits a pattern (`*` is one dotted part), in the patterns' and then the model's
+    order.
 
-    What another pipeline stage holds is left out. Raises PolymodalError naming `what` when a pattern fits nothing: a recipe's typing error, or a card's.
+    Modules of other pipeline stages are left out. Raises PolymodalError, naming the recipe's or card's key
+    `what`, when a pattern fits nothing.
     """
     found: dict[str, nn.Module] = {}
     modules = dict(model.named_modules())
     for pattern in patterns:
-        expression = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
+        expression = pattern_of(pattern)
         hits = {name: module for name, module in modules.items() if expression.fullmatch(name)}
         if not hits and not any(isinstance(module, PrunedModule) for module in modules.values()):
+            lists = [
+                n for n, module in modules.items() if isinstance(module, nn.ModuleList) and len(module) > 1
+            ]
+            known = ", ".join(f"{name}.*" for name in lists) or "not in lists"
             raise PolymodalError(
-                f"{what}: no module of this model fits `{pattern}`.",
-                f"Its blocks are {', '.join(_block_patterns(modules))}.",
+                f"{what}: no module of this model fits `{pattern}`.", f"Its blocks are {known}."
             )
         found |= {name: module for name, module in hits.items() if not isinstance(module, PrunedModule)}
     return found
-
-
-def _block_patterns(modules: dict[str, nn.Module]) -> list[str]:
-    lists = [
-        name for name, module in modules.items() if isinstance(module, nn.ModuleList) and len(module) > 1
-    ]
-    return [f"{name}.*" for name in lists] or ["not in lists"]
 
 
 def check(
@@ -62,28 +60,21 @@ def check(
     parallel: Parallel | None = None,
     attention: str = "auto",
 ) -> list[PolymodalError]:
-    """Every reason why a model of this transformers config cannot be laid out so; empty when it can.
+    """Every reason why a model of this transformers config cannot be sharded so; empty when it can.
 
-    attention: the recipe's model.attention. Needs no weights and no model. The errors are made, not raised: `polymodal check` lists them all.
+    attention: the recipe's model.attention. Needs no weights and no model. `polymodal check` lists all of the
+    errors.
     """
     reasons = []
     for axis in ("pp", "cp", "ep", "tp"):
         size = getattr(sizes, axis)
-        if size == 1:
-            continue
-        if axis in card.limits:
+        if size > 1 and axis in card.limits:
             cause = f"{card.name} cannot be laid out with parallel.{axis} = {size}: {card.limits[axis]}"
             reasons.append(PolymodalError(cause, f"Set parallel.{axis} to 1."))
-    reasons += _contradictions(parallel) if parallel is not None else []
-    strange = [name for name in parallel.replicate if name not in card.towers] if parallel is not None else []
-    if strange:
-        cause = f"parallel.replicate: {card.name} has no tower `{strange[0]}`."
-        reasons.append(PolymodalError(cause, f"Its towers: {', '.join(card.towers)}."))
+    if parallel is not None:
+        reasons += _check_keys(card, parallel)
     if "cp" not in card.limits:
         reasons += _check_context(card, config, sizes, parallel, attention)
-    if parallel is not None and parallel.balance_media and not card.family.streams:
-        cause = f"parallel.balance_media deals out pictures within a sequence of text, {card.name} has none."
-        reasons.append(PolymodalError(cause, "Leave it out."))
     if sizes.tp > 1 and "tp" not in card.limits:
         reasons += tensor.check(card, config, sizes.tp, spread=sizes.ep > 1)
     if sizes.ep > 1 and "ep" not in card.limits:
@@ -100,67 +91,69 @@ def _check_context(
     except PolymodalError as error:
         return [error]
     if sizes.cp > 1 and attention != "auto":
-        return [
-            PolymodalError(
-                f"parallel.cp = {sizes.cp} cuts sequences, which model.attention = {attention} cannot follow.",
-                "Set model.attention to auto.",
-            )
-        ]
+        cause = f"parallel.cp = {sizes.cp} cuts sequences, which model.attention = {attention} cannot follow."
+        return [PolymodalError(cause, "Set model.attention to auto.")]
     if sizes.cp > 1 and not card.sequence_entry and not card.sequence_plan:
-        return [
-            PolymodalError(
-                f"{card.name} does not say where its sequences are cut for parallel.cp = {sizes.cp}.",
-                "Set parallel.cp to 1.",
-            )
-        ]
+        cause = f"{card.name} has no rule for cutting its sequences for parallel.cp = {sizes.cp}."
+        return [PolymodalError(cause, "Set parallel.cp to 1.")]
     return []
 
 
-def _contradictions(parallel: Parallel) -> list[PolymodalError]:
+def _check_keys(card: ModelCard, parallel: Parallel) -> list[PolymodalError]:
+    """Keys of `parallel` that contradict each other, or the card."""
     reasons = []
+
+    def refuse(cause: str, hint: str) -> None:
+        reasons.append(PolymodalError(cause, hint))
+
+    schedule = SCHEDULES[parallel.pp_schedule] if parallel.pp > 1 else ScheduleTraits()
+    named = f"parallel.pp_schedule = {parallel.pp_schedule}"
     if parallel.compile and parallel.recompute == "selective":
         cause = "parallel.recompute = selective cannot see the matrix products inside of compiled blocks."
-        reasons.append(PolymodalError(cause, "Set parallel.recompute to full, or parallel.compile to false."))
+        refuse(cause, "Set parallel.recompute to full, or parallel.compile to false.")
     if parallel.compile and "activations" in parallel.offload:
         cause = "parallel.offload of activations cannot see what compiled blocks save."
-        reasons.append(PolymodalError(cause, "Leave it out, or set parallel.compile to false."))
-    kind = SCHEDULES[parallel.pp_schedule] if parallel.pp > 1 else ScheduleTraits()
+        refuse(cause, "Leave it out, or set parallel.compile to false.")
     if key := pipeline_split.unused_pp_key(parallel):
         cause = f"parallel.{key} says how stages are cut, but parallel.pp is 1."
-        reasons.append(PolymodalError(cause, f"Set parallel.pp to the number of stages, or leave {key} out."))
-    if parallel.zero_stage < 3 and parallel.reshard_after_forward and not kind.gathers:
-        cause = f"parallel.zero = {parallel.zero_stage} keeps parameters whole over a step, parallel.reshard_after_forward would free them."
-        reasons.append(PolymodalError(cause, "Leave reshard_after_forward out, or set parallel.zero to 3."))
+        refuse(cause, f"Set parallel.pp to the number of stages, or leave {key} out.")
+    if parallel.zero_stage < 3 and parallel.reshard_after_forward and not schedule.gathers:
+        cause = f"parallel.zero = {parallel.zero_stage} keeps parameters whole over a step"
+        cause += ", parallel.reshard_after_forward would free them."
+        refuse(cause, "Leave reshard_after_forward out, or set parallel.zero to 3.")
     if parallel.recompute_first and parallel.recompute_every:
         cause = "parallel.recompute_first and parallel.recompute_every are two ways to choose blocks."
-        reasons.append(PolymodalError(cause, "Give one of them."))
+        refuse(cause, "Give one of them.")
     for key in ("recompute_blocks", "recompute_first", "recompute_every"):
         if getattr(parallel, key) is not None and parallel.recompute == "none":
             cause = f"parallel.{key} chooses blocks, but parallel.recompute is none."
-            reasons.append(PolymodalError(cause, "Set parallel.recompute to full or selective."))
+            refuse(cause, "Set parallel.recompute to full or selective.")
     if parallel.recompute_keep is not None and parallel.recompute != "selective":
         cause = f"parallel.recompute = {parallel.recompute} has no use for parallel.recompute_keep."
-        reasons.append(PolymodalError(cause, "Set parallel.recompute to selective."))
-    named = f"parallel.pp_schedule = {parallel.pp_schedule}"
-    if kind.split_backward and parallel.compile:
-        cause = f"{named} takes the gradients of inputs and of weights apart, which compiled blocks give only together."
-        mend = "Set parallel.compile to false, or parallel.pp_schedule to Interleaved1F1B."
-        reasons.append(PolymodalError(cause, mend))
+        refuse(cause, "Set parallel.recompute to selective.")
+    if schedule.split_backward and parallel.compile:
+        cause = f"{named} splits the backward pass into two, which compiled blocks give only together."
+        refuse(cause, "Set parallel.compile to false, or parallel.pp_schedule to Interleaved1F1B.")
     given = {
         "reshard_after_forward = true": parallel.reshard_after_forward,
         f"zero = {parallel.zero}": parallel.zero_stage > 1,
     }
-    for key in (key for key, wrong in given.items() if kind.gathers and wrong):
-        cause = f"{named} gathers the parameters and reduces the gradients of whole stages, parallel.{key} is not for it."
-        mend = f"Leave out parallel.{key.split()[0]}, or set parallel.pp_schedule to 1F1B."
-        reasons.append(PolymodalError(cause, mend))
+    for key in (key for key, wrong in given.items() if schedule.gathers and wrong):
+        cause = f"{named} gathers and reduces whole stages itself, parallel.{key} is not for it."
+        refuse(cause, f"Leave out parallel.{key.split()[0]}, or set parallel.pp_schedule to 1F1B.")
+    for name in (name for name in parallel.replicate if name not in card.towers):
+        cause = f"parallel.replicate: {card.name} has no tower `{name}`."
+        refuse(cause, f"Its towers: {', '.join(card.towers)}.")
+    if parallel.balance_media and not card.family.streams:
+        cause = f"parallel.balance_media assigns pictures within a sequence of text, {card.name} has none."
+        refuse(cause, "Leave it out.")
     return reasons
 
 
 def recomputed(
     model: nn.Module, card: ModelCard, parallel: Parallel, blocks: dict[str, nn.Module]
 ) -> dict[str, nn.Module]:
-    """The blocks that the recipe wants recomputed, by name. Raises PolymodalError for a word that means none."""
+    """Blocks to be recomputed, by name. Raises PolymodalError for a word that matches none."""
     chosen = blocks
     if parallel.recompute_blocks is not None:
         chosen = {}
@@ -176,12 +169,13 @@ def recomputed(
 
 
 def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.Module:
-    """Lay `model` out over `mesh` as `recipe.parallel` and `recipe.train.precision` say; returns the same object.
+    """Shard `model` over `mesh` by `recipe.parallel` and `recipe.train.precision`; returns the same object.
 
-    The caller has attached adapters, frozen what is not trained, and bound a forward that ends in the loss. Afterwards
-    parameters are DTensors (plain tensors when one process computes in the parameters' own precision), and gradients
-    are SUMS over all ranks that see data: the loss is to be divided by the global weight before.
-    Raises PolymodalError for a layout that this model or this version cannot have.
+    The caller has attached adapters, frozen what is not trained, and bound a forward that ends in the loss.
+    Afterwards parameters are DTensors (plain tensors when one process computes in the parameters' own
+    precision), and gradients
+    are SUMS over all ranks that read data: the loss is to be divided by the global weight before. Raises
+    PolymodalError for a layout that this model cannot have.
     """
     parallel, precision = recipe.parallel, recipe.train.precision
     for reason in check(card, getattr(model, "config", None), mesh.sizes, parallel, recipe.model.attention):
@@ -196,13 +190,14 @@ def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.M
     experts = expert.apply(model, spread, ep) if ep is not None else []
     cut = None
     if mesh.sizes.cp > 1 and card.sequence_plan:
-        group = context(mesh, getattr(model, "config", None), parallel)
-        assert group is not None
-        cut = dit_context_parallel.apply(model, card, group)
+        context = context_of(mesh, getattr(model, "config", None), parallel)
+        assert context is not None
+        cut = dit_context_parallel.apply(model, card, context)
     if parallel.compile:
         import torch._dynamo
 
-        # Inside recompute: attention interrupts a block's graph, which torch allows under recompute from outside only.
+        # Inside recompute: attention interrupts a block's graph, which torch allows under recompute from
+        # outside only.
         for block in blocks.values():
             block.forward = torch.compile(block.forward)  # the instance's: hooks and names stay as they are
         if (
@@ -212,7 +207,7 @@ def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.M
             torch._dynamo.config.recompile_limit = max(limit, 8 * len(blocks))
     if cut is not None and mesh.sizes.pp > 1:
         for block in blocks.values():
-            dit_context_parallel.remember(block, cut)
+            dit_context_parallel.remember_lengths(block, cut)
     offload = "activations" in parallel.offload
     if parallel.recompute != "none":
         chosen = recomputed(model, card, parallel, blocks)
@@ -223,22 +218,15 @@ def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.M
     alone = mesh.fsdp_size == 1 and mesh.sizes.tp == 1 and precision in ("fp32", "pure_bf16")
     if alone and "parameters" not in parallel.offload:
         return model  # nothing to cut and nothing to cast
-    _shard(
-        model,
-        list(blocks.values()),
-        experts,
-        kept_whole(model, card, parallel, blocks),
-        mesh,
-        precision,
-        parallel,
-    )
+    whole = kept_whole(model, card, parallel, blocks)
+    _shard(model, list(blocks.values()), experts, whole, mesh, precision, parallel)
     return model
 
 
 def kept_whole(
     model: nn.Module, card: ModelCard, parallel: Parallel, blocks: dict[str, nn.Module]
 ) -> dict[str, nn.Module]:
-    """The units, by name, of the towers that parallel.replicate names: their blocks, and what else is in them."""
+    """The FSDP2 units, by name, of the towers that parallel.replicate names: their blocks, else the tower."""
     found: dict[str, nn.Module] = {}
     for path in (path for word in parallel.replicate for path in card.towers[word]):
         inside = {name: block for name, block in blocks.items() if name.startswith(f"{path}.")}
@@ -278,7 +266,8 @@ def _shard(
     policy = MixedPrecisionPolicy(
         param_dtype=None if precision in ("fp32", "pure_bf16") else compute,
         reduce_dtype=None if precision == "fp32" else torch.float32,
-        # FSDP2 would cast every floating input, rotary tables and timesteps too: blocks cast only their activations.
+        # FSDP2 would cast every floating input, rotary tables and timesteps too: blocks cast only their
+        # activations.
         cast_forward_inputs=False,
     )
     options: dict[str, Any] = {"mesh": mesh.fsdp, "mp_policy": policy}
@@ -297,20 +286,22 @@ def _shard(
     for module in whole.values():
         if not isinstance(module, FSDPModule):
             fully_shard(module, **{**options, "mesh": mesh.copies})
-    # The root's forward ends in the loss: freed there, its weights would be gathered again at once for backward.
+    # The root's forward ends in the loss: freed there, its weights would be gathered again at once for
+    # backward.
     fully_shard(model, **{**options, "reshard_after_forward": False})
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # A plain sum: the loss is divided by the global weight already, and gloo has no scaled reduction.
             if (
                 mesh.fsdp.size() > 1 or experts
-            ):  # one rank sums anyway; told a factor, torch divides a copy by it
+            ):  # one rank sums anyway; with a factor torch would divide a copy
                 module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             if mesh.device_type == "cpu":
                 module.set_custom_reduce_scatter(_ReduceScatter())
             if hasattr(module, "set_reduce_scatter_unused_params"):
-                # A parameter that one rank's batch does not touch (an expert, a merger) still meets its peers.
+                # A parameter that one rank's batch does not use (an expert, a merger) is still reduced with
+                # the others'.
                 module.set_reduce_scatter_unused_params(True)
     memory.shard_by_stage(model, parallel.zero_stage)
     inner = {id(module) for module in experts}
@@ -319,34 +310,25 @@ def _shard(
 
 
 class _ReduceScatter:
-    """FSDP2's reduction by ops.reduce_scatter, which on gloo takes half the time of gloo's own."""
+    """FSDP2's reduction by collectives.reduce_scatter, which on gloo takes half the time of gloo's own."""
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: ProcessGroup,
-        op: Any,
-        async_op: bool = False,
+        self, output_tensor: Tensor, input_tensor: Tensor, group: ProcessGroup, *_: Any, **__: Any
     ) -> None:
         output_tensor.copy_(collectives.reduce_scatter(input_tensor, group))
 
 
 def _cast_activations(dtype: torch.dtype) -> Any:
-    """Pre-forward hook: the stream of activations (first argument, or `hidden_states`) in the compute dtype."""
+    """Pre-forward hook: casts the stream of activations (first argument, or `hidden_states`)."""
 
-    def cast(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        def to(value: Any) -> Any:
-            floating = isinstance(value, Tensor) and value.is_floating_point()
-            return value.to(dtype) if floating else value
+    def cast(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if floating else value
 
-        if args:
-            args = (to(args[0]), *args[1:])
-        elif "hidden_states" in kwargs:
-            kwargs = {**kwargs, "hidden_states": to(kwargs["hidden_states"])}
-        return args, kwargs
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return on_first(cast, args, kwargs) if args or "hidden_states" in kwargs else (args, kwargs)
 
-    return cast
+    return hook

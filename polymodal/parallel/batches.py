@@ -1,8 +1,8 @@
 """Batches over a mesh: what `apply` does to the model, BatchSharding does to every step's micro-batches.
 
-Sees the ground floor, media.py and models/card.py. Packed sequences are cut over the context-parallel group,
-pictures are dealt out to the ranks that share sequences, or to all that see data; a step cuts its batches
-once, on the host, after the denominators of its loss were counted on whole ones.
+Packed sequences are cut over the context-parallel group, media are assigned to the ranks that share
+sequences, or to all that read data. A step cuts its batches once, on the host, after the denominators of its
+loss were counted on whole ones.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ from polymodal.recipe import Parallel
 
 
 def attention_heads(config: Any) -> int:
-    """Query heads of a model's (language) layers, from its transformers or diffusers config; 1 when it does
-    not say."""
+    """Query heads of a model's (language) layers, by its config; 1 without such a key."""
     if isinstance(config, Mapping):  # diffusers
         return config.get("num_attention_heads") or 1
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "num_attention_heads", None) or getattr(text, "num_heads", None) or 1
 
 
-def context(mesh: Mesh, config: Any, parallel: Parallel) -> Context | None:
+def context_of(mesh: Mesh, config: Any, parallel: Parallel) -> Context | None:
     """The context-parallel group of this rank, None when cp is 1. Collective at its first call."""
     if mesh.sizes.cp == 1:
         return None
@@ -54,10 +53,9 @@ def pad_to_cp(batch: Batch, count: int) -> Batch:
 
 
 class BatchSharding:
-    """Calls turn the whole micro-batches of a step into those this rank computes; alike on all ranks of a
-    stage.
+    """Turns the micro-batches of a step into those this rank computes; alike on all ranks of a stage.
 
-    Here whole micro-batches are computed: a sequence that is cut over ranks is cut inside of the model
+    Here they stay whole: a sequence that is cut over ranks is cut inside of the model
     (dit_context_parallel.py), and all ranks of a context-parallel group then compute the whole loss.
     """
 
@@ -66,7 +64,7 @@ class BatchSharding:
 
     @property
     def weights_group(self) -> dist.ProcessGroup:
-        """Ranks over which the denominators of a loss are summed, as often as its terms are."""
+        """Ranks over which the denominators of a loss are summed, each counted as often as its terms are."""
         return self.mesh.loss_group
 
     def __call__(self, batches: Sequence[Batch]) -> list[Batch]:
@@ -74,12 +72,12 @@ class BatchSharding:
 
 
 class PackedBatchSharding(BatchSharding):
-    """Cuts packed sequences over the context-parallel group, and deals pictures out."""
+    """Cuts packed sequences over the context-parallel group, and assigns media to ranks."""
 
     def __init__(self, family: Family, mesh: Mesh, parallel: Parallel):
         super().__init__(mesh)
         self.family = family
-        self.context = context(mesh, family.config, parallel)
+        self.context = context_of(mesh, family.config, parallel)
         self.group = None
         self.gather = media.gather
         if parallel.balance_media and mesh.sizes.dp_shard * mesh.sizes.cp > 1:
@@ -95,8 +93,8 @@ class PackedBatchSharding(BatchSharding):
 
     def __call__(self, batches: Sequence[Batch]) -> list[Batch]:
         """Packed batches -> the same with this rank's rows of input_ids and position_ids, `rows` [n] int64
-        among the tensors (labels and weights stay whole), `cut` for attention, and `media` where pictures are
-        dealt out."""
+        among the tensors (labels and weights stay whole), `cut` for attention, and `media` where media are
+        assigned."""
         pairs = [self._cut(batch) for batch in batches]
         out = [own for _, own in pairs]
         if self.group is None:
@@ -112,8 +110,8 @@ class PackedBatchSharding(BatchSharding):
             plans.append(media.plan(of, self.mesh.sizes.cp, cost, tokens, self.group))
         for number, batch in enumerate(out):
             own = plans[number * len(streams) : (number + 1) * len(streams)]
-            found = {stream.name: each for stream, each in zip(streams, own, strict=True) if each is not None}
-            out[number] = replace(batch, media=found)
+            named = zip((stream.name for stream in streams), own, strict=True)
+            out[number] = replace(batch, media={name: each for name, each in named if each is not None})
         return out
 
     def _cut(self, batch: Batch) -> tuple[Batch, Batch]:
@@ -122,7 +120,8 @@ class PackedBatchSharding(BatchSharding):
             return batch, batch
         cut = self.context.spread(attention.plan(batch.segments["text"]).lengths)
         if any(0 in part for part in cut.share.parts):
-            batch = pad_to_cp(batch, filler := 2 * self.context.size)
+            filler = 2 * self.context.size
+            batch = pad_to_cp(batch, filler)
             cut = replace(self.context.spread(attention.plan(batch.segments["text"]).lengths), filler=filler)
         tensors = dict(batch.tensors)
         for name in ("input_ids", "position_ids"):

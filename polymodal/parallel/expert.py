@@ -1,36 +1,35 @@
 """Expert parallelism: experts spread over the ep group, tokens sent to them and their results sent back.
 
-This room turns a card's `expert_plan` into DTensor parameters and patched forwards of module instances; names stay.
-The exchange is transformers' own (`AllToAllEP`): tokens are sorted by expert, sent by one all-to-all, computed with the
-library's grouped products, and sent back by another. It sees styles.py, adapters.py, collectives.py, sequence.py and
-models/card.py.
+A card's `expert_plan` becomes DTensor parameters and patched forwards of module instances; names stay. The
+exchange is transformers' own (`AllToAllEP`): tokens are sorted by expert, sent by one all-to-all, computed
+with the library's grouped products, and sent back by another. tensor.py cuts experts with the same functions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from polymodal.core.errors import PolymodalError
 from polymodal.distributed import collectives
 from polymodal.distributed.mesh import ParallelSizes
 from polymodal.models.card import ModelCard
-from polymodal.parallel import adapters
 from polymodal.parallel.sequence import Stream
 from polymodal.parallel.styles import on_first, pattern_of, see_local
 
 STYLES = {
-    "dispatch": "stacked experts [E, ...]: each rank of the ep group holds E / ep whole experts and is sent their tokens",
+    "dispatch": "stacked experts [E, ...]: a rank of the ep group holds E / ep and is sent their tokens",
     "router": "chooses experts for this rank's tokens; its first output (the logits) feeds the balance loss",
 }
-"""Style names of a card's expert_plan. The module that holds experts and router is one region: of the tokens that a
-tensor-parallel group shares, each rank takes its own rows through it."""
+"""Style names of a card's expert_plan. The module that holds experts and router is one region: of the tokens
+that a tensor-parallel group shares, each rank takes its own rows through it."""
 
 COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
 
@@ -58,14 +57,15 @@ def check(card: ModelCard, config: Any, sizes: ParallelSizes) -> list[PolymodalE
 def resolve(model: nn.Module, card: ModelCard) -> dict[str, str]:
     """Module name -> style of tensor.py for everything inside of the regions with experts, and the regions.
 
-    Raises PolymodalError for a style that does not exist. Patterns may fit nothing: a pipeline stage or a model's
-    variant without experts.
+    Raises PolymodalError for a style that does not exist. Patterns may fit nothing: a pipeline stage or a
+    model's variant without experts.
     """
     found: dict[str, str] = {}
     for pattern, style in card.expert_plan.items():
         if style not in STYLES:
             raise PolymodalError(
-                f"The card {card.name} names the expert-parallel style `{style}`, known are {', '.join(STYLES)}."
+                f"The card {card.name} names the expert-parallel style `{style}`, known are "
+                f"{', '.join(STYLES)}."
             )
         expression = pattern_of(pattern)
         found |= {name: style for name, _ in model.named_modules() if expression.fullmatch(name)}
@@ -79,62 +79,115 @@ def resolve(model: nn.Module, card: ModelCard) -> dict[str, str]:
     return styles
 
 
-class _OwnRows:
-    """The mesh of ranks that hold the same tokens, as AllToAllEP asks: none do, rows were parted before."""
+# Stacked experts and their adapters ---------------------------------------------------------------
+
+
+def unwrapped(module: nn.Module) -> tuple[nn.Module, list[Any]]:
+    """(the module inside of peft's wrappers of its parameters, these wrappers from the inside out)."""
+    wrappers: list[Any] = []
+    while hasattr(module, "parameter_name"):
+        wrappers.insert(0, module)
+        module = module.base_layer  # type: ignore[assignment]
+    return module, wrappers
+
+
+def stacks(module: nn.Module, name: str, axis: str) -> tuple[Any, list[Any], list[str]]:
+    """(the module of stacked experts [E, ...], its peft wrappers, names of its parameters).
+
+    Raises PolymodalError for experts that are not whole stacks; axis: tp or ep.
+    """
+    experts: Any
+    experts, wrappers = unwrapped(module)
+    keys = [key for key, value in experts._parameters.items() if value is not None]
+    count = getattr(experts, "num_experts", None)
+    if not isinstance(count, int) or not keys or any(len(experts._parameters[k]) != count for k in keys):
+        raise PolymodalError(
+            f"The experts of `{name}` cannot be cut over ranks: they are not stacked in tensors.",
+            f"Set parallel.{axis} to 1.",
+        )
+    return experts, wrappers, keys
+
+
+def add_adapters(experts: nn.Module, wrappers: list[Any], start: int, held: int) -> None:
+    """Let the forward of `experts`, which sees its stacks [held, ...] in `__dict__`, add the LoRA adapters of
+    the experts start .. start + held to them: W + scale * B A. The wrappers then only call it.
+
+    peft wraps the module once for each adapted stack, one wrapper inside of the other; A [r E, in] and B
+    [out, r E] stay whole parameters like other adapters, so files, norms and merging know no group. Call
+    before styles.see_local. A rank's gradients of A and B are those of its own experts: their sum over the
+    ranks that share the experts is whole.
+    """
+    if not wrappers:
+        return
+    forward = experts.forward
+
+    @wraps(forward)
+    def adapted(*args: Any, **kwargs: Any) -> Any:
+        for wrapper in wrappers:
+            key = wrapper.parameter_name
+            for name in () if wrapper.disable_adapters else wrapper.active_adapters:
+                left, right, scale = wrapper.get_delta_factors(name)
+                own = (_local(factor).narrow(0, start, held) for factor in (left, right))
+                experts.__dict__[key] = torch.baddbmm(experts.__dict__[key], *own, alpha=scale)
+        return forward(*args, **kwargs)
+
+    experts.forward = adapted  # type: ignore[method-assign]
+    for wrapper in wrappers:
+        wrapper.forward = partial(_call_base_layer, wrapper)
+
+
+def _call_base_layer(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+    return wrapper.base_layer(*args, **kwargs)
+
+
+def _local(factor: Tensor) -> Tensor:
+    return factor.to_local(grad_placements=[Partial()]) if isinstance(factor, DTensor) else factor
+
+
+# Dispatch -----------------------------------------------------------------------------------------
+
+
+class _NoSharedTokens:
+    """AllToAllEP's mesh of ranks with the same tokens: there are none, each rank took its own before."""
 
     def size(self) -> int:
         return 1
 
 
 def apply(model: nn.Module, styles: dict[str, str], mesh: DeviceMesh) -> list[nn.Module]:
-    """Spread the experts that `resolve` found over the 1-D `mesh`; returns their modules in the model's order.
+    """Spread the experts that `resolve` found over the 1-D `mesh`; returns their modules in the model's
+    order.
 
-    Afterwards their parameters are DTensors on `mesh`, cut by expert, and their forward takes global expert numbers:
-    (hidden [N, D], index [N, k], weights [N, k]) of this rank's tokens -> [N, D]. N may differ between ranks and be 0.
-    Collective in forward and backward: every rank of the group runs every such module equally often.
-    Adapters on them stay as they are: a rank adds those of its experts. Raises PolymodalError for experts that are
-    not whole stacks.
+    Afterwards their parameters are DTensors on `mesh`, cut by expert, and their forward takes global expert
+    numbers: (hidden [N, D], index [N, k], weights [N, k]) of this rank's tokens -> [N, D]. N may differ
+    between ranks and be 0.
+    Collective in forward and backward: every rank of the group runs every such module equally often. Raises
+    PolymodalError for experts that are not whole stacks.
     """
     from transformers.distributed.expert_parallel import AllToAllEP
 
     class AllToAll(AllToAllEP):
         def __init__(self, experts: Any):
             self.experts_forward, self.num_local_experts = experts.forward, experts.num_experts
-            self.ep_mesh, self.tp_mesh = mesh, _OwnRows()
+            self.ep_mesh, self.tp_mesh = mesh, _NoSharedTokens()
 
     spread = []
     for name in (name for name, style in styles.items() if style == "dispatched"):
-        experts: Any
-        experts, wrappers = adapters.wrapped(model.get_submodule(name))
-        keys = [key for key, value in experts._parameters.items() if value is not None]
-        whole = getattr(experts, "num_experts", None)
-        if (
-            not isinstance(whole, int)
-            or not keys
-            or any(experts._parameters[k].shape[0] != whole for k in keys)
-        ):
-            raise PolymodalError(
-                f"The experts of `{name}` cannot be spread over an expert-parallel group.",
-                "Set parallel.ep to 1.",
-            )
+        experts, wrappers, keys = stacks(model.get_submodule(name), name, "ep")
         for key in keys:
             parameter = experts._parameters[key]
             value = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
             experts._parameters[key] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-        experts.num_experts = held = whole // mesh.size()
-        if wrappers:
-            adapters.add_own(experts, wrappers, held * mesh.get_local_rank(), held)
+        experts.num_experts = held = experts.num_experts // mesh.size()
+        add_adapters(experts, wrappers, held * mesh.get_local_rank(), held)
         see_local(experts, dict.fromkeys(keys))
-        experts.forward = _dispatched(AllToAll(experts))
+        experts.forward = partial(_dispatched, AllToAll(experts))
         spread.append(experts)
     return spread
 
 
-def _dispatched(exchange: Any) -> Any:
-    def forward(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return exchange(hidden, index, weights).to(hidden.dtype)
-
-    return forward
+def _dispatched(exchange: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    return exchange(hidden, index, weights).to(hidden.dtype)
 
 
 def own_rows(
@@ -142,8 +195,7 @@ def own_rows(
 ) -> None:
     """Of the tokens that a tensor-parallel `group` shares, let each rank take its own rows through `region`.
 
-    These are the tokens that it sends to the experts. The routers' logits are gathered, so that the balance loss sees
-    all tokens [N, E] on every rank.
+    The routers' logits are gathered, so that the balance loss has all tokens [N, E] on every rank.
     """
     rows: dict[str, tuple[int, ...]] = {}
 
@@ -171,9 +223,11 @@ def own_rows(
 
 
 def fsdp_placement(mesh: DeviceMesh) -> Any:
-    """Which dimension of an expert weight FSDP2 cuts over the last axis of `mesh`: inside of experts where it divides.
+    """Which dimension of an expert weight FSDP2 cuts over the last axis of `mesh`: the second where it
+    divides.
 
-    The first dimension is cut by expert already; a second cut of it would interleave, and a checkpoint's pieces with it.
+    The first is cut by expert already; a second cut of it would interleave, and a checkpoint's pieces with
+    it.
     """
     size = mesh.size(mesh.ndim - 1)
 

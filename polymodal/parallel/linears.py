@@ -1,7 +1,6 @@
-"""Tensor parallelism's parameters and linear layers: DTensors in the model, plain local tensors inside of forwards.
+"""Tensor parallelism's parameters and linear layers: DTensors in the model, local tensors inside of forwards.
 
-This room knows one model, one mesh axis and the styles of linear layers, with or without adapters; tensor.py knows
-the regions around them. It sees collectives.py and styles.py.
+Linear layers may have LoRA adapters; tensor.py has the regions around them.
 """
 
 from __future__ import annotations
@@ -19,16 +18,9 @@ from polymodal.core.errors import PolymodalError
 from polymodal.distributed import collectives
 from polymodal.parallel.styles import see_local
 
-LINEAR = (
-    "colwise",
-    "fused_colwise",
-    "rowwise",
-    "joined_colwise",
-    "joined_rowwise",
-    "entering_colwise",
-    "leaving_rowwise",
-)
+COLWISE = ("colwise", "fused_colwise", "joined_colwise", "entering_colwise")
 ROWWISE = ("rowwise", "joined_rowwise", "leaving_rowwise")
+LINEAR = (*COLWISE, *ROWWISE)
 FUSED_PARTS = 3
 
 
@@ -63,12 +55,9 @@ class Linears:
             return
         if id(parameter) not in self.placed:
             value = distribute_tensor(parameter.data, self.mesh, [placement], src_data_rank=None)
-            self.placed[id(parameter)] = (
-                parameter,
-                nn.Parameter(value, requires_grad=parameter.requires_grad),
-            )
-        new = self.placed[id(parameter)][1]
-        module._parameters[key] = new
+            new = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            self.placed[id(parameter)] = (parameter, new)
+        module._parameters[key] = self.placed[id(parameter)][1]
 
     def local(
         self, module: nn.Module, placements: dict[str, Placement], gradients: dict[str, Placement]
@@ -112,20 +101,17 @@ class Linears:
             self.local(module, {"weight": Shard(0), "bias": Shard(0)}, {})
 
     def beside_heads(self, name: str, features: int) -> list[int]:
-        """The two parts of a joined_rowwise layer's input: attention's heads, then the layer's beside them."""
+        """Both parts of a joined_rowwise layer's input: heads, and the joined_colwise layer's output."""
         block = next(path for path in self.above(name) if path in self.blocks)
-        beside = [
-            self.modules[n]
-            for n, s in self.styles.items()
-            if s == "joined_colwise" and n.startswith(f"{block}.")
-        ]
-        wide = getattr(beside[0], "base_layer", beside[0]).out_features
+        joined = (n for n, s in self.styles.items() if s == "joined_colwise" and n.startswith(f"{block}."))
+        beside = self.modules[next(joined)]
+        wide = getattr(beside, "base_layer", beside).out_features
         for part in (features - wide, wide):
             self.divisible(name, "input features of a part", part)
         return [features - wide, wide]
 
     def without_bias(self, module: nn.Module) -> None:
-        """Of the partial sums of a rowwise layer only rank 0's holds the bias; the others give it a zero gradient."""
+        """Only rank 0's partial sum has the bias; other ranks give it a zero gradient."""
         forward = module.forward
 
         @wraps(forward)
@@ -138,7 +124,7 @@ class Linears:
     def fused(
         self, module: nn.Module, parts: list[int], keys: tuple[str, ...], columns: bool = False
     ) -> None:
-        """Before the forward: the natural cut of fused rows (or columns) becomes a cut of each part (an exchange)."""
+        """Before the forward an exchange turns the cut of fused rows (or columns) into a cut of each part."""
         order, sent, received = collectives.fused_exchange(parts, self.size, self.rank)
         index: dict[torch.device, Tensor] = {}
         forward = module.forward
@@ -147,19 +133,20 @@ class Linears:
         def exchanged(*args: Any, **kwargs: Any) -> Any:
             for key in keys:
                 value = module.__dict__.get(key)
-                if value is not None:
-                    if value.device not in index:
-                        index[value.device] = torch.tensor(order, device=value.device)
-                    value = collectives.exchange_rows(
-                        value.t() if columns else value, index[value.device], sent, received, self.group
-                    )
-                    module.__dict__[key] = value.t() if columns else value
+                if value is None:
+                    continue
+                on = value.device
+                if on not in index:
+                    index[on] = torch.tensor(order, device=on)
+                rows = value.t() if columns else value
+                rows = collectives.exchange_rows(rows, index[on], sent, received, self.group)
+                module.__dict__[key] = rows.t() if columns else rows
             return forward(*args, **kwargs)
 
         module.forward = exchanged
 
     def adapter(self, name: str, module: nn.Module, style: str) -> None:
-        """A LoRA layer of peft: y = W x + s B A x. Cut like W: colwise cuts B's rows, rowwise cuts A's columns."""
+        """A LoRA layer of peft, y = W x + s B A x, cut like W: colwise B's rows, rowwise A's columns."""
         for child, part in list(self.modules.items()):
             if not child.startswith(name + "."):
                 continue
@@ -181,8 +168,8 @@ class Linears:
 
     def divisible(self, name: str, what: str, count: int, parts: int = 1) -> None:
         if count % (self.size * parts):
+            in_parts = f" in {parts} parts" if parts > 1 else ""
             raise PolymodalError(
-                f"parallel.tp = {self.size} does not divide the {count} {what} of `{name}`"
-                + (f" in {parts} parts." if parts > 1 else "."),
+                f"parallel.tp = {self.size} does not divide the {count} {what} of `{name}`{in_parts}.",
                 f"Choose a divisor of {count // parts}.",
             )

@@ -1,8 +1,9 @@
 """Media over ranks: which rank's tower computes which medium, its rows sent there and features sent back.
 
-Sees collectives.py and torch. Media of one stream are assigned greedily by cost, whole (or by the part, where a tower sees
-parts apart, such as frames and tiles), over a group of ranks that may see different data, or share one sequence, or both; every rank then gets the
-features of the media tokens it holds. All ranks plan alike from lists gathered on the host once a step.
+Media of one stream are assigned greedily by cost, whole (or by the part, where a tower computes parts such as
+frames and tiles apart), over a group of ranks that may read different data, or share one sequence, or both;
+every rank then gets the features of the media tokens it holds. All ranks plan alike from lists gathered on
+the host once a step.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from torch import Tensor
 from polymodal.distributed import collectives
 
 Size = tuple[int, ...]
-"""Of a part of the media, as a row of its stream's `sizes`: the product is its rows of the stream's tensor."""
+"""Of a part of the media, as a row of its stream's `sizes`: the product is its rows of the stream's
+tensor."""
 
 
 @dataclass(frozen=True)
 class MediaRequest:
-    """What one rank brings to a micro-batch: the media of its data, and which of their tokens it holds.
+    """Of one rank in a micro-batch: the media of its data, and which of their tokens it holds.
 
-    parts: sizes in the order of its rows; runs: ranges (start, stop) of media tokens, numbered along its stream.
+    parts: sizes in the order of its rows; runs: ranges (start, stop) of media tokens, numbered along its
+    stream.
     """
 
     parts: tuple[Size, ...]
@@ -46,8 +49,8 @@ def request(parts: Sequence[Size], tokens: Tensor) -> MediaRequest:
 
 
 def assign_media(costs: Sequence[float], homes: Sequence[int], ranks: int, copies: int) -> list[int]:
-    """The rank that computes each part: the largest first, each on a rank that has its rows while that one stays
-    below the mean, else on the least loaded. Rank r has the rows of home r // copies."""
+    """The rank that computes each part: the largest first, each on a rank that has its rows while that one
+    stays below the mean, else on the least loaded. Rank r has the rows of home r // copies."""
     target = sum(costs) / ranks
     load = [0.0] * ranks
     owner = [0] * len(costs)
@@ -62,7 +65,7 @@ def assign_media(costs: Sequence[float], homes: Sequence[int], ranks: int, copie
 
 @dataclass(frozen=True)
 class MediaAllToAll:
-    """One micro-batch's way of media rows to the ranks that compute them, and of features back.
+    """One micro-batch's exchange: media rows to the ranks that compute them, and features back.
 
     sizes:    [M, k] int64 on the host: what this rank's tower computes.
     received: media tokens that this rank gets features of.
@@ -75,34 +78,36 @@ class MediaAllToAll:
     rows_order: Tensor  # rows of this rank's own tensor, as they are sent
     rows_sent: tuple[int, ...]
     rows_received: tuple[int, ...]
-    rows_place: Tensor  # where the rows of `sizes` are among those that were received
+    rows_place: Tensor  # positions of the rows of `sizes` among those that were received
     features_order: Tensor
     features_sent: tuple[int, ...]
     features_received: tuple[int, ...]
     features_place: Tensor
 
     def rows(self, own: Tensor | None, shape: Sequence[int], device: torch.device) -> Tensor | None:
-        """The stream's tensor [rows, *shape] of this rank's data (None: it has none) -> the rows of `sizes`, None when
-        that is empty."""
+        """The stream's tensor [rows, *shape] of this rank's data (None: it has none) -> the rows of `sizes`,
+        None when that is empty."""
         if own is None:
             own = torch.zeros(0, *shape, device=device)
         rows = own[self.rows_order.to(device)]
         if self.moves:
-            came = rows.new_empty(sum(self.rows_received), *shape)
-            sent = list(self.rows_sent)
-            dist.all_to_all_single(came, rows, list(self.rows_received), sent, group=self.group)
-            rows = came[self.rows_place.to(device)]
+            received = rows.new_empty(sum(self.rows_received), *shape)
+            counts = list(self.rows_received), list(self.rows_sent)
+            dist.all_to_all_single(received, rows, *counts, group=self.group)
+            rows = received[self.rows_place.to(device)]
         return rows if len(self.sizes) else None
 
     def features(self, features: Tensor) -> Tensor:
-        """Features of the media tokens of `sizes` [m, D] -> features of the media tokens of this rank [received, D].
+        """Features of the media tokens of `sizes` [m, D] -> features of the media tokens of this rank
+        [received, D].
 
-        A rank without media passes what its tower made of a dummy, any [., D]: it sends none, but is part of the
-        graph, so that every rank meets the others in the backward pass too."""
+        A rank without media passes its tower's output for a dummy, any [., D]: it sends none, but is part of
+        the graph, so that every rank takes part in the exchange of the backward pass too."""
         features = features[: len(self.features_order)]
-        order, place = self.features_order.to(features.device), self.features_place.to(features.device)
-        came = collectives.exchange_rows(features, order, list(self.features_sent), list(self.features_received), self.group)  # fmt: skip
-        return came[place]
+        order = self.features_order.to(features.device)
+        counts = list(self.features_sent), list(self.features_received)
+        received = collectives.exchange_rows(features, order, *counts, self.group)
+        return received[self.features_place.to(features.device)]
 
 
 def gather(requests: Sequence[MediaRequest], group: dist.ProcessGroup) -> list[list[MediaRequest]]:
@@ -113,11 +118,16 @@ def gather(requests: Sequence[MediaRequest], group: dist.ProcessGroup) -> list[l
 
 
 def plan(
-    requests: Sequence[MediaRequest], copies: int, cost: Callable[[Size], float], tokens: Callable[[Size], int], group: dist.ProcessGroup
-) -> MediaAllToAll | None:  # fmt: skip
-    """The exchange of one micro-batch from every rank's wish; None when nobody has media.
+    requests: Sequence[MediaRequest],
+    copies: int,
+    cost: Callable[[Size], float],
+    tokens: Callable[[Size], int],
+    group: dist.ProcessGroup,
+) -> MediaAllToAll | None:
+    """The exchange of one micro-batch from every rank's request; None when no rank has media.
 
-    copies: consecutive ranks of the group that have the same data; cost and tokens of a part: FLOPs, and features.
+    copies: consecutive ranks of the group that have the same data; cost and tokens of a part: FLOPs, and
+    features.
     """
     rank, ranks = group.rank(), group.size()
     parts = [(home, part) for home in range(ranks // copies) for part in requests[home * copies].parts]
@@ -130,55 +140,51 @@ def plan(
         for to, home in zip(owner, homes, strict=True)
     ]
     rows = [math.prod(part) for _, part in parts]
-    sizes = [tokens(part) for _, part in parts]
+    numbers = range(len(parts))
 
     # rows: from `source` to `owner`, on both sides in the order of parts
-    start, begins = 0, []
-    for number, (home, _) in enumerate(parts):
-        if number and home != homes[number - 1]:
-            start = 0
-        begins.append(start)
-        start += rows[number]
-    sent: list[list[int]] = [[n for n in range(len(parts)) if source[n] == rank and owner[n] == to] for to in range(ranks)]  # fmt: skip
-    came: list[list[int]] = [[n for n in range(len(parts)) if source[n] == of and owner[n] == rank] for of in range(ranks)]  # fmt: skip
-    arrived, place = {}, 0
-    for numbers in came:
-        for number in numbers:
-            arrived[number] = place
-            place += rows[number]
-    mine = [number for number in range(len(parts)) if owner[number] == rank]
-
-    # features: every media token has a number along its stream, a rank that computed it and a place there
-    made = [0] * ranks
-    computed: list[list[np.ndarray]] = [[] for _ in range(ranks // copies)]
-    places: list[list[np.ndarray]] = [[] for _ in range(ranks // copies)]
+    begins: list[int] = []  # first row of each part in its home's tensor
+    end = [0] * (ranks // copies)
     for number, home in enumerate(homes):
-        computed[home].append(np.full(sizes[number], owner[number]))
-        places[home].append(np.arange(made[owner[number]], made[owner[number]] + sizes[number]))
-        made[owner[number]] += sizes[number]
-    whole = [np.concatenate(a) if a else np.zeros(0, dtype=np.int64) for a in computed]
-    where = [np.concatenate(a) if a else np.zeros(0, dtype=np.int64) for a in places]
-    order, counts = [], []
-    for to in range(ranks):
-        wanted = requests[to].tokens
-        local = wanted[whole[to // copies][wanted] == rank]
-        order.append(where[to // copies][local])
-        counts.append(len(local))
-    own = requests[rank].tokens
-    makers = whole[rank // copies][own]
+        begins.append(end[home])
+        end[home] += rows[number]
+    sent = [[n for n in numbers if source[n] == rank and owner[n] == to] for to in range(ranks)]
+    received = [[n for n in numbers if source[n] == of and owner[n] == rank] for of in range(ranks)]
+    arrived, start = {}, 0  # first row of each part among those received
+    for number in (n for of_rank in received for n in of_rank):
+        arrived[number] = start
+        start += rows[number]
+    mine = [number for number in numbers if owner[number] == rank]
+
+    # features: by home, the rank that computes each media token, and its position there
+    computed = [0] * ranks
+    makers: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.int64)] for _ in end]
+    positions: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.int64)] for _ in end]
+    for number, home in enumerate(homes):
+        maker, size = owner[number], tokens(parts[number][1])
+        makers[home].append(np.full(size, maker))
+        positions[home].append(np.arange(computed[maker], computed[maker] + size))
+        computed[maker] += size
+    maker_of, position_of = [np.concatenate(a) for a in makers], [np.concatenate(a) for a in positions]
+    order = []
+    for to, other in enumerate(requests):
+        home = to // copies
+        local = other.tokens[maker_of[home][other.tokens] == rank]
+        order.append(position_of[home][local])
+    own = maker_of[rank // copies][requests[rank].tokens]
     return MediaAllToAll(
         group,
-        torch.tensor([parts[number][1] for number in mine], dtype=torch.int64).view(-1, len(parts[0][1])),
-        len(own),
-        source != owner,
-        _ranges([(begins[n], rows[n]) for numbers in sent for n in numbers]),
-        tuple(sum(rows[n] for n in numbers) for numbers in sent),
-        tuple(sum(rows[n] for n in numbers) for numbers in came),
-        _ranges([(arrived[n], rows[n]) for n in mine]),
-        torch.from_numpy(np.concatenate(order)),
-        tuple(counts),
-        tuple(int((makers == of).sum()) for of in range(ranks)),
-        torch.from_numpy(np.argsort(np.argsort(makers, kind="stable"))),
+        sizes=torch.tensor([parts[n][1] for n in mine], dtype=torch.int64).view(-1, len(parts[0][1])),
+        received=len(own),
+        moves=source != owner,
+        rows_order=_ranges([(begins[n], rows[n]) for to_rank in sent for n in to_rank]),
+        rows_sent=tuple(sum(rows[n] for n in to_rank) for to_rank in sent),
+        rows_received=tuple(sum(rows[n] for n in of_rank) for of_rank in received),
+        rows_place=_ranges([(arrived[n], rows[n]) for n in mine]),
+        features_order=torch.from_numpy(np.concatenate(order)),
+        features_sent=tuple(map(len, order)),
+        features_received=tuple(int((own == of).sum()) for of in range(ranks)),
+        features_place=torch.from_numpy(np.argsort(np.argsort(own, kind="stable"))),
     )
 
 

@@ -1,7 +1,7 @@
-"""Which activations are kept for backward, which are computed again and which wait on the host; when shards are freed.
+"""Which activations are kept, recomputed or offloaded to the host, and when FSDP2's shards are freed.
 
-This room may replace the `forward` of a block's instance; it never wraps a module, so no parameter changes its
-name. Hooks (FSDP2's, sequence parallelism's) stay outside of what is computed again.
+Only the `forward` of a block's instance is replaced, so no parameter changes its name; hooks (FSDP2's,
+sequence parallelism's) stay outside of what is recomputed.
 """
 
 from __future__ import annotations
@@ -33,22 +33,19 @@ OPERATORS: Mapping[str, tuple[str, ...]] = {
     "experts": ("aten._grouped_mm", "transformers.grouped_mm_fallback"),
     "exchange": ("_c10d_functional.all_to_all_single",),
 }
-"""Operators whose results selective recompute keeps, by the words of `parallel.recompute_keep`."""
+"""Operators whose results selective recompute keeps, by the values of `parallel.recompute_keep`."""
 
 
 def kept_overloads(keep: Iterable[str] = tuple(OPERATORS)) -> list[Any]:
-    """Operator overloads of this torch for words of OPERATORS (an operator that it does not have is left out)."""
-    found = []
+    """Operator overloads for keys of OPERATORS; operators that this torch does not have are left out."""
+    packets: list[Any] = []
     for word in keep:
         for path in OPERATORS[word]:
             space, name = path.split(".")
-            packet = getattr(getattr(torch.ops, space), name, None)
-            found += (
-                [getattr(packet, overload) for overload in packet.overloads()] if packet is not None else []
-            )
-        fused = device.fused_attention() if word == "attention" else None
-        found += [getattr(fused, overload) for overload in fused.overloads()] if fused is not None else []
-    return found
+            packets.append(getattr(getattr(torch.ops, space), name, None))
+        if word == "attention":
+            packets.append(device.fused_attention())
+    return [getattr(packet, each) for packet in packets if packet is not None for each in packet.overloads()]
 
 
 def recompute(
@@ -57,16 +54,19 @@ def recompute(
     keep: Sequence[str] = tuple(OPERATORS),
     offload: bool = False,
 ) -> None:
-    """Make each block keep its inputs only ("full"), or the results of the operators in `keep` too ("selective").
+    """Make each block keep its inputs only ("full"), or the results of the operators in `keep` too
+    ("selective").
 
-    Non-reentrant: keyword arguments, several outputs and inputs without gradient are fine. Blocks in eval mode and
-    forwards without gradient run as they are. Random state is restored, so dropout draws the same mask again.
+    Non-reentrant: keyword arguments, several outputs and inputs without gradient are fine. Blocks in eval
+    mode and forwards without gradient run as they are. Random state is restored, so dropout draws the same
+    mask again.
     offload: offload_activations comes after, and moves the kept results as well as the inputs.
     """
     extra: dict[str, Any] = {}
     if policy == "selective":
         extra["context_fn"] = partial(create_selective_checkpoint_contexts, kept_overloads(keep))
-        # torch's own policies for the host recompute instead (2.14); so what is kept goes through offload's hooks
+        # torch's own policies for the host recompute instead (2.14); so what is kept goes through offload's
+        # hooks
         extra["respect_saved_tensors_hooks"] = offload
     for block in blocks:
         block.forward = _recomputed(block, block.forward, extra)
@@ -82,14 +82,14 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any], extra: dict[str, 
     return again
 
 
-# Activations on the host -------------------------------------------------------------------------------------------
+# Activations on the host --------------------------------------------------------------------------
 
 SMALLEST = 4096
 """Bytes below which a saved tensor stays where it is."""
 
 
 def offload_activations(blocks: Iterable[nn.Module]) -> None:
-    """Let what each block saves for backward wait on the host: everything, or the inputs of a recomputed block.
+    """Keep what each block saves for backward on the host: everything, or the inputs of a recomputed block.
 
     Parameters stay where they are, a tensor that is saved twice is copied once. Call after `recompute`.
     """
@@ -100,14 +100,12 @@ def offload_activations(blocks: Iterable[nn.Module]) -> None:
 def to_host(tensor: Tensor) -> Tensor:
     """A copy on the host, laid out alike, pinned when it comes from an accelerator."""
     pinned = tensor.device.type != "cpu"
-    host = torch.empty_like(
-        tensor, device="cpu", pin_memory=pinned
-    )  # strides too: what is computed again sees them
+    host = torch.empty_like(tensor, device="cpu", pin_memory=pinned)  # of the same strides
     return host.copy_(tensor.detach(), non_blocking=True)
 
 
 def from_host(tensor: Tensor, to: torch.device) -> Tensor:
-    """A copy where it came from."""
+    """A copy on the device it came from."""
     return tensor.to(to, non_blocking=True)
 
 
@@ -142,27 +140,29 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _parameters(block: nn.Module) -> set[int]:
-    """Storages of a block's parameters as they are now: FSDP2 gathers those of inner units later than the block's."""
+    """Storages of a block's parameters now: FSDP2 gathers those of inner units later."""
     return {_storage(p.to_local() if isinstance(p, DTensor) else p) for p in block.parameters()}
 
 
-# Sharded parameters and gradients over a step (Rajbhandari et al. 2020, ZeRO) --------------------------------------
+# Sharded parameters and gradients over a step (Rajbhandari et al. 2020, ZeRO) ---------------------
 
 
 def shard_by_stage(model: nn.Module, stage: Literal[1, 2, 3]) -> None:
-    """What FSDP2 keeps whole over the micro-batches of a step: nothing (3), parameters (2), gradients too (1).
+    """What FSDP2 keeps whole over the micro-batches of a step: nothing (3), parameters (2), gradients too
+    (1).
 
-    `model` is the FSDP2 root, sharded with reshard_after_forward False for stages 1 and 2. `before_backward` then
-    does the rest.
+    `model` is the FSDP2 root, sharded with reshard_after_forward False for stages 1 and 2. `before_backward`
+    then does the rest.
     """
     object.__setattr__(model, "zero_stage", stage)
 
 
 def before_backward(model: nn.Module, last: bool) -> None:
-    """Tell a laid-out model whether the coming forward and backward end the global batch; no effect on a plain one.
+    """Before a forward and backward: whether they are the last of the global batch. No effect on an unsharded
+    model.
 
-    Gathered parameters are freed (ZeRO-1, ZeRO-2), whole gradients reduced (ZeRO-1) and sums over replicas (HSDP)
-    made at the end only.
+    Gathered parameters are freed (ZeRO-1, ZeRO-2), whole gradients reduced (ZeRO-1) and sums over replicas
+    (HSDP) made at the end only.
     """
     if not isinstance(model, FSDPModule):
         return
@@ -183,7 +183,8 @@ def prefetch(units: Sequence[nn.Module], ahead: int) -> None:
     for index, unit in enumerate(units):
         assert isinstance(unit, FSDPModule)
         if ahead:
-            unit.set_modules_to_forward_prefetch(list(units[index + 1 : index + 1 + ahead]))  # type: ignore[arg-type]
+            after = list(units[index + 1 : index + 1 + ahead])
+            unit.set_modules_to_forward_prefetch(after)  # type: ignore[arg-type]
             before = list(reversed(units[max(0, index - ahead) : index]))
         else:
             before = [unit]  # itself: it is there already, and FSDP2's own choice is off

@@ -1,7 +1,4 @@
-"""Running a cut model: torch's schedules over the stages, what travels between them, tied weights of several stages.
-
-Sees stages.py, models/card.py and the ground floor.
-"""
+"""Running a cut model: torch's schedules over the stages, what is sent between them, tied weights."""
 
 from __future__ import annotations
 
@@ -30,32 +27,33 @@ FORWARD_ACTIONS = ("FORWARD", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
 Finish = Callable[[Output, Batch], Any]
 
 Carry = Mapping[str, Tensor]
-"""Meta tensors of what travels between two stages, in wire order, requires_grad set."""
+"""Meta tensors of what is sent between two stages, in order, requires_grad set."""
 
 
 def widest(
-    family: Family, batches: Sequence[Batch], before: Mapping[str, int], dtype: torch.dtype, wanted: bool
+    family: Family, batches: Sequence[Batch], before: Mapping[str, int], dtype: torch.dtype, gradients: bool
 ) -> dict[str, Tensor]:
-    """What travels over a cut in a step: for each tensor the largest size over the step's micro-batches.
+    """What is sent over a cut in a step: for each tensor the largest size over the step's micro-batches.
 
-    before: blocks before the cut; wanted: whether gradients go back over it. Every stage holds the same micro-batches,
-    so both ends of a wire know it without asking.
+    before: blocks before the cut; gradients: whether they go back over it. Every stage has the same
+    micro-batches, so sender and receiver both know it.
     """
     specs = [family.carry_spec(batch, before, dtype) for batch in batches]
     out = {}
     for name, first in specs[0].items():
         shape = [max(sizes) for sizes in zip(*(spec[name].shape for spec in specs), strict=True)]
-        back = wanted and first.is_floating_point()
-        out[name] = torch.empty(shape, dtype=first.dtype, device="meta", requires_grad=back)
+        backward = gradients and first.is_floating_point()
+        out[name] = torch.empty(shape, dtype=first.dtype, device="meta", requires_grad=backward)
     return out
 
 
 def bind(model: nn.Module, family: Family, stage: Stage, dtype: torch.dtype) -> None:
-    """Make `model(*carry, batch=, finish=, wire=)` run one stage; the last one ends with `finish(output, batch)`.
+    """Make `model(*carry, batch=, finish=, wire=)` run one stage; the last one ends with `finish(output,
+    batch)`.
 
-    Like train.step.bind, for a stage: before sharding, `finish` chosen per call. torch's schedules send one shape a
-    step, micro-batches differ in length: `wire(cut)` is that shape, what leaves is filled up to it with zeros and
-    what enters is cut to the batch's own size. dtype: of the activations.
+    Like train.step.bind, for a stage: before sharding, `finish` chosen per call. torch's schedules send one
+    shape a step, micro-batches differ in length: `wire(cut)` has that shape, outputs are padded to it with
+    zeros and inputs cut to the batch's own size. dtype: of the activations.
     """
 
     def forward(
@@ -68,7 +66,7 @@ def bind(model: nn.Module, family: Family, stage: Stage, dtype: torch.dtype) -> 
         out = family.stage(model, entering, batch)
         if isinstance(out, Output):
             return finish(out, batch)
-        return tuple(_fill(out[name], spec) for name, spec in wire(stage.index).items())
+        return tuple(_pad(out[name], spec) for name, spec in wire(stage.index).items())
 
     model.forward = forward  # type: ignore[method-assign]
 
@@ -79,19 +77,20 @@ def _cut(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     return tensor
 
 
-def _fill(tensor: Tensor, spec: Tensor) -> Tensor:
+def _pad(tensor: Tensor, spec: Tensor) -> Tensor:
     tensor = tensor.to(spec.dtype)
     missing = [(0, size - have) for size, have in zip(spec.shape, tensor.shape, strict=True)]
     if any(after for _, after in missing):
         return nn.functional.pad(tensor, [size for pair in reversed(missing) for size in pair])
-    # a view may be strided, which cannot be sent, and would lose FSDP2's hook when written to; what only passes through
-    # would be two stages' leaf at once
+    # a view may be strided, which cannot be sent, and would lose FSDP2's hook when written to; an input that
+    # a stage only passes on would be two stages' leaf
     alone = tensor.is_contiguous() and not tensor._is_view() and not (tensor.is_leaf and tensor.requires_grad)
     return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
 class _Stage(PipelineStage):
-    """torch's stage keeps gathered parameters and whole gradients to the last micro-batch (ZeRO-1) and reduces then.
+    """torch's stage keeps gathered parameters and whole gradients to the last micro-batch (ZeRO-1) and
+    reduces then.
 
     Under ZeRO-2 and 3 gradients are reduced in every backward, and under 3 parameters freed after it.
     """
@@ -104,10 +103,11 @@ class _Stage(PipelineStage):
         module.set_is_last_backward(False)
         module.set_reshard_after_backward(stage == 3)
         module.set_requires_all_reduce(False)  # over replicas, once a step
-        # FSDP2 gathers the root's weights when a gradient meets its output. That is a tensor of its own if it was
-        # filled up, else its last block's, whose own hook is first: ranks would gather in different orders.
+        # FSDP2 gathers the root's weights when its output gets a gradient. That output is a tensor of its own
+        # if it was padded, else its last block's, whose own hook is first: ranks would gather in different
+        # orders.
         module.unshard()
-        self.submod = nn.Identity()  # torch would set FSDP2 to its own way
+        self.submod = nn.Identity()  # torch would set FSDP2's options itself
         try:
             return super().backward_maybe_with_nosync(*args, **kwargs)
         finally:
@@ -125,33 +125,24 @@ def build_schedule(
 ) -> Any:
     """One of torch's schedules over this rank's stages (one, or several for virtual stages).
 
-    wire(cut) gives what travels over each cut: shapes are then known to torch beforehand, it neither runs a forward
-    pass to find them nor keeps those of an earlier step. Gradients are summed over micro-batches (the loss comes
-    already scaled). backward: False for forward passes only.
+    wire(cut) gives what is sent over each cut: torch then neither runs a forward pass to find the shapes nor
+    keeps those of an earlier step. Gradients are summed over micro-batches (the loss is already scaled).
+    backward: False for forward passes only.
     """
     made = []
     for part in parts:
         stage = part.stage
-        # torch wants example tensors; the loss of the last stage goes nowhere, any scalar stands for it
+        # torch wants example tensors; the loss of the last stage is not sent, any scalar stands for it
         entering = () if stage.first else tuple(wire(stage.index - 1).values())
         leaving = (torch.empty((), device="meta"),) if stage.last else tuple(wire(stage.index).values())
-        made.append(
-            _Stage(
-                part.model,
-                stage.index,
-                stage.stages,
-                device,
-                input_args=entering,
-                output_args=leaving,
-                group=group,
-            )
-        )
+        shapes: dict[str, Any] = {"input_args": entering, "output_args": leaving}
+        made.append(_Stage(part.model, stage.index, stage.stages, device, group=group, **shapes))
     schedule = get_schedule_class(name)
     stages = made if issubclass(schedule, PipelineScheduleMulti) else made[0]
     loss = _already_the_loss if backward else None
     built = schedule(stages, n_microbatches=micro_batches, loss_fn=loss, scale_grads=False)
     if not backward and isinstance(stages, list):
-        # torch passes over a backward's arithmetic then, but in a V still hands gradients from stage to stage
+        # torch skips a backward's arithmetic then, but in a V still sends gradients from stage to stage
         built.pipeline_order_with_comms = {
             rank: [action for action in actions if action.computation_type.name in FORWARD_ACTIONS]
             for rank, actions in built.pipeline_order_with_comms.items()
@@ -161,7 +152,7 @@ def build_schedule(
 
 @contextlib.contextmanager
 def _own_errors() -> Iterator[None]:
-    """What a stage raised, as it was: torch wraps it in a text with every tensor of the batch."""
+    """Raise a stage's error as it was: torch wraps it in a text with every tensor of the batch."""
     try:
         yield
     except RuntimeError as error:
@@ -175,8 +166,8 @@ def _already_the_loss(output: Tensor, _: None) -> Tensor:
 
 
 class Pipeline:
-    """Runs steps over this rank's stages. Packs may have any length: the schedule is renewed when the longest of a
-    step changes, which costs two small messages a stage."""
+    """Runs steps over this rank's stages. Packs may have any length: the schedule is built anew when the
+    longest of a step changes, which costs two small messages a stage."""
 
     def __init__(
         self,
@@ -202,17 +193,18 @@ class Pipeline:
         finish: Callable[[Output, Batch], tuple[Tensor, dict[str, Any]]],
         backward: bool = True,
     ) -> list[dict[str, Any]]:
-        """Forward and backward of a rank's whole step; gradients end in .grad. `finish` gives the scaled loss and
-        logs; returns the logs, on the last stage only. Every stage gets the same batches: only what a stage
-        computes travels. backward: False for a forward pass without gradients."""
+        """Forward and backward of a rank's whole step; gradients go to .grad. `finish` gives the scaled loss
+        and logs; returns the logs, on the last stage only. Every stage gets the same batches: only what a
+        stage computes is sent.
+        backward: False for a forward pass without gradients."""
         wires: dict[int, Carry] = {}
         stage = self.parts[0].stage
 
         def wire(cut: int) -> Carry:
             if cut not in wires:
-                # torch parts a backward by what depends on the inputs: these need gradients then, wanted or not
-                wanted = backward and (stage.wanted[cut] or SCHEDULES[self.name].split_backward)
-                wires[cut] = widest(self.family, batches, stage.cuts[cut], self.dtype, wanted)
+                # torch splits a backward by what depends on the inputs: these then need gradients in any case
+                gradients = backward and (stage.trained_before[cut] or SCHEDULES[self.name].split_backward)
+                wires[cut] = widest(self.family, batches, stage.cuts[cut], self.dtype, gradients)
             return wires[cut]
 
         logs: list[dict[str, Any]] = []
@@ -222,19 +214,18 @@ class Pipeline:
             logs.append(entry)
             return loss
 
+        options = {"finish": keep, "wire": wire, "device": self.device}
         with contextlib.nullcontext() if backward else torch.no_grad(), _own_errors():
             self._schedule(batches, wire, backward).step(
                 arg_mbs=[()] * len(batches),
-                kwarg_mbs=[
-                    {"batch": batch, "finish": keep, "wire": wire, "device": self.device} for batch in batches
-                ],
+                kwarg_mbs=[{"batch": batch, **options} for batch in batches],
                 target_mbs=[None] * len(batches),
                 return_outputs=False,
             )
         return logs
 
     def _schedule(self, batches: Sequence[Batch], wire: Callable[[int], Carry], backward: bool) -> Any:
-        # all cuts of the line, not only this rank's: every stage must renew in the same step
+        # all cuts of the pipeline, not only this rank's: every stage must build anew in the same step
         cuts = range(len(self.parts[0].stage.cuts))
         key = (len(batches), [[tuple(tensor.shape) for tensor in wire(cut).values()] for cut in cuts])
         if self._made.get(backward, (None, None))[0] != key:
@@ -249,33 +240,31 @@ class Pipeline:
 class TiedGradients:
     """Sums the gradients of weights that several stages hold a copy of, so that the copies stay equal.
 
-    Made once by every rank, in the same order (it creates process groups). The copies are sharded alike on every
-    stage, so each rank sums its own shard with those of the ranks at the same place of the other stages.
-    parts: this rank's; home: pipeline rank of a stage.
+    Made once by every rank, in the same order (it creates process groups). The copies are sharded alike on
+    every stage, so each rank sums its own shard with those of the ranks with the same coordinates in the
+    other stages.
+    parts: this rank's; stage_to_rank: pipeline rank of a stage.
     """
 
-    def __init__(self, parts: Sequence[Part], mesh: Mesh, home: Callable[[int], int]):
+    def __init__(self, parts: Sequence[Part], mesh: Mesh, stage_to_rank: Callable[[int], int]):
         models = {part.stage.index: part.model for part in parts}
-        lines = mesh.world.mesh.reshape(mesh.sizes.pp, -1).T.tolist()
+        pipelines = mesh.world.mesh.reshape(mesh.sizes.pp, -1).T.tolist()
         self.sums: list[tuple[list[tuple[nn.Module, str]], dist.ProcessGroup | None]] = []
         for tie in parts[0].stage.tied:
-            mine = [(models[at], name) for name, at in tie if at in models]
-            holders = sorted({home(at) for _, at in tie})
-            group: dist.ProcessGroup | None = None
-            for line in lines if len(holders) > 1 else ():
-                ranks = [line[holder] for holder in holders]
-                made = dist.new_group(ranks)
-                if mesh.rank in ranks:
-                    assert isinstance(made, dist.ProcessGroup)
-                    group = made
-            if mine:
-                self.sums.append((mine, group))
+            own = [(models[at], name) for name, at in tie if at in models]
+            holders = sorted({stage_to_rank(at) for _, at in tie})
+            group: Any = None
+            if len(holders) > 1:
+                ranks = [[pipeline[holder] for holder in holders] for pipeline in pipelines]
+                group, _ = dist.new_subgroups_by_enumeration(ranks)
+            if own:
+                self.sums.append((own, group))
 
     def reduce(self) -> None:
         """Call after the backward pass of the whole step and before the gradient norm."""
-        for places, group in self.sums:
+        for tied, group in self.sums:
             # looked up each time: loading weights makes new tensors of them
-            copies = [model.get_parameter(name) for model, name in places]
+            copies = [model.get_parameter(name) for model, name in tied]
             if not copies[0].requires_grad:
                 continue
             total, *others = [_local_gradient(copy) for copy in copies]

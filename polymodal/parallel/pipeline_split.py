@@ -1,12 +1,12 @@
-"""Where a model is cut for a pipeline: schedules and what they need, and how many blocks each stage holds.
-
-Sees models/card.py, models/partial.py and the ground floor. Nothing is cut here: stages.py does it.
-"""
+"""Where a model is cut for a pipeline: schedules and what they need, and how many blocks each stage holds."""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -24,9 +24,10 @@ Counts = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class ScheduleTraits:
-    """A schedule. least, most: stages a rank; v: a rank's stages lie in a V; split_backward: gradients of inputs and of
-    weights are computed apart; gathers: it gathers and frees a stage's sharded parameters itself; otherwise: the one
-    for forward passes alone, and for a step whose number of micro-batches it cannot take."""
+    """A schedule. least, most: stages a rank; v: a rank's stages form a V; split_backward: gradients of
+    inputs and of weights are computed apart; gathers: it gathers and frees a stage's sharded parameters
+    itself; otherwise: the schedule for forward passes alone, and for a step whose number of micro-batches it
+    cannot take."""
 
     least: int = 1
     most: int = 1
@@ -47,21 +48,19 @@ SCHEDULES = {
 }
 
 
-# ---- how many stages, and where they lie ----------------------------------------------------------------------------
+# ---- how many stages, and their ranks ------------------------------------------------------------
 
 
 def stages_per_rank(parallel: Parallel) -> int:
-    """Stages a rank (virtual stages), as asked, as pp_layers are nested, or as the schedule needs."""
+    """Stages a rank (virtual stages): pp_virtual, as pp_layers are nested, or as the schedule needs."""
     asked = {parallel.pp_virtual} if parallel.pp_virtual is not None else set()
     if not isinstance(parallel.pp_layers, str):
-        asked |= {
-            len(numbers)
-            for numbers in parallel.pp_layers.values()
-            if numbers and isinstance(numbers[0], list)
-        }
+        nested = (layers for layers in parallel.pp_layers.values() if layers and isinstance(layers[0], list))
+        asked |= {len(layers) for layers in nested}
     if len(asked) > 1:
+        numbers = " and for ".join(map(str, sorted(asked)))
         raise PolymodalError(
-            f"parallel.pp_layers and pp_virtual ask for {' and for '.join(map(str, sorted(asked)))} stages a rank.",
+            f"parallel.pp_layers and pp_virtual ask for {numbers} stages a rank.",
             "Nest every tower's numbers alike: one list for each round of stages.",
         )
     kind = SCHEDULES[parallel.pp_schedule]
@@ -72,15 +71,16 @@ def stages_per_rank(parallel: Parallel) -> int:
         fits = [name for name, other in SCHEDULES.items() if other.least <= count <= other.most]
         number = f"{kind.least}" if kind.least == kind.most else f"at least {kind.least}"
         stages = "stage" if kind.most == 1 else "stages"
+        nearest = min(max(count, kind.least), kind.most)
         raise PolymodalError(
             f"parallel.pp_schedule = {parallel.pp_schedule} needs {number} {stages} a rank, not {count}.",
-            f"Set parallel.pp_virtual to {min(max(count, kind.least), kind.most)}, or take {' or '.join(fits)}.",
+            f"Set parallel.pp_virtual to {nearest}, or take {' or '.join(fits)}.",
         )
     return count
 
 
 def unused_pp_key(parallel: Parallel) -> str:
-    """The key, if any, that says how to cut a model which parallel.pp leaves in one piece."""
+    """The key, if any, of how to cut a model which parallel.pp leaves in one piece."""
     keys = {"pp_layers": parallel.pp_layers != "auto", "pp_virtual": parallel.pp_virtual is not None}
     return next((key for key, given in keys.items() if given and parallel.pp == 1), "")
 
@@ -104,13 +104,12 @@ def micro_batches_fit(schedule: str, pp: int, count: int) -> bool:
 
 def micro_batches(train: Train, packed: bool, dp: int) -> int:
     """Micro-batches of a rank in a step."""
-    return -(
-        -(train.global_batch_size if packed else -(-train.global_batch_size // train.micro_batch_size)) // dp
-    )
+    count = train.global_batch_size if packed else math.ceil(train.global_batch_size / train.micro_batch_size)
+    return math.ceil(count / dp)
 
 
 def check_micro_batches(parallel: Parallel, train: Train, packed: bool, dp: int) -> None:
-    """Raise PolymodalError for a number of micro-batches that the schedule cannot take, naming the nearest it can."""
+    """Raise PolymodalError for a number of micro-batches that the schedule cannot take."""
     name, pp, count = parallel.pp_schedule, parallel.pp, micro_batches(train, packed, dp)
     if pp == 1 or micro_batches_fit(name, pp, count):
         return
@@ -120,18 +119,19 @@ def check_micro_batches(parallel: Parallel, train: Train, packed: bool, dp: int)
     near = " or ".join(str(n * size) for n in (below, above) if n is not None)
     needs = f"at least {pp}" if name == "1F1B" else f"equal rounds of {pp} or more"
     raise PolymodalError(
-        f"parallel.pp_schedule = {name} needs {needs} micro-batches a rank in a step, train.global_batch_size = {train.global_batch_size} gives {count}.",
+        f"parallel.pp_schedule = {name} needs {needs} micro-batches a rank in a step, "
+        f"train.global_batch_size = {train.global_batch_size} gives {count}.",
         f"Set train.global_batch_size to {near}, or parallel.pp_schedule to GPipe.",
     )
 
 
-# ---- how many blocks each stage holds -------------------------------------------------------------------------------
+# ---- how many blocks each stage holds ------------------------------------------------------------
 
 
 def counts(
     model: nn.Module, family: Family, parallel: Parallel, measure: SampleLengths | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Blocks of each tower in each stage, as parallel.pp_layers says or, for auto, as their cost says.
+    """Blocks of each tower in each stage, by parallel.pp_layers or, for auto, by their cost.
 
     model: whole, on meta, with its frozen parameters marked; measure: of a typical sample.
     Raises PolymodalError when the card cannot be cut, or not so.
@@ -142,9 +142,7 @@ def counts(
             f"{card.name} cannot be cut into pipeline stages: {card.limits['pp']}", "Set parallel.pp to 1."
         )
     if not card.pipeline:
-        raise PolymodalError(
-            f"The card {card.name} does not say where it can be cut.", "Set parallel.pp to 1."
-        )
+        raise PolymodalError(f"The card {card.name} has no pipeline to be cut.", "Set parallel.pp to 1.")
     depth = {tower: len(partial.blocks(model, chain)) for tower, chain in card.pipeline.items()}
     for tower, chain in card.pipeline.items():
         if not depth[tower]:
@@ -177,7 +175,7 @@ def _asked(
     main = list(depth)[-1]
     if main not in asked:
         raise PolymodalError(
-            f"parallel.pp_layers does not say where the {depth[main]} {main} layers lie.",
+            f"parallel.pp_layers does not place the {depth[main]} {main} layers.",
             f"Add {main}: {_even(depth[main], stages)}, or set parallel.pp_layers to auto.",
         )
     found = {}
@@ -186,11 +184,9 @@ def _asked(
         given: Sequence[Any] = asked.get(tower, [layers] + [0] * (stages - 1))
         flat = [n for part in given for n in (part if isinstance(part, list) else [part])]
         if len(flat) != stages:
-            shape = (
-                f"{parallel.pp} numbers"
-                if stages == parallel.pp
-                else f"{stages // parallel.pp} lists of {parallel.pp} numbers"
-            )
+            shape = f"{parallel.pp} numbers"
+            if stages > parallel.pp:
+                shape = f"{stages // parallel.pp} lists of {shape}"
             raise PolymodalError(
                 f"{key} = {given} has {len(flat)} numbers, {stages} stages need {stages}.",
                 f"Give {shape}, such as {_nearest(flat, layers, stages)}.",
@@ -227,34 +223,37 @@ def _check_order(found: Counts, stages: int, name: str) -> None:
         start = next(at for at, n in enumerate(found[after]) if n)
         if start < end:
             raise PolymodalError(
-                f"parallel.pp_layers: stage {start} holds {after} layers, but the {tower} tower of {name} ends in stage {end}.",
+                f"parallel.pp_layers: stage {start} holds {after} layers, but the {tower} tower of {name} "
+                f"ends in stage {end}.",
                 f"Let {after} layers begin in stage {end}, or the {tower} tower end in stage {start}.",
             )
     for stage in range(1, stages - 1):
         if not any(numbers[stage] for numbers in found.values()):
             raise PolymodalError(
                 f"parallel.pp_layers: stage {stage} of {name} would hold no layer.",
-                "Only the first and the last stage hold something else; give every other one at least one layer.",
+                "Only the first and the last stage hold other modules; give every other one at least one "
+                "layer.",
             )
 
 
-# ---- auto -----------------------------------------------------------------------------------------------------------
+# ---- auto ----------------------------------------------------------------------------------------
 
 TYPICAL = SampleLengths(1024, 512, {"vision": (1024,)})
-"""A sample, when the data are not known: 1,024 tokens, half of them answers, with one picture of 1,024 patches."""
+"""A sample, when the data are not known: 1,024 tokens, half of them answers, with one picture of 1,024
+patches."""
 
 
 def block_costs(
     model: nn.Module, family: Family, measure: SampleLengths | None = None
 ) -> dict[str, list[float]]:
-    """Tower -> cost of each block of its chain: forward and backward FLOPs, with what lies with the ends."""
+    """Tower -> cost of each block of its chain: forward and backward FLOPs, with the modules at its ends."""
     work = _block_work(model, family, measure)
     return {tower: [flops * passes for flops, passes in blocks] for tower, blocks in work.items()}
 
 
 def training_passes(model: nn.Module, family: Family, measure: SampleLengths | None = None) -> float:
-    """FLOPs of training over those of the forward pass, for a typical sample: 3 where all is trained, about 2 for
-    adapters, and in between with frozen towers. What is computed again to save memory does not count.
+    """FLOPs of training over those of the forward pass, for a typical sample: 3 where all is trained, about 2
+    for adapters, and in between with frozen towers. Recompute does not count.
 
     model: whole, on meta, with its frozen parameters marked.
     """
@@ -266,11 +265,11 @@ def training_passes(model: nn.Module, family: Family, measure: SampleLengths | N
 def _block_work(
     model: nn.Module, family: Family, measure: SampleLengths | None
 ) -> dict[str, list[tuple[float, float]]]:
-    """Tower -> (forward FLOPs, passes) of each block of its chain, with what lies with the ends.
+    """Tower -> (forward FLOPs, passes) of each block of its chain, with the modules at its ends.
 
-    A family's FLOPs by module, or parameters where it has none. Passes that training makes over a block: one forward,
-    one for gradients of weights if it has trained ones, one for gradients of inputs if it or anything before it is
-    trained.
+    A family's FLOPs by module, or parameters where it has none. Passes that training makes over a block: one
+    forward, one for gradients of weights if it has trained ones, one for gradients of inputs if it or
+    anything before it is trained.
     """
     try:
         by_module: dict[str, float] | None = family.costs(measure or TYPICAL)
@@ -314,25 +313,21 @@ def balanced(
 ) -> dict[str, tuple[int, ...]]:
     """Counts whose most expensive stage is as cheap as can be; every stage has at least one block."""
     costs = block_costs(model, family, measure)
-    line = [(tower, cost) for tower, row in costs.items() for cost in row]
-    sums = [0.0]
-    for _, cost in line:
-        sums.append(sums[-1] + cost)
-    n = len(line)
-    best = [[float("inf")] * (n + 1) for _ in range(stages + 1)]
-    begin = [[0] * (n + 1) for _ in range(stages + 1)]
-    best[0][0] = 0.0
-    for stage in range(1, stages + 1):
-        for end in range(stage, n + 1):
-            for start in range(stage - 1, end):
-                worst = max(best[stage - 1][start], sums[end] - sums[start])
-                if worst < best[stage][end]:
-                    best[stage][end], begin[stage][end] = worst, start
-    ends, end = [], n
-    for stage in range(stages, 0, -1):
-        ends.append((begin[stage][end], end))
-        end = begin[stage][end]
-    return {
-        tower: tuple(sum(line[at][0] == tower for at in range(*span)) for span in reversed(ends))
-        for tower in costs
-    }
+    towers = [tower for tower, blocks in costs.items() for _ in blocks]
+    sums = list(accumulate((cost for blocks in costs.values() for cost in blocks), initial=0.0))
+
+    @functools.cache
+    def best(count: int, end: int) -> tuple[float, int]:
+        """(cost of the most expensive of `count` stages over blocks before `end`, start of the last one)."""
+        if count == 0:
+            return (0.0 if end == 0 else math.inf), 0
+        starts = range(count - 1, end)
+        return min((max(best(count - 1, start)[0], sums[end] - sums[start]), start) for start in starts)
+
+    spans: list[list[str]] = []
+    end = len(towers)
+    for count in range(stages, 0, -1):
+        start = best(count, end)[1]
+        spans.insert(0, towers[start:end])
+        end = start
+    return {tower: tuple(span.count(tower) for span in spans) for tower in costs}

@@ -1,13 +1,12 @@
-"""Sequence parallelism inside a tensor-parallel group: the residual stream and its norms are cut along the sequence.
+"""Sequence parallelism inside a tensor-parallel group: the residual stream is cut along the sequence.
 
-This room knows how a stream (a tower's hidden states [..., T, D]) is entered, crossed and left; it sees collectives.py only.
-Lengths are arbitrary: every rank holds ceil(T / size) rows, zeros after the last; T is trimmed to wherever rows meet.
+A stream is a tower's hidden states [..., T, D]. Lengths are arbitrary: every rank holds ceil(T / size) rows,
+zeros after the last, which are cut off where rows are gathered.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +22,12 @@ HIDDEN = "hidden_states"
 
 @dataclass
 class Stream:
-    """One tower's residual stream. With `sequence` it is cut over the group, without it every rank holds it whole.
+    """One tower's residual stream. With `sequence` it is cut over the group, without it every rank holds it
+    whole.
 
-    names: the arguments of blocks that it consists of, in the order in which blocks give them back and joined layers
-    have them: latents and text of a diffusion transformer travel side by side, each cut by itself.
+    names: the arguments of blocks that it consists of, in the order in which blocks return them and joined
+    layers have
+    them: latents and text of a diffusion transformer are side by side, each cut by itself.
     lengths: rows of each, whole, in the forward that is running (recompute sets them again, block by block).
     """
 
@@ -37,7 +38,7 @@ class Stream:
 
     @property
     def length(self) -> int:
-        """Rows of the main stream; 0 before a block was run, in a pipeline stage that throws away what comes so early."""
+        """Rows of the main stream; 0 before a block was run."""
         return self.lengths[HIDDEN]
 
     def cut(self, hidden: Tensor, name: str = HIDDEN) -> Tensor:
@@ -52,19 +53,19 @@ class Stream:
         return collectives.copy_to_region(hidden, self.group)
 
     def enter_rows(self, hidden: Tensor) -> Tensor:
-        """As `enter`, for a region that looks at rows one by one: of any stream, in any order, fillers among them."""
+        """As `enter`, for a region that treats rows one by one: of any stream, in any order, with padding."""
         if self.sequence:
             rows = hidden.shape[-2] * self.group.size()
             return collectives.gather_sequence(hidden, rows, self.group, partial=True)
         return collectives.copy_to_region(hidden, self.group)
 
     def enter_joined(self, hidden: Tensor) -> Tensor:
-        """As `enter`, for all streams joined along their rows: what comes out is whole stream after whole stream."""
+        """As `enter`, for all streams joined along their rows: gives whole stream after whole stream."""
         gathered = self.enter_rows(hidden)
         return gathered.index_select(-2, self._joined(gathered.device)) if self.sequence else gathered
 
     def leave_joined(self, partial: Tensor) -> Tensor:
-        """The way back: joined whole streams, partial -> this rank's rows of each, joined."""
+        """The inverse: joined whole streams, partial -> this rank's rows of each, joined."""
         if not self.sequence:
             return collectives.reduce_from_region(partial, self.group)
         rows = sum(self._rows().values()) * self.group.size()
@@ -77,7 +78,7 @@ class Stream:
         return {name: collectives.rows_per_rank(self.lengths[name], self.group.size()) for name in self.names}
 
     def _joined(self, device: torch.device) -> Tensor:
-        """Where the rows of whole joined streams lie among those gathered from ranks, each of which joined its own."""
+        """Positions of the rows of whole joined streams among those gathered from ranks."""
         rows = self._rows()
         held, start, places = sum(rows.values()), 0, []
         for name in self.names:
@@ -93,16 +94,14 @@ class Stream:
         return collectives.reduce_from_region(partial, self.group)
 
     def own(self, hidden: Tensor) -> Tensor:
-        """Stream -> this rank's rows [..., ceil(T / size), D]; a region on them has whole gradients of these rows."""
+        """Stream -> this rank's rows [..., ceil(T / size), D], whose gradients are whole."""
         return hidden if self.sequence else collectives.cut_sequence(hidden, self.group)
 
     def together(self, rows: Tensor) -> Tensor:
         """This rank's rows -> stream."""
-        return (
-            rows
-            if self.sequence
-            else collectives.gather_sequence(rows, self.length, self.group, partial=False)
-        )
+        if self.sequence:
+            return rows
+        return collectives.gather_sequence(rows, self.length, self.group, partial=False)
 
     def gather(self, hidden: Tensor, name: str = HIDDEN) -> Tensor:
         """Stream -> whole, for what is computed alike on every rank."""
@@ -111,9 +110,9 @@ class Stream:
         return hidden
 
     def modulation(self, value: Tensor) -> Tensor:
-        """What shifts and scales the rows of a block, whole: [B, ...] for all rows alike, or [B, T, ...] a row.
+        """Shift and scale of a block's rows, whole: [B, ...] for all rows alike, or [B, T, ...] a row.
 
-        Rows of a cut stream hand back their part of its gradient only.
+        Rows of a cut stream give only their part of its gradient.
         """
         if not self.sequence:
             return value
@@ -128,12 +127,8 @@ class Stream:
         rows = collectives.rows_per_rank(self.length, self.group.size())
         return min(max(count - rows * self.group.rank(), 0), rows)
 
-    def note(self, lengths: Mapping[str, int]) -> None:
-        """Rows of the whole streams, as a block was told when it was called first."""
-        self.lengths.update(lengths)
-
     def cut_masked_rows(self, kwargs: dict[str, Any], mask_name: str, rows_name: str) -> dict[str, Any]:
-        """Arguments of a model that go together, as `ModelCard.masked_rows` names them: only this rank's rows.
+        """A pair of a model's arguments, as `ModelCard.masked_rows` names them, cut to this rank's rows.
 
         A mask [B = 1, T] bool, and a list of [number of True, D] or None (added in another pipeline stage).
         """
@@ -142,10 +137,10 @@ class Stream:
             return kwargs
         count = collectives.rows_per_rank(mask.shape[-1], self.group.size())
         start = count * self.group.rank()
-        place = mask[0].nonzero()[:, 0]
-        mine = (place >= start) & (place < start + count)
+        positions = mask[0].nonzero()[:, 0]
+        mine = (positions >= start) & (positions < start + count)
         own = mask.new_zeros(1, count)
-        own[0, place[mine] - start] = True
+        own[0, positions[mine] - start] = True
         cut = [
             None if level is None else collectives.copy_to_region(level, self.group)[mine]
             for level in features

@@ -1,7 +1,7 @@
 """The stages of a cut model, from a card's facts alone, and several of them on one rank as one model.
 
-Sees pipeline_split.py, models/card.py, models/partial.py and the ground floor. Parameter names never change: a module of another
-stage is replaced by `PrunedModule`, so indices inside lists stay what they are in the checkpoint.
+Parameter names never change: a module of another stage is replaced by `PrunedModule`, so indices inside lists
+stay those of the checkpoint.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ class Stage:
     """One stage of a cut model.
 
     held: tower -> its blocks here, by their numbers in the whole model.
-    cuts: for each stage after the first, how many blocks of each tower lie before it.
-    wanted: for each of these, whether something before it is trained, so that gradients go back over the cut.
-    tied: one entry for each weight that several stages hold a copy of: ((parameter name, stage), ...), owner first.
+    cuts: for each stage after the first, how many blocks of each tower are before it.
+    trained_before: for each of these, whether something before it is trained, so that gradients go back over
+    the cut.
+    tied: one entry for each weight that several stages hold a copy of: ((parameter name, stage), ...), owner
+    first.
     """
 
     index: int
     stages: int
     held: Mapping[str, range]
     cuts: tuple[Mapping[str, int], ...] = ()
-    wanted: tuple[bool, ...] = ()
+    trained_before: tuple[bool, ...] = ()
     tied: tuple[tuple[tuple[str, int], ...], ...] = ()
 
     @property
@@ -47,12 +49,12 @@ class Stage:
 
     @property
     def copies(self) -> dict[str, str]:
-        """Parameters here that another stage owns, with their owner's name: left out of gradient norms and files."""
+        """Parameters that another stage owns, with their owner's name: left out of norms and files."""
         return {
-            name: tie[0][0]
-            for tie in self.tied
-            for name, at in tie[1:]
-            if at == self.index and at != tie[0][1]
+            name: owner
+            for (owner, home), *others in self.tied
+            for name, at in others
+            if at == self.index and at != home
         }
 
 
@@ -68,31 +70,51 @@ def whole(model: nn.Module) -> Part:
     return Part(model, Stage(0, 1, {}))
 
 
-# ---- the cut --------------------------------------------------------------------------------------------------------
+# ---- the cut -------------------------------------------------------------------------------------
 
 
 def prune(model: nn.Module, family: Family, found: Counts, index: int) -> Stage:
     """Drop from `model`, in place, what stages other than `index` hold; names of what stays do not change.
 
-    Kept everywhere: modules without parameters (rotary tables) and whatever the card does not place. Must come before
-    sharding and loading, adapters are on already. Raises PolymodalError for a card that places what is not there.
+    Kept everywhere: modules without parameters (rotary tables) and whatever the card assigns to no stage.
+    Must come before sharding and loading, adapters are on already. Raises PolymodalError for a card that
+    names what is not there.
     """
     card = family.card
     at, early = _homes(model, card, found, family.stage_neighbours())
     chains = card.pipeline.values() if len(card.block_streams) > 1 else ()
     several = {name for chain in chains for name in partial.blocks(model, chain)}
     stages = len(next(iter(found.values())))
+    tied, trained = _parameters_by_stage(model, at, stages)
+    for name in (name for name, stage in at.items() if stage != index):
+        parent, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        if leaf in owner._parameters:
+            partial.drop_parameter(owner, leaf)
+            continue
+        module = owner.get_submodule(leaf)
+        if name in early and at[name] < index:
+            owner._modules[leaf] = partial.ShapeStub(module)
+        elif name in several:
+            owner._modules[leaf] = partial.StreamPassthrough(module, card.block_streams)
+        else:
+            owner._modules[leaf] = PrunedModule()
+    before = [
+        {tower: sum(numbers[:stage]) for tower, numbers in found.items()} for stage in range(stages + 1)
+    ]
+    held = {tower: range(before[index][tower], before[index + 1][tower]) for tower in found}
+    trained_before = tuple(any(trained[:stage]) for stage in range(1, stages))
+    return Stage(index, stages, held, tuple(before[1:stages]), trained_before, tied)
 
-    def place(parameter: str) -> int | None:
-        return next(
-            (stage for name, stage in at.items() if parameter == name or parameter.startswith(f"{name}.")),
-            None,
-        )
 
+def _parameters_by_stage(
+    model: nn.Module, at: Mapping[str, int], stages: int
+) -> tuple[tuple[tuple[tuple[str, int], ...], ...], list[bool]]:
+    """(weights of several stages, as Stage.tied; by stage, whether it has trained parameters)."""
     shared: dict[int, list[tuple[str, int]]] = {}
     trained = [False] * stages
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        stage = place(name)
+        stage = next((at[path] for path in at if name == path or name.startswith(f"{path}.")), None)
         if stage is not None:
             shared.setdefault(id(parameter), []).append((name, stage))
             trained[stage] |= parameter.requires_grad
@@ -101,27 +123,7 @@ def prune(model: nn.Module, family: Family, found: Counts, index: int) -> Stage:
         for names in shared.values()
         if len({stage for _, stage in names}) > 1
     )
-    for name, stage in at.items():
-        if stage != index:
-            parent, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(parent)
-            if leaf in owner._parameters:
-                partial.drop_parameter(owner, leaf)
-            else:
-                module = owner._modules[leaf]
-                assert module is not None
-                if name in early and stage < index:
-                    owner._modules[leaf] = partial.ShapeStub(module)
-                elif name in several:
-                    owner._modules[leaf] = partial.StreamPassthrough(module, card.block_streams)
-                else:
-                    owner._modules[leaf] = PrunedModule()
-    before = [
-        {tower: sum(numbers[:stage]) for tower, numbers in found.items()} for stage in range(stages + 1)
-    ]
-    held = {tower: range(before[index][tower], before[index + 1][tower]) for tower in found}
-    wanted = tuple(any(trained[:stage]) for stage in range(1, stages))
-    return Stage(index, stages, held, tuple(before[1:stages]), wanted, tied)
+    return tied, trained
 
 
 def _homes(
@@ -143,7 +145,9 @@ def _homes(
         first, ends = partial.present(model, chain.first), partial.present(model, chain.last)
         for name in (*first, *ends):
             if name not in known:
-                raise PolymodalError(f"The card {card.name} places `{name}`, which this model does not have.")
+                raise PolymodalError(
+                    f"The pipeline of the card {card.name} names `{name}`, which this model does not have."
+                )
         last = len(found[tower]) - 1 if tower == towers[-1] else stages[-1]
         at |= dict.fromkeys(first, 0 if tower == towers[0] else stages[0])
         at |= dict(zip(names, stages, strict=True)) | dict.fromkeys(ends, last)
@@ -159,8 +163,8 @@ def build(
     rank: int,
     measure: SampleLengths | None = None,
 ) -> list[Part]:
-    """The parts of one pipeline rank, each cut from a model of its own that `make` gives (on meta, adapters attached,
-    frozen parameters marked). Raises PolymodalError as `counts` does."""
+    """The parts of one pipeline rank, each cut from a model of its own that `make` gives (on meta, adapters
+    attached, frozen parameters marked). Raises PolymodalError as `counts` does."""
     if parallel.pp == 1:
         return [whole(make())]
     first = make()
@@ -173,17 +177,17 @@ def build(
     return parts
 
 
-# ---- several parts as one model -------------------------------------------------------------------------------------
+# ---- several parts as one model ------------------------------------------------------------------
 
 
 def named_parameters(parts: Iterable[Part], copies: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of a rank by name; a tied weight's copy under its owner's name, so that it learns as the owner does.
+    """Parameters of a rank by name; a tied weight's copy under its owner's name, so that it learns as the
+    owner does.
 
-    A copy whose owner is on the same rank is left out: `sync_tied_copies` gives it the owner's values. copies: the copies alone.
+    A copy whose owner is on the same rank is left out: `sync_tied_copies` gives it the owner's values.
+    copies: the copies alone.
     """
-    own = {
-        name for part in parts for name, _ in part.model.named_parameters() if name not in part.stage.copies
-    }
+    own = _owned(parts)
     for part in parts:
         owners = part.stage.copies
         for name, parameter in part.model.named_parameters():
@@ -191,14 +195,19 @@ def named_parameters(parts: Iterable[Part], copies: bool = False) -> Iterator[tu
                 yield owners.get(name, name), parameter
 
 
-def sync_tied_copies(parts: Sequence[Part]) -> None:
-    """Give copies of tied weights that lie on the rank of their owner the owner's values: after loading and steps."""
-    own = {
-        name: p
+def _owned(parts: Iterable[Part]) -> dict[str, nn.Parameter]:
+    """Parameters of a rank that are no copies of another stage's."""
+    return {
+        name: parameter
         for part in parts
-        for name, p in part.model.named_parameters()
+        for name, parameter in part.model.named_parameters()
         if name not in part.stage.copies
     }
+
+
+def sync_tied_copies(parts: Sequence[Part]) -> None:
+    """Give copies of tied weights on the rank of their owner the owner's values: after loading and steps."""
+    own = _owned(parts)
     for part in parts:
         mine = dict(part.model.named_parameters())
         for name, owner in part.stage.copies.items():

@@ -1,6 +1,6 @@
-"""How a card names what is laid out: styles by module pattern, and the patched forwards that every style needs.
+"""How a card names what is sharded: styles by module pattern, and the patched forwards that they need.
 
-This room knows modules and names only; tensor.py and expert.py give the styles their meaning.
+tensor.py and expert.py give the styles their meaning.
 """
 
 from __future__ import annotations
@@ -17,35 +17,36 @@ from polymodal.core.errors import PolymodalError
 from polymodal.models.card import ModelCard, PrunedModule
 
 STYLES = {
-    "stream": "a tower (`` is the model): its blocks carry a residual stream, the card's `streams`, cut along the sequence under sequence parallelism",
-    "attention": "a region whose heads are spread: input enters (a context of keys, whole, too), output is summed, head counts are divided",
-    "joint_attention": "such a region over two streams at once, `hidden_states` and `encoder_hidden_states`: both enter, both outputs are summed",
-    "joint_heads": "such a region over two streams whose output projection comes later, in a joined_rowwise layer",
+    "stream": "a tower (`` is the model) whose blocks carry a residual stream, cut with sequence parallelism",
+    "attention": "a region of heads: input and context of keys enter, output is summed, head counts divided",
+    "joint_attention": "the same over two streams, `hidden_states` and `encoder_hidden_states`",
+    "joint_heads": "the same over two streams, with the output projection in a later joined_rowwise layer",
     "joined_heads": "the same over the streams joined in one",
     "whole_attention": "a region that every rank computes whole: its heads cannot be spread",
-    "norm_across_heads": "a root-mean-square norm of queries or keys over all heads: its statistics are summed over ranks",
+    "norm_across_heads": "an RMS norm of queries or keys over all heads; statistics are summed over ranks",
     "mlp": "a region: input enters, output is summed (dense, or router and experts)",
     "feed_forward": "a region of rows one by one, of any stream or of several joined",
     "joined_colwise": "a linear layer beside attention over the same joined streams, cut by output features",
-    "joined_rowwise": "a linear layer over attention's heads and a joined_colwise layer's features, cut by both; its output is summed",
+    "joined_rowwise": "one over attention's heads and a joined_colwise layer's features, cut by both, summed",
     "merger": "a region that ends the stream: its output is whole on every rank",
     "colwise": "a linear layer cut by output features",
-    "fused_colwise": "a linear layer of three fused parts (q, k, v), each cut by heads; kept in its natural order",
-    "entering_colwise": "the same where it begins a region of two layers that no module holds: its input enters",
+    "fused_colwise": "one of three fused parts (q, k, v), each cut by heads; stored in natural order",
+    "entering_colwise": "one that begins a region of two layers that no module holds: its input enters",
     "leaving_rowwise": "the second of these: its output is summed",
     "rowwise": "a linear layer cut by input features; its output is a partial sum",
-    "experts": "stacked experts, cut by expert: every rank sees all tokens and computes its own experts",
+    "experts": "stacked experts, cut by expert: every rank has all tokens and computes its own experts",
     "router": "chooses experts; alike on every rank, its first output (the logits) feeds the balance loss",
     "sparse": "a region whose experts are spread (expert.py): each rank takes its own rows through it",
     "sparse_router": "the router of such a region: its logits are made whole for the balance loss",
-    "dispatched": "the experts of such a region, laid out by expert.py",
+    "dispatched": "the experts of such a region, sharded by expert.py",
     "exit": "the norm that ends the stream: its output is whole on every rank",
     "end": "what comes after the stream: its input is whole on every rank",
     "embedding": "a table cut by rows of the vocabulary",
     "head": "an output projection cut by the vocabulary; objectives multiply by its local rows",
 }
 """Style names of a card's tensor_plan. What a plan does not name is replicated: inside a region with partial
-gradients, on a cut stream too, elsewhere with whole ones. That is right for norms, biases and convolutions."""
+gradients, on a cut stream too, elsewhere with whole ones. That is right for norms, biases and
+convolutions."""
 
 
 def pattern_of(pattern: str) -> re.Pattern[str]:
@@ -64,7 +65,8 @@ def _holds(name: str, pattern: str) -> bool:
 def resolve(model: nn.Module, card: ModelCard) -> dict[str, str]:
     """Module name -> style, from the card's patterns; the last pattern that fits counts.
 
-    Raises PolymodalError for a style that does not exist, and for a pattern that fits no module (one that ends in `?`
+    Raises PolymodalError for a style that does not exist, and for a pattern that fits no module (one that
+    ends in `?`
     need not: dense layers among sparse ones): the card is wrong then.
     """
     names = [name for name, _ in model.named_modules()]
@@ -73,7 +75,8 @@ def resolve(model: nn.Module, card: ModelCard) -> dict[str, str]:
     for pattern, style in card.tensor_plan.items():
         if style not in STYLES:
             raise PolymodalError(
-                f"The card {card.name} names the tensor-parallel style `{style}`, known are {', '.join(STYLES)}."
+                f"The card {card.name} names the tensor-parallel style `{style}`, known are "
+                f"{', '.join(STYLES)}."
             )
         optional, pattern = pattern.endswith("?"), pattern.removesuffix("?")
         expression = pattern_of(pattern)
@@ -112,3 +115,45 @@ def on_first(
     if args:
         return (change(args[0]), *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+
+def on_output(change: Callable[[Tensor], Tensor], out: Any) -> Any:
+    """Change the stream among a module's outputs: the only one, or the first."""
+    return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
+
+def wrap(
+    module: nn.Module,
+    enter: Callable[[Tensor], Tensor] | None = None,
+    leave: Callable[[Any], Any] | None = None,
+) -> None:
+    """Patch a module's forward: `enter` changes its first argument, `leave` its output."""
+    forward = module.forward
+
+    @wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if enter is not None:
+            args, kwargs = on_first(enter, args, kwargs)
+        out = forward(*args, **kwargs)
+        return out if leave is None else leave(out)
+
+    module.forward = wrapped
+
+
+def remember(block: nn.Module, key: str, get: Callable[[], Any], put: Callable[[Any], Any]) -> None:
+    """Let recompute run a block with the state of its own micro-batch: a pipeline runs others in between.
+
+    `get` gives the state when the block is called, as its argument `key`; `put` restores it before its
+    forward.
+    """
+    forward = block.forward
+
+    @wraps(forward)
+    def with_state(*args: Any, **kwargs: Any) -> Any:
+        if key in kwargs:
+            put(kwargs.pop(key))
+        return forward(*args, **kwargs)
+
+    block.forward = with_state
+    # a hook, which recompute does not repeat
+    block.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, key: get()}), with_kwargs=True)

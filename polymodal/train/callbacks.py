@@ -1,7 +1,7 @@
 """Callbacks: a user's own code at five moments of a run, named in the recipe's train.callbacks.
 
-Sees the trainer through its argument only. Callbacks run on every rank: what only one should do, it does
-where `trainer.main` is true; what communicates, all do.
+They run on every rank: only where `trainer.main` is true for what one rank should do, on all for what
+communicates.
 """
 
 from __future__ import annotations
@@ -32,15 +32,13 @@ class Callback:
         after this step, with a checkpoint."""
 
     def on_save(self, trainer: Trainer, directory: Path) -> None:
-        """When a checkpoint is whole; where it is written in the background, some steps after it was taken.
-        It has its name once rank 0 is called."""
+        """When a checkpoint has its name, which may be some steps after it was taken."""
 
     def on_evaluate(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         """After the validation loss was measured: validation/loss and its parts."""
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """After the last step and its checkpoint, also where the run was asked to stop before; not after an
-        error."""
+        """After the last step and its checkpoint, also when asked to stop; not after an error."""
 
 
 MOMENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
@@ -64,9 +62,8 @@ class Callbacks:
 
 
 def load(references: Sequence[str]) -> list[type[Callback]]:
-    """The classes that a recipe names. Raises PolymodalError for one that is no Callback, or has a method
-    that none calls."""
-    found = []
+    """The classes that a recipe names. Raises PolymodalError for a class or method that is no callback."""
+    classes = []
     for number, reference in enumerate(references):
         key = f"{KEY}.{number}"
         chosen = load_object(reference, key)
@@ -82,8 +79,8 @@ def load(references: Sequence[str]) -> list[type[Callback]]:
                     f"{key} = {reference} has a method {name}, which is never called.",
                     f"Did you mean {near[0]}?" if near else f"Methods are {', '.join(MOMENTS)}.",
                 )
-        found.append(chosen)
-    return found
+        classes.append(chosen)
+    return classes
 
 
 def build(references: Sequence[str]) -> Callbacks:

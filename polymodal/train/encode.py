@@ -1,18 +1,22 @@
 """`polymodal encode`: pictures, clips and captions through the frozen encoders, once, into features on disk.
 
-Sees every room. Ranks share the records; what exists is not made again, so a run that was killed goes on and new rows
-are added. The list and the manifest are written at the end, whole; until then training says that it is not finished.
+Ranks share the records. Files that exist are not made again, so a run that was killed continues and new
+records are added. The list and the manifest are written at the end; until then training refuses the
+directory.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,31 +37,37 @@ from polymodal.runtime.process_group import runtime
 from polymodal.train import prior
 from polymodal.train.actors import Encoders
 from polymodal.train.layouts import Section, layout_of
-from polymodal.train.layouts.uniform import captioned, features_directory, wanted_settings
+from polymodal.train.layouts.uniform import captioned, feature_settings, features_directory
 
 WINDOW = 256
-"""Records that are sorted into buckets together."""
+"""Records that are sorted by shape together."""
+CAPTIONS = 512
+"""Captions whose embeddings are kept."""
 
 
 @dataclass
 class Encoded:
-    """What a rank did. seconds: of the whole; encoding: inside the encoders."""
+    """What a rank did."""
 
     made: int = 0
     kept: int = 0
     broken: list[str] = field(default_factory=list)
     frames: int = 0
     seconds: float = 0.0
-    encoding: float = 0.0
 
 
 @dataclass
 class _Job:
-    number: int
+    """A record, its shape, its feature file and its row of the list."""
+
     record: Record
     measure: SampleLengths
     path: Path
     row: dict[str, Any]
+
+
+_Decoded = tuple[_Job, Tensor, dict[str, Tensor]]
+"""A job, its frames, and its conditions by role; uint8 [F, H, W, 3]."""
 
 
 def run(recipe: recipes.Recipe) -> int:
@@ -74,17 +84,12 @@ def run(recipe: recipes.Recipe) -> int:
                 "The recipe has no data.datasets.",
                 "Add at least one, e.g. data.datasets: [{path: data.json}].",
             )
-        prior.make(recipe, family, rt.device.torch)
+        prior.draw(recipe, family, rt.device.torch)
         encoders: list[Encoders] = []
         for section in ("datasets", "validation"):
             if getattr(recipe.data, section):
-                work = Encoding(recipe, family, section, rt, encoders)  # type: ignore[arg-type]
-                work.run()
+                Encoding(recipe, family, section, rt, encoders).run()  # type: ignore[arg-type]
     return 0
-
-
-_Ready = tuple[_Job, Tensor, dict[str, Tensor]]
-"""What is decoded: the job, its frames, and what they are made from by role; uint8 [F, H, W, 3]."""
 
 
 class Encoding:
@@ -97,104 +102,113 @@ class Encoding:
         self.data = recipe.data
         self.directory = features_directory(recipe, section)
         self.clips = Clips(self.data.clip, family.grid(), family.given, family.needed)
-        self.settings = wanted_settings(recipe, family)
+        self.settings = feature_settings(recipe, family)
         self.dtype = layout_of(recipe, family).dtype
         self.encoders = encoders
         self.batch = self.data.encode_batch
         self.done = Encoded()
-        self._texts: dict[str, dict[str, Tensor]] = {}
-        self._hashes: dict[str, str] = {}  # feature file -> hash of what it was made of
+        self._texts: dict[str, dict[str, Tensor]] = {}  # of captions
+        self._hashes: dict[str, str] = {}  # feature file -> hash of the files it was made of
 
-    def run(self) -> Encoded:
-        """Collective over the ranks. Raises PolymodalError for settings that are not the directory's, and broken rows."""
+    def run(self) -> None:
+        """Collective. Raises PolymodalError for broken records, or settings that are not the directory's."""
         began = time.perf_counter()
         datasets = captioned(getattr(self.data, self.section))
         corpus = open_corpus(datasets, self.data.attr, f"data.{self.section}")
         self._prepare()
-        part = self.directory / f".part-{self.rt.rank}.jsonl"
-        with open(part, "w", encoding="utf-8") as listing:
-            for rows in self._windows(corpus):
-                for row in rows:
+        own = range(self.rt.rank, len(corpus), self.rt.world)
+        with (
+            open(self.directory / f".part-{self.rt.rank}.jsonl", "w", encoding="utf-8") as listing,
+            ThreadPoolExecutor(max(1, self.data.workers), "polymodal-decode") as pool,
+            self._progress(len(own)) as advance,
+        ):
+            for at in range(0, len(own), WINDOW):
+                for row in self._rows(corpus, own[at : at + WINDOW], pool, advance):
                     listing.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._empty()
-        self._barrier()
+        self._write_empty_caption()
+        self.rt.barrier()
         self.done.seconds = time.perf_counter() - began
         total = self._total()
         if self.rt.rank == 0:
             self._finish(corpus, total)
-        self._barrier()
-        return self.done
+        self.rt.barrier()
 
     # ------------------------------------------------------------------ the directory
+
+    def _parts(self) -> list[Path]:
+        """Lists of the ranks, also those of a run that was killed."""
+        return sorted(self.directory.glob(".part-*.jsonl"))
 
     def _prepare(self) -> None:
         settings = self.directory / "settings.json"
         if self.rt.rank == 0:
             (self.directory / store.FOLDER).mkdir(parents=True, exist_ok=True)
-            had = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else None
-            other = store.differences(had, self.settings) if had is not None else []
-            foreign = had is None and (self.directory / store.LIST).is_file()
-            if other or foreign:
+            known = settings.is_file()
+            other = []
+            if known:
+                other = store.differences(json.loads(settings.read_text(encoding="utf-8")), self.settings)
+            if other or (not known and (self.directory / store.LIST).is_file()):
+                what = f"made with other settings: {'; '.join(other[:4])}" if other else "of another system"
                 raise PolymodalError(
-                    f"{self.directory} holds features made with other settings: {'; '.join(other[:4])}."
-                    if other
-                    else f"{self.directory} holds features of another system.",
+                    f"{self.directory} holds features {what}.",
                     "Choose another data.features, or remove that directory.",
                 )
             store.write_json(settings, self.settings)
-            for part in self.directory.glob(
-                ".part-*.jsonl"
-            ):  # of a run that was killed, maybe of more processes
+            for part in self._parts():
                 part.unlink()
         self._hashes = store.hashes(self.directory)
-        self._barrier()
+        self.rt.barrier()
 
     def _finish(self, corpus: Corpus, total: Encoded) -> None:
-        rows = []
-        for part in sorted(self.directory.glob(".part-*.jsonl")):
-            rows += [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()]
+        texts = [part.read_text(encoding="utf-8") for part in self._parts()]
+        rows = [json.loads(line) for text in texts for line in text.splitlines()]
         rows.sort(key=lambda row: row["record"])
         if not rows:
+            cause = total.broken[0] if total.broken else "there is none"
             raise PolymodalError(
-                f"Not one sample of data.{self.section} could be encoded; {total.broken[0] if total.broken else 'there is none'}.",
-                "Mend the data, or loosen data.clip.",
+                f"Not one sample of data.{self.section} could be encoded; {cause}.",
+                "Fix the data, or loosen data.clip.",
             )
         store.write_list(self.directory, rows)
         manifest = {
-            "version": store.VERSION, "polymodal": __version__, "settings": self.settings, "model": str(self.family.source),
-            "card": self.family.card.name, "dtype": str(self.dtype).removeprefix("torch."), "samples": len(rows),
-            "datasets": [{"name": p.name, "rows": len(p), "fingerprint": p.fingerprint} for p in corpus.parts],
+            "version": store.VERSION,
+            "polymodal": __version__,
+            "settings": self.settings,
+            "model": str(self.family.source),
+            "card": self.family.card.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "samples": len(rows),
+            "datasets": [
+                {"name": p.name, "rows": len(p), "fingerprint": p.fingerprint} for p in corpus.parts
+            ],
             "broken": total.broken[:1000],
-        }  # fmt: skip
+        }
         store.write_json(self.directory / store.MANIFEST, manifest)
-        for part in self.directory.glob(".part-*.jsonl"):
+        for part in self._parts():
             part.unlink()
-        rate = f", {total.frames / total.seconds:.1f} frames a second" if total.made else ""
-        left = f", {len(total.broken)} left out" if total.broken else ""
-        print(
-            f"{self.directory}: {len(rows)} samples, {total.made} encoded, {total.kept} kept{left}{rate}",
-            flush=True,
-        )
+        counts = f"{len(rows)} samples, {total.made} encoded, {total.kept} kept"
+        if total.broken:
+            counts += f", {len(total.broken)} left out"
+        if total.made:
+            counts += f", {total.frames / total.seconds:.1f} frames a second"
+        print(f"{self.directory}: {counts}", flush=True)
         for reason in total.broken[:5]:
             print(f"  left out: {reason}", file=sys.stderr, flush=True)
 
     def _total(self) -> Encoded:
-        if not dist.is_initialized() or self.rt.world == 1:
-            return self.done
-        all_done: list[Any] = [None] * self.rt.world
-        dist.all_gather_object(all_done, self.done)
-        out = Encoded(seconds=max(d.seconds for d in all_done))
-        for one in all_done:
-            out.made, out.kept, out.frames = out.made + one.made, out.kept + one.kept, out.frames + one.frames
-            out.broken += one.broken
-        return out
+        ranks: list[Any] = [self.done] * self.rt.world
+        if self.rt.world > 1:
+            dist.all_gather_object(ranks, self.done)
+        return Encoded(
+            sum(rank.made for rank in ranks),
+            sum(rank.kept for rank in ranks),
+            [reason for rank in ranks for reason in rank.broken],
+            sum(rank.frames for rank in ranks),
+            max(rank.seconds for rank in ranks),
+        )
 
-    def _barrier(self) -> None:
-        if dist.is_initialized() and self.rt.world > 1:
-            dist.barrier()
-
-    def _empty(self) -> None:
-        """The empty caption, for condition dropping; made once."""
+    def _write_empty_caption(self) -> None:
+        """For condition dropping; made once."""
         path = self.directory / store.EMPTY
         if self.rt.rank == 0 and not path.is_file():
             from safetensors.torch import save_file
@@ -208,48 +222,41 @@ class Encoding:
 
     # ------------------------------------------------------------------ the work
 
-    def _windows(self, corpus: Corpus) -> Iterator[list[dict[str, Any]]]:
-        """Rows of the list, window by window; the next window's first clips are decoded while the last is encoded."""
-        mine = range(self.rt.rank, len(corpus), self.rt.world)
-        starts = [0] + [part.stop for part in corpus.parts[:-1]]
-        with (
-            ThreadPoolExecutor(max(1, self.data.workers), "polymodal-decode") as pool,
-            self._bar(len(mine)) as advance,
-        ):
-            for at in range(0, len(mine), WINDOW):
-                jobs = []
-                for number in mine[at : at + WINDOW]:
-                    job = self._job(corpus, number, sum(number >= s for s in starts) - 1)
-                    if job is not None:
-                        jobs.append(job)
-                missing = [job for job in jobs if not job.path.is_file()]
-                self.done.kept += len(jobs) - len(missing)
-                advance(len(mine[at : at + WINDOW]) - len(missing))
-                failed = self._make(missing, pool, advance)
-                rows = []
-                for job in jobs:
-                    if job.number not in failed:
-                        rows.append({**job.row, "hash": self._hash(job), "bytes": job.path.stat().st_size})
-                yield rows
+    def _rows(
+        self, corpus: Corpus, numbers: Sequence[int], pool: ThreadPoolExecutor, advance: Any
+    ) -> Iterator[dict[str, Any]]:
+        """Make the feature files of these records; gives their rows of the list."""
+        jobs = [job for number in numbers if (job := self._job(corpus, number)) is not None]
+        missing = [job for job in jobs if not job.path.is_file()]
+        self.done.kept += len(jobs) - len(missing)
+        advance(len(numbers) - len(missing))
+        failed = self._make(missing, pool, advance)
+        for job in jobs:
+            if job.path not in failed:
+                yield {**job.row, "hash": self._hash(job), "bytes": job.path.stat().st_size}
 
-    def _job(self, corpus: Corpus, number: int, dataset: int) -> _Job | None:
+    def _job(self, corpus: Corpus, number: int) -> _Job | None:
         try:
             record = corpus[number]
             measure = self.clips.bucket(record)
-            who = store.identity(record, self.family.given)
+            identity = store.identity(record, self.family.given)
         except PolymodalError as error:
-            where = corpus.where(number)
-            text = error.message if error.message.startswith(where) else f"{where}: {error.message}"
+            origin = corpus.where(number)
+            text = error.message if error.message.startswith(origin) else f"{origin}: {error.message}"
             self._broken(text, error.hint)
             return None
-        name = store.file_name({**who, "shape": measure.shape}, self.data.feature_files)
-        frames, height, width = measure.shape
-        given = {k: v for k, v in record.extra.items() if k not in ("captions", "given")}
+        file = store.file_name({**identity, "shape": measure.shape}, self.data.feature_files)
+        extra = {key: value for key, value in record.extra.items() if key not in ("captions", "given")}
         row = {
-            **given, "cap": list(record.extra["captions"]), "file": name, "sample_size": f"{frames}x{height}x{width}",
-            "sample_num_frames": frames, "record": number, "dataset": dataset,
-        }  # fmt: skip
-        return _Job(number, record, measure, self.directory / name, row)
+            **extra,
+            "cap": list(record.extra["captions"]),
+            "file": file,
+            "sample_size": "x".join(map(str, measure.shape)),
+            "sample_num_frames": measure.shape[0],
+            "record": number,
+            "dataset": bisect.bisect_right([part.stop for part in corpus.parts], number),
+        }
+        return _Job(record, measure, self.directory / file, row)
 
     def _broken(self, text: str, hint: str) -> None:
         if self.data.on_error == "fail":
@@ -259,41 +266,43 @@ class Encoding:
             )
         self.done.broken.append(text)
 
-    def _make(self, jobs: list[_Job], pool: ThreadPoolExecutor, advance: Any) -> set[int]:
-        """Encode jobs, bucket by bucket; returns the numbers of those whose medium turned out to be broken."""
-        failed: set[int] = set()
+    def _make(self, jobs: list[_Job], pool: ThreadPoolExecutor, advance: Any) -> set[Path]:
+        """Encode jobs in batches of one shape; returns the files of those whose media are broken."""
         unique: dict[Path, _Job] = {}
         for job in jobs:  # the same medium and captions twice are one file
             unique.setdefault(job.path, job)
+        failed: set[Path] = set()
+        batch: list[_Decoded] = []
         order = sorted(unique.values(), key=lambda job: job.measure.shape)
-        ahead = max(self.batch * 2, 4)
-        decoding: dict[int, Future] = {}
+        for job, decoded in self._decode_ahead(order, pool):
+            if batch and (len(batch) >= self.batch or batch[0][0].measure.shape != job.measure.shape):
+                self._encode(batch)
+                batch = []
+            try:
+                batch.append((job, *decoded.result()))
+            except PolymodalError as error:
+                self._broken(error.message, error.hint)
+                failed.add(job.path)
+            advance(1)
+        if batch:
+            self._encode(batch)
+        return failed
 
-        def look_ahead(at: int) -> None:
-            for job in order[at : at + ahead]:
-                if job.number not in decoding:
-                    decoding[job.number] = pool.submit(self._decode, job)
+    def _decode_ahead(self, jobs: list[_Job], pool: ThreadPoolExecutor) -> Iterator[tuple[_Job, Future]]:
+        """Jobs in order, of which the next two batches are being decoded."""
+        waiting: deque[tuple[_Job, Future]] = deque()
+        rest = iter(jobs)
+        while True:
+            for job in islice(rest, max(self.batch * 2, 4) - len(waiting)):
+                waiting.append((job, pool.submit(self._decode, job)))
+            if not waiting:
+                return
+            yield waiting.popleft()
 
-        at = 0
-        while at < len(order):
-            look_ahead(at)
-            group = [j for j in order[at : at + self.batch] if j.measure.shape == order[at].measure.shape]
-            ready: list[_Ready] = []
-            for job in group:
-                try:
-                    ready.append((job, *decoding[job.number].result()))
-                except PolymodalError as error:
-                    self._broken(error.message, error.hint)
-                    failed.add(job.number)
-            look_ahead(at + len(group))
-            if ready:
-                self._encode(ready)
-            for job in group:
-                del decoding[job.number]
-            at += len(group)
-            advance(len(group))
-        gone = {order_job.path for order_job in order if order_job.number in failed}
-        return failed | {job.number for job in jobs if job.path in gone}
+    def _decode(self, job: _Job) -> tuple[Tensor, dict[str, Tensor]]:
+        conditions = self.clips.given(job.record, job.measure)
+        frames = self.clips.frames(job.record, job.measure)
+        return torch.tensor(frames), {role: torch.tensor(value) for role, value in conditions.items()}
 
     def _hash(self, job: _Job) -> str:
         """Of the files that a sample was made of; the feature file's name changes when they do."""
@@ -302,65 +311,60 @@ class Encoding:
             self._hashes[name] = store.content_hash(job.record, self.family.given)
         return self._hashes[name]
 
-    def _decode(self, job: _Job) -> tuple[Tensor, dict[str, Tensor]]:
-        given = self.clips.given(job.record, job.measure)
-        frames = self.clips.frames(job.record, job.measure)
-        return torch.tensor(frames), {role: torch.tensor(shown) for role, shown in given.items()}
-
-    def _encode(self, ready: list[_Ready]) -> None:
-        """Through the encoders and to disk. Out of memory: a smaller batch, then tiles, then an error that says what to cut."""
-        began = time.perf_counter()
+    def _encode(self, batch: list[_Decoded]) -> None:
+        """Through the encoders and to disk. Out of memory: a smaller batch, then tiles, then an error."""
         encoders = self._encoders()
         try:
-            media = encoders.media([pixels for _, pixels, _ in ready], [given for _, _, given in ready])
+            media = encoders.media([pixels for _, pixels, _ in batch], [given for _, _, given in batch])
         except torch.OutOfMemoryError:
-            self._relieve(ready)
+            self._encode_with_less_memory(batch)
             return
-        for i, (job, pixels, _) in enumerate(ready):
+        for i, (job, pixels, _) in enumerate(batch):
             captions = [self._text(c, pixels) for c in job.record.extra["captions"]]
             names = self.family.documented if job.path.suffix == ".pt" else {}
             store.write_sample(job.path, {n: t[i].cpu() for n, t in media.items()}, captions, names)
             self.done.made += 1
             self.done.frames += job.measure.shape[0]
-        self.done.encoding += time.perf_counter() - began
 
-    def _relieve(self, ready: list[_Ready]) -> None:
+    def _encode_with_less_memory(self, batch: list[_Decoded]) -> None:
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
         vae = self._encoders().pipeline.vae
-        if len(ready) > 1:
-            self.batch = max(1, len(ready) // 2)
-            print(f"out of memory: encoding {self.batch} samples at once", file=sys.stderr, flush=True)
-            self._encode(ready[: self.batch])
-            self._encode(ready[self.batch :])
+        if len(batch) > 1:
+            half = self.batch = len(batch) // 2
+            print(f"out of memory: encoding {half} samples at once", file=sys.stderr, flush=True)
+            self._encode(batch[:half])
+            self._encode(batch[half:])
         elif not getattr(vae, "use_tiling", True):
             vae.enable_tiling()
             print("out of memory: encoding in tiles", file=sys.stderr, flush=True)
-            self._encode(ready)
+            self._encode(batch)
         else:
-            frames, height, width = ready[0][0].measure.shape
+            frames, height, width = batch[0][0].measure.shape
             raise PolymodalError(
-                f"One sample of {frames} frames of {height} x {width} does not fit the device, even in tiles.",
+                f"One sample of {frames} frames of {height} x {width} does not fit the device, even in "
+                "tiles.",
                 "Lower data.clip.pixels or data.clip.frames, or start fewer processes on a device.",
             )
 
     def _text(self, caption: str, pixels: Tensor) -> dict[str, Tensor]:
-        if self.family.sees:
-            return {n: t[0].cpu() for n, t in self._encoders().text([caption], pixels[None]).items()}
-        if caption not in self._texts:
-            if len(self._texts) > 512:
+        seen = pixels[None] if self.family.sees else None
+        text = None if seen is not None else self._texts.get(caption)
+        if text is None:
+            text = {n: t[0].cpu() for n, t in self._encoders().text([caption], seen).items()}
+        if seen is None:
+            if len(self._texts) > CAPTIONS:
                 self._texts.clear()
-            self._texts[caption] = {n: t[0].cpu() for n, t in self._encoders().text([caption]).items()}
-        return self._texts[caption]
+            self._texts[caption] = text
+        return text
 
     @contextlib.contextmanager
-    def _bar(self, total: int) -> Iterator[Any]:
+    def _progress(self, total: int) -> Iterator[Any]:
         from rich.console import Console
         from rich.progress import Progress
 
         console = Console(file=sys.stderr)
-        with Progress(
-            console=console, transient=True, disable=self.rt.rank != 0 or not console.is_terminal
-        ) as bar:
+        hidden = self.rt.rank != 0 or not console.is_terminal
+        with Progress(console=console, transient=True, disable=hidden) as bar:
             task = bar.add_task(f"Encoding {self.section}", total=total)
             yield lambda count: bar.advance(task, count)

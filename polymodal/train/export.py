@@ -1,10 +1,9 @@
 """`polymodal export`: a run or checkpoint in the hub's format, proven by opening what was written.
 
-A stream: generate/opening.py says which tensors there are and reads each when it is asked for,
-models/saving.py asks for one file's at a time, and of several processes each writes files of its own. Then
-rank 0 opens the result with the library that users will open it with and compares outputs; a model that does
-not fit into this machine's memory is compared by names and shapes. The directory gets its name only when they
-agree.
+It is a stream: generate/opening.py reads each tensor when it is needed, models/saving.py writes one file at a
+time, and each process writes files of its own. Then rank 0 opens the result with the library that users will
+open it with and compares outputs; a model that does not fit into memory is compared by names and shapes. The
+directory gets its name only when they agree.
 """
 
 from __future__ import annotations
@@ -45,20 +44,17 @@ from polymodal.models.audio.encoder_decoder import EncoderDecoder
 from polymodal.models.diffusion import Generation
 from polymodal.models.saving import Together
 from polymodal.train import export_pipeline, export_speech
+from polymodal.train.export_pipeline import Proof
 
 MARKER = "polymodal_export.json"
 """In every export: where it came from and how it was proven; a directory that has it may be written again."""
-TOLERANCE = 1e-3
-"""Largest difference of logits, as a share of the largest logit, when both sides compute in float32."""
-TOLERANCE_LOW = 6e-2
-"""The same when the model is too large to be compared in float32 and both compute in bf16 or fp16."""
+NOT_PLAIN_LORA = ("use_dora", "modules_to_save", "trainable_token_indices", "megatron_config")
+"""Keys of peft's adapter_config.json that only peft itself can merge."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. difference, largest: of the `tokens` logits that were compared; computed: the
-    arithmetic of the proof, or "" when the model did not fit into memory and names and shapes alone were
-    compared."""
+    """What was written; tokens to computed are those of its Proof."""
 
     directory: str
     source: str
@@ -90,15 +86,15 @@ def export(
     """Write a run, one of its checkpoints, a hub checkpoint or a peft adapter as a hub directory.
 
     merge_lora: adapters are added into the weights; without it a LoRA run gives a peft adapter directory.
-    dtype:      fp32, bf16, fp16; None: the base checkpoint's, fp32 for an adapter alone. ema: a run's average. base: where the base lies now.
+    dtype:      fp32, bf16, fp16; None: the base checkpoint's, fp32 for an adapter alone.
+    ema:        the average of a run's weights. base: where the base is now.
     other:      a run of the other denoiser of a pipeline that has two: both are written.
     layout:     "source": keys and files as the source has them; "transformers": as the library writes this
-        model.
+    model.
     force:      replace a directory that is not empty and no earlier export.
     group:      of the processes that write together, on disks that they share; None: this process alone.
-    Ranks over 0 get None
-                as soon as their own files are written, rank 0 goes on to the proof; nobody waits in a
-                collective meanwhile.
+                Ranks over 0 return None as soon as their own files are written, and wait in no collective
+                while rank 0 proves them.
     Raises PolymodalError; nothing is left under `directory` then, an earlier export stays as it was.
     """
     began = time.perf_counter()
@@ -106,7 +102,7 @@ def export(
         raise PolymodalError(f"dtype = {dtype} is not known.", f"Use {', '.join(DTYPES)}.")
     kind = kind_of(source)
     final = Path(directory).expanduser()
-    _refuse(final, source, force)
+    _check_directory(final, source, force)
     if kind == "adapter" and not merge_lora:
         raise PolymodalError(f"{source} is a peft adapter already.", "Add --merge-lora for a whole model.")
     if ema and kind != "run":
@@ -117,85 +113,79 @@ def export(
     adapted = made.recipe.model.lora is not None
     if merge_lora and not adapted:
         raise PolymodalError(f"{source} has no adapters to merge.", "Leave out --merge-lora.")
-    _refuse(final, made.family.source, force)
+    _check_directory(final, made.family.source, force)
+    generation = isinstance(made.family, Generation)
     second = None
     if other is not None:
-        if not isinstance(made.family, Generation):
+        if not generation:
             raise PolymodalError(
                 f"{source} has no denoiser, --with is for models that generate.", "Leave out --with."
             )
         second = export_pipeline.second(made, source, other, ema, base, merge_lora)
     adapter = adapted and not merge_lora
-    if layout == "transformers" and (adapter or isinstance(made.family, Generation)):
+    if layout == "transformers" and (adapter or generation):
         what = "an adapter" if adapter else "a pipeline of diffusers"
         raise PolymodalError(
             f"--format transformers: {source} is written as {what}.",
             "Add --merge-lora." if adapter else "Leave out --format.",
         )
-    chosen = DTYPES[dtype] if dtype else torch.float32 if adapter else _dtype_of(made.family.config)
+    chosen = DTYPES[dtype] if dtype else torch.float32 if adapter else _stored_dtype(made.family)
     with Together(final, group) as together:
         partial = together.directory
-        if isinstance(made.family, Generation):
-            chosen = DTYPES[dtype] if dtype else export_pipeline.dtype_of(made.family, adapter)
+        if generation:
             what = export_pipeline.write(made, chosen, merge_lora, max_shard_bytes, together, second)
         else:
-            convert = layout == "transformers"
-            what = _write(made, chosen, merge_lora, max_shard_bytes, together, convert)
+            what = _write(made, chosen, merge_lora, max_shard_bytes, together, layout == "transformers")
         if together.rank > 0:
             return None
         together.wait()
-        if isinstance(made.family, Generation):
+        if generation:
             proof = export_pipeline.prove(made, partial, what, chosen, second)
         else:
-            _processor(made, partial)
+            _write_processor(made, partial)
             proof = _prove(made, partial, what, chosen)
         step = int(made.checkpoint.name.rpartition("-")[2]) if kind == "run" else None
-        result = Exported(
-            str(final), os.fspath(source), what, str(chosen).removeprefix("torch."), step, *proof,
-            round(time.perf_counter() - began, 2),
-        )  # fmt: skip
-        about = {**asdict(result), "base": _base_name(made.recipe)} if adapter else asdict(result)
-        (partial / MARKER).write_text(json.dumps(about, indent=1))
+        seconds = round(time.perf_counter() - began, 2)
+        name = str(chosen).removeprefix("torch.")
+        result = Exported(str(final), os.fspath(source), what, name, step, *proof, seconds)
+        marker = asdict(result) | ({"base": _base_name(made.recipe)} if adapter else {})
+        (partial / MARKER).write_text(json.dumps(marker, indent=1))
     return result
 
 
 def run(source: str, directory: str | os.PathLike, **options: Any) -> int:
-    """The command: export, and say what was written and how it was proven. Returns the exit code."""
+    """The command: export, and print what was written and how it was proven. Returns the exit code."""
     done = export(source, directory, **options)
     assert done is not None
-    where = Path(done.directory)
-    size = sum(f.stat().st_size for f in where.rglob("*.safetensors"))
-    pipeline = of_pipeline(where) if done.what == "adapter" else (where / "model_index.json").is_file()
-    peft = (where / "adapter_config.json").is_file()
-    with_what = "peft" if peft else "diffusers" if pipeline else "transformers"
-    compared = (
-        f"predictions of {done.tokens} values"
-        if pipeline
-        else f"logits of {done.tokens} tokens (text and media)"
-    )
+    written = Path(done.directory)
+    size = sum(f.stat().st_size for f in written.rglob("*.safetensors"))
+    pipeline = of_pipeline(written) if done.what == "adapter" else (written / "model_index.json").is_file()
+    peft = (written / "adapter_config.json").is_file()
+    library = "peft" if peft else "diffusers" if pipeline else "transformers"
     print(f"{done.directory}: {done.what}, {done.dtype}, {size / 2**20:.1f} MiB")
     if done.computed:
+        compared = f"logits of {done.tokens} tokens (text and media)"
+        if pipeline:
+            compared = f"predictions of {done.tokens} values"
         print(
-            f"opened with {with_what}: {compared} differ by {done.difference:.1e} at most "
+            f"opened with {library}: {compared} differ by {done.difference:.1e} at most "
             f"(largest {done.largest:.1f}, computed in {done.computed})"
         )
     else:
         print(
-            f"not opened with {with_what}, as the model does not fit into this machine's memory; the names and shapes of "
-            "all tensors in the files' headers are the model's"
+            f"not opened with {library}, as the model does not fit into this machine's memory; the names and "
+            "shapes of all tensors in the files' headers are the model's"
         )
     return 0
 
 
-# --- directories -----------------------------------------------------------------------------------------------------
+# --- directories ----------------------------------------------------------------------------------
 
 
-def _refuse(final: Path, source: str | os.PathLike, force: bool) -> None:
-    """Whether `final` may be written: never over what it is made from, over foreign files only with `force`."""
+def _check_directory(final: Path, source: str | os.PathLike, force: bool) -> None:
+    """`final` may not be what is exported, and may replace foreign files only with `force`."""
     origin = Path(source).expanduser()
-    if origin.exists() and (
-        origin.resolve() == final.resolve() or final.resolve() in origin.resolve().parents
-    ):
+    if origin.exists() and final.resolve() in (origin.resolve(), *origin.resolve().parents):
         raise PolymodalError(f"{final} holds the checkpoint that is exported.", "Choose another directory.")
     if final.exists() and not final.is_dir():
         raise PolymodalError(f"{final} is a file.", "Choose a directory.")
@@ -206,12 +196,11 @@ def _refuse(final: Path, source: str | os.PathLike, force: bool) -> None:
         )
 
 
-# --- reading and writing ---------------------------------------------------------------------------------------------
+# --- reading and writing --------------------------------------------------------------------------
 
 
 def _opened(source: str | os.PathLike, kind: str, ema: bool, base: str | None) -> Assembled:
-    """Any source as a model on meta with the house's attention, and its tensors to be read; adapters
-    apart."""
+    """Any source as a model on meta with the attention of training, and its tensors; adapters apart."""
     if kind == "run":
         return describe(source, ema=ema, base=base)
     if kind == "adapter":
@@ -222,22 +211,18 @@ def _opened(source: str | os.PathLike, kind: str, ema: bool, base: str | None) -
 
 
 def _adapter(directory: Path, base: str | None) -> Assembled:
-    """A peft adapter on its base: the layers that it adapts are peft's to say. Raises PolymodalError."""
+    """A peft adapter on its base, attached by peft. Raises PolymodalError."""
     from peft import LoraConfig, inject_adapter_in_model
 
     config = adapter_config(directory)
-    extra = [
-        k
-        for k in ("use_dora", "modules_to_save", "trainable_token_indices", "megatron_config")
-        if config.get(k)
-    ]
+    extra = [key for key in NOT_PLAIN_LORA if config.get(key)]
     if config.get("peft_type") != "LORA" or extra or config.get("bias", "none") != "none":
         what = ", ".join(extra) or f"{config.get('peft_type')}, bias {config.get('bias')}"
         raise PolymodalError(
             f"{directory} is not plain LoRA ({what}).", "Merge it with peft itself: merge_and_unload()."
         )
-    place = base_of(directory, config, base)
-    made = of_hub(place)
+    origin = base_of(directory, config, base)
+    made = of_hub(origin)
     made.recipe.model.lora = recipes.Lora(
         rank=config["r"], alpha=config["lora_alpha"], rslora=bool(config.get("use_rslora"))
     )
@@ -246,7 +231,7 @@ def _adapter(directory: Path, base: str | None) -> Assembled:
         inject_adapter_in_model(chosen, made.model, lora.NAME, low_cpu_mem_usage=True)
     except (OSError, ValueError, TypeError) as error:
         raise PolymodalError(
-            f"The adapter {directory} does not fit its base {place}: {str(error).strip().splitlines()[0]}",
+            f"The adapter {directory} does not fit its base {origin}: {str(error).strip().splitlines()[0]}",
             "Give the base it was trained on with --base.",
         ) from None
     made.tensors |= lora.read(made.model, directory)
@@ -254,15 +239,13 @@ def _adapter(directory: Path, base: str | None) -> Assembled:
     return made
 
 
-def _dtype_of(config: Any) -> torch.dtype:
-    """The dtype that a checkpoint's config names; float32 when it names none."""
-    for part in (config, getattr(config, "text_config", None)):
-        named = getattr(part, "dtype", None)
-        if named is not None:
-            return (
-                named if isinstance(named, torch.dtype) else getattr(torch, str(named).removeprefix("torch."))
-            )
-    return torch.float32
+def _stored_dtype(family: Any) -> torch.dtype:
+    """The dtype of the base checkpoint; float32 when its config names none."""
+    if isinstance(family, Generation):
+        return export_pipeline.stored_dtype(family)
+    configs = (family.config, getattr(family.config, "text_config", None))
+    name = next((str(c.dtype) for c in configs if getattr(c, "dtype", None) is not None), "float32")
+    return getattr(torch, name.removeprefix("torch."))
 
 
 def _write(
@@ -286,16 +269,19 @@ def _write(
 
 
 def _base_name(recipe: recipes.Recipe) -> str:
-    """What an adapter says of its base: the hub id, or the directory's full path, so that it opens from anywhere.
+    """An adapter's base_model_name_or_path: the hub id, or the directory's full path, so that it opens from
+    anywhere.
 
-    Raises PolymodalError when the base is the checkpoint of another run, which is in no format that peft opens.
+    Raises PolymodalError when the base is the checkpoint of another run, which is in no format that peft
+    opens.
     """
     source = recipe.model.source
     start = recipe.checkpoint.init_from
     if start and not lora.is_adapter(start):
         if not catalog.is_whole(start):
             raise PolymodalError(
-                f"The run's adapters are on top of another run (checkpoint.init_from = {start}), which peft cannot open.",
+                f"The run's adapters are on top of another run (checkpoint.init_from = {start}), which peft "
+                "cannot open.",
                 "Add --merge-lora; or export that run, and train adapters from its export.",
             )
         source = start
@@ -306,8 +292,8 @@ def _base_name(recipe: recipes.Recipe) -> str:
     return known[0].sizes[known[1]].hub if known is not None and known[1] is not None else source
 
 
-def _processor(made: Assembled, partial: Path) -> None:
-    """The source's processor files as they are; written anew where the recipe changes them, or beside an adapter."""
+def _write_processor(made: Assembled, partial: Path) -> None:
+    """The source's processor files; written anew where the recipe changes them, or beside an adapter."""
     data = made.recipe.data
     changed = data.chat_template or any(
         v is not None for part in (data.image, data.video) for v in (part.min_pixels, part.max_pixels)
@@ -318,7 +304,7 @@ def _processor(made: Assembled, partial: Path) -> None:
     catalog.reader(partial).write_processor(processor, partial)
 
 
-# --- the proof -------------------------------------------------------------------------------------------------------
+# --- the proof ------------------------------------------------------------------------------------
 
 
 def _picture() -> bytes:
@@ -333,23 +319,17 @@ def _picture() -> bytes:
     return buffer.getvalue()
 
 
-def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> tuple[int, float, float, str]:
-    """Compare logits of one sample: this house's model, filled from the source, against what the library
-    opens.
-
-    Returns (tokens, largest difference, largest logit, arithmetic), or (0, 0, 0, "") when the model does not
-    fit into memory and names and shapes alone were compared. Raises PolymodalError when they differ.
-    """
+def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> Proof:
+    """Compare logits of one sample: of the model that was trained, filled from the source, and of what the
+    library opens. Raises PolymodalError when they differ."""
     model, family, data = made.model, made.family, made.recipe.data
     count = sum(p.numel() for p in model.parameters())
-    low_dtype = dtype if dtype != torch.float32 else torch.bfloat16
-    arithmetic = next(
-        (d for d in (torch.float32, low_dtype) if export_pipeline.room_for(count * d.itemsize)), None
-    )
+    dtypes = (torch.float32, dtype if dtype != torch.float32 else torch.bfloat16)
+    arithmetic = next((d for d in dtypes if export_pipeline.room_for(count * d.itemsize)), None)
     if arithmetic is None:
         if what != "adapter":
             weights.read(family.build(), partial)
-        return 0, 0.0, 0.0, ""
+        return Proof()
     made.fill(arithmetic)
     _round(model, what, dtype)
     record = Record(
@@ -368,21 +348,17 @@ def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> tup
     own = batch["input_ids"][0]
     if not torch.equal(ids, own):
         raise PolymodalError(
-            f"The exported processor makes other tokens of the same sample ({len(ids)} against {batch['input_ids'].shape[1]}); nothing was kept.",
+            f"The exported processor makes other tokens of the same sample ({len(ids)} against {len(own)}); "
+            "nothing was kept.",
             "This is a defect: report it with the model's name.",
         )
-    difference, largest = float((ours - theirs).abs().max()), float(ours.abs().max())
     low = arithmetic != torch.float32 or (what == "merged" and dtype != torch.float32)
-    if not difference <= (TOLERANCE_LOW if low else TOLERANCE) * max(1.0, largest):
-        raise PolymodalError(
-            f"The export of {made.checkpoint} answers differently: logits differ by {difference:.2e} (largest {largest:.2e}); nothing was kept.",
-            "This is a defect of the model's card or of the merge: report it with the model's name.",
-        )
-    return len(ids), difference, largest, str(arithmetic).removeprefix("torch.")
+    difference, largest = export_pipeline.compare(ours, theirs, low, f"{made.checkpoint} answers", "logits")
+    return Proof(len(ids), difference, largest, str(arithmetic).removeprefix("torch."))
 
 
 def _round(model: nn.Module, what: str, dtype: torch.dtype) -> None:
-    """What was written in `dtype`, as it comes back: weights of a model, or the adapters of one."""
+    """Round what was written in `dtype`: weights of a model, or the adapters of one."""
     if what == "merged" or dtype == torch.float32:
         return  # merged weights are compared with the exact sum
     for name, parameter in model.named_parameters():
@@ -402,13 +378,8 @@ def _library_logits(
     data, processor = made.recipe.data, processor_of(partial, trust=trust)
     if isinstance(made.family, EncoderDecoder):
         return export_speech.library_logits(model.eval(), processor)
-    engine = Engine(
-        model.eval(),
-        processor,
-        video=data.video,
-        template_kwargs=data.template_kwargs,
-        name=str(partial),
-    )
+    options = {"video": data.video, "template_kwargs": data.template_kwargs, "name": str(partial)}
+    engine = Engine(model.eval(), processor, **options)
     inputs = engine._encode([engine._prepare(0, "0", record.messages)])
     with torch.no_grad():
         return model(**inputs, use_cache=False).logits[0].float(), inputs["input_ids"][0]

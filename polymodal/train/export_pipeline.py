@@ -1,6 +1,6 @@
 """Export of a model that generates: a pipeline in diffusers' layout, or a LoRA file, proven by diffusers.
 
-Called by export.py, which owns the directory and its name. The parts that were not trained are taken over from the
+Called by export.py, which owns the directory and its name. Parts that were not trained are copied from the
 source (as hard links where the disk allows); then diffusers itself opens the result and predicts a sample.
 """
 
@@ -12,7 +12,7 @@ import shutil
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,39 @@ from polymodal.generate.opening import Assembled
 from polymodal.generate.pipeline import base_of, other_denoiser, put_on
 from polymodal.models import catalog, lora, pipelines, saving, weights
 from polymodal.models.saving import Together
-from polymodal.models.storage import Files
-from polymodal.models.storage import dtype_of as stored_dtype
+from polymodal.models.storage import Files, dtype_of
 from polymodal.runtime import host
 
 STEM = "diffusion_pytorch_model"
 TOLERANCE = 1e-3
-"""Largest difference of predictions, as a share of the largest, computed in float32."""
+"""Largest difference of outputs, as a share of the largest output, computed in float32."""
 TOLERANCE_LOW = 6e-2
-"""The same for merged weights that were rounded to a lower precision."""
+"""The same for arithmetic in bf16 or fp16, and for merged weights that were rounded to one of them."""
+
+
+class Proof(NamedTuple):
+    """How the outputs of an export differ from those of the model that was trained.
+
+    tokens: how many of them (or values) were compared; largest: output; computed: the arithmetic, "" where
+    the model did not fit into memory and names and shapes alone were compared.
+    """
+
+    tokens: int = 0
+    difference: float = 0.0
+    largest: float = 0.0
+    computed: str = ""
+
+
+def compare(ours: Tensor, theirs: Tensor, low: bool, what: str, outputs: str) -> tuple[float, float]:
+    """(largest difference, largest output). Raises PolymodalError about `what` when they differ."""
+    difference, largest = float((ours - theirs).abs().max()), float(ours.abs().max())
+    if not difference <= (TOLERANCE_LOW if low else TOLERANCE) * max(1.0, largest):
+        raise PolymodalError(
+            f"The export of {what} differently: {outputs} differ by {difference:.2e} "
+            f"(largest {largest:.2e}); nothing was kept.",
+            "This is a defect of the model's card or of the merge: report it with the model's name.",
+        )
+    return difference, largest
 
 
 def room_for(size: int) -> bool:
@@ -41,12 +65,12 @@ def room_for(size: int) -> bool:
     return here is None or size * 1.3 < here.free
 
 
-def dtype_of(family: Any, adapter: bool) -> torch.dtype:
-    """The dtype that most of the source's denoiser is stored in; float32 for adapters and where there is none."""
-    if adapter or not any(family.weights_source.glob("*.safetensors")):
+def stored_dtype(family: Any) -> torch.dtype:
+    """The dtype that most of the source's denoiser is stored in; float32 without files."""
+    if not any(family.weights_source.glob("*.safetensors")):
         return torch.float32
-    kinds = list(Files(family.weights_source).dtypes.values())
-    return stored_dtype(max(set(kinds), key=kinds.count))
+    dtypes = list(Files(family.weights_source).dtypes.values())
+    return dtype_of(max(set(dtypes), key=dtypes.count))
 
 
 def second(made: Assembled, source: Any, other: str, ema: bool, base: str | None, merge: bool) -> Assembled:
@@ -80,7 +104,7 @@ def write(
     both = [made] if other is None else [made, other]
     parts = [one.family.part for one in both]  # type: ignore[attr-defined]
     if together.rank == 0:
-        _take_over(Path(family.source), partial, set(parts))
+        _copy_parts(Path(family.source), partial, set(parts))
     for one, part in zip(both, parts, strict=True):
         (partial / part).mkdir(exist_ok=True)
         files = saving.outputs(one.model, None, dtype)
@@ -107,12 +131,10 @@ def _write_adapter(made: Assembled, partial: Path, dtype: torch.dtype) -> None:
 
 def prove(
     made: Assembled, partial: Path, what: str, dtype: torch.dtype, other: Assembled | None = None
-) -> tuple[int, float, float, str]:
-    """Predictions of this house's model against those of the one that diffusers opens.
+) -> Proof:
+    """Compare predictions of the model that was trained and of the pipeline that diffusers opens.
 
-    Returns (values compared, largest difference, largest value, arithmetic), or (0, 0, 0, "") when the
-    pipeline and the denoiser do not fit into memory and names and shapes alone were compared. Raises
-    PolymodalError when they differ.
+    Raises PolymodalError when they differ.
     """
     both = [made] if other is None else [made, other]
     whole = Path(made.family.source) if what == "adapter" else partial
@@ -124,13 +146,13 @@ def prove(
     if not room_for(4 * (count + sum(p.numel() for p in made.model.parameters()))):
         for one in both if what != "adapter" else []:
             weights.read(one.family.build(), partial / one.family.part)  # type: ignore[attr-defined]
-        return 0, 0.0, 0.0, ""
+        return Proof()
     proofs = [_prove(one, partial, what, dtype) for one in both]
-    worst = max(proofs, key=lambda proof: proof[1] / max(1.0, proof[2]))
-    return sum(proof[0] for proof in proofs), *worst[1:]
+    worst = max(proofs, key=lambda proof: proof.difference / max(1.0, proof.largest))
+    return worst._replace(tokens=sum(proof.tokens for proof in proofs))
 
 
-def _take_over(source: Path, target: Path, parts: set[str]) -> None:
+def _copy_parts(source: Path, target: Path, parts: set[str]) -> None:
     """All of a pipeline but what was trained."""
 
     def put(origin: str, copy: str) -> None:
@@ -147,8 +169,7 @@ def _take_over(source: Path, target: Path, parts: set[str]) -> None:
 
 
 @torch.no_grad()
-def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> tuple[int, float, float, str]:
-    """Compare one prediction: this house's model against the one that diffusers opens. Raises PolymodalError."""
+def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> Proof:
     made.fill()
     family, model = made.family, made.model
     for name, parameter in model.named_parameters():
@@ -166,14 +187,9 @@ def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> tup
     batch = example(family, opened)
     theirs = family.stage(getattr(opened, family.part), None, batch).hidden_states.float()
     ours = family.stage(model.float(), None, batch).hidden_states.float()
-    difference, largest = float((ours - theirs).abs().max()), float(ours.abs().max())
     low = what == "merged" and dtype != torch.float32
-    if not difference <= (TOLERANCE_LOW if low else TOLERANCE) * max(1.0, largest):
-        raise PolymodalError(
-            f"The export of {made.checkpoint} predicts differently: by {difference:.2e} (largest {largest:.2e}); nothing was kept.",
-            "This is a defect of the model's card or of the merge: report it with the model's name.",
-        )
-    return ours.numel(), difference, largest, "float32"
+    difference, largest = compare(ours, theirs, low, f"{made.checkpoint} predicts", "values")
+    return Proof(ours.numel(), difference, largest, "float32")
 
 
 def _fresh(made: Assembled) -> nn.Module:
@@ -184,16 +200,15 @@ def _fresh(made: Assembled) -> nn.Module:
 
 
 def example(family: Any, pipeline: Any) -> Batch:
-    """A small sample with structure through the pipeline's own encoders, half noised: what predictions are compared on."""
+    """A small sample through the pipeline's own encoders, half noised: what predictions are compared on."""
     grid = family.grid()
     frames = 1 if grid.still else 1 + grid.time * max(1, 2 * grid.patch[0] - 1)
     draw = torch.Generator().manual_seed(0)
     pixels = torch.rand(1, 3, frames, 2 * grid.side, 2 * grid.side, generator=draw) * 2 - 1
+    conditions = dict.fromkeys(family.needed, pixels) | family.trial(frames)
     tensors: dict[str, Tensor] = {
         **family.encode_text(pipeline, ["a red circle"], **({"pixels": pixels} if family.sees else {})),
-        **family.encode_media(
-            pipeline, pixels, **dict.fromkeys(family.needed, pixels), **family.trial(frames)
-        ),
+        **family.encode_media(pipeline, pixels, **conditions),
     }
     latents = tensors.pop("latents").float()
     for name in family.process().streams:
@@ -207,12 +222,11 @@ def example(family: Any, pipeline: Any) -> Batch:
 
 
 def open_adapter(directory: Path, base: str | None) -> Assembled:
-    """An adapter of a denoiser on its base, by the house's path. Raises PolymodalError."""
-    place = base or base_of(directory)
-    rank = lora.read_settings(directory)
-    recipe = recipes.Recipe(model=recipes.Model(source=place, lora=rank))
+    """An adapter of a denoiser on its base, as training attaches it. Raises PolymodalError."""
+    settings = lora.read_settings(directory)
+    recipe = recipes.Recipe(model=recipes.Model(source=base or base_of(directory), lora=settings))
     family = catalog.family(recipe.model)
     model = family.build()
-    lora.attach(model, rank, family.card)
-    held = weights.read(model, weights.directory_of(None, family)) | lora.read(model, directory)
-    return Assembled(model, family, recipe, directory, held)
+    lora.attach(model, settings, family.card)
+    tensors = weights.read(model, weights.directory_of(None, family)) | lora.read(model, directory)
+    return Assembled(model, family, recipe, directory, tensors)

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, trackers, the progress bar, traces, memory snapshots, and the guards.
+"""Metrics, trackers, the progress bar, the loss guard, profiler traces and memory snapshots.
 
 Only rank 0 writes metrics; traces and snapshots are written by the ranks that the recipe names.
 """
@@ -6,6 +6,7 @@ Only rank 0 writes metrics; traces and snapshots are written by the ranks that t
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
 import time
@@ -24,15 +25,15 @@ class Metrics:
     """One line a logged step into metrics.jsonl, and the same numbers to the trackers."""
 
     def __init__(self, run: Path, monitor: Monitor, name: str, config: dict[str, Any], step: int = 0):
-        """step: the last one that is done, of a resumed run: what was told of later ones is dropped."""
+        """step: the last one that is done; a resumed run drops the lines of later ones."""
         run.mkdir(parents=True, exist_ok=True)
         self.path = run / "metrics.jsonl"
         if self.path.is_file():
             _forget_after(self.path, step)
         self._file = self.path.open("a", buffering=1)
-        self._trackers: list[Any] = []
-        for tracker in monitor.trackers:
-            self._trackers.append(_TRACKERS[tracker](run, monitor.project, name, config, step))
+        self._trackers: list[Any] = [
+            _TRACKERS[tracker](run, monitor.project, name, config, step) for tracker in monitor.trackers
+        ]
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         try:
@@ -50,14 +51,14 @@ class Metrics:
                 tracker.picture(step, name, pixels)
 
     def close(self) -> None:
-        """Ends the files. A disk without room was said when a line was written: it is no second error."""
+        """Close the files. A full disk was an error when a line was written: it is no second one."""
         for each in (self._file, *self._trackers):
             with contextlib.suppress(OSError):
                 each.close()
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drop the lines of later steps, so that the file is one curve, and those that a full disk or lost power cut."""
+    """Drop the lines of later steps, and those cut by a full disk or lost power: the file is one curve."""
 
     def kept(line: bytes) -> bool:
         try:
@@ -88,9 +89,7 @@ class _TensorBoard:
         self.writer.close()
 
 
-def _needs(module: str) -> Any:
-    import importlib
-
+def _import(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -102,13 +101,12 @@ def _needs(module: str) -> Any:
 
 class _Wandb:
     def __init__(self, run: Path, project: str, name: str, config: dict, step: int):
-        kept = (
-            run / "wandb.id"
-        )  # of this directory: a resumed run goes on, another of the same name is its own
-        if not kept.is_file():
-            kept.write_text(uuid.uuid4().hex)
-        self.run = _needs("wandb").init(
-            project=project, name=name, dir=str(run), config=config, resume="allow", id=kept.read_text()
+        # an id of this directory: a resumed run continues its curve, another of the same name has its own
+        file = run / "wandb.id"
+        if not file.is_file():
+            file.write_text(uuid.uuid4().hex)
+        self.run = _import("wandb").init(
+            project=project, name=name, dir=str(run), config=config, resume="allow", id=file.read_text()
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -120,17 +118,17 @@ class _Wandb:
 
 class _Mlflow:
     def __init__(self, run: Path, project: str, name: str, config: dict, step: int):
-        self.mlflow = _needs("mlflow")
+        self.mlflow = _import("mlflow")
         self.mlflow.set_experiment(project)
-        kept = run / "mlflow.id"
-        if kept.is_file():
-            self.mlflow.start_run(run_id=kept.read_text())
+        file = run / "mlflow.id"
+        if file.is_file():
+            self.mlflow.start_run(run_id=file.read_text())
         else:
-            kept.write_text(self.mlflow.start_run(run_name=name).info.run_id)
+            file.write_text(self.mlflow.start_run(run_name=name).info.run_id)
             self.mlflow.log_dict(config, "recipe.json")
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        # its store of files would want `loss` to be a file and, for loss/text, a directory
+        # its file store could not hold `loss` (a file) beside `loss/text` (in a directory)
         names = {k: k.replace("/", ".").replace("@", "_") for k in values}
         self.mlflow.log_metrics({names[k]: v for k, v in values.items()}, step=step)
 
@@ -145,18 +143,11 @@ class Progress:
     """A live bar with the step's numbers below it on a terminal; plain lines elsewhere (log files, CI)."""
 
     def __init__(self, name: str, steps: int, done: int):
+        from rich import progress
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import Progress as Bar
         from rich.text import Text
 
-        class WithNumbers(Bar):
+        class WithNumbers(progress.Progress):
             numbers = ""
 
             def get_renderables(self) -> Iterator[Any]:
@@ -166,10 +157,14 @@ class Progress:
         self.console = Console()
         self.live = self.console.is_terminal
         if self.live:
-            self.bar = WithNumbers(
-                TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-                console=self.console, expand=True,
-            )  # fmt: skip
+            columns = (
+                progress.TextColumn("{task.description}", markup=False),
+                progress.BarColumn(bar_width=None),
+                progress.MofNCompleteColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TimeRemainingColumn(),
+            )
+            self.bar = WithNumbers(*columns, console=self.console, expand=True)
             self.bar.start()
             self.task = self.bar.add_task(name, total=steps, completed=done)
 
@@ -180,7 +175,7 @@ class Progress:
         else:
             print(line, flush=True)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         if self.live:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
@@ -192,7 +187,7 @@ class Progress:
 
 
 class Guard:
-    """Decides what a step with a strange loss or gradient does. Every rank sees the same numbers, so all agree."""
+    """Skips or refuses steps with unusual losses or gradients. All ranks have the same numbers and agree."""
 
     def __init__(self, guard: LossGuard, scaled: bool, mean: float | None = None):
         self.guard, self.scaled, self.mean = guard, scaled, mean
@@ -202,18 +197,19 @@ class Guard:
     def accept(self, step: int, loss: float, norm: float) -> tuple[bool, str]:
         """-> (apply this step, why not). Raises PolymodalError when the run should stop."""
         self.recent.append(loss)
+        spike = self.guard.spike
         if not (math.isfinite(loss) and math.isfinite(norm)):
             reason = f"loss {loss}, gradient norm {norm}"
             if self.guard.nan == "stop" and not self.scaled:
+                losses = ", ".join(f"{x:.4g}" for x in self.recent)
                 raise PolymodalError(
-                    f"Step {step}: {reason}; the last losses were {', '.join(f'{x:.4g}' for x in self.recent)}.",
-                    "Lower optim.lr, check the data at this step (the checkpoint before it is whole), or set train.guard.nan: skip.",
+                    f"Step {step}: {reason}; the last losses were {losses}.",
+                    "Lower optim.lr, check the data at this step (the checkpoint before it is whole), or set "
+                    "train.guard.nan: skip.",
                 )
             return self._skip(step, reason)
-        if self.guard.spike and self.mean and norm > self.guard.spike * self.mean:
-            return self._skip(
-                step, f"gradient norm {norm:.3g} is over {self.guard.spike} x its mean {self.mean:.3g}"
-            )
+        if spike and self.mean and norm > spike * self.mean:
+            return self._skip(step, f"gradient norm {norm:.3g} is over {spike} x its mean {self.mean:.3g}")
         self.skipped = 0
         self.mean = norm if self.mean is None else 0.98 * self.mean + 0.02 * norm
         return True, ""
@@ -229,41 +225,41 @@ class Guard:
 
 
 class Profiler:
-    """Torch traces over a range of steps: from the recipe, or asked for in a live run by `polymodal profile RUN`.
+    """torch.profiler traces over a range of steps: of the recipe, or requested in a live run by `polymodal
+    profile RUN`.
 
-    Rank 0 alone looks for a request; the step tells every rank that there is one (`asked`), then all `take` it
-    together, so that every chosen rank traces the same steps.
+    Rank 0 alone looks for a request (`asked`); the step shares that flag with all ranks, which then `take`
+    the request together, so that every chosen rank traces the same steps.
     """
 
     REQUEST = "profile.request"
     POLL = 2.0
-    """Seconds between two looks for a request."""
+    """Seconds between two looks for a request file."""
 
     def __init__(self, run: Path, profile: Profile | None, rank: int, device: DeviceInfo):
         self.run, self.rank, self.device = run, rank, device
-        self._wanted = [profile] if profile is not None else []
+        self._profiles = [profile] if profile is not None else []
         self._active: Any = None
-        self._step = 0
-        self._until = 0
-        self._memory = False
+        self._step = self._first = self._last = 0
+        self._memory: Any = None  # torch.<device>.memory while its history is recorded
         self._looked = -math.inf
 
     def before(self, step: int) -> None:
         """Call at the start of optimizer step `step` (from 1)."""
         self._step = step
-        for profile in self._wanted:
+        for profile in self._profiles:
             if profile.start == step and self._active is None:
                 self._start(step, profile)
 
     def asked(self) -> bool:
-        """Rank 0: whether a request lies in the run's directory and no trace is being made. Other ranks: no."""
-        if self.rank != 0 or self._step < self._until or time.monotonic() - self._looked < self.POLL:
+        """Rank 0: whether a request is in the run's directory and no trace is being made. Other ranks: no."""
+        if self.rank != 0 or self._step < self._last or time.monotonic() - self._looked < self.POLL:
             return False
         self._looked = time.monotonic()
         return (self.run / self.REQUEST).is_file()
 
     def take(self, share: Callable[[Any], Any]) -> None:
-        """Collective: begin what was asked for with the next step. share: rank 0's object, on every rank."""
+        """Collective: begin the requested trace with the next step. share: rank 0's object, on every rank."""
         asked = None
         if self.rank == 0:
             request = self.run / self.REQUEST
@@ -274,52 +270,45 @@ class Profiler:
                 print(f"{request} could not be read and was removed", flush=True)
         asked = share(asked)
         if asked is not None:
-            self._wanted.append(asked)
+            self._profiles.append(asked)
 
     def _start(self, step: int, profile: Profile) -> None:
-        self._until = step + profile.steps - 1
+        self._first, self._last = step, step + profile.steps - 1
         if self.rank not in profile.ranks:
             return
         import torch
         from torch.profiler import ProfilerActivity, supported_activities
 
-        activities = [
-            ProfilerActivity.CPU,
-            *(a for a in supported_activities() if a != ProfilerActivity.CPU and self.device.kind != "cpu"),
-        ]
-        self._memory = profile.memory
-        if self._memory and self.device.kind != "cpu":
-            getattr(torch, self.device.kind).memory._record_memory_history()
+        kind = self.device.kind
+        if profile.memory and kind != "cpu":
+            self._memory = getattr(torch, kind).memory
+            self._memory._record_memory_history()
         self._active = torch.profiler.profile(
-            activities=activities,
+            activities=[ProfilerActivity.CPU] if kind == "cpu" else supported_activities(),
             record_shapes=profile.stacks,
             with_stack=profile.stacks,
             profile_memory=profile.memory,
         )
         self._active.__enter__()
-        self._first = step
 
     def after(self, step: int) -> Path | None:
         """Call at the end of a step; returns the trace's path when one was written."""
-        if self._active is None or step < self._until:
+        if self._active is None or step < self._last:
             return None
-        import torch
-
         self._active.__exit__(None, None, None)
         folder = self.run / "traces"
         folder.mkdir(exist_ok=True)
         path = folder / f"steps-{self._first}-{step}-rank-{self.rank}.json"
         self._active.export_chrome_trace(str(path))
-        if self._memory and self.device.kind != "cpu":
-            memory = getattr(torch, self.device.kind).memory
-            memory._dump_snapshot(str(path.with_suffix(".pickle")))
-            memory._record_memory_history(enabled=None)
-        self._active = None
+        if self._memory is not None:
+            self._memory._dump_snapshot(str(path.with_suffix(".pickle")))
+            self._memory._record_memory_history(enabled=None)
+        self._active = self._memory = None
         return path
 
 
 def line(step: int, steps: int, values: dict[str, Any]) -> str:
-    """The log line: what people compare, and where the time went."""
+    """The line of a step in the log: losses, rates and where the time went."""
     parts = [f"step {step}/{steps}", f"loss {values['loss']:.4f}"]
     kinds = {key.removeprefix("loss/"): value for key, value in values.items() if key.startswith("loss/")}
     if len(kinds) > 1:

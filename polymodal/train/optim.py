@@ -1,13 +1,13 @@
-"""Optimizers, learning rates by tower or pattern, schedules, loss scaling and the moving average of the weights.
+"""Optimizers, learning rates by tower or pattern, schedules, loss scaling and the weights' moving average.
 
-Sees the recipe and the card's tower names. State is kept by parameter name, so that a checkpoint fits any layout.
+State is kept by parameter name, so that a checkpoint fits any layout.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,22 +27,16 @@ def in_tower(name: str, modules: Iterable[str]) -> bool:
     parts = name.split(".")
     for module in modules:
         pattern = module.split(".")
-        head = parts[: len(pattern)]
-        if len(head) == len(pattern) and all(
-            fnmatch.fnmatchcase(a, b) for a, b in zip(head, pattern, strict=True)
-        ):
+        if len(parts) >= len(pattern) and all(map(fnmatch.fnmatchcase, parts, pattern)):
             return True
     return False
 
 
 def tower_of(name: str, towers: Towers) -> str | None:
     """Tower of a parameter; the longest module path wins, so that a projector inside a tower is its own."""
-    best, length = None, -1
-    for tower, modules in towers.items():
-        for module in modules:
-            if in_tower(name, (module,)) and len(module.split(".")) > length:
-                best, length = tower, len(module.split("."))
-    return best
+    paths = [(module, tower) for tower, modules in towers.items() for module in modules]
+    holding = [(module.count("."), tower) for module, tower in paths if in_tower(name, (module,))]
+    return max(holding, key=lambda each: each[0])[1] if holding else None
 
 
 def matches(name: str, match: str, towers: Towers) -> bool:
@@ -52,25 +46,22 @@ def matches(name: str, match: str, towers: Towers) -> bool:
     return fnmatch.fnmatchcase(name, match) or in_tower(name, (match,))
 
 
-def freeze(model: nn.Module, patterns: list[str], towers: Towers) -> list[str]:
-    """Set requires_grad false on what the patterns mean; returns the names. A pattern without a match is an error."""
-    frozen = []
+def freeze(model: nn.Module, patterns: list[str], towers: Towers) -> None:
+    """Freeze the parameters that the patterns match. Raises PolymodalError where one matches none."""
+    parameters = dict(model.named_parameters())
     for pattern in patterns:
-        hit = [n for n, _ in model.named_parameters() if matches(n, pattern, towers)]
-        if not hit:
+        matching = [name for name in parameters if matches(name, pattern, towers)]
+        if not matching:
             raise PolymodalError(
-                f"train.freeze: `{pattern}` is neither a tower of this model ({', '.join(towers)}) nor the pattern of a parameter."
+                f"train.freeze: `{pattern}` is neither a tower of this model ({', '.join(towers)}) "
+                "nor the pattern of a parameter."
             )
-        frozen += hit
-    frozen_set = set(frozen)
-    for name, parameter in model.named_parameters():
-        if name in frozen_set:
-            parameter.requires_grad_(False)
-    if not any(p.requires_grad for p in model.parameters()):
+        for name in matching:
+            parameters[name].requires_grad_(False)
+    if not any(p.requires_grad for p in parameters.values()):
         raise PolymodalError(
             f"train.freeze = {patterns} leaves nothing to train.", "Freeze less, or add model.lora."
         )
-    return frozen
 
 
 @dataclass(frozen=True)
@@ -82,17 +73,16 @@ class Rate:
 
 
 def rate(name: str, parameter: Tensor, optim: Optim, towers: Towers) -> Rate:
-    """The first matching group counts; biases, norms and other 1-D parameters do not decay unless a group says so."""
+    """From the first group that matches; 1-D parameters do not decay unless a group says so."""
     lr, decay = optim.lr, optim.weight_decay if parameter.ndim >= 2 else 0.0
-    for group in optim.groups:
-        if matches(name, group.match, towers):
-            if group.lr is not None:
-                lr = group.lr
-            elif group.lr_scale is not None:
-                lr = optim.lr * group.lr_scale
-            if group.weight_decay is not None:
-                decay = group.weight_decay
-            break
+    group = next((group for group in optim.groups if matches(name, group.match, towers)), None)
+    if group is not None:
+        if group.lr is not None:
+            lr = group.lr
+        elif group.lr_scale is not None:
+            lr = optim.lr * group.lr_scale
+        if group.weight_decay is not None:
+            decay = group.weight_decay
     return Rate(lr, decay)
 
 
@@ -109,22 +99,18 @@ def learning_rate(schedule: Schedule, step: int, steps: int) -> float:
         return low + (1 - low) * (1 - progress)
     if schedule.name == "cosine":
         return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
-    start = steps * (1 - schedule.decay)
+    start = steps * (1 - schedule.decay)  # wsd: warm up, stay, decay
     if step < start:
         return 1.0
     return low + (1 - low) * max(0.0, (steps - step) / max(1.0, steps - start))
 
 
-def _mesh_key(parameter: Tensor) -> object:
-    return parameter.device_mesh if isinstance(parameter, DTensor) else None
-
-
 class Optimizer:
     """AdamW, or Muon for the blocks' matrices with AdamW for the rest; one object for the trainer.
 
-    named: trainable parameters by name. Parameters on different meshes (FSDP, FSDP x TP, experts) are kept in separate
-    groups, as torch's multi-tensor kernels want. offload: the state waits on the host between steps, and visits its
-    parameters' device by parts of HOST_PART bytes.
+    named: trainable parameters by name. Parameters on different meshes (FSDP, FSDP x TP, experts) are in
+    separate groups, as torch's multi-tensor kernels want. offload: the state stays on the host between steps,
+    and is moved to its parameters' device HOST_PART bytes at a time.
     """
 
     def __init__(
@@ -132,38 +118,31 @@ class Optimizer:
         named: dict[str, nn.Parameter],
         optim: Optim,
         towers: Towers,
-        muon_names: set[str] | None = None,
+        muon_names: Iterable[str] = (),
         offload: bool = False,
     ):
-        self.optim, self.offload = optim, offload
-        self.named = named
-        muon_names = muon_names if muon_names is not None else set()
-        groups: dict[tuple, list[str]] = {}
+        self.named, self.offload = named, offload
+        muon_names = set(muon_names) if optim.name == "muon" else set()
+        groups: dict[tuple, list[nn.Parameter]] = {}
         for name, parameter in named.items():
-            use_muon = optim.name == "muon" and name in muon_names and parameter.ndim == 2
-            key = (use_muon, rate(name, parameter, optim, towers), _mesh_key(parameter), parameter.dtype)
-            groups.setdefault(key, []).append(name)
+            use_muon = name in muon_names and parameter.ndim == 2
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            key = (use_muon, rate(name, parameter, optim, towers), mesh, parameter.dtype)
+            groups.setdefault(key, []).append(parameter)
         adam: list[dict[str, Any]] = []
         muon: list[dict[str, Any]] = []
-        for (use_muon, peak, _, _), names in groups.items():
-            group = {"params": [named[n] for n in names], "lr": peak.lr, "weight_decay": peak.weight_decay}
+        for (use_muon, peak, _, _), parameters in groups.items():
+            group = {"params": parameters, "lr": peak.lr, "weight_decay": peak.weight_decay}
             (muon if use_muon else adam).append(group)
         self.parts: list[torch.optim.Optimizer] = []
         if adam:
-            device = next(iter(named.values())).device.type
+            fused = next(iter(named.values())).device.type != "meta"
             self.parts.append(
-                torch.optim.AdamW(adam, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=device != "meta")
+                torch.optim.AdamW(adam, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
             )
         if muon:
-            self.parts.append(
-                torch.optim.Muon(
-                    muon,
-                    lr=optim.lr,
-                    momentum=optim.muon_momentum,
-                    ns_steps=optim.muon_steps,
-                    adjust_lr_fn="match_rms_adamw",
-                )
-            )
+            options: dict[str, Any] = {"momentum": optim.muon_momentum, "ns_steps": optim.muon_steps}
+            self.parts.append(torch.optim.Muon(muon, lr=optim.lr, adjust_lr_fn="match_rms_adamw", **options))
         self.peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
 
     def set_rate(self, factor: float) -> None:
@@ -184,31 +163,31 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
     def state(self, create: bool = False) -> dict[str, Tensor]:
-        """{"<kind>.<parameter name>": tensor}; `create` makes the zero state that a fresh optimizer would have."""
+        """{"<kind>.<parameter name>": tensor}; `create` makes the zero state that a fresh optimizer would
+        have."""
         names = {id(p): n for n, p in self.named.items()}
         out: dict[str, Tensor] = {}
         for part in self.parts:
-            kinds = ("momentum_buffer",) if isinstance(part, torch.optim.Muon) else ("exp_avg", "exp_avg_sq")
-            for group in part.param_groups:
-                for parameter in group["params"]:
-                    state = part.state[parameter]
-                    if not state and create:
-                        for kind in kinds:
-                            state[kind] = torch.zeros_like(parameter)
-                        if "exp_avg" in kinds:
-                            state["step"] = torch.zeros(
-                                (), dtype=torch.float32, device=_local(parameter).device
-                            )
-                    for kind, value in state.items():
-                        if isinstance(value, Tensor):
-                            out[f"{kind}.{names[id(parameter)]}"] = value
+            for parameter in (p for group in part.param_groups for p in group["params"]):
+                if create and not part.state[parameter]:
+                    part.state[parameter] = _zero_state(part, parameter)
+                for kind, value in part.state[parameter].items():
+                    if isinstance(value, Tensor):
+                        out[f"{kind}.{names[id(parameter)]}"] = value
         return out
 
 
 def build(trainable: dict[str, nn.Parameter], recipe: Recipe, card: ModelCard) -> Optimizer:
     """The optimizer of a run. Muon takes the matrices of the card's blocks."""
-    blocks = {name for name in trainable if in_tower(name, card.blocks)}
+    blocks = [name for name in trainable if in_tower(name, card.blocks)]
     return Optimizer(trainable, recipe.optim, card.towers, blocks, "optimizer" in recipe.parallel.offload)
+
+
+def _zero_state(part: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+    if isinstance(part, torch.optim.Muon):
+        return {"momentum_buffer": torch.zeros_like(parameter)}
+    moments = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
+    return {**moments, "step": torch.zeros((), dtype=torch.float32, device=_local(parameter).device)}
 
 
 HOST_PART = 256 << 20
@@ -216,28 +195,34 @@ HOST_PART = 256 << 20
 
 
 def _step_from_host(part: torch.optim.Optimizer) -> None:
-    """One step of an optimizer whose state lives on the host: parameters without a gradient are passed over."""
-    owners = [p for group in part.param_groups for p in group["params"] if p.grad is not None]
-    gradients = [p.grad for p in owners]
-    for parameter in owners:
+    """One step of an optimizer whose state is on the host; parameters without a gradient are skipped."""
+    gradients = {p: p.grad for group in part.param_groups for p in group["params"] if p.grad is not None}
+    for parameter in gradients:
         parameter.grad = None
-    start = 0
-    while start < len(owners):
-        end, held = start, 0
-        while end < len(owners) and (end == start or held < HOST_PART):
-            local = _local(owners[end])
-            held += local.numel() * local.element_size()
-            end += 1
-        for parameter, gradient in zip(owners[start:end], gradients[start:end], strict=True):
-            parameter.grad = gradient
+    for parameters in _host_parts(gradients):
+        for parameter in parameters:
+            parameter.grad = gradients[parameter]
             state_to_device(part.state[parameter], _local(parameter).device)
         part.step()
-        for parameter in owners[start:end]:
+        for parameter in parameters:
             parameter.grad = None
             state_to_host(part.state[parameter])
-        start = end
-    for parameter, gradient in zip(owners, gradients, strict=True):
+    for parameter, gradient in gradients.items():
         parameter.grad = gradient
+
+
+def _host_parts(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Lists of parameters, each as long as it begins below HOST_PART bytes."""
+    part: list[Tensor] = []
+    size = 0
+    for parameter in parameters:
+        if part and size >= HOST_PART:
+            yield part
+            part, size = [], 0
+        part.append(parameter)
+        size += _local(parameter).nbytes
+    if part:
+        yield part
 
 
 def state_to_device(state: dict[str, Any], device: torch.device) -> None:
@@ -260,8 +245,7 @@ class MovingAverage:
     """Exponential moving average of the trainable parameters, float32, placed like them."""
 
     def __init__(self, named: dict[str, nn.Parameter], decay: float):
-        self.decay = decay
-        self.named = named
+        self.named, self.decay = named, decay
         self.shadow = {name: p.detach().clone().to(torch.float32) for name, p in named.items()}
 
     @torch.no_grad()
@@ -271,12 +255,11 @@ class MovingAverage:
 
 
 class LossScaler:
-    """Dynamic loss scaling for fp16: halve on overflow, double after `growth` good steps (Micikevicius et al. 2018)."""
+    """Halves the fp16 loss scale on overflow, doubles it after `growth` good steps (arXiv:1710.03740)."""
 
     def __init__(self, enabled: bool, scale: float = 2.0**16, growth: int = 2000):
-        self.enabled = enabled
+        self.enabled, self.growth = enabled, growth
         self.scale = scale if enabled else 1.0
-        self.growth = growth
         self.good = 0
 
     def update(self, finite: bool) -> None:

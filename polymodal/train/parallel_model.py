@@ -1,7 +1,4 @@
-"""The trained model as it lies on this rank: laid out, one part without a pipeline, one or more stages with one.
-
-Sees parallel and models. The trainer asks it for parameters by the names that checkpoints have, and runs it.
-"""
+"""The model as it is on this rank, in pipeline stages and shards; parameters have checkpoint names."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from polymodal.models import lora, partial
 from polymodal.models.family import Family
 from polymodal.parallel import dit_context_parallel, pipeline_split, stages
 from polymodal.parallel.apply import COMPUTE_DTYPE, apply
-from polymodal.parallel.batches import context
+from polymodal.parallel.batches import context_of
 from polymodal.parallel.pipeline import Pipeline, TiedGradients
 from polymodal.parallel.pipeline import bind as bind_stage
 from polymodal.recipe import Recipe
@@ -36,13 +33,16 @@ def meta_model(family: Family, recipe: Recipe) -> nn.Module:
 
 
 class ParallelModel:
-    """Cut into stages, bound, and laid out over the mesh; without values until weights are loaded into its parts.
+    """Cut into stages, bound and sharded over the mesh; without values until weights are loaded into its
+    parts.
 
-    make:    gives the whole model on meta, adapters attached and frozen parameters marked; called once a stage.
+    make:    gives the whole model on meta, adapters attached and frozen parameters marked; called once a
+    stage.
     measure: a typical sample, for parallel.pp_layers = auto.
-    trainable: parameters by name, a tied weight's copy under its owner's; owned: the same without such copies.
-    total, trained: parameters of the whole model; names: of all of them; passes: of training over the model, where the
-    forward pass is one (pipeline_split.training_passes).
+    trainable: parameters by name, a tied weight's copy under its owner's; owned: the same without such
+    copies.
+    total, trained: number of parameters of the whole model; names: of all of them; passes: FLOPs of training
+    over those of the forward pass (pipeline_split.training_passes).
     """
 
     def __init__(
@@ -80,15 +80,15 @@ class ParallelModel:
         self.ties: TiedGradients | None = None
         self.runner: Any
         if parallel.pp > 1:
-            if family.card.sequence_plan:  # what travels is cut over ranks as the stages' streams are
-                probe, group = partial.probe(family, anew=True), context(mesh, family.config, parallel)
-                if group is not None:
-                    dit_context_parallel.apply(probe, family.card, group)
-            line = mesh.world["pp"].get_group()
+            if family.card.sequence_plan:  # what is sent is cut over ranks as the stages' streams are
+                probe, context = partial.probe(family, anew=True), context_of(mesh, family.config, parallel)
+                if context is not None:
+                    dit_context_parallel.apply(probe, family.card, context)
+            group = mesh.world["pp"].get_group()
             self.ties = TiedGradients(
                 self.parts, mesh, lambda stage: pipeline_split.stage_to_rank(parallel, stage)
             )
-            self.runner = Pipeline(self.parts, family, line, device, activations, parallel.pp_schedule)
+            self.runner = Pipeline(self.parts, family, group, device, activations, parallel.pp_schedule)
         else:
             self.runner = Runner(self.parts[0].model, device)
         self._find_parameters()
@@ -109,13 +109,13 @@ class ParallelModel:
         return any(part.stage.first for part in self.parts)
 
     def load_all(self, load: Callable[[nn.Module], Any]) -> None:
-        """Give every part its values: weights.load, weights.initialise or the like, then tied copies their owners'."""
+        """`load` every part (weights.load, weights.initialise), then tied copies from their owners."""
         for model in self.models:
             load(model)
         self.after_load()
 
     def after_load(self) -> None:
-        """After values were given: parameters may be new tensors, and tied copies take their owners' values."""
+        """Parameters may be new tensors after values were loaded; tied copies take their owners' values."""
         stages.sync_tied_copies(self.parts)
         self._find_parameters()
 
@@ -125,7 +125,7 @@ class ParallelModel:
 
     @torch.no_grad()
     def gradients(self, scale: float = 1.0) -> Tensor:
-        """After the backward pass of a step: gradients are complete and divided by the loss's scale; their norm."""
+        """Complete the gradients of a step and divide them by the loss's scale; returns their norm."""
         if self.ties is not None:
             self.ties.reduce()
         if scale != 1.0:

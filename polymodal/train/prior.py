@@ -1,7 +1,7 @@
-"""Pictures that the untrained model draws itself, for datasets with `generate`: DreamBooth's class pictures, made once.
+"""Pictures that the untrained model draws, once, for datasets with `generate`: DreamBooth's class pictures.
 
-Sees generate and the data room's names. Ruiz et al. 2022 (arXiv:2208.12242): a model that learns a subject keeps its
-class by learning, beside the subject, what it drew of the class before.
+A model that learns a subject keeps its class by training, beside the subject, on what it drew of the class
+before (Ruiz et al. 2022, arXiv:2208.12242).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,59 +20,59 @@ from polymodal.data.captions import Folder
 from polymodal.data.clips import Clips
 from polymodal.data.features import differences, write_json
 from polymodal.recipe import Dataset, Recipe
+from polymodal.train.layouts.base import Section
 
-MADE = "made"
-"""Directory of drawn pictures inside the dataset's."""
-ABOUT = "made.json"
+DRAWN = "made"
+"""Directory of the drawn pictures inside the dataset's."""
+SETTINGS = "made.json"
 BATCH = 4
 
 
-def lacking(dataset: Dataset) -> list[int]:
-    """Numbers of the drawn pictures that a dataset's directory lacks; its own pictures count first."""
+def missing(dataset: Dataset) -> list[int]:
+    """Numbers of the pictures that are still to be drawn; pictures of the user's own count first."""
     root = Path(dataset.path).expanduser()
-    own = [f for f in Folder(str(root)).files if not f.startswith(MADE + os.sep)] if root.is_dir() else []
-    return [i for i in range(dataset.generate - len(own)) if not (root / MADE / f"{i:04d}.png").is_file()]
+    own = [f for f in Folder(str(root)).files if not f.startswith(DRAWN + os.sep)] if root.is_dir() else []
+    return [i for i in range(dataset.generate - len(own)) if not (root / DRAWN / f"{i:04d}.png").is_file()]
 
 
-def require(recipe: Recipe, section: Literal["datasets", "validation"]) -> None:
+def require(recipe: Recipe, section: Section) -> None:
     """Raise PolymodalError for a directory whose pictures are not drawn yet."""
     for number, dataset in enumerate(getattr(recipe.data, section)):
-        missing = len(lacking(dataset))
-        if missing:
+        if lacking := len(missing(dataset)):
             raise PolymodalError(
-                f"data.{section}.{number}.path = {dataset.path} lacks {missing} of the {dataset.generate} pictures of `generate`.",
+                f"data.{section}.{number}.path = {dataset.path} lacks {lacking} of the {dataset.generate} "
+                "pictures of `generate`.",
                 "`polymodal encode` and `polymodal train` draw them before anything else.",
             )
 
 
-def make(recipe: Recipe, family: Any, device: torch.device) -> int:
-    """Draw what the datasets lack, shared out over the ranks; returns how many this rank drew. Collective.
+def draw(recipe: Recipe, family: Any, device: torch.device) -> None:
+    """Draw what the datasets lack, shared out over the ranks, each of which holds the whole pipeline.
+    Collective.
 
-    Each rank holds the whole pipeline meanwhile. Raises PolymodalError for datasets that cannot be drawn.
+    Raises PolymodalError for datasets that cannot be drawn.
     """
-    joined = dist.is_initialized() and dist.get_world_size() > 1
-    rank, world = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+    distributed = dist.is_initialized() and dist.get_world_size() > 1
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     generator: Any = None
-    drawn = 0
     for section in ("datasets", "validation"):
         for number, dataset in enumerate(getattr(recipe.data, section)):
             if not dataset.generate:
                 continue
             _check(recipe, family, dataset, f"data.{section}.{number}")
-            mine = lacking(dataset)[rank::world]
-            _belong(recipe, dataset, f"data.{section}.{number}")
-            if joined:
+            own = missing(dataset)[rank::world]
+            _check_drawn(recipe, dataset, f"data.{section}.{number}")
+            if distributed:
                 dist.barrier()  # all have looked before any writes
-            if mine and generator is None:
+            if own and generator is None:
                 from polymodal.generate.pipeline import open_generator
 
                 generator = open_generator(recipe.model.source, revision=recipe.model.revision, device=device)
-            _draw(recipe, family, dataset, mine, generator)
-            drawn += len(mine)
+            if own:
+                _draw(recipe, family, dataset, own, generator)
     del generator
-    if joined:
+    if distributed:
         dist.barrier()
-    return drawn
 
 
 def _check(recipe: Recipe, family: Any, dataset: Dataset, key: str) -> None:
@@ -94,18 +94,17 @@ def _check(recipe: Recipe, family: Any, dataset: Dataset, key: str) -> None:
         )
 
 
-def _about(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+def _settings(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     """What drawn pictures depend on."""
     return {"caption": dataset.caption, "model": recipe.model.source, "seed": recipe.train.seed}
 
 
-def _belong(recipe: Recipe, dataset: Dataset, key: str) -> None:
-    """Refuse pictures that were drawn from another caption or model."""
-    file = Path(dataset.path).expanduser() / MADE / ABOUT
+def _check_drawn(recipe: Recipe, dataset: Dataset, key: str) -> None:
+    """Refuse pictures that were drawn from another caption, model or seed."""
+    file = Path(dataset.path).expanduser() / DRAWN / SETTINGS
     if not file.is_file():
         return
-    other = differences(json.loads(file.read_text(encoding="utf-8")), _about(recipe, dataset))
-    if other:
+    if other := differences(json.loads(file.read_text(encoding="utf-8")), _settings(recipe, dataset)):
         raise PolymodalError(
             f"{key}.path: the pictures in {file.parent} were drawn otherwise: {'; '.join(other)}.",
             "Remove that directory to draw them anew, or set these keys as they were.",
@@ -116,21 +115,17 @@ def _draw(recipe: Recipe, family: Any, dataset: Dataset, numbers: list[int], gen
     from polymodal.generate.media import save
     from polymodal.generate.pipeline import Prompt, Settings, suspicion
 
-    if not numbers:
-        return
-    folder = Path(dataset.path).expanduser() / MADE
+    folder = Path(dataset.path).expanduser() / DRAWN
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / ABOUT, _about(recipe, dataset))
-    height, width = min(
-        Clips(recipe.data.clip, family.grid()).sizes, key=lambda s: abs(math.log(s[0] / s[1]))
-    )
+    write_json(folder / SETTINGS, _settings(recipe, dataset))
+    sizes = Clips(recipe.data.clip, family.grid()).sizes
+    height, width = min(sizes, key=lambda size: abs(math.log(size[0] / size[1])))  # the most square
     for at in range(0, len(numbers), BATCH):
         group = numbers[at : at + BATCH]
         prompts = [Prompt(str(dataset.caption), seed=recipe.train.seed * 1_000_003 + i) for i in group]
-        made = generator.sample(prompts, Settings(height=height, width=width))
-        for number, frames in zip(group, made, strict=True):
-            wrong = suspicion(frames)
-            if wrong is not None:
+        pictures = generator.sample(prompts, Settings(height=height, width=width))
+        for number, frames in zip(group, pictures, strict=True):
+            if wrong := suspicion(frames):
                 raise PolymodalError(
                     f"A picture of `{dataset.caption}` that {recipe.model.source} drew {wrong}.",
                     "Give pictures of the class in place of generate.",

@@ -1,7 +1,7 @@
-"""Samples while a generating model trains: the pipeline of diffusers around the model as it stands, laid out as it is.
+"""Samples drawn while a generating model trains: a diffusers pipeline around the model as it is sharded.
 
-Sees every room. All ranks of the sharded model take part in every call of it, so each samples equally many prompts, ranks
-of one cp or tp group the same ones; the frozen parts wait on the CPU between samples.
+All ranks of the model take part in each of its calls, so each rank samples equally many prompts, ranks of one
+cp or tp group the same ones. The frozen parts of the pipeline are on the CPU between samples.
 """
 
 from __future__ import annotations
@@ -26,38 +26,39 @@ from polymodal.models import pipelines
 from polymodal.recipe import Recipe
 from polymodal.train.actors import Encoders
 
+NOT_CAST = frozenset(
+    [
+        "timestep",
+        "guidance",
+        "time_ids",
+        "img_ids",
+        "txt_ids",
+        "image_rotary_emb",
+        "video_coords",
+        "audio_coords",
+    ]
+)
+"""Arguments of denoisers that keep their dtype."""
+
 
 class Denoiser:
-    """A laid-out model in a pipeline's place of its denoiser: the class's own forward, inputs in the compute dtype.
-
-    Timesteps and guidance scales stay as they come.
-    """
+    """A sharded model as a pipeline's denoiser: the class's own forward, inputs cast to the compute dtype."""
 
     def __init__(self, model: nn.Module, family: Any, dtype: torch.dtype):
         self._model, self._family, self.dtype = model, family, dtype
         self.config = model.config
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        def cast(name: str, value: Any) -> Any:
-            if isinstance(value, dict):
-                return {k: cast(k, v) for k, v in value.items()}
-            kept = name in (
-                "timestep",
-                "guidance",
-                "time_ids",
-                "img_ids",
-                "txt_ids",
-                "image_rotary_emb",
-                "video_coords",
-                "audio_coords",
-            )
-            floating = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
-            return value.to(self.dtype) if floating and not kept else value
-
-        positional = [cast("", a) for a in args]
-        named = {k: cast(k, v) for k, v in kwargs.items()}
+        positional = [self._cast("", a) for a in args]
+        named = {k: self._cast(k, v) for k, v in kwargs.items()}
         # not by the model's own call, which is training's and ends in the loss
         return self._model(lambda model: self._family.forward(model)(*positional, **named))
+
+    def _cast(self, name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: self._cast(k, v) for k, v in value.items()}
+        floating = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
+        return value.to(self.dtype) if floating and name not in NOT_CAST else value
 
     @contextlib.contextmanager
     def cache_context(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -68,54 +69,60 @@ class Denoiser:
 
 
 class Sampler:
-    """Samples evaluate.samples.prompts after the steps that are due. Collective over all ranks."""
+    """Samples evaluate.samples.prompts. Collective over all ranks."""
 
     def __init__(
-        self, recipe: Recipe, family: Any, model: nn.Module, mesh: Mesh, device: torch.device, dtype: torch.dtype, encoders: Encoders | None
-    ):  # fmt: skip
-        self.asked = recipe.evaluate.samples
-        self.recipe, self.family, self.model, self.mesh, self.device, self.dtype = (
-            recipe,
-            family,
-            model,
-            mesh,
-            device,
-            dtype,
-        )
-        self.encoders = encoders
+        self,
+        recipe: Recipe,
+        family: Any,
+        model: nn.Module,
+        mesh: Mesh,
+        device: torch.device,
+        dtype: torch.dtype,
+        encoders: Encoders | None,
+    ):
+        self.settings, self.recipe = recipe.evaluate.samples, recipe
+        self.family, self.model, self.mesh = family, model, mesh
+        self.device, self.dtype, self.encoders = device, dtype, encoders
+        self.conditions = {"image": self.settings.images, "last_image": self.settings.last_images}
         if mesh.sizes.pp > 1:
             raise PolymodalError(
-                f"evaluate.samples: a model in parallel.pp = {mesh.sizes.pp} stages is not sampled while it trains.",
+                f"evaluate.samples: a model in parallel.pp = {mesh.sizes.pp} stages is not sampled while it "
+                "trains.",
                 "Leave evaluate.samples.prompts out and use `polymodal generate` on a checkpoint.",
             )
-        self.conditions = {"image": self.asked.images, "last_image": self.asked.last_images}
-        lacking = needed(pipelines.pipeline_class(family.source), family)
+        self._check_conditions()
+
+    def _check_conditions(self) -> None:
+        required = needed(pipelines.pipeline_class(self.family.source), self.family)
+        prompts = len(self.settings.prompts)
         for name, files in self.conditions.items():
-            if files and len(files) != len(self.asked.prompts):
+            if files and len(files) != prompts:
                 raise PolymodalError(
-                    f"evaluate.samples has {len(self.asked.prompts)} prompts and {len(files)} {name}s.",
+                    f"evaluate.samples has {prompts} prompts and {len(files)} {name}s.",
                     f"Give one {name} a prompt, or none.",
                 )
-            if not files and name in lacking:
+            if not files and name in required:
                 raise PolymodalError(
-                    f"evaluate.samples.{name}s is empty, {family.card.name} makes no sample without.",
+                    f"evaluate.samples.{name}s is empty, {self.family.card.name} makes no sample without.",
                     "Name one picture a prompt there.",
                 )
-            gone = next((f for f in files if not Path(f).expanduser().is_file()), None)
-            if gone is not None:
-                raise PolymodalError(f"evaluate.samples.{name}s: {gone} does not exist.", "Check the path.")
+            missing = next((f for f in files if not Path(f).expanduser().is_file()), None)
+            if missing is not None:
+                raise PolymodalError(
+                    f"evaluate.samples.{name}s: {missing} does not exist.", "Check the path."
+                )
 
-    def due(self, step: int, last: bool) -> bool:
-        return last or bool(self.asked.every and step % self.asked.every == 0)
+    def sample(self, step: int, metrics: Any = None) -> Path:
+        """Write NNNN.mp4 or .png and sheet.png to <run>/samples/step-..., and the page <run>/report.html.
 
-    def after(self, step: int, metrics: Any = None) -> Path:
-        """Sample, and write NNNN.mp4 or .png and sheet.png under <run>/samples, and the page <run>/report.html; metrics (rank 0) shows
-        the sheet."""
+        metrics (of rank 0): shows the sheet too.
+        """
         folder = self.recipe.run_dir / "samples" / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         if self.encoders is None:
             self.encoders = Encoders(self.family, self.dtype, self.device, "offload")
-        with self.encoders.at_hand():
+        with self.encoders.on_device():
             self._sample(self.encoders.pipeline, folder)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.barrier()
@@ -123,50 +130,47 @@ class Sampler:
         return folder
 
     def _sample(self, pipeline: Any, folder: Path) -> None:
-        """All prompts, those of this rank kept."""
+        """Sample all prompts; this rank writes its own."""
         setattr(pipeline, self.family.part, Denoiser(self.model, self.family, self.dtype))
         generator = Generator(pipeline, self.family, "", "", self.device)
-        a, ranks, rank = self.asked, self.mesh.sizes.dp, self.mesh.dp_rank
-        settings = Settings(
-            a.steps, a.guidance, a.height, a.width, a.frames, None, self.recipe.train.seed, a.fps
-        )
+        s, ranks, rank = self.settings, self.mesh.sizes.dp, self.mesh.dp_rank
+        seed = self.recipe.train.seed
+        settings = Settings(s.steps, s.guidance, s.height, s.width, s.frames, None, seed, s.fps)
         training = self.model.training
         self.model.eval()
         try:
-            for start in range(0, len(a.prompts), ranks):
+            for start in range(0, len(s.prompts), ranks):
                 number = start + rank
-                chosen = number % len(a.prompts)  # all ranks call the model equally often
+                chosen = number % len(s.prompts)  # all ranks call the model equally often
                 given: dict[str, Any] = {n: f[chosen] for n, f in self.conditions.items() if f}
-                prompt = Prompt(a.prompts[chosen], a.negative, **given)
-                (made,) = generator.sample([prompt], settings, chosen)
-                if number < len(a.prompts) and self.mesh.at["cp"] == self.mesh.at["tp"] == 0:
-                    self._keep(folder, number, made, generator.sound_of(0))
+                prompt = Prompt(s.prompts[chosen], s.negative, **given)
+                (frames,) = generator.sample([prompt], settings, chosen)
+                if number < len(s.prompts) and self.mesh.at["cp"] == self.mesh.at["tp"] == 0:
+                    self._write(folder, number, frames, generator.sound_of(0))
         finally:
             self.model.train(training)
             setattr(pipeline, self.family.part, None)
 
-    def _keep(self, folder: Path, number: int, made: np.ndarray, heard: dict[str, Any]) -> None:
-        wrong = suspicion(made)
-        if wrong:
+    def _write(self, folder: Path, number: int, frames: np.ndarray, sound: dict[str, Any]) -> None:
+        if wrong := suspicion(frames):
             print(f"warning: sample {number} {wrong}", flush=True)
-        if made.dtype != np.uint8:
-            return
-        save(folder, number, made, self.asked.fps, **heard)
-        np.save(folder / f".{number:04d}.npy", made)
+        if frames.dtype == np.uint8:
+            save(folder, number, frames, self.settings.fps, **sound)
+            np.save(folder / f".{number:04d}.npy", frames)
 
     def _sheet(self, folder: Path, step: int, metrics: Any) -> None:
         from PIL import Image
 
         if dist.is_initialized() and dist.get_rank() > 0:
             return
-        shown = sorted(folder.glob(".*.npy"))
-        if shown:
-            pixels = sheet([np.load(path) for path in shown])
+        files = sorted(folder.glob(".*.npy"))
+        if files:
+            pixels = sheet([np.load(path) for path in files])
             Image.fromarray(pixels).save(folder / "sheet.png")
             if metrics is not None:
                 metrics.picture(step, "samples", pixels)
-        for path in shown:
+        for path in files:
             path.unlink()
         run = self.recipe.run_dir
         if (run / "metrics.jsonl").is_file():
-            pages.write(run / "report.html", run_page.of_generation(run, self.asked.prompts))
+            pages.write(run / "report.html", run_page.of_generation(run, self.settings.prompts))

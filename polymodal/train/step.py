@@ -1,4 +1,4 @@
-"""One global batch: denominators first, then forward and backward of every micro-batch, then norm and update.
+"""One global batch: denominators first, then forward and backward of every micro-batch.
 
 The loss is divided by the global denominators before backward, so every reduction over ranks and
 micro-batches is a plain sum and the result does not depend on how the batch was cut.
@@ -26,11 +26,11 @@ Finish = Callable[[Output, Batch], Any]
 def bind(model: nn.Module, family: Family) -> None:
     """Make `model(batch, finish)` run the family's stage and then `finish(output, batch)` inside one forward.
 
-    Must be called before the model is sharded: the head's weight is then whole while the loss uses it.
-    `finish` is chosen per call: the loss, a validation loss, log-probabilities of a reference. It returns
-    tensors in plain containers (FSDP2 finds them there to hook the backward pass). Parameter names stay as
-    they are. `model(call)` runs `call(model)` instead, where the model's own weights are at hand: sampling
-    while it trains.
+    Call it before the model is sharded: the head's weight is then whole while the loss uses it. `finish` is
+    chosen per call (loss, validation loss, log-probabilities) and returns tensors in plain containers, where
+    FSDP2 finds them to hook the backward pass. Parameter names stay as they are. `model(call)` runs
+    `call(model)` instead, inside the same
+    hooks: sampling while it trains.
     """
 
     def forward(batch: Batch | Callable[[nn.Module], Any], finish: Finish | None = None) -> Any:
@@ -57,13 +57,14 @@ def inverse_weights(
 
 
 def drop_broken_samples(step: RankStep, layout: Layout, group: dist.ProcessGroup | None) -> list[Batch]:
-    """A step's micro-batches, where a sample that some rank of the group could not read has no weight on any
-    of them.
+    """A step's micro-batches, in which a sample that any rank of the group could not read has no weight on
+    any rank.
 
-    group: ranks that read the same samples (Layout.same_samples_group), None without others. One of them
-    alone may fail: a file system that others reach, or a pipeline stage that decodes pictures where others do
-    not. If each went on with what it read, ranks that cut one batch or one model would hold batches of
-    different shapes. step.stats is set right.
+    group: ranks that read the same samples (Layout.same_samples_group), None where there is only one. One of
+    them
+    alone may fail: by its file system, or because its pipeline stage alone decodes pictures. If each
+    continued with what it read, ranks that shard one batch or one model would hold batches of different
+    shapes. Corrects step.stats.
     """
     if group is None:
         return step.micro_batches
@@ -73,15 +74,12 @@ def drop_broken_samples(step: RankStep, layout: Layout, group: dist.ProcessGroup
     if broken.tolist() == known:
         return step.micro_batches
     batches, stats = [], step.stats
-    for batch, gone in zip(
-        step.micro_batches, broken.bool().split([len(b.samples) for b in step.micro_batches]), strict=True
-    ):
+    by_batch = broken.bool().split([len(b.samples) for b in step.micro_batches])
+    for batch, gone in zip(step.micro_batches, by_batch, strict=True):
         whole, lost = layout.without(batch, gone.tolist()) if gone.any() else (batch, StepStats())
         batches.append(whole)
-        stats.samples -= lost.samples
-        stats.tokens -= lost.tokens
-        stats.trained -= lost.trained
-        stats.media -= lost.media
+        for count in ("samples", "tokens", "trained", "media"):
+            setattr(stats, count, getattr(stats, count) - getattr(lost, count))
         stats.broken += ["another rank that reads the same samples could not read it"] * lost.samples
     return batches
 
@@ -92,11 +90,10 @@ def _broken(batch: Batch) -> tuple[bool, ...]:
 
 
 class StepMetrics:
-    """Logs of a step, added over micro-batches and, as one vector on the CPU, over ranks. parts: the
-    objective's.
+    """Logs of a step, summed over micro-batches and, as one vector on the CPU, over ranks.
 
-    routers: layers with experts, and experts of each: `choices` is then summed too. A pipeline stage knows
-    its own layers, the last ones.
+    parts: the objective's; extra: further keys; routers: layers with experts, and experts of each, whose
+    `choices` are summed too. A pipeline stage logs its own layers, the last ones.
     """
 
     def __init__(
@@ -124,10 +121,9 @@ class StepMetrics:
 
 
 class Runner:
-    """Runs a rank's micro-batches through its part of the model: here one after the other, through a whole
-    model.
+    """Runs a rank's micro-batches through a whole model, one after the other.
 
-    A pipeline (parallel/pipeline.py) has the same `step` and `has_last_stage`.
+    A Pipeline (parallel/pipeline.py) has the same `step` and `has_last_stage`.
     """
 
     has_last_stage = True
@@ -136,7 +132,7 @@ class Runner:
         self.model, self.device = model, device
 
     def step(self, batches: Sequence[Batch], finish: Finish, backward: bool = True) -> list[dict[str, Any]]:
-        """Forward and, unless told otherwise, backward of every micro-batch; the logs that `finish` gave."""
+        """Forward, and backward, of every micro-batch; returns the logs that `finish` gave."""
         logs = []
         with torch.set_grad_enabled(backward):
             for i, batch in enumerate(batches):
@@ -157,8 +153,9 @@ def forward_backward(
     scale: float = 1.0,
     backward: bool = True,
 ) -> None:
-    """Gradients of the whole step, accumulated into .grad; logs into the tally (the loss unscaled), where
-    they are known. runner: a Runner or a Pipeline; backward: False for validation, the same forward without
+    """Gradients of the whole step, accumulated into .grad; logs (the loss unscaled) into the tally, where
+    they are
+    known. runner: a Runner or a Pipeline; backward: False for validation, the same forward without
     gradients."""
 
     def finish(output: Output, batch: Batch) -> tuple[Tensor, dict[str, Any]]:

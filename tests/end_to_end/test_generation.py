@@ -107,7 +107,7 @@ def test_encoders_wait_on_the_cpu_between_steps(wan, data, tmp_path, monkeypatch
     """The same losses; and they are moved once a step, not once a sample."""
     from polymodal.train.actors import Encoders
 
-    held, moves, real = [], [], Encoders.at_hand
+    held, moves, real = [], [], Encoders.on_device
 
     @contextlib.contextmanager
     def watched(self):
@@ -122,7 +122,7 @@ def test_encoders_wait_on_the_cpu_between_steps(wan, data, tmp_path, monkeypatch
 
     for way in ("replicate", "offload"):
         if way == "offload":
-            monkeypatch.setattr(Encoders, "at_hand", watched)
+            monkeypatch.setattr(Encoders, "on_device", watched)
         trainer.run(
             recipe(wan, data, tmp_path / way, train__steps=2, data__encode="online", data__encoders=way)
         )
@@ -494,7 +494,7 @@ def test_a_model_that_answers_has_nothing_to_encode_and_one_that_generates_no_to
 ):
     from polymodal.tools import preflight
 
-    with pytest.raises(PolymodalError, match="wan2.1 generates: what it learns from are pictures and clips"):
+    with pytest.raises(PolymodalError, match="wan2.1 generates: it is trained on pictures and clips"):
         preflight.show(recipes.validate({"model": {"source": str(wan)}}), Path("page.html"), 1, 0)
     with pytest.raises(PolymodalError, match="is trained on its data as they are"):
         encode.run(recipes.validate({"model": {"source": str(checkpoint_of_a_vlm)}}))

@@ -217,9 +217,9 @@ def test_a_card_without_sequence_cuts_is_refused():
     card = replace(catalog.cards()["qwen2-vl"], sequence_entry="", sequence_plan={})
     wan = catalog.cards()["wan2.1"]
     (reason,) = check(wan, None, ParallelSizes(1, 1, 2, 1, 1), Parallel(balance_media=True))
-    assert "deals out pictures within a sequence of text, wan2.1 has none" in str(reason)
+    assert "assigns pictures within a sequence of text, wan2.1 has none" in str(reason)
     (reason,) = check(card, tiny.config("qwen2-vl"), ParallelSizes(1, 1, 1, 2, 1))
-    assert "does not say where its sequences are cut" in str(reason)
+    assert "has no rule for cutting its sequences" in str(reason)
 
 
 def test_ulysses_takes_what_the_heads_allow():

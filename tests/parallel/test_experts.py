@@ -113,7 +113,7 @@ def test_kept_tokens_are_not_sent_again():
 def test_experts_that_are_no_whole_stacks_are_refused():
     model = _model(torch.float32)
     model.mlp.experts.extra = nn.Parameter(torch.zeros(3, 8))
-    with pytest.raises(PolymodalError, match="`mlp.experts` cannot be spread"):
+    with pytest.raises(PolymodalError, match="`mlp.experts` cannot be cut over ranks"):
         expert.apply(model, expert.resolve(model, CARD), _two())
 
 

@@ -14,6 +14,7 @@ from polymodal.parallel.apply import apply
 from polymodal.recipe import Model, Parallel, Recipe, Train
 from polymodal.train.step import bind
 from tests.models import tiny
+from tests.parallel import dits
 from tests.parallel.harness import run
 from tests.parallel.layouts import Layout, batches, build, error, measure
 
@@ -105,3 +106,24 @@ def test_what_is_kept_in_which_precision(tmp_path, precision, compute, master):
     assert seen["masters"] == seen["gradients"] == {master}
     assert seen["frozen"] == {compute}
     assert seen["buffers"] == {torch.float32}
+
+
+def _timesteps(rank: int, directory: str) -> tuple[torch.Tensor, torch.Tensor]:
+    recipe = Recipe(model=Model(source=directory), train=Train(precision="bf16"))
+    family = catalog.family(recipe.model)
+    model = build(family, BF16, torch.float32)
+    bind(model, family)
+    apply(model, family.card, Mesh(ParallelSizes.of(Parallel(), 2), "cpu", rank), recipe)
+    weights.load(model, family)
+    seen: list[torch.Tensor] = []
+    model.condition_embedder.timesteps_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    batch = dits.batches(directory, family, torch.float32)[0]
+    model(batch, lambda output, batch: output.hidden_states.float().square().sum())
+    return seen[0], batch["timestep"]
+
+
+def test_timesteps_of_a_denoiser_are_not_rounded(tmp_path):
+    source = dits.pipeline("wan", tmp_path / "wan")
+    for embedded, drawn in run(2, _timesteps, str(source)):
+        assert embedded.dtype == torch.float32 and torch.equal(embedded, drawn)
+        assert not torch.equal(drawn, drawn.bfloat16().float()), "rounding would be seen here"

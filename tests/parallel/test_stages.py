@@ -43,7 +43,7 @@ def test_layers_lie_as_asked():
         ({"pp_layers": {"language": [3, 3]}}, r"adds up to 6, .* Nearest: \[2, 2\]"),
         ({"pp_layers": {"language": [1, 2, 1]}}, r"has 3 numbers, 2 stages need 2. Give 2 numbers, such as \[2, 2\]"),
         ({"pp_layers": {"language": [2, 2], "sound": [1, 1]}}, "has no tower `sound` to cut. Its towers: vision, language"),
-        ({"pp_layers": {"vision": [2, 1]}}, r"does not say where the 4 language layers lie. Add language: \[2, 2\]"),
+        ({"pp_layers": {"vision": [2, 1]}}, r"does not place the 4 language layers. Add language: \[2, 2\]"),
         ({"pp_layers": {"language": [2, 2], "vision": [2, 1]}}, "stage 0 holds language layers, but the vision tower of .* ends in stage 1"),
         ({"pp": 3, "pp_layers": {"language": [2, 0, 2]}}, "stage 1 of .* would hold no layer"),
         ({"pp": 8}, "7 blocks of qwen3-vl cannot be cut into 8 stages. Set parallel.pp to at most 7"),
@@ -202,7 +202,7 @@ def test_gradients_go_back_only_to_what_is_trained():
         model = family.build()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(trained))
-        return prune(model, family, counts, 0).wanted
+        return prune(model, family, counts, 0).trained_before
 
     assert wanted("model.visual") == (True, True)
     assert wanted("model.language_model.layers") == (False, True)
@@ -253,7 +253,7 @@ def test_a_misspelt_card_is_not_silently_whole():
         family.card = replace(family.card, pipeline={"transformer": replace(chain, **changes)})
         return family
 
-    with pytest.raises(PolymodalError, match="places `no_such_module`"):
+    with pytest.raises(PolymodalError, match="card wan names `no_such_module`"):
         prune(model, with_chain(last=("norm_out", "no_such_module")), {"transformer": (1, 1)}, 0)
     with pytest.raises(PolymodalError, match="no module fits `no_such_blocks"):
         pipeline_split.counts(model, with_chain(blocks="no_such_blocks.*"), Parallel(pp=2))

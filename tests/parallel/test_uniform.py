@@ -121,9 +121,9 @@ def test_rows_of_no_stream_and_of_streams_too_alike_are_refused():
         cut.gather(torch.zeros(1, 7, 2), 1)
     query = torch.zeros(1, 5, 2, 4)
     cut.lengths = {("x", "hidden_states"): 9, ("y", "encoder_hidden_states"): 7}
-    with pytest.raises(ValueError, match="without causal order"):
+    with pytest.raises(ValueError, match="neither causal order"):
         dit_context_parallel.attention(query, query, query, is_causal=True, _parallel_config=cut)
-    with pytest.raises(ValueError, match=r"of 16 rows knows masks of its keys, not torch.float32 \[5, 5\]"):
+    with pytest.raises(ValueError, match=r"of 16 rows takes masks of its keys, not torch.float32 \[5, 5\]"):
         cut.kept(torch.ones(5, 5))
 
 

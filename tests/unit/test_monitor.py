@@ -219,7 +219,7 @@ def test_a_terminal_gets_a_bar_with_the_same_numbers_below(monkeypatch, capsys):
     for name, value in {"FORCE_COLOR": "1", "COLUMNS": "80", "TERM": "xterm"}.items():
         monkeypatch.setenv(name, value)
     progress = Progress("mine", 100, 0)
-    progress.say("a word")
+    progress.print("a word")
     progress.update(7, line(7, 100, VALUES))
     progress.close()
     said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)

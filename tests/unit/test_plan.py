@@ -289,7 +289,7 @@ def test_the_host_holds_what_is_offloaded(four, source):
 def test_what_cannot_be_planned_is_reported(source, monkeypatch):
     family = planner.family_of(recipe(source))
     monkeypatch.setattr(type(family), "example", Family.example)
-    with pytest.raises(PolymodalError, match="cannot be planned: its family does not say"):
+    with pytest.raises(PolymodalError, match="cannot be planned: its family has no example batch"):
         planner.plan(recipe(source), family, planner.Question(4, CLUSTER))
 
 

@@ -1,8 +1,7 @@
-"""Layouts: everything that differs between models trained on packed text, padded pairs and samples of one
-shape.
+"""Layouts: what differs between models trained on packed text, padded pairs and samples of one shape.
 
-`layout_of` is the one place that reads a family's `layout`. The trainer, `check`, `plan` and sampling while
-training ask the object that it returns. Sees every floor below train.
+`layout_of` is the one place that reads a family's `layout`; trainer, `check` and `plan` ask the object it
+returns.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Layout: what a family's batches are like, from measuring samples to the loss, as one object.
 
-Subclasses, a file each: `packed` (language: samples one after the other in a sequence [1, T]) and `uniform`
-(generation: micro-batches of samples of one shape). The trainer, `check` and `plan` know this interface only.
+Trainer, `check` and `plan` know this interface only; every subclass has a file of its own.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from polymodal.recipe import Data, Dataset, Recipe
 
 Section = Literal["datasets", "validation"]
 Attempt = Callable[..., Any]
-"""attempt(action) returns what the action returns, or None when it raises PolymodalError: `check` collects
+"""attempt(action) returns the result, or None when the action raises PolymodalError: `check` collects
 errors."""
 OBJECTIVE = ("term", "parts", "aux_weight", "weights", "prepare", "loss", "validation")
-"""What the trainer uses of an objective."""
+"""Attributes of an objective that the trainer uses."""
 
 
 @dataclass
@@ -40,8 +39,8 @@ class Feed:
     """A section of data, planned. loader(dp_rank=, dp_size=, start=, stop_after=, workers=None, first=True)
     opens it.
 
-    first: whether the first stage of a pipeline is here, which alone looks at pictures; targets of diffusion
-    are made of them, and so needed on all.
+    first: whether the first pipeline stage is here, which alone decodes pictures (all stages need those that
+    diffusion targets are made of).
     """
 
     schedule: Schedule
@@ -63,7 +62,7 @@ class DataFacts:
     rows: int
     usable: int
     parts: list[dict[str, Any]]
-    dropped: dict[str, dict[str, Any]]  # reason -> {"count", "first": places}
+    dropped: dict[str, dict[str, Any]]  # reason -> {"count", "first": the first rows}
     tokens: int  # of usable rows, each once
     trained: int
     media: dict[str, int]  # stream -> sum of its lengths
@@ -74,11 +73,9 @@ class DataFacts:
     fill: float = 0.0  # share of the packs' tokens that are samples
     looked_at: int = 0  # batches
     unit: str = "packs"  # what samples are joined in: packs, micro-batches
-    batching: str = ""  # what is to be said of these, "4,096 tokens, 93% filled"
+    batching: str = ""  # describes them, "4,096 tokens, 93% filled"
     max_length: int = 0  # of a sample that is used, in tokens; 0 without such a limit
-    buckets: list[tuple[str, int]] = field(
-        default_factory=list
-    )  # of what is to be generated: (frames x height x width, rows)
+    buckets: list[tuple[str, int]] = field(default_factory=list)  # (frames x height x width, rows)
 
 
 def histogram(tokens: Any, longest: int, bins: int = 10) -> list[tuple[int, int, int]]:
@@ -98,25 +95,24 @@ class Layout(ABC):
     """One instance a run, made by `layout_of`. Making one opens no file and takes no memory."""
 
     objective_class: type
-    """What is learned where the recipe names no other."""
+    """The objective where the recipe names none."""
 
     def __init__(self, recipe: Recipe, family: Family):
         self.recipe, self.family = recipe, family
         self.actors: Any = None
-        """Frozen models that the objective's `prepare` uses (train/actors.py), None without."""
+        """Frozen models that the objective's `prepare` uses (train/actors.py), or None."""
 
     @cached_property
     def objective(self) -> Any:
-        """The recipe's train.objective, or the layout's own. Raises PolymodalError for settings that do not
-        fit."""
-        chosen = self.objective_class
-        if self.recipe.train.objective is not None:
-            key = f"train.objective = {self.recipe.train.objective}"
-            chosen = load_object(self.recipe.train.objective, "train.objective")
-            lacking = [name for name in (*OBJECTIVE, "from_recipe") if not hasattr(chosen, name)]
-            if lacking:
+        """The recipe's train.objective, or the layout's own. Raises PolymodalError for unfit settings."""
+        chosen, reference = self.objective_class, self.recipe.train.objective
+        if reference is not None:
+            chosen = load_object(reference, "train.objective")
+            missing = next((name for name in (*OBJECTIVE, "from_recipe") if not hasattr(chosen, name)), None)
+            if missing is not None:
                 raise PolymodalError(
-                    f"{key} has no `{lacking[0]}`, which the trainer uses of an objective.",
+                    f"train.objective = {reference} has no `{missing}`, which the trainer uses of an "
+                    "objective.",
                     f"Derive it from {self.objective_class.__module__}.{self.objective_class.__name__}.",
                 )
         return chosen.from_recipe(self.recipe, self.family)
@@ -131,19 +127,18 @@ class Layout(ABC):
     def facts(
         self, section: Section, attempt: Attempt, progress: Any = None
     ) -> tuple[DataFacts | None, Schedule | None]:
-        """What `check` reports of a section, and its plan; None for what is refused. progress(done,
-        total)."""
+        """`check`'s report of a section, and its plan; None for what is refused. progress(done, total)."""
 
     def processor(self) -> Any:
-        """What turns a record into tokens, for `polymodal data show`. Raises PolymodalError where there are
-        none."""
+        """Makes tokens of a record, for `polymodal data show`. Raises PolymodalError without one."""
         raise NotImplementedError
 
     def without(self, batch: Batch, gone: Sequence[bool]) -> tuple[Batch, StepStats]:
-        """(a micro-batch in which the samples that are `gone` have no weight, what was lost with them).
+        """(a micro-batch in which the samples that are `gone` have no weight, the counts that were lost with
+        them).
 
         A sample that is broken already (batch.groups["broken"]) is not counted as lost. The result depends on
-        the samples that are left, not on which of the others this rank could read.
+        the samples that are left alone, not on which of the `gone` ones this rank could read.
         """
         raise NotImplementedError
 
@@ -156,16 +151,16 @@ class Layout(ABC):
 
     @property
     def samples_per_micro_batch(self) -> int:
-        """Of what train.global_batch_size counts, so many make a micro-batch."""
+        """How many of the units of train.global_batch_size make a micro-batch."""
         return 1 if self.packs else self.recipe.train.micro_batch_size
 
     @abstractmethod
     def batch_sharding(self, mesh: Mesh) -> BatchSharding:
-        """What cuts the micro-batches of a step over the ranks that share them. Collective."""
+        """Shards the micro-batches of a step over the ranks that share them. Collective."""
 
     def same_samples_group(self, mesh: Mesh) -> dist.ProcessGroup | None:
-        """Ranks that read the same samples and must agree on which are broken; None where none can be, or one
-        rank reads alone. Collective."""
+        """Ranks that read the same samples and must agree on which are broken; None where none can be, or
+        only one rank reads them. Collective."""
         if self.recipe.data.on_error == "fail" or mesh.sizes.dp == mesh.sizes.world:
             return None
         return mesh.same_samples_group
@@ -173,11 +168,11 @@ class Layout(ABC):
     # ---------------------------------------------------------------- training
 
     def start(self, device: torch.device, mesh: Mesh) -> None:
-        """What must be there before data are planned, besides the model: frozen encoders. Collective."""
+        """Build what data planning needs besides the model: frozen encoders. Collective."""
         return
 
     def sampler(self, model: Any, mesh: Mesh, device: torch.device) -> Any:
-        """What samples while it trains (train/samples.py), None where nothing is. Raises PolymodalError."""
+        """What samples while it trains (train/samples.py), or None. Raises PolymodalError."""
         return None
 
     # ---------------------------------------------------------------- planning
@@ -194,30 +189,29 @@ class Layout(ABC):
             return self.family.example(load.measure)
         except NotImplementedError:
             raise PolymodalError(
-                f"{self.family.card.name} cannot be planned: its family does not say what a batch without data "
-                "looks like.",
+                f"{self.family.card.name} cannot be planned: its family has no example batch.",
                 "`polymodal check` estimates the memory of every model.",
             ) from None
 
     def describe(self, load: Workload) -> str:
-        """What a micro-batch holds besides tokens, for `polymodal plan`."""
+        """The contents of a micro-batch besides tokens, for `polymodal plan`."""
         raise NotImplementedError
 
     def resident_encoders(self, ranks: int) -> int:
-        """Parameters of frozen encoders that lie on a device during the passes of a step."""
+        """Parameters of frozen encoders that are on a device during the passes of a step."""
         return 0
 
     # ---------------------------------------------------------------- for subclasses
 
     def datasets(self, section: Section) -> list[Dataset]:
         """The section's datasets. Raises PolymodalError when there are none, and no features either."""
-        found = list(getattr(self.recipe.data, section))
-        if not found and self.recipe.data.features is None:
+        datasets = list(getattr(self.recipe.data, section))
+        if not datasets and self.recipe.data.features is None:
             raise PolymodalError(
                 f"The recipe has no data.{section}.",
                 "Add at least one, e.g. data.datasets: [{path: train.json}].",
             )
-        return found
+        return datasets
 
     def section_data(self, section: Section, **changes: Any) -> Data:
         """The recipe's data keys for a section: validation keeps the order of its files."""
@@ -227,17 +221,17 @@ class Layout(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What frozen encoders compute in and features are stored in."""
+        """Of frozen encoders and of the features that are stored."""
         return COMPUTE_DTYPE[self.recipe.train.precision] or torch.float32
 
 
 def with_workers(data: Data, workers: int | None) -> Data:
-    """data with another number of loading processes; None: as it is."""
+    """Data keys with another number of workers; None: as they are."""
     return data if workers is None else data.model_copy(update={"workers": workers})
 
 
 def shares(schedule: Schedule, parts: Sequence[Any]) -> list[dict[str, Any]]:
-    """What each dataset gives to an epoch, for DataFacts. parts: with weight and repeat."""
+    """Each dataset's samples of an epoch, for DataFacts. parts: with weight and repeat."""
     return [
         {"name": s.name, "usable": s.usable, "draws": s.draws, "weight": p.weight, "repeat": p.repeat}
         for s, p in zip(schedule.shares, parts, strict=True)

@@ -1,7 +1,6 @@
 """The packed layout: chats and plain text, samples one after the other in a sequence [1, T] without padding.
 
-Next-token loss, media inside the text, sequences cut over context-parallel ranks. Sees every floor below
-train.
+Next-token loss, media inside the text, sequences sharded over context-parallel ranks.
 """
 
 from __future__ import annotations

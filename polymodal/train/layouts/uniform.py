@@ -1,7 +1,7 @@
 """The uniform layout: pictures and clips to be generated, every micro-batch of samples of one shape.
 
 Features that were encoded before (data.encode: cached), or frames that are encoded on the device (online), in
-buckets; diffusion objectives; sampling while training. Sees every floor below train.
+buckets; diffusion objectives; sampling while training.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from polymodal.distributed.mesh import Mesh
 from polymodal.models import pipelines
 from polymodal.objectives.diffusion import DiffusionObjective
 from polymodal.parallel.batches import BatchSharding
-from polymodal.recipe import Dataset, Recipe
+from polymodal.recipe import Data, Dataset, Recipe
 from polymodal.train import prior
 from polymodal.train.layouts.base import (
     Attempt,
@@ -45,8 +45,7 @@ PER_SAMPLE = ("seeds", "tokens")
 
 
 class Uniform(Layout):
-    """Samples of one shape (frames, height, width) joined along the batch dimension, micro_batch_size of
-    them."""
+    """micro_batch_size samples of one shape (frames, height, width), joined along the batch dimension."""
 
     objective_class = DiffusionObjective
     family: Any
@@ -58,10 +57,10 @@ class Uniform(Layout):
         if data.encode == "online":
             from polymodal.train.actors import Encoders
 
-            prior.make(self.recipe, self.family, device)
+            prior.draw(self.recipe, self.family, device)
             self.actors = Encoders(self.family, self.dtype, device, data.encoders, mesh)
             if self.recipe.train.diffusion.drop:
-                with self.actors.at_hand():
+                with self.actors.on_device():
                     self.objective.unconditional = {n: t.cpu() for n, t in self.actors.text([""]).items()}
         elif data.encoders != "replicate":
             raise PolymodalError(
@@ -78,8 +77,7 @@ class Uniform(Layout):
 
     def processor(self) -> Any:
         raise PolymodalError(
-            f"{self.family.card.name} generates: what it learns from are pictures and clips, not tokens to be "
-            "shown.",
+            f"{self.family.card.name} generates: it is trained on pictures and clips, not on tokens.",
             "`polymodal data check` looks at every row and file, `polymodal check` counts sizes and lengths.",
         )
 
@@ -92,10 +90,9 @@ class Uniform(Layout):
         recipe, family = self.recipe, self.family
         weights = [(d.weight, d.repeat) for d in self.datasets(section)]
         directory = features_directory(recipe, section)
-        wanted = [n for n in (*family.text, *family.media) if n in family.documented]
-        features = Features(
-            directory, family.documented, family.grid(), wanted_settings(recipe, family), weights, wanted
-        )
+        names = [n for n in (*family.text, *family.media) if n in family.documented]
+        settings = feature_settings(recipe, family)
+        features = Features(directory, family.documented, family.grid(), settings, weights, names)
         if section == "datasets" and recipe.train.diffusion.drop:
             self.objective.unconditional = features.empty()
             if not self.objective.unconditional:
@@ -106,12 +103,8 @@ class Uniform(Layout):
                 )
         data = self.section_data(section)
         schedule = Schedule(features, features.parts, data, recipe.train, family.cost)
-        make = latents.FeatureCollator(features, recipe.train.seed, family.text, self._factors(section))
-
-        def loader(workers: int | None = None, first: bool = True, **options: Any) -> Loader:
-            return Loader(schedule, features, None, with_workers(data, workers), make=make, **options)
-
-        return Feed(schedule, loader)
+        make = latents.FeatureCollator(features, recipe.train.seed, family.text, self._loss_weights(section))
+        return _feed(schedule, features, None, data, make)
 
     def _online(self, section: Section, rank: int) -> Feed:
         recipe, family = self.recipe, self.family
@@ -123,17 +116,13 @@ class Uniform(Layout):
         _, bucket = np.unique(index.shapes(), axis=0, return_inverse=True)
         index.bucket = bucket.reshape(-1).astype(np.int32)
         schedule = Schedule(index, corpus.parts, data, recipe.train, family.cost)
-        make = latents.ClipCollator(corpus, clips, data, recipe.train.seed, self._factors(section))
+        make = latents.ClipCollator(corpus, clips, data, recipe.train.seed, self._loss_weights(section))
+        return _feed(schedule, corpus, clips, data, make)
 
-        def loader(workers: int | None = None, first: bool = True, **options: Any) -> Loader:
-            return Loader(schedule, corpus, clips, with_workers(data, workers), make=make, **options)
-
-        return Feed(schedule, loader)
-
-    def _factors(self, section: Section) -> tuple[float, ...]:
-        """Factor of each dataset's loss; () where all are 1."""
-        found = tuple(d.loss_weight for d in getattr(self.recipe.data, section))
-        return found if any(f != 1 for f in found) else ()
+    def _loss_weights(self, section: Section) -> tuple[float, ...]:
+        """Of each dataset; () where all are 1."""
+        weights = tuple(d.loss_weight for d in getattr(self.recipe.data, section))
+        return weights if any(weight != 1 for weight in weights) else ()
 
     def facts(
         self, section: Section, attempt: Attempt, progress: Any = None
@@ -145,7 +134,7 @@ class Uniform(Layout):
         usable, tokens = np.asarray(index.usable), np.asarray(index.tokens)
         longest, total = int(tokens.max()) if len(tokens) else 0, int(tokens[usable].sum(dtype="int64"))
         shapes = index.shapes() if callable(index.shapes) else index.shapes
-        kinds, counts = np.unique(shapes[usable], axis=0, return_counts=True)
+        buckets, counts = np.unique(shapes[usable], axis=0, return_counts=True)
         facts = DataFacts(
             rows=len(usable),
             usable=int(usable.sum()),
@@ -160,10 +149,7 @@ class Uniform(Layout):
             longest=longest,
             histogram=histogram(tokens[usable], longest or 1),
             steps_per_epoch=schedule.steps_in_epoch(0),
-            buckets=[
-                ("x".join(map(str, kind)), int(n))
-                for kind, n in zip(kinds.tolist(), counts.tolist(), strict=True)
-            ],
+            buckets=[("x".join(map(str, shape)), int(n)) for shape, n in zip(buckets, counts, strict=True)],
         )
         return facts, schedule
 
@@ -180,8 +166,8 @@ class Uniform(Layout):
     # ---------------------------------------------------------------- planning
 
     def workload(self, media: float, patches: int) -> Workload:
-        """micro_batch_size samples of the largest shape of data.clip; there is no text for media to have a
-        share of."""
+        """micro_batch_size samples of the largest shape of data.clip; there is no text for media to share
+        with."""
         clip, grid = self.recipe.data.clip, self.family.grid()
         Clips(clip, grid)
         frames = 1 if grid.still else max(clip.frames)
@@ -210,30 +196,37 @@ class Uniform(Layout):
         data = self.recipe.data
         if data.encode != "online" or data.encoders == "offload":
             return 0
-        found = pipelines.sizes(self.family.source, self.family.encoders())
         libraries = pipelines.models_of(self.family.source)
-        sharded = data.encoders == "shard"
-        cut = {n for n in found if sharded and libraries.get(n, ("", ""))[0] == "transformers"}
-        return sum(-(-count // ranks) if name in cut else count for name, count in found.items())
+        total = 0
+        for name, count in pipelines.sizes(self.family.source, self.family.encoders()).items():
+            sharded = data.encoders == "shard" and libraries.get(name, ("", ""))[0] == "transformers"
+            total += -(-count // ranks) if sharded else count
+        return total
 
 
-# ---- features -----------------------------------------------------------------------------------------------
+def _feed(schedule: Schedule, corpus: Any, clips: Any, data: Data, make: Any) -> Feed:
+    def loader(workers: int | None = None, first: bool = True, **options: Any) -> Loader:
+        return Loader(schedule, corpus, clips, with_workers(data, workers), make=make, **options)
+
+    return Feed(schedule, loader)
+
+
+# ---- features ------------------------------------------------------------------------------------
 
 
 def captioned(datasets: Sequence[Dataset]) -> list[Dataset]:
-    """Datasets of a model that generates: rows of a medium and its caption, whatever else their columns look
-    like."""
+    """Datasets of a model that generates: records of a medium and its caption, whatever other columns."""
     return [d.model_copy(update={"format": "caption"}) if d.format == "auto" else d for d in datasets]
 
 
 def features_directory(recipe: Recipe, section: Section = "datasets") -> Path:
-    """Where a section's features lie: data.features, or <run>/features; validation in a directory inside."""
+    """A section's directory of features: data.features or <run>/features, with validation inside."""
     root = Path(recipe.data.features).expanduser() if recipe.data.features else recipe.run_dir / "features"
     return root if section == "datasets" else root / "validation"
 
 
-def wanted_settings(recipe: Recipe, family: Any) -> dict[str, Any]:
-    """What features depend on besides the data: the manifest holds it, training compares it."""
+def feature_settings(recipe: Recipe, family: Any) -> dict[str, Any]:
+    """What features depend on besides the data; training compares it with the manifest's."""
     grid = family.grid()
     clip = recipe.data.clip.model_dump(mode="json")
     if "sound" not in family.given:

@@ -1,7 +1,4 @@
-"""A tiny Wan of the real class, flow matching, and its cut along the sequence (FSDP2 x Ulysses).
-
-Toy pieces of the spike; used by tests only.
-"""
+"""A tiny Wan of the real class, its card, and flow matching. Used by tests only."""
 
 from __future__ import annotations
 
@@ -13,21 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.core.sample import Batch
-from polymodal.distributed.mesh import Mesh
 from polymodal.models.card import Chain, ModelCard, Output
 from polymodal.models.family import Family
-from polymodal.parallel import dit_context_parallel
-from polymodal.train.step import bind
-from tests.parallel.spike.comparison import (
-    fill,
-    forward_backward,
-    gradients,
-    mesh_of,
-    one_process,
-    shard,
-    state_of,
-    worst,
-)
 
 
 class WanFamily(Family):
@@ -111,11 +95,6 @@ class FlowMatching:
         return loss, {"loss": loss.detach()}
 
 
-def cut_sequence(model: nn.Module, card: ModelCard, mesh: Mesh) -> None:
-    """Ulysses over the two ranks of cp, as parallel.apply sets it up."""
-    dit_context_parallel.apply(model, card, mesh.context(mesh.sizes.cp))
-
-
 def _batches() -> list[Batch]:
     draw = torch.Generator().manual_seed(5)
     axes = {"latents": ("batch", "none", "frame", "none", "none"), "text": ("batch", "sequence", "none")}
@@ -129,52 +108,3 @@ def _batches() -> list[Batch]:
         made.append(Batch(tensors, axes, tuple(range(count, count + shape[0]))))
         count += shape[0]
     return made
-
-
-def _step(model: nn.Module, mesh: Mesh) -> float:
-    """Forward and backward of this rank's share, denominators over the loss group; the global loss."""
-    objective = FlowMatching(7)
-    mine = objective.prepare(None, _batches()[mesh.dp_rank :: mesh.sizes.dp])
-    return forward_backward(model, objective, mine, mesh.loss_group)
-
-
-def _clock_error(grads: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    clock = {name: grad for name, grad in grads.items() if "time_embedder" in name}
-    return worst(clock, {name: expected[name] for name in clock})[0]
-
-
-def wan_fsdp_ulysses(rank: int) -> dict[str, Any]:
-    """dp_shard 2 x cp 2: float32 against one process; then bf16, with timesteps kept and with timesteps rounded."""
-    torch.manual_seed(2)
-    model, family = wan()
-    state = state_of(model)
-    objective = FlowMatching(7)
-    loss, grads = one_process(model, family, objective, objective.prepare(None, _batches()))
-
-    mesh = mesh_of(rank, dp_shard=2, cp=2)
-    bind(model, family)
-    cut_sequence(model, CARD, mesh)
-    shard(model, CARD, mesh)
-    fill(model, state)
-    found = _step(model, mesh)
-    out = {"loss": abs(found - loss) / loss, "grad": worst(gradients(model), grads)}
-
-    seen: list[Tensor] = []
-    for key, rounded in (("kept", False), ("rounded", True)):
-        half, _ = wan()
-        bind(half, family)
-        cut_sequence(half, CARD, mesh)
-        clock = half.condition_embedder.timesteps_proj
-        if rounded:
-            clock.register_forward_pre_hook(lambda _, args: (args[0].to(torch.bfloat16).float(),))
-        else:
-            clock.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        shard(half, CARD, mesh, "bf16")
-        fill(half, state)
-        out[f"loss_{key}"] = abs(_step(half, mesh) - loss) / loss
-        out[f"clock_{key}"] = _clock_error(gradients(half), grads)
-    drawn = [batch["timestep"] for batch in objective.prepare(None, _batches()[mesh.dp_rank :: 2])]
-    out["timesteps"] = all(
-        a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(seen, drawn, strict=True)
-    )
-    return out

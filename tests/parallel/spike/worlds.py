@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from tests.parallel.spike import pipelines, preference, wan, whisper
+from tests.parallel.spike import pipelines, preference
 
 
 def four(rank: int) -> dict[str, Any]:
@@ -15,14 +15,11 @@ def four(rank: int) -> dict[str, Any]:
     return {
         "qwen3_language": pipelines.qwen3_lora_pp_fsdp(rank, pipelines.LANGUAGE),
         "qwen3_both": pipelines.qwen3_lora_pp_fsdp(rank, pipelines.BOTH),
-        "wan": wan.wan_fsdp_ulysses(rank),
     }
 
 
 def two(rank: int) -> dict[str, Any]:
     return {
         "qwen2": pipelines.qwen2_tied_pp(rank),
-        "whisper_per_token": whisper.whisper_fsdp(rank, "per_token"),
-        "whisper_per_sample": whisper.whisper_fsdp(rank, "per_sample"),
         "dpo": preference.dpo_fsdp(rank),
     }
