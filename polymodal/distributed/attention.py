@@ -48,11 +48,9 @@ _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def plan(cu_seqlens: Tensor, host: Tensor | None = None) -> Plan:
-    """The Plan of cumulative lengths [S + 1] (int32, first 0); kept for the tensor, which must not change
-    after.
+    """The Plan of cumulative lengths [S + 1] (int32, first 0), kept for the tensor: it must not change.
 
-    host: the same on the host, where cu_seqlens was moved to a device: its lengths are read without waiting
-    for it.
+    host: the same on the host, where cu_seqlens was moved to a device: it is then not waited for.
     """
     known = _plans.get(cu_seqlens)
     if known is None:
@@ -103,8 +101,7 @@ def attend(
 
     query [1, H, T, D]; key, value [1, K, T, D] with H a multiple of K (grouped queries); cu_seqlens [S + 1]
     int32. Returns [1, T, H, D] in query's dtype. Raises ValueError when cu_seqlens does not end at T.
-    cut: of a stream cut over a context-parallel group: T counts this rank's rows, cu_seqlens is the whole
-    stream's.
+    cut: over a context-parallel group: T counts this rank's rows, cu_seqlens is the whole stream's.
     """
     known = plan(cu_seqlens)
     if query.shape[0] != 1 or (cut is None and known.total != query.shape[2]):
@@ -165,8 +162,7 @@ def _kernel(
 
 @torch.compiler.disable
 def _packed(*args: Any) -> Tensor:
-    """`attend` outside of compiled graphs: its shapes depend on the lengths, every pack would be compiled
-    anew."""
+    """`attend` outside of compiled graphs: its shapes depend on the lengths of every pack."""
     return attend(*args)
 
 
@@ -225,8 +221,7 @@ def register_padded() -> str:
 
 
 def use(model: nn.Module, choice: str = "auto", padded: bool = False) -> str:
-    """Set recipe.model.attention on a built transformers model: auto = `attention`; sdpa, eager =
-    transformers' own.
+    """Set recipe.model.attention on a transformers model: auto = `attention`; sdpa, eager = its own.
 
     padded: batches are padded on the right, not packed. The name is written into every config of the model:
     transformers' own setter would look for a kernel package of that name. Returns the implementation's name.

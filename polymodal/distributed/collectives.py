@@ -315,8 +315,7 @@ def _shards(tensor: Tensor) -> int:
 
 @torch.no_grad()
 def grad_norm(parameters: Iterable[Tensor], mesh: Mesh, dtype: torch.dtype | None = None) -> Tensor:
-    """L2 norm of the gradient of the whole model, the same scalar (float32, or float64 for such gradients)
-    everywhere.
+    """L2 norm of the gradient of the whole model, the same scalar (float32, or float64) everywhere.
 
     parameters: plain tensors or DTensors, sharded or replicated over any part of the mesh, with or without a
     gradient on this rank; of a tied weight with copies on several pipeline stages, the owner only. One

@@ -44,8 +44,7 @@ class Context:
     """The live group. cp rank = ring rank x ulysses size + ulysses rank: neighbours exchange heads."""
 
     def __init__(self, view: DeviceMesh, ulysses: int):
-        """view: the 1-D mesh of the cp axis. Collective: every rank of the world makes it at the same
-        point."""
+        """view: the 1-D mesh of the cp axis. Collective over the world."""
         self.size, self.rank = view.size(), view.get_local_rank()
         self._kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.group: dist.ProcessGroup = view.get_group()
@@ -123,8 +122,7 @@ class Context:
 
 @dataclass(frozen=True)
 class PackedShard:
-    """One packed stream, cut over a group: `rows` [n] int64 are the positions of the stream that this rank
-    holds.
+    """One packed stream, cut over a group: `rows` [n] int64 are the positions of the stream held here.
 
     filler: tokens of padding at the stream's end: a stream shorter than the group is padded, because
     libraries cannot compute with no rows.

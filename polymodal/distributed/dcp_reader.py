@@ -38,8 +38,7 @@ def _known(module: str, name: str) -> Any:
 
 
 def read_metadata(directory: str | os.PathLike, name: str = INDEX) -> Metadata:
-    """The index of a DCP directory: tensors with their chunks, and where each chunk lies. No code of the file
-    is run.
+    """The index of a DCP directory: tensors with their chunks, and their files. No code of it is run.
 
     Raises PolymodalError for a file that is no such index, or that names files outside of the directory.
     """

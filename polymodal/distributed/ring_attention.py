@@ -78,8 +78,7 @@ def forward_block(
     """Attention of each segment's queries to its keys here: output [n, h, D] float32 (float64 for such
     inputs) and the log of the sum of exponentials [n, h]; 0 and -inf for queries without keys.
 
-    query [n, h, D]; key, value [m, k, D], h a multiple of k; query_runs, key_runs: rows of every segment, in
-    order.
+    query [n, h, D]; key, value [m, k, D], h a multiple of k; query_runs, key_runs: rows of every segment.
     causal: query i of a segment sees keys 0..i of it (as many keys as queries).
     """
     wide = torch.promote_types(query.dtype, torch.float32)

@@ -20,8 +20,7 @@ class SequenceSharding:
     """One stream over a group; rank c of the group is ring rank c // ulysses, ulysses rank c % ulysses.
 
     runs:  by piece, the rows that each segment has in it.
-    held:  by ring rank, the pieces it holds; its rows are piece after piece, in a piece segment after
-    segment.
+    held:  by ring rank, its pieces; its rows are piece after piece, in a piece segment after segment.
     parts: by ring rank, the rows that each ulysses rank has of them.
     """
 
@@ -63,8 +62,7 @@ def part_sizes(length: int, parts: int) -> tuple[int, ...]:
 
 
 def shard_lengths(lengths: tuple[int, ...], ring: int, ulysses: int, causal: bool) -> SequenceSharding:
-    """A packed stream with these segment lengths over ring x ulysses ranks. Any lengths, also below the
-    group's size.
+    """A packed stream with these segment lengths, of any number of rows, over ring x ulysses ranks.
 
     causal: with a ring, segments are cut into 2 x ring pieces and rank r holds pieces r and 2 x ring - 1 - r,
     the "zig-zag" order (Brandon et al. 2023, Striped Attention, and its successors): every rank meets the

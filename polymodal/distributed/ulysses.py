@@ -128,8 +128,7 @@ class _Gather(torch.autograd.Function):
 def scatter_heads(
     query: Tensor, key: Tensor, value: Tensor, rows: Rows, group: Group
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows [B, n, H, D] and [B, n, K, D] (n = rows[rank]) -> all rows [B, sum(rows), ...] of this rank's
-    heads.
+    """Rows [B, n, H, D], [B, n, K, D] (n = rows[rank]) -> all rows [B, sum(rows), ...] of own heads.
 
     The key heads received are those its query heads attend to; when these do not fall into equal groups, keys
     and values are repeated, one a query head.

@@ -179,8 +179,7 @@ class DiffusionObjective:
         3. normal numbers of the latents' shape: the noise,
         4. one uniform number that gives the first frame, where the process or the recipe may give it and the
            sample is a clip,
-        5. for each further stream of the process that the batch has, in the process' order, normal numbers of
-           its shape.
+        5. for each further stream of the batch, in the process' order, normal numbers of its shape.
 
         1 and 2 are drawn in validation too, and with drop = 0, though they are not used: the noise is then
         the same. All numbers are float32, drawn on the CPU.

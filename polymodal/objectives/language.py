@@ -242,8 +242,7 @@ class LanguageObjective:
     def loss(
         self, output: Output, batch: Batch, inverse: dict[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scaled loss (a scalar; gradients are summed over ranks and micro-batches) and logs, sums over
-        tokens.
+        """Scaled loss (a scalar, to be summed over ranks and micro-batches) and logs, sums over tokens.
 
         Logs: "loss" the scaled text term; "nll/<modality>" and "tokens/<modality>": sums of unweighted losses
         and counts, to be added over ranks; "balance": the scaled router term; "choices": [layers here, E]

@@ -30,8 +30,7 @@ COMPUTE_DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "p
 
 
 def matching(model: nn.Module, patterns: tuple[str, ...] | list[str], what: str) -> dict[str, nn.Module]:
-    """Modules whose name fits a pattern (`*` is one dotted part), in the patterns' and then the model's
-    order.
+    """Modules whose name fits a pattern (`*` is one dotted part), in order of patterns, then of the model.
 
     Modules of other pipeline stages are left out. Raises PolymodalError, naming the recipe's or card's key
     `what`, when a pattern fits nothing.
@@ -62,8 +61,7 @@ def check(
 ) -> list[PolymodalError]:
     """Every reason why a model of this transformers config cannot be sharded so; empty when it can.
 
-    attention: the recipe's model.attention. Needs no weights and no model. `polymodal check` lists all of the
-    errors.
+    attention: the recipe's model.attention. Needs no model; `polymodal check` lists all of the errors.
     """
     reasons = []
     for axis in ("pp", "cp", "ep", "tp"):

@@ -93,8 +93,7 @@ class PackedBatchSharding(BatchSharding):
 
     def __call__(self, batches: Sequence[Batch]) -> list[Batch]:
         """Packed batches -> the same with this rank's rows of input_ids and position_ids, `rows` [n] int64
-        among the tensors (labels and weights stay whole), `cut` for attention, and `media` where media are
-        assigned."""
+        among the tensors (labels and weights stay whole), `cut` for attention, and `media` if assigned."""
         pairs = [self._cut(batch) for batch in batches]
         out = [own for _, own in pairs]
         if self.group is None:

@@ -55,8 +55,7 @@ class _GatherRows(torch.autograd.Function):
 class DiTContextParallel:
     """The cut of one model's sequences; it is also the `_parallel_config` of its attention processors.
 
-    Rank c of the group holds the c-th of `size` consecutive parts of every stream, which differ by at most
-    one row.
+    Rank c holds the c-th of `size` consecutive parts of every stream, which differ by at most one row.
     """
 
     def __init__(self, context: Context, root: Mapping[str | int, int] | None = None):
@@ -251,12 +250,10 @@ def register() -> Any:
 
 
 def apply(model: nn.Module, card: ModelCard, context: Context) -> DiTContextParallel:
-    """Cut the sequences of a diffusion transformer over the group as the card's sequence_plan and
-    sequence_exit say.
+    """Cut the sequences of a diffusion transformer over the group, by its sequence_plan and sequence_exit.
 
     sequence_plan: module -> {argument name, or index of an output: dimension}. The root "" is cut by whoever
-    calls the library's forward, through `model.sequence_cut.around`. sequence_exit: the module that gives [B,
-    n, D].
+    calls the library's forward, through `model.sequence_cut.around`. sequence_exit gives [B, n, D].
     """
     cut = DiTContextParallel(context, card.sequence_plan.get("", {}))
     model.sequence_cut = cut

@@ -155,8 +155,7 @@ class _NoSharedTokens:
 
 
 def apply(model: nn.Module, styles: dict[str, str], mesh: DeviceMesh) -> list[nn.Module]:
-    """Spread the experts that `resolve` found over the 1-D `mesh`; returns their modules in the model's
-    order.
+    """Spread the experts that `resolve` found over the 1-D `mesh`; returns their modules in order.
 
     Afterwards their parameters are DTensors on `mesh`, cut by expert, and their forward takes global expert
     numbers: (hidden [N, D], index [N, k], weights [N, k]) of this rank's tokens -> [N, D]. N may differ
@@ -223,11 +222,9 @@ def own_rows(
 
 
 def fsdp_placement(mesh: DeviceMesh) -> Any:
-    """Which dimension of an expert weight FSDP2 cuts over the last axis of `mesh`: the second where it
-    divides.
+    """Dimension of an expert weight that FSDP2 cuts over the last axis of `mesh`: the second if it divides.
 
-    The first is cut by expert already; a second cut of it would interleave, and a checkpoint's pieces with
-    it.
+    The first is cut by expert already; a second cut of it would interleave, also in checkpoints.
     """
     size = mesh.size(mesh.ndim - 1)
 

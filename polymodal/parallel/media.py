@@ -28,8 +28,7 @@ tensor."""
 class MediaRequest:
     """Of one rank in a micro-batch: the media of its data, and which of their tokens it holds.
 
-    parts: sizes in the order of its rows; runs: ranges (start, stop) of media tokens, numbered along its
-    stream.
+    parts: sizes in the order of its rows; runs: ranges (start, stop) of the numbers of its media tokens.
     """
 
     parts: tuple[Size, ...]
@@ -126,8 +125,7 @@ def plan(
 ) -> MediaAllToAll | None:
     """The exchange of one micro-batch from every rank's request; None when no rank has media.
 
-    copies: consecutive ranks of the group that have the same data; cost and tokens of a part: FLOPs, and
-    features.
+    copies: consecutive ranks of the group with the same data; cost, tokens: FLOPs and features of a part.
     """
     rank, ranks = group.rank(), group.size()
     parts = [(home, part) for home in range(ranks // copies) for part in requests[home * copies].parts]

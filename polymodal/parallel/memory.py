@@ -58,8 +58,7 @@ def recompute(
     ("selective").
 
     Non-reentrant: keyword arguments, several outputs and inputs without gradient are fine. Blocks in eval
-    mode and forwards without gradient run as they are. Random state is restored, so dropout draws the same
-    mask again.
+    mode and forwards without gradient run as they are. Random state is restored, so dropout is the same.
     offload: offload_activations comes after, and moves the kept results as well as the inputs.
     """
     extra: dict[str, Any] = {}
@@ -158,8 +157,7 @@ def shard_by_stage(model: nn.Module, stage: Literal[1, 2, 3]) -> None:
 
 
 def before_backward(model: nn.Module, last: bool) -> None:
-    """Before a forward and backward: whether they are the last of the global batch. No effect on an unsharded
-    model.
+    """Before a forward and backward of an FSDP model: whether they are the last of the global batch.
 
     Gathered parameters are freed (ZeRO-1, ZeRO-2), whole gradients reduced (ZeRO-1) and sums over replicas
     (HSDP) made at the end only.

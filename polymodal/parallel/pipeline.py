@@ -48,8 +48,7 @@ def widest(
 
 
 def bind(model: nn.Module, family: Family, stage: Stage, dtype: torch.dtype) -> None:
-    """Make `model(*carry, batch=, finish=, wire=)` run one stage; the last one ends with `finish(output,
-    batch)`.
+    """Make `model(*carry, batch=, finish=, wire=)` run one stage; the last ends with finish(output, batch).
 
     Like train.step.bind, for a stage: before sharding, `finish` chosen per call. torch's schedules send one
     shape a step, micro-batches differ in length: `wire(cut)` has that shape, outputs are padded to it with
@@ -89,8 +88,7 @@ def _pad(tensor: Tensor, spec: Tensor) -> Tensor:
 
 
 class _Stage(PipelineStage):
-    """torch's stage keeps gathered parameters and whole gradients to the last micro-batch (ZeRO-1) and
-    reduces then.
+    """torch's stage keeps parameters and gradients whole to the last micro-batch (ZeRO-1), and reduces then.
 
     Under ZeRO-2 and 3 gradients are reduced in every backward, and under 3 parameters freed after it.
     """
@@ -241,8 +239,7 @@ class TiedGradients:
     """Sums the gradients of weights that several stages hold a copy of, so that the copies stay equal.
 
     Made once by every rank, in the same order (it creates process groups). The copies are sharded alike on
-    every stage, so each rank sums its own shard with those of the ranks with the same coordinates in the
-    other stages.
+    every stage, so each rank sums its shard with those of the same coordinates in other stages.
     parts: this rank's; stage_to_rank: pipeline rank of a stage.
     """
 

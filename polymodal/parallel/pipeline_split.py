@@ -26,8 +26,7 @@ Counts = Mapping[str, tuple[int, ...]]
 class ScheduleTraits:
     """A schedule. least, most: stages a rank; v: a rank's stages form a V; split_backward: gradients of
     inputs and of weights are computed apart; gathers: it gathers and frees a stage's sharded parameters
-    itself; otherwise: the schedule for forward passes alone, and for a step whose number of micro-batches it
-    cannot take."""
+    itself; otherwise: the schedule for forward passes alone, and where micro-batches do not fit."""
 
     least: int = 1
     most: int = 1

@@ -22,8 +22,7 @@ HIDDEN = "hidden_states"
 
 @dataclass
 class Stream:
-    """One tower's residual stream. With `sequence` it is cut over the group, without it every rank holds it
-    whole.
+    """One tower's residual stream, cut over the group with `sequence`, whole on every rank without.
 
     names: the arguments of blocks that it consists of, in the order in which blocks return them and joined
     layers have

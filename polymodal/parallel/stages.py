@@ -26,10 +26,8 @@ class Stage:
 
     held: tower -> its blocks here, by their numbers in the whole model.
     cuts: for each stage after the first, how many blocks of each tower are before it.
-    trained_before: for each of these, whether something before it is trained, so that gradients go back over
-    the cut.
-    tied: one entry for each weight that several stages hold a copy of: ((parameter name, stage), ...), owner
-    first.
+    trained_before: for each of these, whether gradients go back over the cut: something before is trained.
+    tied: one entry for each weight that several stages hold: ((parameter name, stage), ...), owner first.
     """
 
     index: int
@@ -181,8 +179,7 @@ def build(
 
 
 def named_parameters(parts: Iterable[Part], copies: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of a rank by name; a tied weight's copy under its owner's name, so that it learns as the
-    owner does.
+    """Parameters of a rank by name; a tied weight's copy has its owner's name, and so its learning rate.
 
     A copy whose owner is on the same rank is left out: `sync_tied_copies` gives it the owner's values.
     copies: the copies alone.

@@ -143,8 +143,7 @@ def wrap(
 def remember(block: nn.Module, key: str, get: Callable[[], Any], put: Callable[[Any], Any]) -> None:
     """Let recompute run a block with the state of its own micro-batch: a pipeline runs others in between.
 
-    `get` gives the state when the block is called, as its argument `key`; `put` restores it before its
-    forward.
+    `get` gives the state when the block is called, as its argument `key`; `put` restores it in its forward.
     """
     forward = block.forward
 

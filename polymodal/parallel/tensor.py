@@ -362,8 +362,7 @@ def counts(card: ModelCard, config: Any) -> dict[str, int]:
 
 
 def check(card: ModelCard, config: Any, size: int, spread: bool = False) -> list[PolymodalError]:
-    """Why a model of this transformers config cannot be cut over `size` ranks, with the numbers that would
-    work.
+    """Why a model of this config cannot be cut over `size` ranks, with the numbers that would work.
 
     spread: the experts are sharded over an expert-parallel group instead.
     """
@@ -398,8 +397,7 @@ def apply(
     blocks: names of the card's blocks in order; sequence: also cut the residual streams (sequence
     parallelism);
     spread: styles of regions whose experts expert.py shards, in place of the plan's for everything inside
-    them. Afterwards every other parameter is a DTensor on `mesh`. Raises PolymodalError for what cannot be
-    cut.
+    them. Afterwards every other parameter is a DTensor on `mesh`. Raises PolymodalError.
     """
     # FSDP2 over TP gathers a whole parameter in two steps; DTensor warns of it at every export and
     # checkpoint.

@@ -89,8 +89,7 @@ def export(
     dtype:      fp32, bf16, fp16; None: the base checkpoint's, fp32 for an adapter alone.
     ema:        the average of a run's weights. base: where the base is now.
     other:      a run of the other denoiser of a pipeline that has two: both are written.
-    layout:     "source": keys and files as the source has them; "transformers": as the library writes this
-    model.
+    layout:     "source": keys and files as the source has them; "transformers": as the library has them.
     force:      replace a directory that is not empty and no earlier export.
     group:      of the processes that write together, on disks that they share; None: this process alone.
                 Ranks over 0 return None as soon as their own files are written, and wait in no collective
@@ -269,11 +268,9 @@ def _write(
 
 
 def _base_name(recipe: recipes.Recipe) -> str:
-    """An adapter's base_model_name_or_path: the hub id, or the directory's full path, so that it opens from
-    anywhere.
+    """An adapter's base_model_name_or_path: the hub id, or the full path, so that it opens from anywhere.
 
-    Raises PolymodalError when the base is the checkpoint of another run, which is in no format that peft
-    opens.
+    Raises PolymodalError when the base is the checkpoint of another run, which peft cannot open.
     """
     source = recipe.model.source
     start = recipe.checkpoint.init_from

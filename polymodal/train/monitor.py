@@ -225,8 +225,7 @@ class Guard:
 
 
 class Profiler:
-    """torch.profiler traces over a range of steps: of the recipe, or requested in a live run by `polymodal
-    profile RUN`.
+    """torch.profiler traces over a range of steps: of the recipe, or requested by `polymodal profile RUN`.
 
     Rank 0 alone looks for a request (`asked`); the step shares that flag with all ranks, which then `take`
     the request together, so that every chosen rank traces the same steps.

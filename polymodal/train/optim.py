@@ -163,8 +163,7 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
     def state(self, create: bool = False) -> dict[str, Tensor]:
-        """{"<kind>.<parameter name>": tensor}; `create` makes the zero state that a fresh optimizer would
-        have."""
+        """{"<kind>.<parameter name>": tensor}; `create` makes the zero state of a fresh optimizer."""
         names = {id(p): n for n, p in self.named.items()}
         out: dict[str, Tensor] = {}
         for part in self.parts:

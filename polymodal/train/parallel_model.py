@@ -33,14 +33,11 @@ def meta_model(family: Family, recipe: Recipe) -> nn.Module:
 
 
 class ParallelModel:
-    """Cut into stages, bound and sharded over the mesh; without values until weights are loaded into its
-    parts.
+    """Cut into stages, bound and sharded over the mesh; without values until weights are loaded.
 
-    make:    gives the whole model on meta, adapters attached and frozen parameters marked; called once a
-    stage.
+    make:    gives the whole model on meta, adapters attached and frozen parameters marked, once a stage.
     measure: a typical sample, for parallel.pp_layers = auto.
-    trainable: parameters by name, a tied weight's copy under its owner's; owned: the same without such
-    copies.
+    trainable: parameters by name, a tied weight's copy under its owner's; owned: without such copies.
     total, trained: number of parameters of the whole model; names: of all of them; passes: FLOPs of training
     over those of the forward pass (pipeline_split.training_passes).
     """

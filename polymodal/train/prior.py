@@ -47,8 +47,7 @@ def require(recipe: Recipe, section: Section) -> None:
 
 
 def draw(recipe: Recipe, family: Any, device: torch.device) -> None:
-    """Draw what the datasets lack, shared out over the ranks, each of which holds the whole pipeline.
-    Collective.
+    """Draw what the datasets lack, shared out over ranks that each hold the whole pipeline. Collective.
 
     Raises PolymodalError for datasets that cannot be drawn.
     """

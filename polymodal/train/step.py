@@ -57,8 +57,7 @@ def inverse_weights(
 
 
 def drop_broken_samples(step: RankStep, layout: Layout, group: dist.ProcessGroup | None) -> list[Batch]:
-    """A step's micro-batches, in which a sample that any rank of the group could not read has no weight on
-    any rank.
+    """A step's micro-batches, in which samples that any rank of the group could not read have no weight.
 
     group: ranks that read the same samples (Layout.same_samples_group), None where there is only one. One of
     them
@@ -155,8 +154,7 @@ def forward_backward(
 ) -> None:
     """Gradients of the whole step, accumulated into .grad; logs (the loss unscaled) into the tally, where
     they are
-    known. runner: a Runner or a Pipeline; backward: False for validation, the same forward without
-    gradients."""
+    known. runner: a Runner or a Pipeline; backward: False for validation, without gradients."""
 
     def finish(output: Output, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         loss, logs = objective.loss(output, batch, inverse)

@@ -36,8 +36,7 @@ OBJECTIVE = ("term", "parts", "aux_weight", "weights", "prepare", "loss", "valid
 
 @dataclass
 class Feed:
-    """A section of data, planned. loader(dp_rank=, dp_size=, start=, stop_after=, workers=None, first=True)
-    opens it.
+    """A planned section of data. loader(dp_rank=, dp_size=, start=, stop_after=, workers=None, first=True)
 
     first: whether the first pipeline stage is here, which alone decodes pictures (all stages need those that
     diffusion targets are made of).
@@ -134,8 +133,7 @@ class Layout(ABC):
         raise NotImplementedError
 
     def without(self, batch: Batch, gone: Sequence[bool]) -> tuple[Batch, StepStats]:
-        """(a micro-batch in which the samples that are `gone` have no weight, the counts that were lost with
-        them).
+        """(a micro-batch in which the samples that are `gone` have no weight, the counts that this lost).
 
         A sample that is broken already (batch.groups["broken"]) is not counted as lost. The result depends on
         the samples that are left alone, not on which of the `gone` ones this rank could read.
@@ -180,8 +178,7 @@ class Layout(ABC):
     @abstractmethod
     def workload(self, media: float, patches: int) -> Workload:
         """The largest micro-batch that the recipe allows. media: share of tokens that stand for pictures of
-        so many patches each, where samples mix both. Raises PolymodalError for sizes that training would
-        refuse."""
+        so many patches each, where they are mixed. Raises PolymodalError for sizes that training refuses."""
 
     def example(self, load: Workload) -> Batch:
         """A micro-batch of such samples, without data. Raises PolymodalError where the family cannot tell."""

@@ -166,8 +166,7 @@ class Uniform(Layout):
     # ---------------------------------------------------------------- planning
 
     def workload(self, media: float, patches: int) -> Workload:
-        """micro_batch_size samples of the largest shape of data.clip; there is no text for media to share
-        with."""
+        """micro_batch_size samples of the largest shape of data.clip; there is no text to share with."""
         clip, grid = self.recipe.data.clip, self.family.grid()
         Clips(clip, grid)
         frames = 1 if grid.still else max(clip.frames)
