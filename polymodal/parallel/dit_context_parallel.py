@@ -170,7 +170,7 @@ def attention(
     _parallel_config: Any = None,
     rows: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """diffusers' attention backend: [B, n, H, D] -> [B, n, H, D], over the cut sequence of a processor, if any.
+    """diffusers' attention backend: [B, n, H, D] -> [B, n, H, D], over a processor's cut sequence.
 
     rows: of the cut sequence, by rank, where they do not follow from n.
     """

@@ -270,7 +270,7 @@ class Trainer:
 
     def _step(self, step: int, batch: RankStep, began: float) -> bool:
         """One optimizer step. Returns whether some rank was asked to stop."""
-        # Only dropout is random in a step: it depends on (seed, step, data rank), so resume needs no RNG state.
+        # Only dropout is random in a step, by (seed, step, data rank): a resumed run needs no RNG state.
         torch.manual_seed((self.recipe.train.seed * 1_000_003 + step) * 1_009 + self.mesh.dp_rank)
         total = self._forward_backward(batch)
         norm = self.model.gradients(self.scaler.scale)
