@@ -1,38 +1,36 @@
 """Samples of models with an encoder and a decoder as micro-batches [B, T], padded on the right, and back.
 
-Decoders are causal and padding has neither label nor weight, so no mask is needed: what stands before the
-padding never sees it. Sees core/sample.py and torch.
+Decoders are causal and padding has neither label nor weight, so no mask is needed: tokens before the padding do
+not attend to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch.nn.functional import pad as pad_right
 
 from polymodal.core.sample import IGNORE, Axis, Batch, MediaStream, Sample, SampleLengths
 
 TEXT = {"input_ids": 0, "labels": IGNORE, "weights": 0}
-"""Text tensors of a sample [T] and what they are padded with; any token will do where nothing looks."""
-HOLE = 1
+"""Text tensors of a sample [T] and what they are padded with; any token will do."""
+PADDING_TOKENS = 1
 """Tokens of a sample without weight."""
 
 
-def hole(
+def padding_sample(
     stream: MediaStream, shape: tuple[int, ...] | None, id: int = -1, broken: str | None = None
 ) -> Sample:
     """A sample without weight: for a broken record, or to fill a global batch to a multiple of the ranks.
 
-    shape: of the encoder's input, zeros here; None: where only its size is looked at (a later pipeline stage).
+    shape: of the encoder's input, zeros here; None on pipeline stages that do not read it.
     """
-    tensors = {name: torch.full((HOLE,), value, dtype=torch.int64) for name, value in TEXT.items()}
+    tensors = {name: torch.full((PADDING_TOKENS,), value, dtype=torch.int64) for name, value in TEXT.items()}
     tensors["weights"] = tensors["weights"].float()
     if shape is not None:
         tensors[stream.tensor] = torch.zeros(shape)
-    return Sample(id, tensors, SampleLengths(HOLE, 0), "", broken, "text", (stream,))
+    return Sample(id, tensors, SampleLengths(PADDING_TOKENS, 0), "", broken, "text", (stream,))
 
 
 def pad(samples: Sequence[Sample]) -> Batch:
@@ -42,67 +40,53 @@ def pad(samples: Sequence[Sample]) -> Batch:
     """
     if not samples:
         raise ValueError("a micro-batch needs at least one sample")
+    (stream,) = samples[0].streams
     lengths = tuple(len(sample.tensors["input_ids"]) for sample in samples)
     longest = max(lengths)
-    tensors: dict[str, Tensor] = {
-        name: torch.stack(
-            [
-                nn.functional.pad(s.tensors[name], (0, longest - n), value=value)
-                for s, n in zip(samples, lengths, strict=True)
-            ]
-        )
-        for name, value in TEXT.items()
-    }
+    tensors = {}
+    for name, value in TEXT.items():  # not by pad_sequence: in a trace its result has no values
+        rows = [
+            pad_right(s.tensors[name], (0, longest - n), value=value)
+            for s, n in zip(samples, lengths, strict=True)
+        ]
+        tensors[name] = torch.stack(rows)
     axes: dict[str, tuple[Axis, ...]] = dict.fromkeys(TEXT, ("batch", "sequence"))
-    streams = tuple(dict.fromkeys(stream for sample in samples for stream in sample.streams))
-    for stream in streams:
-        rows = [sample.tensors[stream.tensor] for sample in samples if stream.tensor in sample.tensors]
-        if rows:
-            tensors[stream.tensor] = torch.stack(rows)
-            axes[stream.tensor] = ("batch", *stream.axes)
+    if stream.tensor in samples[0].tensors:
+        tensors[stream.tensor] = torch.stack([sample.tensors[stream.tensor] for sample in samples])
+        axes[stream.tensor] = ("batch", *stream.axes)
     groups = {
         "modality": tuple(sample.modality for sample in samples),
-        "media": {
-            stream.name: tuple(int(bool(s.measure.media.get(stream.name))) for s in samples)
-            for stream in streams
-        },
+        "media": {},  # a sample is one recording, which is not counted again
         "broken": tuple(sample.broken is not None for sample in samples),
         "lengths": lengths,
     }
     segments = {"text": torch.arange(len(samples) + 1, dtype=torch.int32) * longest}
-    return Batch(tensors, axes, tuple(s.id for s in samples), segments, groups, streams=streams)
+    return Batch(tensors, axes, tuple(s.id for s in samples), segments, groups, streams=(stream,))
+
+
+def unpad(batch: Batch) -> list[Sample]:
+    """The samples of a padded batch."""
+    (stream,) = batch.streams
+    samples = []
+    for row, tokens in enumerate(batch.groups["lengths"]):
+        tensors = {name: batch[name][row, :tokens] for name in TEXT}
+        if stream.tensor in batch.tensors:
+            tensors[stream.tensor] = batch[stream.tensor][row]
+        measure = SampleLengths(tokens, int((tensors["weights"] != 0).sum()))
+        broken = "" if batch.groups["broken"][row] else None
+        modality = batch.groups["modality"][row]
+        samples.append(Sample(batch.samples[row], tensors, measure, "", broken, modality, (stream,)))
+    return samples
 
 
 def without(batch: Batch, gone: Sequence[bool]) -> tuple[Batch, list[SampleLengths]]:
-    """(a padded batch with holes in place of the samples that are gone, lengths of those that were there)."""
+    """(the batch with padding samples in place of those that are gone, lengths of those that were there)."""
     (stream,) = batch.streams
-    samples, lost = [], []
-    for at, (id, tokens) in enumerate(zip(batch.samples, batch.groups["lengths"], strict=True)):
-        tensors = {name: batch[name][at, :tokens] for name in TEXT}
-        features = batch.get(stream.tensor)
-        if features is not None:
-            tensors[stream.tensor] = features[at]
-        media = {stream.name: (1,)} if batch.groups["media"][stream.name][at] else {}
-        measure = SampleLengths(tokens, int((tensors["weights"] != 0).sum()), media)
-        broken = batch.groups["broken"][at]
-        sample = Sample(
-            id, tensors, measure, "", "" if broken else None, batch.groups["modality"][at], (stream,)
-        )
-        if gone[at]:
-            sample = hole(stream, None if features is None else tuple(features.shape[1:]), id, "")
-            if not broken:
-                lost.append(measure)
-        samples.append(sample)
-    return pad(samples), lost
-
-
-def repeated(batch: Batch, count: int) -> Batch:
-    """A batch of one sample -> one of `count` samples alike."""
-    tensors = {name: tensor.repeat(count, *[1] * (tensor.ndim - 1)) for name, tensor in batch.tensors.items()}
-    groups: dict[str, Any] = {
-        n: value * count for n, value in batch.groups.items() if isinstance(value, tuple)
-    }
-    groups["media"] = {name: values * count for name, values in batch.groups["media"].items()}
-    tokens = batch["input_ids"].shape[1]
-    segments = {"text": torch.arange(count + 1, dtype=torch.int32) * tokens}
-    return replace(batch, tensors=tensors, samples=tuple(range(count)), segments=segments, groups=groups)
+    features = batch.get(stream.tensor)
+    shape = None if features is None else tuple(features.shape[1:])
+    left, lost = [], []
+    for sample, is_gone in zip(unpad(batch), gone, strict=True):
+        if is_gone and sample.broken is None:
+            lost.append(sample.measure)
+        left.append(padding_sample(stream, shape, sample.id, "") if is_gone else sample)
+    return pad(left), lost

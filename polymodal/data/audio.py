@@ -31,9 +31,27 @@ class AudioHeader:
     rate: int
     channels: int
 
-    def samples(self, rate: int) -> int:
-        """Samples that `decode_audio` gives of the whole track at a sampling rate."""
-        return max(1, round(self.seconds * rate))
+    def samples(self, rate: int, start: float = 0.0, stop: float | None = None) -> int:
+        """Samples that `decode_audio` gives of start..stop seconds at a sampling rate."""
+        return max(1, round(self._end(stop) * rate) - round(start * rate))
+
+    def excerpt(self, source: Source, start: float = 0.0, stop: float | None = None) -> float:
+        """Seconds of start..stop (default: to the end). Raises PolymodalError where the track lacks some."""
+        if not 0 <= start < self._end(stop) or (stop is not None and stop > self.seconds + self.slack):
+            raise PolymodalError(
+                f"{start:g} to {self.seconds if stop is None else stop:g} s does not lie in "
+                f"the audio {label(source)}, which has {self.seconds:.2f} s.",
+                "Correct the row's start and end; they are in seconds.",
+            )
+        return self._end(stop) - start
+
+    @property
+    def slack(self) -> float:
+        """Seconds that a header and what is decoded may differ by."""
+        return 0.1 + 0.01 * self.seconds
+
+    def _end(self, stop: float | None) -> float:
+        return self.seconds if stop is None else min(stop, self.seconds)
 
 
 def audio_header(source: Source) -> AudioHeader:
@@ -77,25 +95,16 @@ def decode_audio(
     """Samples of start..stop seconds (default: to the end) at `rate` Hz, the mean of the channels, float32
     [samples].
 
-    There are exactly round(stop * rate) - round(start * rate) of them, `header.samples(rate)` for the
-    whole: what a header and a decoder may differ in (encoders pad the last frame) is cut off or filled with
-    silence. Values lie in [-1, 1] but for overshoot of resampling. Raises PolymodalError when the file is
-    damaged, holds a tenth of a second and one percent less or more than its header says, or when
-    start..stop does not lie in it.
+    There are exactly `header.samples(rate, start, stop)` of them: what a header and a decoder may differ in
+    (encoders pad the last frame) is cut off or filled with silence. Values lie in [-1, 1] but for overshoot
+    of resampling. Raises PolymodalError when the file is damaged, holds a tenth of a second and one percent
+    less or more than its header says, or when start..stop does not lie in it.
     """
-    end = header.seconds if stop is None else min(stop, header.seconds)
-    slack = 0.1 + 0.01 * header.seconds
-    if not 0 <= start < end or (stop is not None and stop > header.seconds + slack):
-        raise PolymodalError(
-            f"{start:g} to {header.seconds if stop is None else stop:g} s does not lie in "
-            f"the audio {label(source)}, which has {header.seconds:.2f} s.",
-            "Correct the row's start and end; they are in seconds.",
-        )
-    count = max(1, round(end * rate) - round(start * rate))
+    seconds, slack = header.excerpt(source, start, stop), header.slack
+    count = header.samples(rate, start, stop)
     if count > _MAX_SAMPLES:
         raise PolymodalError(
-            f"the audio {label(source)} has {(end - start) / 3600:.1f} hours, more than can be decoded "
-            "at once.",
+            f"the audio {label(source)} has {seconds / 3600:.1f} hours, more than can be decoded at once.",
             "Cut it into shorter files, or into rows with start and end in seconds.",
         )
     parts: list[np.ndarray] = []
@@ -120,15 +129,6 @@ def decode_audio(
     joined = np.concatenate(parts)[:count] if parts else out[:0]
     out[: len(joined)] = joined
     return out
-
-
-def chunks(seconds: float, length: float = 30.0, overlap: float = 0.0) -> list[tuple[float, float]]:
-    """(start, stop) in seconds of the pieces that long audio is transcribed in, each at most `length`."""
-    step = length - overlap
-    if step <= 0:
-        raise ValueError("overlap must be less than length")
-    count = max(1, math.ceil((seconds - overlap) / step))
-    return [(n * step, min(n * step + length, seconds)) for n in range(count)]
 
 
 def sound(source: Source, rate: int, count: int, after: float = 0.0) -> np.ndarray:

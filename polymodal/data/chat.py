@@ -165,7 +165,7 @@ class ChatProcessor:
             regions.append((at, len(layout.text), 1.0))
         regions = [(start, stop, weight) for start, stop, weight in regions if stop > start and weight > 0]
         media = record.media if layout.media else ()
-        opened = [self._opened(media[number]) for _, _, number in layout.media]
+        opened = [self._opened(media[number], record) for _, _, number in layout.media]
         return _Prepared(layout, regions, [span for span, _ in opened], [decode for _, decode in opened])
 
     def _tokens(self, prepared: _Prepared, encoding: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -186,8 +186,8 @@ class ChatProcessor:
 
     # -- media ---------------------------------------------------------------
 
-    def _opened(self, medium: Media) -> tuple[Span, Callable[[], Any]]:
-        """Tokens of a medium from its header, and what decodes it."""
+    def _opened(self, medium: Media, record: Record) -> tuple[Span, Callable[[], Any]]:
+        """Tokens of a record's medium from its header, and what decodes it; of audio, its start to its end."""
         self.media.placeholder(medium.kind)  # raises if the model does not read this kind
         source: Any = medium.source
         decode: Callable[[], Any]
@@ -203,8 +203,10 @@ class ChatProcessor:
             decode = partial(decoders.image, source)
         else:
             sound, rate = audio.audio_header(source), self.media.sample_rate
-            shape = MediaShape("audio", samples=sound.samples(rate))
-            decode = partial(audio.decode_audio, source, sound, rate)
+            excerpt = record.extra.get("start", 0.0), record.extra.get("end")
+            sound.excerpt(source, *excerpt)
+            shape = MediaShape("audio", samples=sound.samples(rate, *excerpt))
+            decode = partial(audio.decode_audio, source, sound, rate, *excerpt)
         return self._span(shape, medium), decode
 
     def _span(self, shape: MediaShape, medium: Media) -> Span:
@@ -224,9 +226,9 @@ class ChatProcessor:
             self._spans[shape] = span
         return span
 
-    def span(self, medium: Media) -> Span:
-        """What a medium becomes, from its header. Raises PolymodalError."""
-        return self._opened(medium)[0]
+    def span(self, medium: Media, record: Record) -> Span:
+        """What a record's medium becomes, from its header. Raises PolymodalError."""
+        return self._opened(medium, record)[0]
 
     def _lengths(self, spans: Sequence[Span]) -> dict[str, tuple[int, ...]]:
         lengths: dict[str, tuple[int, ...]] = {}
@@ -409,7 +411,7 @@ class ChatProcessor:
         step = max(1, limit // 4)
         for part in record.messages[0].content:
             if isinstance(part, Media):
-                atoms.append((part, len(self.span(part).ids)))
+                atoms.append((part, len(self.span(part, record).ids)))
                 continue
             starts = [start for start, _ in self.backend.encode(part, add_special_tokens=False).offsets]
             at = 0

@@ -15,7 +15,7 @@ from typing import Any
 from polymodal.core.errors import PolymodalError
 from polymodal.data import audio
 from polymodal.data.source import open_corpus
-from polymodal.data.speech import TIMES
+from polymodal.data.speech import TIMES, recording
 from polymodal.evaluate import results
 from polymodal.evaluate.results import Judged, Result
 from polymodal.evaluate.store import Ranks, complete, store_in
@@ -36,7 +36,7 @@ NAME = "speech"
 
 @dataclass(frozen=True)
 class Recording:
-    """A row: what is heard, and the text that is right."""
+    """A record: what is to be transcribed, and the text that is right."""
 
     id: str
     where: str
@@ -52,18 +52,13 @@ def recordings(
     out: list[Recording] = []
     for i in range(len(corpus)):
         record = corpus[i]
-        heard = [m for m in record.media if m.kind == "audio"]
-        if len(heard) != 1:
-            raise PolymodalError(
-                f"{record.where}: {len(heard) or 'no'} recordings in a row, one is wanted.",
-                'Write rows {"audio": "a.wav", "text": "..."}.',
-            )
-        text = "".join(
-            p for m in record.messages if m.role == "assistant" for p in m.content if isinstance(p, str)
-        )
+        try:
+            medium, text = recording(record)
+        except PolymodalError as error:
+            raise error.at(record.where) from None
         extra = record.extra
         speech = Speech(
-            heard[0].source,  # type: ignore[arg-type]
+            medium.source,  # type: ignore[arg-type]
             extra.get("start", 0.0),
             extra.get("end"),
             extra.get("language") or language,
@@ -136,7 +131,7 @@ def evaluate(
         if world.rank != 0:
             return None
     result = _judged(transcriber, rows, entries, normalise, settings)
-    return results.finish(result, out, began, resumed, html, "heard", lambda i: ())
+    return results.finish(result, out, began, resumed, html, "transcribed", lambda i: ())
 
 
 def _judged(
@@ -188,5 +183,5 @@ def main(
         transcriber = Transcriber(made.model, made.processor, name=made.name, identity=made.identity)
         result = evaluate(transcriber, data, out=where, progress=True, **options)
     if result is not None:
-        results.show(result, where, errors="could not be heard and count as wholly wrong")
+        results.show(result, where, errors="could not be transcribed and count as wholly wrong")
     return result

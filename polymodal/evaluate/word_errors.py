@@ -1,7 +1,7 @@
 """Word and character error rates: edit distance, and what of a text's spelling does not count.
 
 Errors (substitutions, deletions, insertions) are summed over a corpus and divided by the summed length of the
-references: a long recording counts for more than a short one. Sees numpy; the normalisers are transformers' own.
+references: a long recording counts for more than a short one. The normalisers are transformers' own.
 """
 
 from __future__ import annotations
@@ -48,24 +48,25 @@ class Errors:
         return self.edits / self.length if self.length else float(self.edits > 0)
 
 
-def word_errors(said: str, expected: str) -> Errors:
+def word_errors(answer: str, expected: str) -> Errors:
     words = expected.split()
-    return Errors(edit_distance(said.split(), words), len(words))
+    return Errors(edit_distance(answer.split(), words), len(words))
 
 
-def character_errors(said: str, expected: str) -> Errors:
+def character_errors(answer: str, expected: str) -> Errors:
     """Spaces do not count: scripts differ in where they stand."""
-    wanted = "".join(expected.split())
-    return Errors(edit_distance("".join(said.split()), wanted), len(wanted))
+    characters = "".join(expected.split())
+    return Errors(edit_distance("".join(answer.split()), characters), len(characters))
 
 
 def normaliser(
     choice: Choice, language: str | None, spelling: Mapping[str, str] | None, unspaced: bool
 ) -> Normaliser:
-    """The normaliser of a language. auto: English has its own, others the basic one (Whisper's paper, appendix C).
+    """The normaliser of a language. auto: English has its own, others the basic one (Radford et al. 2022,
+    app. C).
 
-    spelling: British -> American, as a checkpoint's normalizer.json says. unspaced: the language writes no spaces
-    between words; its characters are then its words.
+    spelling: British -> American, as a checkpoint's normalizer.json has it. unspaced: the language writes no
+    spaces between words; its characters are then its words.
     """
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 

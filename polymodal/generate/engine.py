@@ -98,6 +98,11 @@ class Engine:
         self.video = video or recipes.Video()
         self.template_kwargs = template_kwargs or {}
         self._identity = identity
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise PolymodalError(
+                f"{name} transcribes speech, it does not answer questions.",
+                "Use `polymodal transcribe`, or `polymodal evaluate CHECKPOINT speech`.",
+            )
         if not any(getattr(part, "chat_template", None) for part in (processor, self.tokenizer)):
             raise PolymodalError(
                 f"{name} has no chat template.",

@@ -29,6 +29,8 @@ class Size:
     devices: int = 8  # accelerators of 64-80 GB recommended for full fine-tuning
     layout: Mapping[str, Any] = field(default_factory=lambda: {"dp_shard": -1})
     clip: Mapping[str, Any] = field(default_factory=dict)  # where it differs from the card's
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Its config, of models whose parameters and layers alone do not tell what a run takes; else empty."""
 
 
 @dataclass(frozen=True)

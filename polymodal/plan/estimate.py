@@ -107,10 +107,14 @@ class Formula:
         copied = [shape.by_tower.get(word, (0, 0)) for word in recipe.parallel.replicate]
         self.copied, self.copied_trained = (sum(pair[i] for pair in copied) for i in (0, 1))
         """Parameters that parallel.replicate keeps whole on every rank."""
-        logits = self.measure.trained * load.samples / sizes.cp / sizes.tp
+        root = shape.total - shape.blocks
+        head_ranks = sizes.tp if shape.head_cut else 1
+        self.root = root / head_ranks
+        """Parameters outside of blocks on this rank, once they are gathered."""
+        logits = self.measure.trained * load.samples / sizes.cp / head_ranks
         self.logits = logits * shape.vocabulary * self.width
         self.chunks = math.ceil(self.logits / CHUNK_BYTES)
-        self.head = shape.vocabulary * shape.towers[0].hidden / sizes.tp * shape.head_trained
+        self.head = shape.vocabulary * shape.towers[0].hidden / head_ranks * shape.head_trained
         """Parameters of the head on this rank, if they are trained."""
 
     def _tokens(self, tower: Tower) -> float:
@@ -119,15 +123,15 @@ class Formula:
         return length * self.load.samples / self.sizes.cp
 
     def _elements(
-        self, tower: Tower, fit: tuple[float, float, float], experts: float, whole: float = 0.0
+        self, tower: Tower, fit: tuple[float, float, float], experts: float, gathered: float = 0.0
     ) -> float:
         """Elements a token of one block. The hidden size is cut by sequence parallelism, what is inside of a
         block by tp; but without ep every rank of a tp group has the rows of all experts."""
         tp = self.sizes.tp
         hidden, attention, mlp = fit
-        whole = min(whole, hidden)
         cut = tp if self.parallel.sp is not False else 1
-        elements = (whole + (hidden - whole) / cut) * tower.hidden + attention * tower.attention / tp
+        hidden = hidden / cut + gathered * (cut > 1)
+        elements = hidden * tower.hidden + attention * tower.attention / tp
         inner = mlp * tower.mlp + experts * tower.experts * tower.hidden
         return elements + inner / (1 if tower.experts and self.sizes.ep == 1 else tp)
 
@@ -197,7 +201,7 @@ class Formula:
         loss = max(1.5 * min(CHUNK_BYTES, self.logits), (3 if self.chunks > 1 else 1) * head)
         if self.shards * sizes.dp_replicate == 1:
             return max((kept + head, 0.0, loss), (kept + head, 0.0, one), key=sum)
-        root = (shape.total - shape.blocks) / min(sizes.pp, 2) / sizes.tp
+        root = self.root / min(sizes.pp, 2)
         # with few activations the largest block decides, else the last, whose backward pass meets all of them
         size = shape.largest if parallel.recompute == "full" else shape.last
         block = self._on_rank(size, size * shape.experts / max(1, shape.blocks))
@@ -226,11 +230,11 @@ class Formula:
         kept = one = 0.0
         for tower in (tower for tower in self.shape.towers if tower.learns):
             fit, size = tower.fit, self._tokens(tower) * self.width
-            block = size * self._elements(tower, fit.kept, EXPERTS_KEPT, fit.whole)
+            block = size * self._elements(tower, fit.kept, EXPERTS_KEPT, fit.gathered)
             if not self.learning:
                 block *= fit.frozen
             entry = size * self._elements(tower, (1.0, 0.0, 0.0), 0.0)
-            products = entry + size * self._elements(tower, fit.products, 0.0)
+            products = entry + size * self._elements(tower, fit.products, 0.0, fit.gathered)
             held = {"none": block, "selective": min(block, products), "full": entry}[self.parallel.recompute]
             if held == block and not on_host:
                 one = max(one, 0.15 * block)
@@ -251,15 +255,20 @@ class Formula:
         attention = max(0.0, shape.cost(twice)[0] / 2 - inside)  # what grows with the square of the tokens
         # the backward pass of attention is 2.5 times the forward, whatever is trained
         flops = inside * (shape.passes + (recompute == "full")) + attention * (3.5 - shape.passes)
+        if not shape.head_cut:
+            outside *= sizes.tp  # every rank computes it
         flops = self.load.samples * (flops + (2.0 + shape.head_trained) * outside)
-        whole = self._on_rank(shape.total, shape.experts) * (1 + shape.trained / max(1, shape.total))
+        whole = (self._on_rank(shape.blocks, shape.experts) + self.root) * (
+            1 + shape.trained / max(1, shape.total)
+        )
         moved = MOVED_A_PARAMETER * whole + MOVED_A_LOGIT * self.logits
         if self.chunks > 1:
             moved += MOVED_A_CHUNK * self.chunks * self.head
         again = {"none": 0.0, "selective": 0.9, "full": 1.0}[recompute]
         for tower in shape.towers:
             passes = 1.0 + BACKWARD + again if tower.learns else 1.0
-            elements = self._elements(tower, tower.fit.moved, EXPERTS_MOVED)
+            copied = tower.fit.copied * (1 - 1 / sizes.tp)
+            elements = self._elements(tower, tower.fit.moved, EXPERTS_MOVED, copied)
             moved += self._tokens(tower) * self.width * tower.layers * elements * passes
         arithmetic = flops / (sizes.tp * sizes.cp) / (peak * accelerator.matmul)
         return (arithmetic + moved / accelerator.stream_bandwidth) / sizes.pp
@@ -279,15 +288,18 @@ class Formula:
         exposed = 0.0
         for tower in shape.towers:
             stream = self._tokens(tower) * tower.hidden * width
-            calls = tower.layers / sizes.pp * 2
+            calls = tower.layers / sizes.pp * tower.fit.regions
             if tower.learns:
                 calls *= 3 if parallel.recompute == "full" else 2
             exposed += 2 * ring("all_gather", stream * calls, sizes.tp, 1, calls)
             exposed += ring("all_to_all", stream / sizes.tp * 2 * calls, sizes.cp, sizes.tp, 2 * calls)
             exposed += ring("all_to_all", stream / sizes.tp * tower.experts * calls, sizes.ep, 1, calls)
+            if parallel.sp is not False and tower.learns:
+                sums = tower.layers / sizes.pp * tower.fit.reduced
+                exposed += ring("all_reduce", sums * tower.hidden * width, sizes.tp, 1, sums)
             exposed += 2 * ring("send", stream / sizes.tp, sizes.pp, sizes.world // sizes.pp, 1)
         spread, layers = self.shards * sizes.tp, shape.towers[0].layers / sizes.pp
-        sharded = self._on_rank(shape.total - self.copied, shape.experts) / sizes.pp
+        sharded = (self._on_rank(shape.blocks - self.copied, shape.experts) + self.root) / sizes.pp
         trained = sharded * shape.trained / max(1, shape.total)
         gathers = 2 if parallel.reshards else 1
         fsdp = ring("all_gather", sharded * width * gathers, self.shards, sizes.tp, layers * gathers)

@@ -35,16 +35,26 @@ class BlockFit:
     frozen: float
     """Share of `kept` that is saved where the weights are frozen and adapters learn: inputs of frozen weights
     are not."""
-    whole: float = 0.0
-    """Hidden sizes of `kept` that sequence parallelism does not cut: inputs gathered for layers that are."""
+    gathered: float = 0.0
+    """Hidden sizes that sequence parallelism adds to `kept`: inputs gathered for layers that are cut."""
+    copied: float = 0.0
+    """Hidden sizes that its gathers and reductions add to `moved`, of the tokens of other ranks."""
+    regions: int = 2
+    """Attentions and feed-forward parts, whose tokens tensor-parallel ranks exchange."""
+    reduced: int = 0
+    """Gradients of whole parameters, each summed over tensor-parallel ranks under sequence parallelism."""
 
 
 DECODER = BlockFit((8.8, 2.0, 4.0), (3.0, 1.0, 2.0), (130.0, 0.0, 0.0), 0.9)
 """Language models, with a gated feed-forward part, rotary positions and norms in float32."""
 VISION = BlockFit((8.8, 2.0, 4.0), (3.0, 1.0, 2.0), (47.0, 0.0, 0.0), 0.9)
 """Vision towers."""
-SPEECH = BlockFit((5.4, 2.0, 2.0), (4.0, 1.3, 1.2), (24.0, 0.0, 4.0), 0.95, whole=4.5)
-"""Encoders and decoders with a plain feed-forward part and LayerNorms, such as Whisper's."""
+SPEECH = BlockFit(
+    (5.4, 2.0, 2.0), (4.0, 1.3, 1.2), (24.0, 0.0, 4.0), 0.95, gathered=5.5, copied=34.0, reduced=6
+)
+"""Encoders with a plain feed-forward part and LayerNorms, such as Whisper's."""
+TRANSCRIPT = replace(SPEECH, regions=3, reduced=9)
+"""Their decoders, with cross attention."""
 DENOISER = BlockFit((39.0, 0.0, 2.0), (5.0, 1.0, 1.0), (165.0, 0.0, 8.0), 0.67)
 """Diffusion transformers that attend to the text in a layer of its own and modulate every token in
 float32."""
@@ -89,6 +99,7 @@ class Shape:
     matrices: int = 0  # trained parameters of the blocks' matrices: muon's
     vocabulary: int = 0
     head_trained: bool = True
+    head_cut: bool = True  # over tensor-parallel ranks, as the embedding is
     by_tower: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> (parameters, trained)
 
 
@@ -137,17 +148,20 @@ def shape_of(family: Family, model: nn.Module) -> Shape:
         matrices=matrices,
         vocabulary=vocabulary,
         head_trained=any(p.requires_grad for p in head),
+        head_cut=not vocabulary or bool({card.head, card.embedding} & set(card.tensor_plan)),
         by_tower=by_tower,
     )
 
 
 def _cut_patterns(card: ModelCard) -> Iterator[str]:
-    """Expressions of the parameters that tensor parallelism cuts: linear layers, experts, embedding and
-    head."""
+    """Expressions of the parameters that tensor parallelism cuts: linear layers, experts, and embedding and
+    head where the card says so."""
     for pattern, style in card.tensor_plan.items():
         if style.endswith(("colwise", "rowwise")):
             yield re.escape(pattern).replace(r"\*", r"[^.]+") + r"\."
-    yield from (r".*\.experts\.", *(re.escape(name) + r"\." for name in (card.embedding, card.head) if name))
+        elif pattern in (card.embedding, card.head):
+            yield re.escape(pattern) + r"\."
+    yield r".*\.experts\."
 
 
 def _towers(family: Family) -> tuple[list[Tower], int]:
@@ -157,7 +171,7 @@ def _towers(family: Family) -> tuple[list[Tower], int]:
         return [denoiser(family.card, *family.size())], 0  # type: ignore[attr-defined]
     if getattr(config, "is_encoder_decoder", False):
         side = config.d_model
-        decoder = Tower(config.decoder_layers, side, 5 * side, config.decoder_ffn_dim, fit=SPEECH)
+        decoder = Tower(config.decoder_layers, side, 5 * side, config.decoder_ffn_dim, fit=TRANSCRIPT)
         encoder = Tower(config.encoder_layers, side, 3 * side, config.encoder_ffn_dim, "audio", SPEECH)
         return [decoder, encoder], config.vocab_size
     text, vision = config.get_text_config(), getattr(config, "vision_config", None)

@@ -68,17 +68,19 @@ def _shown(i: int, record: Record, sample: Sample, chat: ChatProcessor) -> dict[
         "where": record.where,
         "error": "",
         "facts": ", ".join(facts),
-        "media": [_figure(medium, chat) for medium in record.media],
+        "media": [_figure(medium, record, chat) for medium in record.media],
         "tokens": list(_tokens(record, sample, chat)),
     }
 
 
-def _figure(medium: Media, chat: ChatProcessor) -> tuple[str, list[pages.Picture]]:
-    """Caption and pictures: an image, four frames of a video, none of a sound."""
+def _figure(medium: Media, record: Record, chat: ChatProcessor) -> tuple[str, list[pages.Picture]]:
+    """Caption and pictures: an image, four frames of a video, none of audio."""
     label = files.label(medium.source)
     if medium.kind == "audio":
-        heard = audio.audio_header(medium.source)  # type: ignore[arg-type]
-        return f"{label}, {heard.seconds:.1f} s, {heard.rate} Hz", []
+        header = audio.audio_header(medium.source)  # type: ignore[arg-type]
+        start, stop = record.extra.get("start", 0.0), record.extra.get("end", header.seconds)
+        part = "" if (start, stop) == (0.0, header.seconds) else f", {start:g} to {stop:g} s of it"
+        return f"{label}, {header.seconds:.1f} s, {header.rate} Hz{part}", []
     if medium.kind == "video":
         header = files.video_header(medium.source, chat.video.fps)
         clip = files.clip(header, chat.video, chat.media.frame_multiple)
@@ -95,7 +97,7 @@ def _tokens(record: Record, sample: Sample, chat: ChatProcessor) -> Iterator[Tok
     ids = sample.tensors["input_ids"].tolist()
     labels, weights = sample.tensors["labels"].tolist(), sample.tensors["weights"].tolist()
     learned = [0.0, *(w if label != IGNORE else 0.0 for w, label in zip(weights, labels, strict=True))]
-    waiting = [(m.kind, list(chat.span(m).ids)) for m in record.media]
+    waiting = [(m.kind, list(chat.span(m, record).ids)) for m in record.media]
     at = number = 0
     while at < len(ids):
         kind, span = waiting[number] if number < len(waiting) else ("", [])

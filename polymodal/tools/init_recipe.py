@@ -48,6 +48,8 @@ ACCELERATOR = "910b"
 BATCH = 32
 """Packs or samples a step, where there are enough of them and no more devices."""
 MAX_LENGTH = 4096
+SPEECH = {"language": "en"}
+"""data.speech, to be edited where records that name no language are spoken in another one."""
 PICTURE = 1024 * 1024
 """Pixels of a picture where the card has none."""
 
@@ -122,14 +124,15 @@ def plan(
     of_version = [k for k in card.sizes if catalog.named(f"{model}-{k.partition('-')[2]}") == (card, k)]
     key = key or (None if source else advise.middle(card, of_version))
     place = source or card.sizes[str(key)].hub
-    family = _family(place, bool(source) or search_it)
+    local = _family(place, bool(source) or search_it)
+    family = local or _published(card, key)
     if family is not None:
         counted = shape.shape_of(family, meta_model(family, _bare(card, task, place, data)))
         key = key or _size_of(place, card, counted.total)
     else:
         counted = shape.published(card, str(key), task in ADAPTERS)
     count = devices or _devices(card, key, task) or recommend.device_count(counted, accelerator)
-    measured = _measured(family, card, task, data)
+    measured = _measured(local, card, task, place, data)
     most = -(-max(4 if task == "dreambooth" else BATCH, count) // count) * count
     made = _bare(card, task, place, data, measured, key, most)
     patches = measured.patches if measured and measured.tokens else None
@@ -194,6 +197,16 @@ def _family(source: str, asked: bool) -> Family | None:
     return catalog.family(recipe.Model(source=source, init="random"))
 
 
+def _published(card: ModelCard, key: str | None) -> Family | None:
+    """The family of a published size, where its card has the config."""
+    import transformers
+
+    config = card.sizes[key].config if key else {}
+    if not config:
+        return None
+    return card.family(card, transformers.AutoConfig.for_model(**config), card.sizes[str(key)].hub)
+
+
 def _bare(
     card: ModelCard,
     task: str,
@@ -207,6 +220,8 @@ def _bare(
     section: dict[str, Any] = {"datasets": [{"path": data}]}
     if card.kind == "generation":
         section["clip"] = _clip(card, key, task)
+    elif card.kind == "audio":
+        section["speech"] = SPEECH
     else:
         section["max_length"] = measured.max_length if measured else MAX_LENGTH
         section["pack_length"] = measured.pack_length if measured else None
@@ -241,33 +256,35 @@ def _batch(best: Candidate, measured: Rows | None) -> tuple[Candidate, run_lengt
     return changed, found
 
 
-def _measured(family: Family | None, card: ModelCard, task: str, data: str) -> Rows | None:
+def _measured(family: Family | None, card: ModelCard, task: str, source: str, data: str) -> Rows | None:
     """What lies at `data`, measured with the checkpoint's processor, or counted where that is not here;
     None without data."""
     if task == "dreambooth" or not os.path.exists(os.path.expanduser(data)):
         return None
-    from polymodal.data.chat import ChatProcessor
     from polymodal.data.index import build_index
     from polymodal.data.source import open_corpus
+    from polymodal.train.layouts import layout_of
 
-    section = recipe.Data(
-        datasets=[recipe.Dataset(path=data)], on_error="skip", max_length=run_length.LONGEST
-    )
+    bare = _bare(card, task, source, data)
+    section = bare.data.model_copy(update={"on_error": "skip", "max_length": run_length.LONGEST})
     corpus = open_corpus(section.datasets, section.attr, "--data")
     if family is None or card.kind == "generation":
         return Rows(len(corpus))
     try:
-        chat = ChatProcessor(family.media_processor(section), section)
+        layout = layout_of(bare.model_copy(update={"data": section}), family)
+        processor, section = layout.processor(), layout.section_data("datasets")
     except PolymodalError as error:  # a config without a tokenizer
         _say(f"--data {data} is counted, not measured: {error}")
         return Rows(len(corpus))
-    index = build_index(corpus, chat, section)
+    index = build_index(corpus, processor, section)
     tokens = index.tokens[index.usable]
     if not len(tokens):
         raise PolymodalError(
             f"--data {data}: no row of {len(corpus)} can be trained on.",
             f"Run `polymodal data check {data}`.",
         )
+    if card.kind == "audio":  # a sample is a record, whatever its length
+        return Rows(len(tokens))
     total, longest = int(tokens.sum(dtype="int64")), run_length.max_length(tokens)
     plenty = run_length.units(total, len(tokens), MAX_LENGTH) / BATCH >= run_length.ENOUGH_STEPS
     pack = MAX_LENGTH if plenty and longest < MAX_LENGTH else None
@@ -317,6 +334,7 @@ def text(plan: Plan, data: str, *, name: str | None = None, file: str | None = N
         file=file or f"{name}.yaml",
         data=data,
         subject="data/subject" if data == DATA else data,
+        speech=SPEECH,
         clip=_clip(plan.card, plan.size or None, plan.task),
         predicted=predicted(plan),
         data_words=_data_words(plan),

@@ -1,5 +1,6 @@
-"""A tiny Whisper from recordings to texts: trained until it knows them, stopped and resumed, on two processes alike,
-transcribed with and without times, measured, exported and opened by the library. Real processes and files.
+"""A tiny Whisper from recordings to texts: trained until it knows them, stopped and resumed, on two processes
+alike, transcribed with and without times, measured, exported and opened by the library. Real processes and
+files.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def curve(run: Path) -> list[tuple[float, float]]:
     return [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nproc, layout", [(2, ()), (2, ("parallel.pp=2",)), (2, ("parallel.tp=2",))])
@@ -111,17 +112,13 @@ def test_a_run_is_the_same_on_two_processes(ground, tmp_path, nproc, layout):
 
 def test_a_run_that_is_resumed_is_the_run_that_was_not(ground, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(
-        "train",
-        ground / "recipe.yaml",
-        "train.steps=6",
-        f"checkpoint.dir={whole}",
-        "optim.schedule.name=constant",
-    )
+    schedule = ("optim.schedule.name=constant", "optim.schedule.warmup=2")
+    run("train", ground / "recipe.yaml", "train.steps=6", f"checkpoint.dir={whole}", *schedule)
     for steps in (3, 6):
-        run("train", ground / "recipe.yaml", f"train.steps={steps}", f"checkpoint.dir={parts}", "optim.schedule.name=constant", "optim.schedule.warmup=0.1")  # fmt: skip
+        run("train", ground / "recipe.yaml", f"train.steps={steps}", f"checkpoint.dir={parts}", *schedule)
     assert len(curve(parts)) == 6
     assert json.loads((parts / "summary.json").read_text())["resumed_at"] == 3
+    assert curve(parts) == [pytest.approx(pair, rel=1e-4) for pair in curve(whole)]
 
 
 def test_check_says_what_is_learned_from_and_what_is_too_long(ground, tmp_path):
@@ -132,10 +129,10 @@ def test_check_says_what_is_learned_from_and_what_is_too_long(ground, tmp_path):
     data = f"data.datasets=[{{path: {tmp_path / 'data.jsonl'}}}]"
     keys = (data, "data.speech.language=en", f"checkpoint.dir={tmp_path / 'run'}", "data.on_error=skip")
     said = " ".join(run("check", ground / "recipe.yaml", *keys).split())
-    assert "2, 1 usable" in said and "has 9.0 s, this model hears 2 s at once" in said
+    assert "2, 1 usable" in said and "has 9.0 s, this model takes 2 s at once" in said
     assert "micro-batches of 8 samples" in said and "steps an epoch 1 of 16 samples" in said
     refused = run("check", ground / "recipe.yaml", *keys[:-1], expect=2)
-    assert "has 9.0 s, this model hears 2 s at once. Cut it into rows with `start` and `end`" in " ".join(
+    assert "has 9.0 s, this model takes 2 s at once. Cut it into rows with `start` and `end`" in " ".join(
         refused.split()
     )
 
@@ -156,7 +153,8 @@ def test_a_recording_that_one_rank_alone_cannot_read(ground, axis):
 
 
 def _unreadable(rank: int, world: int, root: str, axis: str) -> dict:
-    """Two steps; 1.wav cannot be decoded by the last rank (which with pp decodes nothing: there by the first)."""
+    """Two steps; 1.wav cannot be decoded by the last rank (which with pp decodes nothing: there by the
+    first)."""
     from polymodal import recipe as recipes
     from polymodal.data import audio
     from polymodal.runtime import device, process_group
@@ -194,7 +192,7 @@ def _unreadable(rank: int, world: int, root: str, axis: str) -> dict:
     return {"loss": lines[-1]["loss"], "samples": lines[-1]["samples"], "error": ""}
 
 
-# ---- what it learned -------------------------------------------------------------------------------------------------
+# ---- what it learned ---------------------------------------------------------------------------------------
 
 
 def test_it_writes_down_what_it_was_taught(ground, transcriber):
@@ -230,7 +228,8 @@ def test_the_command_prints_texts_and_writes_files(ground, trained, tmp_path):
 
 
 def test_long_recordings_are_cut_where_it_is_quiet(transcriber, tmp_path):
-    """Sentences with silence between them, together more than is heard at once: no word is cut, all are written."""
+    """Sentences with silence between them, together more than is heard at once: no word is cut, all are
+    written."""
     chosen = [s for s in SENTENCES if len(s.split()) == 3][:4]
     silence = np.zeros(tiny_speech.RATE, np.float32)
     whole = np.concatenate([x for s in chosen for x in (tiny_speech.spoken(s), silence)])
@@ -272,7 +271,7 @@ def test_models_that_do_not_transcribe_say_so(tmp_path):
         Transcriber(made.model, made.processor, name="qwen")
 
 
-# ---- measuring -------------------------------------------------------------------------------------------------------
+# ---- measuring ---------------------------------------------------------------------------------------------
 
 
 def test_errors_are_counted_over_the_corpus(ground, transcriber, tmp_path):
@@ -321,7 +320,7 @@ def test_the_command_measures_on_two_processes(ground, trained, tmp_path):
     assert "`speech` is for models that transcribe, it has no --metric" in refused
 
 
-# ---- taking it away --------------------------------------------------------------------------------------------------
+# ---- taking it away ----------------------------------------------------------------------------------------
 
 
 def test_the_export_is_what_transformers_opens(ground, trained, tmp_path):
@@ -343,7 +342,8 @@ def test_adapters_are_trained_merged_and_used(ground, tmp_path):
         "train.steps=3",
     )
     run("train", ground / "recipe.yaml", *keys, f"checkpoint.dir={tmp_path / 'run'}", "--nproc", "2")
-    adapter, merged = export(str(tmp_path / "run"), str(tmp_path / "adapter")), export(str(tmp_path / "run"), str(tmp_path / "merged"), merge_lora=True)  # fmt: skip
+    adapter = export(str(tmp_path / "run"), str(tmp_path / "adapter"))
+    merged = export(str(tmp_path / "run"), str(tmp_path / "merged"), merge_lora=True)
     assert (adapter.what, merged.what) == ("adapter", "merged")
     job, texts = [Speech(str(ground / "0.wav"), language="en")], set()
     for place in ("run", "adapter", "merged"):

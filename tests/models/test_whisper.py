@@ -1,8 +1,10 @@
-"""Whisper's card against the library's own class: outputs, gradients, keys, FLOPs and the sizes that are published."""
+"""Whisper's card against the library's own class: outputs, gradients, keys, FLOPs and the sizes that are
+published."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -19,7 +21,8 @@ from tests.models import tiny_speech
 from tests.parallel import speech
 from tests.parallel.exact import float64
 
-PUBLISHED = {  # d_model, layers of the encoder and of the decoder, bands, vocabulary, parameters (tied head once)
+# d_model, layers of the encoder and of the decoder, bands, vocabulary, parameters (tied head once)
+PUBLISHED = {
     "tiny": (384, 4, 4, 80, 51865, 37_760_640),
     "tiny.en": (384, 4, 4, 80, 51864, 37_760_256),
     "base": (512, 6, 6, 80, 51865, 72_593_920),
@@ -56,14 +59,13 @@ def test_every_published_size_is_on_the_card():
 
 @pytest.mark.parametrize("key", PUBLISHED)
 def test_a_published_size_has_its_parameters(key):
-    from transformers import WhisperConfig
+    from transformers import AutoConfig
 
     width, encoder, decoder, bands, vocabulary, parameters = PUBLISHED[key]
-    config = WhisperConfig(
-        d_model=width, encoder_layers=encoder, decoder_layers=decoder, num_mel_bins=bands, vocab_size=vocabulary,
-        encoder_attention_heads=width // 64, decoder_attention_heads=width // 64, encoder_ffn_dim=4 * width,
-        decoder_ffn_dim=4 * width,
-    )  # fmt: skip
+    config = AutoConfig.for_model(**CARD.sizes[key].config)
+    assert (config.d_model, config.encoder_layers, config.decoder_layers) == (width, encoder, decoder)
+    assert (config.num_mel_bins, config.vocab_size) == (bands, vocabulary)
+    assert config.encoder_attention_heads == config.decoder_attention_heads == width // 64
     made = Whisper(CARD, config, key).build()
     count = sum(p.numel() for p in made.parameters())
     assert count == parameters and CARD.sizes[key].parameters == pytest.approx(count / 1e9, rel=0.02)
@@ -157,7 +159,7 @@ def test_an_example_is_shaped_like_data(family):
         tiny_speech.BANDS,
         200,
     )
-    assert layout.describe(load) == "3 samples of 48 tokens and 100 positions of sound"
+    assert layout.describe(load) == "3 samples of 48 tokens and 100 positions of audio"
 
 
 def test_a_feature_extractor_of_another_size_is_refused(source, tmp_path):
@@ -165,7 +167,7 @@ def test_a_feature_extractor_of_another_size_is_refused(source, tmp_path):
 
     tiny_speech.checkpoint(tmp_path)
     WhisperFeatureExtractor(feature_size=80, chunk_length=2).save_pretrained(tmp_path)
-    with pytest.raises(PolymodalError, match="makes 80 bands of 200 frames, the model hears 16 of 200"):
+    with pytest.raises(PolymodalError, match="makes 80 bands of 200 frames, the model takes 16 of 200"):
         catalog.family(Model(source=str(tmp_path))).media_processor(None)
 
 
@@ -188,3 +190,35 @@ def test_layouts_that_it_does_not_have_say_why():
     assert "its sequences are short" in reasons(cp=2)[0] and "no experts" in reasons(ep=2)[0]
     assert not reasons(tp=2) and not reasons(tp=4, pp=2), "also where the vocabulary is odd"
     assert "encoder_attention_heads = 4" in reasons(tp=8)[0]
+
+
+@pytest.mark.parametrize(
+    "files, options, words",
+    [
+        (("a.wav", "b.wav"), {"form": "srt"}, "--format srt is one file for each recording. Give --out DIR"),
+        (("a.wav",), {"form": "doc"}, "--format doc is not known"),
+        (("a.wav",), {"language": "klingon"}, "does not know the language klingon"),
+        (("none.wav",), {}, "none.wav does not exist"),
+        (("empty",), {}, "empty holds no audio or video file"),
+        (("a.wav",), {"out": "a.wav"}, "a.wav cannot be made"),
+    ],
+)
+def test_what_cannot_be_transcribed_is_one_sentence(source, tmp_path, files, options, words):
+    from polymodal.generate import transcribe
+
+    for name in ("a", "b"):
+        tiny_speech.recording(tmp_path / f"{name}.wav", "one")
+    (tmp_path / "empty").mkdir()
+    if "out" in options:
+        options = {"out": tmp_path / options["out"]}
+    with pytest.raises(PolymodalError, match=re.escape(words)):
+        transcribe.main(str(source), [str(tmp_path / file) for file in files], **options, device="cpu")
+
+
+def test_it_is_not_asked_questions(source):
+    from polymodal.generate.engine import Engine
+    from polymodal.generate.opening import open_model
+
+    made = open_model(source, device="cpu")
+    with pytest.raises(PolymodalError, match="transcribes speech, it does not answer questions"):
+        Engine(made.model, made.processor)

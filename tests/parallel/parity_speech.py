@@ -1,4 +1,5 @@
-"""The layouts of models with an encoder and a decoder in the parity table; parity.py measures and writes them. Tests only."""
+"""The layouts of models with an encoder and a decoder in the parity table; parity.py measures and writes
+them. Tests only."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def batches(family: Any, dtype: torch.dtype) -> list[Batch]:
 
 def filler(batch: Batch) -> Batch:
     (stream,) = batch.streams
-    return padded.pad([padded.hole(stream, tuple(batch[stream.tensor].shape[1:]))])
+    return padded.pad([padded.padding_sample(stream, tuple(batch[stream.tensor].shape[1:]))])
 
 
 def checkpoint(directory: str) -> str:

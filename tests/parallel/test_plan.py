@@ -10,8 +10,10 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from polymodal import recipe as recipes
+from polymodal.models import catalog
 from polymodal.plan import accelerators, planner, search
 from polymodal.plan.estimate import Formula
 from polymodal.plan.shape import shape_of
@@ -147,13 +149,33 @@ def cross_denoiser(directory: Path) -> dict:
     return {"clip": {"frames": [33], "pixels": 240 * 416}}
 
 
+def speech(directory: Path) -> dict:
+    """Whisper with the widths of large-v3 and four layers of each side."""
+    published = catalog.cards()["whisper"].sizes["large-v3"].config
+    config = AutoConfig.for_model(**{**published, "encoder_layers": 4, "decoder_layers": 4})
+    config.architectures = ["WhisperForConditionalGeneration"]
+    config.save_pretrained(directory)
+    return {}
+
+
 def denoiser(name: str, directory: Path, changes: dict) -> None:
     """A tiny pipeline whose denoiser has other sizes, as a config alone."""
     file = Path(tiny_pipelines.pipeline(name, directory)) / "transformer" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
+SPEECH_CASES = [
+    ({}, {}),
+    ({"recompute": "selective"}, {}),
+    ({"dp_replicate": 2, "recompute": "full"}, {}),
+    ({"tp": 4}, {}),
+    ({"tp": 4, "sp": False}, {}),
+    ({"tp": 2}, {}),
+    ({"tp": 4, "recompute": "full"}, {}),
+    ({"recompute": "full"}, {"lora": {"rank": 16, "towers": ["language"]}}),
+]
 FORMULAS = [
+    *((speech, *case) for case in SPEECH_CASES),
     *((language, *case) for case in FORMULA_CASES),
     (experts, {"tp": 4}, {}),
     (experts, {"tp": 4, "recompute": "full"}, {}),
@@ -176,9 +198,11 @@ FAST = (language, {"recompute": "full"}, {})
 )
 def test_the_formulas_are_near_the_traces(tmp_path, maker, parallel, model):
     data = maker(tmp_path)
-    made = recipes.validate({
-        "model": {"source": str(tmp_path), **model}, "data": data, "parallel": parallel, "train": {"global_batch_size": 32},
-    })  # fmt: skip
+    train = (
+        {"global_batch_size": 256, "micro_batch_size": 8} if maker is speech else {"global_batch_size": 32}
+    )
+    source = {"source": str(tmp_path), **model}
+    made = recipes.validate({"model": source, "data": data, "parallel": parallel, "train": train})
     family = planner.family_of(made)
     traced = planner.plan(made, family, planner.Question(8, accelerators.named("h100")))
     layout, accelerator = layout_of(made, family), traced.accelerator

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Media, Message
+from polymodal.core.sample import Media, MediaPart, MediaStream, Message, Span
 from polymodal.data import audio
+from polymodal.data.chat import ChatProcessor
 from polymodal.data.formats import RowReader
 from polymodal.data.source import check_path, open_corpus
-from polymodal.recipe import Attr, Dataset
+from polymodal.recipe import Attr, Data, Dataset
 from polymodal.tools.data_check import check
 from polymodal.tools.data_convert import convert
 from tests.unit.media_fixtures import AUDIO, sweep, write_audio, write_mp4
@@ -60,14 +63,9 @@ def test_an_excerpt_is_the_slice_of_the_whole(tmp_path, ending):
         part = audio.decode_audio(source, header, RATE, start, stop)
         assert part.shape == (round(stop * RATE) - round(start * RATE),)
         assert np.abs(part - whole[round(start * RATE) :][: len(part)])[: -RATE // 100].max() < 2e-3, start
-    pieces = [audio.decode_audio(source, header, RATE, a, b) for a, b in audio.chunks(header.seconds, 5.0)]
+    cuts = [0.0, 4.1, 8.2, header.seconds]
+    pieces = [audio.decode_audio(source, header, RATE, *pair) for pair in itertools.pairwise(cuts)]
     assert sum(map(len, pieces)) == len(whole)
-
-
-def test_pieces_of_long_audio():
-    assert audio.chunks(65.0) == [(0.0, 30.0), (30.0, 60.0), (60.0, 65.0)]
-    assert audio.chunks(65.0, 30.0, 5.0) == [(0.0, 30.0), (25.0, 55.0), (50.0, 65.0)]
-    assert audio.chunks(30.0) == [(0.0, 30.0)] and audio.chunks(0.5) == [(0.0, 0.5)]
 
 
 def test_channels_are_averaged_without_growing_louder(tmp_path):
@@ -335,3 +333,54 @@ def test_converted_records_read_the_same(tmp_path):
     assert record.messages[1].content == ("one",)
     assert str(record.media[0].source).endswith(".flac")
     assert Path(str(record.media[0].source)).read_bytes() == data
+
+
+# ---- audio in conversations -------------------------------------------------------------------------------
+
+
+class Listening:
+    """A media processor that takes audio, a token of every tenth of a second, with the words of another one."""
+
+    rows, frame_multiple, sample_rate = 1, 1, RATE
+    streams = (MediaStream("audio", "input_features", "feature_sizes", ("frame", "none")),)
+
+    def __init__(self, other):
+        self.tokenizer = other.tokenizer
+
+    def placeholder(self, kind):
+        return "~sound~"
+
+    def template_content(self, part):
+        return {"type": "text", "text": part if isinstance(part, str) else self.placeholder(part.kind)}
+
+    def span(self, shape):
+        frames = -(-shape.samples // (RATE // 10))
+        return Span([7] * frames, (MediaPart("audio", (frames,), (frames,)),), shape)
+
+    def features(self, shape, decoded):
+        assert len(decoded) == shape.samples
+        frames = np.resize(decoded, (-(-len(decoded) // (RATE // 10)), RATE // 10))
+        return {"audio": (torch.from_numpy(frames), torch.tensor([[len(frames)]]))}
+
+    def position_ids(self, input_ids, spans):
+        return torch.arange(len(input_ids))[None]
+
+
+def test_conversations_take_the_excerpt_that_their_row_names(tmp_path, qwen):
+    source = str(write_audio(tmp_path / "a.wav", 4.0))
+    chat = ChatProcessor(Listening(qwen().media), Data())
+
+    def record(**extra):
+        row = {"audio": source, "text": "a b", **extra}
+        return RowReader("auto", Attr(), "data.jsonl", None).record(row, "line 1")
+
+    whole, part = chat.sample(record()), chat.sample(record(start=1.0, end=2.5))
+    assert whole.measure.media == {"audio": (40,)} and part.measure.media == {"audio": (15,)}
+    assert part.measure.tokens == whole.measure.tokens - 25
+    rows = whole.tensors["input_features"]
+    assert torch.allclose(part.tensors["input_features"], rows[10:25], atol=2e-3)
+    assert chat.measure([record(), record(start=1.0, end=2.5)]) == [whole.measure, part.measure]
+    (refused,) = chat.measure([record(start=3.0, end=9.0)])
+    assert "3 to 9 s does not lie in the audio" in refused
+    with pytest.raises(PolymodalError, match=r"^line 1: 5 to 4 s does not lie in the audio"):
+        chat.sample(record(start=5.0))

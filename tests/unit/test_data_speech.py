@@ -1,6 +1,10 @@
-"""Speech with its text: prompts, times, lengths, what is refused, padded batches and their padding. Real files and tokens."""
+"""Speech with its text: prompts, times, lengths, what is refused, padded batches and how they are planned.
+Real files and tokens."""
 
 from __future__ import annotations
+
+import html
+import json
 
 import numpy as np
 import pytest
@@ -92,20 +96,25 @@ def test_special_tokens_in_a_text_are_its_letters(ground):
 def test_english_models_have_no_language_to_tell(ground):
     made = processor(ground, "english", language=None)
     assert spelt(made.tokens(row(ground))[1:]) == "<|notimestamps|> one two three<|endoftext|>"
-    for extra, words in (({"language": "de"}, "language de"), ({"task": "translate"}, "task translate")):
+    for extra, words in (
+        ({"language": "de"}, "the language de"),
+        ({"task": "translate"}, "the task translate"),
+    ):
         (said,) = made.measure([row(ground, **extra)])
-        assert words in said and "writes English down" in said
+        assert words in said and "transcribes English alone" in said
 
 
 @pytest.mark.parametrize(
     "record, words",
     [
-        ({"file": "long.wav"}, "has 5.0 s, this model hears 2 s at once"),
+        ({"file": "long.wav"}, "has 5.0 s, this model takes 2 s at once"),
         ({"text": "one " * 60}, "tokens, this model's decoder takes 48"),
         ({"language": "klingon"}, "Unsupported language: klingon"),
         ({"text": "<|1.00|> one <|0.50|>"}, "the times in its text are not in order"),
         ({"text": "one <|7.00|>"}, "beyond 2 s"),
         ({"file": "absent.wav"}, "absent.wav"),
+        ({"start": 9.0}, "9 to 0.75 s does not lie in the audio"),
+        ({"start": 0.1, "end": 9.0}, "0.1 to 9 s does not lie in the audio"),
     ],
 )
 def test_what_cannot_be_learned_is_one_sentence(ground, record, words):
@@ -117,9 +126,9 @@ def test_what_cannot_be_learned_is_one_sentence(ground, record, words):
         made.sample(row(ground, text, file, **record))
 
 
-def test_without_a_language_anywhere_the_fix_is_shown(ground):
+def test_without_a_language_anywhere_the_fix_is_named(ground):
     (said,) = processor(ground, language=None).measure([row(ground)])
-    assert "not said which language" in said and "data.speech.language" in said
+    assert "the language is missing" in said and "data.speech.language" in said
 
 
 def test_records_without_or_with_several_media_are_refused(ground):
@@ -127,7 +136,8 @@ def test_records_without_or_with_several_media_are_refused(ground):
     none = Record((Message("user", ("hello",)), Message("assistant", ("one",))), "x")
     heard = Media("audio", str(ground / "short.wav"))
     two = Record((Message("user", (heard, heard)), Message("assistant", ("one",))), "x")
-    assert all("transcribes one audio a row" in said for said in made.measure([none, two]))
+    for said, holds in zip(made.measure([none, two]), ("no media", "audio, audio"), strict=True):
+        assert f"the row holds {holds}, but one audio a row is transcribed" in said
 
 
 def test_an_excerpt_is_the_slice_of_the_whole(ground):
@@ -160,7 +170,8 @@ def test_what_decides_lengths_is_in_the_fingerprint(ground):
 
 
 def test_frames_are_masked_by_the_samples_seed_in_training_only(tmp_path):
-    tiny_speech.checkpoint(tmp_path / "masked", apply_spec_augment=True, mask_time_prob=0.2, mask_feature_prob=0.3, mask_feature_length=2)  # fmt: skip
+    masks = {"mask_time_prob": 0.2, "mask_feature_prob": 0.3, "mask_feature_length": 2}
+    tiny_speech.checkpoint(tmp_path / "masked", apply_spec_augment=True, **masks)
     tiny_speech.recording(tmp_path / "short.wav", "one two three")
     made = processor(tmp_path, "masked", augment=True)
 
@@ -175,14 +186,33 @@ def test_frames_are_masked_by_the_samples_seed_in_training_only(tmp_path):
     assert torch.equal(masked[masked != 0], plain[masked != 0]) and not (plain == 0).all(dim=0).any()
 
 
-# ---- batches ---------------------------------------------------------------------------------------------------------
+def test_a_page_shows_recordings_and_what_is_learned_of_their_text(ground, tmp_path):
+    from polymodal.data.source import open_corpus
+    from polymodal.recipe import Dataset
+    from polymodal.tools.data_show import show
+
+    rows = [
+        {"audio": str(ground / "short.wav"), "text": "one two"},
+        {"audio": str(ground / "long.wav"), "text": "three", "start": 1.0, "end": 2.5},
+        {"audio": str(ground / "long.wav"), "text": "four"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    corpus = open_corpus([Dataset(path=str(tmp_path / "rows.jsonl"))])
+    show(corpus, processor(ground), str(tmp_path / "page.html"), n=3)
+    page = html.unescape((tmp_path / "page.html").read_text())
+    assert "short.wav, 0.8 s, 16000 Hz" in page and "long.wav, 5.0 s, 16000 Hz, 1 to 2.5 s of it" in page
+    assert "<|transcribe|>" in page and "audio 100 in 1 media" in page
+    assert "has 5.0 s, this model takes 2 s at once" in page, "a row that cannot be used, with its reason"
+
+
+# ---- batches -----------------------------------------------------------------------------------------------
 
 
 def batch(ground, broken=()):
     made = processor(ground)
     texts = ("one two three four five six", "nine", "one two")
     samples = [
-        padded.hole(made.media.stream, made.media.shape, i, "gone")
+        padded.padding_sample(made.media.stream, made.media.shape, i, "gone")
         if i in broken
         else made.sample(row(ground, text), i)
         for i, text in enumerate(texts)
@@ -202,7 +232,7 @@ def test_padding_has_neither_label_nor_weight(ground):
         assert (made["labels"][at, n:] == IGNORE).all() and (made["weights"][at, n:] == 0).all()
         assert (made["weights"][at, :n] == 1).all()
     assert made.segments["text"].tolist() == [0, max(lengths), 2 * max(lengths), 3 * max(lengths)]
-    assert made.groups["media"] == {"audio": (1, 1, 1)}
+    assert made.groups["broken"] == (False, False, False)
 
 
 @pytest.mark.parametrize("mine, all_of_them", [((), (0,)), ((1,), (0, 1)), ((), (0, 1, 2)), ((2,), (2,))])
@@ -217,16 +247,14 @@ def test_samples_that_another_rank_lacks_become_its_padding(ground, mine, all_of
     assert len(lost) == len(all_of_them) - len(mine)
 
 
-def test_a_batch_repeated_is_one_of_equal_samples(ground):
-    made = processor(ground)
-    one = made.sample(row(ground))
-    assert torch.equal(padded.repeated(padded.pad([one]), 3)["labels"], padded.pad([one] * 3)["labels"])
-    many = padded.repeated(padded.pad([one]), 3)
-    expected = padded.pad([one] * 3)
-    assert many.groups == expected.groups and torch.equal(many.segments["text"], expected.segments["text"])
+def test_a_batch_is_taken_apart_into_its_samples(ground):
+    made, again = batch(ground, (1,)), padded.pad(padded.unpad(batch(ground, (1,))))
+    assert all(torch.equal(again[name], made[name]) for name in made.tensors)
+    assert (again.groups, again.samples, again.axes) == (made.groups, made.samples, made.axes)
+    assert torch.equal(again.segments["text"], made.segments["text"])
 
 
-# ---- the plan --------------------------------------------------------------------------------------------------------
+# ---- the plan ----------------------------------------------------------------------------------------------
 
 
 class Lengths:

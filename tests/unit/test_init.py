@@ -18,7 +18,7 @@ from polymodal.models import catalog
 from polymodal.parallel import apply as layout
 from polymodal.tools import init_recipe, preflight
 from polymodal.train import run_length
-from tests.models import tiny
+from tests.models import tiny, tiny_speech
 
 ROOT = Path(__file__).parents[2]
 CARDS = catalog.cards()
@@ -135,6 +135,27 @@ def test_a_directory_is_counted_and_not_taken_for_a_published_size(checkpoint, t
     assert "estimated by its config" in said and "GiB of 58.9" not in said.replace("MiB of 58.9", "")
     assert "does not fit" not in written and recipe.load(out).model.source == str(checkpoint)
     assert init_recipe.plan(str(checkpoint), "sft", None, None).devices == 1, "as many as its states fill"
+
+
+def test_recipes_of_models_that_transcribe(tmp_path, capsys):
+    """Rows are measured with the audio processor: what is too long for it is not counted."""
+    tiny_speech.checkpoint(tmp_path / "model")
+    for name, seconds in (("a", 1.0), ("b", 1.5), ("long", 9.0)):
+        tiny_speech.recording(tmp_path / f"{name}.wav", "one two", seconds)
+    rows = [{"audio": f"{name}.wav", "text": "one two"} for name in ("a", "b", "long")]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    chosen = init_recipe.plan(str(tmp_path / "model"), "sft", None, 1, data=str(tmp_path / "d.jsonl"))
+    written = init_recipe.text(chosen, str(tmp_path / "d.jsonl"))
+    assert chosen.data.rows == 2 and "# 2 rows: about" in written and "# samples, over all devices" in written
+    made = recipe.validate(yaml.safe_load(written))
+    assert made.data.speech.language == "en" and "max_length" not in written
+    (tmp_path / "d.jsonl").write_text(json.dumps(rows[2]))
+    with pytest.raises(PolymodalError, match="no row of 1 can be trained on"):
+        init_recipe.plan(str(tmp_path / "model"), "sft", None, 1, data=str(tmp_path / "d.jsonl"))
+    english = init_recipe.text(init_recipe.plan("whisper-tiny.en", "lora", None, 1), "d.json")
+    assert "speech:" not in english and "towers: [language]" in english
+    large = init_recipe.plan("whisper", "sft", "large-v3", 1)
+    assert large.parameters == 1_543_490_560 and large.fits, "of the published config, which is not here"
 
 
 def test_a_published_config_is_known_by_its_parameters(tmp_path):

@@ -1,7 +1,8 @@
-"""Encoder-decoder models of transformers: an encoder of fixed-size features and a decoder that looks at all of its output.
+"""Encoder-decoder models of transformers: an encoder of fixed-size features, and a decoder that attends to
+all of its output.
 
-What such families share in running and cutting. The encoder's output is carried to every stage of a pipeline that
-holds decoder blocks. Sees the ground floor, card.py, family.py and partial.py.
+What such families share in running and cutting. The encoder's output is carried to every stage of a pipeline
+that holds decoder blocks.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from polymodal.models.card import Output, PrunedModule
 from polymodal.models.family import Family
 
 STATE, ENCODED = "encoder.state", "encoder.output"
-"""What travels between stages: the stream of an encoder that goes on, or the output of one that is done."""
+"""What is sent between stages: hidden states of an encoder that goes on, or the output of one that is
+done."""
 
 
 class EncoderDecoder(Family):
-    """Padded batches [B, T] of decoder tokens, with features [B, ...] for the encoder. attention: the recipe's choice.
+    """Padded batches [B, T] of decoder tokens, with features [B, ...] for the encoder.
 
-    The card's pipeline has two chains, `encoder` and `decoder`, in this order.
+    attention, experts: the recipe's choice. The card's pipeline has two chains, `encoder` and `decoder`, in
+    this order.
     """
 
     layout = "padded"
@@ -37,7 +40,7 @@ class EncoderDecoder(Family):
     experts = "auto"
     features: MediaStream
 
-    # -- what a model's file says ---------------------------------------------------------------------------------
+    # -- of each model ---------------------------------------------------------------------------------------
 
     def encode(self, model: nn.Module, features: Tensor) -> Tensor:
         """The encoder by its own forward: features [B, ...] -> [B, S, D]."""
@@ -60,7 +63,7 @@ class EncoderDecoder(Family):
         """(positions, width) of the encoder's output and of its stream."""
         raise NotImplementedError
 
-    # -- building and running -------------------------------------------------------------------------------------
+    # -- building and running --------------------------------------------------------------------------------
 
     def build(self) -> nn.Module:
         """The library's model on meta in float32; its attention builds no masks, for padding needs none."""
@@ -77,8 +80,8 @@ class EncoderDecoder(Family):
     ) -> dict[str, Tensor] | Output:
         """The whole model, or one pipeline stage of it whose other modules are PrunedModule.
 
-        carry: None on the first stage; {STATE: [B, S, D]} of an encoder that goes on; {ENCODED: [B, S, D]} of one that
-        is done, with {"hidden_states": [B, T, D]} once the decoder began.
+        carry: None on the first stage; {STATE: [B, S, D]} of an encoder that goes on; {ENCODED: [B, S, D]} of
+        one that is done, with {"hidden_states": [B, T, D]} once the decoder began.
         """
         chains, carried = self.card.pipeline, dict(carry or {})
         encoded, hidden = carried.get(ENCODED), carried.get(partial.HIDDEN)
@@ -98,26 +101,28 @@ class EncoderDecoder(Family):
             )
         if left is not None:
             return {partial.HIDDEN: left, ENCODED: encoded}
-        # a last stage without decoder blocks does not look at the encoder's output, which still wants a gradient
+        # a last stage without decoder blocks does not use the encoder's output, which still needs a gradient
         return Output(partial.together(out, carry), model.get_submodule(self.card.head))
 
     def _features(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The encoder's input in its first layer's dtype; of a stage that does not hold that layer, its shape alone."""
-        found, first = batch.get(self.features.tensor), self.card.pipeline["encoder"].first[0]
-        if found is None:
+        """The encoder's input in its first layer's dtype; on stages without that layer, zeros of its
+        shape."""
+        features = batch.get(self.features.tensor)
+        if features is None:
             ids = batch["input_ids"]
-            found = torch.zeros((), device=ids.device).expand(len(ids), *self.features_shape())
-        layer = model.get_submodule(first)
-        return found if isinstance(layer, PrunedModule) else found.to(layer.weight.dtype)
+            features = torch.zeros((), device=ids.device).expand(len(ids), *self.features_shape())
+        layer = model.get_submodule(self.card.pipeline["encoder"].first[0])
+        return features if isinstance(layer, PrunedModule) else features.to(layer.weight.dtype)
 
     @staticmethod
     @contextlib.contextmanager
     def _depends(block: nn.Module, encoded: Tensor) -> Iterator[None]:
-        """The decoder's first block, where its stream depends on what entered the stage, with a gradient of zero.
+        """The decoder's first block, whose hidden states then depend on the stage's input, with a gradient of
+        zero.
 
-        Schedules that take gradients of weights apart from those of inputs find the weights by walking from the inputs.
-        Layers that no input reaches, such as the first self-attention, they would meet from several sides and go
-        through twice.
+        Schedules that compute gradients of weights apart from those of inputs find the weights by walking the
+        graph from the inputs. Layers that no input reaches, such as the first self-attention, they would meet
+        from several sides and compute twice.
         """
 
         def enter(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -129,7 +134,7 @@ class EncoderDecoder(Family):
         finally:
             handle.remove()
 
-    # -- shapes without data --------------------------------------------------------------------------------------
+    # -- shapes without data ---------------------------------------------------------------------------------
 
     @functools.cached_property
     def encoder_layers(self) -> int:
@@ -146,10 +151,11 @@ class EncoderDecoder(Family):
         hidden = torch.empty(rows, tokens, width, dtype=dtype, device="meta")
         return {partial.HIDDEN: hidden, ENCODED: state}
 
-    def example(self, measure: SampleLengths) -> Batch:
-        """One sample, of which the last `trained` tokens have labels."""
+    def example(self, measure: SampleLengths, count: int = 1) -> Batch:
+        """Equal samples, of which the last `trained` tokens have labels."""
         ids = torch.ones(measure.tokens, dtype=torch.int64)
         weights = (torch.arange(measure.tokens) >= measure.tokens - measure.trained).float()
         tensors: dict[str, Any] = {"input_ids": ids, "labels": ids, "weights": weights}
         tensors[self.features.tensor] = torch.zeros(self.features_shape())
-        return padded.pad([Sample(0, tensors, measure, modality="audio", streams=(self.features,))])
+        sample = Sample(0, tensors, measure, modality="audio", streams=(self.features,))
+        return padded.pad([sample] * count)

@@ -1,6 +1,7 @@
-"""Whisper (Radford et al. 2022): 30 s of speech -> its text, in 99 languages or in English, with or without times.
+"""Whisper (Radford et al. 2022): 30 s of speech -> its text, in 99 languages or English alone, with or
+without times.
 
-The net is transformers' WhisperForConditionalGeneration. The encoder always hears 3,000 frames (30 s, silence
+The net is transformers' WhisperForConditionalGeneration. The encoder always takes 3,000 frames (30 s, silence
 included), so its batches have one shape; the decoder's are padded.
 """
 
@@ -45,9 +46,8 @@ class Whisper(EncoderDecoder):
         c, tokens, rows = self.config, measure.tokens, self.config.max_source_positions
         d, mel = c.d_model, c.num_mel_bins
         encoder = 2.0 * rows * (4 * d * d + 2 * d * c.encoder_ffn_dim) + 4.0 * d * rows * rows
-        decoder = (
-            2.0 * tokens * (6 * d * d + 2 * d * c.decoder_ffn_dim)
-        )  # self-attention, queries and output of cross
+        # self-attention, queries and output of cross attention
+        decoder = 2.0 * tokens * (6 * d * d + 2 * d * c.decoder_ffn_dim)
         decoder += 2.0 * rows * 2 * d * d  # keys and values of the encoder's output
         decoder += 2.0 * d * tokens * tokens + 4.0 * d * tokens * rows  # causal: half
         return {
@@ -66,6 +66,39 @@ def _attention(name: str) -> dict[str, str]:
 
 def _mlp(block: str) -> dict[str, str]:
     return {f"{block}.fc1": "entering_colwise", f"{block}.fc2": "leaving_rowwise"}
+
+
+def _size(
+    name: str,
+    parameters: float,
+    width: int,
+    layers: int,
+    *,
+    decoder: int = 0,
+    bands: int = 80,
+    devices: int = 1,
+) -> Size:
+    """A published size. decoder: its layers, where they are not as many as the encoder's."""
+    config = {
+        "model_type": "whisper",
+        "d_model": width,
+        "encoder_layers": layers,
+        "decoder_layers": decoder or layers,
+        "encoder_attention_heads": width // 64,
+        "decoder_attention_heads": width // 64,
+        "encoder_ffn_dim": 4 * width,
+        "decoder_ffn_dim": 4 * width,
+        "num_mel_bins": bands,
+        "vocab_size": 51864 if name.endswith(".en") else 51866 if bands == 128 else 51865,
+    }
+    return Size(
+        f"openai/whisper-{name}",
+        parameters,
+        decoder or layers,
+        devices=devices,
+        layout={"dp_shard": -1} if devices > 1 else {},
+        config=config,
+    )
 
 
 CARD = ModelCard(
@@ -103,22 +136,23 @@ CARD = ModelCard(
     head="proj_out",
     embedding="model.decoder.embed_tokens",
     limits={
-        "cp": "its sequences are short: 1,500 positions of sound and at most 448 tokens. Use dp_shard, tp or pp.",
+        "cp": "its sequences are short, 1,500 positions of audio and at most 448 tokens. "
+        "Use dp_shard, tp or pp.",
         "ep": "it has no experts.",
     },
     sizes={
-        "tiny": Size("openai/whisper-tiny", 0.038, 4, devices=1),
-        "tiny.en": Size("openai/whisper-tiny.en", 0.038, 4, devices=1),
-        "base": Size("openai/whisper-base", 0.073, 6, devices=1),
-        "base.en": Size("openai/whisper-base.en", 0.073, 6, devices=1),
-        "small": Size("openai/whisper-small", 0.242, 12, devices=1),
-        "small.en": Size("openai/whisper-small.en", 0.242, 12, devices=1),
-        "medium": Size("openai/whisper-medium", 0.764, 24, devices=1),
-        "medium.en": Size("openai/whisper-medium.en", 0.764, 24, devices=1),
-        "large": Size("openai/whisper-large", 1.543, 32, devices=2, layout={"dp_shard": -1}),
-        "large-v2": Size("openai/whisper-large-v2", 1.543, 32, devices=2, layout={"dp_shard": -1}),
-        "large-v3": Size("openai/whisper-large-v3", 1.544, 32, devices=2, layout={"dp_shard": -1}),
-        "turbo": Size("openai/whisper-large-v3-turbo", 0.809, 4, devices=1),
+        "tiny": _size("tiny", 0.038, 384, 4),
+        "tiny.en": _size("tiny.en", 0.038, 384, 4),
+        "base": _size("base", 0.073, 512, 6),
+        "base.en": _size("base.en", 0.073, 512, 6),
+        "small": _size("small", 0.242, 768, 12),
+        "small.en": _size("small.en", 0.242, 768, 12),
+        "medium": _size("medium", 0.764, 1024, 24),
+        "medium.en": _size("medium.en", 0.764, 1024, 24),
+        "large": _size("large", 1.543, 1280, 32, devices=2),
+        "large-v2": _size("large-v2", 1.543, 1280, 32, devices=2),
+        "large-v3": _size("large-v3", 1.544, 1280, 32, bands=128, devices=2),
+        "turbo": _size("large-v3-turbo", 0.809, 1280, 32, decoder=4, bands=128),
     },
     keywords=(
         "speech recognition",

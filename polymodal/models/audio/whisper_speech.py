@@ -1,6 +1,6 @@
-"""What Whisper knows of speech: its prompt tokens, how it writes text and times, and its features.
+"""Whisper's SpeechMedia (data/speech.py): its prompt tokens, how it writes text and times, and its features.
 
-A SpeechMedia (data/speech.py): data workers hold it, a family makes it. Tokens and features are the library's own.
+Tokens and features are the library's own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class WhisperSpeech(TokenMedia):
         if (self.extractor.feature_size, self.extractor.nb_max_frames) != self.shape:
             raise PolymodalError(
                 f"The feature extractor of {directory} makes {self.extractor.feature_size} bands of "
-                f"{self.extractor.nb_max_frames} frames, the model hears {self.shape[0]} of {self.shape[1]}.",
+                f"{self.extractor.nb_max_frames} frames, the model takes {self.shape[0]} of {self.shape[1]}.",
                 "Take the preprocessor_config.json of this very model.",
             )
         self.sample_rate = self.extractor.sampling_rate
@@ -53,14 +53,15 @@ class WhisperSpeech(TokenMedia):
     def prompt(self, language: str | None, task: str, timestamps: bool) -> list[int]:
         if not self.multilingual:
             if task != "transcribe" or language not in (None, "en", "english", "English"):
-                asked = f"language {language}" if task == "transcribe" else f"task {task}"
+                asked = f"the language {language}" if task == "transcribe" else f"the task {task}"
                 raise PolymodalError(
-                    f"{asked}: this Whisper writes English down.", "Choose a size without .en in its name."
+                    f"this Whisper transcribes English alone, the row has {asked}.",
+                    "Take a size without .en in its name.",
                 )
             language = None
         elif language is None:
             raise PolymodalError(
-                "it is not said which language is spoken.",
+                "the language is missing, which this Whisper needs.",
                 "Give rows a column `language` (en, de, zh ...), or set data.speech.language.",
             )
         self.tokenizer.language = self.tokenizer.task = None
@@ -85,12 +86,12 @@ class WhisperSpeech(TokenMedia):
 
     def features(self, samples: np.ndarray, augment: int | None = None) -> Tensor:
         made = self.extractor(samples, sampling_rate=self.sample_rate, return_tensors="pt")
-        found = made["input_features"][0].float()
-        return found if augment is None or not self.masks else self._masked(found, augment)
+        features = made["input_features"][0].float()
+        return features if augment is None or not self.masks else self._masked(features, augment)
 
     def _masked(self, features: Tensor, seed: int) -> Tensor:
-        """SpecAugment (arXiv:1904.08779), as transformers' Whisper masks by its config, drawn from a seed: spans of
-        frames, and of bands, are zero."""
+        """SpecAugment (arXiv:1904.08779) as transformers' Whisper masks by its config, drawn from a seed:
+        spans of frames, and of bands, are zero."""
         draw = np.random.default_rng(seed)
         out = features.clone()
         for axis, name in ((1, "time"), (0, "feature")):
@@ -106,7 +107,7 @@ class WhisperSpeech(TokenMedia):
 
 
 def _multilingual(directory: Path, config: Any) -> bool:
-    """As generation_config.json says; without it by the vocabulary, which in .en models is one token smaller."""
+    """By generation_config.json; without it by the vocabulary, which in .en models is one token smaller."""
     path = directory / "generation_config.json"
-    said = json.loads(path.read_text(encoding="utf-8")).get("is_multilingual") if path.is_file() else None
-    return config.vocab_size >= 51865 if said is None else bool(said)
+    known = json.loads(path.read_text(encoding="utf-8")).get("is_multilingual") if path.is_file() else None
+    return config.vocab_size >= 51865 if known is None else bool(known)

@@ -19,10 +19,10 @@ from polymodal.objectives.language import LanguageObjective
 from polymodal.parallel.batches import BatchSharding, PackedBatchSharding
 from polymodal.recipe import Data
 from polymodal.train.layouts.base import DataFacts, Workload
-from polymodal.train.layouts.rows import Rows
+from polymodal.train.layouts.tokens import TokenLayout
 
 
-class Packed(Rows):
+class Packed(TokenLayout):
     """Samples of a micro-batch in one sequence of up to data.pack_length tokens; with data.pack false,
     micro_batch_size samples in one sequence."""
 

@@ -1,6 +1,6 @@
 """The padded layout: an encoder's features and a decoder's tokens [B, T], of models that transcribe.
 
-Samples of like length are joined and padded on the right; token loss. Sees every floor below train.
+Samples of like length are joined and padded on the right; token loss.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from polymodal.distributed.mesh import Mesh
 from polymodal.parallel.batches import BatchSharding
 from polymodal.recipe import Data
 from polymodal.train.layouts.base import DataFacts, Section, Workload
-from polymodal.train.layouts.rows import Rows
+from polymodal.train.layouts.tokens import TokenLayout
 
 
-class Padded(Rows):
-    """train.micro_batch_size samples a micro-batch; data.pack says nothing here, data.max_length is at most what the
+class Padded(TokenLayout):
+    """train.micro_batch_size samples a micro-batch. data.pack is ignored; data.max_length is at most what the
     decoder takes."""
 
     family: Any
@@ -54,7 +54,7 @@ class Padded(Rows):
 
     def batching(self, schedule: Schedule, facts: DataFacts) -> str:
         size = self.recipe.train.micro_batch_size
-        return f"{size} samples, {facts.fill:.1%} of the padded tokens are theirs" if size > 1 else ""
+        return f"{size} samples, {1 - facts.fill:.1%} of their tokens are padding" if size > 1 else ""
 
     def without(self, batch: Batch, gone: Sequence[bool]) -> tuple[Batch, StepStats]:
         whole, lost = padded.without(batch, gone)
@@ -62,7 +62,6 @@ class Padded(Rows):
             tokens=sum(each.tokens for each in lost),
             trained=sum(each.trained for each in lost),
             samples=len(lost),
-            media=sum(len(each.media) for each in lost),
         )
         return whole, stats
 
@@ -76,16 +75,15 @@ class Padded(Rows):
     # ---------------------------------------------------------------- planning
 
     def workload(self, media: float, patches: int) -> Workload:
-        """micro_batch_size samples of the longest text; of sound every sample has the same."""
+        """micro_batch_size samples of the longest text; every sample has as many positions of audio."""
         tokens = self.section_data("datasets").max_length
-        heard, _ = self.family.encoded_shape()
-        lengths = SampleLengths(tokens, tokens, {self.family.features.name: (heard,)})
+        positions, _ = self.family.encoded_shape()
+        lengths = SampleLengths(tokens, tokens, {self.family.features.name: (positions,)})
         return Workload(lengths, self.recipe.train.micro_batch_size)
 
     def example(self, load: Workload) -> Batch:
-        one = super().example(load)
-        return padded.repeated(one, load.samples)
+        return self.family.example(load.measure, load.samples)
 
     def describe(self, load: Workload) -> str:
-        heard = load.measure.total(self.family.features.name)
-        return f"{load.samples} samples of {load.measure.tokens} tokens and {heard} positions of sound"
+        positions = load.measure.total(self.family.features.name)
+        return f"{load.samples} samples of {load.measure.tokens} tokens and {positions} positions of audio"

@@ -1,10 +1,8 @@
-"""Layouts of rows that a processor turns into tokens with labels: how they are measured, planned and reported.
-
-What `packed` and `padded` share. Sees every floor below train.
-"""
+"""What the layouts `packed` and `padded` share: how samples of tokens are measured, planned and reported."""
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -27,39 +25,34 @@ from polymodal.train.layouts.base import (
     with_workers,
 )
 
-LOOKED_AT = 200  # batches that the filling of micro-batches is told from
+LOOKED_AT = 200  # batches from which `check` counts how full micro-batches are
 
 
-class Rows(Layout):
-    """The processor is the one service that differs: its `measure`, `sample` and `fingerprint` are those of
-    data/chat.py's ChatProcessor."""
+class TokenLayout(Layout):
+    """Records become samples by a processor with the methods of data/chat.py's ChatProcessor."""
 
     objective_class = LanguageObjective
-
-    # ---- what differs ------------------------------------------------------------------------------------------
 
     @abstractmethod
     def loader(
         self, schedule: Schedule, corpus: Any, processor: Any, data: Data, first: bool, **options: Any
     ) -> Loader:
-        """What gives a rank its micro-batches; first: whether media are decoded."""
+        """The loader of a rank; first: whether it decodes media."""
 
     @abstractmethod
     def filled(self, schedule: Schedule, packs: Sequence[Sequence[int]]) -> int:
-        """Tokens that these micro-batches (samples' rows) have room for."""
+        """Tokens that these micro-batches, lists of samples in the index, have room for."""
 
     @abstractmethod
     def batching(self, schedule: Schedule, facts: DataFacts) -> str:
-        """What `check` says of how samples are joined; "" where there is nothing to say."""
+        """How samples are joined, as `check` prints it; "" where each is a micro-batch."""
 
     def training_processor(self, section: Section) -> Any:
-        """The processor of a section: training may change samples at random."""
+        """The processor of a section of data: training may change samples at random."""
         return self.processor()
 
     def schedule(self, index: Index, corpus: Any, data: Data) -> Schedule:
         return Schedule(index, corpus.parts, data, self.recipe.train, self.family.cost)
-
-    # ---- what is alike -----------------------------------------------------------------------------------------
 
     def datasets(self, section: Section) -> list[Dataset]:
         found = super().datasets(section)
@@ -107,39 +100,44 @@ class Rows(Layout):
         index = attempt(lambda: build_index(corpus, processor, lenient, progress=progress))
         if index is None:
             return None, None
-        usable = index.usable
-        broken = {problem.row for problem in index.problems}
-        known = [i for i in range(len(index)) if i not in broken] if broken else slice(None)
-        facts = DataFacts(
-            rows=len(corpus),
-            usable=int(usable.sum()),
-            parts=[],
-            dropped={
-                reason: {"count": len(places), "first": places[:3]}
-                for reason, places in index.dropped.items()
-            },
-            tokens=int(index.tokens[usable].sum(dtype="int64")),
-            trained=int(index.trained[usable].sum(dtype="int64")),
-            media={name: int(column[usable].sum(dtype="int64")) for name, column in index.media.items()},
-            longest=int(index.tokens.max()) if len(index) else 0,
-            histogram=histogram(index.tokens[known], data.max_length),
-            max_length=data.max_length,
-        )
+        facts = _counts(index, len(corpus), data)
         schedule = attempt(lambda: self.schedule(index, corpus, data))
-        if schedule is None:
-            return facts, None
-        facts.parts = shares(schedule, corpus.parts)
-        facts.steps_per_epoch = schedule.steps_in_epoch(0)
+        if schedule is not None:
+            facts.parts = shares(schedule, corpus.parts)
+            self._add_batches(facts, schedule)
+        return facts, schedule
+
+    def _add_batches(self, facts: DataFacts, schedule: Schedule) -> None:
+        """What the first batches of an epoch are like."""
+        lengths = schedule.index.tokens
         tokens = room = 0
-        for batch in schedule.batches(epochs=1):
+        for batch in itertools.islice(schedule.batches(epochs=1), LOOKED_AT):
             facts.looked_at += 1
             facts.packs += len(batch.packs)
-            tokens += int(sum(index.tokens[list(pack)].sum() for pack in batch.packs))
+            tokens += int(sum(lengths[list(pack)].sum() for pack in batch.packs))
             room += self.filled(schedule, batch.packs)
-            if facts.looked_at == LOOKED_AT:
-                break
-        if room:
-            facts.fill = tokens / room
+        facts.steps_per_epoch = schedule.steps_in_epoch(0)
+        facts.fill = tokens / room if room else 0.0
         facts.unit = "packs" if self.packs else "micro-batches"
         facts.batching = self.batching(schedule, facts)
-        return facts, schedule
+
+
+def _counts(index: Index, rows: int, data: Data) -> DataFacts:
+    """Records, tokens and media of an index, and what was dropped of it."""
+    usable = index.usable
+    broken = {problem.row for problem in index.problems}
+    known = [i for i in range(len(index)) if i not in broken] if broken else slice(None)
+    return DataFacts(
+        rows=rows,
+        usable=int(usable.sum()),
+        parts=[],
+        dropped={
+            reason: {"count": len(places), "first": places[:3]} for reason, places in index.dropped.items()
+        },
+        tokens=int(index.tokens[usable].sum(dtype="int64")),
+        trained=int(index.trained[usable].sum(dtype="int64")),
+        media={name: int(column[usable].sum(dtype="int64")) for name, column in index.media.items()},
+        longest=int(index.tokens.max()) if len(index) else 0,
+        histogram=histogram(index.tokens[known], data.max_length),
+        max_length=data.max_length,
+    )
