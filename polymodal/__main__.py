@@ -2,9 +2,9 @@
 
 A process that was in a process group ends with os._exit once all exit handlers have run. A gloo thread that
 drops the last reference to a tensor of a finished collective takes the GIL for it. When the interpreter is
-being finalized, CPython 3.11 answers such a thread with pthread_exit, whose unwinding through noexcept C++ ends
-in std::terminate: a run that had written everything died by SIGABRT. destroy_process_group ends these threads
-only if nothing refers to a group any more, and caches of DTensor and FSDP do.
+being finalized, CPython 3.11 answers such a thread with pthread_exit, whose unwinding through noexcept C++
+ends in std::terminate: a run that had written everything died by SIGABRT. destroy_process_group ends these
+threads only if nothing refers to a group any more, and caches of DTensor and FSDP do.
 """
 
 import atexit

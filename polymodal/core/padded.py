@@ -1,7 +1,7 @@
 """Samples of models with an encoder and a decoder as micro-batches [B, T], padded on the right, and back.
 
-Decoders are causal and padding has neither label nor weight, so no mask is needed: tokens before the padding do
-not attend to it.
+Decoders are causal and padding has neither label nor weight, so no mask is needed: tokens before the padding
+do not attend to it.
 """
 
 from __future__ import annotations

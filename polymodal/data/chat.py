@@ -187,7 +187,7 @@ class ChatProcessor:
     # -- media ---------------------------------------------------------------
 
     def _opened(self, medium: Media, record: Record) -> tuple[Span, Callable[[], Any]]:
-        """Tokens of a record's medium from its header, and what decodes it; of audio, its start to its end."""
+        """Tokens of a record's medium from its header, and what decodes it, from its start to its end."""
         self.media.placeholder(medium.kind)  # raises if the model does not read this kind
         source: Any = medium.source
         decode: Callable[[], Any]

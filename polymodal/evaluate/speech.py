@@ -1,7 +1,7 @@
-"""Evaluation of models that transcribe: word and character error rates of a file of recordings with their texts.
+"""Word and character error rates of a model that transcribes, over a file of recordings with their texts.
 
-Recordings are dealt out to ranks by their length; every text is a line in the rank's own file as soon as it is there,
-so a run that was killed goes on. Rates are counted at the end: another normaliser transcribes nothing again.
+Recordings are spread over ranks by length. A rank appends each text to its own file at once: a run that was
+killed continues. Rates are computed at the end: another normaliser transcribes nothing again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Recording:
 def recordings(
     data: str, media_dir: str | None = None, language: str | None = None
 ) -> tuple[list[Recording], str]:
-    """(rows of {audio, text, language?, task?, start?, end?}, fingerprint of the file). Raises PolymodalError."""
+    """(rows of {audio, text, language?, task?, start?, end?}, fingerprint of the file)."""
     corpus = open_corpus([Dataset(path=data, media_dir=media_dir)], None, "--data")
     out: list[Recording] = []
     for i in range(len(corpus)):
@@ -96,10 +96,10 @@ def evaluate(
     html: int = 300,
     progress: bool = False,
 ) -> Result | None:
-    """Transcribe every row and count errors. Under a process group every rank calls this; rank 0 gets the Result.
+    """Transcribe every row and count errors. Collective in a process group; rank 0 gets the Result.
 
-    language: of rows that name none; without it the model tells. normalise: what of spelling does not count, see
-    word_errors.normaliser. Result.measures: wer, cer. Raises PolymodalError.
+    language: of rows that name none; None lets the model detect it. normalise: what of spelling does not
+    count, see word_errors.normaliser. Result.measures: wer, cer. Raises PolymodalError.
     """
     if normalise not in CHOICES:
         raise PolymodalError(f"--normalise {normalise} is not known.", f"Use {', '.join(CHOICES)}.")
@@ -135,8 +135,12 @@ def evaluate(
 
 
 def _judged(
-    transcriber: Transcriber, rows: Sequence[Recording], entries: dict[str, Any], normalise: Choice, settings: dict[str, Any]
-) -> Result:  # fmt: skip
+    transcriber: Transcriber,
+    rows: Sequence[Recording],
+    entries: dict[str, Any],
+    normalise: Choice,
+    settings: dict[str, Any],
+) -> Result:
     from polymodal.models.audio.whisper_speech import UNSPACED
 
     spelling = getattr(transcriber.tokenizer, "english_spelling_normalizer", None)
