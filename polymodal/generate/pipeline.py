@@ -26,7 +26,7 @@ from polymodal.distributed import checkpoint as checkpoints
 from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.generate import opening
 from polymodal.generate.opening import DTYPES, Assembled, Locate, describe, fingerprint, library_errors
-from polymodal.models import catalog, pipelines, weights
+from polymodal.models import catalog, pipeline_index, pipelines, weights
 from polymodal.models.diffusion import Generation
 from polymodal.models.lora import DIFFUSERS_STEM
 from polymodal.runtime import process_group
@@ -256,7 +256,7 @@ def open_generator(
         _check_generates(family, checkpoint)
         model = family.build()
         weights.load(model, family, device="cpu")
-        identity = pipelines.fingerprint(family.source, family.part)
+        identity = pipeline_index.fingerprint(family.source, family.part)
     parts = {family.part: model}
     if other is not None:
         second = other_denoiser(family, checkpoint, other, ema=ema, base=base, locate=locate)
@@ -311,7 +311,7 @@ def other_denoiser(
             f"Give a run with model.part: {next(d for d in family.denoisers if d != family.part)}.",
         )
     for part in ("vae", "text_encoder"):
-        if pipelines.fingerprint(family.source, part) != pipelines.fingerprint(theirs.source, part):
+        if pipeline_index.fingerprint(family.source, part) != pipeline_index.fingerprint(theirs.source, part):
             raise PolymodalError(
                 f"{checkpoint} and {other} were trained from different pipelines: their {part} differs.",
                 "Give runs of one model.source.",

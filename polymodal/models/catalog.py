@@ -19,7 +19,7 @@ from typing import Any
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.text import nearest as nearest_names
-from polymodal.models import library, pipelines, storage
+from polymodal.models import library, pipeline_index, storage
 from polymodal.models.card import ModelCard
 from polymodal.models.family import Family
 from polymodal.recipe import Model
@@ -110,7 +110,7 @@ def find(source: str | os.PathLike, revision: str | None = None) -> ModelCard:
 def _card_of(directory: Path) -> ModelCard | None:
     """By architectures of config.json; of cards with one pipeline class the one that claims its index."""
     found = set(_architectures(directory))
-    index = pipelines.read_index(directory) if pipelines.is_pipeline(directory) else None
+    index = pipeline_index.read_index(directory) if pipeline_index.is_pipeline(directory) else None
     fits = (card for card in cards().values() if found & set(card.architectures))
     return next((card for card in fits if index is None or card.family.claims(index)), None)
 
@@ -136,8 +136,8 @@ def _is_path(source: str) -> bool:
 
 
 def _architectures(directory: Path) -> list[str]:
-    if pipelines.is_pipeline(directory):
-        return [str(pipelines.read_index(directory).get("_class_name", ""))]
+    if pipeline_index.is_pipeline(directory):
+        return [str(pipeline_index.read_index(directory).get("_class_name", ""))]
     data = storage.read_json(directory / "config.json")
     return [str(name) for name in (*(data.get("architectures") or ()), data.get("model_type")) if name]
 
@@ -252,14 +252,16 @@ def _listed(names: list[str]) -> str:
 
 def is_whole(directory: str | os.PathLike) -> bool:
     """Whether a directory is a whole checkpoint of transformers or diffusers, by its config files."""
-    return (Path(directory) / "config.json").is_file() or pipelines.is_pipeline(directory)
+    return (Path(directory) / "config.json").is_file() or pipeline_index.is_pipeline(directory)
 
 
 def missing_files(directory: Path, weights: bool = True) -> list[str]:
     """Files that a checkpoint's own lists name and that are not there, and directories of components."""
     missing = []
-    if pipelines.is_pipeline(directory):
-        missing = [f"{part}/" for part in pipelines.components(directory) if not (directory / part).is_dir()]
+    if pipeline_index.is_pipeline(directory):
+        missing = [
+            f"{part}/" for part in pipeline_index.components(directory) if not (directory / part).is_dir()
+        ]
         indexes = sorted(directory.glob("*/*.safetensors.index.json"))
     elif (directory / "config.json").is_file():
         indexes = sorted(directory.glob("model.safetensors.index.json"))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Batch, SampleLengths
-from polymodal.models import library, pipelines
+from polymodal.models import library, pipeline_index, pipelines
 from polymodal.models.card import Output, Process
 from polymodal.models.family import Family
 from polymodal.models.storage import read_json
@@ -136,7 +136,7 @@ class Generation(Family):
     def encoders(self) -> list[str]:
         """The pipeline's parts with weights that are no denoiser."""
         skipped = self.denoisers or (self.part,)
-        return [name for name in pipelines.models_of(self.source) if name not in skipped]
+        return [name for name in pipeline_index.models_of(self.source) if name not in skipped]
 
     def component_config(self, name: str) -> dict[str, Any]:
         """A component's config file (scheduler_config.json, tokenizer_config.json) or {}."""
@@ -147,7 +147,7 @@ class Generation(Family):
     @property
     def index(self) -> dict[str, Any]:
         """model_index.json."""
-        return pipelines.read_index(self.source)
+        return pipeline_index.read_index(self.source)
 
     @property
     def weights_source(self) -> Path:

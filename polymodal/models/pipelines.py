@@ -7,7 +7,6 @@ error here, where the library would only warn.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,8 @@ import torch
 from torch import nn
 
 from polymodal.core.errors import PolymodalError
+from polymodal.models import weights
+from polymodal.models.pipeline_index import components, models_of, read_index
 from polymodal.models.storage import read_json
 
 
@@ -74,36 +75,9 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def is_pipeline(directory: str | Path) -> bool:
-    return (Path(directory) / "model_index.json").is_file()
-
-
-def read_index(directory: str | Path) -> dict[str, Any]:
-    """model_index.json of a pipeline's directory. Raises PolymodalError."""
-    return read_json(Path(directory) / "model_index.json")
-
-
 def pipeline_class(directory: str | Path) -> Any:
     """diffusers' class that model_index.json names."""
     return _class("diffusers", str(read_index(directory)["_class_name"]))
-
-
-def components(directory: str | Path) -> dict[str, tuple[str, str]]:
-    """The components of a pipeline: name -> (library, class)."""
-    return {
-        name: (str(entry[0]), str(entry[1]))
-        for name, entry in read_index(directory).items()
-        if isinstance(entry, list) and len(entry) == 2 and None not in entry
-    }
-
-
-def models_of(directory: str | Path) -> dict[str, tuple[str, str]]:
-    """The components that have weights."""
-
-    def has_weights(folder: Path) -> bool:
-        return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
-
-    return {n: entry for n, entry in components(directory).items() if has_weights(Path(directory) / n)}
 
 
 def load_part(directory: str | Path, name: str, dtype: torch.dtype, device: Any = "cpu") -> nn.Module:
@@ -111,8 +85,6 @@ def load_part(directory: str | Path, name: str, dtype: torch.dtype, device: Any 
 
     Models of diffusers by weights.load, those of transformers by from_pretrained with its report.
     """
-    from polymodal.models import weights
-
     library, cls_name = models_of(directory).get(name, ("", ""))
     folder = Path(directory) / name
     if not library:
@@ -180,16 +152,3 @@ def sizes(directory: str | Path, names: Iterable[str] | None = None) -> dict[str
                 model = cls(cls.config_class.from_pretrained(folder))
         found[name] = sum(parameter.numel() for parameter in model.parameters())
     return found
-
-
-def fingerprint(directory: str | Path, name: str) -> str:
-    """A part's identity: its config, and each file's size and hash of its first and last MiB."""
-    folder = Path(directory) / name
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("config.json")]):
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            head = file.read(1 << 20)
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(f"{path.name} {size}".encode() + head + file.read())
-    return digest.hexdigest()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from polymodal.core.sample import Batch
 from polymodal.distributed.mesh import Mesh
-from polymodal.models import library, pipelines
+from polymodal.models import library, pipeline_index, pipelines
 
 
 def shard(model: PreTrainedModel, mesh: Mesh) -> None:
@@ -42,7 +42,7 @@ class Encoders:
     ):
         self.family, self.dtype, self.device = family, dtype, torch.device(device)
         self.placement = placement
-        without = set(pipelines.models_of(family.source)) - set(family.encoders())
+        without = set(pipeline_index.models_of(family.source)) - set(family.encoders())
         at = device if placement == "replicate" else "cpu"  # the whole need not fit the device
         self.pipeline = pipelines.open_pipeline(family.source, without=without, dtype=dtype, device=at)
         if placement == "shard":

@@ -24,7 +24,7 @@ from polymodal.data.loader import Loader, StepStats
 from polymodal.data.schedule import Schedule
 from polymodal.data.source import open_corpus
 from polymodal.distributed.mesh import Mesh
-from polymodal.models import pipelines
+from polymodal.models import pipeline_index, pipelines
 from polymodal.objectives.diffusion import DiffusionObjective
 from polymodal.parallel.batches import BatchSharding
 from polymodal.recipe import Data, Dataset, Recipe
@@ -195,7 +195,7 @@ class Uniform(Layout):
         data = self.recipe.data
         if data.encode != "online" or data.encoders == "offload":
             return 0
-        libraries = pipelines.models_of(self.family.source)
+        libraries = pipeline_index.models_of(self.family.source)
         total = 0
         for name, count in pipelines.sizes(self.family.source, self.family.encoders()).items():
             sharded = data.encoders == "shard" and libraries.get(name, ("", ""))[0] == "transformers"
@@ -234,5 +234,5 @@ def feature_settings(recipe: Recipe, family: Any) -> dict[str, Any]:
         **{f"data.clip.{k}": v for k, v in clip.items()},
         "latents": [grid.channels, grid.time, grid.space],
         "tensors": sorted([*family.text, *family.media]),
-        **{name: pipelines.fingerprint(family.source, name) for name in family.encoders()},
+        **{name: pipeline_index.fingerprint(family.source, name) for name in family.encoders()},
     }
