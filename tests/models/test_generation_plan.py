@@ -103,5 +103,5 @@ def test_a_pipeline_of_a_denoiser_is_planned_in_half_precision(tmp_path):
 
 
 def test_a_family_without_shapes_says_so(tmp_path):
-    with pytest.raises(PolymodalError, match="sd3 cannot be planned: its family does not say"):
+    with pytest.raises(PolymodalError, match="sd3 cannot be planned: its family has no example batch"):
         planned(recipe(tiny_pipelines.pipeline("sd3", tmp_path / "sd3")))
