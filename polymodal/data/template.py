@@ -275,7 +275,7 @@ class Template:
             ends.insert(0, text.rfind(literal, 0, ends[0]))
         bodies, at = [], 0
         for k, end in enumerate(ends):
-            first = at + len(os.path.commonprefix([between[k], text[at:]]))
+            first = at + len(_common_prefix(between[k], text, at))
             if end < 0 or (k + 1 < len(ends) and text.find(between[k + 1], first) != end):
                 return None  # it is not there, or twice
             bodies.append((first, end))
@@ -313,7 +313,7 @@ class Template:
         if tail is None:  # then only the end-of-text token is sure not to open the next turn
             eos = self.tokenizer.eos_token
             return after + len(eos) if eos and text.startswith(eos, after) else after
-        end = self._end_of_turn.match(os.path.commonprefix([tail, text[after : after + len(tail)]]))
+        end = self._end_of_turn.match(_common_prefix(tail, text, after))
         return after + end.end() if end else after
 
     def _tail(self, role: str) -> str | None:
@@ -325,3 +325,10 @@ class Template:
         except PolymodalError:
             return None
         return text.rpartition(_marker(0))[2] if text.count(_marker(0)) == 1 else None
+
+
+def _common_prefix(literal: str, text: str, at: int) -> str:
+    """What a literal and the text from a position on share; characters are compared only if they differ."""
+    if text.startswith(literal, at):
+        return literal
+    return os.path.commonprefix([literal, text[at : at + len(literal)]])
