@@ -85,7 +85,7 @@ def main() -> None:
         first, again = measure(root, data), measure(root, data)
     rate = first["samples"] / first["seconds"]
     print(
-        f"{first['samples']:,} samples, {first['pictures']:,} pictures, {first['tokens'] / first['samples']:.0f} tokens a sample: {rate:,.0f} samples/s "
+        f"{first['samples']:,} samples, {first['pictures']:,} with pictures, {first['tokens'] / first['samples']:.0f} tokens a sample: {rate:,.0f} samples/s "
         f"(wanted {WANTED:,}), {first['samples'] / first['cpu_seconds']:,.0f} a CPU second; from the cached index {again['seconds']:.1f} s"
     )
     if args.json:

@@ -123,7 +123,7 @@ def fsdp_memory(r: dict) -> list[Row]:
 
 def check_speed(r: dict) -> list[Row]:
     first = r["first"]
-    what = f"`check` on {first['samples']:,} samples with {first['pictures']:,} pictures, from headers: samples/s"
+    what = f"`check` on {first['samples']:,} samples, {first['pictures']:,} of them with pictures, from headers: samples/s"
     return [
         (what, f"{r['rate']:,.0f}", f">= {r['wanted']:,}", r["rate"] >= r["wanted"]),
         ("the same by second of CPU", f"{first['samples'] / first['cpu_seconds']:,.0f}", "-", None),
