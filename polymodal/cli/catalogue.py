@@ -9,7 +9,7 @@ from polymodal.cli.app import command
 
 @command("models")
 def models(
-    name: str | None = None, wish: str | None = None, as_json: bool = False, markdown: bool = False
+    name: str | None = None, request: str | None = None, as_json: bool = False, markdown: bool = False
 ) -> int:
     """The models: sizes, tasks, status, parallelism. With --for: which one, and the commands."""
     from polymodal.tools import models_command
@@ -17,7 +17,7 @@ def models(
     if markdown:
         print(models_command.page(), end="")
         return 0
-    return models_command.main(name, wish, as_json)
+    return models_command.main(name, request, as_json)
 
 
 @command("init")

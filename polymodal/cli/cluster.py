@@ -60,7 +60,7 @@ def launch(
     from polymodal import recipe as recipes
     from polymodal.tools import job_scripts
 
-    wish = job_scripts.JobRequest(
+    job = job_scripts.JobRequest(
         str(recipe),
         tuple(overrides or ()),
         nodes,
@@ -75,4 +75,4 @@ def launch(
         namespace,
         claim,
     )
-    return job_scripts.main(way, recipes.load(recipe, overrides or []), wish, out, submit)
+    return job_scripts.main(way, recipes.load(recipe, overrides or []), job, out, submit)

@@ -2,7 +2,7 @@
 
     python -m polymodal.convert.page > docs/convert.md
 
-Sees the families and the text around their tables (page.md); a test checks that the page is the printed one.
+The text around the tables is page.md; a test checks that the page is the printed one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Audio files and the sound of videos: their length from the header, and their samples at any rate.
 
-Part of the data room: sees errors and its neighbour media. Every call opens, reads and closes. Decoding is
-PyAV's (FFmpeg); what stands here is which header's word counts, the sample grid of excerpts, and what a
-damaged file is told by. Faults are PolymodalErrors that name the file; who calls adds the row.
+Every call opens, reads and closes. PyAV (FFmpeg) decodes; here are the choice of the header to trust, the
+sample grid of excerpts, and the detection of damaged files. Errors name the file; the caller adds the record.
 """
 
 from __future__ import annotations

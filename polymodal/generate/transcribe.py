@@ -1,8 +1,7 @@
 """Speech to text: files of any length, in batches over files, with or without times.
 
-Sees opening.py, the data room's audio and errors. Generation is transformers' own. A model takes a short
-stretch at once (30 s): longer audio is cut at its quietest moments, so that no word is cut and no overlap has
-to be merged.
+Generation is transformers' own. A model takes a short stretch at once (30 s): longer audio is cut at its
+quietest moments, so that no word is cut and no overlap has to be merged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a wish in plain words to a model, a task and the steps to take. English and Chinese.
+"""From a request in plain words to a model, a task and the steps to take. English and Chinese.
 
 Phrases, planned families and the steps of every way are data, in advise.yaml.
 """
@@ -74,7 +74,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Route:
-    """The answer to a wish. `card` None when no card here does it; `coming` are the families that will."""
+    """The answer to a request. `card` None when no card here does it; `coming` are the families that will."""
 
     kind: str | None
     task: str
@@ -143,13 +143,13 @@ def _size(text: str, sizes: Iterable[str]) -> str | None:
     return None
 
 
-def route(wish: str, cards: Mapping[str, ModelCard]) -> Route:
-    """What a wish in plain words means: kind of model, task, the card (with size) or the planned families.
+def route(request: str, cards: Mapping[str, ModelCard]) -> Route:
+    """What a request in plain words means: kind of model, task, the card (with size) or the planned families.
 
     A model that is named decides; else the words of each kind are weighed. The stages are those of the whole
     way.
     """
-    text = _plain(wish)
+    text = _plain(request)
     task, notes = _task(text), []
     if task in NOT_YET:
         notes.append(NOT_YET[task])
@@ -248,7 +248,7 @@ def _task(text: str) -> str:
 
 
 def _benchmark(text: str) -> str:
-    """The benchmark that a wish names: a key of FILES; the first when it names none."""
+    """The benchmark that a request names: a key of FILES; the first when it names none."""
     return next((name for name in FILES if _holds(text, name)), next(iter(FILES)))
 
 

@@ -69,22 +69,22 @@ class JobFile:
     notes: tuple[str, ...] = field(default=())
 
 
-def checked(recipe: Recipe, wish: JobRequest) -> None:
+def checked(recipe: Recipe, job: JobRequest) -> None:
     """Raises PolymodalError for what would fail on the cluster within the first second."""
-    ParallelSizes.of(recipe.parallel, wish.nodes * wish.nproc)
+    ParallelSizes.of(recipe.parallel, job.nodes * job.nproc)
     for name, value in recipe.device.env.items():
         environment.check(name, value)
-    if wish.min_nodes is not None:
-        if wish.min_nodes > wish.nodes:
+    if job.min_nodes is not None:
+        if job.min_nodes > job.nodes:
             raise PolymodalError(
-                f"--min-nodes {wish.min_nodes} is more than --nodes {wish.nodes}.",
+                f"--min-nodes {job.min_nodes} is more than --nodes {job.nodes}.",
                 "Lower --min-nodes, or leave it out.",
             )
         try:
-            ParallelSizes.of(recipe.parallel, wish.min_nodes * wish.nproc)
+            ParallelSizes.of(recipe.parallel, job.min_nodes * job.nproc)
         except PolymodalError as error:
             raise PolymodalError(
-                f"--min-nodes {wish.min_nodes}: the layout cannot be had on so few nodes: {error.message}",
+                f"--min-nodes {job.min_nodes}: the layout cannot be had on so few nodes: {error.message}",
                 "Set parallel.dp_shard to -1, or raise --min-nodes.",
             ) from None
 
@@ -94,20 +94,20 @@ def name_of(recipe: Recipe) -> str:
     return re.sub(r"[^a-z0-9-]+", "-", recipe.name.lower()).strip("-")[:50] or "run"
 
 
-def train_words(wish: JobRequest) -> list[str]:
+def train_words(job: JobRequest) -> list[str]:
     """`polymodal train ...` of one node; NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT come from the
     environment."""
-    words = ["python", "-m", "polymodal", "train", wish.recipe, *wish.overrides, "--nproc", str(wish.nproc)]
-    if wish.restarts:
-        words += ["--restarts", str(wish.restarts)]
-    if wish.min_nodes is not None:
-        words += ["--min-nodes", str(wish.min_nodes)]
+    words = ["python", "-m", "polymodal", "train", job.recipe, *job.overrides, "--nproc", str(job.nproc)]
+    if job.restarts:
+        words += ["--restarts", str(job.restarts)]
+    if job.min_nodes is not None:
+        words += ["--min-nodes", str(job.min_nodes)]
     return words
 
 
-def _filled(name: str, recipe: Recipe, wish: JobRequest, **more: object) -> str:
+def _filled(name: str, recipe: Recipe, job: JobRequest, **more: object) -> str:
     values = {
-        "job": wish,
+        "job": job,
         "name": name_of(recipe),
         "grace": GRACE_SECONDS,
         "logs": str(recipe.run_dir / "logs"),
@@ -117,12 +117,12 @@ def _filled(name: str, recipe: Recipe, wish: JobRequest, **more: object) -> str:
     return template(f"jobs/{name}", **FILTERS).render(values)
 
 
-def slurm(recipe: Recipe, wish: JobRequest) -> JobFile:
+def slurm(recipe: Recipe, job: JobRequest) -> JobFile:
     """An sbatch script. Options of the user replace and extend those that are set here."""
     name = name_of(recipe)
     directives = {
         "job-name": name,
-        "nodes": str(wish.nodes),
+        "nodes": str(job.nodes),
         "ntasks-per-node": "1",
         "exclusive": "",
         "output": "%x-%j.log",
@@ -130,54 +130,52 @@ def slurm(recipe: Recipe, wish: JobRequest) -> JobFile:
         "requeue": "",
         "signal": f"TERM@{GRACE_SECONDS}",
     }
-    if wish.min_nodes is not None:
+    if job.min_nodes is not None:
         directives["no-kill"] = ""  # else SLURM ends the whole job with its first lost node
-    if resource := device.slurm_resource(recipe.device.kind, wish.nproc):
+    if resource := device.slurm_resource(recipe.device.kind, job.nproc):
         directives["gres"] = resource
-    for option in wish.options:
+    for option in job.options:
         key, _, value = option.lstrip("-").partition("=")
         directives[key] = value
-    text = _filled(
-        "slurm.sbatch.j2", recipe, wish, directives=directives, train=shlex.join(train_words(wish))
-    )
+    text = _filled("slurm.sbatch.j2", recipe, job, directives=directives, train=shlex.join(train_words(job)))
     notes = [f"logs: {name}-JOB.log here, and of each node {recipe.run_dir / 'logs'}/JOB-nodeN.log"]
-    if wish.image:
+    if job.image:
         notes.append(
             "the container options of srun are pyxis'; give the image the host's shared memory (pyxis does)"
         )
     return JobFile(text, ".sbatch", ("sbatch",), tuple(notes))
 
 
-def kubernetes(recipe: Recipe, wish: JobRequest) -> JobFile:
+def kubernetes(recipe: Recipe, job: JobRequest) -> JobFile:
     """A PyTorchJob or a TrainJob, one pod a node."""
-    if not wish.image:
+    if not job.image:
         raise PolymodalError("A Kubernetes job needs a container image.", "Add --image REGISTRY/IMAGE:TAG.")
-    if wish.kind not in ("pytorchjob", "trainjob"):
-        raise PolymodalError(f"--kind {wish.kind} is not known.", "Use pytorchjob or trainjob.")
-    begin = (["cd /data"] if wish.claim else []) + ([wish.setup] if wish.setup else [])
-    command = ["bash", "-c", " && ".join([*begin, f"exec {shlex.join(train_words(wish))}"])]
+    if job.kind not in ("pytorchjob", "trainjob"):
+        raise PolymodalError(f"--kind {job.kind} is not known.", "Use pytorchjob or trainjob.")
+    begin = (["cd /data"] if job.claim else []) + ([job.setup] if job.setup else [])
+    command = ["bash", "-c", " && ".join([*begin, f"exec {shlex.join(train_words(job))}"])]
     resource = device.kubernetes_resource(recipe.device.kind)
-    text = _filled(f"{wish.kind}.yaml.j2", recipe, wish, command=command, resource=resource)
+    text = _filled(f"{job.kind}.yaml.j2", recipe, job, command=command, resource=resource)
     notes = ["logs: kubectl logs -f POD"]
-    if not wish.claim:
+    if not job.claim:
         notes.append("no --claim: the run directory is lost with its pod")
     return JobFile(text, ".job.yaml", ("kubectl", "apply", "-f"), tuple(notes))
 
 
-def torchrun(recipe: Recipe, wish: JobRequest) -> JobFile:
+def torchrun(recipe: Recipe, job: JobRequest) -> JobFile:
     """A shell script with torchrun's line; run on every host, or one line a host when --hosts names them."""
-    if wish.hosts and len(wish.hosts) != wish.nodes:
+    if job.hosts and len(job.hosts) != job.nodes:
         raise PolymodalError(
-            f"--hosts names {len(wish.hosts)} hosts for --nodes {wish.nodes}.", "Name every host once."
+            f"--hosts names {len(job.hosts)} hosts for --nodes {job.nodes}.", "Name every host once."
         )
     text = _filled(
         "torchrun.sh.j2",
         recipe,
-        wish,
-        hosts=wish.hosts or [f"host {rank}" for rank in range(wish.nodes)],
-        first=wish.hosts[0] if wish.hosts else "FIRST-HOST",
+        job,
+        hosts=job.hosts or [f"host {rank}" for rank in range(job.nodes)],
+        first=job.hosts[0] if job.hosts else "FIRST-HOST",
         port=DEFAULT_PORT,
-        alone=shlex.join(["polymodal", "train", wish.recipe, *wish.overrides]),
+        alone=shlex.join(["polymodal", "train", job.recipe, *job.overrides]),
     )
     return JobFile(text, ".sh", (), (f"logs: {recipe.run_dir / 'logs'}",))
 
@@ -189,19 +187,19 @@ MAKERS: dict[str, Callable[[Recipe, JobRequest], JobFile]] = {
 }
 
 
-def main(way: str, recipe: Recipe, wish: JobRequest, out: Path | None = None, submit: bool = False) -> int:
+def main(way: str, recipe: Recipe, job: JobRequest, out: Path | None = None, submit: bool = False) -> int:
     """The command: writes the file (`-` prints it), submits it on request."""
     if way not in MAKERS:
         raise PolymodalError(f"launch {way} is not known.", did_you_mean(way, MAKERS))
-    checked(recipe, wish)
-    written = MAKERS[way](recipe, wish)
+    checked(recipe, job)
+    written = MAKERS[way](recipe, job)
     if str(out) == "-":
         if submit:
             raise PolymodalError("--submit needs a file.", "Give -o FILE, or leave -o out.")
         print(written.text, end="")
         return 0
     path = out or Path(f"{name_of(recipe)}{written.suffix}")
-    if path.exists() and Path(wish.recipe).exists() and path.samefile(wish.recipe):
+    if path.exists() and Path(job.recipe).exists() and path.samefile(job.recipe):
         raise PolymodalError(f"{path} is the recipe.", "Choose another file with -o.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The `models` command: the table of models, one model's page, and the way from a wish to a trained model."""
+"""The `models` command: the table of models, a page of one model, and the way from a request to training."""
 
 from __future__ import annotations
 
@@ -116,9 +116,9 @@ def _page(card: ModelCard, only: str | None, console: Console) -> None:
     )
 
 
-def _way(answer: advise.Route, wish: str, console: Console) -> None:
+def _way(answer: advise.Route, request: str, console: Console) -> None:
     if answer.kind is None:
-        console.print(f"Nothing in “{escape(wish)}” names a model or a task that is known here.")
+        console.print(f"Nothing in “{escape(request)}” names a model or a task that is known here.")
         console.print(
             "Say what goes in and what comes out, e.g. “answer questions about photos”, “text to video”, "
             "“transcribe speech”."
@@ -180,17 +180,17 @@ def _answer_values(answer: advise.Route) -> dict[str, Any]:
     }
 
 
-def main(name: str | None = None, wish: str | None = None, as_json: bool = False) -> int:
+def main(name: str | None = None, request: str | None = None, as_json: bool = False) -> int:
     """The command. Raises PolymodalError for a name that is neither here nor planned."""
     console, cards = Console(highlight=False), catalog.cards()
-    if name is not None and wish is not None:
+    if name is not None and request is not None:
         raise PolymodalError("`polymodal models` takes a NAME or --for, not both.", "Leave one out.")
-    if wish is not None:
-        answer = advise.route(wish, cards)
+    if request is not None:
+        answer = advise.route(request, cards)
         if as_json:
             print(json.dumps(_answer_values(answer), indent=2, ensure_ascii=False))
         else:
-            _way(answer, wish, console)
+            _way(answer, request, console)
     elif name is not None:
         card, key = _known(name, cards)
         if as_json:

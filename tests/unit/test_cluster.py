@@ -53,10 +53,10 @@ def run_script(text: str, tmp_path: Path, **environ: str) -> list[str]:
 
 def test_the_sbatch_script_gives_every_node_its_place(tmp_path):
     recipe = made(device={"env": {"HCCL_CONNECT_TIMEOUT": 1200}}, checkpoint={"dir": str(tmp_path / "run")})
-    wish = JobRequest(
+    job = JobRequest(
         "r.yaml", ("train.steps=3",), nodes=2, nproc=4, min_nodes=1, options=("--partition=big", "--time=1:00:00")
     )  # fmt: skip
-    text = job_scripts.slurm(recipe, wish).text
+    text = job_scripts.slurm(recipe, job).text
     for line in (
         "--nodes=2",
         "--ntasks-per-node=1",
@@ -89,9 +89,9 @@ def test_a_lost_node_does_not_end_a_job_that_can_do_with_fewer():
 @pytest.mark.parametrize("way", ["slurm", "torchrun"])
 def test_a_setup_may_read_variables_that_are_not_set(tmp_path, way):
     recipe = made(checkpoint={"dir": str(tmp_path / "run")})
-    wish = JobRequest("r.yaml", setup='export LIBRARIES="/opt/lib:$NEVER_SET"')
+    job = JobRequest("r.yaml", setup='export LIBRARIES="/opt/lib:$NEVER_SET"')
     slurm = {"SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0"}
-    assert run_script(job_scripts.MAKERS[way](recipe, wish).text, tmp_path, NODE_RANK="0", **slurm)
+    assert run_script(job_scripts.MAKERS[way](recipe, job).text, tmp_path, NODE_RANK="0", **slurm)
 
 
 def test_a_setup_runs_in_the_container_that_has_what_it_names(tmp_path):
@@ -143,8 +143,8 @@ def test_a_container_is_asked_of_srun(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_torchruns_line_on_each_host(tmp_path, rank):
     recipe = made(checkpoint={"dir": str(tmp_path / "run")})
-    wish = JobRequest("r.yaml", nodes=2, nproc=4, min_nodes=1, hosts=("alpha", "beta"), restarts=2)
-    (line,) = run_script(job_scripts.torchrun(recipe, wish).text, tmp_path, NODE_RANK=str(rank))
+    job = JobRequest("r.yaml", nodes=2, nproc=4, min_nodes=1, hosts=("alpha", "beta"), restarts=2)
+    (line,) = run_script(job_scripts.torchrun(recipe, job).text, tmp_path, NODE_RANK=str(rank))
     for words in (
         "--nnodes 1:2", "--nproc-per-node 4", "--max-restarts 2", "--rdzv-backend c10d", "--rdzv-endpoint alpha:29500",
         f"--rdzv-conf is_host={'true' if rank == 0 else 'false'}", "-m polymodal train r.yaml",
@@ -163,8 +163,8 @@ def pods(manifest: dict) -> list[dict]:
 
 def test_the_pytorchjob_has_what_its_controller_requires():
     recipe = made(device={"env": {"NCCL_DEBUG": "WARN"}})
-    wish = JobRequest("r.yaml", nodes=3, nproc=8, image="registry/polymodal:1", claim="disk")
-    manifest = yaml.safe_load(job_scripts.kubernetes(recipe, wish).text)
+    job = JobRequest("r.yaml", nodes=3, nproc=8, image="registry/polymodal:1", claim="disk")
+    manifest = yaml.safe_load(job_scripts.kubernetes(recipe, job).text)
     assert (manifest["apiVersion"], manifest["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     assert manifest["metadata"]["name"] == "my-run"
     replicas = manifest["spec"]["pytorchReplicaSpecs"]
@@ -188,8 +188,8 @@ def test_the_pytorchjob_has_what_its_controller_requires():
 
 
 def test_the_trainjob_has_what_its_controller_requires():
-    wish = JobRequest("r.yaml", nodes=3, nproc=8, image="registry/polymodal:1", kind="trainjob")
-    manifest = yaml.safe_load(job_scripts.kubernetes(made(device={"kind": "npu"}), wish).text)
+    job = JobRequest("r.yaml", nodes=3, nproc=8, image="registry/polymodal:1", kind="trainjob")
+    manifest = yaml.safe_load(job_scripts.kubernetes(made(device={"kind": "npu"}), job).text)
     assert (manifest["apiVersion"], manifest["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
     spec = manifest["spec"]
     assert spec["runtimeRef"]["name"] and spec["trainer"]["numNodes"] == 3
@@ -219,7 +219,7 @@ def test_submitting_calls_the_clusters_command(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-    "way, wish, sections, submit, said",
+    "way, job, sections, submit, said",
     [
         ("slurm", JobRequest("r", nodes=2, nproc=3), {"parallel": {"tp": 4}}, False, "6 processes cannot be divided by"),
         ("slurm", JobRequest("r", min_nodes=2), {}, False, "--min-nodes 2 is more than --nodes 1"),
@@ -233,10 +233,10 @@ def test_submitting_calls_the_clusters_command(tmp_path, monkeypatch, capfd):
         ("pbs", JobRequest("r"), {}, False, "launch pbs is not known"),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_sentence(tmp_path, monkeypatch, way, wish, sections, submit, said):
+def test_mistakes_are_one_sentence(tmp_path, monkeypatch, way, job, sections, submit, said):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(PolymodalError) as caught:
-        job_scripts.main(way, made(**sections), wish, tmp_path / "out", submit)
+        job_scripts.main(way, made(**sections), job, tmp_path / "out", submit)
     assert said in str(caught.value)
 
 
@@ -244,11 +244,11 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, way, wish, sections, s
 def test_the_recipe_is_never_written_over(tmp_path, monkeypatch, way):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("the recipe")
-    wish = JobRequest("mine.yaml", image="i")
-    assert job_scripts.main(way, made(name="mine"), wish) == 0
+    job = JobRequest("mine.yaml", image="i")
+    assert job_scripts.main(way, made(name="mine"), job) == 0
     assert Path("mine.yaml").read_text() == "the recipe"
     with pytest.raises(PolymodalError, match="out.yaml is the recipe"):
-        job_scripts.main(way, made(), replace(wish, recipe="out.yaml"), Path("mine.yaml").rename("out.yaml"))
+        job_scripts.main(way, made(), replace(job, recipe="out.yaml"), Path("mine.yaml").rename("out.yaml"))
     assert Path("out.yaml").read_text() == "the recipe"
 
 

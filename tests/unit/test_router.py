@@ -17,12 +17,12 @@ from polymodal.tools import advise, models_command
 CARDS = catalog.cards()
 
 
-def ask(wish: str) -> advise.Route:
-    return advise.route(wish, CARDS)
+def ask(query: str) -> advise.Route:
+    return advise.route(query, CARDS)
 
 
 @pytest.mark.parametrize(
-    "wish, kind",
+    "query, kind",
     [
         # the routing table of the documents, and their keywords
         ("Train understanding model / VLM", "understanding"),
@@ -68,12 +68,12 @@ def ask(wish: str) -> advise.Route:
         ("图生视频", "generation"),
     ],
 )
-def test_kinds(wish, kind):
-    assert ask(wish).kind == kind
+def test_kinds(query, kind):
+    assert ask(query).kind == kind
 
 
 @pytest.mark.parametrize(
-    "wish, name, size",
+    "query, name, size",
     [
         ("fine-tune Qwen2.5VL-7B", "qwen2.5-vl", "7b"),
         ("Qwen2.5-VL 72B on 32 GPUs", "qwen2.5-vl", "72b"),
@@ -88,32 +88,32 @@ def test_kinds(wish, kind):
         ("train hunyuanvideo", "hunyuan-video", None),
     ],
 )
-def test_named_models(wish, name, size):
-    answer = ask(wish)
+def test_named_models(query, name, size):
+    answer = ask(query)
     assert answer.card is not None and (answer.card.name, answer.size) == (name, size)
 
 
 @pytest.mark.parametrize(
-    "wish, first",
+    "query, first",
     [("fine-tune LLaVA-1.5", "llava-1.5"), ("qwen2.5-omni", "qwen2.5-omni"), ("Qwen3 TTS", "qwen3-tts"), ("train step-video", "step-video")],
 )  # fmt: skip
-def test_models_still_to_come_are_named_as_such(wish, first):
-    answer = ask(wish)
+def test_models_still_to_come_are_named_as_such(query, first):
+    answer = ask(query)
     assert answer.card is None and answer.coming[0].name == first
     assert [stage.here for stage in answer.stages].count(False) >= 2
     assert not any("train" in stage.command for stage in answer.stages)
 
 
 @pytest.mark.parametrize(
-    "wish, task",
+    "query, task",
     [
         ("train a VLM", "sft"), ("LoRA on qwen3vl", "lora"), ("pretrain a VLM from scratch", "pretrain"), ("DPO qwen2vl", "dpo"),
         ("preference alignment", "dpo"), ("GRPO", "grpo"), ("reinforcement learning for qwen2.5vl", "grpo"), ("benchmark my VLM", "evaluate"),
         ("偏好对齐", "dpo"), ("强化学习", "grpo"), ("预训练视觉语言模型", "pretrain"), ("用lora微调图文理解模型", "lora"), ("评测图文理解模型", "evaluate"),
     ],
 )  # fmt: skip
-def test_tasks(wish, task):
-    answer = ask(wish)
+def test_tasks(query, task):
+    answer = ask(query)
     assert answer.task == task and answer.kind == "understanding"
     if task in advise.NOT_YET:
         assert "not here yet" in answer.notes[0] and any(
@@ -128,11 +128,11 @@ def test_dreambooth_is_a_task_of_picture_models():
 
 
 def test_single_stages_are_tasks_of_their_own():
-    for wish, title in (
+    for query, title in (
         ("feature extraction", "Extract features"), ("Wan2.1 特征提取", "Extract features"), ("convert weights of qwen2-vl to megatron", "Convert"),
         ("权重转换 qwen2.5vl", "Convert"), ("export my run", "Export"), ("导出模型", "Export"),
     ):  # fmt: skip
-        assert ask(wish).stages[-1].title == title, wish
+        assert ask(query).stages[-1].title == title, query
     measured = ask("evaluate qwen2-vl on MMMU").stages[-1]
     assert "mmmu --data MMMU_DEV_VAL.tsv" in measured.command and measured.writes.endswith("-mmmu/")
     assert "MMMU_DEV_VAL.tsv" in measured.reads
@@ -159,7 +159,7 @@ def test_nonsense_is_not_guessed():
 
 
 @pytest.mark.parametrize(
-    "wish, kind, task, name",
+    "query, kind, task, name",
     [  # as people write them; name: the card, or the first family still to come
         ("I want to fine-tune a model that reads receipts", "understanding", "sft", "qwen3-vl"),
         ("animate a photo", "generation", "sft", "wan2.2"),
@@ -177,8 +177,8 @@ def test_nonsense_is_not_guessed():
         ("我想微调一个看图问答模型", "understanding", "sft", "qwen3-vl"),
     ],
 )
-def test_sentences_as_people_write_them(wish, kind, task, name):
-    answer = ask(wish)
+def test_sentences_as_people_write_them(query, kind, task, name):
+    answer = ask(query)
     first = answer.card.name if answer.card else answer.coming[0].name
     assert (answer.kind, answer.task, first) == (kind, task, name)
 
@@ -294,11 +294,11 @@ def test_json_forms():
     assert {row["name"] for row in json.loads(run("--json"))} == set(CARDS)
     page = json.loads(run("qwen2.5-vl", "--json"))
     assert page["parallel"]["tp"] == "yes" and page["sizes"]["7b"]["hub"] == "Qwen/Qwen2.5-VL-7B-Instruct"
-    wish = json.loads(run("--for", "train a text to video model", "--json"))
+    query = json.loads(run("--for", "train a text to video model", "--json"))
     assert (
-        wish["kind"] == "generation"
-        and wish["model"] == "wan2.2"
-        and "step-video" in [f["name"] for f in wish["not_yet"]]
+        query["kind"] == "generation"
+        and query["model"] == "wan2.2"
+        and "step-video" in [f["name"] for f in query["not_yet"]]
     )
 
 
