@@ -1,9 +1,12 @@
-"""Numbers and sizes as text, and the known name nearest to a misspelled one."""
+"""Numbers and sizes as text, the known name nearest to a misspelled one, and text that is none."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
+
+from polymodal.core.errors import PolymodalError
 
 
 def format_count(number: float) -> str:
@@ -43,3 +46,25 @@ def did_you_mean(
     if near:
         return f"Did you mean {near[0]}?"
     return f"Known: {', '.join(known)}." if otherwise is None else otherwise
+
+
+def check_characters(value: Any, where: str) -> None:
+    """Raise PolymodalError for a string, also within lists and mappings, that is no text: it holds half of a
+    character, which no tokenizer and no file takes. where: of the error."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            try:
+                item.isascii() or item.encode()
+            except UnicodeEncodeError as error:
+                raise PolymodalError(
+                    f"{where}: the text holds half of a character, the unpaired surrogate "
+                    f"{item[error.start]!r}.",
+                    "Remove it: text was cut inside an emoji or another character of two halves, or is not "
+                    "UTF-8.",
+                ) from None
+        elif isinstance(item, dict):
+            waiting += [*item.values(), *item]
+        elif isinstance(item, (list, tuple)):
+            waiting += reversed(item)

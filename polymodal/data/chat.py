@@ -34,10 +34,10 @@ from polymodal.core.sample import (
 from polymodal.data import audio
 from polymodal.data import media as decoders
 from polymodal.data.counting import WordCounter
-from polymodal.data.template import Layout, Template
+from polymodal.data.template import Layout, Template, joined
 from polymodal.recipe import Data
 
-VERSION = 1  # of what tokens and labels mean here: part of the fingerprint
+VERSION = 2  # of what tokens and labels mean here: part of the fingerprint
 _SPANS = 4096  # spans of picture sizes remembered
 _BATCH = 512  # texts tokenized at a time
 _CHECKED = 2  # texts of each batch that are tokenized although they were counted
@@ -62,6 +62,13 @@ class _Prepared(NamedTuple):
     decoders: list[Callable[[], Any]]
 
 
+class _Encoded(NamedTuple):
+    """A text as tokens: their ids and the character that each begins at, both int64 [T]."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+
+
 class ChatProcessor:
     """Turns records into samples for one model. Picklable.
 
@@ -81,14 +88,17 @@ class ChatProcessor:
         backend.no_padding()
         self.media = media
         self.video = data.video
-        self.train_on = data.train_on
+        self.train_on, self.special_tokens = data.train_on, data.special_tokens
         self.max_length = data.max_length
         self.backend = backend
-        self.template = Template(media, _read_template(data.chat_template), data.template_kwargs)
+        self.template = Template(
+            media, _read_template(data.chat_template), data.template_kwargs, data.special_tokens
+        )
         self.counter = WordCounter(backend)
         self.streams = media.streams
         self._begin = _automatic_begin(media.tokenizer)
         self._spans: dict[MediaShape, Span] = {}
+        self._literals: dict[str, list[int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_spans": {}}
@@ -105,7 +115,7 @@ class ChatProcessor:
             except PolymodalError as error:
                 spans.append(error.message)
         template, tokenizer = self.template, self.media.tokenizer
-        state = [VERSION, template.text, template.kwargs, template.marks, self.train_on]
+        state = [VERSION, template.text, template.kwargs, template.marks, self.train_on, self.special_tokens]
         state += [self.media.frame_multiple, spans, self.video.model_dump()]
         state += [getattr(self.media, "settings", None), str(tokenizer.eos_token), self._begin]
         digest = hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode())
@@ -139,12 +149,16 @@ class ChatProcessor:
                 "the tokenizer has no end-of-text token to end plain text with.",
                 "Set eos_token in the checkpoint's tokenizer_config.json.",
             )
+        broken = self.template.breaking("assistant")
         text = self._begin + "".join(
-            p if isinstance(p, str) else self.template.marks.get(p.kind) or self.media.placeholder(p.kind)
-            for p in record.messages[0].content
+            broken(p)
+            if isinstance(p, str)
+            else self.template.marks.get(p.kind) or self.media.placeholder(p.kind)
+            for p in joined(record.messages[0].content)
         )
         text += "" if record.extra.get("_goes_on") else eos
-        return Layout(text, ((len(self._begin), len(text)),), self.template.places(text, record.media))
+        span = len(self._begin), len(text)
+        return self.template.mended(Layout(text, (span,), self.template.places(text, record.media)))
 
     def _prepare(self, record: Record, prompt: bool = False) -> _Prepared:
         """Rendered, with the headers of its media read; prompt: up to where the model answers, nothing
@@ -154,6 +168,8 @@ class ChatProcessor:
             layout = self.template.prompt(record)
         else:
             layout = self._layout(record, list(weights))
+        for start, stop in layout.literal:
+            self._spelt(layout.text[start:stop])
         regions, at = [], 0
         ranges: list[Any] = [(layout.spans[i], weight) for i, weight in weights.items()]
         for (start, stop), weight in sorted(ranges):
@@ -168,21 +184,65 @@ class ChatProcessor:
         opened = [self._opened(media[number], record) for _, _, number in layout.media]
         return _Prepared(layout, regions, [span for span, _ in opened], [decode for _, decode in opened])
 
-    def _tokens(self, prepared: _Prepared, encoding: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _tokens(self, prepared: _Prepared, encoded: _Encoded) -> tuple[np.ndarray, np.ndarray]:
         """(token ids with the media's spans, the weight of each as a label) of an encoded text."""
         layout, regions, spans, _ = prepared
-        length = len(layout.text)
-        ids = np.asarray(encoding.ids, np.int64)
+        ids, starts = encoded
         weights = np.zeros(len(ids), np.float32)
         for start, stop, weight in regions:
-            weights[_tokens_before(encoding, start, length) : _tokens_before(encoding, stop, length)] = weight
+            weights[np.searchsorted(starts, start) : np.searchsorted(starts, stop)] = weight
         pieces, kept, at = [], [], 0
         for (start, stop, _), span in zip(layout.media, spans, strict=True):
-            before = _tokens_before(encoding, start, length)
+            before = np.searchsorted(starts, start)
             pieces += [ids[at:before], np.asarray(span.ids, np.int64)]
             kept += [weights[at:before], np.zeros(len(span.ids), np.float32)]
-            at = _tokens_before(encoding, stop, length)
+            at = np.searchsorted(starts, stop)
         return np.concatenate([*pieces, ids[at:]]), np.concatenate([*kept, weights[at:]])
+
+    def _encoded(self, layouts: Sequence[Layout]) -> list[_Encoded]:
+        """Texts as tokens. Raises PolymodalError for a control token that cannot be ordinary text."""
+        whole = [layout.text for layout in layouts if not layout.literal]
+        encodings = iter(self.backend.encode_batch(whole, add_special_tokens=False))
+        return [
+            self._in_pieces(layout) if layout.literal else _encoded(next(encodings)) for layout in layouts
+        ]
+
+    def _spelt(self, token: str) -> list[int]:
+        """A control token as ordinary text. Raises PolymodalError when the tokenizer cannot write it so."""
+        from transformers.utils.chat_template_utils import _encode_chat_piece
+
+        if token not in self._literals:
+            tokenizer = self.media.tokenizer
+            line_break = self.backend.encode("\n", add_special_tokens=False).ids
+            self._literals[token] = _encode_chat_piece(tokenizer, token, True, line_break)
+        if self.backend.token_to_id(token) in self._literals[token]:
+            raise PolymodalError(
+                f"the text holds {token}, which this tokenizer cannot write as ordinary text.",
+                "Remove it from the data, or set data.special_tokens: tokens.",
+            )
+        return self._literals[token]
+
+    def _in_pieces(self, layout: Layout) -> _Encoded:
+        """A text with control tokens as ordinary text, in pieces as in transformers' `encode_marked_chat`."""
+        line_break = self.backend.encode("\n", add_special_tokens=False).ids
+        ids: list[int] = []
+        starts: list[int] = []
+        at = 0
+        for start, stop in (*layout.literal, (len(layout.text), len(layout.text))):
+            if at < start:  # behind a line break, so that no space is put before it, as before a whole text
+                lead = 1 if at else 0
+                piece = layout.text[at:start]
+                encoding = self.backend.encode("\n" * lead + piece, add_special_tokens=False)
+                if lead and encoding.ids[: len(line_break)] != line_break:
+                    lead, encoding = 0, self.backend.encode(piece, add_special_tokens=False)
+                skipped = len(line_break) if lead else 0
+                ids += encoding.ids[skipped:]
+                starts += [at - lead + first for first, _ in encoding.offsets[skipped:]]
+            spelt = self._spelt(layout.text[start:stop]) if start < stop else []
+            ids += spelt
+            starts += [start] * len(spelt)
+            at = stop
+        return _Encoded(np.asarray(ids, np.int64), np.asarray(starts, np.int64))
 
     # -- media ---------------------------------------------------------------
 
@@ -261,10 +321,9 @@ class ChatProcessor:
         counts = [self._counted(each) for each in prepared]
         unknown = [n for n, count in enumerate(counts) if count is None]
         checked = [n for n, count in enumerate(counts) if count is not None][:_CHECKED]
-        texts = [prepared[n].layout.text for n in (*unknown, *checked)]
-        encodings = self.backend.encode_batch(texts, add_special_tokens=False)
-        for n, encoding in zip((*unknown, *checked), encodings, strict=True):
-            ids, weights = self._tokens(prepared[n], encoding)
+        encoded = self._encoded([prepared[n].layout for n in (*unknown, *checked)])
+        for n, each in zip((*unknown, *checked), encoded, strict=True):
+            ids, weights = self._tokens(prepared[n], each)
             count = len(ids), int(np.count_nonzero(weights[1:]))
             if counts[n] not in (None, count):
                 self.counter.expressions = None  # this tokenizer has a rule that is not known there
@@ -278,7 +337,7 @@ class ChatProcessor:
         layout, regions, spans, _ = prepared
         cuts = sorted({cut for start, stop, _ in (*regions, *layout.media) for cut in (start, stop)})
         counts = self.counter.count(layout.text, cuts)
-        if counts is None:
+        if counts is None or layout.literal:
             return None
         before = dict(zip(cuts, counts, strict=False))
         tokens = counts[-1]
@@ -312,9 +371,7 @@ class ChatProcessor:
             raise error.at(record.where) from None
 
     def _sample(self, record: Record, id: int, prepared: _Prepared, decode: bool = True) -> Sample:
-        ids, weights = self._tokens(
-            prepared, self.backend.encode(prepared.layout.text, add_special_tokens=False)
-        )
+        ids, weights = self._tokens(prepared, *self._encoded([prepared.layout]))
         tokens, loss = torch.from_numpy(ids), torch.from_numpy(weights)
         labels = torch.full_like(tokens, IGNORE)
         shifted = torch.zeros_like(loss)
@@ -413,7 +470,9 @@ class ChatProcessor:
             if isinstance(part, Media):
                 atoms.append((part, len(self.span(part, record).ids)))
                 continue
-            starts = [start for start, _ in self.backend.encode(part, add_special_tokens=False).offsets]
+            broken = self.template.breaking("assistant")(part)
+            layout = self.template.mended(Layout(broken, (), ()))
+            starts = self._encoded([layout])[0].starts.tolist()
             at = 0
             for stop in [*starts[step::step], len(part)]:
                 if stop > at:  # a cut inside a character's bytes moves to the next one
@@ -437,16 +496,10 @@ class ChatProcessor:
         return [*(replace(piece, extra=goes_on) for piece in pieces[:-1]), pieces[-1]]
 
 
-def _tokens_before(encoding: Any, position: int, length: int) -> int:
-    """Tokens of a `tokenizers.Encoding` that begin before a character; length: of the text in characters."""
-    while position < length:
-        token = encoding.char_to_token(position)
-        if token is not None:
-            while token < len(encoding) and encoding.token_to_chars(token)[0] < position:
-                token += 1
-            return token
-        position += 1  # a character that no token covers
-    return len(encoding)
+def _encoded(encoding: Any) -> _Encoded:
+    """A `tokenizers.Encoding`."""
+    starts = np.fromiter((start for start, _ in encoding.offsets), np.int64, len(encoding))
+    return _Encoded(np.asarray(encoding.ids, np.int64), starts)
 
 
 def _read_template(path: str | None) -> str | None:
@@ -478,6 +531,10 @@ def _read_template(path: str | None) -> str | None:
     except jinja2.TemplateSyntaxError as error:
         raise PolymodalError(
             f"data.chat_template = {path}, line {error.lineno}: {error.message}.", "Correct the template."
+        ) from None
+    except RecursionError:
+        raise PolymodalError(
+            f"data.chat_template = {path} is nested too deep.", "Correct the template."
         ) from None
     return text
 

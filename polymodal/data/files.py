@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import check_characters
 
 CHUNK = 4 << 20  # bytes read at a time while scanning
 ROW_GROUPS = 256 << 20  # bytes of decompressed parquet row groups a process keeps
@@ -86,14 +87,7 @@ class Rows:
                 "Correct the row; training may leave it out (data.on_error: skip).",
             ) from None
         if b"\\ud" in data or b"\\uD" in data:  # escapes of surrogates: in pairs they are one character
-            try:
-                json.dumps(row, ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:
-                raise PolymodalError(
-                    f"{self.where(i)}: the text holds half of a character, the unpaired surrogate "
-                    f"{error.object[error.start]!r}.",
-                    "Remove it: text was cut inside an emoji or another character of two halves.",
-                ) from None
+            check_characters(row, self.where(i))
         if not isinstance(row, dict):
             raise PolymodalError(
                 f"{self.where(i)}: a row is an object with keys, this one is a {_kind(row)}.",

@@ -25,16 +25,16 @@ from polymodal.data.references import KINDS, Kind, References, first, listed, me
 from polymodal.recipe import Attr
 
 MESSAGES = ("messages", "conversations")
-PROMPTS = ("instruction", "prompt")
-ANSWERS = ("output", "response", "completion")
+PROMPTS = ("instruction", "prompt", "query", "question")
+ANSWERS = ("output", "response", "completion", "answer")
 TRANSCRIPTS = ("text", "sentence", "transcription", "transcript")
 TEXT_COLUMNS = (*MESSAGES, "tools", "prompt", "completion", "history", "images", "videos", "audios")
 """Columns that hold no media under a name that is not known."""
 ROLES = {
     "system": ("system", "developer"),
     "user": ("user", "human"),
-    "assistant": ("assistant", "gpt"),
-    "tool": ("tool", "observation", "tool_response"),
+    "assistant": ("assistant", "gpt", "model", "bot", "chatgpt", "bing", "bard"),
+    "tool": ("tool", "observation", "tool_response", "function", "function_response", "ipython"),
     "call": ("function_call", "tool_call"),
 }
 TEXT_TYPES = ("text", "input_text", "output_text", "refusal")
@@ -101,7 +101,7 @@ class RowReader:
         if self.format in ("alpaca", "text", "caption", "asr"):
             return self.format
         answered = first(row, a.response, ANSWERS)[0] is not None
-        if first(row, a.messages, MESSAGES)[0] is not None or _prompt_turns(row):
+        if first(row, a.messages, MESSAGES)[0] is not None or _prompt_turns(row, a):
             return "chat"
         if answered and first(row, a.prompt, PROMPTS)[0] is not None:
             return "alpaca"
@@ -112,11 +112,13 @@ class RowReader:
         if isinstance(row.get("text"), str):
             return "text"
         columns = ", ".join(k for k in row if not k.startswith("__")) or "none"
+        preferred = f"data.attr.{'response' if 'prompt' in row else 'messages'}=chosen."
         raise PolymodalError(
             f"no known format has these columns: {columns}.",
             "Expected messages or conversations, instruction and output, text, audio with its text, or a "
             "picture's or clip's path with its caption (cap); else name yours in data.attr (for example "
-            "data.attr.messages=dialog).",
+            "data.attr.messages=dialog, or data.attr.prompt=ask data.attr.response=reply)."
+            + (" Preferred answers alone are learned with " + preferred if "chosen" in row else ""),
         )
 
     def _plain(self, row: Mapping[str, Any]) -> list[dict]:
@@ -133,7 +135,7 @@ class RowReader:
     def _chat(self, row: Mapping[str, Any]) -> list[dict]:
         value, key = first(row, self.attr.messages, MESSAGES)
         value = listed(value)
-        if value is None and (turns := _prompt_turns(row)):
+        if value is None and (turns := _prompt_turns(row, self.attr)):
             value, key = turns, "prompt"
         if value is None:
             raise PolymodalError(
@@ -176,7 +178,7 @@ class RowReader:
         name = message.get(role_key)
         if name is None:
             raise PolymodalError(f"`{at}` has no `{role_key}`.", "Name the speaker's key in data.attr.role.")
-        role = self.roles.get(name) if isinstance(name, str) else None
+        role = self.roles.get(name) or self.roles.get(name.lower()) if isinstance(name, str) else None
         if role is None:
             raise PolymodalError(
                 f"`{at}.{role_key}` = {name!r} is no known role ({', '.join(self.roles)}).",
@@ -206,7 +208,7 @@ class RowReader:
 
     def _thoughts_and_calls(self, message: Mapping[str, Any], at: str) -> dict[str, Any]:
         out: dict[str, Any] = {}
-        calls = listed(message.get("tool_calls"))
+        calls = listed(message.get("tool_calls") or message.get("function_call"))
         if calls:
             out["tool_calls"] = _calls(_without_null(calls) if self.parquet else calls, f"{at}.tool_calls")
         for key in ("thinking", "reasoning", "reasoning_content"):
@@ -239,6 +241,8 @@ class RowReader:
                 raise PolymodalError(f"`{at}` has no `text`.", 'Write {"type": "text", "text": ...}.')
             return _Literal(text)
         for kind in KINDS:
+            if name is None and isinstance(part, Mapping) and part.get(kind) is not None:
+                return self.references.medium(kind, part[kind], at)
             if isinstance(name, str) and name.removeprefix("input_") in (kind, f"{kind}_url"):
                 for key in (name, kind, f"{kind}_url", "url", "path", "bytes", "data"):
                     if part.get(key) is not None:
@@ -250,7 +254,7 @@ class RowReader:
         )
 
     def _tools(self, row: Mapping[str, Any]) -> tuple[dict, ...]:
-        value, key = first(row, self.attr.tools, ("tools",))
+        value, key = first(row, self.attr.tools, ("tools", "functions"))
         tools = listed(value)
         if not tools:
             return ()
@@ -270,7 +274,8 @@ class RowReader:
             self._text(row, own, names, f"Name the column in data.attr.{name}.")
             for own, names, name in ((a.prompt, PROMPTS, "prompt"), (a.response, ANSWERS, "response"))
         )
-        query, key = first(row, a.query, ("input", "query"))
+        asked = first(row, a.prompt, PROMPTS)[1]
+        query, key = first(row, a.query, tuple(name for name in ("input", "query") if name != asked))
         if query is not None and not isinstance(query, str):
             raise PolymodalError(
                 f"the column `{key}` is no text.", "Name the column in data.attr.query, or leave it out."
@@ -454,9 +459,18 @@ def _extra(row: Mapping[str, Any], speech: bool) -> dict[str, Any]:
     return extra
 
 
-def _prompt_turns(row: Mapping[str, Any]) -> list[Any]:
-    """TRL's `prompt` and `completion` as lists of turns: one conversation; the prompt is not learned."""
-    prompt, completion = listed(row.get("prompt")), listed(row.get("completion"))
+def _prompt_turns(row: Mapping[str, Any], attr: Attr) -> list[Any]:
+    """TRL's `prompt` and `completion` as lists of turns: one conversation; the prompt is not learned. One of
+    them may be text."""
+    prompt, completion = (
+        listed(first(row, own, names)[0])
+        for own, names in ((attr.prompt, ("prompt",)), (attr.response, ("completion",)))
+    )
+    if not isinstance(prompt, list) and not isinstance(completion, (list, Mapping)):
+        return []
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    completion = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    completion = [completion] if isinstance(completion, Mapping) else completion
     if not isinstance(prompt, list) or not isinstance(completion, list) or not completion:
         return []
     answers = [isinstance(turn, Mapping) and turn.get("role") == "assistant" for turn in prompt]

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import check_characters
 from polymodal.core.user_code import load_object
 from polymodal.data.files import Rows, hash_file
 
@@ -81,4 +82,5 @@ class OwnRows(Rows):
                 f"{self.where(i)}: {self.reference} gave a {type(row).__name__}; a row is a mapping.",
                 'Give rows such as {"messages": [...]}.',
             )
+        check_characters(row, self.where(i))
         return dict(row)

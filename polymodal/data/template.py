@@ -1,24 +1,31 @@
 """A conversation as text by the checkpoint's own chat template, and where each message is in that text.
 
-Renders with the tokenizer's `apply_chat_template` and never reads the template's code. A message is found by
-rendering the conversation again with a marker in place of its content: what differs is the message.
+Renders as the tokenizer's `apply_chat_template` does and never reads the template's code. A message is found
+by rendering the conversation again with a marker in place of its content: what differs is the message.
+Control tokens that a row's text happens to hold are broken in two while it is rendered, so that only those
+which the template writes are found, and given back as ranges that are tokenized as ordinary text.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, MediaProcessor, Message, Record
+from polymodal.data.sandbox import TooMuchWork, bound_templates, compiled, plain_data, template_errors
 
 OPEN, CLOSE = "\ue0f0", "\ue0f1"  # private-use characters around a marker's number
+BREAK = "\ue0f2"  # behind the first character of a control token of a row's text; a BREAK of the text is two
+_BREAKS = re.compile(f"{BREAK}({BREAK}?)")
+WORDS = ("<image>", "<video>", "<audio>")  # placeholders of rows: those in a record's text are words
+_SMALL = 100_000  # characters of a conversation that no template may need too much work for
 _MARKER = re.compile(f"{OPEN}(\\d+){CLOSE}")
-_NEW_TEMPLATE = "Give another template as data.chat_template."
 
 Range = tuple[int, int]
 
@@ -33,30 +40,39 @@ class Layout:
 
     spans: of each message, from the first character the model would write (or the message's text, where the
     model writes none of it) through its end-of-turn token; None where it was not asked for. media: (start,
-    stop, index in Record.media) of each placeholder, by start.
+    stop, index in Record.media) of each placeholder, by start. literal: of each control token that the row's
+    own text holds, which is tokenized as ordinary text; ascending.
     """
 
     text: str
     spans: tuple[Range | None, ...]
     media: tuple[tuple[int, int, int], ...]
+    literal: tuple[Range, ...] = ()
 
 
 class Template:
     """Renders records with one chat template. Picklable.
 
-    text: the template, None for the tokenizer's own; kwargs: its further arguments (data.template_kwargs).
+    text: the template, None for the tokenizer's own; kwargs: its further arguments (data.template_kwargs);
+    special_tokens: what those of a row's text become (data.special_tokens).
     """
 
-    def __init__(self, media: MediaProcessor, text: str | None, kwargs: dict[str, Any]):
+    def __init__(
+        self,
+        media: MediaProcessor,
+        text: str | None,
+        kwargs: dict[str, Any],
+        special_tokens: Literal["auto", "text", "tokens"] = "auto",
+    ):
         self.media = media
         self.tokenizer = media.tokenizer
         self.text = text if text is not None else self.tokenizer.chat_template
         self.kwargs = kwargs
         self.tagged = isinstance(self.text, str) and bool(re.search(r"\{%-?\s*generation\s*-?%\}", self.text))
-        special = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
+        added = {t.content: t.special for t in self.tokenizer.added_tokens_decoder.values()}
+        special = {token for token, is_special in added.items() if is_special}
         special |= {t for t in (self.tokenizer.eos_token,) if t}
-        names = "|".join(re.escape(t) for t in sorted(special, key=len, reverse=True)) or "(?!)"
-        self._end_of_turn = re.compile(rf"\s*(?:{names})")
+        self._end_of_turn = re.compile(rf"\s*(?:{_any_of(special)})")
         self.marks: dict[str, str] = {}
         for kind in ("image", "video", "audio"):
             try:
@@ -68,55 +84,96 @@ class Template:
             for token in sorted(special)
             if any(token in mark for mark in self.marks.values())
         }
+        kept = {*special, *added} if special_tokens == "tokens" else set()
+        kept |= set() if special_tokens == "text" else {*self._reserved}
+        kept -= {*WORDS}
+        words = {token for token in added if not token.isspace()}
+        self._literal = re.compile(_any_of({*special, *words} - kept))
+        own, any_own = (_Breaking({OPEN, BREAK, *WORDS, *t} - kept) for t in (special, special | words))
+        self._breaking, self._breaking_others = {"assistant": own}, any_own
         self._tails: dict[str, str | None] = {}
+        self._refused: PolymodalError | None = None
 
     # -- rendering -----------------------------------------------------------
 
     def render(self, messages: Sequence[dict], tools: Sequence[Any] = (), generation: bool = False) -> str:
         """Text of messages in the template's form. Raises PolymodalError when the template refuses them."""
-        import jinja2
-
         if self.text is None:
             raise PolymodalError(
                 "the checkpoint has no chat template.",
                 "Give one as data.chat_template, or use format: text for pretraining.",
             )
+        if self._refused is not None:
+            raise self._refused
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(tools) or None,
-                chat_template=self.text if isinstance(self.text, str) else None,
-                tokenize=False,
-                add_generation_prompt=generation,
-                **self.kwargs,
-            )
-        except jinja2.TemplateError as error:
-            raise PolymodalError(
-                f"the chat template refuses this conversation: {error}.",
-                "Correct the order of roles, or give another template as data.chat_template.",
-            ) from None
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            cause = f"{type(error).__name__}: {error}"
-            raise PolymodalError(
-                f"the chat template fails on this conversation: {cause}.", _NEW_TEMPLATE
-            ) from None
+            with template_errors():
+                text = self.text if isinstance(self.text, str) else None
+                return compiled(self.tokenizer.get_chat_template(text, tools or None)).render(
+                    messages=list(messages),
+                    tools=list(tools) or None,
+                    documents=None,
+                    add_generation_prompt=generation,
+                    **self._constants,
+                )
+        except PolymodalError as error:
+            if isinstance(error.__context__, TooMuchWork) and len(str(messages)) < _SMALL:
+                self._refused = error  # it is the template's fault: no row waits for it again
+            raise
+
+    @cached_property
+    def _constants(self) -> dict[str, Any]:
+        """What the template is given besides messages and tools, as `apply_chat_template` does."""
+        return {**self.tokenizer.special_tokens_map, **plain_data(self.kwargs)}
 
     def dicts(self, messages: Sequence[Message]) -> list[dict]:
         """Messages in the form that templates read: text as a string, with media as a list of parts."""
         out = []
         for message in messages:
-            parts = message.content
+            parts, broken = message.content, self.breaking(message.role)
             if any(isinstance(p, Media) for p in parts):
-                content: Any = [self.media.template_content(p) for p in parts]
+                content: Any = [
+                    self.media.template_content(part if isinstance(part, Media) else broken(part))
+                    for part in joined(parts)
+                ]
             else:
-                content = self._content("".join(parts))  # type: ignore[arg-type]
+                content = self._content(broken("".join(parts)))  # type: ignore[arg-type]
             entry: dict[str, Any] = {"role": message.role, "content": content}
             if message.reasoning is not None:
-                entry["reasoning_content"] = message.reasoning
+                entry["reasoning_content"] = entry["thinking"] = broken(message.reasoning)
             if message.tool_calls:
-                entry["tool_calls"] = list(message.tool_calls)
+                with template_errors():  # nested too deep
+                    entry["tool_calls"] = broken(plain_data(list(message.tool_calls)))
             out.append(entry)
         return out
+
+    def breaking(self, role: str) -> _Breaking:
+        """What breaks the control tokens in a text of this role.
+
+        Those that the checkpoint does not call special (<think>, <tool_call>) are words of the assistant's.
+        """
+        return self._breaking.get(role, self._breaking_others)
+
+    def mended(self, layout: Layout) -> Layout:
+        """A layout without BREAKs: where they were are ranges of ordinary text."""
+        if BREAK not in layout.text:
+            return layout
+        removed = [match.start() for match in _BREAKS.finditer(layout.text)]
+        text = _BREAKS.sub(r"\1", layout.text)
+
+        def moved(place: int) -> int:
+            return place - bisect_left(removed, place)
+
+        literal: list[Range] = []
+        for place in removed:
+            token = self._literal.match(text, moved(place) - 1) if moved(place) else None
+            if token and (not literal or literal[-1][1] <= token.start()):
+                literal.append(token.span())
+        return Layout(
+            text,
+            tuple(span and (moved(span[0]), moved(span[1])) for span in layout.spans),
+            tuple((moved(start), moved(stop), number) for start, stop, number in layout.media),
+            tuple(literal),
+        )
 
     def _content(self, text: str) -> Any:
         """Text as a message's content."""
@@ -150,9 +207,13 @@ class Template:
         answered = bool(record.messages) and record.messages[-1].role == "assistant"
         messages = record.messages[:-1] if answered else record.messages
         self.check(record)
-        text = self.render(self.dicts(messages), record.tools, generation=True)
+        text = self.render(self.dicts(messages), self._tools(record), generation=True)
         media = [p for m in messages for p in m.content if isinstance(p, Media)]
-        return Layout(text, (None,) * len(messages), self.places(text, media))
+        return self.mended(Layout(text, (None,) * len(messages), self.places(text, media)))
+
+    def _tools(self, record: Record) -> list[Any]:
+        with template_errors():
+            return self._breaking_others(plain_data(list(record.tools))) if record.tools else []
 
     def layout(self, record: Record, numbers: Collection[int]) -> Layout:
         """Render a record and find its media, and the spans of the messages with these numbers.
@@ -161,13 +222,12 @@ class Template:
         ends.
         """
         self.check(record)
-        messages = self.dicts(record.messages)
-        text = self.render(messages, record.tools)
-        spans = self._by_tags(text, messages, record) if self.tagged else {}
-        spans |= self._by_markers(text, messages, record, sorted({*numbers} - {*spans}))
-        return Layout(
-            text, tuple(spans.get(i) for i in range(len(messages))), self.places(text, record.media)
-        )
+        messages, tools = self.dicts(record.messages), self._tools(record)
+        text = self.render(messages, tools)
+        spans = self._by_tags(text, messages, tools) if self.tagged else {}
+        spans |= self._by_markers(text, messages, tools, sorted({*numbers} - {*spans}))
+        places = self.places(text, record.media)
+        return self.mended(Layout(text, tuple(spans.get(i) for i in range(len(messages))), places))
 
     def places(self, text: str, media: Sequence[Media]) -> tuple[tuple[int, int, int], ...]:
         """Where the placeholders of these media are in a rendered text, as in Layout. Raises
@@ -185,7 +245,8 @@ class Template:
             if count and count > sum(uses[kind] * len(numbers) for kind, numbers in waiting.items()):
                 raise PolymodalError(
                     f"the text holds the token {token}, which stands for a medium to this model.",
-                    "Remove it from the data; <image> and <video> mark media there.",
+                    "Remove it from the data, where <image> and <video> mark media; or set "
+                    "data.special_tokens: text to learn such words as ordinary text.",
                 )
         out = []
         for kind, numbers in waiting.items():
@@ -200,18 +261,20 @@ class Template:
 
     # -- where messages are --------------------------------------------------
 
-    def _by_tags(self, text: str, messages: list[dict], record: Record) -> dict[int, Range]:
+    def _by_tags(self, text: str, messages: list[dict], tools: Sequence[Any]) -> dict[int, Range]:
         """Spans from the template's {% generation %} blocks, when there is one for each assistant message;
         else {}."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        rendering: Any = render_jinja_template(  # its declared type is wrong
-            conversations=[messages],
-            tools=list(record.tools) or None,
-            chat_template=self.text,
-            return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **self.kwargs},
-        )
+        bound_templates()
+        with template_errors():
+            rendering: Any = render_jinja_template(  # its declared type is wrong
+                conversations=[messages],
+                tools=list(tools) or None,
+                chat_template=self.text,
+                return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **self.kwargs},
+            )
         (rendered,), (ranges,) = rendering
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if rendered != text or len(ranges) != len(answers):
@@ -230,17 +293,17 @@ class Template:
         return spans
 
     def _by_markers(
-        self, text: str, messages: list[dict], record: Record, numbers: list[int]
+        self, text: str, messages: list[dict], tools: Sequence[Any], numbers: list[int]
     ) -> dict[int, Range]:
         """Spans by what changes when markers replace all these messages' contents, or one after the other
         where the template prints other messages differently then. Raises PolymodalError."""
         spans: dict[int, Range] = {}
         if not numbers:
             return spans
-        bodies = self._bodies(text, messages, record.tools, numbers)
+        bodies = self._bodies(text, messages, tools, numbers)
         if bodies is None and len(numbers) > 1:
             for i in numbers:
-                spans |= self._by_markers(text, messages, record, [i])
+                spans |= self._by_markers(text, messages, tools, [i])
             return spans
         if bodies is None:
             i = numbers[0]
@@ -251,7 +314,7 @@ class Template:
                 "your own (data.chat_template).",
             )
         for i, (first, after) in zip(numbers, bodies, strict=True):
-            start = self._start(text, messages[: i + 1], record.tools, first)
+            start = self._start(text, messages[: i + 1], tools, first)
             start = min(first, after) if start is None or start >= after else start
             spans[i] = (start, self._stop(text, after, messages[i]["role"]))
         return spans
@@ -325,6 +388,40 @@ class Template:
         except PolymodalError:
             return None
         return text.rpartition(_marker(0))[2] if text.count(_marker(0)) == 1 else None
+
+
+class _Breaking:
+    """Breaks each of these tokens in strings, also within lists and objects, behind its first character."""
+
+    def __init__(self, tokens: Collection[str]):
+        self.beginnings = tuple(sorted({token[0] for token in tokens}))
+        self.tokens = re.compile(_any_of(tokens))
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, str):
+            if not any(beginning in value for beginning in self.beginnings):  # most texts
+                return value
+            return self.tokens.sub(lambda match: match[0][0] + BREAK + match[0][1:], value)
+        if isinstance(value, dict):
+            return {self(key): self(item) for key, item in value.items()}
+        return [self(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _any_of(tokens: Collection[str]) -> str:
+    """Expression of any of these, the longest first."""
+    return "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)"
+
+
+def joined(parts: Sequence[str | Media]) -> list[str | Media]:
+    """Parts with texts that follow each other as one."""
+    out: list[str | Media] = []
+    for part in parts:
+        last = out[-1] if out else None
+        if isinstance(part, str) and isinstance(last, str):
+            out[-1] = last + part
+        else:
+            out.append(part)
+    return out
 
 
 def _common_prefix(literal: str, text: str, at: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Message
+from polymodal.core.text import check_characters
 from polymodal.data import media as decoders
 from polymodal.data.formats import RowReader
 from polymodal.generate import rows
@@ -38,6 +39,7 @@ def medium(kind: str, path: str) -> Media:
 
 def messages_of(prompt: str, media: Sequence[Media], system: str | None) -> tuple[Message, ...]:
     """A prompt with media; `<image>` and `<video>` in it say where they stand, else they come first."""
+    check_characters((prompt, system), "the prompt")
     row: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], "system": system}
     for item in media:
         row.setdefault(f"{item.kind}s", []).append(item.source)
@@ -169,7 +171,7 @@ def main(
     _check(prompt, json_file, out, bool(image or video))
     media = [medium("image", path) for path in image] + [medium("video", path) for path in video]
     if prompt is None and json_file is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read().strip()
+        prompt = _standard_input().strip()
         if not prompt:
             raise PolymodalError(
                 "There is no prompt: standard input is empty and no terminal.",
@@ -190,6 +192,13 @@ def main(
         import readline  # noqa: F401 (line editing and history for input())
     Terminal(engine, media=media, **asked).run()
     return 0
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise PolymodalError(f"Standard input is no UTF-8 text: {error.reason}.", "Give text.") from None
 
 
 def _check(prompt: str | None, json_file: str | None, out: str | None, media: bool) -> None:

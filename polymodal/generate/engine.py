@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import jinja2
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
@@ -25,6 +24,7 @@ from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Message
 from polymodal.data import media as decoders
+from polymodal.data.sandbox import bound_templates, template_errors
 from polymodal.generate.sampling import Sampling
 
 __all__ = ["Answer", "Conversation", "Engine", "Sampling"]
@@ -72,7 +72,8 @@ class Engine:
     """A model with its processor on one device.
 
     model: a transformers model that generates. processor: its AutoProcessor, or a tokenizer for text-only
-    models. video, template_kwargs: how videos are sampled and prompts written, as in the recipe. name,
+    models. video, template_kwargs, special_tokens: how videos are sampled and prompts written, as in the
+    recipe; where it is `tokens`, those in a text are the tokens, else ordinary text. name,
     identity: for reports, and to know later whether stored answers are this model's.
     """
 
@@ -83,6 +84,7 @@ class Engine:
         *,
         video: recipes.Video | None = None,
         template_kwargs: dict[str, Any] | None = None,
+        special_tokens: str = "auto",
         name: str = "model",
         identity: str | None = None,
     ):
@@ -91,12 +93,21 @@ class Engine:
                 f"{type(model).__name__} cannot generate text.",
                 "Give a checkpoint of a language or vision-language model.",
             )
+        bound_templates()
         self.model, self.processor, self.name = model, processor, name
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.multimodal = self.tokenizer is not processor
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        self.tokenizer.chat_control_tokens = [token for token in added if not token.isspace()]
+        own = self.multimodal and "__call__" in vars(
+            type(processor)
+        )  # it does not know marked text (InternVL)
+        tokens = (getattr(processor, f"{kind}_token", None) for kind in ("image", "video"))
+        self._media_words = [token for token in tokens if token and (own or not self.literal)]
         self.device = next(model.parameters()).device
         self.video = video or recipes.Video()
         self.template_kwargs = template_kwargs or {}
+        self.literal = special_tokens != "tokens"
         self._identity = identity
         if getattr(model.config, "is_encoder_decoder", False):
             raise PolymodalError(
@@ -135,7 +146,7 @@ class Engine:
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "image_size": dict(size) if size is not None else None,
             "video": self.video.model_dump(),
-            "template": {"kwargs": self.template_kwargs},
+            "template": {"kwargs": self.template_kwargs, **({} if self.literal else {"tokens": True})},
         }
 
     # --- conversations -> tensors -----------------------------------------------------------------
@@ -171,6 +182,14 @@ class Engine:
             if message.reasoning:
                 entry["reasoning_content"] = message.reasoning
             messages.append(entry)
+        for token in self._media_words:
+            if any(token in text for text in words):
+                raise PolymodalError(
+                    f"The text holds {token}, which stands for a medium to this model's processor.",
+                    "Write it otherwise; media are given beside the text.",
+                )
+        with template_errors():
+            self._render(messages)
         return _Prepared(index, key, messages, videos, words, self._media_tokens(sizes, frames))
 
     def _measure(self, prepared: Sequence[_Prepared]) -> None:
@@ -185,11 +204,14 @@ class Engine:
         """Whether the template prints a content that is a string; some want a list of parts always."""
         mark = "\ue0f0mark\ue0f1"
         try:
-            return mark in self.processor.apply_chat_template(
-                [{"role": "user", "content": mark}], tokenize=False, **self.template_kwargs
-            )
-        except (TypeError, ValueError, KeyError, AttributeError, jinja2.TemplateError):
+            with template_errors():
+                return mark in self._render([{"role": "user", "content": mark}])
+        except PolymodalError:
             return not self.multimodal
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        options = {"tokenize": False, "add_generation_prompt": True, **self.template_kwargs}
+        return self.processor.apply_chat_template(messages, **options)
 
     def _clip(self, part: Media) -> tuple[Tensor, Any]:
         """Frames [F, 3, H, W] uint8 of a video, as training takes them, and the processor's facts of them."""
@@ -242,7 +264,7 @@ class Engine:
             return_dict=True,
             return_tensors="pt",
             add_generation_prompt=True,
-            sanitize_control_tokens=True,
+            sanitize_control_tokens=self.literal,
             **self.template_kwargs,
             **options,
         )
@@ -294,7 +316,9 @@ class Engine:
         """The likeliest option of each question; see `choices`. rows: endings computed together."""
 
         def ids_of(option: str) -> list[int]:
-            return self.tokenizer(option, add_special_tokens=False)["input_ids"]
+            return self.tokenizer(option, add_special_tokens=False, split_special_tokens=self.literal)[
+                "input_ids"
+            ]
 
         tokens = [[ids_of(option) for option in own] for own in options]
         scores: list[list[float]] = [[] for _ in batch]

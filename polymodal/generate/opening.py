@@ -497,6 +497,7 @@ def engine_of(opened: Opened) -> Engine:
     if opened.recipe is not None:
         data = opened.recipe.data
         own = {"video": data.video, "template_kwargs": data.template_kwargs}
+        own["special_tokens"] = data.special_tokens
     return Engine(opened.model, opened.processor, name=opened.name, identity=opened.identity, **own)
 
 

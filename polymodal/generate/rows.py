@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Message
+from polymodal.core.text import check_characters
 from polymodal.data.formats import RowReader
 from polymodal.generate.engine import Answer, Engine, Sampling
 from polymodal.recipe import Attr
@@ -120,7 +121,10 @@ def _parsed(lines: Iterable[str], place: str) -> Iterator[Row]:
         where, value, problem = f"{place} {number}", {}, None
         try:
             value = json.loads(text)
-        except ValueError as error:
+            check_characters(value, where)
+        except PolymodalError as error:
+            value, problem = {}, error
+        except (ValueError, RecursionError) as error:
             problem = PolymodalError(f"{where}: not valid JSON: {error}.")
         yield Row(number, where, value, problem)
 

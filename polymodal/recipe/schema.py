@@ -206,6 +206,9 @@ class Data(Section):
     """File with a Jinja chat template (default: the checkpoint's)."""
     template_kwargs: dict[str, Any] = {}
     """Arguments for the chat template, e.g. {enable_thinking: false}."""
+    special_tokens: Literal["auto", "text", "tokens"] = "auto"
+    """Special tokens in the text of rows: auto learns them as ordinary text and refuses those that stand for
+    media, text takes these too for ordinary text, tokens means the tokens."""
     shuffle: bool = True
     """Shuffle every epoch by (seed, epoch)."""
     window: Positive = 65536

@@ -376,6 +376,7 @@ def _library_logits(
     if isinstance(made.family, EncoderDecoder):
         return export_speech.library_logits(model.eval(), processor)
     options = {"video": data.video, "template_kwargs": data.template_kwargs, "name": str(partial)}
+    options["special_tokens"] = data.special_tokens
     engine = Engine(model.eval(), processor, **options)
     inputs = engine._encode([engine._prepare(0, "0", record.messages)])
     with torch.no_grad():
