@@ -99,15 +99,13 @@ class Engine:
         self.multimodal = self.tokenizer is not processor
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
         self.tokenizer.chat_control_tokens = [token for token in added if not token.isspace()]
-        own = self.multimodal and "__call__" in vars(
-            type(processor)
-        )  # it does not know marked text (InternVL)
+        self.literal = special_tokens != "tokens"
+        own = self.multimodal and "__call__" in vars(type(processor))  # then marked text is not known
         tokens = (getattr(processor, f"{kind}_token", None) for kind in ("image", "video"))
         self._media_words = [token for token in tokens if token and (own or not self.literal)]
         self.device = next(model.parameters()).device
         self.video = video or recipes.Video()
         self.template_kwargs = template_kwargs or {}
-        self.literal = special_tokens != "tokens"
         self._identity = identity
         if getattr(model.config, "is_encoder_decoder", False):
             raise PolymodalError(
