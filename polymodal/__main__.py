@@ -7,11 +7,15 @@ ends in std::terminate: a run that had written everything died by SIGABRT. destr
 threads only if nothing refers to a group any more, and caches of DTensor and FSDP do.
 """
 
-import atexit
-import contextlib
-import logging
-import os
-import sys
+from polymodal.core.search_path import leave_working_directory
+
+leave_working_directory()  # before any other import
+
+import atexit  # noqa: E402
+import contextlib  # noqa: E402
+import logging  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
 
 
 def run() -> None:

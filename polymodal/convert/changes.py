@@ -80,7 +80,7 @@ def language_model(source: Path) -> tuple[Source, dict[str, Any]]:
     if not names:
         raise PolymodalError(f"{source} has no tensor under {prefix}*.", "Give a LLaVA checkpoint.")
     read_config(source)
-    config = AutoConfig.from_pretrained(str(source)).text_config.to_dict()
+    config = AutoConfig.from_pretrained(str(source), trust_remote_code=False).text_config.to_dict()
     config |= {"dtype": "float16", "architectures": config.get("architectures") or ["LlamaForCausalLM"]}
     return Rounded(renamed(tensors, names), torch.float16), config
 

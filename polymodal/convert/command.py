@@ -37,6 +37,9 @@ def words(given: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point."""
+    from polymodal.core.search_path import leave_working_directory
+
+    leave_working_directory()
     import jsonargparse
 
     from polymodal.convert.converters import CONVERTERS

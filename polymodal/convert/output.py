@@ -25,6 +25,7 @@ from polymodal.convert.tree import Parallel
 from polymodal.convert.writing import Item, Spec, spec_bytes, spec_of
 from polymodal.core.errors import PolymodalError
 from polymodal.models.saving import appearing
+from polymodal.models.storage import to_publish
 
 MARKER = "polymodal_convert.json"
 """In every hub directory that was written here: what it came from. Such a directory may be written again."""
@@ -220,7 +221,7 @@ def copy_assets(template: Path, directory: Path) -> None:
             if not weights and name not in (tree.TRACKER, MARKER) and name[0] != ".":
                 target = directory / Path(root).relative_to(template) / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(Path(root) / name, target)
+                shutil.copyfile(to_publish(template, Path(root) / name), target)
 
 
 def to_dcp(source: Source, root: Path, settings: Settings) -> Report:

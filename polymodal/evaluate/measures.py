@@ -164,7 +164,9 @@ class Measures:
 
         with library_errors(f"{option} {path} cannot be opened", "Give a checkpoint of transformers."):
             with pipelines.quiet():
-                model, info = auto.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
+                model, info = auto.from_pretrained(
+                    path, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
+                )
         return model.eval().requires_grad_(False).to(self.device), set(info["missing_keys"])
 
     def known_label(self, label: str, where: str) -> str:
@@ -245,7 +247,7 @@ class Measures:
 
 def _processor(auto: Any, path: str, option: str) -> Any:
     with library_errors(f"{option} {path} has no processor", "Copy its preprocessor_config.json there."):
-        return auto.from_pretrained(path)
+        return auto.from_pretrained(path, trust_remote_code=False)
 
 
 def _shown(frames: np.ndarray) -> list[Image.Image]:

@@ -164,6 +164,7 @@ def describe(
             "The checkpoint was not written by `polymodal train`.",
         )
     recipe = recipes.validate(state.recipe)
+    recipe.model.trust_remote_code = False  # a file of a run does not decide what may run here
     if base is not None:
         recipe.model.source = base
     try:
@@ -330,7 +331,11 @@ def load_hub(directory: Path, dtype: str | torch.dtype = "auto", trust: bool = F
             auto: Any = getattr(transformers, names[0] if names else "AutoModelForImageTextToText")
             with library.named_by(config.model_type, reader.tensor_names(directory)):
                 model, info = auto.from_pretrained(
-                    directory, config=config, dtype=dtype, output_loading_info=True
+                    directory,
+                    config=config,
+                    dtype=dtype,
+                    output_loading_info=True,
+                    trust_remote_code=trust,
                 )
     finally:
         if shown:

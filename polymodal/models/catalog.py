@@ -270,8 +270,7 @@ def missing_files(directory: Path, weights: bool = True) -> list[str]:
     else:
         return ["config.json"]
     for index in indexes if weights else ():
-        shards = sorted(set(storage.read_json(index).get("weight_map", {}).values()))
-        absent = [index.parent / name for name in shards if not (index.parent / name).is_file()]
+        absent = [path for path in storage.shards(index)[1] if not path.is_file()]
         missing += [str(path.relative_to(directory)) for path in absent]
     return missing
 

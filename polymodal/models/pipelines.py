@@ -17,7 +17,7 @@ from torch import nn
 
 from polymodal.core.errors import PolymodalError
 from polymodal.models import weights
-from polymodal.models.pipeline_index import components, models_of, read_index
+from polymodal.models.pipeline_index import LIBRARIES, components, models_of, read_index
 from polymodal.models.storage import read_json
 
 
@@ -36,11 +36,10 @@ def empty(config: Mapping[str, Any], library: str = "diffusers") -> nn.Module:
 def _class(library: str, name: str) -> Any:
     # classes of a pipeline's own module are listed under its name, which a directory here may have too
     module = getattr(importlib.import_module("diffusers.pipelines"), library, None)
-    if module is None:
-        with contextlib.suppress(ImportError):
-            module = importlib.import_module(library)
+    if module is None and library in LIBRARIES:
+        module = importlib.import_module(library)
     found = getattr(module, name, None)
-    if found is None:
+    if not isinstance(found, type) or found.__module__.partition(".")[0] not in LIBRARIES:
         raise PolymodalError(
             f"{library} has no class {name}.", f"The checkpoint wants another version of {library}."
         )
@@ -127,8 +126,8 @@ def open_pipeline(
     try:
         with quiet():
             opened = _class("diffusers", name).from_pretrained(str(directory), **given)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PolymodalError(
             f"{directory} cannot be opened as {name}: {reason}", "Is it whole, and in diffusers' layout?"
         ) from None

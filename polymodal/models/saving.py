@@ -32,7 +32,7 @@ from polymodal.models.family import Family
 from polymodal.models.initial import has_nan
 from polymodal.models.library import Layout, plain
 from polymodal.models.slices import Piece
-from polymodal.models.storage import Files, write_file
+from polymodal.models.storage import Files, to_publish, write_file
 
 KEPT_FILES = (
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.vocab", "*.py", "LICENSE*"),
@@ -132,7 +132,7 @@ def _copy_files(origin: Path, directory: Path, patterns: Sequence[str]) -> None:
             name = path.relative_to(origin)
             if path.is_file() and not any(fnmatchcase(str(name), left) for left in LEFT_FILES):
                 (directory / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, directory / name)
+                shutil.copyfile(to_publish(origin, path), directory / name)
 
 
 def _file_layout(

@@ -246,15 +246,7 @@ def _indexed(index: Path) -> list[Path]:
         raise PolymodalError(
             f"{index} is a git-lfs pointer, not the index.", f"Run `git lfs pull` in {index.parent}."
         )
-    try:
-        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({str(name) for name in table.values()})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise PolymodalError(
-            f"{index} is not a readable index of shards ({reason}).", "Fetch it again."
-        ) from None
-    paths = [index.parent / name for name in names]
+    table, paths = shards(index)
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise PolymodalError(
@@ -271,6 +263,37 @@ def _indexed(index: Path) -> list[Path]:
                 "Index and files are of different saves: fetch them again.",
             )
     return paths
+
+
+def shards(index: Path) -> tuple[dict[str, str], list[Path]]:
+    """(tensor -> file's name, the files) of an index of shards. Raises PolymodalError."""
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict):
+        raise PolymodalError(f"{index} is no index of shards: it has no weight_map.", "Fetch it again.")
+    for name in table.values():
+        if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name:
+            raise PolymodalError(
+                f"{index} lists {name!r:.80}, which is not the name of a file beside it.",
+                "Take another copy of the checkpoint: an index of transformers or diffusers has plain names.",
+            )
+    return table, [index.parent / name for name in sorted(set(table.values()))]
+
+
+def to_publish(root: Path, path: Path) -> Path:
+    """A file of a checkpoint's directory that is going to be copied elsewhere.
+
+    Raises PolymodalError for a link that leads out of the directory (and of the hub's cache that it lies in):
+    whoever made the checkpoint could have private files copied.
+    """
+    home, file = root.resolve(), path.resolve()
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    if not file.is_relative_to(home) and not file.is_relative_to(blobs):
+        raise PolymodalError(
+            f"{path} is a link to {file}, outside of the checkpoint: it is not copied.",
+            "If it belongs to the checkpoint, put the file itself there: "
+            f"cp --remove-destination {file} {path}",
+        )
+    return file
 
 
 def write_file(tensors: Mapping[str, Tensor], path: Path) -> None:

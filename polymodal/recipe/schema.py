@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
+from polymodal.core.errors import PolymodalError
 from polymodal.recipe import file
 from polymodal.recipe.file import (
     NotNegative,
@@ -63,7 +65,7 @@ class Model(Section):
     experts: Literal["auto", "eager", "grouped_mm", "batched_mm"] = "auto"
     """How mixture-of-experts layers multiply."""
     trust_remote_code: bool = False
-    """Run code from the checkpoint's repository."""
+    """Run code from the checkpoint's repository while training; what opens a run later never does."""
 
 
 class Attr(Section):
@@ -334,9 +336,11 @@ class Checkpoint(Section):
     @classmethod
     def _only_name(cls, value: str) -> str:
         try:
-            value.format(name="x")
-        except (KeyError, IndexError, ValueError):
-            raise ValueError("the only placeholder is {name}; write other braces twice") from None
+            fields = [field for field in Formatter().parse(value) if field[1] is not None]
+        except ValueError:
+            fields = [("", "?", "", None)]
+        if any(field[1:] != ("name", "", None) for field in fields):
+            raise ValueError("the only placeholder is {name}; write other braces twice")
         return value
 
 
@@ -408,6 +412,14 @@ class Recipe(Section):
 
     @property
     def run_dir(self) -> Path:
+        """Raises PolymodalError for a name that leads elsewhere than checkpoint.dir says."""
+        name = Path(self.name)
+        leads_out = name.is_absolute() or ".." in name.parts or "\0" in self.name
+        if leads_out and "{name}" in self.checkpoint.dir:
+            raise PolymodalError(
+                f"name = {self.name!r} cannot be a part of checkpoint.dir = {self.checkpoint.dir}.",
+                "Take a name without .. and without / in front, or write the directory in checkpoint.dir.",
+            )
         return Path(self.checkpoint.dir.format(name=self.name))
 
 

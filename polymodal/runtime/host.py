@@ -79,8 +79,7 @@ def require_port(port: int, named: str) -> None:
     owner = port_owner(port)
     raise PolymodalError(
         f"Port {port} ({named}) is in use" + (f" by {owner}." if owner else "."),
-        f"End that process, or set {named} to another port; on one machine leave it unset: a free port is "
-        "chosen.",
+        f"End that process, or set {named} to another port on every node.",
     )
 
 

@@ -17,14 +17,16 @@ import socket
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.text import format_bytes
 from polymodal.runtime import host
+from polymodal.runtime import rendezvous as meeting
 from polymodal.runtime.process_group import (
     RANK_VARIABLES,
     RENDEZVOUS_SECONDS,
@@ -43,7 +45,16 @@ KILL_ORPHANS = "POLYMODAL_NODE_GOES_ALONE"
 
 CHILD_VARIABLES = (
     *RANK_VARIABLES["torchrun"].values(),
-    *(CHILD, KILL_ORPHANS, "MASTER_ADDR", "MASTER_PORT", "NPUS_PER_NODE", "NNODES", "NODE_RANK"),
+    *(
+        CHILD,
+        KILL_ORPHANS,
+        meeting.STORE_FILE,
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "NPUS_PER_NODE",
+        "NNODES",
+        "NODE_RANK",
+    ),
     *("TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID"),
 )
 """What a launched process has in its environment for itself, not for commands that it starts."""
@@ -153,7 +164,7 @@ def record(error: BaseException) -> bool:
 
 def before_start(run_dir: str | os.PathLike | None, request: LaunchRequest) -> list[str]:
     """Checks what would fail later, before anything is started. Returns warnings; raises PolymodalError."""
-    if request.port and request.node == 0:
+    if request.nodes > 1 and request.node == 0:  # one node listens nowhere
         host.require_port(request.port, request.port_name)
     if request.nodes > 1:
         try:
@@ -203,6 +214,7 @@ def run(
 ) -> int:
     """Run `python command...` in `request.nproc` processes here and wait for them.
 
+    rendezvous: seconds to wait for the other nodes.
     restarts: times that all processes are started again after one died; never after bad input.
     min_nodes: nodes that are enough to go on with when others are gone; node 0 holds the rendezvous.
 
@@ -233,8 +245,10 @@ def run(
     # `forward` handles the other signals
     variables = {CHILD: str(os.getpid()), "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGHUP,SIGQUIT"}
     variables |= {KILL_ORPHANS: "1"} if elastic else {}
-    variables |= {FRESH_STORE: "1"} if restarts or elastic else {}
-    with _launcher_process(forward, variables), tempfile.TemporaryDirectory(prefix="polymodal-") as directory:
+    variables |= {FRESH_STORE: "1"} if elastic else {}
+    with tempfile.TemporaryDirectory(prefix="polymodal-") as directory, contextlib.ExitStack() as stack:
+        variables |= {meeting.STORE_FILE: f"{directory}/store"} if request.nodes == 1 else {}
+        stack.enter_context(_launcher_process(forward, variables))
         try:
             spec = _worker_spec(command, request, seconds, restarts, fewest, elastic)
             agent = _agent_class()(spec, DefaultLogsSpecs(log_dir=directory), start_method="spawn")
@@ -255,55 +269,49 @@ def _worker_spec(
 ) -> Any:
     """What torchrun's agent starts, and how it finds the agents of other nodes."""
     from torch.distributed.elastic.agent.server.api import WorkerSpec
-    from torch.distributed.elastic.rendezvous import RendezvousParameters
 
-    fixed = request.nodes > 1 or request.port > 0
-    static = fixed and not elastic
-    local_address = None if request.nodes > 1 else "127.0.0.1"
-    settings: dict[str, object] = {"timeout": seconds}
-    if elastic:  # nodes may leave and come back; every second the agents look who is there
-        settings |= {
-            "is_host": request.node == 0,
-            "read_timeout": min(60, seconds),
-            "join_timeout": seconds,
-            "last_call_timeout": 5,
-            "keep_alive_interval": 1,
-            "keep_alive_max_attempt": 10,
-        }
-    elif fixed:
-        settings["rank"] = request.node
-    parameters = RendezvousParameters(
-        backend="static" if static else "c10d",
-        # port 0: the store takes a free one
-        endpoint=f"{request.address}:{request.port}" if fixed else "localhost:0",
-        run_id=f"polymodal-{request.port}" if fixed else uuid.uuid4().hex,
-        min_nodes=fewest,
-        max_nodes=request.nodes,
-        local_addr=local_address,
-        **settings,
-    )
     return WorkerSpec(
         role="polymodal",
         local_world_size=request.nproc,
         entrypoint=sys.executable,
         args=tuple(command),
-        rdzv_handler=_rendezvous_handler(parameters, 0 if request.node == 0 else seconds),
+        rdzv_handler=_handler(request, seconds, fewest, elastic),
         max_restarts=restarts,
         monitor_interval=0.1,
-        master_addr=request.address if static else None,
-        master_port=request.port if static else None,
-        local_addr=local_address,
     )
 
 
-def _rendezvous_handler(parameters: Any, seconds: int) -> Any:
-    """torch's handler; for `seconds` it may be that the first node's store is not there yet."""
-    from torch.distributed.elastic.rendezvous import RendezvousConnectionError, registry
+def _handler(request: LaunchRequest, seconds: int, fewest: int, elastic: bool) -> Any:
+    import torch.distributed as dist
 
-    deadline = time.monotonic() + seconds
-    while True:
+    serves, patience = request.node == 0, timedelta(seconds=seconds)
+    where = request.address, request.port
+    if request.nodes == 1:
+        return meeting.fixed("polymodal", 0, 1, "127.0.0.1", 0, dist.HashStore)
+    run_id = f"polymodal-{request.port}"
+    if not elastic:
+        store = partial(meeting.tcp_store, *where, request.nodes, patience, serves)
+        return meeting.fixed(run_id, request.node, request.nodes, *where, store)
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousParameters
+
+    parameters = RendezvousParameters(
+        backend="c10d",
+        endpoint=f"{request.address}:{request.port}",
+        run_id=run_id,
+        min_nodes=fewest,
+        max_nodes=request.nodes,
+        local_addr=meeting.own_address(*where),
+        # nodes may leave and come back; every second the agents look who is there
+        read_timeout=min(60, seconds),
+        join_timeout=seconds,
+        last_call_timeout=5,
+        keep_alive_interval=1,
+        keep_alive_max_attempt=10,
+    )
+    deadline = time.monotonic() + (0 if serves else seconds)
+    while True:  # the first node's store may not be there yet
         try:
-            return registry.get_rendezvous_handler(parameters)
+            return meeting.elastic(parameters, *where, serves)
         except RendezvousConnectionError:
             if time.monotonic() >= deadline:
                 raise

@@ -21,6 +21,7 @@ from pathlib import Path
 from polymodal.core.errors import PolymodalError
 from polymodal.recipe import Recipe
 from polymodal.runtime import device, environment, host
+from polymodal.runtime.rendezvous import joined_store
 
 DEFAULT_PORT = 29500
 RENDEZVOUS_SECONDS = 900
@@ -381,7 +382,7 @@ JOIN_HINTS = {
 }
 
 
-def _join(process: ProcessInfo, backend: str, rendezvous: timedelta, collective: timedelta) -> None:
+def _join(process: ProcessInfo, backend: str, patience: timedelta, collective: timedelta) -> None:
     """init_process_group, with what can go wrong in one sentence."""
     import torch.distributed as dist
 
@@ -393,14 +394,14 @@ def _join(process: ProcessInfo, backend: str, rendezvous: timedelta, collective:
         os.environ[RANK_VARIABLES["torchrun"][fact]] = str(getattr(process, fact))
     os.environ.update(MASTER_ADDR=process.address, MASTER_PORT=str(process.port))
     if process.nodes == 1 and os.path.isdir("/sys/class/net/lo"):
-        # else gloo resolves the host's name, which containers lack
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if process.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        host.require_port(process.port, "MASTER_PORT")
+        # nobody on a network reaches them; and gloo would resolve the host's name, which containers lack
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
     try:
-        found = dist.rendezvous("env://", process.rank, process.world, timeout=rendezvous)
-        store, rank, world = next(iter(found))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=collective)
+        store = joined_store(process.rank, process.world, process.address, process.port, patience)
+        dist.init_process_group(
+            backend, store=store, rank=process.rank, world_size=process.world, timeout=collective
+        )
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:
         require_port_after(error, process.port, "MASTER_PORT")
         hint = (
@@ -408,7 +409,7 @@ def _join(process: ProcessInfo, backend: str, rendezvous: timedelta, collective:
         )
         raise LostPeer(
             f"Rank {process.rank} of {process.world} could not join the other ranks at {where} "
-            f"within {rendezvous.total_seconds():.0f} s ({first_line(error)[:200]}).",
+            f"within {patience.total_seconds():.0f} s ({first_line(error)[:200]}).",
             JOIN_HINTS.get(process.launcher, hint),
         ) from error
 

@@ -24,7 +24,7 @@ from polymodal.generate.opening import Assembled
 from polymodal.generate.pipeline import base_of, other_denoiser, put_on
 from polymodal.models import catalog, lora, pipelines, saving, weights
 from polymodal.models.saving import Together
-from polymodal.models.storage import Files, dtype_of
+from polymodal.models.storage import Files, dtype_of, to_publish
 from polymodal.runtime import host
 
 STEM = "diffusion_pytorch_model"
@@ -156,14 +156,23 @@ def _copy_parts(source: Path, target: Path, parts: set[str]) -> None:
     """All of a pipeline but what was trained."""
 
     def put(origin: str, copy: str) -> None:
+        file = to_publish(source, Path(origin))
         try:
-            os.link(os.path.realpath(origin), copy)
+            os.link(file, copy)
         except OSError:
-            shutil.copyfile(origin, copy)
+            shutil.copyfile(file, copy)
+
+    def around(folder: str, names: list[str]) -> list[str]:  # links to a directory above
+        here = Path(folder).resolve()
+        return [
+            n
+            for n in names
+            if os.path.isdir(f"{folder}/{n}") and here.is_relative_to(Path(folder, n).resolve())
+        ]
 
     for entry in sorted(source.iterdir()):
         if entry.is_dir() and entry.name not in parts and not entry.name.startswith("."):
-            shutil.copytree(entry, target / entry.name, copy_function=put)
+            shutil.copytree(entry, target / entry.name, copy_function=put, ignore=around)
         elif entry.is_file() and entry.suffix != ".safetensors" and entry.name != "polymodal_export.json":
             put(str(entry), str(target / entry.name))
 

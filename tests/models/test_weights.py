@@ -424,7 +424,7 @@ def test_broken_downloads(checkpoints, tmp_path):
         f"lacks 1 of the {len(shards)} files .*first: {shards[2]}": lambda d: (d / shards[2]).unlink(),
         "as pickles only .pytorch_model.bin": pickled,
         "has consolidated.0.safetensors": other_names,
-        "is not a readable index": lambda d: (d / "model.safetensors.index.json").write_text("{"),
+        "cannot be read": lambda d: (d / "model.safetensors.index.json").write_text("{"),
         "lacks 1 of the tensors that .* lists for it .first: ghost.weight": wrong_index,
         "has no weights": lambda d: [p.unlink() for p in d.glob("*.safetensors*")],
     }

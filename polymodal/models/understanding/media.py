@@ -53,7 +53,8 @@ class TokenMedia:
         import transformers
 
         load = getattr(transformers, auto).from_pretrained
-        return readable(self.directory, what, lambda: load(self.directory, local_files_only=True, **options))
+        options |= {"local_files_only": True, "trust_remote_code": False}
+        return readable(self.directory, what, lambda: load(self.directory, **options))
 
     def token_id(self, text: str) -> int:
         """Id of a special token. Raises PolymodalError when the tokenizer does not have it."""
