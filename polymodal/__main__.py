@@ -23,7 +23,9 @@ def run() -> None:
     status = [1]
     atexit.register(_end, status)  # registered first, so it runs last
     from polymodal.cli import main
+    from polymodal.core.redaction import guard_streams
 
+    guard_streams()
     try:
         main()
         status[0] = 0

@@ -42,6 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     leave_working_directory()
     import jsonargparse
 
+    from polymodal.core.redaction import guard_streams
+
+    if arguments is None:
+        guard_streams()
+
     from polymodal.convert.converters import CONVERTERS
     from polymodal.core.errors import PolymodalError
 

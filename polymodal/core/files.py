@@ -13,7 +13,10 @@ def written_whole(file: Path) -> Iterator[Path]:
     """A path beside `file` to write to, which is renamed to `file` at the end; removed after an exception,
     and what was there before is then untouched."""
     temporary = file.with_name(f".{file.name[:200]}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
+        # made here, so that no link which somebody else put there is followed
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
         os.replace(temporary, file)
     finally:

@@ -28,5 +28,6 @@ from polymodal.recipe.schema import (
     dump,
     json_schema,
     load,
+    plain,
     validate,
 )

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.redaction import redact_all
 from polymodal.recipe import file
 from polymodal.recipe.file import (
     NotNegative,
@@ -444,14 +445,20 @@ def validate(data: dict, lines: file.Lines | None = None, path: Path | None = No
         raise file.explain(error, Recipe, lines or {}, path) from None
 
 
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """The whole recipe as plain data to be stored or shown: secrets in it (of URLs, of the environment) are
+    ***."""
+    return redact_all(recipe.model_dump(mode="json"))
+
+
 def dump(recipe: Recipe) -> str:
-    """The whole recipe as YAML; `load` of it gives the same recipe."""
-    return file.write(recipe.model_dump(mode="json"))
+    """`plain` as YAML; `load` of it gives the same recipe."""
+    return file.write(plain(recipe))
 
 
 def changed(before: Mapping[str, Any], recipe: Recipe, keys: Sequence[str]) -> list[str]:
     """The dotted keys below `keys` that differ between a recipe of an earlier run (as JSON) and this one."""
-    now: dict[str, Any] = recipe.model_dump(mode="json")
+    now = plain(recipe)
 
     def differing(old: Any, new: Any, name: str) -> list[str]:
         if isinstance(old, Mapping) and isinstance(new, Mapping):

@@ -136,11 +136,12 @@ def _first_to_report(error: BaseException) -> bool:
     marker = directory / f".polymodal-{os.getuid()}-{os.getppid()}-{digest}"
     try:
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - marker.stat().st_mtime > 60:
+            if time.time() - marker.lstat().st_mtime > 60:
                 marker.unlink()
         marker.touch(mode=0o600, exist_ok=False)
     except FileExistsError:
-        return False
+        # somebody else's, in a shared temporary directory, is not to silence an error
+        return marker.lstat().st_uid != os.getuid()
     except OSError:
         return True
     return True

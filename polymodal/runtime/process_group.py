@@ -19,8 +19,10 @@ from datetime import timedelta
 from pathlib import Path
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.redaction import redact_all
 from polymodal.recipe import Recipe
 from polymodal.runtime import device, environment, host
+from polymodal.runtime.objects import only_records
 from polymodal.runtime.rendezvous import joined_store
 
 DEFAULT_PORT = 29500
@@ -389,6 +391,7 @@ def _join(process: ProcessInfo, backend: str, patience: timedelta, collective: t
     if process.world == 1:  # a store without a socket: no port can be in use
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=collective)
         return
+    only_records()
     where = f"{process.address}:{process.port}"
     for fact in ("rank", "world", "local_rank", "local_world"):
         os.environ[RANK_VARIABLES["torchrun"][fact]] = str(getattr(process, fact))
@@ -466,7 +469,7 @@ def write_error_file(error: BaseException) -> None:
     body = {"message": {"message": f"{type(error).__name__}: {first_line(error)}", "extraInfo": extra}}
     with contextlib.suppress(OSError):
         temporary = f"{file}.{os.getpid()}"
-        Path(temporary).write_text(json.dumps(body))
+        Path(temporary).write_text(json.dumps(redact_all(body)))
         os.replace(temporary, file)
 
 

@@ -6,11 +6,13 @@ exit code 1.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -21,10 +23,14 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.redaction import redact
 from polymodal.core.text import format_bytes
 from polymodal.runtime import device, environment, host
+from polymodal.runtime.process_group import DEFAULT_PORT
 
 Verdict = Literal["ok", "warn", "fail"]
 FIXES: dict[str, str] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
@@ -51,8 +57,6 @@ def free(space: host.Space) -> str:
 
 def packages() -> Iterator[Row]:
     """The interpreter, and every dependency against the range that this release declares."""
-    from packaging.requirements import Requirement
-
     yield row("python", platform.python_version(), sys.version_info >= (3, 10), "python", "fail")
     try:
         declared = importlib.metadata.requires("polymodal") or []
@@ -140,8 +144,6 @@ def shared_memory() -> Iterator[Row]:
 
 def ports() -> Iterator[Row]:
     """The default rendezvous port, and the one that MASTER_PORT names."""
-    from polymodal.runtime.process_group import DEFAULT_PORT
-
     wanted = {DEFAULT_PORT: "default"}
     if (named := os.environ.get("MASTER_PORT", "")).isdigit():
         wanted[int(named)] = "MASTER_PORT"
@@ -203,9 +205,58 @@ def variables() -> Iterator[Row]:
             continue
         try:
             variable.check(value)
-            yield Row(name, "ok", value)
+            yield Row(name, "ok", redact(value))
         except PolymodalError as error:
-            yield Row(name, "warn", f"{value}: {error.message}", error.hint)
+            yield Row(name, "warn", redact(f"{value}: {error.message}"), redact(error.hint))
+
+
+def _open_to_others(path: Path) -> str:
+    """Why other users could put files into a directory or replace it; "" when they cannot."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ""
+    if status.st_uid not in (0, os.getuid()):
+        return f"{path} belongs to user {status.st_uid}"
+    if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+        return f"everybody may write in {path}"
+    return ""
+
+
+UNSAFE = {"torch": "2.6", "pillow": "11.3", "jinja2": "3.1.6"}
+"""Releases before these have holes that files can open (weights: CVE-2025-32434; pictures: CVE-2025-48379;
+templates: CVE-2025-27516)."""
+UNSAFE_VARIABLES = ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "DIFFUSERS_TRUST_REMOTE_KERNELS")
+
+
+def safety() -> Iterator[Row]:
+    """What lets others on this machine or on its network act as this user: see docs/security.md."""
+    root = os.getuid() == 0
+    yield row("user", "root" if root else f"user {os.getuid()}", not root, "root")
+    temporary = Path(tempfile.gettempdir())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    hub = Path(os.environ.get("HF_HOME") or cache / "huggingface")
+    for what, place in (("temporary files", temporary), ("hub cache", hub), ("cache", cache / "polymodal")):
+        why = _open_to_others(place)
+        yield row(what, why or str(place), not why, "open_directory")
+    entries = os.environ["PYTHONPATH"].split(os.pathsep) if "PYTHONPATH" in os.environ else []
+    odd = [f"PYTHONPATH has the working directory ({each})" for each in entries if each in (".", os.getcwd())]
+    odd += [why for each in sys.path if each and (why := _open_to_others(Path(each)))]
+    yield row("modules", odd[0] if odd else "from directories of this user and of root", not odd, "modules")
+    os.umask(mask := os.umask(0o077))
+    yield row("umask", f"{mask:03o}", bool(mask & 0o002), "umask")
+    for name, least in UNSAFE.items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            good = Version(found := importlib.metadata.version(name)) >= Version(least)
+            yield row(name, f"{found}, safe from {least} on", good, "unsafe", name=name)
+    for name in UNSAFE_VARIABLES:
+        if os.environ.get(name, "").lower() in ("1", "y", "yes", "true", "on"):
+            yield row(name, "set", False, "unsafe_variable", name=name)
+    reachable = sorted(host.open_ports())
+    shown = ", ".join(map(str, reachable[:8])) + (" ..." if len(reachable) > 8 else "")
+    own = str(DEFAULT_PORT), os.environ.get("MASTER_PORT", "")
+    good = not any(str(port) in own for port in reachable)
+    yield row("ports", f"open: {shown}" if shown else "none open to a network", good, "open_ports")
 
 
 CHECKS: dict[str, Callable[[], Iterator[Row]]] = {
@@ -218,6 +269,7 @@ CHECKS: dict[str, Callable[[], Iterator[Row]]] = {
     "Limits": limits,
     "Clock": clock,
     "Environment": variables,
+    "Safety": safety,
 }
 
 
@@ -248,7 +300,7 @@ def show_environment(as_json: bool) -> int:
                 "what": variable.what,
                 "range": variable.allowed,
                 "default": variable.default,
-                "now": os.environ.get(variable.name),
+                "now": redact(os.environ.get(variable.name, "")) or None,
                 "set_in": "shell" if variable.shell else "device.env",
             }
             for variable in listed
@@ -261,7 +313,7 @@ def show_environment(as_json: bool) -> int:
         words = [escape(variable.allowed)]
         words += [f"default {variable.default}"] * bool(variable.default)
         if now := os.environ.get(variable.name):
-            words.append(f"[green]now {escape(now)}[/green]")
+            words.append(f"[green]now {escape(redact(now))}[/green]")
         lines.append(f"[bold]{variable.name}[/bold]{'*' * variable.shell}  {', '.join(filter(None, words))}")
         lines.append(f"    [dim]{escape(variable.what)}[/dim]")
     console = Console()

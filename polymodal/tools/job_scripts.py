@@ -19,6 +19,7 @@ from pathlib import Path
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.files import replace_file
+from polymodal.core.redaction import redact
 from polymodal.core.text import did_you_mean
 from polymodal.distributed.mesh import ParallelSizes
 from polymodal.recipe import Recipe
@@ -71,6 +72,19 @@ class JobFile:
 
 def checked(recipe: Recipe, job: JobRequest) -> None:
     """Raises PolymodalError for what would fail on the cluster within the first second."""
+    for text in (job.recipe, *job.overrides, *job.options, job.image, job.namespace, job.claim, job.setup):
+        if redact(text) != text:
+            raise PolymodalError(
+                f"{redact(text)} holds a secret, and scripts and manifests are read by others.",
+                "Leave it out: set it in the environment that the job starts with (Kubernetes: a Secret).",
+            )
+        if not text.isprintable() and text != job.setup:
+            raise PolymodalError(f"{text!r:.80} holds control characters.", "Remove them.")
+    for host in job.hosts:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.:-]*|\[[0-9A-Fa-f:.]+\]", host, re.ASCII):
+            raise PolymodalError(
+                f"--hosts: {host!r:.80} is not the name or address of a host.", "Correct it."
+            )
     ParallelSizes.of(recipe.parallel, job.nodes * job.nproc)
     for name, value in recipe.device.env.items():
         environment.check(name, value)
@@ -111,7 +125,8 @@ def _filled(name: str, recipe: Recipe, job: JobRequest, **more: object) -> str:
         "name": name_of(recipe),
         "grace": GRACE_SECONDS,
         "logs": str(recipe.run_dir / "logs"),
-        "env": {name: environment.check(name, value) for name, value in recipe.device.env.items()},
+        "env": {"PYTHONSAFEPATH": "1"}  # python files of the working directory are not imported
+        | {name: environment.check(name, value) for name, value in recipe.device.env.items()},
         **more,
     }
     return template(f"jobs/{name}", **FILTERS).render(values)
@@ -153,7 +168,8 @@ def kubernetes(recipe: Recipe, job: JobRequest) -> JobFile:
     if job.kind not in ("pytorchjob", "trainjob"):
         raise PolymodalError(f"--kind {job.kind} is not known.", "Use pytorchjob or trainjob.")
     begin = (["cd /data"] if job.claim else []) + ([job.setup] if job.setup else [])
-    command = ["bash", "-c", " && ".join([*begin, f"exec {shlex.join(train_words(job))}"])]
+    line = " && ".join([*begin, f"exec {shlex.join(train_words(job))}"])
+    command = ["bash", "-c", line.replace("$", "$$")]  # Kubernetes reads $(NAME) as a variable, $$ as $
     resource = device.kubernetes_resource(recipe.device.kind)
     text = _filled(f"{job.kind}.yaml.j2", recipe, job, command=command, resource=resource)
     notes = ["logs: kubectl logs -f POD"]

@@ -128,7 +128,7 @@ class Trainer:
         if not self.main:
             return
         (self.run_dir / "recipe.yaml").write_text(recipes.dump(recipe))
-        config, step = recipe.model_dump(mode="json"), self.state.step
+        config, step = recipes.plain(recipe), self.state.step
         self.metrics = monitor.Metrics(self.run_dir, recipe.monitor, recipe.name, config, step)
         self.progress = monitor.Progress(recipe.name, self.steps, step)
         total, trained = format_count(self.model.total), format_count(self.model.trained)
@@ -407,7 +407,7 @@ class Trainer:
     def _save(self) -> None:
         state = self.state
         state.scaler = self.scaler.state()
-        state.recipe = self.recipe.model_dump(mode="json")
+        state.recipe = recipes.plain(self.recipe)
         state.data, state.lengths = self.schedule.fingerprint, self.schedule.lengths
         state.source = {"path": str(self.family.source), "card": self.card.name}
         state.versions = checkpoint.versions()

@@ -217,6 +217,78 @@ def test_no_unfinished_work_and_no_junk_drawers():
     assert not seen, seen
 
 
+OPENERS = {
+    "core/inert_pickle.py": "the unpickler that runs no code",
+    "convert/reading.py": "torch's files: weights_only, or that unpickler",
+    "data/features.py": "torch's files: weights_only",
+    "data/workers.py": "pipes between a process and the workers that it started",
+    "runtime/objects.py": "the unpickler of records; torch's files: weights_only",
+    "runtime/rendezvous.py": "pickles that torch made in this process",
+}
+"""Who may load pickles, and what they load."""
+
+
+def code_loaders(source: str) -> list[tuple[int, str]]:
+    """(line, call) of what could run code of a file: pickles, torch.load, np.load with pickles, unsafe YAML, eval."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            named = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            roots = {module.partition(".")[0] for module in named}
+            found += [
+                (node.lineno, m) for m in roots & {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal"}
+            ]
+        if not isinstance(node, ast.Call):
+            continue
+        called, options = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+        if (
+            called == "torch.load"
+            and options.get("weights_only") != "True"
+            and "pickle_module" not in options
+        ):
+            found.append((node.lineno, "torch.load without weights_only=True"))
+        if called == "torch.load":
+            found.append((node.lineno, called))
+        if called in ("np.load", "numpy.load") and options.get("allow_pickle", "False") != "False":
+            found.append((node.lineno, f"{called} with pickles"))
+        if called in ("yaml.unsafe_load", "yaml.full_load", "eval", "exec", "compile") or called.endswith(
+            "read_pickle"
+        ):
+            found.append((node.lineno, called))
+        loader = " ".join([*options.values(), *map(ast.unparse, node.args[1:])])
+        if called == "yaml.load" and not re.search("SafeLoader|_Yaml", loader):
+            found.append((node.lineno, "yaml.load of any class"))
+    return found
+
+
+def test_only_known_places_open_what_could_run_code():
+    def found(path: Path) -> list[tuple[int, str]]:
+        allowed = ("pickle", "torch.load") if name(path) in OPENERS else ()
+        return [(line, what) for line, what in code_loaders(path.read_text()) if what not in allowed]
+
+    assert not (seen := offenders(found)), f"open it as data, see docs/security.md:\n{seen}"
+    assert all(code_loaders((PACKAGE / path).read_text()) for path in OPENERS)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "x = torch.load(p)",
+        "x = torch.load(p, weights_only=False)",
+        "x = np.load(p, allow_pickle=True)",
+        "import joblib",
+        "yaml.load(t, Loader=yaml.Loader)",
+        "yaml.unsafe_load(t)",
+        "pd.read_pickle(p)",
+        "eval(t)",
+    ],
+)
+def test_the_rule_of_openers_finds_them(code):
+    assert code_loaders(code)
+
+
 def test_no_line_is_wider_than_the_formatter_allows():
     def wide(path: Path) -> list[int]:
         lines = path.read_text().splitlines()
