@@ -91,6 +91,63 @@ def test_environment_is_checked_against_the_table(monkeypatch):
     assert set(found) == {"TASK_QUEUE_ENABLE", "HCCL_CONNECT_TIMEOUT", "NODE_RANK"}
 
 
+def test_what_is_unsafe_here_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "modules").mkdir()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "modules"), *sys.path[1:]])
+    monkeypatch.delenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", raising=False)
+    before = os.umask(0o022)
+    try:
+        found = rows("Safety")
+        assert {
+            found[what].verdict for what in ("temporary files", "hub cache", "cache", "modules", "umask")
+        } == {"ok"}
+        assert {found[what].verdict for what in ("torch", "pillow")} == {"ok"}
+        os.umask(0)
+        for path in (tmp_path, tmp_path / "hub", tmp_path / "modules"):
+            path.chmod(0o777)
+        monkeypatch.setenv("PYTHONPATH", f".:{tmp_path}/modules")
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+        monkeypatch.setattr(doctor, "UNSAFE", {"torch": "99.1"})
+        found = rows("Safety")
+    finally:
+        os.umask(before)
+    assert os.umask(before) == before
+    for what in (
+        "temporary files",
+        "hub cache",
+        "modules",
+        "umask",
+        "torch",
+        "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",
+    ):
+        assert found[what].verdict == "warn" and found[what].mend, what
+    assert f"everybody may write in {tmp_path}/hub" in found["hub cache"].found
+    tmp_path.chmod(0o1777)  # as /tmp is
+    assert rows("Safety")["temporary files"].verdict == "ok"
+
+
+def test_a_port_that_is_open_to_the_network_is_named(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as inner, socket.create_server(("", 0)) as outer:
+        ports = [each.getsockname()[1] for each in (inner, outer)]
+        assert ports[0] not in host.open_ports() and ports[1] in host.open_ports()
+        monkeypatch.setenv("MASTER_PORT", str(ports[1]))
+        assert rows("Safety")["ports"].verdict == "warn"
+
+
+def test_secrets_in_the_environment_are_not_shown(monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:marked-1@mirror")
+    for as_json in (False, True):
+        assert doctor.show_environment(as_json) == 0
+        out = capsys.readouterr().out
+        assert "mirror" in out and "marked-1" not in out
+    assert "marked-1" not in rows("Environment")["HF_ENDPOINT"].found
+
+
 def test_cann_that_is_not_sourced_comes_with_the_line(monkeypatch, tmp_path):
     (tmp_path / "cann").mkdir()
     (tmp_path / "cann/set_env.sh").write_text("")
