@@ -22,8 +22,8 @@ CERTAIN = {
 LIKELY = {"KEY", "KEYS", "AUTH", "SAS", "COOKIE", "DSN", "PAT"}
 """The same where the value looks like one: others have KEY=value of any meaning."""
 KNOWN = re.compile(
-    r"\bhf_\w{16,}|\bsk-[\w-]{16,}|\bgh[pousr]_\w{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}"
-    r"|\bAKIA[0-9A-Z]{16}\b|\bxox[abposr]-[\w-]{10,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*"
+    r"\bhf_[A-Za-z0-9]{30,}|\bsk-[\w-]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{16,}"
+    r"|\bglpat-[\w-]{16,}|\bAKIA[0-9A-Z]{16}\b|\bxox[abposr]-[\w-]{10,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*"
 )
 """Forms that services give their tokens."""
 USER = re.compile(r"(?<=://)[^\s/?#'\"<>]+(?=@)")

@@ -14,10 +14,10 @@ def main(rank: int, world: int, port: int, backend: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from polymodal.runtime import device
+    from polymodal.runtime import device, rendezvous
 
     patience = timedelta(seconds=90)
-    store = dist.TCPStore("127.0.0.1", port, world, rank == 0, patience)
+    store = rendezvous.tcp_store("127.0.0.1", port, world, patience, serves=rank == 0)
     where = device.find("cpu" if backend == "gloo" else "auto", rank).torch
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     value = torch.full((1024,), rank + 1.0, device=where)

@@ -14,6 +14,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -219,6 +220,10 @@ def test_tensors_of_other_ranks_arrive():
     for value in (torch.arange(6.0).reshape(2, 3).t(), torch.empty(3, device="meta")):
         found = objects.Records(io.BytesIO(pickle.dumps(value))).load()
         assert found.shape == value.shape and (value.is_meta or found.equal(value))
+    for array in (np.arange(6.0).reshape(2, 3).T, np.float32(3), np.array(["a", "é"])):
+        for protocol in (2, 4, 5):
+            found = objects.Records(io.BytesIO(pickle.dumps(array, protocol=protocol))).load()
+            assert found.dtype == array.dtype and (found == array).all()
 
 
 class Call:
