@@ -379,6 +379,8 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     text = str(error).strip()
+    if "weights_only" in text:  # torch advises to run what lies there
+        return "a file of it holds other things than tensors, which are not opened"
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 

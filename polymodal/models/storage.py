@@ -290,8 +290,7 @@ def to_publish(root: Path, path: Path) -> Path:
     if not file.is_relative_to(home) and not file.is_relative_to(blobs):
         raise PolymodalError(
             f"{path} is a link to {file}, outside of the checkpoint: it is not copied.",
-            "If it belongs to the checkpoint, put the file itself there: "
-            f"cp --remove-destination {file} {path}",
+            "Remove the link; if that file belongs to the checkpoint, put a copy of it in its place.",
         )
     return file
 

@@ -58,7 +58,7 @@ def test_a_run_whose_environment_and_recipe_hold_secrets(tmp_path):
         run(tmp_path, "launch", "slurm", "recipe.yaml", "--nodes", "1", "--nproc", "1"),
         run(tmp_path, "launch", "slurm", "recipe.yaml", f"monitor.project={URL}", code=2),
         run(tmp_path, "export", "run", "out"),
-        run(tmp_path, "chat", "run", "--prompt", "hello", "--max-tokens", "2"),
+        run(tmp_path, "chat", "run", "--prompt", "hello", "--max-new-tokens", "2"),
         run(tmp_path, "doctor", "--env"),
         run(tmp_path, "doctor", "--env", "--json"),
     ]

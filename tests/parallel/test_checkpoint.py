@@ -378,6 +378,21 @@ def _readers(found):
     )
 
 
+def test_files_of_tensors_that_are_something_else_are_refused_and_not_run(tmp_path):
+    _one(tmp_path)
+    found, mark = checkpoint.newest(tmp_path), tmp_path / "ran"
+    for file in found.glob("*.distcp"):
+        content, size = pickle.dumps(Bad(mark), protocol=2), file.stat().st_size
+        file.write_bytes(content.ljust(size, b"\0"))
+    for read in _readers(found)[1:]:
+        with pytest.raises(
+            PolymodalError, match="cannot be read .a file of it holds other things than tensors"
+        ):
+            for tensor in (read() or {}).values():
+                assert tensor is not None
+        assert not mark.exists()
+
+
 def test_an_index_that_is_something_else_is_refused_and_not_run(tmp_path):
     _one(tmp_path)
     found, mark = checkpoint.newest(tmp_path), tmp_path / "ran"
