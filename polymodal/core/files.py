@@ -8,11 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def file_stem(name: str, most: int = 80) -> str:
+    """`name` as part of a file's name: its last `most` bytes (a file system counts bytes, not letters),
+    without separators, line breaks and other control characters, dots and dashes in front."""
+    text = "".join("_" if c in "/\\" or not c.isprintable() else c for c in name)
+    cut = text.encode("utf-8", "replace")[-most:].decode("utf-8", "ignore")
+    return cut.lstrip(".- ") or "sample"
+
+
 @contextlib.contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
     """A path beside `file` to write to, which is renamed to `file` at the end; removed after an exception,
     and what was there before is then untouched."""
-    temporary = file.with_name(f".{file.name[:200]}.{os.getpid()}.tmp")
+    temporary = file.with_name(f".{file_stem(file.name, 200)}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
         # made here, so that no link which somebody else put there is followed

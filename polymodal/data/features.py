@@ -7,6 +7,7 @@ are safetensors, or the documented `.pt` with its names. Files appear by renamin
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -20,11 +21,13 @@ import torch
 from torch import Tensor
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.files import replace_file, written_whole
+from polymodal.core.files import file_stem, replace_file, written_whole
 from polymodal.core.sample import Record, SampleLengths
 from polymodal.data.captions import TAKEN
 from polymodal.data.files import CHUNK, JsonLines
 from polymodal.data.source import Part
+from polymodal.runtime import host
+from polymodal.runtime.process_group import first_line
 
 VERSION = 1
 MANIFEST, LIST, FOLDER, EMPTY = "manifest.json", "data.jsonl", "features", "empty.safetensors"
@@ -34,7 +37,7 @@ TEXT = "text"  # keys of a caption's tensors: text.<number>.<name>
 # -- names and identities --------------------------------------------------
 
 
-def _sources(record: Record, given: Sequence[str]) -> list[str | bytes]:
+def sources(record: Record, given: Sequence[str]) -> list[str | bytes]:
     """Files of the medium, then those of what it is made from, of the roles `given`."""
     media = [record.media[-1]]
     media += [m for role, group in record.extra.get("given", {}).items() if role in given for m in group]
@@ -48,7 +51,7 @@ def identity(record: Record, given: Sequence[str] = ()) -> dict[str, Any]:
     given: the roles that the family takes.
     """
     files: list[list[Any]] = []
-    for name in _sources(record, given):
+    for name in sources(record, given):
         if isinstance(name, bytes):
             files.append(["bytes", len(name), hashlib.blake2b(name, digest_size=8).hexdigest()])
             continue
@@ -65,11 +68,17 @@ def identity(record: Record, given: Sequence[str] = ()) -> dict[str, Any]:
     return {**about, **({"given": roles} if roles else {})}
 
 
+def stamp(who: Mapping[str, Any]) -> str:
+    """Of an identity what stays when its files are moved: sizes, times (of bytes their hash) and roles."""
+    about = [[file[1:] for file in who["files"]], who.get("given")]
+    return hashlib.blake2b(json.dumps(about).encode(), digest_size=8).hexdigest()
+
+
 def file_name(who: Mapping[str, Any], ending: str) -> str:
     """features/<name of the medium>-<hash>: readable, and no two samples share one."""
     digest = hashlib.blake2b(json.dumps(who, sort_keys=True).encode(), digest_size=8).hexdigest()
-    stem = str(who["files"][0][0]).rpartition("/")[2].replace(".", "_") or "sample"
-    return f"{FOLDER}/{stem[-80:]}-{digest}.{ending}"
+    stem = file_stem(str(who["files"][0][0]).rpartition("/")[2].replace(".", "_"), 80)
+    return f"{FOLDER}/{stem}-{digest}.{ending}"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -79,7 +88,7 @@ def write_json(path: Path, value: Any) -> None:
 def content_hash(record: Record, given: Sequence[str] = ()) -> str:
     """Hash of the bytes of the medium and of what it is made from."""
     digest = hashlib.blake2b(digest_size=16)
-    for name in _sources(record, given):
+    for name in sources(record, given):
         if isinstance(name, bytes):
             digest.update(name)
             continue
@@ -105,16 +114,29 @@ def write_sample(
         for name in captions[0]:
             values = [caption[name].contiguous().clone() for caption in captions]
             out[names.get(name, name)] = values[0] if len(values) == 1 else values
-        with written_whole(path) as temporary:
-            torch.save(out, temporary)
+        write_tensors(path, out)
         return
+    flat = dict(media)
+    for i, caption in enumerate(captions):
+        flat |= {f"{TEXT}.{i}.{n}": t for n, t in caption.items()}
+    write_tensors(path, flat)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """One file, .pt or .safetensors, that is there whole or not at all. Raises OSError."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    flat = {n: t.contiguous().clone() for n, t in media.items()}
-    for i, caption in enumerate(captions):
-        flat |= {f"{TEXT}.{i}.{n}": t.contiguous().clone() for n, t in caption.items()}
     with written_whole(path) as temporary:
-        save_file(flat, temporary)
+        try:
+            if path.suffix == ".pt":
+                torch.save(dict(tensors), temporary)
+            else:
+                save_file({n: t.contiguous().clone() for n, t in tensors.items()}, temporary)
+        except (SafetensorError, RuntimeError) as error:  # of what the system said, the text alone is left
+            text = first_line(error)
+            full = "space left" in text or host.space(path.parent).free < 1 << 20
+            raise OSError(errno.ENOSPC if full else errno.EIO, text, str(path)) from None
 
 
 def read_sample(path: Path, names: Mapping[str, str]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.tensors import require_finite
 from polymodal.core.text import did_you_mean
 from polymodal.data import media
 from polymodal.data.files import IMAGE, VIDEO
@@ -167,6 +168,7 @@ class Measures:
                 model, info = auto.from_pretrained(
                     path, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
                 )
+        require_finite(model.named_parameters(), f"{option} {path}")
         return model.eval().requires_grad_(False).to(self.device), set(info["missing_keys"])
 
     def known_label(self, label: str, where: str) -> str:

@@ -24,10 +24,10 @@ from torch import nn
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import MediaShape
-from polymodal.core.tensors import LazyTensors
+from polymodal.core.tensors import LazyTensors, require_finite
 from polymodal.distributed import checkpoint as checkpoints
 from polymodal.generate.engine import Engine
-from polymodal.models import catalog, library, lora, weights
+from polymodal.models import agreement, catalog, library, lora, weights
 from polymodal.models.family import Family
 from polymodal.runtime import device as devices
 from polymodal.runtime import process_group
@@ -235,6 +235,7 @@ def _of_run(model: nn.Module, checkpoint: Path, prefix: str, *, strict: bool) ->
                 f"{checkpoint} has {name} of shape {list(value.shape)}, the model {list(shapes[name])}.",
                 "Give the model.config that it was trained with.",
             )
+        require_finite([(name, value)], checkpoint, "The run had diverged: take an earlier checkpoint.")
         return value
 
     return LazyTensors(dict.fromkeys(stored, fitting))
@@ -346,6 +347,7 @@ def load_hub(directory: Path, dtype: str | torch.dtype = "auto", trust: bool = F
             f"{directory} lacks {len(missing)} tensors of {type(model).__name__} (first: {missing[0]}).",
             "Fetch or export it again.",
         )
+    require_finite(model.named_parameters(), directory)
     return model
 
 
@@ -389,7 +391,9 @@ def put_on(model: nn.Module, directory: Path, base: str) -> nn.Module:
     with library_errors(message, hint), warnings.catch_warnings():
         # between two versions of the libraries, of no use to users
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        return PeftModel.from_pretrained(model, str(directory)).get_base_model()
+        model = PeftModel.from_pretrained(model, str(directory)).get_base_model()
+    require_finite(lora.adapters(model).items(), directory)
+    return model
 
 
 def load_adapter(
@@ -479,6 +483,8 @@ def open_model(
         model, processor = load_hub(directory, library_dtype).eval(), processor_of(directory)
         name = text if "/" in text and not path.is_dir() else path.name
         identity = fingerprint(directory)
+    if (tokenizer := getattr(processor, "tokenizer", None)) is not None:
+        agreement.require_tokens(tokenizer, model.config, directory)
     return Opened(model.to(device), processor, name, identity)
 
 

@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
+from polymodal.core.tensors import require_finite
 from polymodal.data.files import VIDEO
 from polymodal.distributed import checkpoint as checkpoints
 from polymodal.distributed.mesh import Mesh, ParallelSizes
@@ -28,7 +30,7 @@ from polymodal.generate import opening
 from polymodal.generate.opening import DTYPES, Assembled, Locate, describe, fingerprint, library_errors
 from polymodal.models import catalog, pipeline_index, pipelines, weights
 from polymodal.models.diffusion import Generation
-from polymodal.models.lora import DIFFUSERS_STEM
+from polymodal.models.lora import DIFFUSERS_STEM, adapters
 from polymodal.runtime import process_group
 from polymodal.runtime.process_group import Runtime
 
@@ -338,6 +340,9 @@ def put_on(pipeline: Any, part: str, directory: Path) -> None:
     message = f"The adapter {directory} does not fit {type(pipeline).__name__}"
     with library_errors(message, "Give the base it was trained on with --base."), pipelines.quiet():
         pipeline.load_lora_weights(str(directory), weight_name=f"{DIFFUSERS_STEM}.safetensors")
+    for model in pipeline.components.values():
+        if isinstance(model, nn.Module):
+            require_finite(adapters(model).items(), directory)
 
 
 def base_of(directory: Path) -> str:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polymodal.core.tensors import has_nan
+
 
 @contextmanager
 def shielded(
@@ -61,10 +63,6 @@ def draw(
         rule(module)
     value = drawn[parameter]
     return None if has_nan(value) else value
-
-
-def has_nan(tensor: Tensor) -> bool:
-    return bool(tensor.numel() and tensor.is_floating_point() and torch.aminmax(tensor).min.isnan())
 
 
 @contextmanager

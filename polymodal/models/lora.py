@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.tensors import LazyTensors
+from polymodal.core.tensors import LazyTensors, require_finite
 from polymodal.core.text import nearest
 from polymodal.models import catalog, library, stacked, weights
 from polymodal.models.card import ModelCard
@@ -354,7 +354,13 @@ def read(model: nn.Module, directory: Path) -> LazyTensors:
                 f"the model {list(shape)}.",
                 "It belongs to another base model.",
             )
-    return LazyTensors(dict.fromkeys(keys, files.whole)).renamed(keys)
+
+    def whole(key: str) -> Tensor:
+        tensor = files.whole(key)
+        require_finite([(key, tensor)], files.where(key))
+        return tensor
+
+    return LazyTensors(dict.fromkeys(keys, whole)).renamed(keys)
 
 
 def _compare(found: AdapterFiles, lora: Lora) -> None:

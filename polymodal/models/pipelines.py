@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.tensors import require_finite
 from polymodal.models import weights
 from polymodal.models.pipeline_index import LIBRARIES, components, models_of, read_index
 from polymodal.models.storage import read_json
@@ -102,6 +103,7 @@ def load_part(directory: str | Path, name: str, dtype: torch.dtype, device: Any 
         raise PolymodalError(
             f"{folder} lacks {len(lost)} tensors of {cls_name} (first: {lost[0]}).", "Fetch it again."
         )
+    require_finite(model.named_parameters(), folder)
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -26,10 +26,10 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor, nn
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.tensors import require_finite
 from polymodal.core.text import nearest
 from polymodal.models import catalog, library
 from polymodal.models.family import Family
-from polymodal.models.initial import has_nan
 from polymodal.models.library import Layout, plain
 from polymodal.models.slices import Piece
 from polymodal.models.storage import Files, to_publish, write_file
@@ -245,11 +245,8 @@ def write(
             raise PolymodalError(
                 f"{name} is {list(tensor.shape)} in the state, {list(shapes[name])} in the model."
             )
-        if has_nan(tensor):
-            raise PolymodalError(
-                f"{name} holds values that are not numbers (NaN).",
-                "The run had diverged: take an earlier checkpoint.",
-            )
+        hint = "The run had diverged: take an earlier checkpoint."
+        require_finite([(name, tensor)], "the state", hint, infinite=True)
         return tensor
 
     by_key = {out.key: out for out in made}

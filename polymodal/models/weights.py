@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.tensors import LazyTensors
+from polymodal.core.tensors import LazyTensors, has_nan, require_finite
 from polymodal.core.text import nearest
 from polymodal.models import catalog, library
 from polymodal.models.card import PrunedModule
 from polymodal.models.family import Family
-from polymodal.models.initial import draw, has_nan, shielded
+from polymodal.models.initial import draw, shielded
 from polymodal.models.library import Layout, plain
 from polymodal.models.slices import Stored, copies, local_part, scatter
 from polymodal.models.storage import Files, dtype_of
@@ -257,12 +257,8 @@ def _read(model: nn.Module, plan: Layout, files: Files, report: LoadReport) -> d
             files.read(key, box, view)
         written[name] = (local, local._version)
         report.bytes_held += local.numel() * local.element_size()
-        if has_nan(local):
-            raise PolymodalError(
-                f"{files.where(stored.keys[0])}: {name} holds values that are not numbers (NaN).",
-                "The file is damaged, or the run that wrote it had diverged: "
-                "fetch it again, or take an earlier checkpoint.",
-            )
+        buffer = not isinstance(held[name], nn.Parameter)
+        require_finite([(name, local)], files.where(stored.keys[0]), infinite=buffer)
     for name, other in twins:
         if not all(files.equals(*part) for part in copies(plan.entries[other], held[name])):
             raise PolymodalError(
@@ -284,6 +280,7 @@ def read(model: nn.Module, source: str | Path) -> LazyTensors:
     files = Files(Path(source))
     plan = library.layout(model, files.shapes, catalog.reader(source).tensor_names(Path(source)))
     drawn = _check(model, plan, files)
+    whole = library.targets(model)
 
     def stored(name: str) -> Tensor:
         pieces = plan.entries[name]
@@ -291,6 +288,8 @@ def read(model: nn.Module, source: str | Path) -> LazyTensors:
         for part in copies(pieces, tensor):
             files.read(*part)
         files.close()
+        buffer = not isinstance(whole.get(name), nn.Parameter)
+        require_finite([(name, tensor)], files.where(pieces.keys[0]), infinite=buffer)
         return tensor
 
     names = sorted(plan.entries, key=lambda n: files.order[plan.entries[n].keys[0]])

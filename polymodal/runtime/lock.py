@@ -64,7 +64,7 @@ class DirectoryLock:
                 pass
         except OSError as error:
             raise full_disk(error) or PolymodalError(
-                f"{self.directory} cannot be locked: {error.strerror or error} ({self.path}).",
+                f"{self.directory} cannot be written or locked: {error.strerror or error} ({self.path}).",
                 "Choose a directory that this user may write; a lock that a process of another user left is "
                 "removed by that user.",
             ) from None

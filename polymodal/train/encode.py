@@ -33,6 +33,8 @@ from polymodal.data.clips import Clips
 from polymodal.data.source import Corpus, open_corpus
 from polymodal.models import catalog
 from polymodal.models.diffusion import Generation
+from polymodal.runtime import host
+from polymodal.runtime.lock import DirectoryLock
 from polymodal.runtime.process_group import runtime
 from polymodal.train import prior
 from polymodal.train.actors import Encoders
@@ -52,6 +54,8 @@ class Encoded:
     made: int = 0
     kept: int = 0
     broken: list[str] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)  # numbers of the records
+    beside: set[int] = field(default_factory=set)  # datasets with media in files of their own
     frames: int = 0
     seconds: float = 0.0
 
@@ -111,7 +115,21 @@ class Encoding:
         self._hashes: dict[str, str] = {}  # feature file -> hash of the files it was made of
 
     def run(self) -> None:
-        """Collective. Raises PolymodalError for broken records, or settings that are not the directory's."""
+        """Collective. Raises PolymodalError for broken records, settings that are not the directory's,
+        another process that writes there, and a disk that is full or cannot be written."""
+        hint = "Wait until it ends, or encode into another directory (data.features)."
+        lock = DirectoryLock(self.directory, "encoding", hint)
+        try:
+            with lock if self.rt.rank == 0 else contextlib.nullcontext():
+                self.rt.barrier()  # the others write once it is locked
+                self._run()
+        except OSError as error:
+            raise host.full_disk(error) or PolymodalError(
+                f"{error.filename or self.directory} cannot be written or read: {error.strerror or error}.",
+                "Set data.features to a directory that this user may write.",
+            ) from None
+
+    def _run(self) -> None:
         began = time.perf_counter()
         datasets = captioned(getattr(self.data, self.section))
         corpus = open_corpus(datasets, self.data.attr, f"data.{self.section}")
@@ -154,7 +172,8 @@ class Encoding:
                     "Choose another data.features, or remove that directory.",
                 )
             store.write_json(settings, self.settings)
-            for part in self._parts():
+            unfinished = (self.directory / store.FOLDER).glob(".*.tmp")  # of a process that was killed
+            for part in [*self._parts(), *unfinished]:
                 part.unlink()
         self._hashes = store.hashes(self.directory)
         self.rt.barrier()
@@ -181,7 +200,9 @@ class Encoding:
             "datasets": [
                 {"name": p.name, "rows": len(p), "fingerprint": p.fingerprint} for p in corpus.parts
             ],
+            "media_inside": [k for k in range(len(corpus.parts)) if k not in total.beside],
             "broken": total.broken[:1000],
+            "left_out": total.left_out,
         }
         store.write_json(self.directory / store.MANIFEST, manifest)
         for part in self._parts():
@@ -203,6 +224,8 @@ class Encoding:
             sum(rank.made for rank in ranks),
             sum(rank.kept for rank in ranks),
             [reason for rank in ranks for reason in rank.broken],
+            sorted(number for rank in ranks for number in rank.left_out),
+            {number for rank in ranks for number in rank.beside},
             sum(rank.frames for rank in ranks),
             max(rank.seconds for rank in ranks),
         )
@@ -211,9 +234,7 @@ class Encoding:
         """For condition dropping; made once."""
         path = self.directory / store.EMPTY
         if self.rt.rank == 0 and not path.is_file():
-            from safetensors.torch import save_file
-
-            save_file({n: t.cpu().contiguous() for n, t in self._encoders().text([""]).items()}, path)
+            store.write_tensors(path, {n: t.cpu() for n, t in self._encoders().text([""]).items()})
 
     def _encoders(self) -> Encoders:
         if not self.encoders:
@@ -231,6 +252,8 @@ class Encoding:
         self.done.kept += len(jobs) - len(missing)
         advance(len(numbers) - len(missing))
         failed = self._make(missing, pool, advance)
+        used = {job.row["record"] for job in jobs if job.path not in failed}
+        self.done.left_out += [number for number in numbers if number not in used]
         for job in jobs:
             if job.path not in failed:
                 yield {**job.row, "hash": self._hash(job), "bytes": job.path.stat().st_size}
@@ -255,7 +278,11 @@ class Encoding:
             "sample_num_frames": measure.shape[0],
             "record": number,
             "dataset": bisect.bisect_right([part.stop for part in corpus.parts], number),
+            "stamp": store.stamp(identity),
+            "media_bytes": sum(file[1] for file in identity["files"]),
         }
+        if any(isinstance(name, str) for name in store.sources(record, self.family.given)):
+            self.done.beside.add(int(row["dataset"]))
         return _Job(record, measure, self.directory / file, row)
 
     def _broken(self, text: str, hint: str) -> None:

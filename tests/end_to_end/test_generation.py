@@ -19,7 +19,9 @@ from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
 from polymodal.data import media
 from polymodal.models import catalog
+from polymodal.runtime.lock import DirectoryLock
 from polymodal.train import encode, trainer
+from polymodal.train.layouts import layout_of
 from tests.bounds import CURVE, assert_one_picture
 from tests.models import clips, tiny_pipelines
 from tests.parallel import harness
@@ -361,6 +363,39 @@ def test_a_broken_clip_is_named_and_fatal_or_left_out(wan, tmp_path, capsys):
     encode.run(recipe(wan, file, tmp_path, data__on_error="skip"))
     said = capsys.readouterr()
     assert "2 samples, 2 encoded, 0 kept, 1 left out" in said.out and "clip2.mp4" in said.err
+
+
+def test_features_are_compared_with_the_present_data_and_written_by_one_process(wan, tmp_path):
+    file = clips.data(tmp_path / "data", clips=3)
+    (tmp_path / "data" / "clips" / "clip2.mp4").write_bytes(b"no video")
+    made = recipe(wan, file, tmp_path, data__on_error="skip")
+    with DirectoryLock(tmp_path / "features", "encoding"):
+        with pytest.raises(PolymodalError, match=f"features is in use by process {os.getpid()} on host"):
+            encode.run(made)
+    (tmp_path / "features" / "features").mkdir()
+    (tmp_path / "features" / "features" / ".cut.safetensors.1.tmp").write_bytes(
+        b"of a process that was killed"
+    )
+    encode.run(made)
+    assert not list((tmp_path / "features").rglob(".*"))
+
+    def feed():
+        return layout_of(made, catalog.family(made.model)).feed("datasets", 0)
+
+    assert len(feed().schedule.index) == 2  # what was left out then is no new row
+    rows = json.loads(file.read_text())
+    rows[0]["cap"] = "another caption"
+    file.write_text(json.dumps(rows[:2] + [{**rows[1], "cap": "a new row"}]))
+    with pytest.raises(
+        PolymodalError, match=r"changed captions, cuts or crops: 1 \(first: .*row 1\)"
+    ) as error:
+        feed()
+    assert "new rows: 1" in error.value.message and "polymodal encode" in error.value.hint
+    encode.run(made)
+    assert len(feed().schedule.index) == 3
+    shutil.copyfile(tmp_path / "data" / "clips" / "clip1.mp4", tmp_path / "data" / "clips" / "clip0.mp4")
+    with pytest.raises(PolymodalError, match="changed media: 1"):
+        feed()
 
 
 def test_validation_is_at_fixed_noise_levels(wan, data, tmp_path):

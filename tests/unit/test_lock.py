@@ -186,10 +186,10 @@ def test_what_cannot_be_locked_is_one_sentence(tmp_path):
     target.write_text("kept")
     (tmp_path / NAME).symlink_to(target)
     for directory in (tmp_path, target):
-        with pytest.raises(PolymodalError, match="cannot be locked"):
+        with pytest.raises(PolymodalError, match="cannot be written or locked"):
             DirectoryLock(directory, "training").acquire()
     assert target.read_text() == "kept"
-    with pytest.raises(PolymodalError, match="cannot be locked"):
+    with pytest.raises(PolymodalError, match="cannot be written or locked"):
         DirectoryLock("/proc/nothing", "training").acquire()
 
 

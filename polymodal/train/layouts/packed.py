@@ -29,7 +29,7 @@ class Packed(TokenLayout):
     objective_class = LanguageObjective
 
     def processor(self) -> ChatProcessor:
-        return ChatProcessor(self.family.media_processor(self.recipe.data), self.recipe.data)
+        return ChatProcessor(self.media_processor(), self.recipe.data)
 
     def loader(
         self, schedule: Schedule, corpus: Any, processor: Any, data: Data, first: bool, **options: Any

@@ -29,7 +29,7 @@ class Padded(TokenLayout):
     """A models.audio.encoder_decoder.EncoderDecoder."""
 
     def processor(self) -> SpeechProcessor:
-        return SpeechProcessor(self.family.media_processor(self.recipe.data), self.recipe.data)
+        return SpeechProcessor(self.media_processor(), self.recipe.data)
 
     def training_processor(self, section: Section) -> SpeechProcessor:
         made = self.processor()

@@ -12,6 +12,7 @@ from polymodal.data.index import Index, build_index
 from polymodal.data.loader import Loader
 from polymodal.data.schedule import Schedule
 from polymodal.data.source import open_corpus
+from polymodal.models import agreement
 from polymodal.objectives.language import LanguageObjective
 from polymodal.recipe import Data, Dataset
 from polymodal.train.layouts.base import (
@@ -46,6 +47,12 @@ class TokenLayout(Layout):
     @abstractmethod
     def batching(self, schedule: Schedule, facts: DataFacts) -> str:
         """How samples are joined, as `check` prints it; "" where each is a micro-batch."""
+
+    def media_processor(self) -> Any:
+        """The family's. Raises PolymodalError when the checkpoint's files do not belong together."""
+        media = self.family.media_processor(self.recipe.data)
+        agreement.require(media, self.family.config)
+        return media
 
     def training_processor(self, section: Section) -> Any:
         """The processor of a section of data: training may change samples at random."""

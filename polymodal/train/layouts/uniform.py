@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Batch, SampleLengths
 from polymodal.data import latents
 from polymodal.data.clips import Clips
 from polymodal.data.features import Features
+from polymodal.data.freshness import Comparison
 from polymodal.data.index import build_index
 from polymodal.data.loader import Loader, StepStats
 from polymodal.data.schedule import Schedule
@@ -93,6 +95,7 @@ class Uniform(Layout):
         names = [n for n in (*family.text, *family.media) if n in family.documented]
         settings = feature_settings(recipe, family)
         features = Features(directory, family.documented, family.grid(), settings, weights, names)
+        self._compare(features, section)
         if section == "datasets" and recipe.train.diffusion.drop:
             self.objective.unconditional = features.empty()
             if not self.objective.unconditional:
@@ -105,6 +108,35 @@ class Uniform(Layout):
         schedule = Schedule(features, features.parts, data, recipe.train, family.cost)
         make = latents.FeatureCollator(features, recipe.train.seed, family.text, self._loss_weights(section))
         return _feed(schedule, features, None, data, make)
+
+    def _compare(self, features: Features, section: Section) -> None:
+        """Refuse features that are older than the section's data; each rank sees its share. Collective."""
+        recipe, family = self.recipe, self.family
+        datasets = captioned(getattr(recipe.data, section))
+        if features.manifest is None or not datasets:
+            return
+        clips = Clips(recipe.data.clip, family.grid(), family.given, family.needed)
+        otherwise = f"leave data.{section} out, to learn from the features in data.features as they are."
+        try:
+            corpus = open_corpus(datasets, recipe.data.attr, f"data.{section}")
+        except PolymodalError as error:
+            raise PolymodalError(error.message, f"{error.hint} Or {otherwise}".strip()) from None
+        comparison = Comparison(
+            features, corpus, family.given, lambda record: not isinstance(clips.measure([record])[0], str)
+        )
+        distributed = dist.is_initialized() and dist.get_world_size() > 1
+        rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        shares: list[Any] = [comparison.differing(range(rank, comparison.numbers, world))] * world
+        if distributed:
+            dist.all_gather_object(shares, shares[rank])
+        records, rows = (sorted(number for share in shares for number in share[k]) for k in (0, 1))
+        if records or rows:
+            if other := comparison.report(records, rows):
+                raise PolymodalError(
+                    f"The features in {features.directory} are not of the present data.{section}: {other}.",
+                    "Run `polymodal encode` with this recipe again: it makes what is missing. Or "
+                    f"{otherwise}",
+                )
 
     def _online(self, section: Section, rank: int) -> Feed:
         recipe, family = self.recipe, self.family
