@@ -195,7 +195,7 @@ def checkpoint(tmp_path_factory):
     [
         ("config.json", "image_token_id", 3, "image_token_id = 3 of config.json is the token"),
         ("config.json", "video_token_id", 10**6, "video_token_id = 1000000 of config.json is beyond"),
-        ("vision_config", "patch_size", 7, "patch_size = 14 of the image processor, patch_size = 7"),
+        ("vision_config", "patch_size", 7, r"patch_size = \d+ of the image processor, patch_size = 7"),
         ("vision_config", "temporal_patch_size", 4, "temporal_patch_size = 2 of the image processor"),
         ("vision_config", "spatial_merge_size", 1, "merge_size = 2 of the image processor"),
         ("tokenizer", "added", 400, "the model's embedding has"),
