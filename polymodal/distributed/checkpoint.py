@@ -1,18 +1,21 @@
 """Checkpoints: DCP directories that are whole when they exist, resumed at any world size and layout.
 
 `<run>/checkpoints/step-00000100/` holds the trainable parameters, the optimizer, the average (all by
-parameter name, any sharding) and `state.json`: step, data position, recipe, versions. It is written as
-`.step-...tmp` and renamed when every rank has finished.
+parameter name, any sharding) and `state.json`: step, data position, recipe, versions, size and checksums of
+the other files. It is written as `.step-...tmp` and renamed when every rank has finished.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
@@ -22,16 +25,18 @@ from typing import Annotated, Any, Literal, cast
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pydantic import NonNegativeInt, TypeAdapter, ValidationError
-from pydantic.types import AllowInfNan
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor, Shard
 
 from polymodal import __version__
 from polymodal.core.errors import PolymodalError
 from polymodal.core.tensors import LazyTensors
 from polymodal.distributed.dcp_reader import INDEX, Reader
+from polymodal.distributed.dcp_writer import StoredFile
+from polymodal.distributed.dcp_writer import Writer as FileWriter
 from polymodal.runtime import process_group
 
 STATE = "state.json"
@@ -42,23 +47,32 @@ FINISH_SECONDS = 600.0
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Damaged(PolymodalError):
+    """A checkpoint that is partly gone, cut, or other than it was written."""
+
+
 @dataclass
 class RunState:
     """Everything of a run that is not a tensor. `position` is the data state, whatever the world size."""
 
-    step: NonNegativeInt = 0
-    position: dict[Literal["epoch", "window", "step"], NonNegativeInt] = field(
+    step: Count = 0
+    position: dict[Literal["epoch", "window", "step"], Count] = field(
         default_factory=lambda: {"epoch": 0, "window": 0, "step": 0}
     )
     data: str = ""  # fingerprint of the schedule that `position` belongs to
     lengths: str = ""  # and of the samples' lengths it was planned with; "" where an older version wrote
-    samples: NonNegativeInt = 0
-    tokens: NonNegativeInt = 0
-    scaler: dict[str, float] = field(default_factory=dict)
-    norm_mean: Annotated[float, AllowInfNan(False)] | None = None
+    samples: Count = 0
+    tokens: Count = 0
+    scaler: dict[Literal["scale", "good"], Positive] = field(default_factory=dict)
+    norm_mean: Positive | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, StoredFile] = field(default_factory=dict)  # {} where an older version wrote
 
 
 def versions() -> dict[str, str]:
@@ -71,12 +85,19 @@ def directory(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
+def _step_of(path: Path) -> int:
+    """The step that a directory of a checkpoint is named by, -1 for another name."""
+    digits = re.fullmatch("step-([0-9]{8,30})", path.name)
+    return int(digits[1]) if digits else -1
+
+
 def found(run: Path) -> list[Path]:
-    """Whole checkpoints of a run (or of its directory of checkpoints), oldest first."""
+    """Checkpoints of a run (or of its directory of checkpoints), oldest first; damaged ones too."""
     base = run / "checkpoints"
     if run.name == base.name and not base.is_dir():
         base = run
-    return sorted(p for p in base.glob("step-*") if (p / STATE).is_file()) if base.is_dir() else []
+    named = [p for p in base.glob("step-*") if _step_of(p) >= 0 and os.path.isdir(p)]
+    return sorted(named, key=_step_of)
 
 
 def newest(run: Path) -> Path | None:
@@ -84,14 +105,41 @@ def newest(run: Path) -> Path | None:
     return have[-1] if have else None
 
 
+def newest_whole(run: Path, but: Collection[Path] = ()) -> Path | None:
+    """What a run resumes from, none for a new run; a word on each damaged one that is passed over.
+
+    but: found damaged before. Raises PolymodalError when all are damaged.
+    """
+    have, error = found(run), None
+    for path in reversed(have):
+        if path in but:
+            continue
+        try:
+            check(path)
+        except Damaged as damage:
+            error = damage
+            print(f"warning: {error.message} The checkpoint before it is taken.", file=sys.stderr, flush=True)
+        else:
+            return path
+    if have:
+        raise PolymodalError(
+            f"None of the {len(have)} checkpoints of {run} is whole"
+            + (f" (the oldest: {error.message})." if error else "."),
+            "Restore one from a copy, or start anew: checkpoint.resume: never, or another checkpoint.dir.",
+        )
+    return None
+
+
 def at(path: str | os.PathLike) -> Path | None:
     """The checkpoint at a path: itself, or the newest of the run that lies there; None for anything else."""
     path = Path(path)
-    return path if (path / STATE).is_file() else newest(path)
+    itself = os.path.isfile(path / STATE) or (_step_of(path) >= 0 and os.path.isdir(path))
+    return path if itself else newest(path)
 
 
 def locate(path: str | os.PathLike) -> Path:
-    """A run directory or one checkpoint -> the checkpoint directory. Raises PolymodalError."""
+    """A run directory or one checkpoint -> the checkpoint directory. Raises PolymodalError; Damaged for one
+    whose state, index or sizes of files are not what was written."""
     path = Path(path)
     have = at(path)
     if have is None:
@@ -102,32 +150,61 @@ def locate(path: str | os.PathLike) -> Path:
             if others
             else "Give a run directory, or <run>/checkpoints/step-...",
         )
+    try:
+        check(have)
+    except Damaged as error:
+        raise Damaged(error.message, _instead(have)) from None
     return have
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """Raises PolymodalError for a file that is missing, cut, or holds other things than a RunState."""
+    """Raises Damaged for a file that is missing, cut, or holds other things than a RunState."""
     path = checkpoint / STATE
     try:
-        return TypeAdapter(RunState).validate_json(path.read_bytes(), strict=True)
+        if not os.path.isfile(path):
+            raise OSError(0, "there is no such file")
+        state = TypeAdapter(RunState).validate_json(path.read_bytes(), strict=True)
+        if _step_of(checkpoint) not in (-1, state.step):
+            raise ValueError(f"step: {state.step}, the directory says {_step_of(checkpoint)}")
+        late = [key for key, value in state.position.items() if value > state.step]
+        if late:
+            raise ValueError(f"position.{late[0]}: {state.position[late[0]]} after {state.step} steps")
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         reason = f"{where}: {first['msg']}" if where else first["msg"]
-        raise PolymodalError(f"{path} cannot be read ({reason}).", _instead(checkpoint)) from None
-    except OSError as error:
-        raise PolymodalError(f"{path} cannot be read ({error.strerror}).", _instead(checkpoint)) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+    else:
+        return state
+    raise Damaged(f"{path} cannot be read ({reason}).", "Take another checkpoint.")
+
+
+def check(checkpoint: Path) -> None:
+    """Whether every file of a checkpoint is there in its size, and state and index are as written: what can
+    be seen without reading the tensors. Raises Damaged."""
+    state = read_state(checkpoint)
+    reader = _reader(checkpoint)
+    sizes = {name: file.size for name, file in state.files.items()} or reader.extents()
+    for name, size in sizes.items():
+        file = checkpoint / name
+        have = file.stat().st_size if os.path.isfile(file) else None
+        if have is None or have < size or (have > size and state.files):
+            what = "is missing" if have is None else f"has {have:,} bytes in place of {size:,}"
+            raise Damaged(f"{file} {what}.", "Take another checkpoint.")
 
 
 def _instead(checkpoint: Path) -> str:
-    """What to do about a checkpoint that cannot be read."""
-    others = [other for other in found(checkpoint.parent) if other.name < checkpoint.name]
-    if not others:
-        return (
-            "There is no earlier checkpoint beside it: start anew (checkpoint.resume: never, or another "
-            "checkpoint.dir)."
-        )
-    return f"Give the one before it, {others[-1]}, or remove the damaged directory."
+    """What to do about a checkpoint that is damaged."""
+    others = [one for one in found(checkpoint.parent) if _step_of(one) < _step_of(checkpoint)]
+    for other in reversed(others):
+        with contextlib.suppress(Damaged):
+            check(other)
+            return f"Give the one before it, {other}, or remove the damaged directory."
+    return (
+        "There is no whole checkpoint before it: start anew (checkpoint.resume: never, or another "
+        "checkpoint.dir)."
+    )
 
 
 def agreed(rt: process_group.Runtime, choose: Callable[[], Path | None]) -> Path | None:
@@ -254,9 +331,12 @@ class Writer:
         self._pending: tuple[Future, Path, Path] | None = None
         if rank == 0:
             base = run / "checkpoints"
-            base.mkdir(parents=True, exist_ok=True)
+            try:
+                base.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise self._write_error(error, base) from None
             for left in base.glob(".step-*.tmp"):
-                shutil.rmtree(left, ignore_errors=True)
+                _remove(left)
 
     def save(self, tensors: dict[str, Tensor], state: RunState) -> Path:
         """Start (or, if synchronous, do) one checkpoint. Raises PolymodalError on a full or unwritable
@@ -268,30 +348,29 @@ class Writer:
         temporary = final.with_name(f".{final.name}.tmp")
         if self.rank == 0:
             try:
-                shutil.rmtree(temporary, ignore_errors=True)
+                _remove(temporary)
                 temporary.mkdir(parents=True)
-                (temporary / STATE).write_text(json.dumps(asdict(state), indent=1))
             except OSError as error:
                 raise self._write_error(error, temporary) from error
         if self.group is not None:
             dist.barrier(self.group)
+        now = asdict(state)  # training goes on while it is written
+
+        def finish(files: dict[str, StoredFile]) -> None:
+            (temporary / STATE).write_text(
+                json.dumps(now | {"files": {k: asdict(f) for k, f in files.items()}})
+            )
+
+        writer: Any = {"storage_writer": FileWriter(temporary, finish), "process_group": self.group}
+        writer |= {"no_dist": self.group is None}
         try:
             if self.asynchronous:
-                future = dcp.async_save(
-                    _staged(tensors),
-                    checkpoint_id=temporary,
-                    process_group=self.group,
-                    no_dist=self.group is None,
-                )
+                stager = DefaultStager(StagingOptions(False, False, False, False))
+                future = dcp.async_save(_staged(tensors), async_stager=stager, **writer)
                 # a thread writes: no staging is reported apart
                 self._pending = self._completing(cast(Future, future), temporary, final), temporary, final
             else:
-                dcp.save(
-                    {k: v.detach() for k, v in tensors.items()},
-                    checkpoint_id=temporary,
-                    process_group=self.group,
-                    no_dist=self.group is None,
-                )
+                dcp.save({k: v.detach() for k, v in tensors.items()}, **writer)
                 self._complete(temporary, final)
         except (Exception, CheckpointException) as error:
             raise self._write_error(error, temporary) from error
@@ -334,10 +413,11 @@ class Writer:
 
     def _complete(self, temporary: Path, final: Path) -> None:
         if self.rank == 0:
-            shutil.rmtree(final, ignore_errors=True)
+            _remove(final)
             os.replace(temporary, final)
-            for old in found(self.run)[: -self.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+            # later ones are damaged, or of a course that was left: the newest of this one count
+            for old in [p for p in found(self.run) if _step_of(p) <= _step_of(final)][: -self.keep]:
+                _remove(old)
 
     def poll(self) -> None:
         """Raise what went wrong with a checkpoint in the background, once it has ended."""
@@ -374,10 +454,20 @@ class Writer:
             print(self._write_error(error, temporary), flush=True)
 
 
+def _remove(path: Path) -> None:
+    """A directory with all that is in it; a file or a link alone."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _cause(error: BaseException) -> str:
     """An error in a few words; of DCP's collection, the first rank's."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, PolymodalError):
+        return error.message
     text = str(error).strip()
     if "weights_only" in text:  # torch advises to run what lies there
         return "a file of it holds other things than tensors, which are not opened"
@@ -385,16 +475,15 @@ def _cause(error: BaseException) -> str:
 
 
 def _reader(checkpoint: Path) -> Reader:
+    """A reader that compares what it reads with the checksums in state.json. Raises Damaged."""
     try:
-        return Reader(checkpoint)
+        return Reader(checkpoint, read_state(checkpoint).files)
     except PolymodalError as error:
-        raise PolymodalError(
-            f"The checkpoint {checkpoint} cannot be read: {error.message}", _instead(checkpoint)
-        ) from None
+        raise Damaged(f"The checkpoint {checkpoint} cannot be read: {error.message}", error.hint) from None
 
 
 def _fill(targets: dict[str, Tensor], reader: Reader, group: dist.ProcessGroup | None, alone: bool) -> None:
-    """dcp.load; PolymodalError for files that are missing, cut or of other content than the index says."""
+    """dcp.load; Damaged for files that are missing, cut or of other content than was written."""
     try:
         dcp.load(targets, storage_reader=reader, process_group=group, no_dist=alone)
     except (Exception, CheckpointException) as error:
@@ -404,7 +493,7 @@ def _fill(targets: dict[str, Tensor], reader: Reader, group: dist.ProcessGroup |
                 "Look for the first error of another rank or node.",
             ) from error
         checkpoint = Path(reader.path)
-        raise PolymodalError(
+        raise Damaged(
             f"The checkpoint {checkpoint} cannot be read ({_cause(error)}).", _instead(checkpoint)
         ) from error
 
@@ -422,7 +511,7 @@ def load(
     required: Callable[[str], bool] = lambda key: True,
 ) -> None:
     """Fill `tensors` in place from a checkpoint of any layout. Raises PolymodalError when keys or shapes
-    differ.
+    differ, Damaged on all ranks for what one of them cannot read.
     """
     reader = _reader(checkpoint)
     have = reader.tensors

@@ -8,9 +8,10 @@ two.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -116,10 +117,19 @@ class Reader(dcp.FileSystemReader):
     """torch's reader over an index that was read as data, once: it grows with the model.
 
     It has tensors only: torch unpickles whatever an index calls bytes, under a tensor's name too.
+    files: what is known of the files (dcp_writer.StoredFile); pieces are compared with it as they are read.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, files: Mapping[str, Any] | None = None):
         super().__init__(path)
+        self.files = files or {}
+        if INDEX in self.files:
+            file = Path(path) / INDEX
+            try:
+                with open(file, "rb") as stream:
+                    self._verify(stream, INDEX, 0)
+            except OSError as error:
+                raise PolymodalError(f"{file} cannot be read: {error.strerror}.", _HINT) from None
         self.metadata = read_metadata(path)
         table = self.metadata.state_dict_metadata
         self.tensors = {k: v for k, v in table.items() if isinstance(v, TensorStorageMetadata)}
@@ -127,3 +137,32 @@ class Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.metadata
+
+    def extents(self) -> dict[str, int]:
+        """The least size of each file, as the index has it."""
+        sizes: dict[str, int] = {}
+        for place in self.metadata.storage_data.values():
+            end = place.offset + place.length
+            sizes[place.relative_path] = max(end, sizes.get(place.relative_path, 0))
+        return sizes
+
+    def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:
+        piece = super()._slice_file(file, sinfo)
+        self._verify(piece, sinfo.relative_path, sinfo.offset)
+        piece.seek(0)
+        return piece
+
+    def _verify(self, piece: IO[bytes], name: str, offset: int) -> None:
+        """Raise PolymodalError where bytes are not those that were written."""
+        known = self.files[name].crc32.get(str(offset)) if name in self.files else None
+        if known is None:
+            return
+        found = 0
+        while block := piece.read(1 << 20):
+            found = zlib.crc32(block, found)
+        if found != known:
+            raise PolymodalError(
+                f"{Path(self.path) / name} has changed since it was written: the checksum of what begins at "
+                f"byte {offset:,} differs",
+                _HINT,
+            )

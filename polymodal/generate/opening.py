@@ -72,7 +72,7 @@ def kind_of(source: str | os.PathLike) -> Kind:
         raise PolymodalError(
             f"The checkpoint {text} is a file.", "Give the directory that holds config.json, or a run."
         )
-    if (path / checkpoints.STATE).is_file() or checkpoints.newest(path) is not None:
+    if checkpoints.at(path) is not None:
         return "run"
     if lora.is_adapter(path):
         return "adapter"

@@ -348,8 +348,8 @@ class Checkpoint(Section):
 class Profile(Section):
     start: Positive = 10
     """First step traced."""
-    steps: Positive = 2
-    """Steps traced."""
+    steps: Annotated[int, Field(gt=0, le=1000)] = 2
+    """Steps traced, at most 1,000: a trace is kept in memory until it is written."""
     ranks: list[int] = [0]
     """Ranks that write a trace."""
     memory: bool = False

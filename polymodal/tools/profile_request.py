@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -22,10 +23,11 @@ def numbers(text: str, what: str = "--ranks") -> list[int]:
     """ "0,2-4" -> [0, 2, 3, 4]. Raises PolymodalError."""
     found: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and (not last.isdigit() or int(last) < int(first))):
+        match = re.fullmatch("([0-9]{1,6})(?:-([0-9]{1,6}))?", part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
             raise PolymodalError(f"{what} {text} is not a list of numbers.", "Write e.g. 0,1 or 0-7.")
-        found += range(int(first), int(last or first) + 1)
+        found += range(first, last + 1)
     return sorted(set(found))
 
 

@@ -9,12 +9,15 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from polymodal.core.errors import PolymodalError
 from polymodal.recipe import LossGuard, Monitor, Profile
@@ -63,7 +66,7 @@ def _forget_after(path: Path, step: int) -> None:
     def kept(line: bytes) -> bool:
         try:
             return json.loads(line)["step"] <= step
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             return False
 
     temporary = path.with_suffix(".tmp")
@@ -224,6 +227,10 @@ class Guard:
         return False, reason
 
 
+REQUEST_BYTES = 1 << 16
+"""Of a request for a trace that are read."""
+
+
 class Profiler:
     """torch.profiler traces over a range of steps: of the recipe, or requested by `polymodal profile RUN`.
 
@@ -242,6 +249,7 @@ class Profiler:
         self._step = self._first = self._last = 0
         self._memory: Any = None  # torch.<device>.memory while its history is recorded
         self._looked = -math.inf
+        self._taken = 0  # the time of the last request
 
     def before(self, step: int) -> None:
         """Call at the start of optimizer step `step` (from 1)."""
@@ -255,18 +263,23 @@ class Profiler:
         if self.rank != 0 or self._step < self._last or time.monotonic() - self._looked < self.POLL:
             return False
         self._looked = time.monotonic()
-        return (self.run / self.REQUEST).is_file()
+        request = self.run / self.REQUEST
+        return os.path.isfile(request) and os.stat(request).st_mtime_ns != self._taken
 
     def take(self, share: Callable[[Any], Any]) -> None:
         """Collective: begin the requested trace with the next step. share: rank 0's object, on every rank."""
         asked = None
         if self.rank == 0:
             request = self.run / self.REQUEST
-            with contextlib.suppress(OSError, ValueError):
-                asked = Profile(**json.loads(request.read_text()), start=self._step + 1)
-            request.unlink(missing_ok=True)
-            if asked is None:
-                print(f"{request} could not be read and was removed", flush=True)
+            try:
+                self._taken = os.stat(request).st_mtime_ns  # where it cannot be removed, it is taken once
+                with open(request, "rb") as file:
+                    asked = Profile.model_validate_json(file.read(REQUEST_BYTES))
+                asked.start = self._step + 1
+            except (OSError, ValueError) as error:  # pydantic's among them
+                print(f"warning: {request} is no request for a trace: {_why(error)}", flush=True)
+            with contextlib.suppress(OSError):
+                request.unlink()
         asked = share(asked)
         if asked is not None:
             self._profiles.append(asked)
@@ -295,15 +308,28 @@ class Profiler:
         if self._active is None or step < self._last:
             return None
         self._active.__exit__(None, None, None)
-        folder = self.run / "traces"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"steps-{self._first}-{step}-rank-{self.rank}.json"
-        self._active.export_chrome_trace(str(path))
-        if self._memory is not None:
-            self._memory._dump_snapshot(str(path.with_suffix(".pickle")))
-            self._memory._record_memory_history(enabled=None)
-        self._active = self._memory = None
+        path = self.run / "traces" / f"steps-{self._first}-{step}-rank-{self.rank}.json"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._active.export_chrome_trace(str(path))
+            if self._memory is not None:
+                self._memory._dump_snapshot(str(path.with_suffix(".pickle")))
+        except (OSError, RuntimeError) as error:  # training matters more
+            print(f"warning: the trace {path} could not be written: {_why(error)}", flush=True)
+            return None
+        finally:
+            if self._memory is not None:
+                self._memory._record_memory_history(enabled=None)
+            self._active = self._memory = None
         return path
+
+
+def _why(error: Exception) -> str:
+    """An error in a few words; of pydantic's, the first key that it is about."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return ": ".join(["JSON", *map(str, first["loc"]), first["msg"]][1 if first["loc"] else 0 :])
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
 
 
 def line(step: int, steps: int, values: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -146,7 +147,7 @@ class Trainer:
         """The state of checkpoint.resume; without one, a new run from checkpoint.init_from."""
         recipe = self.recipe
         self.resumed_at: int | None = None
-        directory = self._resume_directory()
+        directory = self._resume_directory(())
         # parameters that are not trained are in no checkpoint of this run
         if recipe.checkpoint.init_from and (directory is None or self.model.trained < self.model.total):
             self.weights.load_init_from(self.rt, self.save_group)
@@ -154,13 +155,7 @@ class Trainer:
             if self.average is not None:
                 self.average = optim.MovingAverage(self.trainable, recipe.train.ema)
             return
-        state = checkpoint.read_state(directory)
-        if state.recipe.get("checkpoint", {}).get("save") == "weights":
-            raise PolymodalError(
-                f"{directory} holds weights only (checkpoint.save: weights), it cannot be resumed.",
-                "Use checkpoint.init_from with it, or checkpoint.resume: never.",
-            )
-        checkpoint.load(directory, self._tensors(create=True), self.save_group)
+        directory, state = self._load_state(directory)
         self.model.after_load()
         self._check_position(directory, state)
         self.state = state
@@ -168,13 +163,40 @@ class Trainer:
         self.guard.mean = state.norm_mean
         self.resumed_at = state.step
 
-    def _resume_directory(self) -> Path | None:
+    def _resume_directory(self, but: Collection[Path]) -> Path | None:
+        """but: checkpoints of this run that are damaged."""
         chosen = self.recipe.checkpoint.resume
         if chosen == "never":
             return None
         if chosen == "auto":
-            return checkpoint.agreed(self.rt, lambda: checkpoint.newest(self.run_dir))
+            return checkpoint.agreed(self.rt, lambda: checkpoint.newest_whole(self.run_dir, but))
         return checkpoint.agreed(self.rt, lambda: checkpoint.locate(chosen))
+
+    def _load_state(self, directory: Path) -> tuple[Path, checkpoint.RunState]:
+        """Tensors and state of a checkpoint, or of the one before it where its tensors turn out damaged."""
+        damaged: list[Path] = []
+        while True:
+            state = checkpoint.read_state(directory)
+            match state.recipe:
+                case {"checkpoint": {"save": "weights"}}:
+                    raise PolymodalError(
+                        f"{directory} holds weights only (checkpoint.save: weights), it cannot be resumed.",
+                        "Use checkpoint.init_from with it, or checkpoint.resume: never.",
+                    )
+            try:
+                checkpoint.load(directory, self._tensors(create=True), self.save_group)
+                return directory, state
+            except checkpoint.Damaged as error:
+                if self.recipe.checkpoint.resume != "auto":
+                    raise
+                if self.main:
+                    print(
+                        f"warning: {error.message} The one before it is taken.", file=sys.stderr, flush=True
+                    )
+                damaged.append(directory)
+                before = self._resume_directory(damaged)
+                assert before is not None
+                directory = before
 
     def _check_position(self, directory: Path, state: checkpoint.RunState) -> None:
         """Raise PolymodalError when the data position of a checkpoint would mean other samples here."""

@@ -8,6 +8,7 @@ import pickle
 import resource
 import signal
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -369,6 +370,13 @@ class Bad:
         return os.mkdir, (self.mark,)
 
 
+def _replace_index(found, content):
+    """Whoever changes an index can leave out its checksum, as checkpoints of older versions have none."""
+    (found / ".metadata").write_bytes(pickle.dumps(content))
+    state = json.loads((found / "state.json").read_text())
+    (found / "state.json").write_text(json.dumps({**state, "files": {}}))
+
+
 def _readers(found):
     target = {"model.layers.0.weight": torch.zeros(10, 12, dtype=torch.float64)}
     return (
@@ -402,8 +410,8 @@ def test_an_index_that_is_something_else_is_refused_and_not_run(tmp_path):
     for info in far.storage_data.values():
         info.relative_path = "../../elsewhere"
     for content in (Bad(mark), [Bad(mark)], whole, far, {"state_dict_metadata": {}}):
-        for name in (".metadata", "__0.metadata"):  # torch falls back to a rank's own
-            (found / name).write_bytes(pickle.dumps(content))
+        _replace_index(found, content)
+        (found / "__0.metadata").write_bytes(pickle.dumps(content))  # torch falls back to a rank's own
         for read in _readers(found):
             with pytest.raises(
                 PolymodalError, match="step-00000001.* cannot be read: .*is not the index of a DCP"
@@ -422,7 +430,7 @@ def test_what_is_around_the_tensors_of_an_index_is_inert(tmp_path):
     found, mark = checkpoint.newest(tmp_path), tmp_path / "ran"
     index = pickle.loads((found / ".metadata").read_bytes())
     index.planner_data, index.storage_meta.modules = Bad(mark), [Bad(mark)]
-    (found / ".metadata").write_bytes(pickle.dumps(index))
+    _replace_index(found, index)
     read = dict(checkpoint.read_model(found))
     torch.testing.assert_close(read["layers.0.weight"], model.layers[0].weight.detach(), rtol=0, atol=0)
     assert not mark.exists()
@@ -442,7 +450,7 @@ def test_bytes_under_the_name_of_a_tensor_are_not_unpickled(tmp_path):
     torch.save(Bad(mark), found / "bad.distcp")
     info.relative_path, info.offset, info.length = "bad.distcp", 0, (found / "bad.distcp").stat().st_size
     index.storage_data[MetadataIndex(name)] = info
-    (found / ".metadata").write_bytes(pickle.dumps(index))
+    _replace_index(found, index)
     with pytest.raises(PolymodalError, match=f"lacks 1 of 1 tensors .first: {name}"):
         checkpoint.load(found, {name: torch.zeros(10, 12, dtype=torch.float64)}, None)
     checkpoint.load(found, {name: torch.zeros(10, 12, dtype=torch.float64)}, None, required=lambda key: False)
@@ -465,7 +473,7 @@ def test_files_that_are_gone_or_truncated_are_reported_with_the_checkpoint_befor
     found = checkpoint.newest(tmp_path)
     damage(next(found.glob("*.distcp")))
     for read in _readers(found)[1:]:
-        with pytest.raises(PolymodalError, match="step-00000002 cannot be read .[A-Z]") as error:
+        with pytest.raises(PolymodalError, match="step-00000002 cannot be read .*__0_0.distcp") as error:
             read()
         assert "Give the one before it, " in error.value.hint and "step-00000001" in error.value.hint
 
@@ -475,6 +483,9 @@ def test_files_that_are_gone_or_truncated_are_reported_with_the_checkpoint_befor
     [
         ({"step": "abc"}, "step: "), ({"step": -3}, "step: "), ({"position": []}, "position: "), ({"recipe": []}, "recipe: "),
         ({"position": {"epoch": -5}}, "position.epoch: "), ({"norm_mean": "x"}, "norm_mean: "), ({"samples": 1.5}, "samples: "),
+        ({"position": {"epoch": 0, "window": 10**9, "step": 3}}, "position.window: 1000000000 after 1 steps"), ({"tokens": 10**30}, "tokens: "),
+        ({"step": 2}, "step: 2, the directory says 1"), ({"norm_mean": -1.0}, "norm_mean: "), ({"scaler": {"scale": 1e999}}, "scaler.scale: "),
+        ({"files": {"x": 5}}, "files.x: "),
     ],
 )  # fmt: skip
 def test_a_state_of_other_types_is_reported(tmp_path, change, reason):
@@ -483,6 +494,111 @@ def test_a_state_of_other_types_is_reported(tmp_path, change, reason):
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(PolymodalError, match=f"state.json cannot be read .{reason}"):
         checkpoint.read_state(path.parent)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("file", ["state.json", ".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("damage", [Path.unlink, _cut])
+def test_the_newest_whole_checkpoint_is_taken_with_a_word(tmp_path, capsys, damage, file, known):
+    """known: sizes and checksums, which older versions did not write."""
+    for step in (1, 2):
+        _one(tmp_path, step)
+    whole, found = checkpoint.found(tmp_path)
+    if not known:
+        _replace_index(found, pickle.loads((found / ".metadata").read_bytes()))
+    damage(found / file)
+    assert checkpoint.newest_whole(tmp_path) == whole
+    said = capsys.readouterr().err
+    assert str(found / file) in said and "The checkpoint before it is taken." in said
+    for path in (tmp_path, found):
+        with pytest.raises(checkpoint.Damaged, match=f"step-00000002/{file}") as error:
+            checkpoint.locate(path)
+        assert f"Give the one before it, {whole}, or remove" in error.value.hint
+    damage(whole / file)
+    with pytest.raises(PolymodalError, match="None of the 2 checkpoints of .* is whole"):
+        checkpoint.newest_whole(tmp_path)
+
+
+def test_bytes_that_changed_are_found_wherever_they_are_read(tmp_path):
+    """One bit of one piece: the others can be read, and sizes tell nothing."""
+    model, optimizer = _one(tmp_path)
+    _advance(model, optimizer, 1, 2)
+    Writer(tmp_path, 2, False, 0, None).save(_tensors(model, optimizer), RunState(step=2))
+    found = checkpoint.newest(tmp_path)
+    file = found / "__0_0.distcp"
+    index = pickle.loads((found / ".metadata").read_bytes())
+    piece = next(v for k, v in index.storage_data.items() if k.fqn == "model.layers.0.weight")
+    content = bytearray(file.read_bytes())
+    content[piece.offset + piece.length // 2] ^= 4
+    file.write_bytes(content)
+    checkpoint.check(found)
+    for read in _readers(found)[1:]:
+        with pytest.raises(checkpoint.Damaged, match="__0_0.distcp has changed since it was written"):
+            read()
+    assert len(checkpoint.read_model(found)["layers.1.weight"]) == 7
+    file.write_bytes((found.with_name("step-00000001") / file.name).read_bytes())  # of another checkpoint
+    with pytest.raises(checkpoint.Damaged, match="has changed since it was written"):
+        dict(checkpoint.read_model(found))
+    (found / ".metadata").write_bytes((found / ".metadata").read_bytes()[:-9] + b"123456789")
+    with pytest.raises(checkpoint.Damaged, match=".metadata has changed since it was written"):
+        checkpoint.names(found)
+
+
+def _sums(rank, run):
+    import torch.distributed as dist
+
+    model, group = _sharded(2, rank, 1)
+    writer = Writer(run, 1, True, rank, group)
+    writer.save({f"model.{n}": p for n, p in model.named_parameters()}, RunState(step=3))
+    writer.finish()
+    dist.barrier()
+
+
+def test_every_rank_gives_the_checksums_of_what_it_wrote(tmp_path):
+    harness.run(2, _sums, tmp_path)
+    found = checkpoint.newest(tmp_path)
+    files = checkpoint.read_state(found).files
+    assert sorted(files) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    for name, known in files.items():
+        content = (found / name).read_bytes()
+        assert known.size == len(content)
+        starts = sorted(map(int, known.crc32))
+        pieces = zip(starts, [*starts[1:], len(content)], strict=True)
+        assert known.crc32 == {str(a): zlib.crc32(content[a:b]) for a, b in pieces}
+    from torch.distributed.checkpoint import FileSystemReader
+
+    plain = FileSystemReader(found).read_metadata()  # as torch itself wrote it
+    assert not any("crc32" in vars(info) for info in plain.storage_data.values())
+
+
+def test_whatever_lies_where_checkpoints_are_written_gives_way(tmp_path):
+    base, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    _one(elsewhere, 1)
+    base.mkdir()
+    (base / "step-00000003").write_text("a file")
+    (base / ".step-00000003.tmp").write_text("a file")
+    (base / "step-00000002").symlink_to(elsewhere / "checkpoints/step-00000001")
+    (base / "step-00000001").symlink_to("nowhere")
+    for odd in ("step-1", "step-", "step-00000009.bak", "step-000000\u0661\u0662", "best"):
+        (base / odd).mkdir()
+    assert [p.name for p in checkpoint.found(tmp_path)] == ["step-00000002"]
+    for step in (2, 3):
+        _one(tmp_path, step, keep=1)
+    assert [p.name for p in checkpoint.found(tmp_path)] == ["step-00000003"]
+    assert checkpoint.newest_whole(elsewhere) is not None, "what a link led to is untouched"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/checkpoints").write_text("a file")
+    with pytest.raises(PolymodalError, match="other/checkpoints could not be written .FileExists"):
+        Writer(tmp_path / "other", 1, False, 0, None)
+
+
+def test_damaged_checkpoints_of_later_steps_do_not_push_out_whole_ones(tmp_path):
+    for step in (2, 4, 6):
+        _one(tmp_path, step, keep=9)
+    for path in checkpoint.found(tmp_path)[1:]:
+        (path / "__0_0.distcp").unlink()
+    _one(tmp_path, 3, keep=1)
+    assert checkpoint.newest_whole(tmp_path).name == "step-00000003"
 
 
 def test_rows_that_torch_would_take_for_others_are_not_stored(tmp_path):

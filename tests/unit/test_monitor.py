@@ -192,7 +192,7 @@ def test_a_request_that_cannot_be_read_is_removed_and_reported(tmp_path, capsys)
     (tmp_path / Profiler.REQUEST).write_text('{"step": 1}')
     assert profiler.asked()
     profiler.take(lambda asked: asked)
-    assert "profile.request could not be read and was removed" in capsys.readouterr().out
+    assert "profile.request is no request for a trace: step: Extra inputs" in capsys.readouterr().out
     assert not (tmp_path / Profiler.REQUEST).exists()
     profiler.before(1)
     assert profiler.after(1) is None

@@ -1,0 +1,74 @@
+"""torch's writer of DCP directories, which takes checksums of what it writes."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch.distributed.checkpoint as dcp
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from polymodal.distributed.dcp_reader import INDEX
+
+
+@dataclass
+class StoredFile:
+    """A file as it was written. crc32: of each piece (a rank's part of a tensor), by the byte it begins at."""
+
+    size: Annotated[int, Field(ge=0)] = 0
+    crc32: dict[str, int] = Field(default_factory=dict)
+
+
+class _Sums(_StorageWriterTransforms):
+    """Sees every piece on its way into a file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.crc32: dict[Any, int] = {}
+
+    def transform_save_stream(self, write_item: Any, raw_stream: Any) -> Any:
+        stream, descriptors = super().transform_save_stream(write_item, raw_stream)
+        write, sums, index = stream.write, self.crc32, write_item.index
+        sums[index] = 0
+
+        def summed(data: Any) -> int:
+            sums[index] = zlib.crc32(data, sums[index])
+            return write(data)
+
+        stream.write = summed  # type: ignore[method-assign]
+        return stream, descriptors
+
+
+class Writer(dcp.FileSystemWriter):
+    """finish(files): called on the rank that writes the index, once all files are there."""
+
+    def __init__(self, path: Path, finished: Callable[[dict[str, StoredFile]], None]):
+        super().__init__(path)
+        self.transforms: _Sums = _Sums()
+        self.finished = finished
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        written = super().write_data(plan, planner)
+        for result in written.value():
+            vars(result.storage_data)["crc32"] = self.transforms.crc32[result.index]
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        files: dict[str, StoredFile] = {}
+        for result in chain.from_iterable(results):
+            piece = result.storage_data
+            file = files.setdefault(piece.relative_path, StoredFile())
+            file.crc32[str(piece.offset)] = vars(piece).pop("crc32")
+            file.size = max(file.size, piece.offset + piece.length)
+        super().finish(metadata, results)
+        index = (Path(self.path) / INDEX).read_bytes()
+        self.finished(files | {INDEX: StoredFile(len(index), {"0": zlib.crc32(index)})})
