@@ -128,10 +128,10 @@ def guard(action: Callable[[], int | None]) -> int:
             except OSError as error:
                 from polymodal.runtime import host
 
-                full = host.full_disk(error)
-                if full is None:
+                told = host.machine_error(error)
+                if told is None:
                     raise
-                raise full from None
+                raise told from None
         except PolymodalError as error:
             if launcher.record(error):
                 start = "\033[1;31merror:\033[0m" if sys.stderr.isatty() else "error:"

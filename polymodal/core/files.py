@@ -1,11 +1,13 @@
-"""Files that appear under their name whole, or not at all."""
+"""Files that appear under their name whole, or not at all; and what is whole of others."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def file_stem(name: str, most: int = 80) -> str:
@@ -35,3 +37,15 @@ def replace_file(file: Path, text: str) -> None:
     """Write a text file (UTF-8). Raises OSError."""
     with written_whole(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def metric_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Lines of a metrics.jsonl that are an object with a step, as they are and parsed; what a full disk, lost
+    power or an editor left of others is passed over. Raises OSError."""
+    for line in file.read_bytes().splitlines():
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(values, dict) and type(values.get("step")) is int:
+            yield line, values

@@ -22,7 +22,7 @@ from polymodal.distributed.dcp_reader import INDEX
 
 @dataclass
 class StoredFile:
-    """A file as it was written. crc32: of each piece (a rank's part of a tensor), by the byte it begins at."""
+    """A file as it was written. crc32: of each piece (part of a tensor), by the byte that it begins at."""
 
     size: Annotated[int, Field(ge=0)] = 0
     crc32: dict[str, int] = Field(default_factory=dict)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from polymodal import pages
 from polymodal.core.errors import PolymodalError
+from polymodal.core.files import metric_lines
 from polymodal.evaluate.thumbnails import thumbnail
 from polymodal.pages import charts
 
@@ -23,13 +23,12 @@ def read_metrics(run: Path) -> list[dict]:
     """Lines of metrics.jsonl. Raises PolymodalError when the run has none."""
     path = Path(run) / "metrics.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except FileNotFoundError:
+        return [values for _, values in metric_lines(path)]
+    except OSError as error:
         raise PolymodalError(
-            f"{run} has no metrics.jsonl.", "Give the directory of a run (checkpoint.dir of its recipe)."
+            f"{path} cannot be read: {error.strerror}.",
+            "Give the directory of a run (checkpoint.dir of its recipe).",
         ) from None
-    except ValueError as error:
-        raise PolymodalError(f"{path} is damaged: {error}.") from None
 
 
 def sheets(run: Path) -> list[tuple[int, Path]]:

@@ -152,14 +152,33 @@ def require_writable(
 
 
 def full_disk(error: OSError) -> PolymodalError | None:
-    """The error of a write that failed because the disk or the quota is full; None for other errors."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    """The error of a write that failed because the disk, the quota or a limit of file sizes is full; None for
+    other errors."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return None
     what = error.filename or "A file"
     return PolymodalError(
         f"{what} could not be written: {error.strerror or 'no space left'}.",
         "Free some space, or write to another disk; the same command then goes on from what is whole.",
     )
+
+
+REFUSALS = ["EACCES", "EPERM", "EROFS", "EIO", "ESTALE", "EISDIR", "ENOTDIR", "ENAMETOOLONG", "ELOOP"]
+
+
+def machine_error(error: OSError) -> PolymodalError | None:
+    """The sentence for an error that is the machine's: disks, rights, limits; None where it may be ours."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return PolymodalError(
+            f"{error.filename or 'A file'} could not be opened: {open_files()[0]} files are open, no more may be.",
+            "Raise the limit (`ulimit -n 65536`), or lower data.workers.",
+        )
+    if error.filename and errno.errorcode.get(error.errno or 0) in REFUSALS:
+        return PolymodalError(
+            f"{error.filename} cannot be used: {error.strerror}.",
+            "See its rights, its disk, and what lies in its place (`ls -ld`).",
+        )
+    return full_disk(error)
 
 
 def proc_sizes(path: str) -> dict[str, int]:

@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.files import metric_lines, written_whole
 from polymodal.recipe import LossGuard, Monitor, Profile
 from polymodal.runtime.device import DeviceInfo
 
@@ -62,16 +63,9 @@ class Metrics:
 
 def _forget_after(path: Path, step: int) -> None:
     """Drop the lines of later steps, and those cut by a full disk or lost power: the file is one curve."""
-
-    def kept(line: bytes) -> bool:
-        try:
-            return json.loads(line)["step"] <= step
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return False
-
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(line + b"\n" for line in path.read_bytes().splitlines() if kept(line)))
-    temporary.replace(path)
+    kept = b"".join(line + b"\n" for line, values in metric_lines(path) if values["step"] <= step)
+    with written_whole(path) as temporary:
+        temporary.write_bytes(kept)
 
 
 class _TensorBoard:

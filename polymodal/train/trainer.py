@@ -5,6 +5,7 @@ It owns the run directory and knows no model, file format or device by name.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
+from polymodal.core.files import replace_file
 from polymodal.core.sample import Batch
 from polymodal.core.text import format_count
 from polymodal.data.loader import Loader, RankStep, StepStats
@@ -31,6 +33,7 @@ from polymodal.distributed.router_loss import load_figures
 from polymodal.models import catalog
 from polymodal.recipe import Recipe
 from polymodal.runtime import device as devices
+from polymodal.runtime.lock import DirectoryLock
 from polymodal.runtime.process_group import Runtime, runtime
 from polymodal.train import callbacks, monitor, optim, run_length
 from polymodal.train.layouts import Feed, layout_of
@@ -47,17 +50,21 @@ def run(recipe: Recipe) -> int:
 
     It is 0 also when SIGTERM came and a checkpoint was written: the same command then continues.
     """
+    hint = "Wait until it ends or stop it; or set checkpoint.dir to another directory."
     with runtime(recipe) as rt:
-        trainer = Trainer(recipe, rt)
-        try:
-            return trainer.train()
-        finally:
-            trainer.close()
+        lock = DirectoryLock(recipe.run_dir, "training", hint)
+        with lock if rt.is_main else contextlib.nullcontext():
+            trainer = Trainer(recipe, rt, lock if rt.is_main else None)
+            try:
+                return trainer.train()
+            finally:
+                trainer.close()
 
 
 class Trainer:
-    def __init__(self, recipe: Recipe, rt: Runtime):
-        self.recipe, self.rt = recipe, rt
+    def __init__(self, recipe: Recipe, rt: Runtime, lock: DirectoryLock | None = None):
+        """lock: rank 0's, held, of the run directory."""
+        self.recipe, self.rt, self.lock = recipe, rt, lock
         self.main = rt.rank == 0
         self.run_dir = recipe.run_dir
         self.device = rt.device.torch
@@ -128,9 +135,8 @@ class Trainer:
         self.metrics = self.progress = None
         if not self.main:
             return
-        (self.run_dir / "recipe.yaml").write_text(recipes.dump(recipe))
-        config, step = recipes.plain(recipe), self.state.step
-        self.metrics = monitor.Metrics(self.run_dir, recipe.monitor, recipe.name, config, step)
+        step = self.state.step
+        self._open_logs()
         self.progress = monitor.Progress(recipe.name, self.steps, step)
         total, trained = format_count(self.model.total), format_count(self.model.trained)
         self._print(
@@ -141,12 +147,19 @@ class Trainer:
             done = ": nothing is left to do (train.steps or train.epochs set the length of a run)"
             self._print(f"resumed at step {step}{done if step >= self.steps else ''}")
 
+    def _open_logs(self) -> None:
+        recipe = self.recipe
+        replace_file(self.run_dir / "recipe.yaml", recipes.dump(recipe))
+        config = recipes.plain(recipe)
+        self.metrics = monitor.Metrics(self.run_dir, recipe.monitor, recipe.name, config, self.state.step)
+
     # ---------------------------------------------------------------- resuming
 
     def _resume(self) -> None:
         """The state of checkpoint.resume; without one, a new run from checkpoint.init_from."""
         recipe = self.recipe
         self.resumed_at: int | None = None
+        self.saved: Path | None = None
         directory = self._resume_directory(())
         # parameters that are not trained are in no checkpoint of this run
         if recipe.checkpoint.init_from and (directory is None or self.model.trained < self.model.total):
@@ -156,6 +169,7 @@ class Trainer:
                 self.average = optim.MovingAverage(self.trainable, recipe.train.ema)
             return
         directory, state = self._load_state(directory)
+        self.saved = directory
         self.model.after_load()
         self._check_position(directory, state)
         self.state = state
@@ -427,14 +441,33 @@ class Trainer:
     # ---------------------------------------------------------------- saving and ending
 
     def _save(self) -> None:
+        if self.lock is not None:
+            self._hold_directory(self.lock)
         state = self.state
         state.scaler = self.scaler.state()
         state.recipe = recipes.plain(self.recipe)
         state.data, state.lengths = self.schedule.fingerprint, self.schedule.lengths
         state.source = {"path": str(self.family.source), "card": self.card.name}
         state.versions = checkpoint.versions()
-        self.writer.save(self._tensors(create=False), state)
+        self.saved = self.writer.save(self._tensors(create=False), state)
         self.saved_at = state.step
+
+    def _hold_directory(self, lock: DirectoryLock) -> None:
+        """Where the run directory was removed or renamed, go on in a new one, so that this step is not lost.
+
+        Raises PolymodalError where another run now has it.
+        """
+        try:
+            lock.check()
+        except PolymodalError as error:
+            lock.release()
+            lock.acquire()
+            self._print(
+                f"warning: {error.message} It goes on in {self.run_dir}, made anew where it was gone."
+            )
+            if not (self.run_dir / "recipe.yaml").is_file():
+                self.metrics.close()
+                self._open_logs()
 
     def _finish(self) -> None:
         """After the last step: validation, samples, summary and export."""
@@ -442,7 +475,7 @@ class Trainer:
         self._validate(state.step)
         if self.sampler is not None:
             self.sampler.sample(state.step, self.metrics)
-        directory = checkpoint.newest(self.run_dir)
+        directory = self.saved
         export_command = f"polymodal export {self.run_dir} DIR"
         self._print(f"{state.step} steps done: {directory}; `{export_command}` writes it for the hub")
         if self.main:

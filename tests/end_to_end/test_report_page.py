@@ -100,5 +100,5 @@ def test_a_browser_draws_it(page, tmp_path):
 
 
 def test_a_directory_without_metrics_is_reported(tmp_path):
-    with pytest.raises(PolymodalError, match="has no metrics.jsonl"):
+    with pytest.raises(PolymodalError, match="metrics.jsonl cannot be read: No such file"):
         run_page.read_metrics(tmp_path)
