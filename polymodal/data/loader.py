@@ -194,6 +194,10 @@ class _Step(NamedTuple):
     parts: list[_Part]
 
 
+LOOK_SECONDS = 30.0
+"""Between two looks whether the data's files are as they were."""
+
+
 class Loader:
     """Iterates over RankStep for one data-parallel rank, in the plan's order, prepared ahead. Also a context
     manager.
@@ -230,7 +234,8 @@ class Loader:
         self.budget = data.memory_budget << 20
         self._plans = islice(schedule.batches(start), stop_after)
         self._steps: deque[_Step] = deque()  # planned and not returned yet
-        self._warned: set[int] = set()  # samples; -1: of the memory budget
+        self._warned: set[int | str] = set()  # samples; -1: of the memory budget; files that changed
+        self._next_look = time.monotonic() + LOOK_SECONDS
         self._ended = False
         self._make = make if make is not None else Collator(corpus, chat, data, schedule.seed, rows, pixels)
         self._pool = Pool(self._make, data.workers, self._about, device)
@@ -250,9 +255,23 @@ class Loader:
             step = self._collect(self._steps[0])
             self._steps.popleft()
             self._prepare()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, PolymodalError) and (changed := self._changed()):
+                raise PolymodalError(
+                    f"{error.message} Since the run began, {changed}.",
+                    "Put the data back as they were and start the same command again; or start a new run.",
+                ) from error
             raise
+        if self.rank[0] == 0 and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + LOOK_SECONDS
+            if (changed := self._changed()) and changed not in self._warned:
+                self._warned.add(changed)
+                log.warning(
+                    "While it is trained on, %s: rows may be others than those that were measured, and a "
+                    "resumed run is refused unless they are put back.",
+                    changed,
+                )
         step.stats.wait_seconds = time.perf_counter() - began
         return step
 
@@ -332,6 +351,11 @@ class Loader:
             )
             log.warning(message, stats.bytes >> 20, self.budget >> 20)
         return RankStep(step.plan.position, step.plan.next, batches, stats)
+
+    def _changed(self) -> str:
+        """Which of the data's files are not as they were, in words; "" for none."""
+        found = [f"{path} was {how}" for path, how in self.corpus.changed().items()]
+        return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
     def _about(self, task: Task) -> str:
         places = [self.corpus.where(record) for _, record, _, _ in task.samples]

@@ -54,6 +54,7 @@ class Corpus(Sequence):
         self._files = [(rows, reader) for _, rows, reader in files]
         self._starts = [start for start, _, _ in files]
         self._length = parts[-1].stop if parts else 0
+        self._states = {rows.path: _state(rows.path) for rows, _ in self._files}
 
     def __len__(self) -> int:
         return self._length
@@ -66,6 +67,14 @@ class Corpus(Sequence):
         k = bisect_right(self._starts, i) - 1
         rows, reader = self._files[k]
         return rows, reader, i - self._starts[k]
+
+    def changed(self) -> dict[str, str]:
+        """Files that are not as they were when this was opened: "removed", "replaced" or "changed"."""
+        found = {}
+        for path, before in self._states.items():
+            if before is not None and (now := _state(path)) != before:
+                found[path] = "removed" if now is None else "changed" if now[0] == before[0] else "replaced"
+        return found
 
     def __getitem__(self, i: int) -> Record:  # type: ignore[override]
         rows, reader, local = self._place(int(i))
@@ -83,6 +92,15 @@ class Corpus(Sequence):
         """The row as the file holds it, before any format is applied."""
         rows, _, local = self._place(int(i))
         return rows[local]
+
+
+def _state(path: str) -> tuple[int, int, int] | None:
+    """Number, size and time of a file; None where there is none."""
+    try:
+        info = os.stat(path)
+    except OSError:
+        return None
+    return info.st_ino, info.st_size, info.st_mtime_ns
 
 
 def expand(path: str, key: str = "data.datasets.path") -> list[str]:

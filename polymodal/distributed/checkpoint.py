@@ -48,7 +48,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
-Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Damaged(PolymodalError):
@@ -67,8 +67,8 @@ class RunState:
     lengths: str = ""  # and of the samples' lengths it was planned with; "" where an older version wrote
     samples: Count = 0
     tokens: Count = 0
-    scaler: dict[Literal["scale", "good"], Positive] = field(default_factory=dict)
-    norm_mean: Positive | None = None
+    scaler: dict[Literal["scale", "good"], NotNegative] = field(default_factory=dict)
+    norm_mean: NotNegative | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -462,10 +462,15 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _first(error: BaseException) -> BaseException:
+    """Of DCP's collection of errors, the first rank's."""
+    failed = isinstance(error, CheckpointException) and error.failures
+    return next(iter(failed.values()))[0] if failed else error
+
+
 def _cause(error: BaseException) -> str:
-    """An error in a few words; of DCP's collection, the first rank's."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
+    """An error in a few words."""
+    error = _first(error)
     if isinstance(error, PolymodalError):
         return error.message
     text = str(error).strip()
@@ -493,6 +498,10 @@ def _fill(targets: dict[str, Tensor], reader: Reader, group: dist.ProcessGroup |
                 "Look for the first error of another rank or node.",
             ) from error
         checkpoint = Path(reader.path)
+        if isinstance(_first(error), (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(
+            error
+        ):
+            raise
         raise Damaged(
             f"The checkpoint {checkpoint} cannot be read ({_cause(error)}).", _instead(checkpoint)
         ) from error

@@ -57,7 +57,13 @@ class Writer(dcp.FileSystemWriter):
         self.finished = finished
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        written = super().write_data(plan, planner)
+        try:
+            written = super().write_data(plan, planner)
+        except RuntimeError as error:  # torch's, about its position in a file that could not be written
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
         for result in written.value():
             vars(result.storage_data)["crc32"] = self.transforms.crc32[result.index]
         return written

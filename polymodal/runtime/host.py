@@ -170,7 +170,7 @@ def machine_error(error: OSError) -> PolymodalError | None:
     """The sentence for an error that is the machine's: disks, rights, limits; None where it may be ours."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return PolymodalError(
-            f"{error.filename or 'A file'} could not be opened: {open_files()[0]} files are open, no more may be.",
+            f"{error.filename or 'A file'} could not be opened: {open_files()[0]} open files are allowed.",
             "Raise the limit (`ulimit -n 65536`), or lower data.workers.",
         )
     if error.filename and errno.errorcode.get(error.errno or 0) in REFUSALS:

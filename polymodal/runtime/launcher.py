@@ -33,6 +33,7 @@ from polymodal.runtime.process_group import (
     LaunchRequest,
     first_line,
     require_port_after,
+    stop_signals,
     timeout_seconds,
     write_error_file,
 )
@@ -188,10 +189,10 @@ def before_start(run_dir: str | os.PathLike | None, request: LaunchRequest) -> l
 
 @contextlib.contextmanager
 def _launcher_process(handler: Any, variables: dict[str, str]) -> Iterator[None]:
-    """SIGTERM and SIGINT go to `handler`, `variables` are set, torchrun's own report of a failure (it repeats
-    ours at length) is silent. All is restored in the end."""
+    """SIGTERM, SIGINT and SIGHUP go to `handler`, `variables` are set, torchrun's own report of a failure (it
+    repeats ours at length) is silent. All is restored in the end."""
     environ = dict(os.environ)
-    handlers = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, handler) for number in stop_signals()}
     os.environ.update(variables)
     if not os.environ.get("LOGLEVEL"):
         logging.disable(logging.CRITICAL)
@@ -219,9 +220,9 @@ def run(
     restarts: times that all processes are started again after one died; never after bad input.
     min_nodes: nodes that are enough to go on with when others are gone; node 0 holds the rendezvous.
 
-    SIGTERM and SIGINT are passed on to them; a second SIGINT kills them. Returns their exit code (0 when all
-    succeeded). Raises PolymodalError for the one that failed first, with its exit code in `error.code`, and
-    Stopped when a signal ended them.
+    SIGTERM, SIGINT and SIGHUP are passed on to them; a second SIGINT kills them. Returns their exit code (0
+    when all succeeded). Raises PolymodalError for the one that failed first, with its exit code in
+    `error.code`, and Stopped when a signal ended them.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -244,7 +245,7 @@ def run(
 
     kills = host.oom_kills()
     # `forward` handles the other signals
-    variables = {CHILD: str(os.getpid()), "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGHUP,SIGQUIT"}
+    variables = {CHILD: str(os.getpid()), "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT"}
     variables |= {KILL_ORPHANS: "1"} if elastic else {}
     variables |= {FRESH_STORE: "1"} if elastic else {}
     with tempfile.TemporaryDirectory(prefix="polymodal-") as directory, contextlib.ExitStack() as stack:

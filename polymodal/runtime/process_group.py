@@ -11,6 +11,8 @@ import json
 import os
 import re
 import signal
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -322,15 +324,30 @@ class Runtime:
         return box[0]
 
     def catch_signals(self) -> None:
-        """SIGTERM and SIGINT then only set `signal`, to be polled between steps; a second one stops."""
+        """What asks to stop (`stop_signals`) then only sets `signal`, to be polled between steps; a second
+        one stops."""
 
         def note(number: int, frame: object) -> None:
             if self.signal is not None:
                 raise KeyboardInterrupt
             self.signal = signal.Signals(number)
 
-        for number in (signal.SIGTERM, signal.SIGINT):
+        def once_more(unraisable: sys.UnraisableHookArgs) -> None:
+            """KeyboardInterrupt in a callback of the interpreter, which would be lost."""
+            if issubclass(unraisable.exc_type, KeyboardInterrupt):
+                threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+            else:
+                sys.__unraisablehook__(unraisable)
+
+        for number in stop_signals():
             self._old.setdefault(number, signal.signal(number, note))
+        sys.unraisablehook = once_more
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Those that ask a run to save and stop; under nohup a closing terminal does not."""
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hangs_up else [])]
 
 
 LOST = re.compile(
@@ -387,7 +404,10 @@ JOIN_HINTS = {
 def _join(process: ProcessInfo, backend: str, patience: timedelta, collective: timedelta) -> None:
     """init_process_group, with what can go wrong in one sentence."""
     import torch.distributed as dist
+    from torch.distributed import distributed_c10d
 
+    # what groups of a mesh are made with: else theirs would be torch's, whatever was asked for
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = collective
     if process.world == 1:  # a store without a socket: no port can be in use
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=collective)
         return
@@ -449,6 +469,7 @@ def stop(rt: Runtime) -> None:
     for number, old in rt._old.items():
         signal.signal(number, old)  # type: ignore[arg-type]
     rt._old.clear()
+    sys.unraisablehook = sys.__unraisablehook__
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -137,7 +137,11 @@ _TRACKERS = {"tensorboard": _TensorBoard, "wandb": _Wandb, "mlflow": _Mlflow}
 
 
 class Progress:
-    """A live bar with the step's numbers below it on a terminal; plain lines elsewhere (log files, CI)."""
+    """A live bar with the step's numbers below it on a terminal; plain lines elsewhere (log files, CI).
+
+    A terminal that is gone, a reader that ended or a log on a full disk do not end the run: metrics.jsonl has
+    the numbers.
+    """
 
     def __init__(self, name: str, steps: int, done: int):
         from rich import progress
@@ -170,17 +174,19 @@ class Progress:
             self.bar.numbers = line.partition(" | ")[2]
             self.bar.update(self.task, completed=step)
         else:
-            print(line, flush=True)
+            self.print(line)
 
     def print(self, text: str) -> None:
-        if self.live:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        else:
-            print(text, flush=True)
+        with contextlib.suppress(OSError):
+            if self.live:
+                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            else:
+                print(text, flush=True)
 
     def close(self) -> None:
         if self.live:
-            self.bar.stop()
+            with contextlib.suppress(OSError):
+                self.bar.stop()
 
 
 class Guard:

@@ -255,7 +255,7 @@ class Trainer:
         """Step after step until the run is done or asked to stop; returns the exit code."""
         self.rt.catch_signals()
         state = self.state
-        loader = self._loader(self.feed, Position(**state.position), self.steps - state.step)
+        loader = self._loader(self.feed, Position(**state.position), max(0, self.steps - state.step))
         self.saved_at = state.step
         self.callbacks.on_train_begin(self)
         began = time.perf_counter()

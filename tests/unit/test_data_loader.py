@@ -463,3 +463,21 @@ def test_the_real_corpus_and_processor(tmp_path):
                 assert len(b.tensors.get("pixel_values", ())) == index.media["vision"][ids].sum()
                 assert b["position_ids"].shape[0] == 4
     assert sorted(seen) == [i for i in range(len(index)) if index.usable[i]]
+
+
+def test_data_that_change_under_a_run_are_named_with_the_row_that_broke(rows, monkeypatch, caplog):
+    monkeypatch.setattr("polymodal.data.loader.LOOK_SECONDS", 0.0)
+    with loader_of(rows) as loader:
+        next(loader)
+        assert not caplog.records
+        loader.corpus.changed = lambda: {"a.jsonl": "removed", "b.jsonl": "changed"}
+        next(loader), next(loader)
+        [record] = caplog.records
+        assert "While it is trained on, a.jsonl was removed, b.jsonl was changed:" in record.getMessage()
+        loader.corpus.lines = ["{"] * 60
+        with pytest.raises(
+            PolymodalError, match="not valid JSON. Since the run began, a.jsonl was removed"
+        ) as error:
+            while True:
+                next(loader)
+    assert "Put the data back as they were" in error.value.hint

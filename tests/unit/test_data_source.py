@@ -444,3 +444,18 @@ def test_data_check_lists_what_is_broken_and_counts_the_rest(tmp_path, capsys):
     )
     assert main([str(write_rows(tmp_path / "good.jsonl", rows[:3]))]) == 0
     assert "3 rows: 6 turns" in capsys.readouterr().out
+
+
+def test_files_that_are_no_longer_as_they_were_are_known(tmp_path):
+    files = [write_rows(tmp_path / f"{i}.jsonl", [chat(0), chat(1)]) for i in range(4)]
+    made = open_corpus([Dataset(path=str(file)) for file in files])
+    assert made.changed() == {}
+    with open(files[0], "a") as file:
+        file.write("\n")
+    files[1].unlink()
+    other = write_rows(tmp_path / "other.jsonl", [chat(0), chat(1)])
+    other.replace(files[2])
+    assert pickle.loads(pickle.dumps(made)).changed() == made.changed()
+    assert made.changed() == {
+        str(file): how for file, how in zip(files, ("changed", "removed", "replaced"), strict=False)
+    }
