@@ -77,8 +77,11 @@ def _accelerator() -> str | None:
     return None if current is None else current.type
 
 
-def find(kind: str = "auto", local_rank: int = 0) -> DeviceInfo:
-    """The device this process should use. Raises PolymodalError when there is none of that kind."""
+def find(kind: str = "auto", local_rank: int = 0, shown_alone: bool = False) -> DeviceInfo:
+    """The device this process should use. Raises PolymodalError when there is none of that kind.
+
+    shown_alone: the launcher may show each process its own device and no other (srun --gpus-per-task=1).
+    """
     import torch
 
     present = _accelerator() or "cpu"
@@ -91,13 +94,14 @@ def find(kind: str = "auto", local_rank: int = 0) -> DeviceInfo:
             "Run `polymodal doctor` for what is missing, or set device.kind to auto.",
         )
     devices = torch.accelerator.device_count()
-    if local_rank >= devices:
+    index = 0 if devices == 1 and shown_alone else local_rank
+    if index >= devices:
         raise PolymodalError(
             f"Process {local_rank} of this node has no device: torch sees {devices} of kind {kind}.",
             f"Start at most {devices} processes here (--nproc {devices}).",
         )
-    _module(kind).set_device(local_rank)
-    return DeviceInfo(kind, local_rank, BACKENDS.get(kind, "gloo"))
+    _module(kind).set_device(index)
+    return DeviceInfo(kind, index, BACKENDS.get(kind, "gloo"))
 
 
 def count(kind: str = "auto") -> int:
@@ -169,11 +173,24 @@ def peak_flops(info: DeviceInfo) -> float | None:
     return next((flops for key, flops in PEAK_FLOPS.items() if key.lower() in name.lower()), None)
 
 
-def fused_attention() -> Any | None:
-    """The operator of the accelerator's own attention that is not in aten; None where there is none."""
+def fused_attention() -> list[Any]:
+    """The operators of the accelerators' own attention that are not in aten, as far as they are here."""
     import torch
 
-    return getattr(torch.ops.npu, "npu_fusion_attention", None)
+    with contextlib.suppress(ImportError):
+        import torch.nn.attention.varlen  # registers its operator
+    names = (("npu", "npu_fusion_attention"), ("torch_attn", "_varlen_attn"))
+    found = (getattr(getattr(torch.ops, space), name, None) for space, name in names)
+    return [packet for packet in found if packet is not None]
+
+
+@functools.cache
+def has_kernel(operator: str, kind: str) -> bool:
+    """Whether a kind of device has its own kernel of an operator ("aten::name"), not a copy to the host."""
+    import torch
+
+    key = torch._C._dispatch_key_for_device(kind)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
 
 
 def ascend_operators(kind: str) -> Any | None:
@@ -190,6 +207,20 @@ def memory(info: DeviceInfo) -> dict[str, int]:
         return {"now": sizes.get("VmRSS", 0), "peak": sizes.get("VmHWM", 0)}
     module = _module(info.kind)
     return {"now": module.memory_allocated(), "peak": module.max_memory_allocated()}
+
+
+def make_deterministic() -> None:
+    """Kernels that give the same bits every time; torch raises where a device has none for an operator.
+
+    Not as a warning: flash attention's backward and cuBLAS are deterministic only where torch is strict.
+    """
+    import torch
+
+    # read when the libraries are first used
+    for name, value in {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "HCCL_DETERMINISTIC": "true"}.items():
+        os.environ.setdefault(name, value)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def set_threads(threads: int | None, local_world: int) -> int:
@@ -222,14 +253,10 @@ def packed_attention(kind: str, dtype: torch.dtype, head_dim: int) -> Any | None
 
 @functools.cache
 def _packed_kernel(kind: str) -> Any | None:
-    import torch
 
     if kind == "npu":
         return _npu_packed if _import_npu() else None
-    key = torch._C._dispatch_key_for_device(kind)
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_flash_attention_forward", key):
-        return None
-    return _flash_packed
+    return _flash_packed if has_kernel("aten::_flash_attention_forward", kind) else None
 
 
 def _flash_packed(query, key, value, cu_seqlens, lengths, longest, causal, scale):

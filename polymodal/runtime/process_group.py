@@ -453,7 +453,7 @@ def start(recipe: Recipe, *, rendezvous: float | None = None, process: ProcessIn
             )
         target = ALONE
     threads = device.set_threads(recipe.device.threads, target.local_world)
-    info = device.find(recipe.device.kind, target.local_rank)
+    info = device.find(recipe.device.kind, target.local_rank, shown_alone=target.launcher == "slurm")
     wait = rendezvous or timeout_seconds("HCCL_CONNECT_TIMEOUT", RENDEZVOUS_SECONDS)
     collective = timeout_seconds("HCCL_EXEC_TIMEOUT", COLLECTIVE_SECONDS)
     global was_started
@@ -462,15 +462,19 @@ def start(recipe: Recipe, *, rendezvous: float | None = None, process: ProcessIn
     return Runtime(target, info, threads)
 
 
-def stop(rt: Runtime) -> None:
-    """Leave the process group and restore the signal handlers. Never waits for another process."""
+def stop(rt: Runtime, failed: bool = False) -> None:
+    """Leave the process group and restore the signal handlers. Never waits for another process.
+
+    failed: this process ends with an error. On an accelerator it stays in its group then, and its end is what
+    the others notice: NCCL and hccl wait for collectives in which the others still are.
+    """
     import torch.distributed as dist
 
     for number, old in rt._old.items():
         signal.signal(number, old)  # type: ignore[arg-type]
     rt._old.clear()
     sys.unraisablehook = sys.__unraisablehook__
-    if dist.is_initialized():
+    if dist.is_initialized() and not (failed and rt.device.kind != "cpu" and rt.world > 1):
         dist.destroy_process_group()
 
 
@@ -502,11 +506,13 @@ def runtime(recipe: Recipe, *, rendezvous: float | None = None) -> Iterator[Runt
     BEFORE the group goes: the other ranks notice only then, so the first error is on record when they fail.
     """
     rt = start(recipe, rendezvous=rendezvous)
+    failed = True
     try:
         with lost_peers(rt.process):
             yield rt
+        failed = False
     except Exception as error:
         write_error_file(error)
         raise
     finally:
-        stop(rt)
+        stop(rt, failed)

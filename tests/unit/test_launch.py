@@ -288,6 +288,31 @@ def test_the_error_of_the_rank_that_failed_first_is_shown(processes):
     assert processes(body) == (2, "", "error: Rank one cannot go on. Do this.\n")
 
 
+@pytest.mark.parametrize("fails", [True, False])
+def test_on_an_accelerator_an_error_ends_the_process_before_its_group(processes, monkeypatch, fails):
+    """NCCL's and hccl's end of a group waits for the collective in which the other ranks are."""
+    simulated = Path(__file__).parent / "simulated"
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(simulated), os.environ.get("PYTHONPATH", "")]))
+    body = f"""
+        import atexit
+        import torch.distributed as dist
+        from polymodal import __main__
+        atexit.register(__main__._end, [2 if {fails} else 0])  # as the command ends
+        dist.destroy_process_group = lambda *_: say(rank, "leaves its group")
+        with joined() as rt:
+            assert rt.device.kind == "npu"
+            if rank == 1 and {fails}:
+                raise PolymodalError('A sample cannot be read.', 'Mend it.')
+            rt.barrier()
+    """
+    code, out, err = processes(body)
+    leavers = {line for line in out.splitlines() if "leaves" in line}
+    if fails:
+        assert (code, leavers) == (2, set()) and "error: A sample cannot be read. Mend it." in err
+    else:
+        assert code == 0 and len(leavers) == 2
+
+
 def test_exit_code_is_kept(processes):
     assert processes("sys.exit(7 if rank else 0)") == (7, "", "")
 

@@ -36,6 +36,21 @@ for kind, rank, words in (("auto", 2, "torch sees 2 of kind npu"), ("cuda", 0, "
     else:
         raise AssertionError(kind)
 """,
+    "srun shows each process its own device": """
+torch.npu.device_count = lambda: 1
+torch.accelerator.device_count = lambda: 1
+assert device.find("auto", 3, shown_alone=True).index == 0
+from polymodal import recipe
+from polymodal.runtime import process_group
+names = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "3", "SLURM_NODEID": "0", "SLURM_JOB_ID": "7",
+         "SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "1"}
+task = process_group.from_environment(environ=names)
+assert task.local_rank == 3 and task.launcher == "slurm"
+joined = []
+process_group._join = lambda process, backend, *_: joined.append(backend)
+rt = process_group.start(recipe.validate({"model": {"source": "x"}}), process=task)
+assert rt.device.index == 0 and joined == ["cpu:gloo,npu:hccl"]
+""",
     "memory": """
 before = device.memory(info)["now"]
 held = torch.zeros(1 << 20, device=info.torch)
