@@ -72,7 +72,9 @@ class Trainer:
         # a group of its own, as checkpoints are written in the background
         self.save_group = dist.new_group(backend="gloo") if rt.world > 1 else None
         self.log_group = self.mesh.log_group if rt.world > 1 else None
-        _set_determinism(recipe)
+        torch.manual_seed(recipe.train.seed)
+        if recipe.train.deterministic:
+            devices.make_deterministic()
 
         self.family = catalog.family(recipe.model)
         self.card = self.family.card
@@ -501,10 +503,3 @@ class Trainer:
 
 def _due(every: int | None, step: int) -> bool:
     return bool(every) and step % every == 0
-
-
-def _set_determinism(recipe: Recipe) -> None:
-    torch.manual_seed(recipe.train.seed)
-    if recipe.train.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False

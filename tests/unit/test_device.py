@@ -143,6 +143,22 @@ def test_a_device_that_is_not_there():
     assert device.find("cpu").torch.type == "cpu" and device.count() == 1
 
 
+def test_deterministic_is_strict(monkeypatch):
+    """As a warning only it changes neither flash attention's backward nor cuBLAS."""
+    import torch
+
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "HCCL_DETERMINISTIC"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    try:
+        device.make_deterministic()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert (os.environ["CUBLAS_WORKSPACE_CONFIG"], os.environ["HCCL_DETERMINISTIC"]) == (":4096:8", "true")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_memory_and_threads():
     import torch
 
