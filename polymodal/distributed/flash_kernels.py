@@ -42,10 +42,8 @@ def _found(kind: str) -> Kernel | None:
         return Kernel(
             functools.partial(_ascend_forward, operators), functools.partial(_ascend_backward, operators)
         )
-    key = torch._C._dispatch_key_for_device(kind)
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_flash_attention_backward", key):
-        return None
-    return Kernel(_flash_forward, _flash_backward)
+    found = device.has_kernel("aten::_flash_attention_backward", kind)
+    return Kernel(_flash_forward, _flash_backward) if found else None
 
 
 @functools.lru_cache(1024)  # the same for every layer of a step

@@ -51,11 +51,11 @@ def balance_loss(sums: Tensor, layers: int) -> Tensor:
 
 @torch.no_grad()
 def expert_choices(router_logits: Sequence[Tensor], experts_per_token: int) -> Tensor:
-    """One [T, E] a layer -> [layers, E] float64: how many tokens chose each expert."""
+    """One [T, E] a layer -> [layers, E] float32 (exact to 2^24): how many tokens chose each expert."""
     logits = torch.stack([layer.reshape(-1, layer.shape[-1]) for layer in router_logits])
     chosen = logits.topk(experts_per_token, dim=-1).indices.flatten(1)
-    counts = logits.new_zeros(len(logits), logits.shape[-1], dtype=torch.float64)
-    return counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float64))
+    counts = logits.new_zeros(len(logits), logits.shape[-1], dtype=torch.float32)
+    return counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float32))
 
 
 def load_figures(choices: Tensor) -> dict[str, float]:

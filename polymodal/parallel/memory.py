@@ -44,7 +44,7 @@ def kept_overloads(keep: Iterable[str] = tuple(OPERATORS)) -> list[Any]:
             space, name = path.split(".")
             packets.append(getattr(getattr(torch.ops, space), name, None))
         if word == "attention":
-            packets.append(device.fused_attention())
+            packets += device.fused_attention()
     return [getattr(packet, each) for packet in packets if packet is not None for each in packet.overloads()]
 
 

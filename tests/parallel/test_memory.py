@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from polymodal.parallel import memory
+from polymodal.runtime import device
 
 
 class Operators(TorchDispatchMode):
@@ -91,6 +93,28 @@ def test_evaluation_is_not_recomputed():
 def test_the_kept_operators_exist():
     names = {overload.overloadpacket.__name__ for overload in memory.kept_overloads()}
     assert {"mm", "addmm", "bmm", ATTENTION} <= names
+
+
+class _Dispatched(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operators: list[Any] = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.operators.append(operator)
+        return operator(*args, **(kwargs or {}))
+
+
+def test_packed_attention_of_cuda_is_among_the_kept_operators():
+    """Which operator the dispatcher sees there, on tensors without data."""
+    with FakeTensorMode(), _Dispatched() as seen:
+        query = torch.empty(12, 4, 64, dtype=torch.bfloat16, device="cuda")
+        ends = torch.empty(3, dtype=torch.int32, device="cuda")
+        for causal, key in ((True, query[:, :2]), (False, query)):
+            out = device._flash_packed(query, key, key, ends, (5, 7), 7, causal, None)
+            assert out.shape == query.shape and out.device.type == "cuda"
+    attention = [operator for operator in seen.operators if operator.namespace == "torch_attn"]
+    assert len(attention) == 2 and set(attention) <= set(memory.kept_overloads(["attention"]))
 
 
 def test_a_copy_on_the_host_is_laid_out_alike():

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from polymodal.models.card import Size
@@ -33,6 +34,20 @@ class Qwen3VL(QwenVL):
 
         text._deepstack_process = add_unless_done
         return model
+
+    def geometry(self, grid: Tensor, device: torch.device) -> dict[str, Any]:
+        from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+        vision = self.config.vision_config
+        side, merge = int(vision.num_position_embeddings**0.5), vision.spatial_merge_size
+        # as Qwen3VLVisionModel.forward calls it
+        taps = get_vision_interpolation_indices_and_weights(grid, side, "bilinear", True, merge)
+        indices, weights = (tensor.to(device, non_blocking=True) for tensor in taps)
+        return {
+            **super().geometry(grid, device),
+            "interp_indices": indices,
+            "interp_weights": weights,
+        }
 
     def vision_weights(self, vision: Any) -> tuple[float, float]:
         merged = vision.hidden_size * vision.spatial_merge_size**2

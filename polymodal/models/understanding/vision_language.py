@@ -23,6 +23,7 @@ from polymodal.models import partial
 from polymodal.models.card import Chain, ModelCard, Output, PrunedModule
 from polymodal.models.family import Family
 from polymodal.models.understanding import language
+from polymodal.runtime import device as devices
 
 TASKS = ("image-text-to-text", "video-text-to-text")
 KEYWORDS = (
@@ -236,9 +237,10 @@ class VisionLanguage(Family):
         if not self.received(stream, batch):
             return hidden + features.sum() * 0.0
         mask = self.media_mask(stream, batch)
-        torch._assert_async(
-            mask.sum() == features.shape[0], "media tokens and media features differ in number"
-        )
+        if devices.has_kernel("aten::_assert_async", mask.device.type):
+            torch._assert_async(
+                mask.sum() == features.shape[0], "media tokens and media features differ in number"
+            )
         return hidden.masked_scatter(mask[..., None], features)
 
     def positions(self, batch: Batch, packed: bool) -> Tensor:
