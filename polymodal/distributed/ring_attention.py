@@ -7,7 +7,7 @@ al. 2023, Ring Attention; Dao 2023, FlashAttention-2, section 3.1).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,39 @@ def _pairs(rows: Tensor, runs: Sequence[int], segments: list[int], values: Tenso
     return zip(targets, values.split([len(target) for target in targets]), strict=True)
 
 
+Places = list[slice]
+
+
+def _filled(query_runs: Sequence[int], key_runs: Sequence[int]) -> tuple[list[list[int]], Places, Places]:
+    """The segments that have queries and keys, as fused kernels want them: their runs of both, and the rows
+    of either that these are, in as few slices as possible."""
+    kept = [min(pair) > 0 for pair in zip(query_runs, key_runs, strict=True)]
+    counts, places = [], []
+    for runs in (query_runs, key_runs):
+        slices: Places = []
+        start = 0
+        for count, keep in zip(runs, kept, strict=True):
+            if keep and slices and slices[-1].stop == start:
+                slices[-1] = slice(slices[-1].start, start + count)
+            elif keep:
+                slices.append(slice(start, start + count))
+            start += count
+        counts.append([count for count, keep in zip(runs, kept, strict=True) if keep])
+        places.append(slices)
+    return counts, places[0], places[1]
+
+
+def _taken(rows: Tensor, places: Places) -> Tensor:
+    return rows[places[0]] if len(places) == 1 else torch.cat([rows[place] for place in places])
+
+
+def _each(total: Tensor, places: Places, part: Tensor, do: Callable[[Tensor, Tensor], Any]) -> None:
+    """Copy or add a part into its places, which are views."""
+    own = part.split([place.stop - place.start for place in places])
+    for place, values in zip(places, own, strict=True):
+        do(total[place], values)
+
+
 @torch.no_grad()
 def forward_block(
     query: Tensor,
@@ -83,11 +116,15 @@ def forward_block(
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     fused = flash_kernels.kernel(query.device.type, query.dtype, query.shape[-1])
-    if fused is not None and all(min(pair) > 0 for pair in zip(query_runs, key_runs, strict=True)):
-        out, lse = fused.forward(query, key, value, query_runs, key_runs, causal, scale)
-        return out.to(wide), lse.to(wide)
     out = query.new_zeros(query.shape, dtype=wide)
     lse = query.new_full(query.shape[:2], float("-inf"), dtype=wide)
+    if fused is not None:
+        runs, rows, of = _filled(query_runs, key_runs)
+        if runs[0]:
+            parts = (_taken(query, rows), _taken(key, of), _taken(value, of))
+            for total, part in zip((out, lse), fused.forward(*parts, *runs, causal, scale), strict=True):
+                _each(total, rows, part, Tensor.copy_)
+        return out, lse
     for queries, keys, segments in _groups(query_runs, key_runs):
         q = _dense(query, query_runs, segments, queries)
         k, v = (_dense(rows, key_runs, segments, keys) for rows in (key, value))
@@ -119,10 +156,15 @@ def backward_block(
     out, lse: of the WHOLE attention of these queries, over all blocks; other arguments as in forward_block.
     """
     fused = flash_kernels.kernel(query.device.type, query.dtype, query.shape[-1])
-    if fused is not None and all(min(pair) > 0 for pair in zip(query_runs, key_runs, strict=True)):
-        parts = fused.backward(grad, query, key, value, out, lse, query_runs, key_runs, causal, scale)
-        for total, part in zip((grad_query, grad_key, grad_value), parts, strict=True):
-            total.add_(part)
+    if fused is not None:
+        counts, rows, of = _filled(query_runs, key_runs)
+        if counts[0]:
+            g, q, o, norm = (_taken(tensor, rows) for tensor in (grad, query, out, lse))
+            k, v = (_taken(tensor, of) for tensor in (key, value))
+            parts = fused.backward(g, q, k, v, o, norm, *counts, causal, scale)
+            targets = ((grad_query, rows), (grad_key, of), (grad_value, of))
+            for (total, where), part in zip(targets, parts, strict=True):
+                _each(total, where, part, Tensor.add_)
         return
     for queries, keys, segments in _groups(query_runs, key_runs):
         g, q, o, norm = (

@@ -63,7 +63,17 @@ def attention_grad(query, key, value, dy, head_num, *, input_layout, atten_mask,
 OPERATORS = SimpleNamespace(npu_fusion_attention=attention, npu_fusion_attention_grad=attention_grad)
 
 
-@pytest.mark.parametrize("causal, queries, keys", [(True, [5, 3, 1], [5, 3, 1]), (False, [5, 3], [2, 7])])
+CASES = [
+    (True, [5, 3, 1], [5, 3, 1]),
+    (False, [5, 3], [2, 7]),
+    (False, [5, 3, 0, 2, 4], [2, 0, 4, 7, 1]),  # a sample that has rows on some ranks only
+    (False, [0, 6], [3, 2]),
+    (False, [0, 6], [3, 0]),
+    (True, [0, 4, 0, 2], [0, 4, 0, 2]),
+]
+
+
+@pytest.mark.parametrize("causal, queries, keys", CASES)
 def test_blocks_by_the_fused_operators_are_those_of_the_cpu(monkeypatch, causal, queries, keys):
     generator = torch.Generator().manual_seed(0)
     shapes = ((sum(queries), 4), (sum(keys), 2), (sum(keys), 2), (sum(queries), 4))
@@ -81,6 +91,8 @@ def test_blocks_by_the_fused_operators_are_those_of_the_cpu(monkeypatch, causal,
         functools.partial(flash_kernels._ascend_backward, OPERATORS),
     )
     monkeypatch.setattr(ring_attention.flash_kernels, "kernel", lambda *_: kernel)
+    for other in ("_forward", "_backward"):  # whole scores, where the kernel is not taken
+        monkeypatch.setattr(ring_attention, other, None)
     for mine, theirs in zip(both(), expected, strict=True):
         torch.testing.assert_close(
             mine, theirs, rtol=1e-5, atol=1e-6
