@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from polymodal.core.tensors import to_device
+
 IGNORE = -100
 """Label of a token without loss."""
 
@@ -124,18 +126,15 @@ class Batch:
     """Media stream -> how its media are assigned to ranks (parallel/media.py); without an entry this rank
     computes its own."""
     host: dict[str, Tensor] = field(default_factory=dict)
-    """Copies on the host of integer tensors that were moved to a device: lengths and sizes are read there,
-    so that nothing waits for the device."""
+    """Tensors on the host that were moved to a device: lengths, sizes and labels are read there, so that
+    nothing waits for the device."""
     streams: tuple[MediaStream, ...] = ()  # that its samples may have
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str) -> Batch:
+        moved = self._each(lambda tensor: to_device(tensor, device))
         after = {**moved.segments, **moved.tensors}
-        host = {
-            name: tensor
-            for name, tensor in {**self.segments, **self.tensors}.items()
-            if not tensor.is_floating_point() and after[name] is not tensor
-        }
+        before = {**self.segments, **self.tensors}
+        host = {name: tensor for name, tensor in before.items() if after[name] is not tensor}
         return replace(moved, host={**host, **self.host})
 
     def pin_memory(self) -> Batch:
@@ -151,8 +150,7 @@ class Batch:
         return replace(self, tensors=tensors, segments=segments)
 
     def on_host(self, name: str) -> Tensor | None:
-        """An integer tensor as it was before it was moved to a device; None when the batch has none of that
-        name."""
+        """A tensor as it was before it was moved to a device; None when the batch has none of that name."""
         tensor = self.host.get(name, self.tensors.get(name))
         return None if tensor is None else tensor.cpu()
 

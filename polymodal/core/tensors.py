@@ -1,4 +1,4 @@
-"""Tensors by name that are read, drawn or computed only when they are asked for; the check of values."""
+"""Tensors by name that are read or computed only when they are asked for; checks of values; copies to a device."""
 
 from __future__ import annotations
 
@@ -43,6 +43,16 @@ def _extremes(tensor: Tensor) -> tuple[float, float]:
         return 0.0, 0.0
     least, most = torch.aminmax(tensor.detach().bfloat16() if tensor.itemsize == 1 else tensor.detach())
     return float(least), float(most)
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A copy on a device that the host does not wait for; on the CPU the tensor itself.
+
+    From page-locked memory: a copy from elsewhere waits for what the device has been given to do.
+    """
+    if tensor.device.type == "cpu" and torch.device(device).type not in ("cpu", "meta"):
+        tensor = tensor if tensor.is_pinned() else tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class LazyTensors(Mapping[str, Tensor]):

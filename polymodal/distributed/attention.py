@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.tensors import to_device
 from polymodal.distributed.context_parallel import PackedShard
 from polymodal.distributed.ring_attention import widened
 from polymodal.runtime import device
@@ -63,7 +64,7 @@ def plan(cu_seqlens: Tensor, host: Tensor | None = None) -> Plan:
 def cumulative(lengths: list[int] | tuple[int, ...], on: torch.device | str = "cpu") -> Tensor:
     """Lengths -> cu_seqlens [S + 1] int32 on a device, its plan already known to the host."""
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    cu_seqlens = ends.to(on, non_blocking=True)
+    cu_seqlens = to_device(ends, on)
     _plans[cu_seqlens] = _plan(tuple(lengths))
     return cu_seqlens
 
@@ -154,6 +155,10 @@ def _kernel(
     if widened(query) and torch.is_grad_enabled():
         query, key, value = query.float(), key.float(), value.float()
     grouped = query.shape[1] != key.shape[1]
+    if grouped and query.device.type != "cpu" and query.dtype not in (torch.float16, torch.bfloat16):
+        # accelerators' fused kernels take float32, or grouped queries, not both: whole scores otherwise
+        key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))
+        grouped = False
     out = scaled_dot_product_attention(
         query, key, value, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
     )

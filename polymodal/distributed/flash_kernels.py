@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polymodal.core.tensors import to_device
 from polymodal.runtime import device
 
 
@@ -49,7 +50,7 @@ def _found(kind: str) -> Kernel | None:
 @functools.lru_cache(1024)  # the same for every layer of a step
 def _starts(runs: tuple[int, ...], on: torch.device) -> Tensor:
     starts = torch.tensor([0, *itertools.accumulate(runs)], dtype=torch.int32)
-    return starts.to(on, non_blocking=True)
+    return to_device(starts, on)
 
 
 def _lengths(query, query_runs, key_runs) -> tuple:

@@ -33,7 +33,7 @@ def router_sums(
     probability = (logits if logits.dtype == torch.float64 else logits.float()).softmax(dim=-1)
     chosen = probability.topk(experts_per_token, dim=-1).indices
     picked = torch.zeros_like(probability).scatter_(2, chosen, 1.0).sum(dim=(0, 1))
-    known = torch.cat([picked, picked.new_tensor([probability.shape[1]])])
+    known = torch.cat([picked, picked.new_full((1,), probability.shape[1])])
     if group is not None:
         dist.all_reduce(known, group=group)
     return torch.stack([known[:-1], probability.sum(dim=(0, 1))]) / known[-1]

@@ -6,6 +6,7 @@ that these attend to, so a key head may go to several ranks (Jacobs et al. 2023,
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from polymodal.core.tensors import to_device
 from polymodal.distributed.sequence_sharding import cut_points
 
 Heads = Sequence[range]
@@ -125,6 +127,11 @@ class _Gather(torch.autograd.Function):
         return _to_heads((grad,), ctx.heads, ctx.rows, ctx.group)[0], None, None, None
 
 
+@functools.lru_cache(64)  # the same for every layer
+def _places(heads: tuple[int, ...], on: torch.device) -> Tensor:
+    return to_device(torch.tensor(heads), on)
+
+
 def scatter_heads(
     query: Tensor, key: Tensor, value: Tensor, rows: Rows, group: Group
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,7 +146,7 @@ def scatter_heads(
     attended = [head * keys // heads - own[0] * keys // heads for head in own]
     even = len(own) % max(1, count) == 0
     if own and not (even and attended == [i // (len(own) // count) for i in range(len(own))]):
-        index = torch.tensor(attended, device=k.device)
+        index = _places(tuple(attended), k.device)
         k, v = k.index_select(2, index), v.index_select(2, index)
     return q, k, v
 

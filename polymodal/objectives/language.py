@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from polymodal.core.sample import IGNORE, Batch
+from polymodal.core.tensors import to_device
 from polymodal.distributed.router_loss import balance_loss, expert_choices, router_sums
 from polymodal.models.card import Output
 from polymodal.models.family import Family
@@ -40,9 +41,8 @@ def token_weights(batch: Batch, weighting: Weighting) -> Tensor:
     if weighting == "per_micro_batch":
         return weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
     lengths = batch.segments["text"].diff()
-    sample = torch.repeat_interleave(
-        torch.arange(len(lengths), device=weights.device), lengths.to(torch.int64)
-    )
+    numbers = torch.arange(len(lengths), device=weights.device)
+    sample = torch.repeat_interleave(numbers, lengths.to(torch.int64), output_size=weights.numel())
     sums = torch.zeros(len(lengths), dtype=weights.dtype, device=weights.device)
     sums.index_add_(0, sample, weights.reshape(-1))
     return weights / sums.clamp_min(torch.finfo(weights.dtype).tiny)[sample].view_as(weights)
@@ -127,11 +127,13 @@ class _HeadLoss(torch.autograd.Function):
                     grad_bias[a:b] += share.to(accumulate).t() @ factor[:, 0]
             if need_hidden:
                 grad_hidden[part] = into_hidden.addcmul_(own, weight[y].to(accumulate))
-            if need_weight:  # summed a label first: many small terms would be lost in a 16-bit sum
-                seen, inverse = y.unique(return_inverse=True)
-                label = torch.zeros(len(seen), h.shape[1], dtype=accumulate, device=h.device)
-                label.index_add_(0, inverse, wide * own)
-                grad_weight.index_add_(0, seen, label.to(sums))
+            if need_weight:
+                # Summed a label first: many small terms would be lost in a 16-bit sum. A label's sum is at
+                # its first place among the sorted ones, its other places are zero: their number is not asked.
+                labels_in_order = y.sort().values
+                label = torch.zeros(h.shape, dtype=accumulate, device=h.device)
+                label.index_add_(0, torch.searchsorted(labels_in_order, y), wide * own)
+                grad_weight.index_add_(0, labels_in_order, label.to(sums))
             if need_bias:
                 grad_bias.index_add_(0, y, own[:, 0])
         if group is not None and need_hidden:
@@ -159,16 +161,21 @@ class _HeadLoss(torch.autograd.Function):
         return *ctx.saved_tensors, None, None, None, None, None
 
 
+def kept_rows(labels: Tensor, weights: Tensor) -> Tensor:
+    """Indices of the rows that have a label and a weight."""
+    return ((labels != IGNORE) & (weights != 0)).nonzero()[:, 0]
+
+
 def head_loss(
-    hidden: Tensor, head: torch.nn.Module, labels: Tensor, weights: Tensor
+    hidden: Tensor, head: torch.nn.Module, labels: Tensor, weights: Tensor, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted negative log-likelihood of labels under softmax(head(hidden)), in chunks of rows.
 
     hidden [T, D] (same on every rank of the head's tensor-parallel group); labels [T] int64 or IGNORE;
-    weights [T]. Rows of weight 0 are not multiplied at all. Returns (sum of weighted losses, losses of kept
-    rows [N] float32 or float64, indices of kept rows [N]).
+    weights [T]; keep [N]: indices of rows with a label and a weight, where they are known. Other rows are not
+    multiplied at all. Returns (sum of weighted losses, losses of kept rows [N] float32 or float64, keep).
     """
-    keep = ((labels != IGNORE) & (weights != 0)).nonzero()[:, 0]
+    keep = kept_rows(labels, weights) if keep is None else keep
     weight, bias = cast(Tensor, head.weight), getattr(head, "bias", None)
     group, offset = None, 0
     if isinstance(weight, DTensor):
@@ -185,7 +192,8 @@ def head_loss(
     rows = max(16, CHUNK_BYTES // max(1, weight.shape[0] * hidden.element_size()))
     if len(keep) == 0:
         # every rank and every parameter still takes part in backward
-        return (hidden[:1].sum() * 0) + weight[:1].sum() * 0, hidden.new_zeros(0), keep
+        parts = [part[:1].sum() * 0 for part in (hidden, weight, bias) if part is not None]
+        return sum(parts[1:], parts[0]), hidden.new_zeros(0), keep
     loss, losses = _HeadLoss.apply(
         hidden[keep], weight, bias, labels[keep], weights[keep], offset, group, rows
     )
@@ -239,9 +247,7 @@ class LanguageObjective:
         """Nothing to draw or to precompute for supervised text."""
         return batches
 
-    def loss(
-        self, output: Output, batch: Batch, inverse: dict[str, float]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, output: Output, batch: Batch, inverse: dict[str, float]) -> tuple[Tensor, dict[str, Any]]:
         """Scaled loss (a scalar, to be summed over ranks and micro-batches) and logs, sums over tokens.
 
         Logs: "loss" the scaled text term; "nll/<modality>" and "tokens/<modality>": sums of unweighted losses
@@ -250,13 +256,19 @@ class LanguageObjective:
         """
         assert output.head is not None
         weights, labels = token_weights(batch, self.weighting).reshape(-1), batch["labels"].reshape(-1)
-        counts, rows = float(weights.sum()) > 0, batch.get("rows")
+        # what is asked of the numbers themselves is asked of their copies on the host: nothing waits for the
+        # device
+        known = {name: cast(Tensor, batch.on_host(name)).reshape(-1) for name in ("labels", "weights")}
+        counts, rows = float(known["weights"].sum()) > 0, batch.on_host("rows")
         if rows is not None:  # this rank's rows of the whole stream
-            weights, labels = weights[rows], labels[rows]
+            weights, labels = weights[batch["rows"]], labels[batch["rows"]]
+            known = {name: values[rows] for name, values in known.items()}
         hidden = output.hidden_states.reshape(-1, output.hidden_states.shape[-1])
-        text, losses, kept = head_loss(hidden, output.head, labels, weights)
+        kept = kept_rows(**known)
+        keep = to_device(kept, hidden.device)
+        text, losses, _ = head_loss(hidden, output.head, labels, weights, keep)
         loss = text * inverse["text"]
-        logs = {"loss": loss.detach()}
+        logs: dict[str, Any] = {"loss": loss.detach()}
         logs.update(_by_modality(batch, losses, kept if rows is None else rows[kept]))
         if self.aux_weight:
             value = self.balance(output, batch)
@@ -277,15 +289,17 @@ class LanguageObjective:
         return balance_loss(sums, layers)
 
 
-def _by_modality(batch: Batch, losses: Tensor, kept: Tensor) -> dict[str, Tensor]:
-    names = batch.groups.get("modality")
-    if not names:
-        return {"nll/text": losses.sum(), "tokens/text": losses.new_tensor(len(losses))}
-    ends = batch.segments["text"][1:].to(torch.int64)
-    sample = torch.bucketize(kept, ends, right=True)
-    logs = {}
-    for name in sorted(set(names)):
-        members = torch.tensor([n == name for n in names], device=losses.device)[sample]
-        logs[f"nll/{name}"] = losses[members].sum()
-        logs[f"tokens/{name}"] = members.sum().to(losses.dtype)
+def _by_modality(batch: Batch, losses: Tensor, kept: Tensor) -> dict[str, Any]:
+    """kept: the rows of the losses in the whole stream, on the host."""
+    names = batch.groups.get("modality") or ("text",)
+    present = sorted(set(names))
+    if len(present) == 1:
+        return {f"nll/{present[0]}": losses.sum(), f"tokens/{present[0]}": float(len(losses))}
+    ends = cast(Tensor, batch.host.get("text", batch.segments["text"]))[1:].to(torch.int64)
+    numbers = torch.tensor([present.index(name) for name in names])
+    own = numbers[torch.bucketize(kept, ends, right=True)]
+    there, logs = to_device(own, losses.device), dict[str, Any]()
+    for number, name in enumerate(present):
+        logs[f"nll/{name}"] = torch.where(there == number, losses, 0).sum()
+        logs[f"tokens/{name}"] = float((own == number).sum())
     return logs

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.tensors import to_device
 from polymodal.distributed import sequence_sharding
 from polymodal.distributed.context_parallel import Context
 from polymodal.distributed.sequence_sharding import cut_points, part_sizes
@@ -135,7 +136,7 @@ class DiTContextParallel:
             if mask.dtype != torch.bool or mask.shape[1:] != (1, 1, start):
                 shape = f"{mask.dtype} {list(mask.shape)}"
                 raise ValueError(f"a cut sequence of {start} rows takes masks of its keys, not {shape}")
-            known = mask[:, 0, 0, torch.tensor(places, device=mask.device)]
+            known = mask[:, 0, 0, to_device(torch.tensor(places), mask.device)]
             self._kept[mask] = known
         return known
 

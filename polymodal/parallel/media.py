@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from polymodal.core.tensors import to_device
 from polymodal.distributed import collectives
 
 Size = tuple[int, ...]
@@ -88,12 +89,12 @@ class MediaAllToAll:
         None when that is empty."""
         if own is None:
             own = torch.zeros(0, *shape, device=device)
-        rows = own[self.rows_order.to(device)]
+        rows = own[to_device(self.rows_order, device)]
         if self.moves:
             received = rows.new_empty(sum(self.rows_received), *shape)
             counts = list(self.rows_received), list(self.rows_sent)
             dist.all_to_all_single(received, rows, *counts, group=self.group)
-            rows = received[self.rows_place.to(device)]
+            rows = received[to_device(self.rows_place, device)]
         return rows if len(self.sizes) else None
 
     def features(self, features: Tensor) -> Tensor:
@@ -103,10 +104,10 @@ class MediaAllToAll:
         A rank without media passes its tower's output for a dummy, any [., D]: it sends none, but is part of
         the graph, so that every rank takes part in the exchange of the backward pass too."""
         features = features[: len(self.features_order)]
-        order = self.features_order.to(features.device)
+        order = to_device(self.features_order, features.device)
         counts = list(self.features_sent), list(self.features_received)
         received = collectives.exchange_rows(features, order, *counts, self.group)
-        return received[self.features_place.to(features.device)]
+        return received[to_device(self.features_place, features.device)]
 
 
 def gather(requests: Sequence[MediaRequest], group: dist.ProcessGroup) -> list[list[MediaRequest]]:

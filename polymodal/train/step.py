@@ -6,6 +6,7 @@ micro-batches is a plain sum and the result does not depend on how the batch was
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -106,17 +107,37 @@ class StepMetrics:
         for key, value in logs.items():
             self.values[key] = self.values[key] + value if key in self.values else value
 
-    def total(self, group: dist.ProcessGroup | None) -> dict[str, float]:
-        numbers = torch.tensor([float(self.values.get(k, 0.0)) for k in self.keys], dtype=torch.float64)
+    def total(self, group: dist.ProcessGroup | None, norm: Tensor | None = None) -> dict[str, float]:
+        """The sums; norm: of the gradients, the same on every rank, becomes "grad_norm". One wait for the
+        device."""
+        mine = self.values.get("choices") if len(self.choices) else None
+        own = [self.values.get(key, 0.0) for key in self.keys]
+        found = _on_host([*own, norm if norm is not None else 0.0, *([] if mine is None else [mine])])
+        numbers = torch.cat(found[: len(own)])
         table = torch.zeros_like(self.choices)
-        mine = self.values.get("choices")
-        if isinstance(mine, Tensor) and len(table):
-            table[-len(mine) :] = mine.cpu()
+        if isinstance(mine, Tensor):
+            table[-len(mine) :] = found[-1].view(mine.shape)
         vector = torch.cat([numbers, table.flatten()])
         if group is not None:
             dist.all_reduce(vector, group=group)
         self.choices = vector[len(numbers) :].view_as(table)
-        return dict(zip(self.keys, vector[: len(numbers)].tolist(), strict=True))
+        alike = {} if norm is None else {"grad_norm": float(found[len(own)])}
+        return dict(zip(self.keys, vector[: len(numbers)].tolist(), strict=True)) | alike
+
+
+def _on_host(values: Sequence[float | Tensor]) -> list[Tensor]:
+    """Each flattened, float64 on the host; what is on a device comes in one copy."""
+    flat = [value.detach().reshape(-1) if isinstance(value, Tensor) else None for value in values]
+    there = [each for each in flat if each is not None and each.device.type != "cpu"]
+    if there:
+        wide = functools.reduce(torch.promote_types, (each.dtype for each in there))
+        whole = torch.cat([each.to(wide) for each in there]).cpu()
+        copied = iter(whole.split([len(each) for each in there]))
+        flat = [next(copied) if each is not None and each.device.type != "cpu" else each for each in flat]
+    return [
+        torch.tensor([value], dtype=torch.float64) if each is None else each.to(torch.float64)
+        for each, value in zip(flat, values, strict=True)
+    ]
 
 
 class Runner:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.core.sample import Batch
+from polymodal.core.tensors import to_device
 from polymodal.models.card import Size
 from polymodal.models.diffusion import Generation, LatentGrid
 from polymodal.models.generation.denoiser_card import denoiser_card
@@ -56,8 +57,8 @@ class Flux2(Generation):
         if self.distilled:
             given["guidance"] = self.guidance(batch, latents)
         words = given["encoder_hidden_states"]
-        given["txt_ids"] = Flux2Pipeline._prepare_text_ids(words).to(latents.device)
-        given["img_ids"] = Flux2Pipeline._prepare_latent_ids(latents).to(latents.device)
+        given["txt_ids"] = to_device(Flux2Pipeline._prepare_text_ids(words), latents.device)
+        given["img_ids"] = to_device(Flux2Pipeline._prepare_latent_ids(latents), latents.device)
         return given
 
     def denoise(self, model: nn.Module, latents: Tensor, timestep: Tensor, batch: Batch) -> Tensor:

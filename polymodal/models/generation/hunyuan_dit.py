@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.core.sample import Batch
+from polymodal.core.tensors import to_device
 from polymodal.models.card import Process, Size
 from polymodal.models.diffusion import discrete_process
 from polymodal.models.generation.denoiser_card import denoiser_card
@@ -53,10 +54,10 @@ class HunyuanDiT(Pictures):
         head = int(self.config["attention_head_dim"])
         rotary = get_2d_rotary_pos_embed(head, crop, size, device=latents.device, output_type="pt")
         # original size, size, corner of the crop: the pipeline's own defaults
-        sizes = torch.tensor([[1024, 1024, height * space, width * space, 0, 0]], device=latents.device)
+        sizes = torch.tensor([[1024, 1024, height * space, width * space, 0, 0]])
         return {
             **super().inputs(model, latents, batch),
-            "image_meta_size": sizes.expand(count, -1).to(latents),
+            "image_meta_size": to_device(sizes.expand(count, -1).to(latents.dtype), latents.device),
             "style": torch.zeros(count, dtype=torch.long, device=latents.device),
             "image_rotary_emb": rotary,
         }

@@ -134,7 +134,7 @@ class LTX2(Generation):
             num_frames=frames,
             height=height,
             width=width,
-            fps=float(rate[0]),
+            fps=float(batch.on_host("frame_rate")[0]),  # type: ignore[index]
             audio_num_frames=length,
             video_coords=coords,
             audio_coords=model.audio_rope.prepare_audio_coords(count, length, latents.device),

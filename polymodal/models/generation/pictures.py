@@ -25,8 +25,8 @@ def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
 
 def positions(height: int, width: int, device: torch.device) -> Tensor:
     """Positions (0, y, x) of a grid of tokens, float32 [height * width, 3]."""
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([torch.zeros_like(y), y, x], dim=-1).reshape(-1, 3).float().to(device)
+    y, x = torch.meshgrid(*(torch.arange(n, device=device) for n in (height, width)), indexing="ij")
+    return torch.stack([torch.zeros_like(y), y, x], dim=-1).reshape(-1, 3).float()
 
 
 def latent_statistics(vae: nn.Module, like: Tensor) -> list[Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polymodal.core.tensors import to_device
 from polymodal.distributed import attention as packed_attention
 from polymodal.models.card import Size
 from polymodal.models.understanding.language import DENSE_PLAN
@@ -26,7 +27,7 @@ class Qwen25VL(QwenVL):
         windows = ends.diff().tolist()
         return {
             **super().geometry(grid, device),
-            "window_index": order.to(device, non_blocking=True),
+            "window_index": to_device(order, device),
             "cu_window_seqlens": packed_attention.cumulative(windows, device),
             "max_window_seqlen": max(windows),
         }

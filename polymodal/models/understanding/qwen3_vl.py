@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polymodal.core.tensors import to_device
 from polymodal.models.card import Size
 from polymodal.models.understanding.language import DENSE_PLAN
 from polymodal.models.understanding.qwen_vl import QwenVL, qwen_vl_card, vision_plan
@@ -24,13 +25,19 @@ class Qwen3VL(QwenVL):
     rope = "Qwen3VLModel"
 
     def build(self) -> nn.Module:
-        """The language model skips levels that an earlier pipeline stage has added (None)."""
+        """The language model skips levels that an earlier pipeline stage has added (None), and adds others by
+        row numbers where they are known: masks are counted on the host, which waits for the device."""
         model: Any = super().build()
         text = model.model.language_model
         add = text._deepstack_process
 
         def add_unless_done(hidden: Tensor, mask: Tensor, level: Tensor | None) -> Tensor:
-            return hidden if level is None else add(hidden, mask, level)
+            if level is None:
+                return hidden
+            rows = self.rows_of.get(mask)
+            if rows is None:
+                return add(hidden, mask, level)
+            return hidden.index_add(1, rows, level.to(hidden.dtype)[None])
 
         text._deepstack_process = add_unless_done
         return model
@@ -42,7 +49,7 @@ class Qwen3VL(QwenVL):
         side, merge = int(vision.num_position_embeddings**0.5), vision.spatial_merge_size
         # as Qwen3VLVisionModel.forward calls it
         taps = get_vision_interpolation_indices_and_weights(grid, side, "bilinear", True, merge)
-        indices, weights = (tensor.to(device, non_blocking=True) for tensor in taps)
+        indices, weights = (to_device(tensor, device) for tensor in taps)
         return {
             **super().geometry(grid, device),
             "interp_indices": indices,

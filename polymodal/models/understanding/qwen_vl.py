@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Batch, MediaStream
+from polymodal.core.tensors import to_device
 from polymodal.distributed import attention as packed_attention
 from polymodal.models.card import Chain, ModelCard, PrunedModule
 from polymodal.models.understanding.language import TEXT_PLAN
@@ -105,6 +107,8 @@ class QwenVL(VisionLanguage):
     media: type[QwenVLMedia] = QwenVLMedia
     rope = ""  # transformers' class that holds get_rope_index
     streams = (VISION,)
+    rows_of = WeakTensorKeyDictionary()
+    """Row numbers of the masks that are given to the language model with deepstack's features."""
     position_rows = 4  # its own count, then time, height, width
 
     def build(self) -> nn.Module:
@@ -168,9 +172,11 @@ class QwenVL(VisionLanguage):
             carried["deepstack"] = levels[done - start :]
         if not self.received(VISION, batch):
             return {}
+        mask = self.media_mask(VISION, batch)
+        self.rows_of[mask] = self.media_rows(VISION, batch)
         # the library adds a level after the block of its number: none for blocks of earlier stages
         return {
-            "visual_pos_masks": self.media_mask(VISION, batch),
+            "visual_pos_masks": mask,
             "deepstack_visual_embeds": [*[None] * start, *levels[: done - start]],
         }
 
@@ -254,7 +260,7 @@ class QwenVL(VisionLanguage):
         merge = self.config.vision_config.spatial_merge_size
         frames = [h * w for t, h, w in grid.tolist() for _ in range(t)]
         return {
-            "position_ids": get_vision_position_ids(grid, merge).to(device, non_blocking=True),
+            "position_ids": to_device(get_vision_position_ids(grid, merge), device),
             "cu_seqlens": packed_attention.cumulative(frames, device),
             "max_seqlen": max(frames),
         }

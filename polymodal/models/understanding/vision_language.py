@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import AXES, IGNORE, Batch, MediaStream, SampleLengths
+from polymodal.core.tensors import to_device
 from polymodal.distributed import attention as packed_attention
 from polymodal.distributed.router_loss import router_sums
 from polymodal.models import partial
 from polymodal.models.card import Chain, ModelCard, Output, PrunedModule
 from polymodal.models.family import Family
 from polymodal.models.understanding import language
-from polymodal.runtime import device as devices
 
 TASKS = ("image-text-to-text", "video-text-to-text")
 KEYWORDS = (
@@ -138,6 +138,13 @@ class VisionLanguage(Family):
         ids = batch["input_ids"]
         return functools.reduce(torch.logical_or, (ids == each for each in self.media_ids(stream)))
 
+    def media_rows(self, stream: MediaStream, batch: Batch) -> Tensor:
+        """The rows of `media_mask`, found on the host: int64 [n] on the batch's device."""
+        ids = batch.on_host("input_ids")
+        assert ids is not None
+        rows = torch.isin(ids[0], torch.tensor(self.media_ids(stream))).nonzero()[:, 0]
+        return to_device(rows, batch["input_ids"].device)
+
     def tower_sizes(self, stream: MediaStream, batch: Batch) -> Tensor | None:
         """Sizes [M, k] of the media that the tower of this rank computes."""
         exchange = batch.media.get(stream.name)
@@ -236,12 +243,10 @@ class VisionLanguage(Family):
         """Token embeddings [1, T, D] with the features of this rank's placeholder tokens."""
         if not self.received(stream, batch):
             return hidden + features.sum() * 0.0
-        mask = self.media_mask(stream, batch)
-        if devices.has_kernel("aten::_assert_async", mask.device.type):
-            torch._assert_async(
-                mask.sum() == features.shape[0], "media tokens and media features differ in number"
-            )
-        return hidden.masked_scatter(mask[..., None], features)
+        rows = self.media_rows(stream, batch)
+        if len(rows) != len(features):
+            raise RuntimeError(f"{len(rows)} media tokens and {len(features)} media features in a batch")
+        return hidden.index_copy(1, rows, features[None])
 
     def positions(self, batch: Batch, packed: bool) -> Tensor:
         """What the language model is given as position_ids; packed: with packed attention."""
@@ -260,7 +265,11 @@ class VisionLanguage(Family):
         if held or not isinstance(head, PrunedModule):
             packed = text.config._attn_implementation == packed_attention.NAME
             arguments: dict[str, Any] = {}
+            mask: Tensor | None = None
             if packed:
+                # With none the library looks for packed samples in the positions, which waits for the
+                # device; one of four dimensions it passes on, and packed attention takes the lengths instead.
+                mask = hidden.new_ones(1, 1, 1, 1, dtype=torch.bool)
                 packed_attention.plan(batch.segments["text"], batch.host.get("text"))
                 arguments["cu_seq_lens_q"] = batch.segments["text"]
             if batch.cut is not None:
@@ -270,7 +279,7 @@ class VisionLanguage(Family):
             out = text(
                 inputs_embeds=hidden,
                 position_ids=self.positions(batch, packed),
-                attention_mask=None,
+                attention_mask=mask,
                 use_cache=False,
                 **arguments,
                 **self.language_arguments(batch, carried, start, done),
