@@ -310,14 +310,13 @@ class Trainer:
         """One optimizer step. Returns whether some rank was asked to stop."""
         # Only dropout is random in a step, by (seed, step, data rank): a resumed run needs no RNG state.
         torch.manual_seed((self.recipe.train.seed * 1_000_003 + step) * 1_009 + self.mesh.dp_rank)
-        total = self._forward_backward(batch)
-        norm = self.model.gradients(self.scaler.scale)
+        norm, total = self._forward_backward(batch)
         lr_factor = optim.learning_rate(self.recipe.optim.schedule, step - 1, self.steps)
-        applied = self._update(step, total["loss"], norm, lr_factor)
+        applied = self._update(step, total, norm, lr_factor)
         self._advance(step, batch, total)
         values = {
             "loss": total["loss"],
-            "grad_norm": float(norm),
+            "grad_norm": total["grad_norm"],
             "lr": lr_factor * self.recipe.optim.lr,
             "skipped": not applied,
         }
@@ -333,8 +332,9 @@ class Trainer:
         inverse = inverse_weights(objective, batches, self.weights_group)
         return self.shard_batches(batches), inverse
 
-    def _forward_backward(self, batch: RankStep) -> dict[str, float]:
-        """Gradients of the step, accumulated into .grad; returns its metrics, summed over ranks."""
+    def _forward_backward(self, batch: RankStep) -> tuple[Tensor, dict[str, float]]:
+        """Gradients of the step, accumulated into .grad; returns their norm, and the step's metrics, summed
+        over ranks."""
         batches, inverse = self._prepare(self.objective, batch)
         tally = StepMetrics(self.objective.parts, STEP_TOTALS, self.family.routers())
         forward_backward(self.model.runner, self.objective, batches, inverse, tally, self.scaler.scale)
@@ -343,12 +343,14 @@ class Trainer:
         stats = batch.stats if counts_here else StepStats()
         counts = (stats.samples, stats.tokens, stats.media, stats.flops, batch.stats.wait_seconds)
         tally.add(dict(zip(STEP_TOTALS, counts, strict=True)))
-        return tally.total(self.log_group) | load_figures(tally.choices)
+        norm = self.model.gradients(self.scaler.scale)
+        total = tally.total(self.log_group, norm)
+        return norm, total | load_figures(tally.choices)
 
-    def _update(self, step: int, loss: float, norm: Tensor, lr_factor: float) -> bool:
+    def _update(self, step: int, total: dict[str, float], norm: Tensor, lr_factor: float) -> bool:
         """Clip and apply the gradients, unless the guard skips them; whether they were applied."""
-        applied, why = self.guard.accept(step, loss, float(norm))
-        self.scaler.update(math.isfinite(float(norm)))
+        applied, why = self.guard.accept(step, total["loss"], total["grad_norm"])
+        self.scaler.update(math.isfinite(total["grad_norm"]))
         if applied:
             if self.recipe.optim.clip_norm:
                 self.model.clip(norm, self.recipe.optim.clip_norm)
