@@ -6,6 +6,7 @@ sequence parallelism's) stay outside of what is recomputed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any, Literal
@@ -66,7 +67,8 @@ def recompute(
         extra["context_fn"] = partial(create_selective_checkpoint_contexts, kept_overloads(keep))
         # torch's own policies for the host recompute instead (2.14); so what is kept goes through offload's
         # hooks
-        extra["respect_saved_tensors_hooks"] = offload
+        if "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters:
+            extra["respect_saved_tensors_hooks"] = offload
     for block in blocks:
         block.forward = _recomputed(block, block.forward, extra)
 

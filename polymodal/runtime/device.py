@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 import os
 from collections.abc import Iterator
@@ -85,6 +86,11 @@ def find(kind: str = "auto", local_rank: int = 0, shown_alone: bool = False) -> 
     import torch
 
     present = _accelerator() or "cpu"
+    if kind == "auto" and present == "cpu" and (unseen := driver_unseen()):
+        hint = (
+            "Install a torch for this driver, or a driver for this torch; device.kind: cpu trains on the CPU."
+        )
+        raise PolymodalError(f"{unseen}.", hint)
     kind = present if kind == "auto" else kind
     if kind == "cpu":
         return DeviceInfo("cpu", 0, BACKENDS["cpu"])
@@ -102,6 +108,25 @@ def find(kind: str = "auto", local_rank: int = 0, shown_alone: bool = False) -> 
         )
     _module(kind).set_device(index)
     return DeviceInfo(kind, index, BACKENDS.get(kind, "gloo"))
+
+
+DRIVERS = {"/dev/nvidiactl": "CUDA_VISIBLE_DEVICES", "/dev/davinci_manager": "ASCEND_RT_VISIBLE_DEVICES"}
+"""What a maker's driver makes on a machine with devices, and the variable that hides them."""
+
+
+def driver_unseen() -> str:
+    """What is wrong where a driver is loaded and torch sees no device, "" where nothing is.
+
+    A driver too old for torch's CUDA looks like that, as do a torch for the CPU and CANN that is not sourced.
+    """
+    import torch
+
+    for file, variable in DRIVERS.items():
+        if os.path.exists(file) and os.environ.get(variable) not in ("", "-1", "NoDevFiles"):
+            version = torch.version.cuda
+            built = f"built for CUDA {version}" if version else "built without CUDA"
+            return f"A driver is loaded ({file}), but torch {torch.__version__} ({built}) sees no device"
+    return ""
 
 
 def count(kind: str = "auto") -> int:
@@ -151,6 +176,9 @@ def survey() -> Iterator[tuple[str, str, str, str]]:
         )
     kind = _accelerator()
     if kind is None:
+        if unseen := driver_unseen():
+            yield "accelerator", "fail", unseen, "See that driver, torch and its CUDA or CANN fit together."
+            return
         verdict = "ok" if cann.toolkit is None else "warn"
         yield "accelerator", verdict, "none: training runs on the CPU", ""
         return
@@ -209,6 +237,12 @@ def memory(info: DeviceInfo) -> dict[str, int]:
     return {"now": module.memory_allocated(), "peak": module.max_memory_allocated()}
 
 
+def empty_cache(kind: str) -> None:
+    """Give the allocator's free blocks back to a kind of device."""
+    if kind != "cpu":
+        _module(kind).empty_cache()
+
+
 def make_deterministic() -> None:
     """Kernels that give the same bits every time; torch raises where a device has none for an operator.
 
@@ -256,7 +290,17 @@ def _packed_kernel(kind: str) -> Any | None:
 
     if kind == "npu":
         return _npu_packed if _import_npu() else None
-    return _flash_packed if has_kernel("aten::_flash_attention_forward", kind) else None
+    flash = has_kernel("aten::_flash_attention_forward", kind) and _varlen_is_whole()
+    return _flash_packed if flash else None
+
+
+def _varlen_is_whole() -> bool:
+    """Whether this torch's varlen_attn takes all that we ask of it (from 2.12 on)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
 
 
 def _flash_packed(query, key, value, cu_seqlens, lengths, longest, causal, scale):
@@ -268,14 +312,27 @@ def _flash_packed(query, key, value, cu_seqlens, lengths, longest, causal, scale
     return varlen_attn(query, key, value, *ends, scale=scale, window_size=window, enable_gqa=grouped)
 
 
+SEGMENTS = 1024
+"""Segments in one call of Ascend's attention; its manual allows about 2,000 lengths (a long video has more
+windows)."""
+
+
 def _npu_packed(query, key, value, cu_seqlens, lengths, longest, causal, scale):
     """Ascend's fused attention in its TND layout; it wants the ends of the segments on the host.
 
     Arguments as in the Ascend manual of npu_fusion_attention (sparse mode 3: causal, aligned at the lower
     right, with the compressed 2048 x 2048 mask). Not run here: no such device.
     """
+    import torch
     from torch_npu import npu_fusion_attention
 
+    if len(lengths) > SEGMENTS:
+        groups = [lengths[at : at + SEGMENTS] for at in range(0, len(lengths), SEGMENTS)]
+        parts = zip(
+            *(rows.split([sum(each) for each in groups]) for rows in (query, key, value)), strict=True
+        )
+        each = zip(parts, groups, strict=True)
+        return torch.cat([_npu_packed(*rows, None, own, longest, causal, scale) for rows, own in each])
     ends = list(itertools.accumulate(lengths))
     return npu_fusion_attention(
         query,

@@ -16,9 +16,17 @@ from polymodal.core.text import did_you_mean
 if TYPE_CHECKING:
     from polymodal import recipe
 
-DEFAULTS = {"THP_MEM_ALLOC_ENABLE": "1"}
+EXPANDABLE = "expandable_segments:True"
+DEFAULTS = {
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "PYTORCH_CUDA_ALLOC_CONF": EXPANDABLE,
+    "PYTORCH_NPU_ALLOC_CONF": EXPANDABLE,
+    "HCCL_CONNECT_TIMEOUT": "900",
+}
 """Set unless the recipe or the shell sets them. Large pages: without them a training step on a CPU spends a
-fifth of its time on page faults (logits, gradients and activations are allocated in every micro-batch)."""
+fifth of its time on page faults (logits, gradients and activations are allocated in every micro-batch).
+Segments of an accelerator's memory that grow: packs of different lengths otherwise leave holes in it. hccl's
+own 120 s for the first collective are less than ranks may differ in reading a checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from polymodal.core.sample import Batch
+from polymodal.core.tensors import to_device
 from polymodal.distributed.mesh import Mesh
 from polymodal.models import library, pipeline_index, pipelines
+from polymodal.runtime import device as devices
 
 
 def shard(model: PreTrainedModel, mesh: Mesh) -> None:
@@ -54,15 +56,18 @@ class Encoders:
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
-        """Offloaded encoders are on the device while inside."""
+        """Offloaded encoders are on the device while inside; their memory is given back behind them, and
+        training's blocks that are free before."""
         if self.placement != "offload":
             yield
             return
+        devices.empty_cache(self.device.type)
         self.pipeline.to(self.device)
         try:
             yield
         finally:
             self.pipeline.to("cpu")
+            devices.empty_cache(self.device.type)
 
     @torch.no_grad()
     def media(
@@ -85,11 +90,11 @@ class Encoders:
         return {name: t if t.ndim == 1 else t.to(self.dtype) for name, t in joined.items()}
 
     def _condition(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device) if tensor.is_floating_point() else self._normalized(tensor)
+        return to_device(tensor, self.device) if tensor.is_floating_point() else self._normalized(tensor)
 
     def _normalized(self, pixels: Tensor) -> Tensor:
         """uint8 [B, F, H, W, 3] -> [B, 3, F, H, W] in -1..1 on the device."""
-        return pixels.to(self.device).permute(0, 4, 1, 2, 3).to(self.dtype) / 127.5 - 1
+        return to_device(pixels, self.device).permute(0, 4, 1, 2, 3).to(self.dtype) / 127.5 - 1
 
     @torch.no_grad()
     def text(self, captions: list[str], pixels: Tensor | None = None) -> dict[str, Tensor]:

@@ -122,6 +122,9 @@ class Sampler:
         folder.mkdir(parents=True, exist_ok=True)
         if self.encoders is None:
             self.encoders = Encoders(self.family, self.dtype, self.device, "offload")
+        vae = getattr(self.encoders.pipeline, "vae", None)
+        if self.device.type != "cpu" and hasattr(vae, "enable_tiling"):
+            vae.enable_tiling()  # a clip decoded whole takes tens of GB beside the training state
         with self.encoders.on_device():
             self._sample(self.encoders.pipeline, folder)
         if dist.is_initialized() and dist.get_world_size() > 1:

@@ -38,11 +38,12 @@ def test_documented_values_are_set(name, value, written):
 
 
 def test_what_the_shell_sets_stays_where_the_recipe_does_not():
-    environ = {"THP_MEM_ALLOC_ENABLE": "0"}
+    own = {"THP_MEM_ALLOC_ENABLE": "0", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}
+    environ = dict(own)
     environment.apply(recipe.Device(), environ)
-    assert environ == {"THP_MEM_ALLOC_ENABLE": "0"}
+    assert environ == environment.DEFAULTS | own
     environment.apply(recipe.Device(env={"THP_MEM_ALLOC_ENABLE": True}), environ)
-    assert environ == {"THP_MEM_ALLOC_ENABLE": "1"}
+    assert environ == environment.DEFAULTS | own | {"THP_MEM_ALLOC_ENABLE": "1"}
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,35 @@ def test_a_device_that_is_not_there():
     assert device.find("cpu").torch.type == "cpu" and device.count() == 1
 
 
+def test_a_driver_whose_devices_torch_does_not_see_is_no_cpu(tmp_path, monkeypatch):
+    """Else `auto` would train on the CPU without a word."""
+    if device.find("cpu") and device._accelerator() is not None:
+        pytest.skip("has an accelerator")
+    file = tmp_path / "nvidiactl"
+    monkeypatch.setattr(device, "DRIVERS", {str(file): "CUDA_VISIBLE_DEVICES"})
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert device.find("auto").kind == "cpu"
+    file.touch()
+    with pytest.raises(
+        PolymodalError, match=r"A driver is loaded .*nvidiactl.*sees no device.*device.kind: cpu"
+    ):
+        device.find("auto")
+    rows = {row[0]: row for row in device.survey()}
+    assert rows["accelerator"][1] == "fail" and "sees no device" in rows["accelerator"][2]
+    assert device.find("cpu").kind == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    assert device.find("auto").kind == "cpu"
+
+
+def test_an_older_torch_has_no_packed_kernel(monkeypatch):
+    """Its varlen_attn takes fewer arguments: attention then goes by lengths."""
+    import torch.nn.attention.varlen as varlen
+
+    assert device._varlen_is_whole()
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, a, b, c, d, is_causal=False: None)
+    assert not device._varlen_is_whole()
+
+
 def test_deterministic_is_strict(monkeypatch):
     """As a warning only it changes neither flash attention's backward nor cuBLAS."""
     import torch
@@ -154,9 +184,32 @@ def test_deterministic_is_strict(monkeypatch):
         device.make_deterministic()
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
-        assert (os.environ["CUBLAS_WORKSPACE_CONFIG"], os.environ["HCCL_DETERMINISTIC"]) == (":4096:8", "true")
+        assert (os.environ["CUBLAS_WORKSPACE_CONFIG"], os.environ["HCCL_DETERMINISTIC"]) == (
+            ":4096:8",
+            "true",
+        )
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_grouped_queries_of_float32_take_a_fused_kernel_on_accelerators(monkeypatch):
+    import torch
+
+    from polymodal.distributed import attention
+
+    asked = []
+    monkeypatch.setattr(
+        attention,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **options: asked.append((k.shape[1], options["enable_gqa"])) or q,
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k = (torch.empty(2, heads, 5, 8, dtype=dtype, device="meta") for heads in (4, 2))
+        attention._kernel(q, k, k, True, None, 0.0)
+    attention._kernel(
+        torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 5, 8), torch.zeros(2, 2, 5, 8), True, None, 0.0
+    )
+    assert asked == [(4, False), (2, True), (2, True)]
 
 
 def test_memory_and_threads():
