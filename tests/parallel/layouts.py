@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -142,8 +142,18 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps: int) -> Result:
-    """Loss and gradients of the global batch, then `steps` AdamW steps on it, in this world."""
+def measure(
+    directory: str,
+    layout: Layout,
+    dtype: torch.dtype,
+    rank: int,
+    steps: int,
+    device: str = "cpu",
+    around: Sequence[Callable[[], None]] = (),
+) -> Result:
+    """Loss and gradients of the global batch, then `steps` AdamW steps on it, in this world. around: called before
+    and after the first forward and backward."""
+    where = torch.device(device)
     warnings.simplefilter("ignore")
     world = dist.get_world_size() if dist.is_initialized() else 1
     recipe = Recipe(
@@ -169,8 +179,8 @@ def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps
         empty = dits.filler(data[0])
         objective = dits.objective(family)
     if world > 1 or layout.world > 1 or layout.precision != "fp32" or layout.parallel:
-        mesh = Mesh(ParallelSizes.of(recipe.parallel, world), "cpu", rank)
-        model = ParallelModel(make, family, mesh, recipe, torch.device("cpu"))
+        mesh = Mesh(ParallelSizes.of(recipe.parallel, world), where.type, rank)
+        model = ParallelModel(make, family, mesh, recipe, where)
         while len(data) % mesh.sizes.dp:  # equal work a rank, as the schedule gives it
             data.append(empty)
         mine = [seen(batch, model.first) for batch in data[mesh.dp_rank :: mesh.sizes.dp]]
@@ -184,10 +194,10 @@ def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps
         plain = make()
         bind(plain, family)
         parts, names = [plain], tuple(name for name, _ in plain.named_parameters())
-        runner = Runner(plain, torch.device("cpu"))
+        runner = Runner(plain, where)
 
     def load(part: nn.Module) -> None:
-        weights.load(part, family)
+        weights.load(part, family, device=where)
         draw_adapters(part)
 
     if model is not None:
@@ -213,7 +223,11 @@ def measure(directory: str, layout: Layout, dtype: torch.dtype, rank: int, steps
         return total, norm
 
     with float64() if dtype == torch.float64 else contextlib.nullcontext():
+        for call in around[:1]:
+            call()
         loss, norm = step()
+        for call in around[1:]:
+            call()
         gradients = {name: whole(p.grad) for name, p in owned.items() if p.grad is not None}
         first = float(norm)
         optimizer = torch.optim.AdamW(trainable.values(), lr=1e-3, foreach=False) if trainable else None

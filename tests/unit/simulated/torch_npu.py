@@ -2,20 +2,78 @@
 
 Importing it does what importing the real one does: it renames PrivateUse1, gives torch its `torch.npu` module and
 registers hccl. A tensor here is a wrapper around a CPU tensor; every operator unwraps, runs there, and wraps again.
-Needs torch's experimental Python backend for PrivateUse1. Nothing of CANN is simulated.
+It is strict: an operator that mixes tensors of the device with CPU tensors (but for numbers) raises, as on hardware.
+`counts` has where the host waited for the device, and the copies to it, also those that an accelerator cannot do
+beside its work. Needs torch's experimental Python backend for PrivateUse1. Nothing of CANN is simulated.
 """
 
+import collections
+import sys
 import types
 import weakref
 
 import torch
 import torch.distributed as dist
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICES = 2
 generators = [torch.Generator().manual_seed(i) for i in range(DEVICES)]
 state = {"device": 0, "now": 0, "peak": 0, "synchronized": 0}
+counts = {kind: collections.Counter() for kind in ("operators", "waits", "copies", "unpinned")}
+"""Of operators by name; of waits, copies to the device, and those of them from pageable memory: by operator and
+the line that called it, "" in a backward pass."""
+pinned = []
+
+COPIES = ("copy_", "_to_copy")
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero")
+"""Operators whose result's size or value the host needs."""
+
+
+def caller():
+    """The line outside torch that led here."""
+    frame = sys._getframe(2)
+    while frame is not None and ("/torch/" in (name := frame.f_code.co_filename) or name == __file__):
+        frame = frame.f_back
+    return "" if frame is None else f"{'/'.join(frame.f_code.co_filename.split('/')[-2:])}:{frame.f_lineno}"
+
+
+def check(operator, args, kwargs):
+    """Raise for tensors of two devices; count what waits and what is copied."""
+    name = operator.overloadpacket.__name__
+    counts["operators"][name] += 1
+    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+    host = [each for each in tensors if not isinstance(each, Tensor)]
+    if name in COPIES:
+        to_host = isinstance(args[0], torch.Tensor) and not isinstance(args[0], Tensor)
+        to_host = to_host if name == "copy_" else "cpu" in str(kwargs.get("device"))
+        if to_host:
+            counts["waits"][name, caller()] += 1
+        elif host:
+            counts["copies"][name, caller()] += 1
+            source = host[-1]
+            if not source.is_pinned():
+                counts["unpinned"][name, caller()] += 1
+        return
+    if any(each.ndim for each in host):
+        found = ", ".join(f"{each.device.type}{list(each.shape)}" for each in tensors)
+        raise RuntimeError(f"{operator}: Expected all tensors to be on the same device, but found {found}")
+    masked = name in ("index", "index_put", "index_put_") and any(
+        each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1]
+    )
+    if masked or name in WAITS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
+        counts["waits"][name, caller()] += 1
+
+
+def pin_memory(tensor, device=None):
+    copy = tensor.clone()
+    pinned.append(copy)  # alive, so that its address is of no other tensor
+    return copy
+
+
+def is_pinned(tensor, device=None):
+    at = tensor.data_ptr()
+    return any(copy.data_ptr() <= at <= copy.data_ptr() + copy.nbytes for copy in pinned)
 
 
 class Tensor(torch.Tensor):
@@ -24,7 +82,12 @@ class Tensor(torch.Tensor):
     @staticmethod
     def __new__(cls, raw):
         made = torch.Tensor._make_wrapper_subclass(
-            cls, raw.shape, strides=raw.stride(), dtype=raw.dtype, device=f"npu:{state['device']}"
+            cls,
+            raw.shape,
+            strides=raw.stride(),
+            storage_offset=raw.storage_offset(),
+            dtype=raw.dtype,
+            device=f"npu:{state['device']}",
         )
         made.raw = raw
         state["now"] += raw.nbytes
@@ -52,13 +115,20 @@ class Tensor(torch.Tensor):
                 return value
             return inputs[id(value)] if id(value) in inputs else Tensor(value)
 
+        check(operator, args, kwargs)
         if target is not None:
             kwargs["device"] = "cpu"
+        if operator.overloadpacket is torch.ops.aten.histc and not args[0].is_floating_point():
+            args = (args[0].float(), *args[1:])  # torch's CPU kernel is for floating point only
         with torch._C._DisableTorchDispatch():
             out = operator(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
         if target is not None and torch.device(target).type == "cpu":
             return out
         return tree_map(wrap, out)
+
+    def tolist(self):
+        counts["waits"]["tolist", caller()] += 1
+        return self.raw.tolist()
 
     def __repr__(self):
         return f"npu({self.raw!r})"
@@ -74,6 +144,24 @@ def empty(size, dtype=None, **_):
 
 def empty_strided(size, stride, dtype=None, **_):
     return Tensor(torch.empty_strided(size, stride, dtype=dtype))
+
+
+def factory(operator):
+    """torch makes these empty and lets the kernel resize them, which a wrapper cannot follow."""
+
+    def make(*args, device=None, pin_memory=None, **kwargs):
+        return Tensor(operator(*args, device="cpu", **kwargs))
+
+    return make
+
+
+def copy_from(source, target, non_blocking=False):
+    """What is left of copy_ where no tensor's own dispatch is asked, as in torch.tensor(.., device=)."""
+    check(torch.ops.aten.copy_.default, (target, source), {})
+    a, b = (each.raw if isinstance(each, Tensor) else each for each in (source, target))
+    with torch._C._DisableTorchDispatch():
+        b.copy_(a)
+    return target
 
 
 def npu_fusion_attention(
@@ -144,10 +232,18 @@ backend_registration._setup_privateuseone_for_python_backend("npu", backend_modu
 _library = torch.library.Library("aten", "IMPL")
 _library.impl("empty.memory_format", empty, "PrivateUse1")
 _library.impl("empty_strided", empty_strided, "PrivateUse1")
+_library.impl("_copy_from", copy_from, "PrivateUse1")
+for name in ("arange.start_step", "arange.start", "arange", "linspace", "eye", "randperm"):
+    packet, _, overload = name.partition(".")
+    _library.impl(
+        name, factory(getattr(getattr(torch.ops.aten, packet), overload or "default")), "PrivateUse1"
+    )
 
 
 def _hccl(store, rank, size, timeout):
     return dist.ProcessGroupGloo(store, rank, size, timeout)
 
 
+torch.Tensor.pin_memory = pin_memory
+torch.Tensor.is_pinned = is_pinned
 dist.Backend.register_backend("hccl", _hccl, devices=["npu"])
