@@ -81,6 +81,7 @@ class Tensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, raw):
+        raw = raw.resolve_conj().resolve_neg()  # bits of the raw tensor, which a wrapper does not have
         made = torch.Tensor._make_wrapper_subclass(
             cls,
             raw.shape,
