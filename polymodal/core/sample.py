@@ -29,13 +29,41 @@ class Media:
     source: str | bytes | tuple[str, ...]
 
 
+class Control(str):
+    """Text that the program itself writes: special tokens in it are tokens, elsewhere they are words."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box (x1, y1, x2, y2) or a point (x, y) of a picture, as a row gives it.
+
+    scale: the picture's width and height in these coordinates (1, 1000), None: pixels, upright.
+    """
+
+    values: tuple[float, ...]
+    picture: Media
+    scale: float | None = None
+    label: str | None = None
+    at: str = ""  # "objects.bbox[3]": for errors
+
+
+@dataclass(frozen=True)
+class Located:
+    """A place in a text for a box, a label, or the list of a row's objects, until it is known how the model
+    writes them (data/boxes.py)."""
+
+    kind: Literal["bbox", "ref-object", "objects"]
+    boxes: tuple[Box, ...] = ()
+    label: str = ""
+
+
 @dataclass(frozen=True)
 class Message:
     """One turn. `content` holds the text with each medium as its position in `Record.media`, in reading
     order."""
 
     role: Literal["system", "user", "assistant", "tool"]
-    content: tuple[str | Media, ...]
+    content: tuple[str | Media | Located, ...]
     weight: float | None = None  # None: by data.train_on; 0: never; else the weight of its tokens
     tool_calls: tuple[dict, ...] = ()
     reasoning: str | None = None
@@ -54,6 +82,11 @@ class Record:
     @property
     def media(self) -> tuple[Media, ...]:
         return tuple(part for m in self.messages for part in m.content if isinstance(part, Media))
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        parts = (p for m in self.messages for p in m.content if isinstance(p, Located))
+        return tuple(box for part in parts for box in part.boxes)
 
 
 @dataclass(frozen=True)
@@ -292,9 +325,13 @@ class MediaProcessor(Protocol):
 
     tokenizer: Any  # a transformers fast tokenizer
     streams: tuple[MediaStream, ...]
+    boxes: Any  # how it writes boxes (data/boxes.py: BoxFormat); None: not known
     rows: int  # rows of position_ids (4 with mRoPE, else 1)
     frame_multiple: int  # sampled video frames are a multiple of this (frames a temporal patch joins)
     sample_rate: int  # of sound, in Hz; 0: the model does not take sound
+
+    def picture_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels of a picture of this size when the model sees it."""
 
     def placeholder(self, kind: str) -> str:
         """Text that the chat is rendered with where a medium stands, e.g.

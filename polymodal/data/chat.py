@@ -33,6 +33,7 @@ from polymodal.core.sample import (
 )
 from polymodal.data import audio
 from polymodal.data import media as decoders
+from polymodal.data.boxes import BoxWriter
 from polymodal.data.counting import WordCounter
 from polymodal.data.template import Layout, Template, joined
 from polymodal.recipe import Data
@@ -95,6 +96,7 @@ class ChatProcessor:
             media, _read_template(data.chat_template), data.template_kwargs, data.special_tokens
         )
         self.counter = WordCounter(backend)
+        self.boxes = BoxWriter(media.boxes, media.picture_size)
         self.streams = media.streams
         self._begin = _automatic_begin(media.tokenizer)
         self._spans: dict[MediaShape, Span] = {}
@@ -118,6 +120,7 @@ class ChatProcessor:
         state = [VERSION, template.text, template.kwargs, template.marks, self.train_on, self.special_tokens]
         state += [self.media.frame_multiple, spans, self.video.model_dump()]
         state += [getattr(self.media, "settings", None), str(tokenizer.eos_token), self._begin]
+        state += [repr(self.boxes.form)]
         digest = hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode())
         digest.update(self.backend.to_str().encode())
         return digest.hexdigest()
@@ -163,6 +166,7 @@ class ChatProcessor:
     def _prepare(self, record: Record, prompt: bool = False) -> _Prepared:
         """Rendered, with the headers of its media read; prompt: up to where the model answers, nothing
         trained."""
+        record = self.boxes.record(record)
         weights = {} if prompt else self._weights(record)
         if prompt and not record.plain:
             layout = self.template.prompt(record)
@@ -425,6 +429,7 @@ class ChatProcessor:
         """
         if self._counts([record])[0] <= self.max_length:
             return [record]
+        record = self.boxes.record(record)
         if record.plain:
             return self._plain_pieces(record)
         head = [m for m in record.messages if m.role == "system"]

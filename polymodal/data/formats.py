@@ -19,6 +19,7 @@ from typing import Any
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Message, Record
+from polymodal.data import box_columns
 from polymodal.data.captions import caption_record, is_caption_row
 from polymodal.data.files import AUDIO
 from polymodal.data.references import KINDS, Kind, References, first, listed, member_named, row_members
@@ -28,7 +29,17 @@ MESSAGES = ("messages", "conversations")
 PROMPTS = ("instruction", "prompt", "query", "question")
 ANSWERS = ("output", "response", "completion", "answer")
 TRANSCRIPTS = ("text", "sentence", "transcription", "transcript")
-TEXT_COLUMNS = (*MESSAGES, "tools", "prompt", "completion", "history", "images", "videos", "audios")
+TEXT_COLUMNS = (
+    *MESSAGES,
+    "tools",
+    "prompt",
+    "completion",
+    "history",
+    "images",
+    "videos",
+    "audios",
+    "objects",
+)
 """Columns that hold no media under a name that is not known."""
 ROLES = {
     "system": ("system", "developer"),
@@ -84,6 +95,7 @@ class RowReader:
         turns = {"chat": self._chat, "alpaca": self._alpaca, "text": self._plain}[kind](row)
         plain = kind == "text"
         self._place_media(turns, row, plain)
+        box_columns.place(turns, row, self.attr)
         messages = tuple(
             Message(
                 t["role"], tuple(t["parts"]), t.get("weight"), t.get("tool_calls", ()), t.get("reasoning")

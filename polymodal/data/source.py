@@ -23,6 +23,8 @@ from polymodal.data.formats import RowReader
 from polymodal.data.own_reader import OwnRows
 from polymodal.recipe import Attr, Dataset
 
+LATER = ("objects", "bbox_format", "bbox_type")  # keys of Attr that fingerprints hold only where they are set
+
 
 @dataclass(frozen=True)
 class Part:
@@ -226,7 +228,8 @@ def open_corpus(datasets: Sequence[Dataset], attr: Attr | None = None, key: str 
             )
         names = _merged(dataset.attr, attr or Attr())
         digest = hashlib.blake2b(digest_size=16)
-        settings = [dataset.format, names.model_dump(), dataset.media_dir]
+        unset = {key for key in LATER if getattr(names, key) is None}
+        settings = [dataset.format, names.model_dump(exclude=unset), dataset.media_dir]
         digest.update(json.dumps(settings, sort_keys=True).encode())
         stop, limit = start, dataset.max_samples or 1 << 62
         for rows, folder in _opened(dataset, names, f"{at}.path"):

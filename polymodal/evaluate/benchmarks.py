@@ -22,8 +22,9 @@ from typing import Any, Literal
 import yaml
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Message
+from polymodal.core.sample import Box, Message, Record
 from polymodal.core.text import nearest
+from polymodal.data.box_columns import COLUMNS, MARK
 from polymodal.data.files import Delimited, open_rows
 from polymodal.data.formats import RowReader
 from polymodal.evaluate.metrics import as_list
@@ -161,7 +162,7 @@ class Questions(Sequence[Question]):
         row, where = self.texts[i], self.rows.where(i)
         groups = {k: str(row[k]) for k in ("category", "split") if row.get(k) not in (None, "")}
         if _is_conversation(row):
-            turns, answer = _split_answer(row, where)
+            turns, answer = _split_answer(_turns(row, where))
             asked = [t for t in turns if t.get("role", t.get("from")) in ("user", "human")]
             text = _text_of(asked[-1]) if asked else ""
             expected: tuple[str, ...] = (answer,) if answer else ()
@@ -172,9 +173,35 @@ class Questions(Sequence[Question]):
 
     def __getitem__(self, i: int) -> Question:  # type: ignore[override]
         """Raises PolymodalError with the file and the line when the row's media cannot be had."""
+        key, record = self.key(i), self._record(i)
+        if record.tools:
+            raise PolymodalError(
+                f"{key.where}: questions with tools are not evaluated.", "Leave out the column `tools`."
+            )
+        return replace(key, messages=record.messages[:-1] if _answered(record) else record.messages)
+
+    def boxes(self, i: int) -> tuple[Box, ...]:
+        """Boxes that the answer to a question is expected to hold. Raises PolymodalError."""
+        record = self._record(i)
+        return replace(record, messages=record.messages[-1:]).boxes if _answered(record) else ()
+
+    @property
+    def of_boxes(self) -> bool:
+        """Whether the answer to the first question is declared as boxes."""
+        row = self.texts[0]
+        if _is_conversation(row):
+            return (
+                _box_column(row) is not None
+                and "<" in _split_answer(_turns(row, ""))[1]
+                and bool(self.boxes(0))
+            )
+        return _box_column(row) is not None and not _expected(row, self.benchmark.lists)
+
+    def _record(self, i: int) -> Record:
+        """A question with its answer, where it is a conversation or boxes."""
         row, key = self.rows[i], self.key(i)
         if _is_conversation(row):
-            turns, _ = _split_answer(row, key.where)
+            turns = _turns(row, key.where)
             row = {**row, "messages" if row.get("messages") else "conversations": turns}
             pictures = [_encoded(value) for value in _media(row, "image")]
             if pictures:
@@ -182,13 +209,12 @@ class Questions(Sequence[Question]):
         else:
             prompt = self._prompt(row, key)
             content = place_media(prompt, self._pictures(row, i), _media(row, "video"), key.where)
-            row = {"messages": [{"role": "user", "content": content}], "system": row.get("system")}
-        record = self.reader.record(row, key.where)
-        if record.tools:
-            raise PolymodalError(
-                f"{key.where}: questions with tools are not evaluated.", "Leave out the column `tools`."
-            )
-        return replace(key, messages=record.messages)
+            turns = [{"role": "user", "content": content}]
+            objects = _box_column(row)
+            if objects is not None and not MARK.search(prompt):
+                turns.append({"role": "assistant", "content": "<objects>"})
+            row = {"messages": turns, "system": row.get("system"), "objects": objects}
+        return self.reader.record(row, key.where)
 
     def candidates(self, i: int) -> list[str]:
         """Answers to compare by likelihood: the options' letters where the prompt lists them, else texts.
@@ -322,8 +348,20 @@ def _text_of(turn: Row) -> str:
     return " ".join(p if isinstance(p, str) else p.get("text") or "" for p in content).strip()
 
 
-def _split_answer(row: Row, where: str) -> tuple[list[Row], str]:
-    """A conversation -> the turns before its last answer, and that answer ("" where there is none)."""
+def _box_column(row: Row) -> Any:
+    """The boxes that a row declares: in `objects` or `boxes`, or as `bbox` beside its question."""
+    value = _first(row, *COLUMNS)
+    if value is None and not _is_empty(row.get("bbox")):
+        return {name: row.get(name) for name in ("bbox", "bbox_format", "bbox_type")}
+    return value
+
+
+def _answered(record: Record) -> bool:
+    return record.messages[-1].role == "assistant"
+
+
+def _turns(row: Row, where: str) -> list[Row]:
+    """The turns of a conversation."""
     turns = row.get("messages") or row.get("conversations")
     if isinstance(turns, str):
         try:
@@ -332,6 +370,11 @@ def _split_answer(row: Row, where: str) -> tuple[list[Row], str]:
             raise PolymodalError(f"{where}: the conversation is not valid JSON: {error}.") from None
     if not isinstance(turns, list) or not all(isinstance(t, Mapping) for t in turns):
         raise PolymodalError(f"{where}: a conversation is a list of turns with a role and a content.")
+    return turns
+
+
+def _split_answer(turns: list[Row]) -> tuple[list[Row], str]:
+    """The turns before the last answer of a conversation, and that answer ("" where there is none)."""
     if turns and turns[-1].get("role", turns[-1].get("from")) in ("assistant", "gpt"):
         return turns[:-1], _text_of(turns[-1])
     return turns, ""

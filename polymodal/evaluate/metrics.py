@@ -6,11 +6,13 @@ A metric is a function of (answer, expected answers, options) in METRICS; a benc
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from polymodal.data import boxes
 from polymodal.evaluate.word_errors import edit_distance
 
 
@@ -284,7 +286,32 @@ def likelihood(answer: str, expected: Sequence[str], options: Mapping[str, str])
     return Score(float(any(letters(answer) & letters(text) for text in expected)), answer)
 
 
+def overlap(
+    answer: str, expected: Sequence[str], options: Mapping[str, str], threshold: float | None = None
+) -> Score:
+    """Mean intersection over union of boxes in pixels; with a threshold the share of them that reach it.
+
+    Each expected box is compared with one of the answer's, the best pairs first; one too many or too few
+    counts 0. With one of each this is a RefCOCO question's part (accuracy at 0.5).
+    """
+    found, wanted = boxes.numbers(answer), [box for text in expected for box in boxes.numbers(text)]
+    pairs = sorted(
+        ((boxes.iou(a, b), i, k) for i, a in enumerate(found) for k, b in enumerate(wanted)), reverse=True
+    )
+    total, used = 0.0, (set[int](), set[int]())
+    for value, i, k in pairs:
+        if i not in used[0] and k not in used[1]:
+            used[0].add(i)
+            used[1].add(k)
+            total += value if threshold is None else value >= threshold
+    count = max(len(found), len(wanted))
+    return Score(total / count if count else 1.0, answer, bool(found) or not wanted)
+
+
+BOX_METRICS: Mapping[str, Metric] = {"iou": overlap, "iou@0.5": functools.partial(overlap, threshold=0.5)}
+"""Compare boxes in pixels of the picture, which the texts of answers are read into first."""
 METRICS: Mapping[str, Metric] = {
+    **BOX_METRICS,
     "exact": exact,
     "contains": contains,
     "anls": anls,

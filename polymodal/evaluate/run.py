@@ -13,9 +13,12 @@ from typing import Any
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Message
+from polymodal.data import boxes
+from polymodal.data import media as decoders
+from polymodal.data.boxes import BoxWriter
 from polymodal.evaluate import benchmarks, results
 from polymodal.evaluate.benchmarks import Questions
-from polymodal.evaluate.metrics import METRICS
+from polymodal.evaluate.metrics import BOX_METRICS, METRICS
 from polymodal.evaluate.results import Judged, Result
 from polymodal.evaluate.store import Ranks, complete, store_in
 from polymodal.generate.engine import Answer, Engine, Sampling
@@ -64,7 +67,13 @@ def evaluate(
     ids = questions.ids[:limit] if limit else questions.ids
     if metric is None:
         options = all(questions.key(i).options for i in range(len(ids)))
-        metric = facts.metric or ("choice" if options else "exact")
+        metric = facts.metric or ("choice" if options else "iou@0.5" if questions.of_boxes else "exact")
+    wanted = [_expected_boxes(questions, i) for i in range(len(ids))] if metric in BOX_METRICS else None
+    if wanted is not None and not any(texts for texts, _ in wanted):
+        raise PolymodalError(
+            f"{metric} compares boxes, and no question declares any.",
+            "Write them as `bbox` beside the question, in pixels of the picture, or as `objects`.",
+        )
     candidates = [questions.candidates(i) for i in range(len(ids))] if metric == "likelihood" else None
     sampling = sampling or Sampling(max_new_tokens=facts.max_new_tokens)
     if max_new_tokens:
@@ -110,7 +119,10 @@ def evaluate(
         )
         if world.rank != 0:
             return None
-        samples = [_judged(questions, i, entries[key], metric) for i, key in enumerate(ids)]
+        samples = [
+            _judged(questions, i, entries[key], metric, engine.boxes, wanted[i] if wanted else None)
+            for i, key in enumerate(ids)
+        ]
     score = results.means(samples).get("score")
     by = results.by_group([s for s in samples if s.score is not None])
     result = Result(engine.name, facts.name, metric, score, samples, settings, by)
@@ -135,13 +147,41 @@ def _entry(made: Answer | PolymodalError) -> dict[str, Any]:
     return {**entry, "scores": [round(v, 4) for v in made.scores]} if made.scores else entry
 
 
-def _judged(questions: Questions, i: int, entry: Mapping[str, Any], metric: str) -> Judged:
-    key = questions.key(i)
+Expected = tuple[tuple[str, ...], tuple[int, int] | None]
+"""Boxes as texts in pixels of their picture, and its (height, width), None where it is broken or absent."""
+
+
+def _expected_boxes(questions: Questions, i: int) -> Expected:
+    """Raises PolymodalError for boxes that are none."""
+    wanted = questions.boxes(i)
+    try:
+        sizes = [decoders.image_size(box.picture.source) for box in wanted]  # type: ignore[arg-type]
+    except PolymodalError:  # the question cannot be asked, and says so
+        return tuple(str(list(box.values)) for box in wanted), None
+    try:
+        texts = [str(list(boxes.pixels(box, *size))) for box, size in zip(wanted, sizes, strict=True)]
+    except PolymodalError as error:
+        raise error.at(questions.key(i).where) from None
+    return tuple(texts), sizes[0] if sizes else None
+
+
+def _judged(
+    questions: Questions,
+    i: int,
+    entry: Mapping[str, Any],
+    metric: str,
+    writer: BoxWriter,
+    wanted: Expected | None,
+) -> Judged:
+    key, answer = questions.key(i), entry["answer"]
+    if wanted is not None:
+        key, size = replace(key, expected=wanted[0]), wanted[1]
+        answer = ", ".join(str(list(box)) for box in (writer.found(answer, *size) if size else ()))
     about = (key.id, key.where, key.text, key.expected, key.options, key.groups)
     sample = Judged(i, *about, entry["answer"])
     if entry.get("error"):
         return replace(sample, score=0.0 if key.expected else None, error=entry["error"])
-    score = METRICS[metric](entry["answer"], key.expected, key.options)
+    score = METRICS[metric](answer, key.expected, key.options)
     return replace(
         sample,
         extracted=score.extracted,

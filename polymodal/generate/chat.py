@@ -58,6 +58,15 @@ def once(
     return engine.answer(messages_of(prompt, media, system), sampling, on_text=on_text)
 
 
+def boxes_line(answer: Answer) -> str:
+    """Boxes of an answer as a line for people, "" without any."""
+    if not answer.boxes or answer.size is None:
+        return ""
+    height, width = answer.size
+    listed = ", ".join(str(list(box)) for box in answer.boxes)
+    return f"boxes in pixels of the picture of {width} x {height}: {listed}\n"
+
+
 def _print(text: str) -> None:
     print(text, end="", flush=True)
 
@@ -124,6 +133,7 @@ class Terminal:
     def say(self, text: str) -> str:
         """One turn, the message with the waiting media. Returns the answer; a failed turn leaves no trace."""
         pieces: list[str] = []
+        boxes = ""
 
         def show(piece: str) -> None:
             pieces.append(piece)
@@ -134,14 +144,15 @@ class Terminal:
             conversation = [*self.system, *self.history, turn]
             try:
                 key = str(len(self.history))
-                answer = self.engine.answer(conversation, self.sampling, key=key, on_text=show).text
+                made = self.engine.answer(conversation, self.sampling, key=key, on_text=show)
+                answer, boxes = made.text, boxes_line(made)
             except KeyboardInterrupt:
                 answer = "".join(pieces).strip()
                 self.write(" [stopped]")
         except PolymodalError as error:
             self.write(f"{error}\n")
             return ""
-        self.write("\n")
+        self.write("\n" + boxes)
         self.history += [turn, Message("assistant", (answer,))]
         self.waiting = []
         return answer
@@ -187,6 +198,7 @@ def main(
         shown = sys.stdout.isatty()
         answer = once(engine, prompt, media, **asked, on_text=_print if shown else None)
         print("" if shown else answer.text)
+        print(boxes_line(answer), end="", file=sys.stderr)
         return 0
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (line editing and history for input())

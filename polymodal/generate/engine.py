@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+from collections import UserString
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from transformers import GenerationConfig, TextStreamer
 
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Media, Message
+from polymodal.core.sample import Control, Media, Message
 from polymodal.data import media as decoders
+from polymodal.data.boxes import BoxWriter
 from polymodal.data.sandbox import bound_templates, template_errors
 from polymodal.generate.sampling import Sampling
 
@@ -39,7 +41,8 @@ Question = Callable[[], Conversation] | Conversation
 class Answer:
     """tokens: made, the end token included. finished: not cut by max_new_tokens.
 
-    scores: log-probability of each option, where options were compared.
+    scores: log-probability of each option, where options were compared. boxes: those of the text, and points,
+    in pixels of the picture; size: its (height, width), None without one picture that they could be of.
     """
 
     text: str
@@ -47,6 +50,8 @@ class Answer:
     prompt_tokens: int
     finished: bool
     scores: tuple[float, ...] = ()
+    boxes: tuple[tuple[float, ...], ...] = ()
+    size: tuple[int, int] | None = None
 
 
 Result = tuple[int, Answer | PolymodalError]
@@ -66,6 +71,7 @@ class _Prepared:
     videos: list[Any]  # VideoMetadata of each video
     words: list[str]
     length: int
+    sizes: list[tuple[int, int]]  # (height, width) of each picture
 
 
 class Engine:
@@ -74,7 +80,8 @@ class Engine:
     model: a transformers model that generates. processor: its AutoProcessor, or a tokenizer for text-only
     models. video, template_kwargs, special_tokens: how videos are sampled and prompts written, as in the
     recipe; where it is `tokens`, those in a text are the tokens, else ordinary text. name,
-    identity: for reports, and to know later whether stored answers are this model's.
+    identity: for reports, and to know later whether stored answers are this model's. boxes: how it writes
+    them.
     """
 
     def __init__(
@@ -87,6 +94,7 @@ class Engine:
         special_tokens: str = "auto",
         name: str = "model",
         identity: str | None = None,
+        boxes: BoxWriter | None = None,
     ):
         if not hasattr(model, "generate"):
             raise PolymodalError(
@@ -107,6 +115,7 @@ class Engine:
         self.video = video or recipes.Video()
         self.template_kwargs = template_kwargs or {}
         self._identity = identity
+        self.boxes = boxes or BoxWriter(None, lambda height, width: (height, width))
         if getattr(model.config, "is_encoder_decoder", False):
             raise PolymodalError(
                 f"{name} transcribes speech, it does not answer questions.",
@@ -152,11 +161,12 @@ class Engine:
     def _prepare(self, index: int, key: str, conversation: Conversation) -> _Prepared:
         """Decode media, lay the messages out for the template, and measure. Raises PolymodalError."""
         messages, videos, sizes, frames, words = [], [], [], [], []
-        for message in conversation:
+        for message in self.boxes.messages(tuple(conversation)):
             parts: list[dict[str, Any]] = []
             for part in message.content:
                 if isinstance(part, str):
-                    parts.append({"type": "text", "text": part})
+                    own = isinstance(part, Control)  # the library's marking of control tokens passes it over
+                    parts.append({"type": "text", "text": UserString(part) if own else part})
                     words.append(part)
                 elif not self.multimodal:
                     raise PolymodalError(f"{self.name} reads text only, the question has {part.kind}s.")
@@ -172,7 +182,8 @@ class Engine:
                 else:
                     raise PolymodalError(f"{self.name} does not take {part.kind}.")
             content: Any = parts
-            if self._takes_strings and all(p["type"] == "text" for p in parts):  # the form training gives it
+            plain = all(isinstance(p.get("text"), str) for p in parts)
+            if self._takes_strings and plain:  # the form training gives it
                 content = "".join(p["text"] for p in parts)
             entry: dict[str, Any] = {"role": message.role, "content": content}
             if message.tool_calls:
@@ -188,7 +199,7 @@ class Engine:
                 )
         with template_errors():
             self._render(messages)
-        return _Prepared(index, key, messages, videos, words, self._media_tokens(sizes, frames))
+        return _Prepared(index, key, messages, videos, words, self._media_tokens(sizes, frames), sizes)
 
     def _measure(self, prepared: Sequence[_Prepared]) -> None:
         """Add the words' tokens to the lengths. Not in threads: two must not use a fast tokenizer at once."""
@@ -302,13 +313,16 @@ class Engine:
         )
         made = out[:, inputs["input_ids"].shape[1] :].tolist()
         lengths = inputs["attention_mask"].sum(1).tolist()
-        return [self._answer(ids, int(length)) for ids, length in zip(made, lengths, strict=True)]
+        return [self._answer(*each) for each in zip(made, map(int, lengths), batch, strict=True)]
 
-    def _answer(self, ids: list[int], prompt_tokens: int) -> Answer:
+    def _answer(self, ids: list[int], prompt_tokens: int, asked: _Prepared) -> Answer:
         end = next((i for i, token in enumerate(ids) if token in self.ends), None)
         made = ids[:end]
         text = self.tokenizer.decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Answer(text.strip(), len(made) + (end is not None), prompt_tokens, end is not None)
+        size = asked.sizes[0] if len(set(asked.sizes)) == 1 else None
+        boxes = tuple(self.boxes.found(text.strip(), *size)) if size is not None else ()
+        tokens = len(made) + (end is not None)
+        return Answer(text.strip(), tokens, prompt_tokens, end is not None, boxes=boxes, size=size)
 
     def _rank(self, batch: Sequence[_Prepared], options: Sequence[Sequence[str]], rows: int) -> list[Answer]:
         """The likeliest option of each question; see `choices`. rows: endings computed together."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -25,9 +26,11 @@ from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import MediaShape
 from polymodal.core.tensors import LazyTensors, require_finite
+from polymodal.data.boxes import BoxWriter
 from polymodal.distributed import checkpoint as checkpoints
 from polymodal.generate.engine import Engine
 from polymodal.models import agreement, catalog, library, lora, weights
+from polymodal.models.card import ModelCard
 from polymodal.models.family import Family
 from polymodal.runtime import device as devices
 from polymodal.runtime import process_group
@@ -418,7 +421,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
 class Opened:
     """A model ready for inference, with the library's processor. recipe: of a run, how its data were read.
 
-    name: for reports; identity: changes when the weights do.
+    name: for reports; identity: changes when the weights do; card: None where there is none for the model.
     """
 
     model: nn.Module
@@ -426,6 +429,7 @@ class Opened:
     name: str
     identity: str
     recipe: recipes.Recipe | None = None
+    card: ModelCard | None = None
 
 
 def check_options(
@@ -472,7 +476,7 @@ def open_model(
         processor = processor_of(source, recipe.data, made.family, trust=recipe.model.trust_remote_code)
         identity = fingerprint(made.checkpoint) + (" ema" if ema else "")
         name = path.name if made.checkpoint.name in text else f"{path.name} ({made.checkpoint.name})"
-        return Opened(model.to(device), processor, name, identity, recipe)
+        return Opened(model.to(device), processor, name, identity, recipe, made.family.card)
     library_dtype = DTYPES.get(dtype, "auto")
     if kind == "adapter":
         model, directory = load_adapter(path, library_dtype, base)
@@ -485,7 +489,7 @@ def open_model(
         identity = fingerprint(directory)
     if (tokenizer := getattr(processor, "tokenizer", None)) is not None:
         agreement.require_tokens(tokenizer, model.config, directory)
-    return Opened(model.to(device), processor, name, identity)
+    return Opened(model.to(device), processor, name, identity, card=catalog.card_of(directory))
 
 
 def _generates(model: Any, source: str) -> None:
@@ -509,6 +513,9 @@ def engine_of(opened: Opened) -> Engine:
         data = opened.recipe.data
         own = {"video": data.video, "template_kwargs": data.template_kwargs}
         own["special_tokens"] = data.special_tokens
+    if opened.card is not None:
+        resized = functools.partial(opened.card.family.picture_size, opened.processor)
+        own["boxes"] = BoxWriter(opened.card.boxes, resized)
     return Engine(opened.model, opened.processor, name=opened.name, identity=opened.identity, **own)
 
 

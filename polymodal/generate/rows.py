@@ -21,7 +21,7 @@ from polymodal.data.formats import RowReader
 from polymodal.generate.engine import Answer, Engine, Sampling
 from polymodal.recipe import Attr
 
-ADDED = ("answer", "error", "expected")
+ADDED = ("answer", "error", "expected", "answer_boxes")
 """Keys of an output row that need not be the input's; a row's own `answer` is kept as `expected`."""
 
 
@@ -60,14 +60,15 @@ def conversation(row: Row, reader: RowReader, system: str | None) -> tuple[Messa
         value = {**value, name: [{"role": "user", "content": prompt}]}
     turns = value[name]
     last = turns[-1] if isinstance(turns, list) and turns else None
-    if isinstance(last, Mapping) and last.get("role", last.get("from")) in ("assistant", "gpt"):
-        value = {**value, name: turns[:-1]}
+    answered = isinstance(last, Mapping) and last.get("role", last.get("from")) in ("assistant", "gpt")
+    if answered and last.get("content", last.get("value")) is None:  # nothing that boxes could be in
+        value, answered = {**value, name: turns[:-1]}, False
     record = reader.record(value, where)
     if record.tools:
         raise PolymodalError(
             f"{where}: rows with tools are not answered here.", "Leave out the column `tools`."
         )
-    messages = record.messages
+    messages = record.messages[:-1] if answered else record.messages
     return (Message("system", (system,)), *messages) if system and messages[0].role != "system" else messages
 
 
@@ -162,11 +163,12 @@ def _input(row: Any) -> Any:
 def _with_answer(value: Any, answer: Answer | PolymodalError) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         value = {"row": value}
-    kept = {k: v for k, v in value.items() if k not in ("answer", "error")}
+    kept = {k: v for k, v in value.items() if k not in ("answer", "error", "answer_boxes")}
     if "answer" in value:
         kept.setdefault("expected", value["answer"])
     if isinstance(answer, Answer):
-        return {**kept, "answer": answer.text}
+        found = {"answer_boxes": answer.boxes} if answer.boxes else {}
+        return {**kept, "answer": answer.text, **found}
     return {**kept, "answer": None, "error": str(answer)}
 
 

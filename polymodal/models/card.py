@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from polymodal.data.boxes import BoxFormat
+
 Style = str
 """How a module is cut over ranks: a name known to parallel/tensor.py (STYLES)."""
 
@@ -89,6 +91,7 @@ class ModelCard:
     """Generation: frames, rate and pixels that it was made for, as keys of data.clip of a new recipe."""
     verified: str = ""  # how it is checked here: "logits, gradients, keys on tiny models of the class"
     seeds: tuple[str, ...] = ()  # sizes named by the documents this follows
+    boxes: BoxFormat | None = None  # how it writes boxes and points of pictures; None: not known
     methods: tuple[str, ...] = ()  # recipes besides sft and lora: "dreambooth"
 
     @property

@@ -95,7 +95,7 @@ def find(source: str | os.PathLike, revision: str | None = None) -> ModelCard:
     if card_and_size is not None:
         return card_and_size[0]
     directory = resolve(source, revision, weights=False)
-    card = _card_of(directory)
+    card = card_of(directory)
     if card is not None:
         return card
     found = _architectures(directory)
@@ -107,7 +107,7 @@ def find(source: str | os.PathLike, revision: str | None = None) -> ModelCard:
     )
 
 
-def _card_of(directory: Path) -> ModelCard | None:
+def card_of(directory: Path) -> ModelCard | None:
     """By architectures of config.json; of cards with one pipeline class the one that claims its index."""
     found = set(_architectures(directory))
     index = pipeline_index.read_index(directory) if pipeline_index.is_pipeline(directory) else None
@@ -118,7 +118,7 @@ def _card_of(directory: Path) -> ModelCard | None:
 def reader(directory: str | os.PathLike) -> type[Family]:
     """The family that reads and writes a checkpoint's directory: that of its card, else Family itself."""
     known = (Path(directory) / "config.json").is_file()
-    card = _card_of(Path(directory)) if known else None
+    card = card_of(Path(directory)) if known else None
     return Family if card is None else card.family
 
 

@@ -80,6 +80,11 @@ class Family:
         """Set the recipe's pixel limits in the processor. False: they are shortest_edge, longest_edge."""
         return False
 
+    @classmethod
+    def picture_size(cls, processor: Any, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels of a picture of this size behind the library's processor."""
+        return height, width
+
     # The model
 
     def check(self) -> None:

@@ -105,6 +105,15 @@ class Attr(Section):
     """The tool's name in role (default: tool, observation, tool_response)."""
     function: str | None = None
     """The name of a tool call in role (default: function_call, tool_call)."""
+    objects: str | None = None
+    """Column with boxes, for rows with <bbox>, <ref-object> or <objects> in the text (default: objects, then
+    boxes)."""
+    bbox_format: Literal["xyxy", "xywh", "cxcywh"] | None = None
+    """Numbers of a box: corners, upper left corner and size (COCO), or centre and size (YOLO), where the row
+    does not say (default: xyxy)."""
+    bbox_type: Literal["real", "norm1", "norm1000"] | None = None
+    """What they count, where the row does not say: pixels of the file, 0 to 1 or 0 to 1000 over the picture
+    (default: real)."""
 
 
 class Dataset(Section):

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Record
-from polymodal.data import audio
+from polymodal.data import audio, boxes
 from polymodal.data import media as files
 from polymodal.data.source import Corpus, open_corpus
 from polymodal.recipe import Attr, Dataset
@@ -31,6 +31,7 @@ class Findings:
     rows: int = 0
     text_only: int = 0
     plain: int = 0  # rows of pretraining text
+    boxes: int = 0  # with points
     unanswered: int = 0  # conversations without an assistant's turn: nothing would be learned
     turns: int = 0
     characters: int = 0
@@ -59,7 +60,10 @@ def check(corpus: Corpus, progress: Callable[[int, int], None] | None = None) ->
         if isinstance(record, str):
             return None, [], record
         try:
-            return record, [_header(m) for m in record.media], ""
+            headers = [_header(m) for m in record.media]
+            for box in record.boxes:
+                boxes.fractions(box, *files.image_size(box.picture.source))  # type: ignore[arg-type]
+            return record, headers, ""
         except PolymodalError as error:
             return record, [], f"{record.where}: {error}"
 
@@ -74,6 +78,7 @@ def check(corpus: Corpus, progress: Callable[[int, int], None] | None = None) ->
                     continue
                 out.plain += record.plain
                 out.text_only += not record.media
+                out.boxes += len(record.boxes)
                 out.unanswered += not any(m.role == "assistant" for m in record.messages)
                 out.turns += len(record.messages)
                 out.characters += sum(
@@ -145,6 +150,8 @@ def main(
         if kind in found.seconds:
             words.append(f"{' / '.join(map(str, found.seconds[kind]))} seconds (shortest / middle / longest)")
         print(", ".join(words) + ".")
+    if found.boxes:
+        print(f"{found.boxes} boxes or points.")
     if found.unanswered:
         print(f"{found.unanswered} rows have no assistant's turn: nothing is learned from them.")
     for problem in found.problems[:limit]:

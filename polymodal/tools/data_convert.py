@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Media, Message, Record
+from polymodal.core.sample import Located, Media, Message, Record
+from polymodal.data.box_columns import SCALES
 from polymodal.data.files import open_rows
 from polymodal.data.formats import RowReader
 from polymodal.data.references import References
@@ -175,6 +176,7 @@ class _Writer:
         }
         out = {k: v for k, v in out.items() if v or k == "images"}
         out["messages"] = [self._message(m, record.where) for m in record.messages]
+        out |= self._objects(record)
         if record.tools:
             out["tools"] = list(record.tools)
         return out
@@ -198,6 +200,23 @@ class _Writer:
         if message.weight is not None:
             out["weight"] = message.weight
         return out
+
+    def _objects(self, record: Record) -> dict[str, Any]:
+        """The column of boxes, for the marks that the messages have in their place."""
+        located = [p for m in record.messages for p in m.content if isinstance(p, Located)]
+        pictures = [m for m in record.media if m.kind == "image"]
+        found = [box for part in located for box in part.boxes]
+        labels = [p.label for p in located if p.kind == "ref-object"] or [b.label for b in found if b.label]
+        if not located:
+            return {}
+        names = {scale: name for name, scale in SCALES.items()}
+        objects = {
+            "ref": labels,
+            "bbox": [list(box.values) for box in found],
+            "bbox_type": [names[box.scale] for box in found],
+            "image_id": [pictures.index(box.picture) for box in found],
+        }
+        return {"objects": objects}
 
     def _name(self, medium: Media) -> str | list[str]:
         if not isinstance(medium.source, bytes):

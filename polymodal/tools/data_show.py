@@ -8,16 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from polymodal import pages
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import IGNORE, Media, Record, Sample
+from polymodal.core.sample import IGNORE, Box, Media, Record, Sample
 from polymodal.data import audio
 from polymodal.data import media as files
+from polymodal.data.boxes import BoxWriter
 from polymodal.data.chat import ChatProcessor
 from polymodal.data.source import Corpus
 
+MAGENTA = (255, 0, 255)  # of boxes
 Token = tuple[str, str, float | None]
 """Text, what a pointer over it shows, and the weight of its label; None for the tokens of a medium."""
 
@@ -90,7 +92,29 @@ def _figure(medium: Media, record: Record, chat: ChatProcessor) -> tuple[str, li
         caption = f"{label}, {len(clip.indices)} of {header.frames} frames, {shape}"
         return caption, [pages.thumbnail(Image.fromarray(frame), 160) for frame in frames]
     picture = files.image(medium.source)  # type: ignore[arg-type]
-    return f"{label}, {picture.width} x {picture.height}", [pages.thumbnail(picture, 256)]
+    caption = f"{label}, {picture.width} x {picture.height}"
+    own = [box for box in record.boxes if box.picture == medium]
+    if not own:
+        return caption, [pages.thumbnail(picture, 256)]
+    drawn, shown = _drawn(picture, own, chat.boxes)
+    return f"{caption}, for the model {drawn.width} x {drawn.height}: {shown}", [pages.thumbnail(drawn, 256)]
+
+
+def _drawn(picture: Image.Image, own: list[Box], writer: BoxWriter) -> tuple[Image.Image, str]:
+    """The picture in the size that the model sees, with the boxes where the model's numbers put them, and
+    these."""
+    height, width = writer.resized(picture.height, picture.width)
+    drawn = picture.resize((width, height))
+    pen = ImageDraw.Draw(drawn)
+    texts = []
+    for box in dict.fromkeys(own):
+        values = writer.values(box)
+        texts.append(str(list(values)))
+        at = writer.pixels(values, picture.height, picture.width) or ()
+        scales = (width / picture.width, height / picture.height) * 2
+        corners = [round(v * scale) for v, scale in zip((*at, *at)[:4], scales, strict=False)]
+        pen.rectangle(corners, outline=MAGENTA, width=max(1, min(width, height) // 128))
+    return drawn, ", ".join(texts)
 
 
 def _tokens(record: Record, sample: Sample, chat: ChatProcessor) -> Iterator[Token]:

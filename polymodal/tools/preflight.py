@@ -243,6 +243,7 @@ def check(
         if schedule is not None:
             mean_sample = schedule.mean_sample()
             _run_length(recipe, schedule, sizes, report)
+        report.notes += report.data.notes if report.data is not None else []
         if recipe.data.validation:
             report.validation, _ = layout.facts("validation", problems.run, progress)
         if report.data is not None and report.data.tokens:

@@ -343,9 +343,10 @@ class Listening:
 
     rows, frame_multiple, sample_rate = 1, 1, RATE
     streams = (MediaStream("audio", "input_features", "feature_sizes", ("frame", "none")),)
+    boxes = None
 
     def __init__(self, other):
-        self.tokenizer = other.tokenizer
+        self.tokenizer, self.picture_size = other.tokenizer, other.picture_size
 
     def placeholder(self, kind):
         return "~sound~"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import MediaStream
+from polymodal.data.boxes import BoxFormat
 from polymodal.models.card import Chain, ModelCard, Size, optional
 from polymodal.models.understanding.internvl_chat import MODEL_TYPE, InternVLFiles
 from polymodal.models.understanding.internvl_media import TILES, InternVLMedia, limit_tiles
@@ -30,6 +31,15 @@ from polymodal.models.understanding.vision_language import (
 )
 from polymodal.recipe import Data
 
+BOXES = BoxFormat(
+    scale=1000,
+    box="<box>[[{x1}, {y1}, {x2}, {y2}]]</box>",
+    point="<box>[[{x1}, {y1}]]</box>",
+    label="<ref>{label}</ref>",
+    labelled="<ref>{label}</ref>{box}",
+)
+"""Thousandths of the whole picture, whatever its tiles ("Grounding / Detection Data" of
+internvl.readthedocs.io/en/latest/get_started/chat_data_format.html)."""
 EMBEDDING = "model.language_model.embed_tokens"
 TEXT_TYPES = ("qwen2", "qwen3", "qwen3_moe", "llama")
 ATTENTION = "model.vision_tower.encoder.layer.*.attention"
@@ -90,7 +100,9 @@ class InternVL(InternVLFiles, VisionLanguage):
 
     def media_processor(self, data: Data) -> InternVLMedia:
         read = functools.partial(self.read_processor, Path(self.source))
-        return InternVLMedia(self.source, readable(self.source, "processor", read), self.patches, data)
+        media = InternVLMedia(self.source, readable(self.source, "processor", read), self.patches, data)
+        media.boxes = self.card.boxes
+        return media
 
     def tower(
         self, model: nn.Module, stream: MediaStream, rows: Tensor, sizes: Tensor, device: torch.device
@@ -175,6 +187,7 @@ CARD = vision_language_card(
     },
     tensor_plan={**TEXT_PLAN, **optional(EXPERTS_PLAN), **VISION_PLAN},
     expert_plan=SPREAD_PLAN,
+    boxes=BOXES,
     sizes=SIZES,
     keywords=(*KEYWORDS, "mixture of experts", "moe"),
     aliases=("internvl2", "internvl2.5", "internvl3", "internvl3.5", "internvl2_5", "internvl3_5"),

@@ -11,6 +11,7 @@ from typing import Any
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, MediaStream
+from polymodal.data.boxes import BoxFormat
 
 
 def readable(directory: str, what: str, read: Callable[[], Any]) -> Any:
@@ -42,6 +43,7 @@ class TokenMedia:
     rows = 1
     frame_multiple = 1
     sample_rate = 0
+    boxes: BoxFormat | None = None  # the card's
     reads: dict[str, str] = {}
 
     def __init__(self, directory: str):
@@ -65,6 +67,10 @@ class TokenMedia:
                 "Take the tokenizer files of this very model.",
             )
         return ids[0]
+
+    def picture_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels of a picture of this size when the model sees it."""
+        return height, width
 
     def placeholder(self, kind: str) -> str:
         """Text of a medium before it is expanded. Raises PolymodalError for other kinds."""

@@ -11,7 +11,7 @@ from polymodal.core.tensors import to_device
 from polymodal.distributed import attention as packed_attention
 from polymodal.models.card import Size
 from polymodal.models.understanding.language import DENSE_PLAN
-from polymodal.models.understanding.qwen_vl import QwenVL, qwen_vl_card, vision_plan
+from polymodal.models.understanding.qwen_vl import PIXELS, QwenVL, qwen_vl_card, vision_plan
 
 
 class Qwen25VL(QwenVL):
@@ -45,6 +45,7 @@ CARD = qwen_vl_card(
     name="qwen2.5-vl",
     family=Qwen25VL,
     architectures=("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"),
+    boxes=PIXELS,
     sizes={
         "3b": Size("Qwen/Qwen2.5-VL-3B-Instruct", 3.75, 36, 32),
         "7b": Size("Qwen/Qwen2.5-VL-7B-Instruct", 8.29, 28, 32),

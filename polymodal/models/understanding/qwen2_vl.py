@@ -6,7 +6,7 @@ from typing import Any
 
 from polymodal.models.card import Size
 from polymodal.models.understanding.language import DENSE_PLAN
-from polymodal.models.understanding.qwen_vl import QwenVL, qwen_vl_card, vision_plan
+from polymodal.models.understanding.qwen_vl import MARKED, QwenVL, qwen_vl_card, vision_plan
 
 
 class Qwen2VL(QwenVL):
@@ -23,6 +23,7 @@ CARD = qwen_vl_card(
     name="qwen2-vl",
     family=Qwen2VL,
     architectures=("Qwen2VLForConditionalGeneration", "qwen2_vl"),
+    boxes=MARKED,
     sizes={
         "2b": Size("Qwen/Qwen2-VL-2B-Instruct", 2.21, 28, 32),
         "7b": Size("Qwen/Qwen2-VL-7B-Instruct", 8.29, 28, 32),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from polymodal.core.tensors import to_device
 from polymodal.models.card import Size
 from polymodal.models.understanding.language import DENSE_PLAN
-from polymodal.models.understanding.qwen_vl import QwenVL, qwen_vl_card, vision_plan
+from polymodal.models.understanding.qwen_vl import RELATIVE, QwenVL, qwen_vl_card, vision_plan
 from polymodal.models.understanding.qwen_vl_media import Qwen3VLMedia
 
 VISION_PLAN = vision_plan(
@@ -64,6 +64,7 @@ class Qwen3VL(QwenVL):
 
 
 FACTS: dict[str, Any] = {
+    "boxes": RELATIVE,
     "embedders": ("patch_embed", "pos_embed"),
     "mergers": ("merger", "deepstack_merger_list"),
     "masked_rows": {"visual_pos_masks": "deepstack_visual_embeds"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Batch, MediaStream
 from polymodal.core.tensors import to_device
+from polymodal.data.boxes import BoxFormat
 from polymodal.distributed import attention as packed_attention
 from polymodal.models.card import Chain, ModelCard, PrunedModule
 from polymodal.models.understanding.language import TEXT_PLAN
-from polymodal.models.understanding.qwen_vl_media import VISION, QwenVLMedia
+from polymodal.models.understanding.qwen_vl_media import VISION, QwenVLMedia, smart_resize
 from polymodal.models.understanding.vision_language import (
     VisionLanguage,
     language_chain,
@@ -24,6 +26,30 @@ from polymodal.models.understanding.vision_language import (
 )
 from polymodal.recipe import Data
 
+PIXELS = BoxFormat(
+    scale=None,
+    box="[{x1}, {y1}, {x2}, {y2}]",
+    point="[{x1}, {y1}]",
+    labelled='{{"{key}": {box}, "label": "{label}"}}',
+    bare='{{"{key}": {box}}}',
+    json=True,
+    listing=("```json\n[\n\t", ",\n\t", "\n]\n```"),
+)
+"""Qwen2.5-VL: pixels of the resized picture, from 0 to its last one; objects as JSON with bbox_2d or point_2d
+and label (QwenLM/Qwen3-VL: qwen-vl-finetune/tools/process_bbox.ipynb and README.md; the technical report,
+arXiv:2502.13923, section 2.2.1)."""
+RELATIVE = replace(PIXELS, scale=1000)
+"""Qwen3-VL: the same JSON in thousandths of the picture (QwenLM/Qwen3-VL: cookbooks/omni_recognition.ipynb,
+spatial_understanding.ipynb, 2d_grounding.ipynb)."""
+MARKED = BoxFormat(
+    scale=1000,
+    box="<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>",
+    point="<|box_start|>({x1},{y1})<|box_end|>",
+    label="<|object_ref_start|>{label}<|object_ref_end|>",
+    labelled="<|object_ref_start|>{label}<|object_ref_end|>{box}",
+)
+"""Qwen2-VL: thousandths between tokens of their own (arXiv:2409.12191, section 2.2; the same notebook
+process_bbox.ipynb rounds them and ends at 1000)."""
 VERIFIED = (
     "tiny models of the class: hidden states, logits and every gradient equal the library's; "
     "packed equals separate"
@@ -117,7 +143,15 @@ class QwenVL(VisionLanguage):
         return model
 
     def media_processor(self, data: Data) -> QwenVLMedia:
-        return self.media(self.source, self.config, self.rope, data)
+        media = self.media(self.source, self.config, self.rope, data)
+        media.boxes = self.card.boxes
+        return media
+
+    @classmethod
+    def picture_size(cls, processor: Any, height: int, width: int) -> tuple[int, int]:
+        pictures = processor.image_processor
+        limits = pictures.size["shortest_edge"], pictures.size["longest_edge"]
+        return smart_resize(pictures, height, width, *limits)
 
     def tower(
         self, model: nn.Module, stream: MediaStream, rows: Tensor, sizes: Tensor, device: torch.device

@@ -21,6 +21,13 @@ VISION = MediaStream("vision", "pixel_values", "grid_thw")
 """Patches [P, D] float32, and (t, h, w) in patches of each medium."""
 
 
+def smart_resize(processor: Any, height: int, width: int, low: int, high: int) -> tuple[int, int]:
+    """(height, width) by the library's function, within limits in pixels."""
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    return smart_resize(height, width, processor.patch_size * processor.merge_size, low, high)
+
+
 class QwenVLMedia(TokenMedia):
     """MediaProcessor of Qwen2-VL and Qwen2.5-VL.
 
@@ -84,12 +91,11 @@ class QwenVLMedia(TokenMedia):
             message = f"The {kind} of {width} x {height} pixels cannot be used: {error}."
             raise PolymodalError(message) from None
 
-    def smart_resize(self, kind: str, height: int, width: int, frames: int) -> tuple[int, int]:
-        """By the library's function."""
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+    def picture_size(self, height: int, width: int) -> tuple[int, int]:
+        return self.resized("image", height, width)
 
-        factor = self.processors[kind].patch_size * self.processors[kind].merge_size
-        return smart_resize(height, width, factor, *self.pixel_limits(kind))
+    def smart_resize(self, kind: str, height: int, width: int, frames: int) -> tuple[int, int]:
+        return smart_resize(self.processors[kind], height, width, *self.pixel_limits(kind))
 
     def grid(self, kind: str, height: int, width: int, frames: int = 1) -> tuple[int, int, int]:
         """(t, h, w) in patches; a video is filled up with its last frame."""

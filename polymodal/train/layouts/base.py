@@ -75,6 +75,7 @@ class DataFacts:
     batching: str = ""  # describes them, "4,096 tokens, 93% filled"
     max_length: int = 0  # of a sample that is used, in tokens; 0 without such a limit
     buckets: list[tuple[str, int]] = field(default_factory=list)  # (frames x height x width, rows)
+    notes: list[str] = field(default_factory=list)
 
 
 def histogram(tokens: Any, longest: int, bins: int = 10) -> list[tuple[int, int, int]]:

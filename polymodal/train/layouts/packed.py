@@ -11,9 +11,11 @@ from typing import Any
 from polymodal.core import sample
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Batch, SampleLengths
+from polymodal.data import boxes
 from polymodal.data.chat import ChatProcessor
 from polymodal.data.loader import Loader, StepStats
 from polymodal.data.schedule import Schedule
+from polymodal.data.source import Corpus
 from polymodal.distributed.mesh import Mesh
 from polymodal.objectives.language import LanguageObjective
 from polymodal.parallel.batches import BatchSharding, PackedBatchSharding
@@ -35,6 +37,9 @@ class Packed(TokenLayout):
         self, schedule: Schedule, corpus: Any, processor: Any, data: Data, first: bool, **options: Any
     ) -> Loader:
         return Loader(schedule, corpus, processor, data, rows=processor.media.rows, pixels=first, **options)
+
+    def notes(self, corpus: Corpus, processor: Any) -> list[str]:
+        return boxes.notes(corpus, processor.boxes)
 
     def filled(self, schedule: Schedule, packs: Sequence[Sequence[int]]) -> int:
         return len(packs) * schedule.pack_length

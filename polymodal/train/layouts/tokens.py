@@ -11,7 +11,7 @@ from polymodal.core.errors import PolymodalError
 from polymodal.data.index import Index, build_index
 from polymodal.data.loader import Loader
 from polymodal.data.schedule import Schedule
-from polymodal.data.source import open_corpus
+from polymodal.data.source import Corpus, open_corpus
 from polymodal.models import agreement
 from polymodal.objectives.language import LanguageObjective
 from polymodal.recipe import Data, Dataset
@@ -53,6 +53,10 @@ class TokenLayout(Layout):
         media = self.family.media_processor(self.recipe.data)
         agreement.require(media, self.family.config)
         return media
+
+    def notes(self, corpus: Corpus, processor: Any) -> list[str]:
+        """What `check` says of the records."""
+        return []
 
     def training_processor(self, section: Section) -> Any:
         """The processor of a section of data: training may change samples at random."""
@@ -108,6 +112,7 @@ class TokenLayout(Layout):
         if index is None:
             return None, None
         facts = _counts(index, len(corpus), data)
+        facts.notes = self.notes(corpus, processor)
         schedule = attempt(lambda: self.schedule(index, corpus, data))
         if schedule is not None:
             facts.parts = shares(schedule, corpus.parts)
