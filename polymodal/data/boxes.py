@@ -162,8 +162,9 @@ def fractions(box: Box, height: int, width: int) -> Values:
             what = "" if box.scale is None else f" in units of 1/{box.scale:g}"
             raise PolymodalError(
                 f"`{box.at}` = {_shown(box)}{what} is outside its picture of {width} x {height} pixels.",
-                "Correct it; bbox_format (xyxy, xywh, cxcywh) and bbox_type (real: pixels of the file, norm1, "
-                "norm1000), in the row or in data.attr, say how numbers are meant, image_id whose they are.",
+                "Correct it; bbox_format (xyxy, xywh, cxcywh) and bbox_type (real: pixels of the file, "
+                "norm1, norm1000), in the row or in data.attr, say how numbers are meant, image_id whose "
+                "they are.",
             )
     if box.scale is None and max(box.values) <= 1 and any(v != int(v) for v in box.values):
         raise PolymodalError(
