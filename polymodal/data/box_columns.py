@@ -42,9 +42,11 @@ def place(turns: list[dict], row: Mapping[str, Any], attr: Attr) -> None:
     Without such a column the marks are words. Raises PolymodalError: marks and entries differ in number, a
     box is no box, a picture that is not there.
     """
-    texts = [p for turn in turns for p in turn["parts"] if isinstance(p, str) and MARK.search(p)]
     value, key = first(row, attr.objects, COLUMNS)
-    if not texts or value is None or value == "":
+    if value is None or value == "":
+        return
+    texts = [p for turn in turns for p in turn["parts"] if isinstance(p, str) and MARK.search(p)]
+    if not texts:
         return
     pictures = [p for t in turns for p in t["parts"] if isinstance(p, Media) and p.kind == "image"]
     objects = read(value, key, attr, pictures)

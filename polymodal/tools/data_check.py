@@ -151,7 +151,7 @@ def main(
             words.append(f"{' / '.join(map(str, found.seconds[kind]))} seconds (shortest / middle / longest)")
         print(", ".join(words) + ".")
     if found.boxes:
-        print(f"{found.boxes} boxes or points.")
+        print(f"{found.boxes} boxes and points.")
     if found.unanswered:
         print(f"{found.unanswered} rows have no assistant's turn: nothing is learned from them.")
     for problem in found.problems[:limit]:
