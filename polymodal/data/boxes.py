@@ -50,6 +50,11 @@ class BoxFormat:
     largest: float | None = None
     digits: int = 0
 
+    @property
+    def tokens(self) -> frozenset[str]:
+        """The tokens that it writes around boxes and labels."""
+        return frozenset(re.findall("<[^<>{}]+>", self.box + self.label))
+
     def values(self, fractions: Values, height: int, width: int) -> Values:
         """Coordinates in a picture that the model sees in this size. fractions: of width, height, width..."""
         out = []

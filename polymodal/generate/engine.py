@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections import UserString
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Control, Media, Message
+from polymodal.core.sample import Media, Message
 from polymodal.data import media as decoders
 from polymodal.data.boxes import BoxWriter
 from polymodal.data.sandbox import bound_templates, template_errors
@@ -116,6 +115,9 @@ class Engine:
         self.template_kwargs = template_kwargs or {}
         self._identity = identity
         self.boxes = boxes or BoxWriter(None, lambda height, width: (height, width))
+        if self.boxes.form is not None and self.boxes.form.tokens:  # they end no turn and stand for no medium
+            kept, control = self.boxes.form.tokens, self.tokenizer._get_control_tokens
+            self.tokenizer._get_control_tokens = lambda text: tuple(t for t in control(text) if t not in kept)
         if getattr(model.config, "is_encoder_decoder", False):
             raise PolymodalError(
                 f"{name} transcribes speech, it does not answer questions.",
@@ -165,8 +167,7 @@ class Engine:
             parts: list[dict[str, Any]] = []
             for part in message.content:
                 if isinstance(part, str):
-                    own = isinstance(part, Control)  # the library's marking of control tokens passes it over
-                    parts.append({"type": "text", "text": UserString(part) if own else part})
+                    parts.append({"type": "text", "text": part})
                     words.append(part)
                 elif not self.multimodal:
                     raise PolymodalError(f"{self.name} reads text only, the question has {part.kind}s.")
@@ -182,8 +183,7 @@ class Engine:
                 else:
                     raise PolymodalError(f"{self.name} does not take {part.kind}.")
             content: Any = parts
-            plain = all(isinstance(p.get("text"), str) for p in parts)
-            if self._takes_strings and plain:  # the form training gives it
+            if self._takes_strings and all(p["type"] == "text" for p in parts):  # the form training gives it
                 content = "".join(p["text"] for p in parts)
             entry: dict[str, Any] = {"role": message.role, "content": content}
             if message.tool_calls:
