@@ -1,4 +1,4 @@
-"""Tensors by name that are read or computed only when they are asked for; checks of values; copies to a device."""
+"""Tensors by name, read or computed when they are asked for; checks of values; copies to a device."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ from polymodal.data import audio
 from polymodal.data import media as decoders
 from polymodal.data.boxes import BoxWriter
 from polymodal.data.counting import WordCounter
-from polymodal.data.template import Layout, Template, joined
+from polymodal.data.template import Layout, Template, written
 from polymodal.recipe import Data
 
 VERSION = 2  # of what tokens and labels mean here: part of the fingerprint
@@ -152,12 +152,11 @@ class ChatProcessor:
                 "the tokenizer has no end-of-text token to end plain text with.",
                 "Set eos_token in the checkpoint's tokenizer_config.json.",
             )
-        broken = self.template.breaking("assistant")
         text = self._begin + "".join(
-            broken(p)
+            p
             if isinstance(p, str)
             else self.template.marks.get(p.kind) or self.media.placeholder(p.kind)
-            for p in joined(record.messages[0].content)
+            for p in written(record.messages[0].content, self.template.breaking("assistant"))
         )
         text += "" if record.extra.get("_goes_on") else eos
         span = len(self._begin), len(text)
@@ -481,7 +480,7 @@ class ChatProcessor:
             at = 0
             for stop in [*starts[step::step], len(part)]:
                 if stop > at:  # a cut inside a character's bytes moves to the next one
-                    atoms.append((part[at:stop], step))
+                    atoms.append((type(part)(part[at:stop]), step))
                     at = stop
         contents: list[list[str | Media]] = [[]]
         used = 0
@@ -490,7 +489,7 @@ class ChatProcessor:
                 contents.append([])
                 used = 0
             content = contents[-1]
-            if isinstance(atom, str) and content and isinstance(content[-1], str):
+            if type(atom) is str and content and type(content[-1]) is str:
                 content[-1] += atom
             else:
                 content.append(atom)

@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Media, MediaProcessor, Message, Record
+from polymodal.core.sample import Control, Media, MediaProcessor, Message, Record
 from polymodal.data.sandbox import TooMuchWork, bound_templates, compiled, plain_data, template_errors
 
 OPEN, CLOSE = "\ue0f0", "\ue0f1"  # private-use characters around a marker's number
@@ -129,14 +129,12 @@ class Template:
         """Messages in the form that templates read: text as a string, with media as a list of parts."""
         out = []
         for message in messages:
-            parts, broken = message.content, self.breaking(message.role)
+            broken = self.breaking(message.role)
+            parts = written(message.content, broken)
             if any(isinstance(p, Media) for p in parts):
-                content: Any = [
-                    self.media.template_content(part if isinstance(part, Media) else broken(part))
-                    for part in joined(parts)
-                ]
+                content: Any = [self.media.template_content(part) for part in parts]
             else:
-                content = self._content(broken("".join(parts)))  # type: ignore[arg-type]
+                content = self._content("".join(parts))  # type: ignore[arg-type]
             entry: dict[str, Any] = {"role": message.role, "content": content}
             if message.reasoning is not None:
                 entry["reasoning_content"] = entry["thinking"] = broken(message.reasoning)
@@ -398,6 +396,8 @@ class _Breaking:
         self.tokens = re.compile(_any_of(tokens))
 
     def __call__(self, value: Any) -> Any:
+        if isinstance(value, Control):
+            return value
         if isinstance(value, str):
             if not any(beginning in value for beginning in self.beginnings):  # most texts
                 return value
@@ -412,12 +412,18 @@ def _any_of(tokens: Collection[str]) -> str:
     return "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)"
 
 
+def written(parts: Sequence[str | Media], broken: Callable[[str], str]) -> list[str | Media]:
+    """Parts as a template is given them: control tokens of a row's own text broken, those that the program
+    writes (Control) whole."""
+    return joined([p if isinstance(p, Media) else str(broken(p)) for p in joined(parts)])
+
+
 def joined(parts: Sequence[str | Media]) -> list[str | Media]:
-    """Parts with texts that follow each other as one."""
+    """Parts with texts that follow each other as one; each Control by itself."""
     out: list[str | Media] = []
     for part in parts:
         last = out[-1] if out else None
-        if isinstance(part, str) and isinstance(last, str):
+        if type(part) is str and type(last) is str:
             out[-1] = last + part
         else:
             out.append(part)
