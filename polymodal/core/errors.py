@@ -28,3 +28,15 @@ class PolymodalError(Exception):
 
     def __reduce__(self):  # pickled by data workers and the launcher
         return type(self), (self.message, self.hint)
+
+
+def cause(error: BaseException) -> str:
+    """What a library says of a fault, as the part of a sentence: its first line, without escape codes."""
+    if isinstance(error, MemoryError):
+        return "more memory is asked for than there is"
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    text = getattr(error, "strerror", None) or str(error)  # of OSError, and of FFmpeg's errors
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "").rstrip(".: ")
+    line = "".join(c if c.isprintable() else "?" for c in line[:300])
+    return line or type(error).__name__

@@ -1,12 +1,16 @@
-"""Numbers and sizes as text, the known name nearest to a misspelled one, and text that is none."""
+"""Numbers and sizes as text, the known name nearest to a misspelled one, text that is none, bounded JSON."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from polymodal.core.errors import PolymodalError
+
+DEPTH = 100  # of lists and objects within each other
+DIGITS = 300  # of a whole number in JSON: more than a float can hold
 
 
 def format_count(number: float) -> str:
@@ -68,3 +72,28 @@ def check_characters(value: Any, where: str) -> None:
             waiting += [*item.values(), *item]
         elif isinstance(item, (list, tuple)):
             waiting += reversed(item)
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+_decoder = json.JSONDecoder(parse_int=_whole)
+
+
+def parse_json(text: str) -> Any:
+    """A JSON value. Raises ValueError, also for one nested deeper than DEPTH and numbers beyond a float."""
+    try:
+        value = _decoder.decode(text)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {DEPTH} levels") from None
+    if text.count("[") + text.count("{") > DEPTH:
+        level = [value]
+        for _ in range(DEPTH):
+            inner = (v.values() if isinstance(v, Mapping) else v for v in level)
+            if not (level := [v for values in inner for v in values if isinstance(v, (list, dict))]):
+                return value
+        raise ValueError(f"nested deeper than {DEPTH} levels")
+    return value

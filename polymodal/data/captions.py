@@ -17,7 +17,7 @@ from typing import Any
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Message, Record
-from polymodal.data.files import AUDIO, IMAGE, VIDEO, Rows
+from polymodal.data.files import AUDIO, IMAGE, VIDEO, Rows, read_text
 from polymodal.data.references import KINDS, References, first, listed, member_named, row_members
 from polymodal.recipe import Attr
 
@@ -99,7 +99,7 @@ def _numbers(value: Any, count: int, key: str) -> tuple[int, ...] | None:
     if value is None or value in ("", []):
         return None
     if isinstance(value, list) and len(value) == count:
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
             numbers = tuple(int(v) for v in value)
             if all(v == float(n) for v, n in zip(numbers, value, strict=True)):
                 return numbers
@@ -169,25 +169,18 @@ class Folder(Rows):
         for name, text in zip(self.files, self.beside, strict=True):
             digest.update(f"{name} {os.path.getsize(os.path.join(path, name))}\n".encode())
             if text is not None:
-                with open(os.path.join(path, text), "rb") as file:
-                    digest.update(file.read())
+                digest.update(read_text(os.path.join(path, text)).encode())
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def _row(self, i: int) -> dict[str, Any]:
         name, beside = self.files[i], self.beside[i]
         medium, caption = ("audio", "text") if _ending(name) in AUDIO else ("path", CAPTIONS[0])
         if beside is None:
             return {medium: name}
-        try:
-            with open(os.path.join(self.path, beside), encoding="utf-8-sig") as file:
-                return {medium: name, caption: file.read().strip()}
-        except (OSError, UnicodeDecodeError) as error:
-            raise PolymodalError(
-                f"{os.path.join(self.path, beside)} cannot be read: {error}.", "Save it as UTF-8 text."
-            ) from None
+        return {medium: name, caption: read_text(os.path.join(self.path, beside)).strip()}
 
     def where(self, i: int) -> str:
         return os.path.join(self.path, self.files[i])
@@ -231,12 +224,7 @@ def listing(path: str) -> list[tuple[str, str]]:
     PolymodalError.
     """
     found = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolymodalError(f"{path} cannot be read: {error}.") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         folder, comma, annotation = (part.strip() for part in line.rpartition(","))

@@ -16,17 +16,26 @@ import os
 import re
 import tarfile
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from polymodal.core.errors import PolymodalError
-from polymodal.core.text import check_characters
+from polymodal.core.errors import PolymodalError, cause
+from polymodal.core.files import open_file
+from polymodal.core.text import check_characters, parse_json
 
 CHUNK = 4 << 20  # bytes read at a time while scanning
 ROW_GROUPS = 256 << 20  # bytes of decompressed parquet row groups a process keeps
+
+# What a file may ask for; docs/data.md names these.
+MAX_ROW = 256 << 20  # bytes of one row's text: a line, a record of a table, a value of a list, a tar's member
+MAX_TEXT = 16 << 20  # bytes of a caption in a file of its own, or of a list of folders
+MAX_COLUMNS = 10_000
+MAX_GROUP = 4 << 30  # decompressed bytes of one parquet row group
+MAX_ROWS_A_BYTE = 16  # rows of a parquet file for each of its bytes: more are copies of a few
+AGAIN = "Copy the file again: it is damaged, or was not made by the usual programs."
 
 IMAGE = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "ppm"})
 VIDEO = frozenset({"mp4", "webm", "mkv", "mov", "avi", "m4v"})
@@ -36,9 +45,10 @@ _COLUMNS = {
     **dict.fromkeys(VIDEO, "videos"),
     **dict.fromkeys(AUDIO, "audios"),
 }
+_MARK = b"\xef\xbb\xbf"  # UTF-8's byte order mark
 _SPACES = re.compile(r"[ \t\r\n]*")
 _decode = json.JSONDecoder(strict=False).raw_decode
-csv.field_size_limit(2**31 - 1)  # benchmarks keep whole pictures in a field
+csv.field_size_limit(MAX_ROW)  # benchmarks keep whole pictures in a field
 
 
 class Rows:
@@ -56,6 +66,24 @@ class Rows:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         """Row i as a mapping. Raises PolymodalError with the file and the line when it cannot be read."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        try:
+            row = self._row(i)
+        except PolymodalError:
+            raise
+        except Exception as error:  # parsers raise errors of every type
+            reason = f"{self.where(i)}: the row cannot be read: {cause(error)}."
+            raise PolymodalError(reason, AGAIN) from error
+        if len(row) > MAX_COLUMNS:
+            raise PolymodalError(
+                f"{self.where(i)}: a row of {len(row):,} columns, more than {MAX_COLUMNS:,}.",
+                "Write what belongs together as one column, a list.",
+            )
+        return row
+
+    def _row(self, i: int) -> dict[str, Any]:
+        """Row i. What it raises becomes a PolymodalError in `__getitem__`."""
         raise NotImplementedError
 
     def where(self, i: int) -> str:
@@ -69,21 +97,24 @@ class Rows:
         """Bytes of the file, by pread: safe in threads and after fork."""
         if self._handle is None:
             try:
-                self._handle = open(self.path, "rb")  # noqa: SIM115 (kept open for the life of the process)
+                self._handle = open_file(self.path)  # kept open for the life of the process
             except OSError as error:
-                raise PolymodalError(f"{self.path} cannot be opened any more: {error.strerror}.") from None
+                raise PolymodalError(f"{self.path} cannot be opened any more: {cause(error)}.") from None
         return os.pread(self._handle.fileno(), stop - start, start)
 
     def _object(self, i: int, data: bytes) -> dict[str, Any]:
         try:
-            row = json.loads(data)
+            row = parse_json(data.removeprefix(_MARK).decode())
         except UnicodeDecodeError as error:
             raise PolymodalError(
                 f"{self.where(i)}: not UTF-8 text ({error.reason}).", "Save the file as UTF-8."
             ) from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
+            reason = str(error)
+            if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+                reason = f"more follows the row's object: {error.doc[error.pos :][:20]!r}"
             raise PolymodalError(
-                f"{self.where(i)}: not valid JSON: {error}.",
+                f"{self.where(i)}: not valid JSON: {reason}.",
                 "Correct the row; training may leave it out (data.on_error: skip).",
             ) from None
         if b"\\ud" in data or b"\\uD" in data:  # escapes of surrogates: in pairs they are one character
@@ -102,6 +133,12 @@ def _kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
+def _too_long(where: str, what: str) -> tuple[str, str]:
+    """(message, hint) for a row of more than MAX_ROW bytes."""
+    hint = "Write one row a line, and name large media by their paths in place of their bytes."
+    return f"{where}: {what} is longer than {MAX_ROW >> 20} MiB, which one row may have.", hint
+
+
 class Spans(Rows):
     """Rows that are JSON objects at known byte ranges of the file: int64 arrays, 16 bytes a row."""
 
@@ -111,7 +148,7 @@ class Spans(Rows):
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def _row(self, i: int) -> dict[str, Any]:
         return self._object(i, self._bytes(int(self._starts[i]), int(self._ends[i])))
 
 
@@ -123,8 +160,8 @@ class JsonLines(Spans):
         digest = hashlib.blake2b(digest_size=16)
         breaks = []
         size = 0
-        with open(path, "rb") as file:
-            skip = 3 if file.read(3) == b"\xef\xbb\xbf" else 0
+        with open_file(path) as file:
+            skip = 3 if file.read(3) == _MARK else 0
             file.seek(0)
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
@@ -137,6 +174,8 @@ class JsonLines(Spans):
             keep[i] = bool(self._bytes(int(starts[i]), int(ends[i])).strip())
         self._starts, self._ends = starts[keep].astype(np.int64), ends[keep].astype(np.int64)
         lines = np.flatnonzero(keep)
+        if (longest := np.flatnonzero(ends - starts > MAX_ROW)).size:
+            raise PolymodalError(*_too_long(f"{path}, line {longest[0] + 1}", "the line"))
         self._lines = None if len(lines) == 0 or lines[-1] == len(lines) - 1 else lines
         self.fingerprint = digest.hexdigest()
 
@@ -208,7 +247,10 @@ class _Window:
                 place = self.base + error.pos
                 if inside or not self.more(size):
                     raise json.JSONDecodeError(error.msg, "", place) from None
-            size = min(size * 2, 1 << 30)
+            if len(self.text) - self.at > MAX_ROW:
+                place = self.base + self.at
+                raise json.JSONDecodeError(f"a row is longer than {MAX_ROW >> 20} MiB", "", place)
+            size = min(size * 2, MAX_ROW)
 
 
 class JsonArray(Spans):
@@ -217,7 +259,7 @@ class JsonArray(Spans):
     def __init__(self, path: str):
         super().__init__(path)
         starts, ends = array("q"), array("q")
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             text = _Window(file)
             if text.mark() not in ("", "["):
                 raise PolymodalError(
@@ -228,15 +270,15 @@ class JsonArray(Spans):
                 for start, stop in text.values():
                     starts.append(start)
                     ends.append(stop)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 known = isinstance(error, json.JSONDecodeError)
-                cause, place = (error.msg, error.pos) if known else ("nested too deep", text.base + text.at)
+                reason, place = (error.msg, error.pos) if known else (cause(error), text.base + text.at)
                 file.seek(0)
                 line = 1 + sum(
                     file.read(min(CHUNK, place - at)).count(b"\n") for at in range(0, place, CHUNK)
                 )
                 raise PolymodalError(
-                    f"{path}, line {line}: not valid JSON: {cause} (after row {len(starts)}).",
+                    f"{path}, line {line}: not valid JSON: {reason} (after row {len(starts)}).",
                     "Correct the file; `python -m json.tool FILE` points to the same place.",
                 ) from None
         self._starts, self._ends = np.array(starts, np.int64), np.array(ends, np.int64)
@@ -252,19 +294,21 @@ class Delimited(Rows):
         super().__init__(path)
         self._delimiter = delimiter
         digest = hashlib.blake2b(digest_size=16)
-        offset = line = 0
+        offset = line = start = 0
 
         def lines(file: BinaryIO) -> Iterator[str]:
             nonlocal offset, line
-            for raw in file:
+            while raw := file.readline(MAX_ROW + 1):
                 digest.update(raw)
                 offset += len(raw)
                 line += 1
+                if offset - start > MAX_ROW:
+                    raise PolymodalError(*_too_long(f"{path}, line {line}", "the record that ends here"))
                 yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
 
         places = []  # first byte, byte after the last, line
         try:
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 reader = csv.reader(lines(file), delimiter=delimiter)
                 self.columns = next(reader, [])
                 start, first = offset, line
@@ -274,12 +318,20 @@ class Delimited(Rows):
                     start, first = offset, line
         except csv.Error as error:
             kind = "csv" if delimiter == "," else "tsv"
-            raise PolymodalError(f"{path}, line {line}: not valid {kind}: {error}.") from None
+            reason, hint = cause(error), "Quote what holds the separator, quotes or line breaks."
+            if "new-line" in reason:
+                reason, hint = "a line ends in a lone carriage return", "Save it with line ends of \\n."
+            raise PolymodalError(f"{path}, line {line}: not valid {kind}: {reason}.", hint) from None
         except UnicodeDecodeError as error:
             raise PolymodalError(
                 f"{path}, line {line}: not UTF-8 text ({error.reason}).", "Save the file as UTF-8."
             ) from None
-        twice = sorted({c for c in self.columns if self.columns.count(c) > 1})
+        if len(self.columns) > MAX_COLUMNS:
+            raise PolymodalError(
+                f"{path}, line 1: {len(self.columns):,} columns, more than {MAX_COLUMNS:,}.",
+                "The first line names the columns: it seems to hold something else.",
+            )
+        twice = sorted(c for c, count in Counter(self.columns).items() if count > 1)
         if twice:
             raise PolymodalError(
                 f"{path}, line 1: the column {twice[0]!r} is there twice.", "Rename one of them."
@@ -293,7 +345,7 @@ class Delimited(Rows):
     def where(self, i: int) -> str:
         return f"{self.path}, line {self._places[i, 2]}"
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def _row(self, i: int) -> dict[str, Any]:
         start, stop, _ = self._places[i].tolist()
         text = self._bytes(start, stop).decode("utf-8")
         values = next(csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter))
@@ -313,26 +365,57 @@ class Parquet(Rows):
 
     def __init__(self, path: str):
         super().__init__(path)
+        self._shared: list[str] = []
         self.fingerprint = hash_file(path)
         meta = self._file().metadata
-        sizes = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
+        groups = [meta.row_group(number) for number in range(meta.num_row_groups)]
+        sizes = [group.num_rows for group in groups]
+        if min(sizes, default=0) < 0 or sum(sizes) != meta.num_rows:
+            raise PolymodalError(f"{path}: not a readable parquet file: its row counts are wrong.", AGAIN)
+        if meta.num_rows > max(100_000, MAX_ROWS_A_BYTE * os.path.getsize(path)):
+            raise PolymodalError(
+                f"{path}: {meta.num_rows:,} rows in {os.path.getsize(path):,} bytes are copies of a few.",
+                "Write each row once; a dataset's `repeat` says how often it is used.",
+            )
+        if meta.num_columns > MAX_COLUMNS:
+            raise PolymodalError(
+                f"{path}: {meta.num_columns:,} columns, more than {MAX_COLUMNS:,}.",
+                "Write what belongs together as one column, a list.",
+            )
+        self._shared = sorted({name for group in groups for name in self._repeated(group, meta.schema)})
         self._starts = np.append(0, np.cumsum(sizes, dtype=np.int64))
         self._groups: OrderedDict[int, Any] = OrderedDict()
-        self._handle = None
+        self._handle = None  # opened again with the columns above
+
+    def _repeated(self, group: Any, schema: Any) -> Iterator[str]:
+        """Text columns of a row group whose equal values are kept once: written once too, a few bytes could
+        fill the memory. Raises PolymodalError for a group that is too large anyway."""
+        large = group.total_byte_size > MAX_GROUP
+        for number in range(group.num_columns):
+            column, size = group.column(number), max(schema.column(number).length or 0, 4)
+            text = column.physical_type == "BYTE_ARRAY"
+            large |= max(column.total_uncompressed_size, size * column.num_values) > MAX_GROUP
+            if text and column.num_values * column.total_uncompressed_size > MAX_GROUP:
+                if column.has_dictionary_page or "DELTA_BYTE_ARRAY" in column.encodings:
+                    yield column.path_in_schema
+        if large:
+            raise PolymodalError(
+                f"{self.path}: a row group unpacks to more than {MAX_GROUP >> 30} GiB.",
+                "Write it with smaller row groups, a few hundred rows each.",
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_groups": OrderedDict()}
 
     def _file(self) -> Any:
         if self._handle is None:
-            import pyarrow as pa
             import pyarrow.parquet as pq
 
-            try:
-                self._handle = pq.ParquetFile(self.path, memory_map=True)
-            except (pa.ArrowInvalid, OSError) as error:
+            try:  # not mapped: a file that is cut while it is mapped kills its readers
+                self._handle = pq.ParquetFile(self.path, read_dictionary=self._shared)
+            except Exception as error:
                 raise PolymodalError(
-                    f"{self.path}: not a readable parquet file: {str(error).splitlines()[0]}",
+                    f"{self.path}: not a readable parquet file: {cause(error)}.",
                     "Copy it again; the file may be cut short.",
                 ) from None
         return self._handle
@@ -340,24 +423,33 @@ class Parquet(Rows):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def _row(self, i: int) -> dict[str, Any]:
         group = int(np.searchsorted(self._starts, i, "right")) - 1
         table = self._groups.pop(group, None)
         if table is None:
-            import pyarrow as pa
-
             try:
                 table = self._file().read_row_group(group)
-            except (pa.ArrowException, OSError) as error:
-                cause = str(error).splitlines()[0]
+                if table.num_rows != self._starts[group + 1] - self._starts[group]:
+                    raise ValueError(f"it has {table.num_rows} rows, not those of the file's footer")
+            except Exception as error:
                 raise PolymodalError(
-                    f"{self.where(i)}: this part of the parquet file cannot be read: {cause}",
+                    f"{self.where(i)}: this part of the parquet file cannot be read: {cause(error)}.",
                     "Copy the file again.",
                 ) from None
             while self._groups and sum(t.nbytes for t in self._groups.values()) + table.nbytes > ROW_GROUPS:
                 self._groups.popitem(last=False)
         self._groups[group] = table
         return table.slice(i - int(self._starts[group]), 1).to_pylist()[0]
+
+
+class _TarHeaders(io.FileIO):
+    """A tar as its headers are read: a header that claims more than 64 MiB of itself is refused, and a
+    negative size not taken for all that follows."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= 64 << 20:
+            raise tarfile.ReadError("a header's size is wrong")
+        return super().read(size)
 
 
 class Tar(Rows):
@@ -376,23 +468,32 @@ class Tar(Rows):
         kinds: dict[str, int] = {}  # what follows a stem -> its number
         size = os.path.getsize(path)
         try:
-            with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
+            with open_file(path) as file, _TarHeaders(path) as headers:
+                # names that are no UTF-8 are kept apart, as \xff
+                tar = tarfile.open(fileobj=headers, mode="r:", errors="backslashreplace")  # noqa: SIM115
                 for member in tar:
                     folder, _, name = member.name.rpartition("/")
                     stem, _, kind = name.partition(".")
+                    if member.size < 0 or member.issparse() or len(member.name) > 4096:
+                        name = member.name[:200]
+                        raise tarfile.ReadError(f"the member {name} has no size, a long name, or is sparse")
                     if not member.isfile() or not stem or "__MACOSX" in folder:
                         continue
                     if member.offset_data + member.size > size:
                         raise tarfile.ReadError(f"the member {member.name} goes beyond the end of the file")
-                    file.seek(member.offset_data)
                     text = kind.rpartition(".")[2].lower() in ("json", "txt", "cls")
+                    if text and member.size > MAX_ROW:
+                        raise PolymodalError(*_too_long(path, f"the member {member.name}"))
+                    file.seek(member.offset_data)
                     digest.update(f"{member.name}\0{member.size}\0{member.mtime}\0".encode())
                     digest.update(file.read(member.size if text else min(member.size, 4096)))
                     place = kinds.setdefault(kind, len(kinds)), member.offset_data, member.size
                     rows.setdefault(f"{folder}/{stem}" if folder else stem, []).append(place)
-        except (tarfile.TarError, EOFError) as error:
+        except PolymodalError:
+            raise
+        except Exception as error:
             raise PolymodalError(
-                f"{path}: not a readable tar file: {error}.",
+                f"{path}: not a readable tar file: {cause(error)}.",
                 "Copy it again; compressed tars (.tar.gz) have no random access: unpack them to .tar.",
             ) from None
         self._kinds = list(kinds)
@@ -410,7 +511,7 @@ class Tar(Rows):
     def where(self, i: int) -> str:
         return f"{self.path}, row {i + 1} ({self._key(i)})"
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def _row(self, i: int) -> dict[str, Any]:
         row: dict[str, Any] = {}
         media: dict[str, list[tuple[str, bytes]]] = {}
         key = self._key(i)
@@ -435,10 +536,22 @@ class Tar(Rows):
         return row
 
 
+def read_text(path: str) -> str:
+    """A small text that is a whole file. Raises PolymodalError."""
+    try:
+        with open_file(path) as file:
+            data = file.read(MAX_TEXT + 1)
+        if len(data) > MAX_TEXT:
+            raise ValueError(f"it is longer than {MAX_TEXT >> 20} MiB")
+        return data.removeprefix(_MARK).decode()
+    except Exception as error:
+        raise PolymodalError(f"{path} cannot be read: {cause(error)}.", "Save it as UTF-8 text.") from None
+
+
 def hash_file(path: str) -> str:
     """Hash of a file's bytes, about a second a gigabyte."""
     digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
@@ -446,14 +559,14 @@ def hash_file(path: str) -> str:
 
 def _json(path: str) -> Rows:
     """JSON by its content, whatever its ending: a list of rows, or one object a line."""
-    with open(path, "rb") as file:
-        head = file.read(CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()
+    with open_file(path) as file:
+        head = file.read(CHUNK).removeprefix(_MARK).lstrip()
     if head.startswith(b"[") or not (head.startswith(b"{") or path.lower().endswith((".jsonl", ".ndjson"))):
         return JsonArray(path)
     line, _, rest = head.partition(b"\n")
     if rest.strip() and not rest.lstrip().startswith(b"{"):
-        with contextlib.suppress(ValueError, RecursionError):
-            json.loads(line)
+        with contextlib.suppress(ValueError):
+            parse_json(line.decode())
             return JsonLines(path)
         raise PolymodalError(
             f"{path}, line 1: the file holds JSON objects over several lines.",
@@ -462,6 +575,7 @@ def _json(path: str) -> Rows:
     return JsonLines(path)
 
 
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
 OPENERS = {
     ".json": _json,
     ".jsonl": _json,
@@ -482,6 +596,17 @@ def open_rows(path: str) -> Rows:
         hint = "Unpack it first." if packed else f"Known endings: {', '.join(OPENERS)}."
         raise PolymodalError(f"{path}: files ending in {ending or 'nothing'} cannot be read as data.", hint)
     try:
+        with open_file(path) as file:
+            head = file.read(4)
+        if ending not in (".parquet", ".tar") and (head[:2] in _UTF16 or b"\0" in head):
+            raise PolymodalError(
+                f"{path}: the text is UTF-16 or UTF-32, not UTF-8.",
+                "Save it as UTF-8 (`iconv -f UTF-16 -t UTF-8 FILE > NEW`).",
+            )
         return OPENERS[ending](path)
+    except PolymodalError:
+        raise
     except OSError as error:
-        raise PolymodalError(f"{path} cannot be read: {error.strerror or error}.") from None
+        raise PolymodalError(f"{path} cannot be read: {cause(error)}.") from None
+    except Exception as error:  # parsers raise errors of every type
+        raise PolymodalError(f"{path} cannot be read as {ending[1:]}: {cause(error)}.", AGAIN) from error

@@ -11,7 +11,6 @@ parts ({"type": "image", ...}) carry their own medium. Errors raised here get th
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Message, Record
+from polymodal.core.text import parse_json
 from polymodal.data import box_columns
 from polymodal.data.captions import caption_record, is_caption_row
 from polymodal.data.files import AUDIO
@@ -447,11 +447,10 @@ def _extra(row: Mapping[str, Any], speech: bool) -> dict[str, Any]:
             extra[key] = value
     if not speech:
         return extra
-    if extra.get("offset") and isinstance(
-        extra.get("duration"), (int, float)
-    ):  # an excerpt in a NeMo manifest
+    if extra.get("offset") and isinstance(extra.get("duration"), (int, float)):  # of a NeMo manifest
         extra.setdefault("start", extra["offset"])
-        extra.setdefault("end", float(extra["offset"]) + extra["duration"])
+        with contextlib.suppress(ValueError):  # it is named below, as the start
+            extra.setdefault("end", float(extra["offset"]) + extra["duration"])
     for key in ("start", "end"):
         if extra.get(key) is None:
             continue
@@ -501,7 +500,7 @@ def _calls(value: Any, at: str) -> tuple[dict, ...]:
     form = 'Write {"name": ..., "arguments": {...}}.'
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError as error:
             raise PolymodalError(f"`{at}` is a tool call as JSON, here it is not: {error}.", form) from None
     calls = []
@@ -512,7 +511,7 @@ def _calls(value: Any, at: str) -> tuple[dict, ...]:
         arguments = function.get("arguments", function.get("parameters", {}))
         if isinstance(arguments, str):
             with contextlib.suppress(ValueError):  # else a template may print the text as it is
-                arguments = json.loads(arguments)
+                arguments = parse_json(arguments)
         made: dict[str, Any] = {"type": "function"}
         if call.get("id"):
             made["id"] = call["id"]

@@ -7,12 +7,14 @@ renamed; readers map it, so the ranks of a node share one copy in memory.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
 import os
 import re
 import socket
+import stat
 import tempfile
 import time
 import zlib
@@ -22,8 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from polymodal.core.errors import PolymodalError
-from polymodal.core.files import written_whole
+from polymodal.core.errors import PolymodalError, cause
+from polymodal.core.files import private_directory, written_whole
 from polymodal.recipe import Data
 
 log = logging.getLogger("polymodal.data")
@@ -47,7 +49,7 @@ class Problem(NamedTuple):
 
 def cache_places(data: Data) -> list[Path]:
     """Where an index may lie: data.cache_dir alone, or beside the data, the user's cache, the temporary
-    directory."""
+    directory (unless somebody else has made that of this user's name there)."""
     if data.cache_dir:
         return [Path(data.cache_dir)]
     places = []
@@ -57,30 +59,42 @@ def cache_places(data: Data) -> list[Path]:
             place = place.parent
         places.append(place / ".polymodal")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return [*places, cache / "polymodal" / "index", Path(tempfile.gettempdir()) / f"polymodal-{os.getuid()}"]
+    places.append(cache / "polymodal" / "index")
+    shared = _shared_place()
+    with contextlib.suppress(OSError):
+        if os.path.lexists(shared):
+            private_directory(shared)
+        places.append(shared)
+    return places
+
+
+def _shared_place() -> Path:
+    return Path(tempfile.gettempdir()) / f"polymodal-{os.getuid()}"
 
 
 def cache_directory(data: Data, mounts: str = "/proc/mounts") -> Path:
     """Where a new index goes: the first place that can be written and is not on a network mount; it is
     created."""
-    cause = ""
+    reason = ""
     for place in cache_places(data):
         if not data.cache_dir and is_remote(place, mounts):
             continue
         try:
+            if place == _shared_place():
+                private_directory(place)
             place.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=place):  # os.access does not see read-only mounts and full quotas
                 return place
         except OSError as error:
-            cause = error.strerror or str(error)
+            reason = cause(error)
     if data.cache_dir:
         raise PolymodalError(
-            f"data.cache_dir = {data.cache_dir} cannot be written: {cause}.",
+            f"data.cache_dir = {data.cache_dir} cannot be written: {reason}.",
             "Name a directory that this user may write, or remove the key.",
         )
     raise PolymodalError(
         "No directory for the index of lengths: the data's own, the user's cache and the temporary "
-        "directory are all read-only, remote or full.",
+        "directory are all read-only, remote, full, or another user's.",
         "Set data.cache_dir to a directory that can be written.",
     )
 
@@ -132,7 +146,7 @@ def read(path: Path, key: str) -> tuple[dict[str, np.ndarray], list[Problem]] | 
     """(columns, problems) of the cache file, mapped; None when there is none or it is not whole."""
     import pyarrow as pa
 
-    if not path.exists():
+    if not path.is_file():
         return None
     try:
         batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
@@ -141,7 +155,7 @@ def read(path: Path, key: str) -> tuple[dict[str, np.ndarray], list[Problem]] | 
         columns = {name: batch.column(name).values.to_numpy(zero_copy_only=True) for name in names}
         if about["key"] == key and int(about["checksum"]) == checksum(columns):
             return columns, [Problem(*p) for p in json.loads(about["problems"])]
-    except (pa.ArrowException, OSError, KeyError, ValueError, IndexError, TypeError):
+    except Exception:  # parsers raise errors of every type
         pass
     log.warning("The cached index %s is not whole: lengths are measured again.", path)
     return None
@@ -173,7 +187,17 @@ def lock(path: Path, report: Progress) -> Iterator[Progress]:
 def _acquire(path: Path, report: Progress) -> int:
     """The lock file's descriptor, once it is locked by this process."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            about = os.fstat(handle)
+            if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+                os.close(handle)
+                raise OSError(errno.ELOOP, "it is a link, or not a file")
+        except OSError as error:
+            raise PolymodalError(
+                f"The lock file {path} cannot be taken: {cause(error)}.",
+                "Remove it, or set data.cache_dir to a directory that only you may write.",
+            ) from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from polymodal.core.errors import PolymodalError
+from polymodal.core.errors import PolymodalError, cause
+from polymodal.core.files import open_file
 from polymodal.core.text import nearest
 from polymodal.recipe import Video
 
@@ -35,6 +36,12 @@ _TURNS = {
 }
 """EXIF orientation -> what makes the picture upright."""
 _HEAD = 4096  # bytes in which a JPEG's frame header is looked for
+PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
+"""Pillow's decoders that may run. Others start programs (PostScript) or follow what a file names."""
+CONTAINERS = "mov,matroska,avi,asf,flv,mpeg,mpegts,gif,apng,ogg,wav,w64,flac,mp3,aac,aiff,caf,amr,au"
+"""FFmpeg's demuxers that may run: none that opens what its file names (playlists, concat, image patterns)."""
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 26)  # of a picture or a frame: where Pillow refuses, 179 M
+MAX_FRAMES = 1 << 22  # of a video: 38 hours of 30 a second
 _SEEK = 2.0  # seconds to the next frame from which a jump to a key frame may pay
 
 
@@ -50,8 +57,18 @@ def label(source: Any) -> str:
 # Pictures -------------------------------------------------------------------
 
 
-def fault(source: Any, kind: str, error: BaseException) -> PolymodalError:
-    """A library's error about a medium as a sentence for the user."""
+@contextlib.contextmanager
+def decoding(source: Any, kind: str) -> Iterator[None]:
+    """Whatever a decoder raises within becomes a PolymodalError that names the medium."""
+    try:
+        yield
+    except PolymodalError:
+        raise
+    except Exception as error:  # decoders raise errors of every type
+        raise _fault(source, kind, error) from None
+
+
+def _fault(source: Any, kind: str, error: Exception) -> PolymodalError:
     again = "Fetch it again; it may be cut short."
     if isinstance(error, FileNotFoundError):
         problem, hint = "does not exist", _why_missing(str(source))
@@ -59,14 +76,20 @@ def fault(source: Any, kind: str, error: BaseException) -> PolymodalError:
         problem, hint = "is a directory", "Name a file."
     elif isinstance(error, PermissionError):
         problem, hint = "may not be read", "Change its permissions."
-    elif isinstance(error, Image.DecompressionBombError):
-        problem, hint = f"is larger than can be decoded safely: {error}", "Reduce it before training."
+    elif isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        problem, hint = f"is larger than can be decoded safely: {cause(error)}", "Reduce it before training."
     elif isinstance(error, UnidentifiedImageError):
         problem = "is of no known format or its header is broken"
         hint = "Fetch it again, or convert it to JPEG or PNG."
+    elif "not on whitelist" in str(error):
+        problem, hint = (
+            "is no recording, but of a kind that names other files",
+            "Convert it to mp4, wav or flac.",
+        )
+    elif type(error) is OSError:  # a pipe, a loop of links, a name that is too long
+        problem, hint = f"cannot be read: {cause(error)}", "Name a regular file."
     else:
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        problem, hint = f"cannot be read: {reason}", again
+        problem, hint = f"cannot be read: {cause(error)}", again
     return PolymodalError(f"the {kind} {label(source)} {problem}.", hint)
 
 
@@ -77,7 +100,9 @@ def _why_missing(path: str) -> str:
     folder, name = os.path.split(path)
     if path != path.strip() or name != name.strip() or "\n" in path:
         return "There is a blank or a line's end at its beginning or end: remove it."
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
+        if os.path.islink(path):
+            return f"It is a link to {os.readlink(path)[:200]!r}, which is not there."
         there = os.listdir(folder or ".")
         if unicodedata.normalize("NFC", name) in (unicodedata.normalize("NFC", n) for n in there):
             return (
@@ -91,21 +116,13 @@ def _why_missing(path: str) -> str:
     )
 
 
-_PICTURE_FAULTS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    MemoryError,
-    Image.DecompressionBombError,
-)
+def opened(source: Source) -> BinaryIO:
+    """The bytes of a medium. Raises OSError, also for what is no regular file."""
+    return open_file(source) if isinstance(source, str) else io.BytesIO(source)
 
 
-def _open(source: Source) -> Image.Image:
-    if isinstance(source, str) and os.path.isdir(source):
-        raise IsADirectoryError
-    return Image.open(source if isinstance(source, str) else io.BytesIO(source))
+def _open(file: BinaryIO) -> Image.Image:
+    return Image.open(file, formats=PICTURES)
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -114,30 +131,24 @@ def _orientation(picture: Image.Image) -> int:
         return 1
     try:
         return int(picture.getexif().get(0x0112, 1))
-    except (ValueError, TypeError, SyntaxError, struct.error):
+    except Exception:  # of a broken EXIF
         return 1
 
 
 def image_size(source: Source) -> tuple[int, int]:
     """(height, width) in pixels, upright, from the header. Raises PolymodalError."""
-    try:
-        quick = _jpeg_size(source)
+    with decoding(source, "image"), opened(source) as file:
+        quick = _jpeg_size(file.read(_HEAD))
         if quick is not None:
             return quick
-        with _open(source) as picture:
+        file.seek(0)
+        with _open(file) as picture:
             width, height = picture.size
             return (width, height) if _orientation(picture) >= 5 else (height, width)
-    except _PICTURE_FAULTS as error:
-        raise fault(source, "image", error) from None
 
 
-def _jpeg_size(source: Source) -> tuple[int, int] | None:
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     """(height, width) of a JPEG without EXIF, three times faster than Pillow; None for all else."""
-    if isinstance(source, bytes):
-        data = source[:_HEAD]
-    else:
-        with open(source, "rb", buffering=0) as file:
-            data = file.read(_HEAD)
     if data[:3] != b"\xff\xd8\xff":
         return None
     at = 2
@@ -154,25 +165,22 @@ def _jpeg_size(source: Source) -> tuple[int, int] | None:
 
 def image(source: Source) -> Image.Image:
     """The upright RGB picture. Raises PolymodalError, also when the file is cut short."""
-    try:
-        with _open(source) as picture:
-            turn = _TURNS.get(_orientation(picture))
-            lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-            try:
-                picture.load()
-            finally:
-                ImageFile.LOAD_TRUNCATED_IMAGES = lenient
-            out = _rgb(picture)
+    with decoding(source, "image"), opened(source) as file, _open(file) as picture:
+        turn = _TURNS.get(_orientation(picture))
+        lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        try:
+            picture.load()
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+        out = _rgb(picture)
         return out.transpose(turn) if turn is not None else out
-    except _PICTURE_FAULTS as error:
-        raise fault(source, "image", error) from None
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture.copy()
     if picture.mode[0] in "IF" and picture.mode != "1":  # 16 and 32 bits a pixel: brought to 8
-        values = np.asarray(picture)
+        values = np.nan_to_num(np.asarray(picture))
         top = 65535 if values.dtype.kind in "iu" and values.size and values.max() > 255 else 255
         return Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8)).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
@@ -240,7 +248,7 @@ def video_header(source: Source | tuple[str, ...], fps: float = 2.0) -> VideoHea
         return VideoHeader(height, width, len(source), fps, listed=True)
     import av
 
-    try:
+    with decoding(source, "video"):
         with open_container(source) as container:
             stream = video_stream(container, source)
             sound = bool(container.streams.audio)
@@ -256,14 +264,18 @@ def video_header(source: Source | tuple[str, ...], fps: float = 2.0) -> VideoHea
                 frames = len(times)
                 span = max(times) - min(times) if times else 0.0
                 rate = rate or ((frames - 1) / span if span > 0 else 0.0)
-            if not frames or not width or not height:
+            if frames <= 0 or width <= 0 or height <= 0:
                 raise PolymodalError(
                     f"the video {label(source)} holds no frames.", "Fetch it again, or remove the row."
                 )
-    except (av.FFmpegError, OSError, ValueError, OverflowError) as error:
-        raise fault(source, "video", error) from None
-    if _sideways(source):
-        height, width = width, height
+            if frames > MAX_FRAMES or height * width > MAX_PIXELS or not 0 <= rate <= 1e6:
+                raise PolymodalError(
+                    f"the video {label(source)} claims {frames:,} frames of {height} x {width} pixels, "
+                    f"{rate:g} a second.",
+                    f"At most {MAX_FRAMES:,} frames of {MAX_PIXELS:,} pixels are read: fetch it again.",
+                )
+            if _sideways(source):
+                height, width = width, height
     return VideoHeader(height, width, frames, rate or 25.0, sound=sound)
 
 
@@ -288,14 +300,9 @@ def video(
                     "Bring all frames of a video to one size.",
                 )
         return np.stack(pictures)
-    import av
-
-    try:
-        with open_container(source) as container:
-            frames = _Frames(container, source, header)
-            return np.stack([_pixels(frames.at(index / header.fps), size) for index in indices])
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise fault(source, "video", error) from None
+    with decoding(source, "video"), open_container(source) as container:
+        frames = _Frames(container, source, header)
+        return np.stack([_pixels(frames.at(index / header.fps), size) for index in indices])
 
 
 class _Frames:
@@ -355,13 +362,16 @@ class _Frames:
 
 
 def open_container(source: Source) -> Any:
-    """A file or bytes opened by PyAV. Raises av.FFmpegError and OSError, see `fault`."""
+    """A file or bytes opened by PyAV, which opens nothing else. Use it within `decoding`."""
     import av
 
     av.logging.set_level(av.logging.PANIC)
-    if isinstance(source, str) and not os.path.isfile(source):
-        raise IsADirectoryError if os.path.isdir(source) else FileNotFoundError
-    return av.open(source if isinstance(source, str) else io.BytesIO(source))
+    opened(source).close()  # a regular file, or the cause why not
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    container = av.open(f"file:{source}" if isinstance(source, str) else io.BytesIO(source), options=options)
+    for stream in container.streams.video:
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+    return container
 
 
 def video_stream(container: Any, source: Source) -> Any:
@@ -391,7 +401,7 @@ def _pixels(frame: Any, size: tuple[int, int] | None = None) -> np.ndarray:
 def _sideways(source: Source) -> bool:
     """Whether an mp4 or mov is shown turned by a quarter: the matrix of its video track's header (ISO
     14496-12)."""
-    with open(source, "rb") if isinstance(source, str) else io.BytesIO(source) as file:
+    with opened(source) as file:
         if file.read(12)[4:8] != b"ftyp":
             return False
         for start, stop in _boxes(file, (b"moov", b"trak", b"tkhd"), 0, file.seek(0, 2)):

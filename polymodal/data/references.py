@@ -6,7 +6,6 @@ Decides where relative paths start; opens nothing.
 from __future__ import annotations
 
 import base64
-import json
 import os
 import re
 import struct
@@ -18,6 +17,7 @@ import numpy as np
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media
+from polymodal.core.text import parse_json
 from polymodal.recipe import Attr
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -156,9 +156,10 @@ def _wav(source: Mapping[str, Any], at: str) -> bytes:
     rate = source.get("sampling_rate")
     try:
         values = np.asarray(source["array"], np.float32)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         values = np.zeros(0, np.float32)
-    if not isinstance(rate, int) or rate < 1 or values.ndim not in (1, 2) or not values.size:
+    shaped = values.size and (values.ndim == 1 or (values.ndim == 2 and values.shape[1] <= 64))
+    if not isinstance(rate, int) or not 1 <= rate <= 1 << 20 or not shaped:
         raise PolymodalError(
             f"`{at}` is decoded audio without samples or without its sampling_rate.",
             'Write {"array": [...], "sampling_rate": 16000}, or the path of a file.',
@@ -183,7 +184,7 @@ def listed(value: Any) -> Any:
     """JSON text of a list -> the list (csv and parquet keep lists so); anything else as it is."""
     if isinstance(value, str) and value[:1] == "[" and value.rstrip()[-1:] == "]":
         try:
-            return json.loads(value)
+            return parse_json(value)
         except ValueError:
             return value
     return value

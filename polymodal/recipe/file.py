@@ -13,7 +13,8 @@ from typing import Annotated, Any, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from polymodal.core.errors import PolymodalError
+from polymodal.core.errors import PolymodalError, cause
+from polymodal.core.files import open_file
 from polymodal.core.text import did_you_mean, nearest
 
 Lines = dict[str, tuple[str, int]]
@@ -34,7 +35,11 @@ class Section(BaseModel):
     """A section of the recipe: closed (no unknown keys), checked on assignment, every key documented."""
 
     model_config = ConfigDict(
-        extra="forbid", validate_assignment=True, use_attribute_docstrings=True, ser_json_inf_nan="constants"
+        extra="forbid",
+        validate_assignment=True,
+        use_attribute_docstrings=True,
+        ser_json_inf_nan="constants",
+        allow_inf_nan=False,
     )
 
 
@@ -49,16 +54,31 @@ NUMBER = re.compile(
     re.VERBOSE,
 )
 NUMBER_STARTS = list("-+0123456789.")
+MAX_FILE = 1 << 20  # bytes of a recipe
+MAX_ENTRIES = 100_000  # of a recipe, once its aliases are written out
+
+
+class _TooLarge(yaml.constructor.ConstructorError):
+    """A whole number beyond 64 bits, which nothing here can take."""
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML 1.2's numbers: 1e-5 is one; yes, no, on and off are words."""
+    """YAML 1.2's numbers: 1e-5 is one; yes, no, on and off are words. Whole numbers have at most 64 bits."""
+
+    def construct_yaml_int(self, node: Any) -> int:
+        text = self.construct_scalar(node)
+        number = super().construct_yaml_int(node) if len(text) <= 100 else 1 << 64
+        if not -(1 << 63) <= number < 1 << 63:
+            digits = f"{text[:20]}... ({len(text)} characters)" if len(text) > 24 else text
+            raise _TooLarge(None, None, f"the number {digits} is too large", node.start_mark)
+        return number
 
 
 _Yaml.yaml_implicit_resolvers = {
     letter: [rule for rule in rules if rule[0] not in (BOOL, FLOAT)]
     for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Yaml.add_constructor("tag:yaml.org,2002:int", _Yaml.construct_yaml_int)
 _Yaml.add_implicit_resolver(BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Yaml.add_implicit_resolver(FLOAT, NUMBER, NUMBER_STARTS)
 
@@ -81,27 +101,44 @@ def write(data: dict) -> str:
 def _parse(path: Path) -> tuple[dict, Lines]:
     """YAML file -> (plain data, lines of its keys)."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with open_file(path) as file:
+            raw = file.read(MAX_FILE + 1)
+        if len(raw) > MAX_FILE:
+            raise ValueError(f"it is longer than {MAX_FILE >> 20} MiB")
+        text = raw.decode()
     except FileNotFoundError:
         raise PolymodalError(
             f"The recipe {path} does not exist.", "Check the path, or write one with `polymodal init MODEL`."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        cause = getattr(error, "strerror", None) or error
-        raise PolymodalError(f"The recipe {path} cannot be read: {cause}.") from None
+    except UnicodeDecodeError as error:
+        hint = "Save the file as UTF-8."
+        raise PolymodalError(
+            f"The recipe {path} cannot be read: no UTF-8 text ({error.reason}).", hint
+        ) from None
+    except (OSError, ValueError) as error:
+        raise PolymodalError(f"The recipe {path} cannot be read: {cause(error)}.") from None
     try:
         loader = _Yaml(text)
         node = loader.get_single_node()
+        if _entries(node, {}) > MAX_ENTRIES:
+            raise PolymodalError(
+                f"{path}: with its aliases (*name) written out it has more than {MAX_ENTRIES:,} entries.",
+                "Write the values themselves.",
+            )
         lines = dict(_lines(node, "", path))
         data = {} if node is None else loader.construct_document(node)
-    except yaml.YAMLError as error:
+    except PolymodalError:
+        raise
+    except Exception as error:  # yaml raises its own errors, and those of the types that it makes
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
         hint = "Look at the indentation and the quotes there."
-        if mark and "\t" in [*text.split("\n"), ""][mark.line]:
+        if mark and "\t" in [*text.split("\n"), ""][min(mark.line, text.count("\n"))]:
             hint = "YAML is indented with spaces, not tabs."
-        cause = getattr(error, "problem", None) or error
-        raise PolymodalError(f"{where}: not valid YAML: {cause}.", hint) from None
+        reason = getattr(error, "problem", None) or cause(error)
+        if isinstance(error, _TooLarge):
+            raise PolymodalError(f"{where}: {reason}.", "Correct it.") from None
+        raise PolymodalError(f"{where}: not valid YAML: {reason}.", hint) from None
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -110,6 +147,20 @@ def _parse(path: Path) -> tuple[dict, Lines]:
             "Start from `polymodal init MODEL`.",
         )
     return data, lines
+
+
+def _entries(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """Nodes at and below `node`, those of an alias counted wherever it stands. known: counts by node.
+
+    A node within itself counts as more than any recipe has.
+    """
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MAX_ENTRIES + 1
+        inner = [n for pair in node.value for n in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(_entries(n, known) for n in inner)
+    return known[id(node)]
 
 
 def _lines(node: yaml.Node | None, prefix: str, path: Path) -> Iterator[tuple[str, tuple[str, int]]]:
@@ -139,11 +190,15 @@ def _merge(base: dict, over: dict, path: tuple = ()) -> dict:
     return out
 
 
-def read(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict, Lines]:
+def read(
+    path: Path, chain: tuple[Path, ...] = (), known: dict[Path, tuple[dict, Lines]] | None = None
+) -> tuple[dict, Lines]:
     """A recipe file with the files of its `base:` merged under it: (plain data, lines of its keys).
 
     Mappings are merged key by key, everything else is replaced. Raises PolymodalError with file and line.
+    chain: the files that led here; known: those read already.
     """
+    known = {} if known is None else known
     chain = (*chain, path.resolve())
     if chain[-1] in chain[:-1]:
         raise PolymodalError(
@@ -168,7 +223,9 @@ def read(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict, Lines]:
                 f"{where}: the base recipe {file} does not exist.",
                 "`base:` is relative to the file that names it.",
             )
-        child, child_lines = read(file, chain)
+        if (file := file.resolve()) not in known:
+            known[file] = read(path.parent / name, chain, known)
+        child, child_lines = known[file]
         merged = _merge(merged, child)
         merged_lines |= child_lines
     return _merge(merged, data), merged_lines | lines
@@ -185,8 +242,14 @@ def override(data: dict, lines: Lines, text: str) -> None:
             "Write e.g. train.steps=100; quote values with spaces.",
         )
     try:
-        parsed = yaml.load(value, Loader=_Yaml) if value else None
-    except yaml.YAMLError:
+        loader = _Yaml(value)
+        node = loader.get_single_node()
+        if _entries(node, {}) > MAX_ENTRIES:
+            raise ValueError("aliases without an end")
+        parsed = None if node is None else loader.construct_document(node)
+    except _TooLarge as error:
+        raise PolymodalError(f"The override `{text[:60]}`: {error.problem}.", "Correct it.") from None
+    except Exception:  # no YAML: the text itself
         parsed = value
     for free in FREE:  # model.config.text_config.hidden_size: a name with dots in model.config
         if tuple(parts[: len(free)]) == free and len(parts) > len(free):
@@ -195,7 +258,7 @@ def override(data: dict, lines: Lines, text: str) -> None:
     for i, part in enumerate(parts):
         index: Any = part
         if isinstance(target, list):
-            if not part.isdigit() or int(part) >= len(target):
+            if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(target):
                 raise PolymodalError(
                     f"The override `{text}`: `{'.'.join(parts[:i])}` is a list of {len(target)}, "
                     f"`{part}` is not one of its numbers.",
@@ -210,7 +273,7 @@ def override(data: dict, lines: Lines, text: str) -> None:
         target = target[index]
     for old in [name for name in lines if f"{name}.".startswith(f"{key}.")]:
         del lines[old]
-    lines[key] = (f"override `{text}`", 0)
+    lines[key] = (f"override `{text if len(text) <= 200 else text[:197] + '...'}`", 0)
 
 
 # ---- the schema's keys ---------------------------------------------------------------------------------
@@ -255,6 +318,7 @@ MISTAKES = {
     "int_from_float": NO_INTEGER,
     "float_parsing": NO_NUMBER,
     "float_type": NO_NUMBER,
+    "finite_number": ("is not a finite number", ""),
     "bool_parsing": NO_BOOLEAN,
     "bool_type": NO_BOOLEAN,
     "too_short": ("must have {min_length} entries", ""),

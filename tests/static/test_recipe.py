@@ -168,7 +168,7 @@ def test_no_such_file(tmp_path):
     assert refused(tmp_path / "no.yaml").endswith(
         "does not exist. Check the path, or write one with `polymodal init MODEL`."
     )
-    assert "cannot be read: Is a directory" in refused(tmp_path)
+    assert "cannot be read: it is a directory" in refused(tmp_path)
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     assert "cannot be read" in refused(tmp_path / "b.yaml")
 
