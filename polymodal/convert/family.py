@@ -16,7 +16,6 @@ has none; cases: fact -> what differs where a config has it."""
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from polymodal.convert.facts import FROM_CONFIG, FROM_SHAPES
 from polymodal.convert.operations import OPERATIONS, RENAME, SHARDS, WHOLE, Facts, Shape
 from polymodal.convert.table import Row, Table, Tower
 from polymodal.core.errors import PolymodalError
+from polymodal.core.files import read_json
 
 TIE = ("text_decoder.output_layer.weight", "text_decoder.embedding.word_embeddings.weight")
 DEFAULTS = {"vocabulary": "rows", "prefix": "", "hub_prefix": "", "tree": "", "inner": ""}
@@ -213,15 +213,7 @@ def read_config(source: Path, required: bool = True) -> dict[str, Any]:
         if not required:
             return {}
         raise PolymodalError(f"{path} does not exist.", "Give the directory of the hub checkpoint.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PolymodalError(
-            f"{path} cannot be read: {error}.", "Copy it again from the checkpoint's origin."
-        ) from None
-    if not isinstance(data, dict):
-        raise PolymodalError(f"{path} must be a JSON object, this is a {type(data).__name__}.")
-    return data
+    return read_json(path)
 
 
 def architectures(config: Mapping[str, Any]) -> list[str]:

@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.files import open_file
 from polymodal.core.sample import Media, Message, Record
-from polymodal.data.files import AUDIO, IMAGE, VIDEO, Rows, read_text
+from polymodal.data.files import AUDIO, IMAGE, MAX_TEXT, VIDEO, Rows, read_text
 from polymodal.data.references import KINDS, References, first, listed, member_named, row_members
 from polymodal.recipe import Attr
 
@@ -167,9 +168,12 @@ class Folder(Rows):
         self.texts = len(self.beside) - self.beside.count(None)
         digest = hashlib.blake2b(digest_size=16)
         for name, text in zip(self.files, self.beside, strict=True):
-            digest.update(f"{name} {os.path.getsize(os.path.join(path, name))}\n".encode())
-            if text is not None:
-                digest.update(read_text(os.path.join(path, text)).encode())
+            with contextlib.suppress(OSError):  # a link to nothing, or a pipe: named when the row is read
+                size = os.path.getsize(os.path.join(path, name))
+                digest.update(os.fsencode(name) + f" {size}\n".encode())
+                if text is not None:
+                    with open_file(os.path.join(path, text)) as file:
+                        digest.update(file.read(MAX_TEXT))
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.files import file_stem, replace_file, written_whole
+from polymodal.core.files import file_stem, read_json, replace_file, written_whole
 from polymodal.core.sample import Record, SampleLengths
 from polymodal.data.captions import TAKEN
 from polymodal.data.files import CHUNK, JsonLines
@@ -218,10 +218,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     path = directory / MANIFEST
     if not path.is_file():
         return None
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise PolymodalError(f"{path} is not readable: {error}.", "Run `polymodal encode` again.") from None
+    return read_json(path, "Run `polymodal encode` again.")
 
 
 def differences(had: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

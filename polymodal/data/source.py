@@ -141,6 +141,11 @@ def expand(path: str, key: str = "data.datasets.path") -> list[str]:
             f"{key} = {path}: the directory {folder} does not exist.",
             f"Paths start from the working directory, {os.getcwd()}.",
         )
+    if os.path.islink(text):
+        raise PolymodalError(
+            f"{key} = {path}: it is a link to {os.readlink(text)}, which is not there.",
+            "Correct the link, or name the file itself.",
+        )
     near = nearest(os.path.basename(text), os.listdir(folder))
     raise PolymodalError(
         f"{key} = {path}: the file does not exist.",

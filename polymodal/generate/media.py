@@ -19,6 +19,8 @@ import torch.distributed as dist
 
 from polymodal import __version__
 from polymodal.core.errors import PolymodalError
+from polymodal.core.text import parse_json
+from polymodal.data.files import read_text
 from polymodal.generate.pipeline import Generator, Prompt, Settings, opened, suspicion
 
 SHEET = 32
@@ -29,10 +31,7 @@ SHEET_FRAMES = 6
 
 def read_prompts(path: str) -> list[Prompt]:
     """A .txt of one prompt a line, or .jsonl of objects with Prompt's keys. Raises PolymodalError."""
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolymodalError(f"The prompts {path} cannot be read: {error}.", "Check --prompts.") from None
+    lines = read_text(str(Path(path).expanduser())).split("\n")
     known = [f.name for f in fields(Prompt)]
     out = []
     for number, line in enumerate(lines, 1):
@@ -42,7 +41,7 @@ def read_prompts(path: str) -> list[Prompt]:
             out.append(Prompt(line.strip()))
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             unknown = sorted(set(row) - set(known))
             if not isinstance(row.get("prompt"), str) or unknown:
                 raise ValueError(f"`{unknown[0]}` is not known" if unknown else "there is no `prompt`")

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import functools
 import hashlib
-import json
 import os
 import sys
 import warnings
@@ -24,6 +23,7 @@ from torch import nn
 
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
+from polymodal.core.files import read_json
 from polymodal.core.sample import MediaShape
 from polymodal.core.tensors import LazyTensors, require_finite
 from polymodal.data.boxes import BoxWriter
@@ -357,8 +357,7 @@ def load_hub(directory: Path, dtype: str | torch.dtype = "auto", trust: bool = F
 def adapter_config(directory: Path) -> dict[str, Any]:
     """adapter_config.json of a peft directory. Raises PolymodalError."""
     path = directory / "adapter_config.json"
-    with library_errors(f"{path} cannot be read", "Give the directory of a peft adapter."):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+    return read_json(path, "Give the directory of a peft adapter.")
 
 
 def of_pipeline(directory: Path, base: str | None = None) -> bool:

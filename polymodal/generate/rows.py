@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Message
-from polymodal.core.text import check_characters
+from polymodal.core.text import check_characters, parse_json
 from polymodal.data.formats import RowReader
 from polymodal.generate.engine import Answer, Engine, Sampling
 from polymodal.recipe import Attr
@@ -121,11 +121,11 @@ def _parsed(lines: Iterable[str], place: str) -> Iterator[Row]:
             continue
         where, value, problem = f"{place} {number}", {}, None
         try:
-            value = json.loads(text)
+            value = parse_json(text)
             check_characters(value, where)
         except PolymodalError as error:
             value, problem = {}, error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             problem = PolymodalError(f"{where}: not valid JSON: {error}.")
         yield Row(number, where, value, problem)
 

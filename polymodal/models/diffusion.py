@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.files import read_json
 from polymodal.core.sample import Batch, SampleLengths
 from polymodal.models import library, pipeline_index, pipelines
 from polymodal.models.card import Output, Process
 from polymodal.models.family import Family
-from polymodal.models.storage import read_json
 
 DYNAMIC_SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 

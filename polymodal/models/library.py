@@ -6,7 +6,6 @@ that changed. Works on models that are on meta, sharded, wrapped or cut into sta
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.files import read_json
 from polymodal.models.card import PrunedModule
 from polymodal.models.slices import NotASlice, Stored
 from polymodal.models.storage import Files
@@ -71,7 +71,7 @@ def settle_ties(config: Any, directory: Path, head: str, embedding: str) -> None
     true there. Where the files hold both tensors, and they differ, they are not tied, whatever the flag.
     head, embedding: names of the two modules in the model; the files may have another prefix.
     """
-    raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    raw = read_json(directory / "config.json")
     text = raw.get("text_config") or {}
     if "tie_word_embeddings" not in raw and "tie_word_embeddings" in text:
         config.tie_word_embeddings = bool(text["tie_word_embeddings"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from polymodal.core.errors import PolymodalError
-from polymodal.models.storage import read_json
+from polymodal.core.files import read_json
 
 LIBRARIES = ("diffusers", "transformers")
 """Whose classes a pipeline may name, beside those that diffusers keeps in a module of one pipeline."""

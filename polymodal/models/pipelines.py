@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.files import read_json
 from polymodal.core.tensors import require_finite
 from polymodal.models import weights
 from polymodal.models.pipeline_index import LIBRARIES, components, models_of, read_index
-from polymodal.models.storage import read_json
 
 
 def empty(config: Mapping[str, Any], library: str = "diffusers") -> nn.Module:

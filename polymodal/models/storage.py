@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polymodal.core.errors import PolymodalError
+from polymodal.core.errors import PolymodalError, cause
+from polymodal.core.files import read_json
 
 STEMS = ("model", "diffusion_pytorch_model")
 """Names under which transformers and diffusers look for weights."""
@@ -46,18 +46,6 @@ def dtype_of(name: str) -> torch.dtype:
             "Use a checkpoint in bf16, fp16 or fp32.",
         )
     return DTYPES[name]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises PolymodalError."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        hint = "Copy the file again from the checkpoint's origin."
-        raise PolymodalError(f"{path} cannot be read: {error}.", hint) from None
-    if not isinstance(data, dict):
-        raise PolymodalError(f"{path}: expected a JSON object, this is a {type(data).__name__}.")
-    return data
 
 
 def is_lfs_pointer(path: Path) -> bool:
@@ -165,11 +153,11 @@ def _windows(
 
 
 def _open(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         return safe_open(str(path), framework="pt", device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:
         raise PolymodalError(*_cause(path, error)) from None
 
 
@@ -193,7 +181,7 @@ def _cause(path: Path, error: Exception) -> tuple[str, str]:
         return f"{path} is a web page, not weights: the download was answered with an error page.", again
     if size == 0:
         return f"{path} is empty.", again
-    return f"{path} is cut short or corrupt ({size} bytes; {str(error).strip().splitlines()[0]}).", again
+    return f"{path} is cut short or corrupt ({size} bytes; {cause(error)}).", again
 
 
 def _shards(directory: Path, stems: tuple[str, ...]) -> list[Path]:

@@ -5,6 +5,7 @@ pydantic and yaml only, never torch. Knows no keys: schema.py passes its models.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -199,7 +200,7 @@ def read(
     chain: the files that led here; known: those read already.
     """
     known = {} if known is None else known
-    chain = (*chain, path.resolve())
+    chain = (*chain, Path(os.path.realpath(path)))
     if chain[-1] in chain[:-1]:
         raise PolymodalError(
             f"{path}: `base:` goes in a circle ({' -> '.join(file.name for file in chain)}).",
@@ -223,7 +224,7 @@ def read(
                 f"{where}: the base recipe {file} does not exist.",
                 "`base:` is relative to the file that names it.",
             )
-        if (file := file.resolve()) not in known:
+        if (file := Path(os.path.realpath(file))) not in known:
             known[file] = read(path.parent / name, chain, known)
         child, child_lines = known[file]
         merged = _merge(merged, child)

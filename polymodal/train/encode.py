@@ -27,6 +27,7 @@ from torch import Tensor
 from polymodal import __version__
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
+from polymodal.core.files import read_json
 from polymodal.core.sample import Record, SampleLengths
 from polymodal.data import features as store
 from polymodal.data.clips import Clips
@@ -164,7 +165,7 @@ class Encoding:
             known = settings.is_file()
             other = []
             if known:
-                other = store.differences(json.loads(settings.read_text(encoding="utf-8")), self.settings)
+                other = store.differences(read_json(settings), self.settings)
             if other or (not known and (self.directory / store.LIST).is_file()):
                 what = f"made with other settings: {'; '.join(other[:4])}" if other else "of another system"
                 raise PolymodalError(
@@ -180,7 +181,7 @@ class Encoding:
 
     def _finish(self, corpus: Corpus, total: Encoded) -> None:
         texts = [part.read_text(encoding="utf-8") for part in self._parts()]
-        rows = [json.loads(line) for text in texts for line in text.splitlines()]
+        rows = [json.loads(line) for text in texts for line in text.split("\n") if line]
         rows.sort(key=lambda row: row["record"])
         if not rows:
             cause = total.broken[0] if total.broken else "there is none"

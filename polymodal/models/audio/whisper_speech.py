@@ -5,7 +5,6 @@ Tokens and features are the library's own.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.files import read_json
 from polymodal.core.sample import MediaStream
 from polymodal.models.understanding.media import TokenMedia
 
@@ -109,5 +109,5 @@ class WhisperSpeech(TokenMedia):
 def _multilingual(directory: Path, config: Any) -> bool:
     """By generation_config.json; without it by the vocabulary, which in .en models is one token smaller."""
     path = directory / "generation_config.json"
-    known = json.loads(path.read_text(encoding="utf-8")).get("is_multilingual") if path.is_file() else None
+    known = read_json(path).get("is_multilingual") if path.is_file() else None
     return config.vocab_size >= 51865 if known is None else bool(known)

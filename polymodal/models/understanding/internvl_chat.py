@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.files import read_json
 from polymodal.models.family import Family
 
 MODEL_TYPE = "internvl_chat"
@@ -59,7 +60,7 @@ def is_original(directory: str | Path) -> bool:
 
 
 def read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    return read_json(path)
 
 
 def dump(raw: dict[str, Any], directory: Path) -> None:
