@@ -153,9 +153,7 @@ class ChatProcessor:
                 "Set eos_token in the checkpoint's tokenizer_config.json.",
             )
         text = self._begin + "".join(
-            p
-            if isinstance(p, str)
-            else self.template.marks.get(p.kind) or self.media.placeholder(p.kind)
+            p if isinstance(p, str) else self.template.marks.get(p.kind) or self.media.placeholder(p.kind)
             for p in written(record.messages[0].content, self.template.breaking("assistant"))
         )
         text += "" if record.extra.get("_goes_on") else eos
