@@ -239,7 +239,7 @@ def override(data: dict, lines: Lines, text: str) -> None:
     parts = key.split(".")
     if not sign or not all(parts):
         raise PolymodalError(
-            f"The override `{text}` is not of the form a.b=c.",
+            f"The override `{text[:80]}` is not of the form a.b=c.",
             "Write e.g. train.steps=100; quote values with spaces.",
         )
     try:
@@ -261,7 +261,7 @@ def override(data: dict, lines: Lines, text: str) -> None:
         if isinstance(target, list):
             if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(target):
                 raise PolymodalError(
-                    f"The override `{text}`: `{'.'.join(parts[:i])}` is a list of {len(target)}, "
+                    f"The override `{text[:80]}`: `{'.'.join(parts[:i])}` is a list of {len(target)}, "
                     f"`{part}` is not one of its numbers.",
                     "Entries are numbered from 0.",
                 )

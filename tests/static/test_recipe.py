@@ -184,7 +184,7 @@ def test_no_such_file(tmp_path):
     freeze=st.lists(st.text()),
     config=st.dictionaries(
         st.text(min_size=1),
-        st.integers() | st.floats(allow_nan=False) | st.text() | st.booleans() | st.none(),
+        st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text() | st.booleans() | st.none(),
     ),
 )
 @example(

@@ -174,7 +174,7 @@ def test_each_box_is_of_its_own_picture(qwen, pictures):
         ({"bbox": [[20, 20, -5, 80]], "bbox_format": "xywh"}, "ends before it begins (as xywh)"),
         ({"bbox": [[20, 20, float("nan"), 80]]}, "holds 'nan', which is no coordinate"),
         ({"bbox": [[20, 20, float("inf"), 80]]}, "holds 'inf', which is no coordinate"),
-        ({"bbox": [[20, 20, 10**400, 80]]}, "which is no coordinate"),
+        ({"bbox": [[20, 20, 10**400, 80]]}, "a number of 401 digits"),
         ({"bbox": [[20, 20, "180", 80]]}, "holds '180', which is no coordinate"),
         ({"bbox": [[20, 20, True, 80]]}, "holds 'True', which is no coordinate"),
         ({"bbox": [[20, 20, None, 80]]}, "holds 'None', which is no coordinate"),
