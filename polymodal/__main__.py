@@ -22,10 +22,11 @@ def run() -> None:
     """The entry point of the console script."""
     status = [1]
     atexit.register(_end, status)  # registered first, so it runs last
-    from polymodal.cli import main
-    from polymodal.core.redaction import guard_streams
+    from polymodal.core import terminal
 
-    guard_streams()
+    terminal.start()
+    from polymodal.cli import main
+
     try:
         main()
         status[0] = 0

@@ -43,3 +43,10 @@ def main() -> None:
             app(prog_name="polymodal")
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # of printing help
+        failure = error
+
+        def action() -> int:
+            raise failure
+
+        sys.exit(guard(action))

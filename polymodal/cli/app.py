@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from polymodal.core import terminal
 from polymodal.core.errors import PolymodalError
 
 HELP = ["-h", "--help"]
@@ -134,13 +135,12 @@ def guard(action: Callable[[], int | None]) -> int:
                 raise told from None
         except PolymodalError as error:
             if launcher.record(error):
-                start = "\033[1;31merror:\033[0m" if sys.stderr.isatty() else "error:"
-                print(start, error, file=sys.stderr)
+                terminal.report(error)
             return error.code
         except launcher.Stopped as stopped:
             return stopped.code
         except BrokenPipeError:  # who read the output has enough (`| head`)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            terminal.finish()
             return 1  # as typer and rich do
         except Exception as error:
             if launcher.record(error):
@@ -180,7 +180,7 @@ def spread(
             "Set NNODES to the nodes there are, or lower --min-nodes.",
         )
     for warning in launcher.before_start(run_dir, target):
-        print("warning:", warning, file=sys.stderr)
+        terminal.say("warning:", warning, error=True)
     command = ["-m", "polymodal", *sys.argv[1:]]
     return launcher.run(command, target, restarts=restarts, min_nodes=min_nodes)
 
@@ -189,7 +189,7 @@ def _version(asked: bool) -> None:
     if asked:
         from polymodal import __version__
 
-        print(f"polymodal {__version__}")
+        terminal.say(f"polymodal {__version__}")
         raise typer.Exit()
 
 

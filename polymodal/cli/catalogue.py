@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from polymodal.cli.app import command
+from polymodal.core.terminal import say, say_lines
 
 
 @command("models")
@@ -15,7 +16,7 @@ def models(
     from polymodal.tools import models_command
 
     if markdown:
-        print(models_command.page(), end="")
+        say_lines(models_command.page())
         return 0
     return models_command.main(name, request, as_json)
 
@@ -43,7 +44,7 @@ def download(model: str, to: Path | None = None, revision: str | None = None) ->
     """Fetch a checkpoint from the hub; resumes. Honours HF_ENDPOINT (mirrors), HTTPS_PROXY and HF_TOKEN."""
     from polymodal.models import catalog
 
-    print(catalog.download(model, revision, to))
+    say(catalog.download(model, revision, to))
     return 0
 
 

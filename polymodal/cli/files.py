@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from polymodal.cli.app import command
+from polymodal.core.terminal import say_lines
 
 
 @command("convert")
@@ -55,7 +56,7 @@ def convert(
     from polymodal.tools import data_convert
 
     options: dict[str, Any] = {"format": format, "media_dir": media_dir, "missing": missing}
-    print(data_convert.convert(source, target, **options))
+    say_lines(data_convert.convert(source, target, **options), "\n")
     return 0
 
 
@@ -95,7 +96,7 @@ def schema() -> int:
 
     from polymodal import recipe as recipes
 
-    print(json.dumps(recipes.json_schema(), indent=2))
+    say_lines(json.dumps(recipes.json_schema(), indent=2), "\n")
     return 0
 
 
@@ -104,7 +105,7 @@ def show_recipe(recipe: Path, overrides: list[str] | None = None) -> int:
     """A recipe with its bases, overrides and defaults resolved."""
     from polymodal import recipe as recipes
 
-    print(recipes.dump(recipes.load(recipe, overrides or [])), end="")
+    say_lines(recipes.dump(recipes.load(recipe, overrides or [])))
     return 0
 
 
@@ -113,5 +114,5 @@ def docs() -> int:
     """The reference page of every key, as Markdown."""
     from polymodal.recipe import reference
 
-    print(reference.markdown(), end="")
+    say_lines(reference.markdown())
     return 0

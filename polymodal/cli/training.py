@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 from polymodal.cli.app import command, spread
+from polymodal.core.terminal import say
 
 
 @command("train")
@@ -38,7 +38,7 @@ def train(
         count = device.count(read.device.kind)
         if not starts and target.launcher == "alone" and count > 1:
             note = f"note: this node has {count} devices and one process trains; --nproc auto uses all"
-            print(note, file=sys.stderr)
+            say(note, error=True)
 
     def here() -> int:
         from polymodal.train import trainer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from polymodal.convert.output import Report
 from polymodal.convert.source import Source
 from polymodal.convert.tree import Parallel, counts
 from polymodal.core.errors import PolymodalError
+from polymodal.core.terminal import say
 
 
 def for_each_transformer(function: Callable[..., Report]) -> Callable[..., Iterator[Report]]:
@@ -89,10 +89,10 @@ def original_to_tree(call: Call, cfg: Paths) -> Report:
     inside = ("module", "ema_state_dict", "state_dict")
     tensors = reading.any_file(source, *inside, allow_pickle=call.settings.allow_pickle)
     if found := lora.alphas(tensors):
-        print(
+        say(
             f"{source}: alpha {', '.join(f'{alpha:g}' for alpha in found)} is not part of a tree: "
             "give it to merge_lora_to_base and mm_to_source",
-            file=sys.stderr,
+            error=True,
         )
     return _tree(call, cfg, engine.hub(family(call.family), call.original, source, tensors))
 

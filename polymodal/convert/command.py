@@ -42,14 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     leave_working_directory()
     import jsonargparse
 
-    from polymodal.core.redaction import guard_streams
-
-    if arguments is None:
-        guard_streams()
-
     from polymodal.convert.converters import CONVERTERS
+    from polymodal.core import terminal
     from polymodal.core.errors import PolymodalError
 
+    if arguments is None:
+        terminal.start()
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     given = words(sys.argv[1:] if arguments is None else arguments)
@@ -60,8 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             offered, args=given, as_positional=False, prog="mm-convert", description=DESCRIPTION
         )
     except PolymodalError as error:
-        start = "\033[1;31merror:\033[0m" if sys.stderr.isatty() else "error:"
-        print(start, error, file=sys.stderr)
+        terminal.report(error)
         sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -16,6 +16,7 @@ import yaml
 
 from polymodal.convert import options as option_types
 from polymodal.convert.options import Settings
+from polymodal.core.terminal import say_lines
 
 TYPES: dict[str, Any] = {
     **{one.__name__: one for one in (str, bool, int, float)},
@@ -105,7 +106,7 @@ class _Table:
             function = getattr(import_module(f"polymodal.convert.actions_{module}"), action)
             result = function(Call(**call), **{key: given[one.name] for key, one in parameters.items()})
             for report in result if inspect.isgenerator(result) else [result]:
-                print(report)
+                say_lines(report, "\n")
 
         return _described(run, [*parameters.values(), *settings], entries["help"], name)
 

@@ -6,7 +6,6 @@ Everything that is wrong with a source is found here, before anything is written
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from polymodal.convert.source import Joined, Remapped, Source, invert, renamed, 
 from polymodal.convert.table import Table, forward, hub_shapes, matches
 from polymodal.convert.tree import Parallel
 from polymodal.core.errors import PolymodalError
+from polymodal.core.terminal import say
 
 
 @dataclass
@@ -88,12 +88,12 @@ def unmapped(opened: Opened, where: Path, template: Path | None = None) -> Sourc
         if key in held.shapes and held.shapes[key] != tuple(shape):
             raise PolymodalError(
                 f"{key} is {list(shape)} in {where}, {list(held.shapes[key])} in {template}.",
-                "They are of different models.",
+                "Give a tree and a hub checkpoint of one model and size.",
             )
     if lost := [key for key in held.shapes if key not in source.shapes]:
         raise PolymodalError(
             f"{where} lacks {len(lost)} tensors that {template} has (first: {lost[0]}).",
-            "Is the tree whole, and of this model?",
+            "Copy the whole tree, or give the hub checkpoint of the model that it is of.",
         )
     return source
 
@@ -156,11 +156,11 @@ def _warn_of_drift(opened: tree.Tree) -> None:
         )
     ]
     if different:
-        print(
+        say(
             f"warning: {opened.directory}: {len(different)} tensors differ between ranks "
             f"that should hold the same (first: {different[0].other} from {different[0].used}); "
             "the first rank's are taken",
-            file=sys.stderr,
+            error=True,
         )
 
 
@@ -179,7 +179,7 @@ def opened_dcp(root: Path) -> Remapped:
     if not kept:
         raise PolymodalError(
             f"{where} has no tensor under {prefix}* (first: {next(iter(layout), 'none')}).",
-            "Is it a checkpoint of a model?",
+            "Give the checkpoint of a model, not of an optimizer or a dataset.",
         )
     return Remapped(chunks, kept)
 

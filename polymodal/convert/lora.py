@@ -108,7 +108,8 @@ def pairs(
     for key, sides in found.items():
         if len(sides) != 2:
             raise PolymodalError(
-                f"{where}: {key} has lora_{next(iter(sides))} only.", "Is the adapter whole?"
+                f"{where}: {key} has lora_{next(iter(sides))} only.",
+                "Save or fetch the adapter again: A and B belong together.",
             )
         if key not in known:
             raise PolymodalError(

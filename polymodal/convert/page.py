@@ -11,6 +11,7 @@ from pathlib import Path
 
 from polymodal.convert.family import Family, families
 from polymodal.convert.table import Table
+from polymodal.core.terminal import say_lines
 
 TEXT = Path(__file__).with_name("page.md")
 EXAMPLE = {"deepstack": 1, "deepstack.0": 8}
@@ -56,4 +57,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    say_lines(page())

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -24,6 +23,7 @@ from polymodal.convert.output import Report
 from polymodal.convert.source import Box, Source, values
 from polymodal.convert.tree import Parallel
 from polymodal.core.errors import PolymodalError
+from polymodal.core.terminal import say, say_lines
 from polymodal.models import storage
 
 Kind = Literal["hf", "mm", "dcp"]
@@ -210,7 +210,7 @@ def run(
     for report in pipeline.each(
         [partial(convert, name) for name in pipeline.parts(source) or ["."]], settings
     ):
-        print(report)
+        say_lines(report, "\n")
     return 0
 
 
@@ -232,7 +232,7 @@ def _one(
             f"{source} is a {CALLED[kind]}: its config and names are the hub checkpoint's.",
             "Give that with --hf-dir.",
         )
-    print(f"{source}: {CALLED[kind]} of {' / '.join(architectures(read_config(hub))[:1])}", file=sys.stderr)
+    say(f"{source}: {CALLED[kind]} of {' / '.join(architectures(read_config(hub))[:1])}", error=True)
     if to == "hf":
         stem = next(iter(families_of(hub)), PREFIXED).stem
         tensors = hub_names(source, hub, settings)

@@ -284,7 +284,7 @@ def open_files(where: Path, allow_pickle: bool = False) -> Held:
         if not slots:
             raise PolymodalError(
                 f"{path} holds no `model` (only {', '.join(map(str, list(content)[:4]))}).",
-                "Is it a checkpoint of the training?",
+                "Give the checkpoint that the training wrote (mp_rank_*/model_optim_rng.pt).",
             )
         rank = tuple(int(number) for number in named.groups() if number is not None)
         found[rank] = [reading.locations(path, slots[number]) for number in sorted(slots)]

@@ -1,7 +1,7 @@
 """Secrets never reach what is printed or written: tokens and keys of the environment, passwords in URLs.
 
-`redact` is the one place that knows them. The command line prints through `guard_streams`; what writes a
-recipe, a state or a failure to a file passes it through `redact` or `redact_all`.
+`redact` is the one place that knows them. core/terminal.py passes all that is printed through it; what writes
+a recipe, a state or a failure to a file passes it through `redact` or `redact_all`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import functools
 import os
 import re
-import sys
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any
 
 HIDDEN = "***"
 CERTAIN = {
@@ -75,29 +74,3 @@ def redact_all(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [redact_all(each) for each in value]
     return value
-
-
-class _Stream:
-    """A text stream that redacts what is written to it."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        self._stream.write(redact(text))
-        return len(text)
-
-    def writelines(self, lines: Any) -> None:
-        for line in lines:
-            self.write(line)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def guard_streams() -> None:
-    """From here on, what this process prints (tracebacks too) is redacted."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is not None and not isinstance(stream, _Stream):
-            setattr(sys, name, _Stream(stream))

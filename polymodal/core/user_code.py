@@ -39,7 +39,8 @@ def load_object(reference: str, key: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise PolymodalError(
-                f"{named}: {module} imports {error.name}, which is not installed."
+                f"{named}: {module} imports {error.name}, which is not installed.",
+                f"Install it (`pip install {error.name}`), or correct the import.",
             ) from error
         raise PolymodalError(
             f"{named}: there is no module {error.name}.",

@@ -99,7 +99,10 @@ class Rows:
             try:
                 self._handle = open_file(self.path)  # kept open for the life of the process
             except OSError as error:
-                raise PolymodalError(f"{self.path} cannot be opened any more: {cause(error)}.") from None
+                raise PolymodalError(
+                    f"{self.path} cannot be opened any more: {cause(error)}.",
+                    "It was removed or its disk is gone: put it back and start again; training resumes.",
+                ) from None
         return os.pread(self._handle.fileno(), stop - start, start)
 
     def _object(self, i: int, data: bytes) -> dict[str, Any]:
@@ -528,7 +531,8 @@ class Tar(Rows):
                     row["text" if kind == "txt" else "cls"] = data.decode("utf-8")
                 except UnicodeDecodeError as error:
                     raise PolymodalError(
-                        f"{self.where(i)}: the member {name} is not UTF-8 text ({error.reason})."
+                        f"{self.where(i)}: the member {name} is not UTF-8 text ({error.reason}).",
+                        "Save the member as UTF-8 and pack the tar again.",
                     ) from None
         row["__key__"] = key
         if media:
@@ -607,6 +611,9 @@ def open_rows(path: str) -> Rows:
     except PolymodalError:
         raise
     except OSError as error:
-        raise PolymodalError(f"{path} cannot be read: {cause(error)}.") from None
+        raise PolymodalError(
+            f"{path} cannot be read: {cause(error)}.",
+            "Check that this user may read it, and that its disk answers.",
+        ) from None
     except Exception as error:  # parsers raise errors of every type
         raise PolymodalError(f"{path} cannot be read as {ending[1:]}: {cause(error)}.", AGAIN) from error

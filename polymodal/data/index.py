@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +22,7 @@ import numpy as np
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import SampleLengths
+from polymodal.core.terminal import Bar
 from polymodal.data.index_file import Problem, Progress, cache_directory, cache_places, lock, read, write
 from polymodal.data.workers import quiet_threads
 from polymodal.recipe import Data
@@ -326,12 +326,5 @@ def _bar(total: int, rank: int, progress: Progress | None) -> Iterator[Progress]
     if progress is not None or rank != 0:
         yield progress or (lambda done, total: None)
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    console = Console(file=sys.stderr)
-    columns = (TextColumn("Measuring lengths"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with Bar("Measuring lengths", total) as bar:
+        yield bar.update

@@ -54,7 +54,8 @@ class OwnRows(Rows):
                 raise
             except Exception as error:
                 raise PolymodalError(
-                    f"{self.key} = {self.reference} failed for {self.path}: {type(error).__name__}: {error}."
+                    f"{self.key} = {self.reference} failed for {self.path}: {type(error).__name__}: {error}.",
+                    "Correct the reader; what it raised is named here.",
                 ) from error
             if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")) or isinstance(rows, Mapping):
                 raise PolymodalError(
@@ -75,7 +76,8 @@ class OwnRows(Rows):
             raise
         except Exception as error:
             raise PolymodalError(
-                f"{self.where(i)}: {self.reference} failed: {type(error).__name__}: {error}."
+                f"{self.where(i)}: {self.reference} failed: {type(error).__name__}: {error}.",
+                "Correct the reader; what it raised is named here.",
             ) from error
         if not isinstance(row, Mapping):
             raise PolymodalError(

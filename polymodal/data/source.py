@@ -114,7 +114,7 @@ def expand(path: str, key: str = "data.datasets.path") -> list[str]:
     if "://" in text:
         raise PolymodalError(
             f"{key} = {path}: data is read from local files.",
-            "Download it first, for example with `huggingface-cli download --repo-type dataset`.",
+            "Download it first, for example with `hf download --repo-type dataset ID --local-dir DIR`.",
         )
     if os.path.isdir(text):
         files = sorted(os.path.join(text, f) for f in os.listdir(text) if _is_data(f))

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Collection
 from concurrent import futures
@@ -34,6 +33,7 @@ from torch.distributed.tensor import DTensor, Shard
 from polymodal import __version__
 from polymodal.core.errors import PolymodalError
 from polymodal.core.tensors import LazyTensors
+from polymodal.core.terminal import say
 from polymodal.distributed.dcp_reader import INDEX, Reader
 from polymodal.distributed.dcp_writer import StoredFile
 from polymodal.distributed.dcp_writer import Writer as FileWriter
@@ -118,7 +118,7 @@ def newest_whole(run: Path, but: Collection[Path] = ()) -> Path | None:
             check(path)
         except Damaged as damage:
             error = damage
-            print(f"warning: {error.message} The checkpoint before it is taken.", file=sys.stderr, flush=True)
+            say(f"warning: {error.message} The checkpoint before it is taken.", error=True)
         else:
             return path
     if have:
@@ -445,13 +445,13 @@ class Writer:
             return
         (done, temporary, _), self._pending = self._pending, None
         if self.rank == 0 and not done.done():
-            print(f"{temporary} is still being written: waiting for it", flush=True)
+            say(f"{temporary} is still being written: waiting for it")
         try:
             done.result(timeout=seconds)
         except futures.TimeoutError:
-            print(f"{temporary} was not written within {seconds:.0f} s and is given up", flush=True)
+            say(f"{temporary} was not written within {seconds:.0f} s and is given up")
         except (Exception, CheckpointException) as error:
-            print(self._write_error(error, temporary), flush=True)
+            say(self._write_error(error, temporary))
 
 
 def _remove(path: Path) -> None:

@@ -134,7 +134,7 @@ class Questions(Sequence[Question]):
         directory = None if media_dir is None else os.fspath(media_dir)
         self.reader = RowReader("auto", Attr(), rows.path, directory)
         if not len(rows):
-            raise PolymodalError(f"{rows.path} holds no question.")
+            raise PolymodalError(f"{rows.path} holds no question.", "Check --data: there is no row in it.")
         every = (rows[i] for i in range(len(rows)))
         self.texts = [{k: v for k, v in row.items() if not _is_picture(k)} for row in every]
         self.positions: dict[str, int] = {}
@@ -239,7 +239,10 @@ class Questions(Sequence[Question]):
             return {c: str(row[c]) for c in string.ascii_uppercase if not _is_empty(row.get(c))}
         values = as_list(given)
         if len(values) > 26:
-            raise PolymodalError(f"{self.rows.where(i)}: {len(values)} options, letters go to 26.")
+            raise PolymodalError(
+                f"{self.rows.where(i)}: {len(values)} options, letters go to 26.",
+                "Leave out options, or split the question.",
+            )
         return dict(zip(string.ascii_uppercase, values, strict=False))
 
     def _pictures(self, row: Row, i: int) -> list[Any]:
@@ -256,7 +259,9 @@ class Questions(Sequence[Question]):
                 at = self.positions[value.strip()]
                 if at in seen:
                     raise PolymodalError(
-                        f"{self.rows.where(i)}: the picture refers to row {value.strip()}, which refers back."
+                        f"{self.rows.where(i)}: the picture refers to row {value.strip()}, "
+                        "which refers back.",
+                        "Put the picture itself into one of the two rows.",
                     )
                 seen.add(at)
                 value = self.rows[at][column] or ""
@@ -367,9 +372,15 @@ def _turns(row: Row, where: str) -> list[Row]:
         try:
             turns = json.loads(turns)
         except ValueError as error:
-            raise PolymodalError(f"{where}: the conversation is not valid JSON: {error}.") from None
+            raise PolymodalError(
+                f"{where}: the conversation is not valid JSON: {error}.",
+                'Write the column as JSON: [{"role": "user", "content": ...}, ...].',
+            ) from None
     if not isinstance(turns, list) or not all(isinstance(t, Mapping) for t in turns):
-        raise PolymodalError(f"{where}: a conversation is a list of turns with a role and a content.")
+        raise PolymodalError(
+            f"{where}: a conversation is a list of turns with a role and a content.",
+            'Write [{"role": "user", "content": ...}, ...].',
+        )
     return turns
 
 

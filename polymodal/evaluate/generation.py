@@ -18,6 +18,7 @@ import numpy as np
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media
+from polymodal.core.terminal import say
 from polymodal.data import media
 from polymodal.data.files import open_rows
 from polymodal.evaluate import benchmarks, results
@@ -365,5 +366,5 @@ def main(
     if result is not None:
         results.show(result, where, errors="could not be made")
         if result.metric == "none":
-            print("nothing was measured: name --clip, --classifier, or --real with --features")
+            say("nothing was measured: name --clip, --classifier, or --real with --features")
     return result

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from polymodal import __version__, pages
+from polymodal.core import terminal
 from polymodal.core.errors import PolymodalError
 from polymodal.core.files import replace_file
 from polymodal.evaluate.thumbnails import thumbnail
@@ -137,29 +138,25 @@ def directory(out: str | None, checkpoint: str, benchmark: str) -> Path:
 
 def show(result: Result, out: Path, **notes: str) -> None:
     """Print the table, the counts that `notes` names (a field of Result -> its text) and the files."""
-    from rich.console import Console
-
-    console = Console()
-    console.print(table(result))
+    terminal.console().print(table(result))
     counts = {text: getattr(result, name) for name, text in notes.items()}
     counts["taken over from an earlier start"] = result.resumed
     if any(counts.values()):
-        console.print("; ".join(f"{count} {text}" for text, count in counts.items() if count))
+        terminal.say("; ".join(f"{count} {text}" for text, count in counts.items() if count))
     files = [name for name in ("samples.jsonl", "report.html", "samples") if (out / name).exists()]
-    console.print(", ".join([f"{out}/result.json", *files]), markup=False, soft_wrap=True)
+    terminal.say(", ".join([f"{out}/result.json", *files]))
 
 
 def table(result: Result) -> Any:
-    """The result as a rich table; names and categories are the user's, so they are text and no markup."""
+    """The result as a rich table, for `terminal.console`."""
     from rich.table import Table
-    from rich.text import Text
 
     title = f"{result.name}: {result.benchmark} ({result.metric})"
-    out = Table(title=Text(title), title_justify="left", min_width=min(len(title), 78))
+    out = Table(title=title, title_justify="left", min_width=min(len(title), 78))
     for name in _headers(result):
         out.add_column(name, justify="left" if not name else "right")
     for row in _rows(result):
-        out.add_row(*(Text(str(value)) for value in row))
+        out.add_row(*map(str, row))
     return out
 
 

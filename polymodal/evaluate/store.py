@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.files import replace_file
+from polymodal.core.terminal import Bar
 
 LAST_BARRIER = timedelta(days=7)
 """Ranks meet once, when all are done: a slow one may take long, and the launcher ends all when one dies."""
@@ -156,7 +157,7 @@ def store_in(out: str | os.PathLike | None, settings: Mapping[str, Any], world: 
     """The store of a directory; without one, which one process alone may do, its files are temporary."""
     if out is None and world.size > 1:
         raise PolymodalError(
-            "An evaluation with several processes needs a directory for their answers.", "Give `out`."
+            "An evaluation with several processes needs a directory for their answers.", "Give --out DIR."
         )
     with tempfile.TemporaryDirectory() if out is None else contextlib.nullcontext(out) as directory:
         yield Store(Path(directory), settings)
@@ -223,19 +224,14 @@ def progress(title: str | None, total: int, done: int, store: Store) -> Iterator
     if title is None:
         yield lambda: None
         return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import Progress
-
     looked = time.perf_counter()
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task(escape(title), total=total, completed=done)
+    with Bar(title, total, done) as bar:
 
         def update(after: float = 1.0) -> None:
             nonlocal looked
             if time.perf_counter() - looked >= after:
                 looked = time.perf_counter()
-                bar.update(task, completed=min(total, store.count()))
+                bar.update(min(total, store.count()))
 
         yield update
         update(0.0)

@@ -10,6 +10,7 @@ from typing import Any
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Message
+from polymodal.core.terminal import say_lines
 from polymodal.core.text import check_characters
 from polymodal.data import media as decoders
 from polymodal.data.formats import RowReader
@@ -68,7 +69,7 @@ def boxes_line(answer: Answer) -> str:
 
 
 def _print(text: str) -> None:
-    print(text, end="", flush=True)
+    say_lines(text)
 
 
 class Terminal:
@@ -197,8 +198,8 @@ def main(
     if prompt is not None:
         shown = sys.stdout.isatty()
         answer = once(engine, prompt, media, **asked, on_text=_print if shown else None)
-        print("" if shown else answer.text)
-        print(boxes_line(answer), end="", file=sys.stderr)
+        say_lines("" if shown else answer.text, "\n")
+        say_lines(boxes_line(answer), error=True)
         return 0
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (line editing and history for input())

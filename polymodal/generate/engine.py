@@ -170,7 +170,10 @@ class Engine:
                     parts.append({"type": "text", "text": part})
                     words.append(part)
                 elif not self.multimodal:
-                    raise PolymodalError(f"{self.name} reads text only, the question has {part.kind}s.")
+                    raise PolymodalError(
+                        f"{self.name} reads text only, the question has {part.kind}s.",
+                        "Leave the media out, or give a vision-language model.",
+                    )
                 elif part.kind == "image":
                     picture = decoders.image(part.source)  # type: ignore[arg-type]
                     sizes.append((picture.height, picture.width))
@@ -181,7 +184,10 @@ class Engine:
                     frames.append((clip.shape[0], clip.shape[2], clip.shape[3]))
                     parts.append({"type": "video", "video": clip})
                 else:
-                    raise PolymodalError(f"{self.name} does not take {part.kind}.")
+                    raise PolymodalError(
+                        f"{self.name} does not take {part.kind}.",
+                        "Leave it out, or give a model that reads it (`polymodal models`).",
+                    )
             content: Any = parts
             if self._takes_strings and all(p["type"] == "text" for p in parts):  # the form training gives it
                 content = "".join(p["text"] for p in parts)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,6 +18,7 @@ import torch.distributed as dist
 
 from polymodal import __version__
 from polymodal.core.errors import PolymodalError
+from polymodal.core.terminal import say
 from polymodal.core.text import parse_json
 from polymodal.data.files import read_text
 from polymodal.generate.pipeline import Generator, Prompt, Settings, opened, suspicion
@@ -212,7 +212,7 @@ def main(
             if sample.file is not None and sample.number < SHEET:
                 shown[sample.number] = evenly(sample.frames)
             if sample.warning:
-                print(f"warning: sample {sample.number} {sample.warning}", file=sys.stderr, flush=True)
+                say(f"warning: sample {sample.number} {sample.warning}", error=True)
         parts: list[Any] | None = [None] * rt.world if rt.rank == 0 else None
         dist.gather_object((rows, shown), parts)
         if parts is None:
@@ -244,4 +244,4 @@ def _finish(folder: Path, about: dict[str, Any], parts: list[Any]) -> None:
     (folder / "samples.json").write_text(text, encoding="utf-8")
     wrong = sum(row["warning"] is not None for row in rows)
     note = f"; {wrong} look wrong" if wrong else ""
-    print(f"{folder}: {len(rows)} samples, sheet.png, samples.json{note}", flush=True)
+    say(f"{folder}: {len(rows)} samples, sheet.png, samples.json{note}")

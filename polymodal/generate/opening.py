@@ -29,7 +29,7 @@ from polymodal.core.tensors import LazyTensors, require_finite
 from polymodal.data.boxes import BoxWriter
 from polymodal.distributed import checkpoint as checkpoints
 from polymodal.generate.engine import Engine
-from polymodal.models import agreement, catalog, library, lora, weights
+from polymodal.models import adapter_files, agreement, catalog, library, lora, weights
 from polymodal.models.card import ModelCard
 from polymodal.models.family import Family
 from polymodal.runtime import device as devices
@@ -72,8 +72,11 @@ def kind_of(source: str | os.PathLike) -> Kind:
             )
         return "hub"
     if not path.is_dir():
+        if lora.is_adapter(path):
+            return "adapter"
         raise PolymodalError(
-            f"The checkpoint {text} is a file.", "Give the directory that holds config.json, or a run."
+            f"The checkpoint {text} is a file, and no LoRA adapter (.safetensors).",
+            "Give the directory that holds config.json, or a run.",
         )
     if checkpoints.at(path) is not None:
         return "run"
@@ -164,7 +167,7 @@ def describe(
     if not state.recipe:
         raise PolymodalError(
             f"{checkpoint / checkpoints.STATE} holds no recipe.",
-            "The checkpoint was not written by `polymodal train`.",
+            "Give a checkpoint that `polymodal train` wrote, or the export of one.",
         )
     recipe = recipes.validate(state.recipe)
     recipe.model.trust_remote_code = False  # a file of a run does not decide what may run here
@@ -203,7 +206,7 @@ def _initial(model: nn.Module, family: Family, recipe: recipes.Recipe, locate: L
     if start and catalog.is_whole(start):
         tensors |= weights.read(model, weights.directory_of(start, family))
     elif start and lora.is_adapter(start):
-        tensors |= lora.read(model, Path(start))
+        tensors |= lora.read(model, start, family)
     elif start:  # another run, perhaps a whole one under this one's adapters
         tensors |= _of_run(model, locate(start), "model.", strict=False)
     return tensors
@@ -362,7 +365,7 @@ def adapter_config(directory: Path) -> dict[str, Any]:
 
 def of_pipeline(directory: Path, base: str | None = None) -> bool:
     """Whether an adapter is of a denoiser: diffusers' file, or peft's whose base is a part of a pipeline."""
-    if not (directory / "adapter_config.json").is_file():
+    if not (directory / "adapter_config.json").is_file():  # a LoRA file too
         return True
     pipeline = base or Path(adapter_config(directory).get("base_model_name_or_path") or "").parent
     return (Path(pipeline).expanduser() / "model_index.json").is_file()
@@ -387,15 +390,31 @@ def base_of(directory: Path, config: dict[str, Any], base: str | None = None) ->
 
 def put_on(model: nn.Module, directory: Path, base: str) -> nn.Module:
     """The model with a peft adapter in place, put on by peft. Raises PolymodalError when they do not fit."""
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 
     message, hint = f"The adapter {directory} does not fit its base {base}", "Give its base with --base."
     with library_errors(message, hint), warnings.catch_warnings():
         # between two versions of the libraries, of no use to users
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        model = PeftModel.from_pretrained(model, str(directory)).get_base_model()
-    require_finite(lora.adapters(model).items(), directory)
-    return model
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
+        tensors, config = load_peft_weights(str(directory), device="cpu"), None
+        renamed = lora.peft_names(model, {key: tuple(value.shape) for key, value in tensors.items()})
+        if any(adapter_files.PREFIX + name != key for key, name in renamed.items()):
+            config = PeftConfig.from_pretrained(str(directory))
+            config.target_modules = sorted({name.split(".lora_")[0] for name in renamed.values()})
+            tensors = {adapter_files.PREFIX + renamed[key]: value for key, value in tensors.items()}
+        opened = PeftModel.from_pretrained(model, str(directory), config=config)
+        result = set_peft_model_state_dict(opened, tensors)
+    lost = result.unexpected_keys + [key for key in result.missing_keys if library.ADAPTER.search(key)]
+    if lost:
+        raise PolymodalError(
+            f"{message}: of its {len(tensors)} tensors and the model's layers, {len(lost)} do not meet "
+            f"(first: {lost[0]}).",
+            hint,
+        )
+    adapted = opened.get_base_model()
+    require_finite(lora.adapters(adapted).items(), directory)
+    return adapted
 
 
 def load_adapter(
@@ -478,6 +497,7 @@ def open_model(
         return Opened(model.to(device), processor, name, identity, recipe, made.family.card)
     library_dtype = DTYPES.get(dtype, "auto")
     if kind == "adapter":
+        path = path.parent if path.is_file() else path
         model, directory = load_adapter(path, library_dtype, base)
         processor = processor_of(path if (path / "tokenizer_config.json").is_file() else directory)
         name, identity = path.name, f"{fingerprint(path)} on {fingerprint(directory)}"

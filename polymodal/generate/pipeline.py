@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
@@ -28,9 +27,8 @@ from polymodal.distributed import checkpoint as checkpoints
 from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.generate import opening
 from polymodal.generate.opening import DTYPES, Assembled, Locate, describe, fingerprint, library_errors
-from polymodal.models import catalog, pipeline_index, pipelines, weights
+from polymodal.models import adapter_files, catalog, lora, pipeline_index, pipelines, weights
 from polymodal.models.diffusion import Generation
-from polymodal.models.lora import DIFFUSERS_STEM, adapters
 from polymodal.runtime import process_group
 from polymodal.runtime.process_group import Runtime
 
@@ -267,7 +265,7 @@ def open_generator(
     parts = {n: pipelines.cast(m.eval().requires_grad_(False), chosen).to(device) for n, m in parts.items()}
     pipeline = pipelines.open_pipeline(family.source, parts=parts, dtype=chosen, device=device)
     if kind == "adapter":
-        put_on(pipeline, family.part, directory)
+        put_on(pipeline, family, directory)
         identity += f" {directory}"
     return Generator(pipeline, family, directory.name, identity, device)
 
@@ -329,29 +327,53 @@ def _check_generates(family: Any, checkpoint: Any) -> None:
         )
 
 
-def put_on(pipeline: Any, part: str, directory: Path) -> None:
-    """An adapter onto a pipeline: diffusers' LoRA file by diffusers, peft's onto the denoiser `part` by peft.
+def put_on(pipeline: Any, family: Any, path: Path) -> None:
+    """An adapter of any trainer onto a pipeline's denoiser and text encoders, by diffusers.
 
-    Raises PolymodalError when nothing of it fits.
+    Raises PolymodalError when a tensor of the file is not in place afterwards.
     """
-    if (directory / "adapter_config.json").is_file():
-        setattr(pipeline, part, opening.put_on(getattr(pipeline, part), directory, part))
+    name, denoiser = type(pipeline).__name__, getattr(pipeline, family.part)
+    models = {k: part for k, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    parted = adapter_files.of_denoiser(path, family, models)
+    for state in parted.values():
+        require_finite(state.items(), path)
+    hint = "Give the base it was trained on with --base."
+    if not hasattr(denoiser, "load_lora_adapter"):
+        if adapter_files.require(path).config is None:
+            what = type(denoiser).__name__
+            raise PolymodalError(f"diffusers puts no LoRA file on {what}.", "Give peft's directory of it.")
+        setattr(pipeline, family.part, opening.put_on(denoiser, path, family.part))
         return
-    message = f"The adapter {directory} does not fit {type(pipeline).__name__}"
-    with library_errors(message, "Give the base it was trained on with --base."), pipelines.quiet():
-        pipeline.load_lora_weights(str(directory), weight_name=f"{DIFFUSERS_STEM}.safetensors")
-    for model in pipeline.components.values():
-        if isinstance(model, nn.Module):
-            require_finite(adapters(model).items(), directory)
+    with library_errors(f"The adapter {path} does not fit {name}", hint), pipelines.quiet():
+        for component, state in parted.items():
+            if component == family.part:
+                denoiser.load_lora_adapter(dict(state), prefix=None, adapter_name=lora.NAME)
+                continue
+            named = {f"{component}.{key}": value for key, value in state.items()}
+            options = {"prefix": component, "adapter_name": lora.NAME, "text_encoder": models[component]}
+            pipeline.load_lora_into_text_encoder(named, network_alphas=None, **options)
+    for component, state in parted.items():
+        placed = {adapter_files.unnamed(k): p for k, p in models[component].named_parameters()}
+        lost = [
+            k
+            for k, v in state.items()
+            if k not in placed or not torch.equal(placed[k].cpu(), v.to(placed[k].dtype))
+        ]
+        if lost:
+            raise PolymodalError(
+                f"{name} applies {len(state) - len(lost)} of the {len(state)} tensors of {path} "
+                f"(not {component}.{lost[0]}).",
+                hint,
+            )
 
 
-def base_of(directory: Path) -> str:
+def base_of(path: Path) -> str:
     """The base that an exported adapter names. Raises PolymodalError when it names none."""
-    base = None
+    base, directory = None, path if path.is_dir() else path.parent
     with contextlib.suppress(OSError, ValueError):
         base = json.loads((directory / MARKER).read_text(encoding="utf-8")).get("base")
     if not base:
-        raise PolymodalError(f"{directory} does not name the adapter's base.", "Give it with --base.")
+        raise PolymodalError(f"{path} does not name the adapter's base.", "Give it with --base.")
     return str(base)
 
 

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Message
+from polymodal.core.terminal import say
 from polymodal.core.text import check_characters, parse_json
 from polymodal.data.formats import RowReader
 from polymodal.generate.engine import Answer, Engine, Sampling
@@ -126,7 +127,9 @@ def _parsed(lines: Iterable[str], place: str) -> Iterator[Row]:
         except PolymodalError as error:
             value, problem = {}, error
         except ValueError as error:
-            problem = PolymodalError(f"{where}: not valid JSON: {error}.")
+            problem = PolymodalError(
+                f"{where}: not valid JSON: {error}.", "Correct the row: one JSON object a line."
+            )
         yield Row(number, where, value, problem)
 
 
@@ -219,7 +222,7 @@ def run(engine: Engine, source: str, out: str | None, **options: Any) -> int:
             ) from None
     failed += sum(1 for row in done if isinstance(row, Mapping) and row.get("error"))
     if out:
-        print(f"{answered} rows answered, {len(done)} were there before: {out}", file=sys.stderr)
+        say(f"{answered} rows answered, {len(done)} were there before: {out}", error=True)
     if failed:
-        print(f"{failed} rows could not be answered; `error` in their row says why.", file=sys.stderr)
+        say(f"{failed} rows could not be answered; `error` in their row says why.", error=True)
     return 2 if failed else 0

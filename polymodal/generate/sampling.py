@@ -61,7 +61,9 @@ class Sampling:
         }
         for name, (good, rule) in rules.items():
             if not good:
-                raise PolymodalError(f"{name} = {getattr(self, name)} must be {rule}.")
+                raise PolymodalError(
+                    f"{name} = {getattr(self, name)} is not possible.", f"Give a value of {rule}."
+                )
 
     def processors(self, keys: Sequence[str]) -> LogitsProcessorList:
         """Processors of a batch's scores before the largest is taken; `keys` name the rows' draws."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.files import replace_file
+from polymodal.core.terminal import say, say_lines
 from polymodal.data import audio
 from polymodal.data.files import AUDIO, VIDEO
 from polymodal.generate.opening import open_model
@@ -321,17 +321,17 @@ def main(
     for position, found in done:
         file = files[position]
         if isinstance(found, PolymodalError):
-            print(f"{file}: {found}", file=sys.stderr, flush=True)
+            say(f"{file}: {found}", error=True)
             failed += 1
             continue
         text = written(file, found, form, timestamps)
         if out is None:
             head = f"{file}:\n" if len(files) > 1 and form == "txt" else ""
-            print(head + text, end="", flush=True)
+            say_lines(head + text)
             continue
         target = out / targets[position]
         replace_file(target, text)
-        print(f"{target}: {found.seconds:.1f} s, {len(found.text.split())} words", flush=True)
+        say(f"{target}: {found.seconds:.1f} s, {len(found.text.split())} words")
     if failed:
         raise PolymodalError(
             f"{failed} of {len(files)} files could not be transcribed.", "The lines above say why."

@@ -12,6 +12,7 @@ import importlib
 import os
 import pkgutil
 import re
+import shlex
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -128,7 +129,10 @@ def read_config(directory: Path, trust: bool = False) -> Any:
         return reader(directory).read_config(directory, trust)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PolymodalError(f"{directory / 'config.json'} cannot be used: {reason}") from None
+        raise PolymodalError(
+            f"{directory / 'config.json'} cannot be used: {reason}",
+            "Fetch it again, or take one that this version of transformers reads.",
+        ) from None
 
 
 def _is_path(source: str) -> bool:
@@ -237,7 +241,7 @@ def download(
 
 
 def _absent(repository: str, revision: str | None, missing: list[str], why: str) -> PolymodalError:
-    asked = f"{repository} --revision {revision}" if revision else repository
+    asked = shlex.join([repository, *(("--revision", revision) if revision else ())])
     return PolymodalError(
         f"{repository} is no directory here, and as a model of the hub it is not complete in its cache "
         f"(missing: {_listed(missing)}), and {why}.",
@@ -362,7 +366,10 @@ def override(config: Any, changes: Mapping[str, Any]) -> Any:
         return type(config).from_dict(data)
     except Exception as error:  # the library's validators raise types of their own
         reason = f"the library refuses this config: {' '.join(str(error).split())}"
-        raise PolymodalError(f"model.config: {', '.join(dict(_flat(changes)))}: {reason}") from None
+        raise PolymodalError(
+            f"model.config: {', '.join(dict(_flat(changes)))}: {reason}.",
+            "Give values that fit each other and the rest of the checkpoint's config.json.",
+        ) from None
 
 
 def _changed(data: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def layout(model: nn.Module, shapes: Mapping[str, Sequence[int]], rules: list[An
             raise PolymodalError(
                 f"{name} is computed from {len(keys)} tensors of the checkpoint (first: {keys[0]}) "
                 f"by an operation that cannot be done slice by slice ({error}).",
-                "Files of this layout are not supported.",
+                "Open and save it once with transformers (save_pretrained), and give that directory.",
             ) from None
         except (ValueError, RuntimeError, KeyError, IndexError) as error:
             raise PolymodalError(

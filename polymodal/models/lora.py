@@ -6,7 +6,6 @@ others, named `<layer>.lora_A.default.weight` and `..lora_B..`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from math import sqrt
@@ -19,17 +18,14 @@ from torch import Tensor, nn
 from polymodal.core.errors import PolymodalError
 from polymodal.core.tensors import LazyTensors, require_finite
 from polymodal.core.text import nearest
-from polymodal.models import catalog, library, stacked, weights
+from polymodal.models import adapter_files, library, stacked, weights
 from polymodal.models.card import ModelCard
 from polymodal.models.initial import seeded
 from polymodal.models.slices import scatter
-from polymodal.models.storage import Files, read_json, write_file
+from polymodal.models.storage import Files, write_file
 from polymodal.recipe import Lora
 
 NAME = "default"  # peft's name of the one adapter
-PREFIX = "base_model.model."  # of every key in peft's files
-STEM = "adapter_model"
-DIFFUSERS_STEM = "pytorch_lora_weights"
 
 REFUSED_INIT = ("pissa", "olora")
 
@@ -244,15 +240,15 @@ def write(
     config.inference_mode = True
     if not hasattr(model, "prepare_inputs_for_generation"):
         config.task_type = None  # a denoiser is no language model to peft
-    values = {PREFIX + _key(name): state[name].detach().cpu() for name in names}
+    values = {adapter_files.PREFIX + _key(name): state[name].detach().cpu() for name in names}
     values = {key: value.to(dtype or value.dtype).contiguous().clone() for key, value in values.items()}
-    write_file(values, directory / f"{STEM}.safetensors")
+    write_file(values, directory / f"{adapter_files.STEM}.safetensors")
     config.save_pretrained(str(directory))
 
 
-def is_adapter(directory: str | Path) -> bool:
-    """Whether a directory holds an adapter, in peft's format or diffusers', and no whole model."""
-    return not catalog.is_whole(directory) and AdapterFiles(Path(directory)).path.is_file()
+def is_adapter(path: str | Path) -> bool:
+    """Whether a path is an adapter (`adapter_files.find`) and no whole model."""
+    return adapter_files.find(path) is not None
 
 
 def save_for_pipeline(
@@ -265,125 +261,154 @@ def save_for_pipeline(
     part: str,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write adapters as the file that `load_lora_weights` of diffusers opens, rank and alpha inside.
+    """Write adapters as the file that `load_lora_weights` of diffusers opens.
 
-    state: whole adapters by parameter name; pipeline: the diffusers class; part: the denoiser's name in it.
+    Its B matrices are multiplied by the layers' factors (alpha = rank): readers that know tensors alone apply
+    it in full. state: whole adapters by parameter name; pipeline: the diffusers class; part: the denoiser's
+    name in it.
     """
-    names = _all_in(state, model)
+    names, factors = _all_in(state, model), scales(model)
     chosen = list(dict.fromkeys(map(_layer, names)))
-    config = config_of(lora, _selector(chosen, _names(model))).to_dict()
+    plain = lora.model_copy(update={"alpha": float(lora.rank), "rslora": False})
+    config = config_of(plain, _selector(chosen, _names(model))).to_dict()
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items() if k != "task_type"}
-    values = {_key(n): state[n].detach().cpu().to(dtype or torch.float32).contiguous() for n in names}
+
+    def whole(name: str) -> Tensor:
+        value = state[name].detach().cpu().float()
+        return value * factors[_layer(name)] if ".lora_B." in name else value
+
+    values = {_key(name): whole(name).to(dtype or torch.float32).contiguous() for name in names}
     arguments = {f"{part}_lora_layers": values, f"{part}_lora_adapter_metadata": config}
     pipeline.save_lora_weights(str(directory), **arguments)
 
 
-class AdapterFiles:
-    """A directory with an adapter in peft's format or diffusers'."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        config = directory / "adapter_config.json"
-        self.peft = config.is_file()
-        self.path = config if self.peft else directory / f"{DIFFUSERS_STEM}.safetensors"
-
-    def settings(self) -> dict[str, Any]:
-        """peft's config; diffusers has it in the file's header, without it alpha = rank."""
-        from safetensors import safe_open
-
-        if self.peft:
-            return read_json(self.path)
-        if not self.path.is_file():
-            raise PolymodalError(
-                f"{self.directory} has no adapter_config.json.", "Give the directory of a peft adapter."
-            )
-        with safe_open(str(self.path), framework="pt") as file:
-            kept = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-            ranks = (file.get_slice(k).get_shape()[0] for k in sorted(file.keys()) if ".lora_A." in k)
-            rank = next(ranks, None)
-        own = {key.rpartition(".")[2]: value for key, value in kept.items()}
-        return {"peft_type": "LORA", "r": rank, "lora_alpha": rank, **own}
-
-    def tensors(self) -> tuple[Files, str]:
-        """The tensors, and the prefix of their keys."""
-        files = Files(self.directory, (STEM if self.peft else DIFFUSERS_STEM,))
-        return files, PREFIX if self.peft else next(iter(files.shapes)).partition(".")[0] + "."
-
-
 @torch.no_grad()
-def load(model: nn.Module, lora: Lora | None, directory: str | Path) -> None:
-    """Fill a model's adapters, sharded or not, from a directory of peft or diffusers.
+def load(model: nn.Module, lora: Lora | None, path: str | Path, family: Any = None) -> None:
+    """Fill a model's adapters, sharded or not, from an adapter of this or another program.
 
-    Raises PolymodalError when the adapter is of another kind, rank, scale or set of layers.
+    family: of a denoiser. Raises PolymodalError when the adapter is of another kind, of a higher rank or of
+    other layers.
     """
-    directory = Path(directory)
     if lora is None:
         raise PolymodalError(
-            f"{directory} is a LoRA adapter, but the recipe has no model.lora.",
+            f"{path} is a LoRA adapter, but the recipe has no model.lora.",
             "Add model.lora as the adapter was trained, "
             "or merge it into its base first (`polymodal export --merge-lora`).",
         )
+    initial = initial_values(model, lora, 0)
     weights.materialise(model)
-    _compare(AdapterFiles(directory), lora)
-    values = read(model, directory)
+    values = read(model, path, family, initial)
     for name, parameter in adapters(model).items():
         scatter(values[name], parameter)
 
 
-def read(model: nn.Module, directory: Path) -> LazyTensors:
-    """The adapters in a directory of peft or diffusers, whole, by the model's parameter names.
+def read(
+    model: nn.Module, path: str | Path, family: Any = None, initial: Mapping[str, Tensor] | None = None
+) -> LazyTensors:
+    """An adapter whole, by the model's parameter names, to be multiplied by the model's own factors.
 
-    Raises PolymodalError when they are of other layers or shapes than the model's.
+    A lower rank than the model's is filled up: rows of A with `initial` (or zeros), columns of B with zeros.
+    Raises PolymodalError when it is of other layers or shapes than the model's.
     """
-    files, prefix = AdapterFiles(directory).tensors()
-    keys = {prefix + _key(name): name for name in adapters(model)}
-    absent, surplus = sorted(keys.keys() - files.shapes.keys()), sorted(files.shapes.keys() - keys.keys())
+    found = adapter_files.require(path)
+    own = {_key(name): name for name in adapters(model)}
+    if family is not None and hasattr(family, "part"):
+        bare = {family.part: model}
+        parted = adapter_files.of_denoiser(path, family, bare)
+        shapes = {key: tuple(value.shape) for key, value in parted[family.part].items()}
+        keys, values = (
+            {key: key for key in shapes},
+            LazyTensors(dict.fromkeys(shapes, parted[family.part].get)),
+        )
+        factor = dict.fromkeys(map(_layer, shapes), 1.0)
+    else:
+        files = Files(found.file.parent, (found.file.stem,))
+        adapter_files.check_plain(found, files.shapes)
+        config, shapes = adapter_files.settings(found), files.shapes
+        keys, values = peft_names(model, shapes), LazyTensors(dict.fromkeys(shapes, files.whole))
+        names = {_layer(key): _layer(keys[key]) for key in shapes}
+        rank = {_layer(key): shape[0] for key, shape in shapes.items() if ".lora_A" in key}
+        factor = {
+            layer: adapter_files.scale(config, file.removeprefix(adapter_files.PREFIX), rank.get(file, 1))
+            for file, layer in names.items()
+        }
+    by_name = {keys[key]: key for key in shapes}
+    absent, others = sorted(own.keys() - by_name.keys()), sorted(by_name.keys() - own.keys())
+    surplus = [name for name in others if not library.ignorable(model, name, name)]  # of other stages
     if absent or surplus:
         what = f"lacks {len(absent)}" if absent else f"has {len(surplus)}"
         why = "wants" if absent else "does not"
+        endings = sorted({_layer(name).rpartition(".")[2] for name in by_name if ".lora_" in name})
         raise PolymodalError(
-            f"The adapter {directory} {what} layers' weights that the recipe's model.lora {why} "
+            f"The adapter {path} {what} layers' weights that the recipe's model.lora {why} "
             f"(first: {(absent or surplus)[0]}).",
-            "Set model.lora.towers and targets as they were when it was trained.",
+            f"Set model.lora.towers and targets as they were when it was trained: it has layers named "
+            f"{', '.join(endings[:12])}{' ...' if len(endings) > 12 else ''}.",
         )
-    for key, name in keys.items():
-        shape = tuple(model.get_parameter(name).shape)
-        if files.shapes[key] != shape:
-            raise PolymodalError(
-                f"The adapter {directory} has {key} of shape {list(files.shapes[key])}, "
-                f"the model {list(shape)}.",
-                "It belongs to another base model.",
-            )
+    factors = scales(model)
+    stacks = set(stacked.homes(model).values())
 
-    def whole(key: str) -> Tensor:
-        tensor = files.whole(key)
-        require_finite([(key, tensor)], files.where(key))
+    def value(name: str) -> Tensor:
+        key, layer = _key(name), _layer(name)
+        wanted, tensor = model.get_parameter(name).shape, values[by_name[key]].float()
+        side = 0 if ".lora_A." in name else 1  # the rank's
+        low = layer not in stacks and tensor.ndim == len(wanted) and tensor.shape[side] < wanted[side]
+        if side == 1 and factor[layer] != factors[layer]:
+            tensor = tensor * (factor[layer] / factors[layer])
+        if low:
+            rest = initial[name] if initial is not None else torch.zeros(wanted)
+            rest = rest if side == 0 else torch.zeros(wanted)
+            tensor = torch.cat(
+                [tensor, rest.narrow(side, tensor.shape[side], wanted[side] - tensor.shape[side])], side
+            )
+        require_finite([(by_name[key], tensor)], path)
         return tensor
 
-    return LazyTensors(dict.fromkeys(keys, whole)).renamed(keys)
-
-
-def _compare(found: AdapterFiles, lora: Lora) -> None:
-    config = found.settings()
-    if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        kind = f"{config.get('peft_type')} adapter{' with DoRA' if config.get('use_dora') else ''}"
-        raise PolymodalError(f"{found.path}: this is a {kind}, not plain LoRA.", "Choose a LoRA adapter.")
-    for key, name in {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora"}.items():
-        asked = getattr(lora, name)
-        if config.get(key, False) != asked:
+    for key, name in own.items():
+        shape, wanted = tuple(shapes[by_name[key]]), tuple(model.get_parameter(name).shape)
+        side = 0 if ".lora_A." in name else 1
+        others = [n for at, (n, m) in enumerate(zip(shape, wanted, strict=False)) if at != side and n != m]
+        if len(shape) != len(wanted) or others:
             raise PolymodalError(
-                f"{found.path}: {key} is {config.get(key)}, the recipe's model.lora.{name} is {asked}.",
-                f"Set model.lora.{name} to {config.get(key)}.",
+                f"The adapter {path} has {by_name[key]} of shape {list(shape)}, the model {list(wanted)}.",
+                "Give the base that it was trained on (model.source, or --base).",
             )
+        if shape[side] > wanted[side] or (_layer(name) in stacks and shape != wanted):
+            ranks = [s[0] for k, s in shapes.items() if ".lora_A" in k and _layer(keys[k]) not in stacks]
+            highest = max(ranks, default=0) or adapter_files.settings(found).get("r")
+            raise PolymodalError(
+                f"The adapter {path} has the rank {highest}, more than the recipe's model.lora.rank.",
+                f"Set model.lora.rank to {highest}.",
+            )
+    return LazyTensors(dict.fromkeys(own.values(), value))
 
 
-def read_settings(directory: Path) -> Lora:
-    """The recipe's section that an adapter of a denoiser was trained with, its layers named one by one."""
-    found = AdapterFiles(directory)
-    config, (files, prefix) = found.settings(), found.tensors()
-    targets = sorted({_layer(key.removeprefix(prefix)) for key in files.shapes})
-    rslora = bool(config.get("use_rslora"))
-    return Lora(rank=config["r"], alpha=config["lora_alpha"], rslora=rslora, targets=targets)
+def peft_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """A peft file's keys -> the model's, without peft's prefix; where the model has no such layer, renamed by
+    the library as it renames the weights of older checkpoints."""
+    known = set(_names(model))
+    names = {key: key.removeprefix(adapter_files.PREFIX) for key in shapes}
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, name in names.items():
+        if _layer(name) not in known and (end := library.ADAPTER.search(name)):
+            layers.setdefault(_layer(name), {})[end[1]] = shapes[key]
+    whole = {f"{n}.weight": (m["B"][0], m["A"][-1]) for n, m in layers.items() if {"A", "B"} <= m.keys()}
+    if whole:
+        entries = library.layout(model, whole).entries
+        renamed = {
+            one.keys[0].removesuffix(".weight"): n.removesuffix(".weight") for n, one in entries.items()
+        }
+        for key, name in names.items():
+            if layer := renamed.get(_layer(name)):
+                names[key] = layer + name.removeprefix(_layer(name))
+    return names
+
+
+def read_settings(path: str | Path, family: Any) -> Lora:
+    """The recipe's section of an adapter of a denoiser at full strength, its layers named one by one."""
+    state = adapter_files.of_denoiser(path, family, {family.part: family.build()})[family.part]
+    rank = max(value.shape[0] for key, value in state.items() if ".lora_A." in key)
+    return Lora(rank=rank, alpha=rank, targets=sorted(set(map(_layer, state))))
 
 
 def scales(model: nn.Module) -> dict[str, float]:
@@ -412,7 +437,7 @@ def merged(
     if left:
         raise PolymodalError(
             f"{len(left)} adapters have no weight to be added to (first: {sorted(left)[0]}).",
-            "Is it the adapter's base model?",
+            "Give the base that the adapter was trained on with --base.",
         )
 
     def value(name: str) -> Tensor:
@@ -420,7 +445,7 @@ def merged(
             return state[name]
         layer = layer_of[name]
         a, b = (parts[f"{layer}.lora_{x}.{NAME}.weight"].float() for x in "AB")
-        delta = stacked.delta(wrappers[layer], a, b) if layer in wrappers else b @ a
-        return state[name].float() + scales[layer] * delta
+        b = scales[layer] * b  # as exports have it: both merge to the same bits
+        return state[name].float() + (stacked.delta(wrappers[layer], a, b) if layer in wrappers else b @ a)
 
     return LazyTensors(dict.fromkeys(state, value))

@@ -42,7 +42,8 @@ def _class(library: str, name: str) -> Any:
     found = getattr(module, name, None)
     if not isinstance(found, type) or found.__module__.partition(".")[0] not in LIBRARIES:
         raise PolymodalError(
-            f"{library} has no class {name}.", f"The checkpoint wants another version of {library}."
+            f"{library} has no class {name}.",
+            f"Install the version of {library} that the checkpoint's model_index.json names.",
         )
     return found
 
@@ -131,7 +132,8 @@ def open_pipeline(
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PolymodalError(
-            f"{directory} cannot be opened as {name}: {reason}", "Is it whole, and in diffusers' layout?"
+            f"{directory} cannot be opened as {name}: {reason}",
+            "Fetch it again in diffusers' layout (`polymodal download`).",
         ) from None
     opened.set_progress_bar_config(disable=True)
     return opened

@@ -243,7 +243,8 @@ def write(
         tensor = state[held[name]]
         if tuple(tensor.shape) != shapes[name]:
             raise PolymodalError(
-                f"{name} is {list(tensor.shape)} in the state, {list(shapes[name])} in the model."
+                f"{name} is {list(tensor.shape)} in the state, {list(shapes[name])} in the model.",
+                "Give the model.config that the state was trained with.",
             )
         hint = "The run had diverged: take an earlier checkpoint."
         require_finite([(name, tensor)], "the state", hint, infinite=True)

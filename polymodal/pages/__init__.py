@@ -1,7 +1,7 @@
 """HTML pages: one file each, with its style and pictures inside, so that it opens anywhere.
 
 A page is a template in templates/ (all of them extend base.html) and the values that it shows. Autoescape is
-on: what comes from data is plain text wherever it is shown.
+on, and control characters are escaped: what comes from data is plain text wherever it is shown.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polymodal.core import terminal
 from polymodal.core.errors import PolymodalError
 from polymodal.core.files import replace_file
 
@@ -69,6 +70,11 @@ def numeric_columns(table: Table) -> list[bool]:
     return [all(isinstance(value, (int, float)) for value in column) for column in columns]
 
 
+def _plain(value: Any) -> Any:
+    """Text without characters that are not seen or that turn a line around; what a macro made stays."""
+    return terminal.plain(value) if type(value) is str else value
+
+
 @functools.cache
 def _environment() -> jinja2.Environment:
     import jinja2
@@ -76,6 +82,7 @@ def _environment() -> jinja2.Environment:
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
+        finalize=_plain,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

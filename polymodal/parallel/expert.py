@@ -65,7 +65,8 @@ def resolve(model: nn.Module, card: ModelCard) -> dict[str, str]:
         if style not in STYLES:
             raise PolymodalError(
                 f"The card {card.name} names the expert-parallel style `{style}`, known are "
-                f"{', '.join(STYLES)}."
+                f"{', '.join(STYLES)}.",
+                "This is a defect of the model's card: please report it.",
             )
         expression = pattern_of(pattern)
         found |= {name: style for name, _ in model.named_modules() if expression.fullmatch(name)}

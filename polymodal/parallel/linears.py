@@ -83,7 +83,8 @@ class Linears:
             return
         if not isinstance(module, nn.Linear):
             raise PolymodalError(
-                f"The tensor_plan says {style} for `{name}`, which is a {type(module).__name__}."
+                f"The tensor_plan says {style} for `{name}`, which is a {type(module).__name__}.",
+                "This is a defect of the model's card: please report it.",
             )
         self.done.add(name)
         if style in ROWWISE:

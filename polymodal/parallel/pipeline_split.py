@@ -145,7 +145,10 @@ def counts(
     depth = {tower: len(partial.blocks(model, chain)) for tower, chain in card.pipeline.items()}
     for tower, chain in card.pipeline.items():
         if not depth[tower]:
-            raise PolymodalError(f"The card {card.name}: no module fits `{chain.blocks}` of its pipeline.")
+            raise PolymodalError(
+                f"The card {card.name}: no module fits `{chain.blocks}` of its pipeline.",
+                "This is a defect of the model's card: please report it.",
+            )
     stages = parallel.pp * stages_per_rank(parallel)
     if isinstance(parallel.pp_layers, str):
         total = sum(depth.values())

@@ -144,7 +144,8 @@ def _homes(
         for name in (*first, *ends):
             if name not in known:
                 raise PolymodalError(
-                    f"The pipeline of the card {card.name} names `{name}`, which this model does not have."
+                    f"The pipeline of the card {card.name} names `{name}`, which this model does not have.",
+                    "This is a defect of the model's card: please report it.",
                 )
         last = len(found[tower]) - 1 if tower == towers[-1] else stages[-1]
         at |= dict.fromkeys(first, 0 if tower == towers[0] else stages[0])

@@ -76,13 +76,17 @@ def resolve(model: nn.Module, card: ModelCard) -> dict[str, str]:
         if style not in STYLES:
             raise PolymodalError(
                 f"The card {card.name} names the tensor-parallel style `{style}`, known are "
-                f"{', '.join(STYLES)}."
+                f"{', '.join(STYLES)}.",
+                "This is a defect of the model's card: please report it.",
             )
         optional, pattern = pattern.endswith("?"), pattern.removesuffix("?")
         expression = pattern_of(pattern)
         hits = [name for name in names if expression.fullmatch(name)]
         if not hits and not optional and not any(_holds(name, pattern) for name in dropped):
-            raise PolymodalError(f"The card {card.name}: no module fits `{pattern}` of its tensor_plan.")
+            raise PolymodalError(
+                f"The card {card.name}: no module fits `{pattern}` of its tensor_plan.",
+                "This is a defect of the model's card: please report it.",
+            )
         styles.update(dict.fromkeys(hits, style))  # type: ignore[arg-type]
     return styles
 

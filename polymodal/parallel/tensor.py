@@ -100,7 +100,10 @@ class _Layout(Linears):
         for path in self.above(name):
             if path in self.streams:
                 return self.streams[path]
-        raise PolymodalError(f"The tensor_plan cuts `{name}`, which is in no stream.")
+        raise PolymodalError(
+            f"The tensor_plan cuts `{name}`, which is in no stream.",
+            "This is a defect of the model's card: please report it.",
+        )
 
     def carries(self, name: str) -> bool:
         """Is a block of this module's stream here? Without one nothing cuts the stream."""

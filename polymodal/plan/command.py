@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.terminal import say_lines
 from polymodal.core.text import format_bytes
 from polymodal.plan import page
 from polymodal.plan import search as searching
@@ -87,5 +88,5 @@ def main(
     made = plan(recipe, family, question, progress=sys.stderr.isatty())
     if html is not None:
         page.write(made, html)
-    print(json.dumps(made.as_dict(), indent=2) if as_json else text(made))
+    say_lines(json.dumps(made.as_dict(), indent=2) if as_json else text(made), "\n")
     return 0

@@ -5,10 +5,10 @@ Needs the checkpoint's config only, neither its weights nor data nor an accelera
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.terminal import say
 from polymodal.distributed.mesh import ParallelSizes
 from polymodal.models import catalog
 from polymodal.models.family import Family
@@ -89,7 +89,7 @@ def plan(recipe: Recipe, family: Family, question: Question, progress: bool = Fa
     traces = []
     for rank in traced_ranks(sizes, question):
         if progress:
-            print(f"tracing rank {rank} of {question.world} ...", file=sys.stderr, flush=True)
+            say(f"tracing rank {rank} of {question.world} ...", error=True)
         traces.append(trace(recipe, family, question.world, rank, load, question.accelerator.name, count))
     made = predict(recipe, family, sizes, question.accelerator, traces)
     if compiled:

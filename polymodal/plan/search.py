@@ -19,6 +19,7 @@ import yaml
 from polymodal import recipe
 from polymodal.core.errors import PolymodalError
 from polymodal.core.files import replace_file
+from polymodal.core.terminal import say, say_lines
 from polymodal.core.text import format_bytes
 from polymodal.distributed.mesh import ParallelSizes
 from polymodal.models import partial
@@ -281,7 +282,7 @@ def main(
 
     def progress(text: str) -> None:
         if sys.stderr.isatty():
-            print(text, "...", file=sys.stderr, flush=True)
+            say(text, "...", error=True)
 
     found = rank(made, family, question, progress)
     best = found[0]
@@ -296,12 +297,12 @@ def main(
         page.write(best.traced, html)
     rows = [candidate.as_dict() for candidate in found[:12]]
     if as_json:
-        print(json.dumps({"recipe": str(path), "layouts": rows}, indent=2))
+        say_lines(json.dumps({"recipe": str(path), "layouts": rows}, indent=2), "\n")
         return 0
     width = max(28, *(len(row["layout"]) + 2 for row in rows))
-    print(f"{'layout':<{width}}{'step s':>9}{'GiB':>8}{'MFU':>8}")
+    say(f"{'layout':<{width}}{'step s':>9}{'GiB':>8}{'MFU':>8}")
     for row in rows:
         figures = f"{row['step_seconds']:>9.2f}{row['peak_bytes'] / 2**30:>8.1f}{row['mfu']:>8.1%}"
-        print(f"{row['layout']:<{width}}{figures}{'' if row['traced'] else '  by formula'}")
-    print(f"{len(found)} layouts fit; the best is written to {path}")
+        say(f"{row['layout']:<{width}}{figures}{'' if row['traced'] else '  by formula'}")
+    say(f"{len(found)} layouts fit; the best is written to {path}")
     return 0

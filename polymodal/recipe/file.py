@@ -117,7 +117,10 @@ def _parse(path: Path) -> tuple[dict, Lines]:
             f"The recipe {path} cannot be read: no UTF-8 text ({error.reason}).", hint
         ) from None
     except (OSError, ValueError) as error:
-        raise PolymodalError(f"The recipe {path} cannot be read: {cause(error)}.") from None
+        raise PolymodalError(
+            f"The recipe {path} cannot be read: {cause(error)}.",
+            "Check the path, and that this user may read it.",
+        ) from None
     try:
         loader = _Yaml(text)
         node = loader.get_single_node()

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.terminal import say
 from polymodal.core.text import format_bytes
 from polymodal.runtime import host
 from polymodal.runtime import rendezvous as meeting
@@ -339,7 +340,7 @@ def _agent_class() -> type:
         def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
             if self.restart_reason:
                 text = f"starting again from the newest checkpoint: {self.restart_reason}"
-                print(text, file=sys.stderr, flush=True)
+                say(text, error=True)
             self.restart_reason = "the number of nodes changed"  # unless a failure comes
             return super()._start_workers(worker_group)
 

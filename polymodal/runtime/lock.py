@@ -24,6 +24,7 @@ from uuid import uuid4
 from weakref import WeakSet
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.terminal import say
 from polymodal.runtime.host import full_disk
 
 NAME = ".lock"
@@ -135,7 +136,7 @@ class DirectoryLock:
             return not sure and _started(holder.get("pid")) == holder.get("started")
         before, until = _time_of(self.path), time.monotonic() + 3 * self.beat
         if holder is not None and before is not None:
-            print(f"{self.path} is of {describe(holder)}: waiting for a sign of life.", file=sys.stderr)
+            say(f"{self.path} is of {describe(holder)}: waiting for a sign of life.", error=True)
         while time.monotonic() < until:
             time.sleep(min(1.0, self.beat / 4))
             now = _time_of(self.path)

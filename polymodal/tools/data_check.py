@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Record
+from polymodal.core.terminal import Bar, say, say_lines
 from polymodal.data import audio, boxes
 from polymodal.data import media as files
 from polymodal.data.source import Corpus, open_corpus
@@ -128,18 +128,13 @@ def main(
     else 0."""
     datasets = [Dataset(path=p, media_dir=media_dir, format=format) for p in paths]  # type: ignore[arg-type]
     corpus = open_corpus(datasets, attr, key="data")
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(file=sys.stderr)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("Reading", total=len(corpus))
-        found = check(corpus, lambda done, total: bar.update(task, completed=done))
+    with Bar("Reading", len(corpus)) as bar:
+        found = check(corpus, bar.update)
     if as_json:
-        print(json.dumps({"ok": not found.problems, **asdict(found)}, indent=2, ensure_ascii=False))
+        say_lines(json.dumps({"ok": not found.problems, **asdict(found)}, indent=2, ensure_ascii=False), "\n")
         return 2 if found.problems else 0
     plain = f", {found.plain} plain" if found.plain else ""
-    print(
+    say(
         f"{found.rows} rows: {found.turns} turns, {found.characters} characters, "
         f"{found.text_only} of text only{plain}."
     )
@@ -149,16 +144,16 @@ def main(
             words.append(f"{' / '.join(map(str, found.pixels[kind]))} pixels (smallest / middle / largest)")
         if kind in found.seconds:
             words.append(f"{' / '.join(map(str, found.seconds[kind]))} seconds (shortest / middle / longest)")
-        print(", ".join(words) + ".")
+        say(", ".join(words) + ".")
     if found.boxes:
-        print(f"{found.boxes} boxes and points.")
+        say(f"{found.boxes} boxes and points.")
     if found.unanswered:
-        print(f"{found.unanswered} rows have no assistant's turn: nothing is learned from them.")
+        say(f"{found.unanswered} rows have no assistant's turn: nothing is learned from them.")
     for problem in found.problems[:limit]:
-        print(problem)
+        say(problem)
     if not found.problems:
         return 0
     more = len(found.problems) - limit
     listed = f"; {more} are not listed (--limit)." if more > 0 else "."
-    print(f"{len(found.problems)} of {found.rows} rows are broken{listed}")
+    say(f"{len(found.problems)} of {found.rows} rows are broken{listed}")
     return 2

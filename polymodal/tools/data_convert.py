@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any, Literal
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Located, Media, Message, Record
+from polymodal.core.terminal import Bar
 from polymodal.data.box_columns import SCALES
 from polymodal.data.files import open_rows
 from polymodal.data.formats import RowReader
@@ -263,10 +263,5 @@ def _bar(total: int, progress: Callable[[int, int], None] | None) -> Iterator[Ca
     if progress is not None:
         yield progress
         return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(file=sys.stderr)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("Converting", total=total)
-        yield lambda done, total: bar.update(task, completed=done)
+    with Bar("Converting", total) as bar:
+        yield bar.update

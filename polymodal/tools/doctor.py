@@ -28,6 +28,7 @@ from packaging.version import Version
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.redaction import redact
+from polymodal.core.terminal import console, say, say_lines, styled
 from polymodal.core.text import format_bytes
 from polymodal.runtime import device, environment, host
 from polymodal.runtime.process_group import DEFAULT_PORT
@@ -289,9 +290,6 @@ def examine(names: list[str] | None = None) -> dict[str, list[Row]]:
 
 def show_environment(as_json: bool) -> int:
     """`doctor --env`: the documented variables with range, default, what is set and what it means."""
-    from rich.console import Console
-    from rich.markup import escape
-
     listed = environment.VARIABLES.values()
     if as_json:
         facts = [
@@ -305,27 +303,22 @@ def show_environment(as_json: bool) -> int:
             }
             for variable in listed
         ]
-        print(json.dumps(facts, indent=2))
+        say_lines(json.dumps(facts, indent=2), "\n")
         return 0
-    where = "[bold]device.env[/bold] in the recipe"
-    lines = [f"Environment variables for {where}; those marked * are set in the shell."]
+    shown = console()
+    shown.print("Environment variables for device.env in the recipe; those marked * are set in the shell.")
     for variable in listed:
-        words = [escape(variable.allowed)]
-        words += [f"default {variable.default}"] * bool(variable.default)
-        if now := os.environ.get(variable.name):
-            words.append(f"[green]now {escape(redact(now))}[/green]")
-        lines.append(f"[bold]{variable.name}[/bold]{'*' * variable.shell}  {', '.join(filter(None, words))}")
-        lines.append(f"    [dim]{escape(variable.what)}[/dim]")
-    console = Console()
-    for line in lines:
-        console.print(line, highlight=False)
+        words = [variable.allowed, f"default {variable.default}" if variable.default else ""]
+        now = os.environ.get(variable.name)
+        words.append(f"now {redact(now)}" if now else "")
+        mark = "*" if variable.shell else ""
+        shown.print(styled((variable.name, "bold"), f"{mark}  {', '.join(filter(None, words))}"))
+        shown.print(styled((f"    {variable.what}", "dim")))
     return 0
 
 
 def main(env: bool = False, as_json: bool = False) -> int:
     """The command: prints the list; 1 when something failed."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     if env:
@@ -335,19 +328,18 @@ def main(env: bool = False, as_json: bool = False) -> int:
     failed = verdicts.count("fail")
     if as_json:
         checks = {name: [asdict(row) for row in rows] for name, rows in found.items()}
-        print(json.dumps({"ok": not failed, "checks": checks}, indent=2))
+        say_lines(json.dumps({"ok": not failed, "checks": checks}, indent=2), "\n")
         return 1 if failed else 0
-    style = {"ok": "[green]ok[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[bold red]FAIL[/bold red]"}
+    verdict = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "bold red")}
     table = Table(box=None, padding=(0, 1), show_header=False)
     for options in ({"no_wrap": True}, {"no_wrap": True}, {"overflow": "fold"}):
         table.add_column(**options)  # type: ignore[arg-type]
     for name, rows in found.items():
         if rows:
-            table.add_row(f"[bold]{name}[/bold]", "", "")
+            table.add_row(styled((name, "bold")), "", "")
         for each in rows:
-            mend = f"\n[dim]{escape(each.mend)}[/dim]" if each.mend else ""
-            table.add_row(f"  {escape(each.what)}", style[each.verdict], escape(each.found) + mend)
-    console = Console()
-    console.print(table)
-    console.print(f"{verdicts.count('ok')} ok, {verdicts.count('warn')} warnings, {failed} failures")
+            found_and_mend = styled(each.found, (f"\n{each.mend}" if each.mend else "", "dim"))
+            table.add_row(f"  {each.what}", styled(verdict[each.verdict]), found_and_mend)
+    console().print(table)
+    say(f"{verdicts.count('ok')} ok, {verdicts.count('warn')} warnings, {failed} failures")
     return 1 if failed else 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import yaml
 from polymodal import recipe
 from polymodal.core.errors import PolymodalError
 from polymodal.core.files import replace_file
+from polymodal.core.terminal import line, say, say_lines
 from polymodal.core.text import did_you_mean, format_bytes, format_count
 from polymodal.models import catalog
 from polymodal.models.card import ModelCard
@@ -169,7 +170,7 @@ def _devices(card: ModelCard, key: str | None, task: str) -> int | None:
 
 
 def _say(text: str) -> None:
-    print(text, "...", file=sys.stderr, flush=True)
+    say(text, "...", error=True)
 
 
 def _size(model: str, card: ModelCard, size: str) -> str:
@@ -281,7 +282,7 @@ def _measured(family: Family | None, card: ModelCard, task: str, source: str, da
     if not len(tokens):
         raise PolymodalError(
             f"--data {data}: no row of {len(corpus)} can be trained on.",
-            f"Run `polymodal data check {data}`.",
+            f"Run `polymodal data check {shlex.quote(str(data))}`.",
         )
     if card.kind == "audio":  # a sample is a record, whatever its length
         return Rows(len(tokens))
@@ -405,17 +406,19 @@ def main(
     if out is not None and out.exists() and not force:
         raise PolymodalError(f"{out} exists.", "Choose another --out, or add --force to replace it.")
     chosen = plan(model, task, size, devices, data=data, device=device, search_it=search_it)
-    content = text(chosen, data, name=out.stem if out else None, file=str(out) if out else None)
+    content = text(
+        chosen, data, name=out.stem if out else None, file=line(shlex.quote(str(out))) if out else None
+    )
     recipe.validate(yaml.safe_load(content))
     if out is None:
-        print(content, end="")
+        say_lines(content)
         return 0
     write(out, content, force)
     many = f"{chosen.devices} device{'s' * (chosen.devices > 1)}"
     what = chosen.size or f"of {format_count(chosen.parameters)} parameters"
-    print(f"{out} written: {chosen.card.name} {what}, {TASKS[task]}, {many}")
-    print(predicted(chosen))
+    say(f"{out} written: {chosen.card.name} {what}, {TASKS[task]}, {many}")
+    say_lines(predicted(chosen), "\n")
     if chosen.length is not None and chosen.length.steps < run_length.FEW_STEPS:
-        print(f"warning: only about {chosen.length.steps} optimizer steps: use fewer devices or more data")
-    print(f"next: polymodal check {out} --world {chosen.devices}")
+        say(f"warning: only about {chosen.length.steps} optimizer steps: use fewer devices or more data")
+    say(f"next: polymodal check {shlex.quote(str(out))} --world {chosen.devices}")
     return 0

@@ -20,6 +20,7 @@ from pathlib import Path
 from polymodal.core.errors import PolymodalError
 from polymodal.core.files import replace_file
 from polymodal.core.redaction import redact
+from polymodal.core.terminal import say, say_lines
 from polymodal.core.text import did_you_mean
 from polymodal.distributed.mesh import ParallelSizes
 from polymodal.recipe import Recipe
@@ -212,7 +213,7 @@ def main(way: str, recipe: Recipe, job: JobRequest, out: Path | None = None, sub
     if str(out) == "-":
         if submit:
             raise PolymodalError("--submit needs a file.", "Give -o FILE, or leave -o out.")
-        print(written.text, end="")
+        say_lines(written.text)
         return 0
     path = out or Path(f"{name_of(recipe)}{written.suffix}")
     if path.exists() and Path(job.recipe).exists() and path.samefile(job.recipe):
@@ -224,12 +225,12 @@ def main(way: str, recipe: Recipe, job: JobRequest, out: Path | None = None, sub
         raise PolymodalError(
             f"{path} cannot be written: {error.strerror}.", "Choose another file with -o."
         ) from None
-    print(path)
+    say(path)
     for note in written.notes:
-        print("note:", note)
+        say("note:", note)
     if not submit:
         if written.submit:
-            print("submit with:", shlex.join([*written.submit, str(path)]))
+            say("submit with:", shlex.join([*written.submit, str(path)]))
         return 0
     return _submit(written.submit, path, way)
 

@@ -6,11 +6,11 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from polymodal.core import terminal
 from polymodal.core.errors import PolymodalError
+from polymodal.core.terminal import say_lines, styled
 from polymodal.models import catalog
 from polymodal.models.card import ModelCard
 from polymodal.tools import advise, model_table
@@ -59,7 +59,7 @@ def _plain_table(title: str = "", **options: Any) -> Table:
     return Table(title=title, title_justify="left", box=None, **options)
 
 
-def _table(cards: dict[str, ModelCard], console: Console) -> None:
+def _table(cards: dict[str, ModelCard], console: Any) -> None:
     table = _plain_table("Models", padding=(0, 2, 0, 0))
     table.add_column("model", no_wrap=True)
     table.add_column("sizes", max_width=13)
@@ -69,7 +69,7 @@ def _table(cards: dict[str, ModelCard], console: Console) -> None:
     shown = [axis for axis in AXES if axis not in ("recompute", "compile")]
     for card in cards.values():
         able = " ".join(axis for axis in shown if why_not(card, axis) is None)
-        status = "[green]verified[/green]" if card.verified else "declared"
+        status = styled(("verified", "green")) if card.verified else "declared"
         table.add_row(card.name, ", ".join(card.sizes), ", ".join(card.tasks), able, status)
     console.print(table)
     planned = [family for family in advise.PLANNED if family.name not in cards]
@@ -82,12 +82,12 @@ def _table(cards: dict[str, ModelCard], console: Console) -> None:
     if planned:
         console.print(table)
     console.print(
-        "\n[dim]polymodal models NAME: one model; polymodal models --for TEXT: which, and how[/dim]"
+        styled(("\npolymodal models NAME: one model; polymodal models --for TEXT: which, and how", "dim"))
     )
 
 
-def _page(card: ModelCard, only: str | None, console: Console) -> None:
-    console.print(f"[bold]{card.name}[/bold]  {card.kind}: {', '.join(card.tasks)}")
+def _page(card: ModelCard, only: str | None, console: Any) -> None:
+    console.print(styled((card.name, "bold"), f"  {card.kind}: {', '.join(card.tasks)}"))
     verified = f"verified here by {card.verified}" if card.verified else "declared: not verified here"
     console.print(f"status: {verified}")
     table = _plain_table("\nSizes", show_header=False)
@@ -95,14 +95,14 @@ def _page(card: ModelCard, only: str | None, console: Console) -> None:
         if only in (None, key):
             vision = f" + {size.vision_layers} vision" if size.vision_layers else ""
             facts = f"{model_table.billions(size)}, {size.layers} layers{vision}, {size.devices} devices, "
-            facts += f"{model_table.layout(size)}\n[dim]{size.hub}[/dim]"
-            table.add_row(f"[bold]{key}[/bold]", facts)
+            facts += f"{model_table.layout(size)}\n"
+            table.add_row(styled((key, "bold")), styled(facts, (size.hub or "", "dim")))
     console.print(table)
-    console.print("[dim]devices: recommended for full fine-tuning, 64 to 80 GB each[/dim]")
+    console.print(styled(("devices: recommended for full fine-tuning, 64 to 80 GB each", "dim")))
     table = _plain_table("\nParallelism", show_header=False)
     for axis, title in AXES.items():
         reason = why_not(card, axis)
-        table.add_row(title, "[green]yes[/green]" if reason is None else f"no: {reason}")
+        table.add_row(title, styled(("yes", "green")) if reason is None else f"no: {reason}")
     console.print(table)
     table = _plain_table("\nTowers (train.freeze, optim.groups, model.lora.towers)", show_header=False)
     table.add_column()
@@ -116,19 +116,19 @@ def _page(card: ModelCard, only: str | None, console: Console) -> None:
     )
 
 
-def _way(answer: advise.Route, request: str, console: Console) -> None:
+def _way(answer: advise.Route, request: str, console: Any) -> None:
     if answer.kind is None:
-        console.print(f"Nothing in “{escape(request)}” names a model or a task that is known here.")
+        console.print(f"Nothing in “{request}” names a model or a task that is known here.")
         console.print(
             "Say what goes in and what comes out, e.g. “answer questions about photos”, “text to video”, "
             "“transcribe speech”."
         )
         return
     card = answer.card
-    console.print(f"[bold]{answer.kind}[/bold], {advise.TASKS[answer.task]}")
+    console.print(styled((answer.kind, "bold"), f", {advise.TASKS[answer.task]}"))
     if card is not None:
         size = answer.size or f"{advise.middle(card)} (there are {', '.join(card.sizes)})"
-        console.print(f"model: [bold]{card.name}[/bold], size {size}")
+        console.print(styled("model: ", (card.name, "bold"), f", size {size}"))
         if answer.others:
             console.print(f"also: {', '.join(other.name for other in answer.others)}")
     if answer.coming:
@@ -139,13 +139,13 @@ def _way(answer: advise.Route, request: str, console: Console) -> None:
     if answer.stages:
         console.print()
     for number, stage in enumerate(answer.stages, 1):
-        later = "" if stage.here else "  [yellow]not yet[/yellow]"
-        console.print(f"[bold]{number}. {stage.title}[/bold]{later}")
+        later = "" if stage.here else "  not yet"
+        console.print(styled((f"{number}. {stage.title}", "bold"), (later, "yellow")))
         for word in ("reads", "writes", "note"):
             if text := getattr(stage, word):
-                console.print(f"   [dim]{word:6}[/dim] {escape(text)}", soft_wrap=True)
+                console.print(styled((f"   {word:6} ", "dim"), text), soft_wrap=True)
         if stage.command:
-            console.print(f"   [cyan]{escape(stage.command)}[/cyan]", soft_wrap=True)
+            console.print(styled((f"   {stage.command}", "cyan")), soft_wrap=True)
 
 
 def page() -> str:
@@ -182,23 +182,23 @@ def _answer_values(answer: advise.Route) -> dict[str, Any]:
 
 def main(name: str | None = None, request: str | None = None, as_json: bool = False) -> int:
     """The command. Raises PolymodalError for a name that is neither here nor planned."""
-    console, cards = Console(highlight=False), catalog.cards()
+    console, cards = terminal.console(), catalog.cards()
     if name is not None and request is not None:
         raise PolymodalError("`polymodal models` takes a NAME or --for, not both.", "Leave one out.")
     if request is not None:
         answer = advise.route(request, cards)
         if as_json:
-            print(json.dumps(_answer_values(answer), indent=2, ensure_ascii=False))
+            say_lines(json.dumps(_answer_values(answer), indent=2, ensure_ascii=False), "\n")
         else:
             _way(answer, request, console)
     elif name is not None:
         card, key = _known(name, cards)
         if as_json:
-            print(json.dumps(facts(card), indent=2))
+            say_lines(json.dumps(facts(card), indent=2), "\n")
         else:
             _page(card, key, console)
     elif as_json:
-        print(json.dumps([facts(card) for card in cards.values()], indent=2))
+        say_lines(json.dumps([facts(card) for card in cards.values()], indent=2), "\n")
     else:
         _table(cards, console)
     return 0

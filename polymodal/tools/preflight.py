@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.terminal import say
 from polymodal.core.text import format_bytes
 from polymodal.recipe import Dataset, Recipe
 from polymodal.runtime import environment, host
@@ -333,5 +334,5 @@ def show(recipe: Recipe, out: Path, samples: int, seed: int) -> int:
     chat = layout_of(recipe, family).processor()
     corpus = open_corpus(recipe.data.datasets, recipe.data.attr)
     chosen = page.show(corpus, chat, str(out), samples, seed)
-    print(f"{out}: {len(chosen)} of {len(corpus)} samples")
+    say(f"{out}: {len(chosen)} of {len(corpus)} samples")
     return 0

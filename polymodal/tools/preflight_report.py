@@ -7,11 +7,11 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from polymodal.core import terminal
 from polymodal.core.errors import PolymodalError
+from polymodal.core.terminal import say_lines, styled
 from polymodal.core.text import format_bytes, format_count
 from polymodal.recipe import Recipe
 from polymodal.tools.preflight import Report, check, numbered
@@ -20,13 +20,13 @@ from polymodal.train.layouts import DataFacts
 Rows = list[tuple[str, str]]
 
 
-def _print(console: Console, title: str, rows: Rows) -> None:
+def _print(console: Any, title: str, rows: Rows) -> None:
     style = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}
     table = Table(title=title, show_header=False, **style)  # type: ignore[arg-type]
     table.add_column(no_wrap=True, min_width=16)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(f"  {escape(name)}", escape(value))
+        table.add_row(f"  {name}", value)
     console.print(table)
     console.print()
 
@@ -92,7 +92,7 @@ def _data_rows(recipe: Recipe, facts: DataFacts) -> Rows:
     return rows
 
 
-def _data(console: Console, title: str, recipe: Recipe, facts: DataFacts) -> None:
+def _data(console: Any, title: str, recipe: Recipe, facts: DataFacts) -> None:
     _print(console, title, _data_rows(recipe, facts))
     if facts.buckets:
         return
@@ -100,20 +100,20 @@ def _data(console: Console, title: str, recipe: Recipe, facts: DataFacts) -> Non
     for first, last, n in facts.histogram:
         bar = "█" * round(40 * n / peak) or ("▏" if n else "")
         over = " too long" if first > facts.max_length else ""
-        console.print(f"  {first:>6,} to {last:>7,} {n:>9,} {bar}{over}", highlight=False)
-    console.print("  [dim]rows by length in tokens[/dim]\n")
+        console.print(f"  {first:>6,} to {last:>7,} {n:>9,} {bar}{over}")
+    console.print(styled(("  rows by length in tokens\n", "dim")))
     if facts.dropped:
-        console.print("  [bold]left out[/bold]")
+        console.print(styled(("  left out", "bold")))
         for reason, found in facts.dropped.items():
-            console.print(f"  {found['count']:>9,}  {escape(reason)}", highlight=False)
+            console.print(f"  {found['count']:>9,}  {reason}")
             for place in found["first"]:
-                console.print(f"             [dim]{escape(place)}[/dim]", highlight=False, soft_wrap=True)
+                console.print(styled((f"             {place}", "dim")), soft_wrap=True)
         console.print()
 
 
 def show_report(recipe: Recipe, report: Report, console: Any = None) -> None:
     """Print what was found; problems are left to the caller."""
-    console = console or Console(highlight=False)
+    console = console or terminal.console()
     if report.model:
         _print(console, "Model", _model(report))
     if report.sizes:
@@ -132,16 +132,18 @@ def show_report(recipe: Recipe, report: Report, console: Any = None) -> None:
         saved = f"every {every}" if every and every < report.steps else "at the end"
         _print(console, "Run", [("steps", f"{report.steps:,}, a checkpoint {saved}")])
     for note in report.notes:
-        console.print(f"[yellow]note:[/yellow] {escape(note)}")
+        console.print(styled(("note:", "yellow"), f" {note}"))
     if not report.problems:
-        console.print("[green]train would start.[/green]")
+        console.print(styled(("train would start.", "green")))
 
 
 def main(recipe: Recipe, world: int | None = None, *, measure: bool = True, as_json: bool = False) -> int:
     """The command: prints the report; raises all problems when there are any (exit code 2)."""
     report = check(recipe, world, measure)
     if as_json:
-        print(json.dumps({"ok": not report.problems, **asdict(report)}, indent=2, ensure_ascii=False))
+        say_lines(
+            json.dumps({"ok": not report.problems, **asdict(report)}, indent=2, ensure_ascii=False), "\n"
+        )
         return 2 if report.problems else 0
     show_report(recipe, report)
     if report.problems:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.files import replace_file
+from polymodal.core.terminal import say
 from polymodal.train.monitor import Profiler
 
 QUIET = 600
@@ -54,10 +55,10 @@ def request_profile(
             f"{run} cannot be written: {error.strerror}.", "Run this as the user who trains."
         ) from None
     word = "step" if steps == 1 else f"{steps} steps"
-    print(f"asked: the next {word} of rank {', '.join(map(str, chosen))} will be traced into {run}/traces")
+    say(f"asked: the next {word} of rank {', '.join(map(str, chosen))} will be traced into {run}/traces")
     metrics, summary = run / "metrics.jsonl", run / "summary.json"
     if summary.is_file() and metrics.is_file() and summary.stat().st_mtime >= metrics.stat().st_mtime:
-        print("note: the run has ended; the trace waits until it goes on with more steps")
+        say("note: the run has ended; the trace waits until it goes on with more steps")
         return 0
     since = "has not logged a step yet"
     if metrics.is_file():
@@ -65,5 +66,5 @@ def request_profile(
         if silent <= QUIET:
             return 0
         since = f"has logged no step for {silent / 60:.0f} minutes"
-    print(f"note: the run {since}; the trace waits until it goes on")
+    say(f"note: the run {since}; the trace waits until it goes on")
     return 0

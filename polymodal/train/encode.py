@@ -10,7 +10,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import json
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
 from polymodal.core.files import read_json
 from polymodal.core.sample import Record, SampleLengths
+from polymodal.core.terminal import Bar, say
 from polymodal.data import features as store
 from polymodal.data.clips import Clips
 from polymodal.data.source import Corpus, open_corpus
@@ -139,10 +139,10 @@ class Encoding:
         with (
             open(self.directory / f".part-{self.rt.rank}.jsonl", "w", encoding="utf-8") as listing,
             ThreadPoolExecutor(max(1, self.data.workers), "polymodal-decode") as pool,
-            self._progress(len(own)) as advance,
+            Bar(f"Encoding {self.section}", len(own), hidden=self.rt.rank != 0) as bar,
         ):
             for at in range(0, len(own), WINDOW):
-                for row in self._rows(corpus, own[at : at + WINDOW], pool, advance):
+                for row in self._rows(corpus, own[at : at + WINDOW], pool, bar.advance):
                     listing.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._write_empty_caption()
         self.rt.barrier()
@@ -213,9 +213,9 @@ class Encoding:
             counts += f", {len(total.broken)} left out"
         if total.made:
             counts += f", {total.frames / total.seconds:.1f} frames a second"
-        print(f"{self.directory}: {counts}", flush=True)
+        say(f"{self.directory}: {counts}")
         for reason in total.broken[:5]:
-            print(f"  left out: {reason}", file=sys.stderr, flush=True)
+            say(f"  left out: {reason}", error=True)
 
     def _total(self) -> Encoded:
         ranks: list[Any] = [self.done] * self.rt.world
@@ -360,12 +360,12 @@ class Encoding:
         vae = self._encoders().pipeline.vae
         if len(batch) > 1:
             half = self.batch = len(batch) // 2
-            print(f"out of memory: encoding {half} samples at once", file=sys.stderr, flush=True)
+            say(f"out of memory: encoding {half} samples at once", error=True)
             self._encode(batch[:half])
             self._encode(batch[half:])
         elif not getattr(vae, "use_tiling", True):
             vae.enable_tiling()
-            print("out of memory: encoding in tiles", file=sys.stderr, flush=True)
+            say("out of memory: encoding in tiles", error=True)
             self._encode(batch)
         else:
             frames, height, width = batch[0][0].measure.shape
@@ -385,14 +385,3 @@ class Encoding:
                 self._texts.clear()
             self._texts[caption] = text
         return text
-
-    @contextlib.contextmanager
-    def _progress(self, total: int) -> Iterator[Any]:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        console = Console(file=sys.stderr)
-        hidden = self.rt.rank != 0 or not console.is_terminal
-        with Progress(console=console, transient=True, disable=hidden) as bar:
-            task = bar.add_task(f"Encoding {self.section}", total=total)
-            yield lambda count: bar.advance(task, count)

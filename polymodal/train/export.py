@@ -24,6 +24,7 @@ from polymodal import __version__
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Message, Record, pack
+from polymodal.core.terminal import say
 from polymodal.data.chat import ChatProcessor
 from polymodal.generate.engine import Engine
 from polymodal.generate.opening import (
@@ -161,17 +162,17 @@ def run(source: str, directory: str | os.PathLike, **options: Any) -> int:
     pipeline = of_pipeline(written) if done.what == "adapter" else (written / "model_index.json").is_file()
     peft = (written / "adapter_config.json").is_file()
     library = "peft" if peft else "diffusers" if pipeline else "transformers"
-    print(f"{done.directory}: {done.what}, {done.dtype}, {size / 2**20:.1f} MiB")
+    say(f"{done.directory}: {done.what}, {done.dtype}, {size / 2**20:.1f} MiB")
     if done.computed:
         compared = f"logits of {done.tokens} tokens (text and media)"
         if pipeline:
             compared = f"predictions of {done.tokens} values"
-        print(
+        say(
             f"opened with {library}: {compared} differ by {done.difference:.1e} at most "
             f"(largest {done.largest:.1f}, computed in {done.computed})"
         )
     else:
-        print(
+        say(
             f"not opened with {library}, as the model does not fit into this machine's memory; the names and "
             "shapes of all tensors in the files' headers are the model's"
         )

@@ -189,7 +189,7 @@ def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> Pro
         opened = cls.from_pretrained(str(family.source if what == "adapter" else partial))
         if what == "adapter":
             opened = cls.from_pretrained(str(family.source), **{family.part: _fresh(made)})
-            put_on(opened, family.part, partial)
+            put_on(opened, family, partial)
     for part in opened.components.values():
         if isinstance(part, nn.Module):
             part.float().eval()
@@ -232,10 +232,10 @@ def example(family: Any, pipeline: Any) -> Batch:
 
 def open_adapter(directory: Path, base: str | None) -> Assembled:
     """An adapter of a denoiser on its base, as training attaches it. Raises PolymodalError."""
-    settings = lora.read_settings(directory)
-    recipe = recipes.Recipe(model=recipes.Model(source=base or base_of(directory), lora=settings))
-    family = catalog.family(recipe.model)
+    family: Any = catalog.family(recipes.Model(source=base or base_of(directory)))
+    settings = lora.read_settings(directory, family)
+    recipe = recipes.Recipe(model=recipes.Model(source=family.source, lora=settings))
     model = family.build()
     lora.attach(model, settings, family.card)
-    tensors = weights.read(model, weights.directory_of(None, family)) | lora.read(model, directory)
+    tensors = weights.read(model, weights.directory_of(None, family)) | lora.read(model, directory, family)
     return Assembled(model, family, recipe, directory, tensors)

@@ -13,7 +13,7 @@ import os
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.files import metric_lines, written_whole
+from polymodal.core.terminal import say
 from polymodal.recipe import LossGuard, Monitor, Profile
 from polymodal.runtime.device import DeviceInfo
 
@@ -92,7 +93,7 @@ def _import(module: str) -> Any:
     except ImportError:
         raise PolymodalError(
             f"monitor.trackers names {module}, which is not installed.",
-            f"Run `pip install polymodal[{module}]`, or remove it.",
+            f"Run `pip install {module}`, or remove it.",
         ) from None
 
 
@@ -134,59 +135,6 @@ class _Mlflow:
 
 
 _TRACKERS = {"tensorboard": _TensorBoard, "wandb": _Wandb, "mlflow": _Mlflow}
-
-
-class Progress:
-    """A live bar with the step's numbers below it on a terminal; plain lines elsewhere (log files, CI).
-
-    A terminal that is gone, a reader that ended or a log on a full disk do not end the run: metrics.jsonl has
-    the numbers.
-    """
-
-    def __init__(self, name: str, steps: int, done: int):
-        from rich import progress
-        from rich.console import Console
-        from rich.text import Text
-
-        class WithNumbers(progress.Progress):
-            numbers = ""
-
-            def get_renderables(self) -> Iterator[Any]:
-                yield self.make_tasks_table(self.tasks)
-                yield Text(self.numbers, style="dim")
-
-        self.console = Console()
-        self.live = self.console.is_terminal
-        if self.live:
-            columns = (
-                progress.TextColumn("{task.description}", markup=False),
-                progress.BarColumn(bar_width=None),
-                progress.MofNCompleteColumn(),
-                progress.TimeElapsedColumn(),
-                progress.TimeRemainingColumn(),
-            )
-            self.bar = WithNumbers(*columns, console=self.console, expand=True)
-            self.bar.start()
-            self.task = self.bar.add_task(name, total=steps, completed=done)
-
-    def update(self, step: int, line: str) -> None:
-        if self.live:
-            self.bar.numbers = line.partition(" | ")[2]
-            self.bar.update(self.task, completed=step)
-        else:
-            self.print(line)
-
-    def print(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            if self.live:
-                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-            else:
-                print(text, flush=True)
-
-    def close(self) -> None:
-        if self.live:
-            with contextlib.suppress(OSError):
-                self.bar.stop()
 
 
 class Guard:
@@ -277,7 +225,7 @@ class Profiler:
                     asked = Profile.model_validate_json(file.read(REQUEST_BYTES))
                 asked.start = self._step + 1
             except (OSError, ValueError) as error:  # pydantic's among them
-                print(f"warning: {request} is no request for a trace: {_why(error)}", flush=True)
+                say(f"warning: {request} is no request for a trace: {_why(error)}")
             with contextlib.suppress(OSError):
                 request.unlink()
         asked = share(asked)
@@ -315,7 +263,7 @@ class Profiler:
             if self._memory is not None:
                 self._memory._dump_snapshot(str(path.with_suffix(".pickle")))
         except (OSError, RuntimeError) as error:  # training matters more
-            print(f"warning: the trace {path} could not be written: {_why(error)}", flush=True)
+            say(f"warning: the trace {path} could not be written: {_why(error)}")
             return None
         finally:
             if self._memory is not None:

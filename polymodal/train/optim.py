@@ -54,7 +54,8 @@ def freeze(model: nn.Module, patterns: list[str], towers: Towers) -> None:
         if not matching:
             raise PolymodalError(
                 f"train.freeze: `{pattern}` is neither a tower of this model ({', '.join(towers)}) "
-                "nor the pattern of a parameter."
+                "nor the pattern of a parameter.",
+                "Name a tower, or a pattern of names with shell wildcards, such as *.visual.blocks.*",
             )
         for name in matching:
             parameters[name].requires_grad_(False)

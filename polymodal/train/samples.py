@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from polymodal import pages
 from polymodal.core.errors import PolymodalError
+from polymodal.core.terminal import say
 from polymodal.distributed.mesh import Mesh
 from polymodal.evaluate import run_page
 from polymodal.generate.media import save, sheet
@@ -156,7 +157,7 @@ class Sampler:
 
     def _write(self, folder: Path, number: int, frames: np.ndarray, sound: dict[str, Any]) -> None:
         if wrong := suspicion(frames):
-            print(f"warning: sample {number} {wrong}", flush=True)
+            say(f"warning: sample {number} {wrong}")
         if frames.dtype == np.uint8:
             save(folder, number, frames, self.settings.fps, **sound)
             np.save(folder / f".{number:04d}.npy", frames)

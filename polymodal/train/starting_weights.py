@@ -45,7 +45,7 @@ class StartingWeights:
         if catalog.is_whole(path):
             self._load_files(str(path))
         elif lora.is_adapter(path):
-            self.model.load_all(lambda part: lora.load(part, self.recipe.model.lora, path))
+            self.model.load_all(lambda part: lora.load(part, self.recipe.model.lora, path, self.family))
         elif not checkpoint.at(path) and (files := self._foreign(path)) is not None:
             self._load_files(None, files=files)
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import sys
+import shlex
 import time
 from collections.abc import Collection
 from dataclasses import asdict
@@ -24,6 +24,7 @@ from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
 from polymodal.core.files import replace_file
 from polymodal.core.sample import Batch
+from polymodal.core.terminal import Bar, say
 from polymodal.core.text import format_count
 from polymodal.data.loader import Loader, RankStep, StepStats
 from polymodal.data.schedule import DECIDING_KEYS, Position
@@ -100,7 +101,7 @@ class Trainer:
         self.steps = recipe.train.steps or self.schedule.steps_in(recipe.train.epochs)
         warning = run_length.warning(recipe, self.schedule, self.steps, self.mesh.sizes.dp)
         if warning and self.main:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+            say(f"warning: {warning}", error=True)
 
     def _build_model(self) -> None:
         make, sample = partial(meta_model, self.family, self.recipe), self.schedule.mean_sample()
@@ -139,7 +140,7 @@ class Trainer:
             return
         step = self.state.step
         self._open_logs()
-        self.progress = monitor.Progress(recipe.name, self.steps, step)
+        self.progress = Bar(recipe.name, self.steps, step, error=False)
         total, trained = format_count(self.model.total), format_count(self.model.trained)
         self._print(
             f"{self.card.name}: {total} parameters, {trained} trained, "
@@ -206,9 +207,7 @@ class Trainer:
                 if self.recipe.checkpoint.resume != "auto":
                     raise
                 if self.main:
-                    print(
-                        f"warning: {error.message} The one before it is taken.", file=sys.stderr, flush=True
-                    )
+                    say(f"warning: {error.message} The one before it is taken.", error=True)
                 damaged.append(directory)
                 before = self._resume_directory(damaged)
                 assert before is not None
@@ -219,10 +218,9 @@ class Trainer:
         same_batches = state.data in ("", self.schedule.fingerprint)
         if same_batches and state.lengths in ("", self.schedule.lengths):
             if state.data and not state.lengths and self.main:
-                print(
+                say(
                     f"warning: {directory} does not say how long its samples were; if that has changed, "
                     "some are now trained twice or never",
-                    flush=True,
                 )
             return
         if same_batches:
@@ -270,7 +268,7 @@ class Trainer:
                 stop = self._step(step, batch, began)
                 began = time.perf_counter()
                 if (trace := self.profiler.after(step)) is not None:
-                    print(f"trace written: {trace}", flush=True)
+                    say(f"trace written: {trace}")
                 self.writer.poll()
                 if step < self.steps and self._between_steps(step):
                     began = time.perf_counter()
@@ -404,7 +402,10 @@ class Trainer:
         if self.scaler.enabled:
             values["loss_scale"] = self.scaler.scale
         self.metrics.log(step, values)
-        self.progress.update(step, monitor.line(step, self.steps, values))
+        line = monitor.line(step, self.steps, values)
+        self.progress.update(step, below=line.partition(" | ")[2])
+        if not self.progress.live:
+            say(line)
 
     def _validate(self, step: int) -> None:
         """Loss over the validation data with the same forward; equal work a rank by construction."""
@@ -480,7 +481,7 @@ class Trainer:
         if self.sampler is not None:
             self.sampler.sample(state.step, self.metrics)
         directory = self.saved
-        export_command = f"polymodal export {self.run_dir} DIR"
+        export_command = f"polymodal export {shlex.quote(str(self.run_dir))} DIR"
         self._print(f"{state.step} steps done: {directory}; `{export_command}` writes it for the hub")
         if self.main:
             summary = {key: getattr(state, key) for key in ("step", "samples", "tokens")}

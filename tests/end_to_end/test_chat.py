@@ -13,6 +13,7 @@ from PIL import Image
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Message
+from polymodal.core.terminal import plain
 from polymodal.data.chat import ChatProcessor
 from polymodal.distributed import checkpoint as checkpoints
 from polymodal.generate import chat, rows
@@ -494,10 +495,10 @@ def test_one_answer_and_bad_input(model, engine, picture, monkeypatch, capsys, t
         )
         == 0
     )
-    assert capsys.readouterr().out.strip() == expected
+    assert capsys.readouterr().out.strip() == plain(expected).strip()
     monkeypatch.setattr(sys, "stdin", io.StringIO("what is this?\n"))
     assert chat.main(str(model), image=[picture], system="Be short.", sampling=SHORT, device="cpu") == 0
-    assert capsys.readouterr().out.strip() == expected
+    assert capsys.readouterr().out.strip() == plain(expected).strip()
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"\xff\xd8\xff\xe0 cut")

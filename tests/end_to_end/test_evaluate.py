@@ -13,10 +13,10 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-import rich.console
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polymodal.core import terminal
 from polymodal.core.errors import PolymodalError
 from polymodal.evaluate import results, run, store
 from polymodal.evaluate.thumbnails import thumbnail
@@ -131,7 +131,7 @@ def test_another_metric_judges_the_same_answers_without_asking_again(engine, dat
     )
     limited = run.evaluate(engine, data, "exact", out=out, max_new_tokens=TOKENS, limit=2)
     assert limited.n == 2 and limited.score == 0.5
-    console = rich.console.Console(file=io.StringIO(), width=80)
+    console = terminal.console(file=io.StringIO(), width=80)
     console.print(results.table(limited))
     assert limited.name in console.file.getvalue().splitlines()[0]
     assert f"custom ({limited.metric})" in console.file.getvalue().splitlines()[0]  # the title is one line
@@ -335,9 +335,7 @@ def test_everything_from_data_is_escaped(tmp_path, capsys):
     assert (
         '<div class="card wrong">' in page and '<div class="card right">' in page
     )  # coloured by the last answer
-    from rich.console import Console
-
-    Console(width=200).print(results.table(found))
+    terminal.console(width=200).print(results.table(found))
     printed = capsys.readouterr().out
     assert f"x{closing}: <t> (<m>)" in printed and f"group: {closing}" in printed
 

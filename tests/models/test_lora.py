@@ -199,7 +199,8 @@ def test_only_adapters_are_trained(checkpoint):
 
 
 def test_continued_from_a_directory(checkpoint, tmp_path):
-    """Adapters that were saved are read back bit for bit; another rank, scale or set of layers is refused."""
+    """Adapters that were saved are read back bit for bit, into other numbers at the same strength; a lower rank or
+    another set of layers is refused."""
     source = checkpoint("qwen2.5-vl")
     options = Lora(rank=4, alpha=8)
     model = adapted(source, options)
@@ -208,14 +209,19 @@ def test_continued_from_a_directory(checkpoint, tmp_path):
     lora.load(again, options, out)
     want = gather.adapters(model)
     assert all(torch.equal(want[n], t) for n, t in gather.adapters(again).items())
-    for change, message in {
-        "rank": "r is 4, the recipe's model.lora.rank is 5",
-        "alpha": "lora_alpha is 8, the recipe's model.lora.alpha is 5",
-        "rslora": "use_rslora is False, the recipe's model.lora.rslora is True",
-    }.items():
-        other = options.model_copy(update={change: True if change == "rslora" else 5})
-        with pytest.raises(PolymodalError, match=message):
-            lora.load(again, other, out)
+    for change in ({"rank": 6}, {"alpha": 5.0}, {"rslora": True}):  # the same function by other numbers
+        other = options.model_copy(update=change)
+        changed = adapted(source, other, seed=9, trained=False)
+        lora.load(changed, other, out)
+        have = gather.adapters(changed)
+        for layer, factor in lora.scales(changed).items():
+            (a, b), (c, d) = (
+                [state[f"{layer}.lora_{x}.default.weight"] for x in "AB"] for state in (want, have)
+            )
+            assert torch.allclose(factor * d @ c, 8 / 4 * b @ a, rtol=1e-5, atol=1e-6)
+    low = options.model_copy(update={"rank": 3})
+    with pytest.raises(PolymodalError, match="has the rank 4, more than .* Set model.lora.rank to 4"):
+        lora.load(adapted(source, low), low, out)
     fewer = options.model_copy(update={"targets": ["q_proj"]})
     with pytest.raises(PolymodalError, match="has .* layers' weights that the recipe's model.lora does not"):
         lora.load(adapted(source, fewer), fewer, out)
@@ -226,7 +232,7 @@ def test_continued_from_a_directory(checkpoint, tmp_path):
         lora.load(again, None, out)
     config = json.loads((out / "adapter_config.json").read_text())
     (out / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    with pytest.raises(PolymodalError, match="with DoRA"):
+    with pytest.raises(PolymodalError, match="LoRA with DoRA"):
         lora.load(again, options, out)
 
 

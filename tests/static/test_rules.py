@@ -200,6 +200,50 @@ def test_the_layout_rule_finds_them(code):
     assert layout_branches(code)
 
 
+def printing(source: str) -> list[tuple[int, str]]:
+    """(line, what) of printing past core/terminal.py: print, typer.echo, streams' write, rich but its tables."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if re.search(r"^print$|\becho$|\bsys\.(__)?std(out|err)(__)?\.(buffer\.)?write(lines)?$", called):
+                found.append((node.lineno, called))
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names]
+            module = getattr(node, "module", None)
+            full = [f"{module}.{name}" for name in names] if module else names
+            found += [
+                (node.lineno, name)
+                for name in full
+                if re.match(r"rich\b", name) and name != "rich.table.Table"
+            ]
+    return found
+
+
+def test_only_the_terminal_module_prints():
+    """Text of users, data and libraries would be markup and escape codes elsewhere."""
+    files = [path for path in FILES if name(path) != "core/terminal.py"]
+    seen = offenders(lambda path: printing(path.read_text()), files)
+    assert not seen, f"use say, say_lines, console or Bar of core/terminal.py:\n{seen}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "print(name)",
+        "sys.stderr.write(name)",
+        "sys.stdout.buffer.write(name)",
+        "typer.echo(name)",
+        "from rich.console import Console",
+        "import rich",
+        "from rich import print as show",
+        "from rich.progress import Progress",
+    ],
+)
+def test_the_printing_rule_finds_them(code):
+    assert printing(code)
+
+
 def test_files_begin_with_what_they_are():
     def found(path: Path) -> str:
         text = path.read_text()

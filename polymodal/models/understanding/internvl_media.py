@@ -76,7 +76,10 @@ class InternVLMedia(TokenMedia):
     def span(self, shape: MediaShape) -> Span:
         """<img>, the tokens of all tiles, </img>; of a video each frame by itself, after its number."""
         if min(shape.height, shape.width) < 1:
-            raise PolymodalError(f"The {shape.kind} of {shape.width} x {shape.height} pixels cannot be used.")
+            raise PolymodalError(
+                f"The {shape.kind} of {shape.width} x {shape.height} pixels cannot be used.",
+                "Remove it, or change its size.",
+            )
         tiles = shape.frames
         if shape.kind == "image":
             tiles = self.image_processor.get_number_of_image_patches(shape.height, shape.width, self.options)

@@ -381,7 +381,10 @@ class VisionLanguage(Family):
             sizes = torch.tensor(found)
             count = self.feature_count(stream, sizes)
             if at + count > measure.tokens:
-                raise PolymodalError(f"Media of {at + count} tokens do not fit into {measure.tokens} tokens.")
+                raise PolymodalError(
+                    f"Media of {at + count} tokens do not fit into {measure.tokens} tokens.",
+                    "Raise data.max_length, or lower data.image.max_pixels.",
+                )
             ids[0, at : at + count] = self.media_ids(stream)[0]
             at += count
             rows = int(sizes.prod(dim=1).sum())
