@@ -39,7 +39,7 @@ STYLES = {
     "sparse": "a region whose experts are spread (expert.py): each rank takes its own rows through it",
     "sparse_router": "the router of such a region: its logits are made whole for the balance loss",
     "dispatched": "the experts of such a region, sharded by expert.py",
-    "exit": "the norm that ends the stream: its output is whole on every rank",
+    "exit": "the norm that ends the stream, or the encoder that it runs in: its output is whole",
     "end": "what comes after the stream: its input is whole on every rank",
     "embedding": "a table cut by rows of the vocabulary",
     "head": "an output projection cut by the vocabulary; objectives multiply by its local rows",
@@ -123,6 +123,9 @@ def on_first(
 
 def on_output(change: Callable[[Tensor], Tensor], out: Any) -> Any:
     """Change the stream among a module's outputs: the only one, or the first."""
+    if isinstance(out, dict):  # a ModelOutput of transformers
+        out[next(iter(out))] = change(next(iter(out.values())))
+        return out
     return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
 
 

@@ -239,7 +239,7 @@ class _Layout(Linears):
         self.replicate(module, self.partial(name))
         self.done.add(name)
         if self.carries(name):
-            wrap(module, leave=self.stream(name).gather)
+            wrap(module, leave=partial(on_output, self.stream(name).gather))
 
     def tower(self, name: str) -> None:
         module, stream = self.modules[name], self.streams[name]

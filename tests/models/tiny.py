@@ -56,13 +56,19 @@ TEMPLATE = """{%- macro body(content) -%}
 NAMES = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe")
 INTERNVL = ("internvl", "internvl-moe", "internvl-6b", "internvl-llama")
 """InternVL with a Qwen2, a Qwen3 MoE, a Qwen2 and a Llama model; the third has a tower as InternViT-6B's."""
+LLAVA_TEMPLATE = """{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}
+{%- for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}
+{%- if message['role'] != 'assistant' %}{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}
+{%- else %}{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{% generation %}{{ part['text'] + ' ' }}{% endgeneration %}{% endfor %}{% endif %}
+{%- endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
+"""As llava-hf/llava-1.5-7b-hf has it: pictures of a turn first, a generation block, no end of an answer."""
 TILE = 16  # pixels; a tile is 16 patches and 4 tokens
 
 
 @functools.cache
-def tokenizer(size: int = 700, internvl: bool = False) -> Any:
+def tokenizer(size: int = 700, internvl: bool = False, llava: bool = False) -> Any:
     """A byte-level BPE with Qwen's splitting, its special tokens and a chat template in its format; or
-    InternVL's."""
+    InternVL's, or LLaVA's."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -92,6 +98,13 @@ def tokenizer(size: int = 700, internvl: bool = False) -> Any:
             extra_special_tokens=named,
         )
         made.chat_template = internvl_chat.TEMPLATE
+        return made
+    if llava:
+        core.add_special_tokens(["<image>"])
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=core, pad_token="<|endoftext|>", eos_token="<|im_end|>"
+        )
+        made.chat_template = LLAVA_TEMPLATE
         return made
     made = PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -147,12 +160,53 @@ def internvl_config(name: str, tied: bool, overrides: dict[str, Any]) -> Any:
     )
 
 
+def llava_config(tied: bool, overrides: dict[str, Any]) -> Any:
+    import transformers
+
+    tokens = tokenizer(llava=True)
+    text: dict[str, Any] = {
+        "model_type": "llama",
+        "vocab_size": -(-len(tokens) // 16) * 16,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": tied,
+        "bos_token_id": tokens.convert_tokens_to_ids("<|endoftext|>"),
+        "eos_token_id": tokens.eos_token_id,
+    }
+    vision: dict[str, Any] = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "image_size": TILE,
+        "patch_size": PATCH,
+        "projection_dim": 32,
+    }
+    for key, value in overrides.items():
+        section, _, leaf = key.replace("__", ".").rpartition(".")
+        {"text_config": text, "vision_config": vision}[section][leaf] = value
+    return transformers.LlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=tokens.convert_tokens_to_ids("<image>"),
+        image_seq_length=(TILE // PATCH) ** 2,
+        tie_word_embeddings=tied,
+    )
+
+
 def config(name: str, tied: bool = False, **overrides: Any) -> Any:
     """The transformers config of a card's tiny model; overrides by dotted name (dots may be written as `__`)."""
     import transformers
 
     if name in INTERNVL:
         return internvl_config(name, tied, overrides)
+    if name == "llava":
+        return llava_config(tied, overrides)
     tokens = tokenizer()
     text: dict[str, Any] = {
         "vocab_size": -(-len(tokens) // 16) * 16, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -236,8 +290,8 @@ def checkpoint(
             else:
                 parameter.mul_(3.0)
     model.to(dtype).save_pretrained(directory)
-    tokens = tokenizer(internvl=name in INTERNVL)
-    if name in INTERNVL:
+    tokens = tokenizer(internvl=name in INTERNVL, llava=name == "llava")
+    if name in (*INTERNVL, "llava"):
         processor(name).save_pretrained(directory)
     else:
         tokens.save_pretrained(directory)
@@ -463,9 +517,12 @@ def _internlm_tokenizer(directory: Path, size: int) -> None:
 
 
 def processors(name: str) -> tuple[Any, Any]:
-    """(image processor, video processor) for tiny pictures: 64 to 4096 pixels, or up to 6 tiles."""
+    """(image processor, video processor) for tiny pictures: 64 to 4096 pixels, up to 6 tiles, or a square."""
     import transformers
 
+    if name == "llava":
+        square = {"height": TILE, "width": TILE}
+        return transformers.CLIPImageProcessor(size={"shortest_edge": TILE}, crop_size=square), None
     if name in INTERNVL:
         tiles = {
             "size": {"height": TILE, "width": TILE},
@@ -494,6 +551,15 @@ def processor(name: str) -> Any:
         tokens = tokenizer(internvl=True)
         return transformers.InternVLProcessor(
             image, tokens, video, image_seq_length=4, chat_template=internvl_chat.TEMPLATE
+        )
+    if name == "llava":
+        return transformers.LlavaProcessor(
+            processors(name)[0],
+            tokenizer(llava=True),
+            patch_size=PATCH,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=LLAVA_TEMPLATE,
         )
     kind = {"qwen2-vl": "Qwen2VL", "qwen2.5-vl": "Qwen2_5_VL"}.get(name, "Qwen3VL")
     image, video = processors(name)

@@ -70,14 +70,16 @@ class Result:
 
 
 def batches(family: Family) -> list[Batch]:
-    """A global batch: packs of several samples with pictures, a video, and one of text only."""
-    media = family.media_processor(Data())
+    """A global batch: packs of several samples with pictures, a video if the model reads any, and one of
+    text only."""
+    media: Any = family.media_processor(Data())
+    video = tiny.clip(4, seed=4) if "video" in media.reads else tiny.picture(24, 24, 4)
     packs: list[list[list[Any]]] = [
         [["What is in this picture?", tiny.picture(24, 16, 1), "It is a three."], ["Describe seven words"]],
         [["The first", tiny.picture(16, 24, 2), tiny.picture(32, 16, 3), "second a nine."]],
         [["one two three four five"], ["How many red squares are there?"]],
         [
-            ["Describe the video.", tiny.clip(4, seed=4), "A bar that moves."],
+            ["Describe the video.", video, "A bar that moves."],
             [tiny.picture(16, 16, 5), "yes no"],
         ],
     ]

@@ -309,7 +309,7 @@ class Table:
         ]
 
 
-LANGUAGE = Table((), (*tiny.NAMES, *tiny.INTERNVL[:3]), MATRIX)
+LANGUAGE = Table((), (*tiny.NAMES, *tiny.INTERNVL[:3], "llava"), MATRIX)
 """InternVL with a Qwen2 model, with a Qwen3 MoE, and with a tower as InternViT-6B's."""
 DENOISERS = Table(
     (

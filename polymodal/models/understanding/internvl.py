@@ -20,12 +20,12 @@ from polymodal.core.sample import MediaStream
 from polymodal.data.boxes import BoxFormat
 from polymodal.models.card import Chain, ModelCard, Size, optional
 from polymodal.models.understanding.internvl_chat import MODEL_TYPE, InternVLFiles
-from polymodal.models.understanding.internvl_media import TILES, InternVLMedia, limit_tiles
+from polymodal.models.understanding.internvl_media import InternVLMedia, limit_tiles
 from polymodal.models.understanding.language import EXPERTS_PLAN, SPREAD_PLAN, TEXT_PLAN
 from polymodal.models.understanding.media import readable
+from polymodal.models.understanding.tiles import TileVision
 from polymodal.models.understanding.vision_language import (
     KEYWORDS,
-    VisionLanguage,
     language_chain,
     vision_language_card,
 )
@@ -55,9 +55,8 @@ VISION_PLAN = {
 }
 
 
-class InternVL(InternVLFiles, VisionLanguage):
+class InternVL(InternVLFiles, TileVision):
     line = "internvl"
-    streams = (TILES,)
 
     def __init__(self, card: ModelCard, config: Any, source: str):
         if getattr(config.vision_config, "use_qk_norm", False):
@@ -89,12 +88,6 @@ class InternVL(InternVLFiles, VisionLanguage):
     # -- media
 
     @property
-    def patches(self) -> int:
-        """Patches of a tile, without the class token."""
-        vision = self.config.vision_config
-        return (vision.image_size[0] // vision.patch_size[0]) * (vision.image_size[1] // vision.patch_size[1])
-
-    @property
     def tile_tokens(self) -> int:
         return int(self.patches * self.config.downsample_ratio**2)
 
@@ -114,36 +107,12 @@ class InternVL(InternVLFiles, VisionLanguage):
         shuffled = inner.pixel_shuffle(square, self.config.downsample_ratio)
         return inner.multi_modal_projector(shuffled.flatten(1, 2)).flatten(0, 1)
 
-    def tower_state(self, stream: MediaStream, rows: int) -> tuple[int, ...]:
-        return rows, 1 + self.patches, self.config.vision_config.hidden_size
-
-    def row_shape(self, stream: MediaStream) -> tuple[int, ...]:
-        return (self.config.vision_config.num_channels, *self.config.vision_config.image_size)
-
-    def medium(self, stream: MediaStream, length: int) -> tuple[int, ...]:
-        return (max(1, round(length / self.patches)),)
-
-    def media_ids(self, stream: MediaStream) -> tuple[int, ...]:
-        return (self.config.image_token_id,)
-
-    def media_parts(self, stream: MediaStream, sizes: Tensor) -> list[tuple[int, ...]]:
-        return [(1,)] * int(sizes.sum())
-
-    def media_tokens(self, stream: MediaStream, part: tuple[int, ...]) -> int:
-        return part[0] * self.tile_tokens
-
-    def media_lengths(self, stream: MediaStream, part: tuple[int, ...]) -> tuple[int, ...]:
-        return (self.patches,) * part[0]
-
     def tower_costs(self, stream: MediaStream, lengths: Sequence[int]) -> dict[str, float]:
         vision, tiles = self.config.vision_config, sum(lengths) / self.patches
-        side, rows = vision.hidden_size, 1 + self.patches
-        patch = vision.num_channels * vision.patch_size[0] * vision.patch_size[1]
-        block = 2.0 * rows * (4 * side * side + 2 * side * vision.intermediate_size) + 4.0 * side * rows**2
-        merged, width = side * self.patches // self.tile_tokens, self.text.hidden_size
+        merged, width = vision.hidden_size * self.patches // self.tile_tokens, self.text.hidden_size
         return {
-            "model.vision_tower.embeddings": tiles * 2.0 * self.patches * patch * side,
-            "model.vision_tower.encoder.layer.*": tiles * vision.num_hidden_layers * block,
+            "model.vision_tower.embeddings": tiles * self.embedding_cost(),
+            "model.vision_tower.encoder.layer.*": tiles * vision.num_hidden_layers * self.block_cost(),
             "model.multi_modal_projector": tiles * 2.0 * self.tile_tokens * (merged * width + width * width),
         }
 

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import MediaPart, MediaShape, MediaStream, Span
+from polymodal.core.sample import MediaPart, MediaShape, Span
 from polymodal.models.understanding.media import TokenMedia, encoded
+from polymodal.models.understanding.tiles import TILES
 from polymodal.recipe import Data
-
-TILES = MediaStream("vision", "pixel_values", "tiles", ("tile", "none", "none", "none"))
-"""Tiles [N, 3, S, S] float32, and the number of tiles of each medium [M, 1]."""
 
 
 def limit_tiles(image_processor: Any, data: Data) -> None:

@@ -1,0 +1,68 @@
+"""Vision-language models whose tower reads squares of one size, each a fixed number of tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from polymodal.core.sample import MediaStream
+from polymodal.models.understanding.vision_language import VisionLanguage
+
+TILES = MediaStream("vision", "pixel_values", "tiles", ("tile", "none", "none", "none"))
+"""Tiles [N, 3, S, S] float32, and the number of tiles of each medium [M, 1]."""
+
+
+class TileVision(VisionLanguage):
+    """A tower of squares, whose states are [tiles, 1 + patches, D] with a class token in front."""
+
+    streams = (TILES,)
+
+    @property
+    def tile_size(self) -> tuple[int, int]:
+        """(height, width) of a tile in pixels."""
+        size = self.config.vision_config.image_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def patches(self) -> int:
+        """Patches of a tile, without the class token."""
+        size = self.config.vision_config.patch_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return (self.tile_size[0] // height) * (self.tile_size[1] // width)
+
+    @property
+    def tile_tokens(self) -> int:
+        """Features of a tile."""
+        raise NotImplementedError
+
+    def tower_state(self, stream: MediaStream, rows: int) -> tuple[int, ...]:
+        return rows, 1 + self.patches, self.config.vision_config.hidden_size
+
+    def row_shape(self, stream: MediaStream) -> tuple[int, ...]:
+        return (self.config.vision_config.num_channels, *self.tile_size)
+
+    def medium(self, stream: MediaStream, length: int) -> tuple[int, ...]:
+        return (max(1, round(length / self.patches)),)
+
+    def media_parts(self, stream: MediaStream, sizes: Tensor) -> list[tuple[int, ...]]:
+        return [(1,)] * int(sizes.sum())
+
+    def media_tokens(self, stream: MediaStream, part: tuple[int, ...]) -> int:
+        return part[0] * self.tile_tokens
+
+    def media_lengths(self, stream: MediaStream, part: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.patches,) * part[0]
+
+    def media_ids(self, stream: MediaStream) -> tuple[int, ...]:
+        return (self.config.image_token_id,)
+
+    def block_cost(self) -> float:
+        """Forward FLOPs of one block of a plain transformer for one tile."""
+        vision, rows = self.config.vision_config, 1 + self.patches
+        side = vision.hidden_size
+        return 2.0 * rows * (4 * side * side + 2 * side * vision.intermediate_size) + 4.0 * side * rows**2
+
+    def embedding_cost(self) -> float:
+        """Forward FLOPs of the patch embedding of one tile."""
+        vision = self.config.vision_config
+        pixels = self.tile_size[0] * self.tile_size[1]
+        return 2.0 * vision.num_channels * pixels * vision.hidden_size
