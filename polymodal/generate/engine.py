@@ -248,9 +248,8 @@ class Engine:
     def _media_tokens(self, sizes: list[tuple[int, int]], frames: list[tuple[int, int, int]]) -> int:
         """Tokens of the media, to sort by length: exact where the processor counts them, else 256 each."""
         try:
-            count = self.processor._get_num_multimodal_tokens(
-                image_sizes=sizes or None, video_sizes=frames or None
-            )
+            asked = {"image_sizes": sizes, "video_sizes": frames}
+            count = self.processor._get_num_multimodal_tokens(**{k: v for k, v in asked.items() if v})
         except (AttributeError, TypeError, NotImplementedError):
             return 256 * (len(sizes) + len(frames))
         except ValueError as error:  # a shape that the processor refuses

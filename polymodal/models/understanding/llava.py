@@ -1,7 +1,7 @@
 """LLaVA 1.5: facts, and the call of its CLIP tower. A picture is one square of 336 x 336, 576 tokens.
 
-The features are the states before the tower's last block (vision_feature_layer: -2), which is therefore left
-out: like the library's, its parameters get no gradient. They stay in the model and in an export.
+The features are the states before the tower's last block (vision_feature_layer: -2), which is therefore not
+run and frozen; in the library it gets no gradient either. It stays in the model and in an export.
 """
 
 from __future__ import annotations
@@ -102,8 +102,12 @@ class Llava(TileVision):
         return self.patches
 
     def build(self) -> nn.Module:
+        """The library's model, whose modules that no feature comes from are frozen."""
         model: Any = super().build()
-        for block in model.model.vision_tower.encoder.layers[self.used :]:
+        vision = model.model.vision_tower
+        vision.post_layernorm.requires_grad_(False)
+        for block in vision.encoder.layers[self.used :]:
+            block.requires_grad_(False)
             block.forward = lambda hidden, *args, **kwargs: hidden
         return model
 
