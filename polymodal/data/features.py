@@ -335,6 +335,10 @@ class Features:
             parts.append(Part(f"dataset {number}", start, stop, weight, repeat, digest))
         return parts
 
+    def changed(self) -> dict[str, str]:
+        """As a corpus has it: features are replaced whole, so none is in the middle of a change."""
+        return {}
+
     def __len__(self) -> int:
         return len(self.tokens)
 

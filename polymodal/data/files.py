@@ -392,10 +392,18 @@ class Parquet(Rows):
 
     def _repeated(self, group: Any, schema: Any) -> Iterator[str]:
         """Text columns of a row group whose equal values are kept once: written once too, a few bytes could
-        fill the memory. Raises PolymodalError for a group that is too large anyway."""
+        fill the memory. Raises PolymodalError for a group that is too large anyway.
+
+        What a small group says of a column without lists is not read: pyarrow ends the process (as of 26.0)
+        when the statistics there are damaged.
+        """
         large = group.total_byte_size > MAX_GROUP
         for number in range(group.num_columns):
-            column, size = group.column(number), max(schema.column(number).length or 0, 4)
+            size = max(schema.column(number).length or 0, 4)
+            flat = schema.column(number).max_repetition_level == 0
+            if flat and group.num_rows * max(size, group.total_byte_size) <= MAX_GROUP:
+                continue
+            column = group.column(number)
             text = column.physical_type == "BYTE_ARRAY"
             large |= max(column.total_uncompressed_size, size * column.num_values) > MAX_GROUP
             if text and column.num_values * column.total_uncompressed_size > MAX_GROUP:

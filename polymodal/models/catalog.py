@@ -168,7 +168,10 @@ def resolve(
         if not directory.is_dir():
             raise PolymodalError(
                 f"{key}{source} is neither a directory nor a hub id nor a known model.",
-                _did_you_mean(nearest(source), f"Check the path, or take one of {', '.join(cards())}."),
+                _did_you_mean(
+                    [] if _is_path(source) else nearest(source),
+                    f"Check the path, or take one of {', '.join(cards())}.",
+                ),
             )
         _check(directory, source, weights)
         return directory

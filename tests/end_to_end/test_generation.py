@@ -393,7 +393,8 @@ def test_features_are_compared_with_the_present_data_and_written_by_one_process(
     assert "new rows: 1" in error.value.message and "polymodal encode" in error.value.hint
     encode.run(made)
     assert len(feed().schedule.index) == 3
-    shutil.copyfile(tmp_path / "data" / "clips" / "clip1.mp4", tmp_path / "data" / "clips" / "clip0.mp4")
+    first, second = (tmp_path / "data" / "clips" / f"part{i}" / "clip.mp4" for i in range(2))
+    shutil.copyfile(second, first)
     with pytest.raises(PolymodalError, match="changed media: 1"):
         feed()
 

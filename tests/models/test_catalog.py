@@ -266,6 +266,15 @@ def internvl(kind, hidden, layers, heads, keys, wide, words, large=False, **more
     return {"text_config": text, "vision_config": vision, "tie_word_embeddings": False}
 
 
+def llava(hidden, layers, heads, wide):
+    text = {"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "vocab_size": 32064}
+    text |= {"num_attention_heads": heads, "num_key_value_heads": heads, "intermediate_size": wide}
+    vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "num_hidden_layers": 24}
+    vision |= {"num_attention_heads": 16, "intermediate_size": 4096, "image_size": 336, "patch_size": 14}
+    vision |= {"projection_dim": 768}
+    return {"text_config": text, "vision_config": vision, "tie_word_embeddings": False}
+
+
 PUBLISHED = {
     ("internvl", "2-8b"): internvl("llama", 4096, 32, 32, 8, 14336, 92553),
     ("internvl", "2.5-1b"): internvl("qwen2", 896, 24, 14, 2, 4864, 151674),
@@ -295,6 +304,8 @@ PUBLISHED = {
         num_experts_per_tok=8,
         moe_intermediate_size=768,
     ),
+    ("llava-1.5", "7b"): llava(4096, 32, 32, 11008),
+    ("llava-1.5", "13b"): llava(5120, 40, 40, 13824),
     ("qwen2-vl", "2b"): qwen2(1536, 28, 12, 2, 8960, 151936, True, {"embed_dim": 1280, "hidden_size": 1536}),
     ("qwen2-vl", "7b"): qwen2(
         3584, 28, 28, 4, 18944, 152064, False, {"embed_dim": 1280, "hidden_size": 3584}
