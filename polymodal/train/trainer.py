@@ -268,7 +268,8 @@ class Trainer:
                 stop = self._step(step, batch, began)
                 began = time.perf_counter()
                 if (trace := self.profiler.after(step)) is not None:
-                    say(f"trace written: {trace}")
+                    with contextlib.suppress(OSError):  # of the terminal
+                        say(f"trace written: {trace}")
                 self.writer.poll()
                 if step < self.steps and self._between_steps(step):
                     began = time.perf_counter()
@@ -405,7 +406,7 @@ class Trainer:
         line = monitor.line(step, self.steps, values)
         self.progress.update(step, below=line.partition(" | ")[2])
         if not self.progress.live:
-            say(line)
+            self._print(line)
 
     def _validate(self, step: int) -> None:
         """Loss over the validation data with the same forward; equal work a rank by construction."""
