@@ -200,6 +200,12 @@ class Trainer:
                         f"{directory} holds weights only (checkpoint.save: weights), it cannot be resumed.",
                         "Use checkpoint.init_from with it, or checkpoint.resume: never.",
                     )
+            trained = state.source.get("card", self.card.name)
+            if trained != self.card.name:
+                raise PolymodalError(
+                    f"{directory} is of a training of {trained}, this recipe trains {self.card.name}.",
+                    "Set checkpoint.dir to another directory; `checkpoint.resume: never` starts anew in this one.",
+                )
             try:
                 checkpoint.load(directory, self._tensors(create=True), self.save_group)
                 return directory, state
