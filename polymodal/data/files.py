@@ -385,24 +385,26 @@ class Parquet(Rows):
                 f"{path}: {meta.num_columns:,} columns, more than {MAX_COLUMNS:,}.",
                 "Write what belongs together as one column, a list.",
             )
-        self._shared = sorted({name for group in groups for name in self._repeated(group, meta.schema)})
+        self._shared = sorted({name for n in range(len(groups)) for name in self._repeated(n, meta.schema)})
         self._starts = np.append(0, np.cumsum(sizes, dtype=np.int64))
         self._groups: OrderedDict[int, Any] = OrderedDict()
         self._handle = None  # opened again with the columns above
 
-    def _repeated(self, group: Any, schema: Any) -> Iterator[str]:
+    def _repeated(self, at: int, schema: Any) -> Iterator[str]:
         """Text columns of a row group whose equal values are kept once: written once too, a few bytes could
         fill the memory. Raises PolymodalError for a group that is too large anyway.
 
-        What a small group says of a column without lists is not read: pyarrow ends the process (as of 26.0)
-        when the statistics there are damaged.
+        pyarrow (as of 26.0) ends the process when it shows a column whose statistics are damaged, but raises
+        an error when it reads from it: a row is read first, and small groups without lists are not looked at.
         """
+        group = self._file().metadata.row_group(at)
         large = group.total_byte_size > MAX_GROUP
         for number in range(group.num_columns):
             size = max(schema.column(number).length or 0, 4)
             flat = schema.column(number).max_repetition_level == 0
             if flat and group.num_rows * max(size, group.total_byte_size) <= MAX_GROUP:
                 continue
+            next(self._file().iter_batches(1, [at], [schema.column(number).path]), None)
             column = group.column(number)
             text = column.physical_type == "BYTE_ARRAY"
             large |= max(column.total_uncompressed_size, size * column.num_values) > MAX_GROUP
