@@ -204,7 +204,7 @@ class Trainer:
             if trained != self.card.name:
                 raise PolymodalError(
                     f"{directory} is of a training of {trained}, this recipe trains {self.card.name}.",
-                    "Set checkpoint.dir to another directory; `checkpoint.resume: never` starts anew in this one.",
+                    "Set checkpoint.dir to another directory; `checkpoint.resume: never` starts anew here.",
                 )
             try:
                 checkpoint.load(directory, self._tensors(create=True), self.save_group)
