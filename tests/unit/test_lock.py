@@ -25,7 +25,8 @@ from polymodal.runtime.lock import DirectoryLock
 lock = DirectoryLock(sys.argv[1], "training", beat=0.2)
 lock.acquire()
 child = os.fork() if sys.argv[2] == "fork" else 1
-print(os.getpid(), flush=True)
+if sys.argv[2] != "fork" or child == 0:  # the child runs: it has let go of the lock
+    print(os.getpid(), flush=True)
 time.sleep(60)
 """
 
