@@ -1,4 +1,4 @@
-"""Numbers and sizes as text, the known name nearest to a misspelled one, text that is none, bounded JSON."""
+"""Numbers and sizes as text, the known name nearest to a misspelled one, half characters, bounded JSON."""
 
 from __future__ import annotations
 

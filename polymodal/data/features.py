@@ -20,14 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polymodal.core.errors import PolymodalError
+from polymodal.core.errors import PolymodalError, cause
 from polymodal.core.files import file_stem, read_json, replace_file, written_whole
 from polymodal.core.sample import Record, SampleLengths
 from polymodal.data.captions import TAKEN
 from polymodal.data.files import CHUNK, JsonLines
 from polymodal.data.source import Part
 from polymodal.runtime import host
-from polymodal.runtime.process_group import first_line
 
 VERSION = 1
 MANIFEST, LIST, FOLDER, EMPTY = "manifest.json", "data.jsonl", "features", "empty.safetensors"
@@ -134,7 +133,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
             else:
                 save_file({n: t.contiguous().clone() for n, t in tensors.items()}, temporary)
         except (SafetensorError, RuntimeError) as error:  # of what the system said, the text alone is left
-            text = first_line(error)
+            text = cause(error)
             full = "space left" in text or host.space(path.parent).free < 1 << 20
             raise OSError(errno.ENOSPC if full else errno.EIO, text, str(path)) from None
 

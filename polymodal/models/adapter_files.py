@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from polymodal.core.errors import PolymodalError
+from polymodal.core.errors import PolymodalError, cause
 from polymodal.models import catalog, library, pipelines
 from polymodal.models.storage import Files, read_json
 
@@ -190,7 +190,7 @@ def of_denoiser(
                 made = convert(names)
                 lost = _dropped(names, convert)
         except Exception as error:  # whatever a conversion of diffusers stumbles over
-            why = f"diffusers cannot convert its names: {_first_line(error)}"
+            why = f"diffusers cannot convert its names: {type(error).__name__}: {cause(error)[:160]}"
             failures.append((len(names), why))
             continue
         misfits = _misfits(made, models)
@@ -211,11 +211,6 @@ def of_denoiser(
 def _prefixes(family: Any) -> tuple[str, ...]:
     """What may be missing before bare names of modules: diffusers' or the original architecture's."""
     return "", f"{family.part}.", "diffusion_model.", PREFIX
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
 
 
 def _full_strength(found: Found, part: str) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from polymodal.core.errors import PolymodalError
+from polymodal.core.errors import PolymodalError, cause
 from polymodal.core.terminal import say
 from polymodal.core.text import format_bytes
 from polymodal.runtime import host
@@ -32,7 +32,6 @@ from polymodal.runtime.process_group import (
     RANK_VARIABLES,
     RENDEZVOUS_SECONDS,
     LaunchRequest,
-    first_line,
     require_port_after,
     stop_signals,
     timeout_seconds,
@@ -395,16 +394,16 @@ def _no_rendezvous(error: Exception, request: LaunchRequest, seconds: int) -> Ex
     if not expected and "Rendezvous" not in type(error).__name__:
         return error
     require_port_after(error, request.port, request.port_name)
-    cause = first_line(error.__cause__ or error)
+    reason = cause(error.__cause__ or error)
     if request.nodes > 1:
         return PolymodalError(
             f"Node {request.node} of {request.nodes} could not meet the other nodes at "
-            f"{request.address}:{request.port} within {seconds} s ({cause[:160]}).",
+            f"{request.address}:{request.port} within {seconds} s ({reason[:160]}).",
             "Start the same command on every node, each with its NODE_RANK, and see that the port is open "
             "between them.",
         )
     return PolymodalError(
-        f"The processes could not be started: {cause[:300]}.",
+        f"The processes could not be started: {reason[:300]}.",
         "`polymodal doctor` looks at ports, limits and the network.",
     )
 
@@ -443,8 +442,8 @@ def _failed(
         error.code = code if code > 0 else 1
     elif code < 0:
         killed = out_of_memory and -code == signal.SIGKILL
-        cause = OUT_OF_MEMORY if killed else CAUSES.get(-code, "Somebody sent it that signal.")
-        error = PolymodalError(f"{who} was ended by {signal.Signals(-code).name}.", cause)
+        why = OUT_OF_MEMORY if killed else CAUSES.get(-code, "Somebody sent it that signal.")
+        error = PolymodalError(f"{who} was ended by {signal.Signals(-code).name}.", why)
         error.code = 128 - code
     else:
         return code

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-from polymodal.core.errors import PolymodalError
+from polymodal.core.errors import PolymodalError, cause
 from polymodal.core.redaction import redact_all
 from polymodal.recipe import Recipe
 from polymodal.runtime import device, environment, host
@@ -362,11 +362,6 @@ def lost(text: str) -> bool:
     return LOST.search(text) is not None
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text that is not empty, else its class."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def require_port_after(error: Exception, port: int, name: str) -> None:
     """Raises PolymodalError with the owner of the port when `error` came from a port in use."""
     if "address already in use" in str(error).lower():
@@ -385,7 +380,7 @@ def lost_peers(process: ProcessInfo) -> Iterator[None]:
             raise
         raise LostPeer(
             f"Rank {process.rank} of {process.world} lost contact with another process "
-            f"({first_line(error)[:200]}).",
+            f"({cause(error)[:200]}).",
             "Look for the first error of another rank or node; this one only noticed.",
         ) from error
 
@@ -432,7 +427,7 @@ def _join(process: ProcessInfo, backend: str, patience: timedelta, collective: t
         )
         raise LostPeer(
             f"Rank {process.rank} of {process.world} could not join the other ranks at {where} "
-            f"within {patience.total_seconds():.0f} s ({first_line(error)[:200]}).",
+            f"within {patience.total_seconds():.0f} s ({cause(error)[:200]}).",
             JOIN_HINTS.get(process.launcher, hint),
         ) from error
 
@@ -491,7 +486,7 @@ def write_error_file(error: BaseException) -> None:
     }
     if isinstance(error, PolymodalError):
         extra |= {"message": error.message, "hint": error.hint, "code": error.code}
-    body = {"message": {"message": f"{type(error).__name__}: {first_line(error)}", "extraInfo": extra}}
+    body = {"message": {"message": f"{type(error).__name__}: {cause(error)}", "extraInfo": extra}}
     with contextlib.suppress(OSError):
         temporary = f"{file}.{os.getpid()}"
         Path(temporary).write_text(json.dumps(redact_all(body)))

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import MediaStream
 from polymodal.data.boxes import BoxFormat
 from polymodal.models.card import Chain, ModelCard, Size, optional
@@ -72,18 +71,13 @@ class InternVL(InternVLFiles, TileVision):
         """Raise PolymodalError for a config that cannot be run."""
         vision = self.config.vision_config
         sides = [size // patch for size, patch in zip(vision.image_size, vision.patch_size, strict=True)]
-        for key, value, known in (
+        self.require_known(
             ("text_config.model_type", self.text.model_type, TEXT_TYPES),
             ("vision_feature_layer", self.config.vision_feature_layer, (-1,)),
             ("vision_feature_select_strategy", self.config.vision_feature_select_strategy, ("default",)),
             ("image_seq_length", self.config.image_seq_length, (self.tile_tokens,)),
             ("vision_config.image_size, in patches,", sides, ([sides[0], sides[0]],)),
-        ):
-            if value not in known:
-                raise PolymodalError(
-                    f"model.config: {key} = {value} is not supported for {self.card.name}.",
-                    f"Known: {', '.join(map(str, known))}.",
-                )
+        )
 
     # -- media
 

@@ -6,7 +6,6 @@ Tiling and pixels are the library's own processors'; here are the numbers of tok
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,7 +97,3 @@ class InternVLMedia(TokenMedia):
             out = self.video_processor(videos=[video], do_sample_frames=False, return_tensors="pt")
             rows = out["pixel_values_videos"][0]
         return {TILES.name: (rows, torch.tensor([[len(rows)]]))}
-
-    def position_ids(self, input_ids: Tensor, spans: Sequence[Span]) -> Tensor:
-        """Positions [1, T] int64: every token counts one."""
-        return torch.arange(input_ids.shape[0])[None]

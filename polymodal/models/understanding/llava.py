@@ -70,10 +70,6 @@ class LlavaMedia(TokenMedia):
         rows = self.image_processor(images=[decoded], return_tensors="pt")["pixel_values"]
         return {TILES.name: (rows, torch.tensor([[len(rows)]]))}
 
-    def position_ids(self, input_ids: Tensor, spans: Sequence[Span]) -> Tensor:
-        """Positions [1, T] int64: every token counts one."""
-        return torch.arange(input_ids.shape[0])[None]
-
 
 class Llava(TileVision):
     line = "llava"
@@ -81,16 +77,11 @@ class Llava(TileVision):
     def check(self) -> None:
         """Raise PolymodalError for a config that cannot be run."""
         layers = self.config.vision_config.num_hidden_layers
-        for key, value, known in (
+        self.require_known(
             ("vision_config.model_type", self.config.vision_config.model_type, ("clip_vision_model",)),
             ("vision_feature_layer", self.config.vision_feature_layer, tuple(range(-layers, 0))),
             ("vision_feature_select_strategy", self.config.vision_feature_select_strategy, ("default",)),
-        ):
-            if value not in known:
-                raise PolymodalError(
-                    f"model.config: {key} = {value} is not supported for {self.card.name}.",
-                    f"Known: {', '.join(map(str, known[-3:]))}.",
-                )
+        )
 
     @property
     def used(self) -> int:

@@ -6,11 +6,14 @@ Data workers hold a processor (it is picklable and needs no model), a family mak
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Media, MediaStream
+from polymodal.core.sample import Media, MediaStream, Span
 from polymodal.data.boxes import BoxFormat
 
 
@@ -88,3 +91,7 @@ class TokenMedia:
             return {"type": "text", "text": part}
         self.placeholder(part.kind)
         return {"type": part.kind}
+
+    def position_ids(self, input_ids: Tensor, spans: Sequence[Span]) -> Tensor:
+        """Positions [1, T] int64: every token counts one."""
+        return torch.arange(input_ids.shape[0])[None]

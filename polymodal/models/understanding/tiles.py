@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
+from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import MediaStream
 from polymodal.models.understanding.vision_language import VisionLanguage
 
@@ -15,6 +19,16 @@ class TileVision(VisionLanguage):
     """A tower of squares, whose states are [tiles, 1 + patches, D] with a class token in front."""
 
     streams = (TILES,)
+
+    def require_known(self, *facts: tuple[str, Any, Sequence[Any]]) -> None:
+        """Raise PolymodalError for a value of the config that is none of those known; facts: (key, value,
+        known)."""
+        for key, value, known in facts:
+            if value not in known:
+                raise PolymodalError(
+                    f"model.config: {key} = {value} is not supported for {self.card.name}.",
+                    f"Known: {', '.join(map(str, known))}.",
+                )
 
     @property
     def tile_size(self) -> tuple[int, int]:
