@@ -1,0 +1,1 @@
+"""Own nets against numbers that the published implementations gave: `python -m tests.golden FILE...`."""
