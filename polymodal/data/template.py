@@ -366,6 +366,13 @@ class Template:
             return ""
         return text.partition(_marker(0))[2]
 
+    @cached_property
+    def ends_answers(self) -> bool:
+        """Whether the template prints a special token behind an answer, by which generation stops. True where
+        that cannot be told: it marks the trained text itself, or refuses a conversation of one question."""
+        tail = None if self.tagged else self._tail("assistant")
+        return tail is None or self._end_of_turn.match(tail) is not None
+
     def _stop(self, text: str, after: int, role: str) -> int:
         """End of a message whose content ends at `after`: behind its end-of-turn token, if it has one."""
         if role not in self._tails:

@@ -137,7 +137,7 @@ def _first_to_report(error: BaseException) -> bool:
     marker = directory / f".polymodal-{os.getuid()}-{os.getppid()}-{digest}"
     try:
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - marker.lstat().st_mtime > 60:
+            if abs(time.time() - marker.lstat().st_mtime) > 60:
                 marker.unlink()
         marker.touch(mode=0o600, exist_ok=False)
     except FileExistsError:

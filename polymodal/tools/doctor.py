@@ -341,5 +341,9 @@ def main(env: bool = False, as_json: bool = False) -> int:
             found_and_mend = styled(each.found, (f"\n{each.mend}" if each.mend else "", "dim"))
             table.add_row(f"  {each.what}", styled(verdict[each.verdict]), found_and_mend)
     console().print(table)
-    say(f"{verdicts.count('ok')} ok, {verdicts.count('warn')} warnings, {failed} failures")
+    warned = verdicts.count("warn")
+    say(
+        f"{verdicts.count('ok')} ok, {warned} warning{'s' * (warned != 1)}, "
+        f"{failed} failure{'s' * (failed != 1)}"
+    )
     return 1 if failed else 0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Message, Record
+from polymodal.train.layouts.packed import Packed
 from tests.unit.media_fixtures import (
     TALK,
     TRIMMING,
@@ -253,6 +255,31 @@ def test_template_that_hides_the_answer(qwen, tmp_path):
         "{% for m in messages %}{{ m.role }}{% if m.role != 'assistant' %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}",
     )
     refused(chat, record(*TALK), "does not show where message 3 (assistant) begins", "{% generation %}")
+
+
+@pytest.mark.parametrize(
+    "template, ends",
+    [
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}", False),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}", True),
+        (
+            "{% for m in messages %}{{ m.content }}{% if not loop.last %}{{ eos_token }}{% endif %}{% endfor %}",
+            False,
+        ),
+        ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", True),
+    ],
+)
+def test_whether_answers_end(qwen, tmp_path, template, ends):
+    assert templated(qwen, tmp_path, template).template.ends_answers is ends
+    assert qwen().template.ends_answers
+
+
+def test_check_and_train_warn_of_answers_without_an_end(qwen, tmp_path):
+    endless = templated(qwen, tmp_path, "{% for m in messages %}{{ m.content }} {% endfor %}")
+    warnings = partial(Packed.warnings, None)
+    assert "does not learn to end one" in warnings([record(*TALK)], endless)[0]
+    assert warnings([record(*TALK)], qwen()) == []
+    assert warnings([replace(record(*TALK), plain=True)], endless) == []
 
 
 def test_checkpoint_without_a_template(qwen):

@@ -39,7 +39,15 @@ class Packed(TokenLayout):
         return Loader(schedule, corpus, processor, data, rows=processor.media.rows, pixels=first, **options)
 
     def notes(self, corpus: Corpus, processor: Any) -> list[str]:
-        return boxes.notes(corpus, processor.boxes)
+        return [*boxes.notes(corpus, processor.boxes), *self.warnings(corpus, processor)]
+
+    def warnings(self, corpus: Corpus, processor: Any) -> list[str]:
+        if len(corpus) == 0 or processor.template.ends_answers or _first_is_plain(corpus):
+            return []
+        return [
+            "The chat template prints no special token behind an answer: the model does not learn to end one. "
+            "Give a template that prints the end-of-text token there as data.chat_template."
+        ]
 
     def filled(self, schedule: Schedule, packs: Sequence[Sequence[int]]) -> int:
         return len(packs) * schedule.pack_length
@@ -96,3 +104,10 @@ def lengths(family: Any, tokens: int, media: float, patches: int) -> SampleLengt
     each, units = family.media_tokens(stream, size), family.media_lengths(stream, size)
     count = int(tokens * media // each)
     return SampleLengths(tokens, tokens - count * each, {stream.name: units * count})
+
+
+def _first_is_plain(corpus: Corpus) -> bool:
+    try:
+        return corpus[0].plain
+    except PolymodalError:  # a broken row: counted and listed elsewhere
+        return False

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.terminal import say
 from polymodal.data.index import Index, build_index
 from polymodal.data.loader import Loader
 from polymodal.data.schedule import Schedule
@@ -58,6 +59,10 @@ class TokenLayout(Layout):
         """What `check` says of the records."""
         return []
 
+    def warnings(self, corpus: Corpus, processor: Any) -> list[str]:
+        """What `train` says of the records, and `check`."""
+        return []
+
     def training_processor(self, section: Section) -> Any:
         """The processor of a section of data: training may change samples at random."""
         return self.processor()
@@ -87,6 +92,9 @@ class TokenLayout(Layout):
         datasets, processor = self.datasets(section), self.training_processor(section)
         corpus = open_corpus(datasets, data.attr)
         index = build_index(corpus, processor, data, rank=rank)
+        if rank == 0 and section == "datasets":
+            for warning in self.warnings(corpus, processor):
+                say(f"warning: {warning}", error=True)
         schedule = self.schedule(index, corpus, data)
 
         def loader(workers: int | None = None, first: bool = True, **options: Any) -> Loader:
