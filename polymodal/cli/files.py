@@ -116,3 +116,20 @@ def docs() -> int:
 
     say_lines(reference.markdown())
     return 0
+
+
+@command("translate")
+def translate(
+    what: str,
+    arguments: list[str] | None = None,
+    out: Path | None = None,
+    nodes: int | None = None,
+    source: str | None = None,
+    values: list[str] | None = None,
+    force: bool = False,
+    as_json: bool = False,
+) -> int:
+    """A start script or command line of another program as a recipe, with a row for each of its flags and keys."""
+    from polymodal.tools.translate import command as translation
+
+    return translation.main(what, arguments or [], out, nodes, source, values or [], force, as_json)

@@ -99,8 +99,8 @@ def write(data: dict) -> str:
     return text
 
 
-def _parse(path: Path) -> tuple[dict, Lines]:
-    """YAML file -> (plain data, lines of its keys)."""
+def parse(path: Path, what: str = "recipe") -> tuple[dict, Lines]:
+    """YAML file -> (plain data, lines of its keys). what: the kind of file, for messages."""
     try:
         with open_file(path) as file:
             raw = file.read(MAX_FILE + 1)
@@ -109,16 +109,16 @@ def _parse(path: Path) -> tuple[dict, Lines]:
         text = raw.decode()
     except FileNotFoundError:
         raise PolymodalError(
-            f"The recipe {path} does not exist.", "Check the path, or write one with `polymodal init MODEL`."
+            f"The {what} {path} does not exist.", "Check the path, or write one with `polymodal init MODEL`."
         ) from None
     except UnicodeDecodeError as error:
         hint = "Save the file as UTF-8."
         raise PolymodalError(
-            f"The recipe {path} cannot be read: no UTF-8 text ({error.reason}).", hint
+            f"The {what} {path} cannot be read: no UTF-8 text ({error.reason}).", hint
         ) from None
     except (OSError, ValueError) as error:
         raise PolymodalError(
-            f"The recipe {path} cannot be read: {cause(error)}.",
+            f"The {what} {path} cannot be read: {cause(error)}.",
             "Check the path, and that this user may read it.",
         ) from None
     try:
@@ -147,7 +147,7 @@ def _parse(path: Path) -> tuple[dict, Lines]:
         data = {}
     if not isinstance(data, dict):
         raise PolymodalError(
-            f"{path}: a recipe is a mapping of sections, this file holds a {type(data).__name__}.",
+            f"{path}: a {what} is a mapping of sections, this file holds a {type(data).__name__}.",
             "Start from `polymodal init MODEL`.",
         )
     return data, lines
@@ -209,7 +209,7 @@ def read(
             f"{path}: `base:` goes in a circle ({' -> '.join(file.name for file in chain)}).",
             "Remove one of the `base:` lines.",
         )
-    data, lines = _parse(path)
+    data, lines = parse(path)
     base = data.pop("base", None)
     where = f"{path}, line {lines.pop('base', ('', 0))[1]}"
     names = [base] if isinstance(base, str) else [] if base is None else base
