@@ -129,7 +129,8 @@ def translate(
     force: bool = False,
     as_json: bool = False,
 ) -> int:
-    """A start script or command line of another program as a recipe, with a row for each of its flags and keys."""
+    """A start script or command line of another program as a recipe, with a row for each of its flags and
+    keys."""
     from polymodal.tools.translate import command as translation
 
     return translation.main(what, arguments or [], out, nodes, source, values or [], force, as_json)

@@ -1,1 +1,1 @@
-"""Start scripts and config files of other training programs as recipes and commands: `polymodal translate`."""
+"""Start scripts and config files of other training programs as recipes: `polymodal translate`."""

@@ -1,4 +1,4 @@
-"""`polymodal translate`: a start script, command line or config file of another program as a recipe or command."""
+"""`polymodal translate`: a start script or command line of another program as a recipe or command."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from polymodal.core.errors import PolymodalError
 from polymodal.core.files import written_whole
 from polymodal.core.terminal import console, say, say_lines, styled
 from polymodal.tools.preflight import numbered
-from polymodal.tools.translate import diffusers_scripts, inference, shell, training
+from polymodal.tools.translate import diffusers_scripts, inference, native, shell, training
 from polymodal.tools.translate.launch import Launch, of_script, of_words
 from polymodal.tools.translate.ledger import KINDS, Row
 
-STYLES = {"mapped": "green", "changed": "yellow", "default": "cyan", "checked": "dim", "no effect": "dim",
-          "unsupported": "red", "unknown": "red"}  # fmt: skip
+STYLES = {
+    "mapped": "green",
+    "changed": "yellow",
+    "default": "cyan",
+    "checked": "dim",
+    "no effect": "dim",
+    "unsupported": "red",
+    "unknown": "red",
+}
 
 
 def main(
@@ -31,11 +38,14 @@ def main(
     force: bool,
     as_json: bool,
 ) -> int:
-    """Translate, print the table, write the recipe or the command. Raises PolymodalError for what is refused."""
+    """Translate, print the table, write the recipe or the command. Raises PolymodalError for what has
+    none."""
     launch = _launch(what, arguments, nodes, source, values)
     command = None
     if launch.kind in ("generate", "chat", "evaluate"):
         command = inference.translate(launch)
+    elif launch.kind == "native":
+        native.translate(launch)
     elif launch.kind == "diffusers":
         diffusers_scripts.translate(launch)
     else:
@@ -46,9 +56,9 @@ def main(
     else:
         show(launch, error=out is None)
     if refused and not force:
-        head = f"{launch.file}: {len(refused)} of its flags and keys have no translation:"
+        head = f"{launch.file}: {len(refused)} flags and keys without a translation:"
         rows = [f"{row.origin} = {row.value}: {row.why}" for row in refused]
-        raise PolymodalError(numbered(head, rows), "Change them, or leave them out with --force.")
+        raise PolymodalError(numbered(head, rows), "(Correct them, or leave them out with --force.)")
     text = _recipe(launch) if command is None else f"{shlex.join(command)}\n"
     if out is None:
         if not as_json:
@@ -91,7 +101,8 @@ def _recipe(launch: Launch) -> str:
     how = "polymodal encode" if launch.kind == "encode" else "polymodal train"
     nodes = f" on each of {launch.nodes} nodes" if launch.nodes > 1 else ""
     head = [
-        f"# From {launch.file} ({launch.entry}, {launch.world} processes). Behind each key: where it comes from.",
+        f"# From {launch.file} ({launch.entry}, {launch.world} processes). Behind each key: where it comes "
+        "from.",
         f"# {how} RECIPE --nproc {launch.nproc}{nodes}",
     ]
     return "\n".join([*head, launch.ledger.text(recipes.all_keys())])
@@ -102,8 +113,8 @@ def _next(launch: Launch, out: Path, command: list[str] | None) -> str:
         return f"run it with `sh {out}`"
     verb = "encode" if launch.kind == "encode" else "train"
     return (
-        f"look with `polymodal check {out} --world {launch.world}`, start with `polymodal {verb} {out} --nproc "
-        f"{launch.nproc}`"
+        f"look with `polymodal check {out} --world {launch.world}`, start with `polymodal {verb} {out} "
+        f"--nproc {launch.nproc}`"
     )
 
 

@@ -16,10 +16,18 @@ PARAM, BASIC, PREPARE = (
     "dataset_param.preprocess_parameters",
 )
 COLUMNS = {  # attr of their file -> data.attr
-    "system": "system", "images": "images", "videos": "videos", "messages": "messages", "audios": "audios",
-    "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
-    "observation_tag": "observation", "function_tag": "function",
-}  # fmt: skip
+    "system": "system",
+    "images": "images",
+    "videos": "videos",
+    "messages": "messages",
+    "audios": "audios",
+    "role_tag": "role",
+    "content_tag": "content",
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "observation_tag": "observation",
+    "function_tag": "function",
+}
 TEMPLATES = ("default", "empty")  # of theirs that no checkpoint has
 
 
@@ -49,6 +57,9 @@ def chat(launch: Launch, given: Given) -> None:
         ledger.write("data.pack", True, origin)
     else:
         ledger.default("data.pack", False, origin, "one sample after the other, as there")
+    longest = given.take(f"{BASIC}.cutoff_len")
+    if longest is not None:
+        ledger.write("data.max_length", int(longest), given.origin(f"{BASIC}.cutoff_len"))
     if launch.flags.has("seq-length"):
         ledger.write("data.max_length", launch.number("seq-length"), launch.where("seq-length"))
     _shuffle(launch, given)
@@ -82,8 +93,8 @@ def _rows(launch: Launch, given: Given) -> None:
             "data.datasets.media_dir"
             if used
             else (
-                "paths of media start beside the file or in the working directory here; set data.datasets.0.media_dir "
-                "where they start elsewhere"
+                "paths of media start beside the file or in the working directory here; set "
+                "data.datasets.0.media_dir where they start elsewhere"
             )
         )
         ledger.note("mapped" if used else "checked", given.origin(f"{BASIC}.dataset_dir"), directory, why)
@@ -212,7 +223,7 @@ def _shuffle(launch: Launch, given: Given) -> None:
         launch.ledger.note("mapped", given.origin("dataloader_param.shuffle"), shuffle, "the default here")
 
 
-# ---- what generating models learn from ---------------------------------------------------------------------
+# ---- what generating models learn from -------------------------------------
 
 
 def clips(launch: Launch, given: Given, encoding: bool = False) -> None:
@@ -227,12 +238,13 @@ def clips(launch: Launch, given: Given, encoding: bool = False) -> None:
         directory = os.path.dirname(str(path)) or "."
         if folder is not None and os.path.normpath(str(folder)) != os.path.normpath(directory):
             raise PolymodalError(
-                f"{given.file}: features are read from the directory of data.jsonl ({directory}), {BASIC}.data_folder "
-                f"names {folder}.",
+                f"{given.file}: features are read from the directory of data.jsonl ({directory}), "
+                f"{BASIC}.data_folder names {folder}.",
                 "Move data.jsonl into that directory.",
             )
         ledger.write("data.encode", "cached", given.origin(f"{PARAM}.dataset_type"), kind)
         ledger.write("data.features", launch.path(directory), origin, path)
+        _clip(launch, given)  # compared with what encoded them
         _shuffle(launch, given)
         return
     entry: dict[str, Any] = {"path": launch.path(str(path))}
@@ -245,9 +257,12 @@ def clips(launch: Launch, given: Given, encoding: bool = False) -> None:
     drop = given.take(f"{PREPARE}.cfg", 0.1)
     if encoding and float(drop) > 0:
         ledger.note(
-            "changed", given.origin(f"{PREPARE}.cfg"), drop,
-            f"captions are not dropped into features here: train.diffusion.drop: {drop} in the training recipe does it",
-        )  # fmt: skip
+            "changed",
+            given.origin(f"{PREPARE}.cfg"),
+            drop,
+            f"captions are not dropped into features here: train.diffusion.drop: {drop} in the training "
+            "recipe does it",
+        )
     elif not encoding and given.has(f"{PREPARE}.cfg"):
         ledger.write("train.diffusion.drop", float(drop), given.origin(f"{PREPARE}.cfg"))
     _shuffle(launch, given)

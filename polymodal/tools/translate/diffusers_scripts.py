@@ -30,7 +30,8 @@ def translate(launch: Launch) -> None:
     theirs = config.take("deepspeed_config.gradient_accumulation_steps", "auto")
     if theirs != "auto" and int(theirs) != accumulation:
         raise PolymodalError(
-            f"{config.file}: deepspeed_config.gradient_accumulation_steps is {theirs}, the command line says {accumulation}.",
+            f"{config.file}: deepspeed_config.gradient_accumulation_steps is {theirs}, the command line says "
+            f"{accumulation}.",
             "Make them equal.",
         )
     whole = micro * accumulation * launch.world
@@ -147,14 +148,15 @@ def _data(launch: Launch) -> None:
         path = launch.path(str(name))
         if not os.path.exists(path):
             raise PolymodalError(
-                f"{launch.file}:{launch.where('dataset_name').line}: the data set {name} is no path on this machine.",
-                "Fetch it first (`hf download --repo-type dataset`) and name its directory or files.",
+                f"{launch.file}:{launch.where('dataset_name').line}: the data set {name} is no path on this "
+                "machine.",
+                "Fetch it first with `hf download` and name its directory or files.",
             )
         sets.append({"path": path})
         origin = launch.where("dataset_name")
     else:
         raise PolymodalError(
-            f"{launch.file}: it names no data.", "Give --instance_data_dir or --dataset_name."
+            f"{launch.file}: it names no data.", "Add instance_data_dir or dataset_name to it."
         )
     if prompt is not None:
         sets[0]["caption"] = prompt

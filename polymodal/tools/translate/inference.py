@@ -38,7 +38,7 @@ def translate(launch: Launch) -> list[str]:
     """The words of the command."""
     path = launch.flags.take("mm-model")
     if not isinstance(path, str):
-        raise PolymodalError(f"{launch.file}: --mm-model is missing.", "Name the file of the model.")
+        raise PolymodalError(f"{launch.file}: it names no file of the model.", "Add mm-model FILE to it.")
     section = {"generate": "generate", "chat": "chat", "evaluate": "chat"}[launch.kind]
     given = Given(section, path, read_config(launch.open(path)))
     command = {"generate": _generate, "chat": _chat, "evaluate": _evaluate}[launch.kind](launch, given)
@@ -78,10 +78,12 @@ def _checkpoint(launch: Launch, hub: Any, origin: Origin) -> str:
     if isinstance(hub, str):
         if isinstance(load, str):
             launch.ledger.note(
-                "changed", launch.where("load"), load,
-                f"a converted tree of the model: {hub} is its hub directory. For trained weights run `polymodal convert "
-                f"{load} DIR --to hf --hf-dir {hub}` and name DIR as --source",
-            )  # fmt: skip
+                "changed",
+                launch.where("load"),
+                load,
+                f"a converted tree of the model: {hub} is its hub directory. For trained weights run "
+                f"`polymodal convert {load} DIR --to hf --hf-dir {hub}` and name DIR as --source",
+            )
         launch.ledger.note("mapped", origin, hub, "CHECKPOINT")
         return launch.path(hub)
     raise PolymodalError(

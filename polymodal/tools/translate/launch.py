@@ -1,4 +1,4 @@
-"""The launch of a script or command line: entry program, processes, flags with their lines, and where paths start."""
+"""The launch of a script or command line: program, processes, flags with their lines, where paths start."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _PLACEHOLDER = re.compile(r"path[ _]to|your[ _]|/path/|^xxx|\.\.\.$|<.*>", re.I)
 class Launch:
     """What is started, and the ledger that its translation fills.
 
-    root: the directory that relative paths of the script start from; ours are relative to the working directory.
-    """
+    root: the directory that relative paths of the script start from; ours are relative to the working
+    directory."""
 
     file: str
     entry: str
@@ -138,7 +138,7 @@ def of_words(
     entry = _name(words[at].text)
     if entry in TABLES["refused"]:
         raise PolymodalError(
-            f"{file}:{words[at].line}: {entry} becomes nothing here. {TABLES['refused'][entry]}", ""
+            f"{file}:{words[at].line}: {entry} becomes nothing here.", TABLES["refused"][entry]
         )
     options, _ = _flags(words[1:at], file, "launcher")
     kind = TABLES["entries"][entry]
@@ -216,7 +216,8 @@ def _flags(words: list[shell.Word], file: str, kind: str) -> tuple[Given, list[s
 
 
 def _root(script: Path, flags: Given, positional: list[shell.Word]) -> Path:
-    """Where relative paths start: the working directory, else the script's or one above it, by its config files."""
+    """Where relative paths start: the working directory, else the script's or one above it, by its config
+    files."""
     named = [flags.values.get(key) for key in ("mm-data", "mm-model", "mm-tool", "fsdp2-config-path")]
     named += [word.text for word in positional if word.text.endswith((".yaml", ".yml", ".json"))]
     files = [name for name in named if isinstance(name, str) and not os.path.isabs(name)]

@@ -1,4 +1,5 @@
-"""What a translation found: recipe keys with where they come from, and a row for every flag and key that was given."""
+"""What a translation found: recipe keys with their origins, and a row for every flag and key that was
+given."""
 
 from __future__ import annotations
 
@@ -136,7 +137,8 @@ def _short(value: Any) -> str:
 
 
 class Given:
-    """Flags of a command line or keys of a file, each to be taken once; what is left is reported by tables.yaml.
+    """Flags of a command line or keys of a file, each to be taken once; what is left is reported by
+    tables.yaml.
 
     kind: the section of the table. `taken` names what the code knows, for suggestions.
     """
@@ -215,8 +217,9 @@ class Given:
                     *self.asked,
                     *(n for s in ("ignored", "checked", "unsupported") for n in _names(table, s)),
                 }
-                near = nearest(plain, [name for name in known if "*" not in name])
-                hint = f"nearest known: {near[0]}" if near else "no such name in the tables"
+                names = {name.rpartition(".")[2]: name for name in sorted(known) if "*" not in name}
+                near = nearest(plain.rpartition(".")[2], names, 0.75)
+                hint = f"nearest known: {names[near[0]]}" if near else "no such name in the tables"
                 ledger.note("unknown", origin, value, hint)
 
 
@@ -249,7 +252,8 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON or YAML file of mappings. Raises PolymodalError with file and line: a trailing comma, a comment."""
+    """A JSON or YAML file of mappings. Raises PolymodalError with file and line: a trailing comma, a
+    comment."""
     if path.suffix.lower() != ".json":
         return recipe_file.parse(path, "config file")[0]
     try:

@@ -1,4 +1,4 @@
-"""Model files (`--mm-model`): where weights lie, what is frozen, layers of pipeline stages, the noise process."""
+"""Model files (`--mm-model`): where weights lie, what is frozen, pipeline stages, the noise process."""
 
 from __future__ import annotations
 
@@ -28,8 +28,13 @@ COMPARED = {  # their key -> places in config.json
     f"{VISION}.patch_size": ("vision_config.patch_size",),
 }
 ATTENTION = {"flash_attention_2": "auto", "sdpa": "sdpa", "eager": "eager"}
-DENSITIES = {"explicit_uniform": "uniform", "uniform": "uniform", "logit-normal": "logit_normal",
-             "lognorm": "logit_normal", "logit_normal": "logit_normal"}  # fmt: skip
+DENSITIES = {
+    "explicit_uniform": "uniform",
+    "uniform": "uniform",
+    "logit-normal": "logit_normal",
+    "lognorm": "logit_normal",
+    "logit_normal": "logit_normal",
+}
 
 
 def layers_of(given: Given) -> int:
@@ -170,8 +175,8 @@ def _stages(launch: Launch, given: Given, sizes: Mapping[str, int]) -> None:
             width = len(counts[0]) if nested else len(counts)
             if width != sizes["pp"] or (len(counts) if nested else 1) != sizes["virtual"]:
                 raise PolymodalError(
-                    f"{given.file}: {path}.pipeline_num_layers {json.dumps(counts)} is not for pp {sizes['pp']} with "
-                    f"{sizes['virtual']} stages a rank.",
+                    f"{given.file}: {path}.pipeline_num_layers {json.dumps(counts)} is not for pp "
+                    f"{sizes['pp']} with {sizes['virtual']} stages a rank.",
                     "Correct the list or the sizes in the script.",
                 )
             layers[tower] = counts
@@ -258,7 +263,7 @@ def _config(config: Mapping[str, Any], name: str) -> Any:
     return None
 
 
-# ---- models that generate ------------------------------------------------------------------------------------
+# ---- models that generate --------------------------------------------------
 
 
 def denoiser(launch: Launch, given: Given, data: Given, encoding: bool = False) -> None:
@@ -330,19 +335,26 @@ def _pipeline(launch: Launch, given: Given, data: Given) -> None:
         return
     witnesses = list[tuple[Origin, str]]()
     for file, key in (
-        (given, "text_encoder"), (given, "ae"), (given, "tokenizer"), (data, "dataset_param.tokenizer_config"),
-    ):  # fmt: skip
+        (given, "text_encoder"),
+        (given, "ae"),
+        (given, "tokenizer"),
+        (data, "dataset_param.tokenizer_config"),
+    ):
         value = _peek(file, key)
         for each in value if isinstance(value, list) else [value]:
             path = each.get("from_pretrained") if isinstance(each, Mapping) else None
             if isinstance(path, str) and os.path.basename(path.rstrip("/")) in (
-                "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae",
-            ):  # fmt: skip
+                "text_encoder",
+                "text_encoder_2",
+                "tokenizer",
+                "tokenizer_2",
+                "vae",
+            ):
                 witnesses.append((file.origin(f"{key}.from_pretrained"), os.path.dirname(path.rstrip("/"))))
     if not witnesses:
         raise PolymodalError(
-            f"{launch.file}: no file of it names the pipeline's directory (model_index.json); the published files of "
-            "the model's authors are not read.",
+            f"{launch.file}: no file of it names the pipeline's directory (model_index.json); the published "
+            "files of the model's authors are not read.",
             "Name it: --source DIR or a hub id of the model's diffusers files.",
         )
     origin, path = witnesses[0]

@@ -1,9 +1,10 @@
-"""Start scripts read without running them: the subset of bash that says what is launched, and with which words.
+"""Start scripts read without running them: the subset of bash that says what is launched, and with which
+words.
 
-Assignments, quotes, `$NAME`, `${NAME...}`, `$(( ))`, `if`, `for` over the script's own arguments, and sourced files
-are followed. Of commands inside `$( )` only those that are known to be harmless are computed (pwd, dirname, basename,
-echo, lines of a host file); every other one is an unknown value, an error only where the launch needs it.
-"""
+Assignments, quotes, `$NAME`, `${NAME...}`, `$(( ))`, `if`, `for` over the script's own arguments, and
+sourced files are followed. Of commands inside `$( )` only those that are known to be harmless are computed
+(pwd, dirname, basename, echo, lines of a host file); every other one is an unknown value, an error only
+where the launch needs it."""
 
 from __future__ import annotations
 
@@ -99,8 +100,8 @@ class Script:
         expression, line = self.unknown[int(found[1])]
         name = next((n for n, value in self.variables.items() if found[0] in value.text), None)
         raise PolymodalError(
-            f"{self.path}:{line}: {expression} is known only to the shell that runs the script, and the launch on "
-            f"line {word.line} needs it.",
+            f"{self.path}:{line}: {expression} is known only to the shell that runs the script, and the "
+            f"launch on line {word.line} needs it.",
             "Give it on the command line: "
             + ("--nodes N." if name == "NNODES" else f"--set {name or 'NAME'}=VALUE."),
         )
@@ -131,8 +132,8 @@ def read(
         raise PolymodalError(f"{path}: its lists are nested too deep.", "Write it flatter.") from None
     raise PolymodalError(
         f"{path}: no command of it starts a training program that is known here.",
-        f"It wants a line that begins with one of {', '.join(LAUNCHERS)}; `polymodal translate --help` lists what is "
-        "read.",
+        f"It wants a line that begins with one of {', '.join(LAUNCHERS)}; `polymodal translate --help` lists "
+        "what is read.",
     )
 
 
@@ -144,7 +145,7 @@ def _text(path: Path) -> str:
     return data.decode("utf-8", errors="replace").replace("\r\n", "\n")
 
 
-# ---- words and operators ---------------------------------------------------------------------------------
+# ---- words and operators ---------------------------------------------------
 
 
 class _Lexer:
@@ -272,7 +273,7 @@ class _Lexer:
         raise self.fail(f"a {opening} is not closed")
 
 
-# ---- lists, if, for ------------------------------------------------------------------------------------------
+# ---- lists, if, for --------------------------------------------------------
 
 
 @dataclass
@@ -413,7 +414,7 @@ def _parse(text: str, path: Path) -> list:
     return _Parser(text, path).block()
 
 
-# ---- values ----------------------------------------------------------------------------------------------
+# ---- values ----------------------------------------------------------------
 
 
 class _Reader:
@@ -662,12 +663,13 @@ class _Reader:
 
         try:
             return str(number(ast.parse(text.strip().lstrip("0") or "0", mode="eval").body))
-        except ZeroDivisionError:
+        except (ZeroDivisionError, SyntaxError):
             raise PolymodalError(
-                f"{self.path}:{line}: $(({expression})) divides by zero: {text.strip()}.",
-                "A variable in it is not set; the shell refuses this line too.",
+                f"{self.path}:{line}: $(({expression})) is {text.strip() or 'empty'}, which the shell "
+                "refuses too.",
+                "A variable in it is not set: set it there, or with --set NAME=VALUE.",
             ) from None
-        except (SyntaxError, ValueError, RecursionError):
+        except (ValueError, RecursionError):
             return self.unknown_value(f"$(({expression}))", line)
 
     def output(self, command: str, line: int) -> str:
@@ -708,7 +710,8 @@ class _Reader:
 
 
 def _trimmed(text: str, operator: str, pattern: str) -> str:
-    """${text#pattern} and its kin: the shortest (longest, doubled) beginning (#) or end (%) that fits is cut."""
+    """${text#pattern} and its kin: the shortest (longest, doubled) beginning (#) or end (%) that fits is
+    cut."""
     cuts = range(len(text) + 1)
     if (operator in ("##", "%")) if operator[0] == "%" else operator == "##":
         cuts = range(len(text), -1, -1)

@@ -1,8 +1,8 @@
 """Megatron-style command lines with their data, model and tool files as a recipe (MindSpeed-MM and its kin).
 
-Every default that differs from the recipe's is written, so that the run means the same: linear decay without warm-up,
-betas 0.9 and 0.999, weight decay 0.01, seed 1234, the mean of a micro-batch's tokens as the loss, no packing.
-"""
+Every default that differs from the recipe's is written, so that the run means the same: linear decay without
+warm-up, betas 0.9 and 0.999, weight decay 0.01, seed 1234, the mean of a micro-batch's tokens as the loss,
+no packing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from polymodal.core.errors import PolymodalError
 from polymodal.models import catalog
 from polymodal.tools.translate import data, model
 from polymodal.tools.translate.launch import Launch, scalar, typed, write_environment
-from polymodal.tools.translate.ledger import TABLES, Given, Origin, read_config
+from polymodal.tools.translate.ledger import TABLES, Given, Kind, Origin, read_config
 
 SCHEDULES = {"constant": "constant", "linear": "linear", "cosine": "cosine", "WSD": "wsd"}
 TARGETS = {  # adapters: names of modules there -> endings of names here, by tower or denoiser
@@ -29,6 +29,12 @@ TARGETS = {  # adapters: names of modules there -> endings of names here, by tow
     "proj_out": ["to_out.0"],
     "ffn.0": ["ffn.net.0.proj"],
     "ffn.2": ["ffn.net.2"],
+}
+LOSSES = {
+    "default": "per_micro_batch",
+    "raw": "per_micro_batch",
+    "per_sample_loss": "per_sample",
+    "per_token_loss": "per_token",
 }
 TOWERS = {"text_decoder": "language", "vision_encoder": "vision", "vision_projector": "projector"}
 
@@ -225,7 +231,7 @@ def _sharding(launch: Launch, files: Mapping[str, Given], dp: int, cp: int) -> N
             ledger.note(
                 "no effect", launch.where("use-distributed-optimizer"), True, "FSDP2 shards it already"
             )
-        _shards(launch, plan.take("sharding_size", 1), plan.origin("sharding_size"), dp, cp)
+        shards(launch, plan.take("sharding_size", 1), plan.origin("sharding_size"), dp, cp)
         prefetch = [plan.take(f"num_to_{way}_prefetch") for way in ("forward", "backward")]
         if any(each is not None for each in prefetch):
             most = max(int(each or 0) for each in prefetch)
@@ -281,7 +287,7 @@ def _sharding(launch: Launch, files: Mapping[str, Given], dp: int, cp: int) -> N
         ledger.default("parallel.dp_shard", 1, origin)
 
 
-def _shards(launch: Launch, size: Any, origin: Origin, dp: int, cp: int) -> None:
+def shards(launch: Launch, size: Any, origin: Origin, dp: int, cp: int) -> None:
     """dp_shard and dp_replicate of an FSDP2 sharding size, which counts context-parallel ranks too."""
     ranks = dp * cp
     if size in ("auto", None) or int(size) == ranks:
@@ -361,8 +367,8 @@ def _batch(launch: Launch, sizes: Mapping[str, int]) -> None:
     whole = launch.number("global-batch-size", micro * dp)
     if whole % (micro * dp):
         raise PolymodalError(
-            f"{launch.file}:{launch.where('global-batch-size').line}: --global-batch-size {whole} is no multiple of "
-            f"micro-batch-size {micro} x {dp} data-parallel ranks.",
+            f"{launch.file}:{launch.where('global-batch-size').line}: the global batch size {whole} is no "
+            f"multiple of micro-batch-size {micro} x {dp} data-parallel ranks.",
             f"{max(1, whole // (micro * dp)) * micro * dp} is.",
         )
     accumulation = whole // (micro * dp)
@@ -382,8 +388,6 @@ def _batch(launch: Launch, sizes: Mapping[str, int]) -> None:
         ledger.write("train.seed", launch.number("seed"), launch.where("seed"))
     else:
         ledger.default("train.seed", 1234, launch.where("seed"), "the order of samples never agrees")
-    if launch.flags.take("use-deter-comp") or launch.flags.take("npu-deterministic"):
-        ledger.write("train.deterministic", True, launch.where("use-deter-comp"))
     for flag, precision in (("bf16", "bf16"), ("fp16", "fp16"), ("downcast-to-bf16", "bf16")):
         if launch.flags.take(flag):
             ledger.write("train.precision", precision, launch.where(flag), True)
@@ -412,16 +416,18 @@ def _optimizer(launch: Launch) -> None:
         ledger.write("optim.schedule.warmup", warmup, launch.where(given))
     first = flags.take("lr-warmup-init")
     if first is not None:
-        unused = ledger.get("optim.schedule.warmup") == 0 or float(first) == 0
-        kind = "no effect" if unused else "unsupported"
-        ledger.note(kind, launch.where("lr-warmup-init"), first, "the warm-up begins at 0 here")  # type: ignore[arg-type]
+        unused = (
+            ledger.get("optim.schedule.warmup") == 0 or scalar(first, launch.where("lr-warmup-init")) == 0
+        )
+        kind: Kind = "no effect" if unused else "unsupported"
+        ledger.note(kind, launch.where("lr-warmup-init"), first, "the warm-up begins at 0 here")
     lr, least = flags.values.get("lr"), flags.take("min-lr")
     if least is not None:
         origin = launch.where("min-lr")
         if ledger.get("optim.schedule.name") == "constant":
             ledger.note("no effect", origin, least, "a constant rate does not fall")
-        elif lr is not None and float(lr) > 0:
-            ratio = float(f"{float(least) / float(lr):.6g}")
+        elif lr is not None and (peak := scalar(lr, launch.where("lr"))) > 0:
+            ratio = float(f"{scalar(least, origin) / peak:.6g}")
             ledger.write("optim.schedule.min_ratio", ratio, origin, least, "min-lr / lr")
     betas = [
         scalar(flags.take(f"adam-beta{i}", d), launch.where(f"adam-beta{i}"))
@@ -463,22 +469,16 @@ def _loss(launch: Launch, model_file: Given, generates: bool) -> None:
     flags, ledger = launch.flags, launch.ledger
     per_token, per_sample = flags.take("calculate-per-token-loss"), flags.take("calculate-per-sample-loss")
     named = model_file.take("loss_cfg.loss_type")
-    losses = {
-        "default": "per_micro_batch",
-        "raw": "per_micro_batch",
-        "per_sample_loss": "per_sample",
-        "per_token_loss": "per_token",
-    }
     if generates:
         return
     if per_token or per_sample:
         flag = "calculate-per-token-loss" if per_token else "calculate-per-sample-loss"
         ledger.write("train.loss", "per_token" if per_token else "per_sample", launch.where(flag), True)
-    elif named is not None and named in losses:
-        ledger.write("train.loss", losses[named], model_file.origin("loss_cfg.loss_type"), named)
+    elif named is not None and named in LOSSES:
+        ledger.write("train.loss", LOSSES[named], model_file.origin("loss_cfg.loss_type"), named)
     elif named is not None:
         ledger.note(
-            "unsupported", model_file.origin("loss_cfg.loss_type"), named, f"known are {', '.join(losses)}"
+            "unsupported", model_file.origin("loss_cfg.loss_type"), named, f"known are {', '.join(LOSSES)}"
         )
     else:
         origin = launch.where("calculate-per-token-loss")
@@ -498,7 +498,7 @@ def _checkpoints(launch: Launch, generates: bool) -> None:
     elif save is not None and launch.path(start) == launch.path(str(save)) and not fresh:
         ledger.write("checkpoint.resume", "auto", origin, start, "its newest checkpoint, if there is one")
     else:
-        _start_from(launch, str(start), origin, fresh)
+        start_from(launch, str(start), origin, fresh)
     for name in fresh:
         ledger.note(
             "mapped", launch.where(name), True, "weights alone: checkpoint.init_from starts a fresh optimizer"
@@ -517,7 +517,7 @@ def _checkpoints(launch: Launch, generates: bool) -> None:
         ledger.write("checkpoint.every", launch.number("save-interval"), launch.where("save-interval"))
 
 
-def _start_from(launch: Launch, start: str, origin: Origin, fresh: list[str]) -> None:
+def start_from(launch: Launch, start: str, origin: Origin, fresh: list[str]) -> None:
     """Weights that are read before training: the hub's own files, or a tree of another system."""
     ledger, path = launch.ledger, Path(launch.path(start))
     source = str(ledger.get("model.source", ""))
@@ -532,8 +532,8 @@ def _start_from(launch: Launch, start: str, origin: Origin, fresh: list[str]) ->
     ledger.default("checkpoint.resume", "never", origin, "it starts anew each time, as there")
     if not fresh:
         launch.notes.append(
-            f"without --no-load-optim the optimizer's state of {start} would be read there; another system's is not "
-            "read here"
+            f"without no-load-optim the optimizer's state of {start} would be read there; another system's "
+            "is not read here"
         )
 
 
@@ -584,6 +584,20 @@ def _monitor(launch: Launch, tool: Given) -> None:
         ledger.write(
             "monitor.trackers", ["tensorboard"], launch.where("tensorboard-dir"), why="into <run>/tensorboard"
         )
+    profile(launch, tool)
+    for name in ("eval-interval", "eval-iters"):
+        if flags.has(name):
+            origin, value = launch.where(name), flags.take(name)
+            if ledger.get("data.validation"):
+                key = "evaluate.every" if name == "eval-interval" else "evaluate.batches"
+                ledger.write(key, int(value), origin)
+            else:
+                ledger.note("no effect", origin, value, "there is no validation data")
+
+
+def profile(launch: Launch, tool: Given) -> None:
+    """The profiler's section of a tool file."""
+    ledger = launch.ledger
     if tool.take("profile.enable"):
         steps, static = "profile.static_param", "monitor.profile"
         start, end = (
@@ -614,14 +628,6 @@ def _monitor(launch: Launch, tool: Given) -> None:
             ledger.write(f"{static}.stacks", True, tool.origin(f"{steps}.with_stack"))
     elif tool.values:
         tool.take("profile")
-    for name in ("eval-interval", "eval-iters"):
-        if flags.has(name):
-            origin, value = launch.where(name), flags.take(name)
-            if ledger.get("data.validation"):
-                key = "evaluate.every" if name == "eval-interval" else "evaluate.batches"
-                ledger.write(key, int(value), origin)
-            else:
-                ledger.note("no effect", origin, value, "there is no validation data")
 
 
 def _mapped(launch: Launch) -> None:

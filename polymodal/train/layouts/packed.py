@@ -45,8 +45,8 @@ class Packed(TokenLayout):
         if len(corpus) == 0 or processor.template.ends_answers or _first_is_plain(corpus):
             return []
         return [
-            "The chat template prints no special token behind an answer: the model does not learn to end one. "
-            "Give a template that prints the end-of-text token there as data.chat_template."
+            "The chat template prints no special token behind an answer: the model does not learn to end "
+            "one. Give a template that prints the end-of-text token there as data.chat_template."
         ]
 
     def filled(self, schedule: Schedule, packs: Sequence[Sequence[int]]) -> int:
