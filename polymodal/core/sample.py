@@ -294,7 +294,7 @@ class MediaShape:
     frames: int = 1  # sampled frames of a video
     seconds: tuple[float, ...] = ()  # time of each sampled frame
     step: float = 0.0  # seconds between temporal patches of a video
-    samples: int = 0  # of a sound, at the processor's rate
+    samples: int = 0  # of a sound, at the processor's rate; of a video: with its sound
 
 
 @dataclass(frozen=True)
@@ -347,8 +347,9 @@ class MediaProcessor(Protocol):
         """Tokens of a medium, and its part of each stream, from its size alone."""
 
     def features(self, shape: MediaShape, decoded: Any) -> dict[str, tuple[Tensor, Tensor]]:
-        """Decoded medium (PIL image; uint8 [F, H, W, 3] for video; float32 [samples] for sound) -> stream
-        name -> (rows of the stream's `tensor`, its row of `sizes` [1, k])."""
+        """Decoded medium (PIL image; uint8 [F, H, W, 3] for video; float32 [samples] for sound; both for a
+        video with sound) -> stream name -> (rows of the stream's `tensor`, its row of `sizes` [1,
+        k])."""
 
     def position_ids(self, input_ids: Tensor, spans: Sequence[Span]) -> Tensor:
         """Positions [rows, T] of one sample; spans: of its media in reading order."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from polymodal.core.errors import PolymodalError
-from polymodal.data.media import Source, decoding, label, open_container, opened, video_stream
+from polymodal.data.media import Source, VideoHeader, decoding, label, open_container, opened, video_stream
 
 _PREROLL = 1.0  # seconds decoded before an excerpt, until decoder and resampler have settled
 MAX_SECONDS = 7 * 24 * 3600  # of one file
@@ -129,6 +129,17 @@ def decode_audio(
     joined = np.concatenate(parts)[:count] if parts else out[:0]
     out[: len(joined)] = joined
     return out
+
+
+def sound_samples(source: Source | tuple[str, ...], header: VideoHeader, rate: int) -> int:
+    """Samples of a video's sound at `rate` a second, as long as its frames. Raises PolymodalError where it
+    has none."""
+    if not header.sound:
+        raise PolymodalError(
+            f"the video {label(source)} has no sound.",
+            "Remove the row, or set data.video.sound to false: all videos are then learned without sound.",
+        )
+    return max(1, round(header.duration * rate))
 
 
 def sound(source: Source, rate: int, count: int, after: float = 0.0) -> np.ndarray:

@@ -87,6 +87,11 @@ class ChatProcessor:
             )
         backend.no_truncation()
         backend.no_padding()
+        if data.video.sound and not media.sample_rate:
+            raise PolymodalError(
+                "data.video.sound: this model does not hear.",
+                "Set it to false, or choose a model that reads audio (`polymodal models`).",
+            )
         self.media = media
         self.video = data.video
         self.train_on, self.special_tokens = data.train_on, data.special_tokens
@@ -259,6 +264,10 @@ class ChatProcessor:
             frames = len(clip.indices)
             shape = MediaShape("video", header.height, header.width, frames, clip.seconds, step)
             decode = partial(decoders.video, source, header, clip.indices)
+            if self.video.sound:
+                rate = self.media.sample_rate
+                shape = replace(shape, samples=audio.sound_samples(source, header, rate))
+                decode = partial(_both, decode, partial(audio.sound, source, rate, shape.samples))
         elif medium.kind == "image":
             shape = MediaShape("image", *decoders.image_size(source))
             decode = partial(decoders.image, source)
@@ -496,6 +505,11 @@ class ChatProcessor:
         pieces = [replace(record, messages=(replace(message, content=tuple(c)),)) for c in contents]
         goes_on = {**record.extra, "_goes_on": True}
         return [*(replace(piece, extra=goes_on) for piece in pieces[:-1]), pieces[-1]]
+
+
+def _both(frames: Callable[[], Any], sound: Callable[[], np.ndarray]) -> tuple[Any, np.ndarray]:
+    """A video's frames and the mean of its channels of sound."""
+    return frames(), sound().mean(axis=0)
 
 
 def _encoded(encoding: Any) -> _Encoded:

@@ -12,26 +12,26 @@ from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Message
 from polymodal.core.terminal import say_lines
 from polymodal.core.text import check_characters
+from polymodal.data import audio as sounds
 from polymodal.data import media as decoders
 from polymodal.data.formats import RowReader
+from polymodal.data.references import KINDS
 from polymodal.generate import rows
 from polymodal.generate.engine import Answer, Engine, Sampling
 from polymodal.recipe import Attr
 
 HELP = """/image FILE   show a picture with the next message
 /video FILE   show a video with the next message
+/audio FILE   play a recording with the next message
 /reset        forget the conversation
 /quit         leave (also Ctrl-D); Ctrl-C stops an answer"""
 
 
 def medium(kind: str, path: str) -> Media:
-    """A picture or video for a message. Raises PolymodalError: not there, not a picture, not a video."""
+    """A picture, video or recording for a message. Raises PolymodalError: not there, or no such thing."""
     path = os.path.expanduser(path)
     try:
-        if kind == "image":
-            decoders.image(path)
-        else:
-            decoders.video_header(path)
+        {"image": decoders.image, "video": decoders.video_header, "audio": sounds.audio_header}[kind](path)
     except PolymodalError as error:
         hint = "Check the path." if not os.path.exists(path) else error.hint
         raise PolymodalError(error.message[:1].upper() + error.message[1:], hint) from None
@@ -39,7 +39,8 @@ def medium(kind: str, path: str) -> Media:
 
 
 def messages_of(prompt: str, media: Sequence[Media], system: str | None) -> tuple[Message, ...]:
-    """A prompt with media; `<image>` and `<video>` in it say where they stand, else they come first."""
+    """A prompt with media; `<image>`, `<video>` and `<audio>` in it say where they stand, else they come
+    first."""
     check_characters((prompt, system), "the prompt")
     row: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], "system": system}
     for item in media:
@@ -119,9 +120,9 @@ class Terminal:
         elif name == "reset":
             self.history, self.waiting = [], []
             self.write("the conversation is forgotten\n")
-        elif name in ("image", "video") and not value:
+        elif name in KINDS and not value:
             self.write(f"/{name} needs a file\n")
-        elif name in ("image", "video"):
+        elif name in KINDS:
             try:
                 self.waiting.append(medium(name, value))
                 self.write(f"{value} goes with the next message\n")
@@ -164,6 +165,7 @@ def main(
     *,
     image: Sequence[str] = (),
     video: Sequence[str] = (),
+    audio: Sequence[str] = (),
     prompt: str | None = None,
     system: str | None = None,
     json_file: str | None = None,
@@ -180,8 +182,9 @@ def main(
     terminal, or, when standard input is no terminal, its whole text as the prompt. opening: options of
     `open_engine`.
     """
-    _check(prompt, json_file, out, bool(image or video))
-    media = [medium("image", path) for path in image] + [medium("video", path) for path in video]
+    given = {"image": image, "video": video, "audio": audio}
+    _check(prompt, json_file, out, any(given.values()))
+    media = [medium(kind, path) for kind, paths in given.items() for path in paths]
     if prompt is None and json_file is None and not sys.stdin.isatty():
         prompt = _standard_input().strip()
         if not prompt:
@@ -218,7 +221,7 @@ def _check(prompt: str | None, json_file: str | None, out: str | None, media: bo
     """Raise PolymodalError for options that do not go together."""
     if json_file is not None and (prompt is not None or media):
         raise PolymodalError(
-            "--json brings its own prompts and pictures.", "Leave out --prompt, --image and --video."
+            "--json brings its own prompts and media.", "Leave out --prompt, --image, --video and --audio."
         )
     if json_file is not None and json_file != "-":
         if not os.path.isfile(json_file):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
@@ -23,6 +24,7 @@ from transformers import GenerationConfig, TextStreamer
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Message
+from polymodal.data import audio
 from polymodal.data import media as decoders
 from polymodal.data.boxes import BoxWriter
 from polymodal.data.sandbox import bound_templates, template_errors
@@ -68,6 +70,7 @@ class _Prepared:
     key: str
     messages: list[dict[str, Any]]
     videos: list[Any]  # VideoMetadata of each video
+    steps: list[float]  # seconds between its temporal patches
     words: list[str]
     length: int
     sizes: list[tuple[int, int]]  # (height, width) of each picture
@@ -108,10 +111,11 @@ class Engine:
         self.tokenizer.chat_control_tokens = [token for token in added if not token.isspace()]
         self.literal = special_tokens != "tokens"
         own = self.multimodal and "__call__" in vars(type(processor))  # then marked text is not known
-        tokens = (getattr(processor, f"{kind}_token", None) for kind in ("image", "video"))
+        tokens = (getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio"))
         self._media_words = [token for token in tokens if token and (own or not self.literal)]
         self.device = next(model.parameters()).device
         self.video = video or recipes.Video()
+        self.hears = getattr(processor, "feature_extractor", None) if self.multimodal else None
         self.template_kwargs = template_kwargs or {}
         self._identity = identity
         self.boxes = boxes or BoxWriter(None, lambda height, width: (height, width))
@@ -162,7 +166,8 @@ class Engine:
 
     def _prepare(self, index: int, key: str, conversation: Conversation) -> _Prepared:
         """Decode media, lay the messages out for the template, and measure. Raises PolymodalError."""
-        messages, videos, sizes, frames, words = [], [], [], [], []
+        messages, videos, steps, sizes, frames, words = [], [], [], [], [], []
+        sounds: list[int] = []
         for message in self.boxes.messages(tuple(conversation)):
             parts: list[dict[str, Any]] = []
             for part in message.content:
@@ -179,10 +184,17 @@ class Engine:
                     sizes.append((picture.height, picture.width))
                     parts.append({"type": "image", "image": picture})
                 elif part.kind == "video":
-                    clip, metadata = self._clip(part)
+                    clip, metadata, step = self._clip(part)
                     videos.append(metadata)
+                    steps.append(step)
                     frames.append((clip.shape[0], clip.shape[2], clip.shape[3]))
                     parts.append({"type": "video", "video": clip})
+                    if self.video.sound and self.hears is not None:
+                        parts[-1]["sound"] = self._sound(part)
+                        sounds.append(len(parts[-1]["sound"]))
+                elif part.kind == "audio" and self.hears is not None:
+                    parts.append({"type": "audio", "audio": self._sound(part)})
+                    sounds.append(len(parts[-1]["audio"]))
                 else:
                     raise PolymodalError(
                         f"{self.name} does not take {part.kind}.",
@@ -205,7 +217,8 @@ class Engine:
                 )
         with template_errors():
             self._render(messages)
-        return _Prepared(index, key, messages, videos, words, self._media_tokens(sizes, frames), sizes)
+        length = self._media_tokens(sizes, frames, sounds)
+        return _Prepared(index, key, messages, videos, steps, words, length, sizes)
 
     def _measure(self, prepared: Sequence[_Prepared]) -> None:
         """Add the words' tokens to the lengths. Not in threads: two must not use a fast tokenizer at once."""
@@ -228,8 +241,25 @@ class Engine:
         options = {"tokenize": False, "add_generation_prompt": True, **self.template_kwargs}
         return self.processor.apply_chat_template(messages, **options)
 
-    def _clip(self, part: Media) -> tuple[Tensor, Any]:
-        """Frames [F, 3, H, W] uint8 of a video, as training takes them, and the processor's facts of them."""
+    def _sound(self, part: Media) -> np.ndarray:
+        """Samples of a recording, or of a video's sound, float32 [n]. Raises PolymodalError."""
+        rate, source = self.hears.sampling_rate, part.source
+        if part.kind == "video":
+            count = audio.sound_samples(source, decoders.video_header(source, self.video.fps), rate)
+            heard = audio.sound(source, rate, count).mean(axis=0)  # type: ignore[arg-type]
+        else:
+            heard = audio.decode_audio(source, audio.audio_header(source), rate)  # type: ignore[arg-type]
+        if len(heard) > self.hears.n_samples:
+            raise PolymodalError(
+                f"{decoders.label(source)} has {len(heard) / rate:.1f} s of sound, {self.name} takes "
+                f"{self.hears.n_samples / rate:g} s at once.",
+                "Cut it.",
+            )
+        return heard
+
+    def _clip(self, part: Media) -> tuple[Tensor, Any, float]:
+        """Frames [F, 3, H, W] uint8 of a video, as training takes them, the processor's facts of them, and
+        the seconds between temporal patches."""
         from transformers.video_utils import VideoMetadata
 
         processor = getattr(self.processor, "video_processor", None)
@@ -243,20 +273,23 @@ class Engine:
             frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
             indices += [indices[-1]] * missing
         facts = (header.frames, header.fps, header.width, header.height, header.duration)
-        return frames, VideoMetadata(*facts, "av", indices)
+        return frames, VideoMetadata(*facts, "av", indices), multiple / chosen.fps
 
-    def _media_tokens(self, sizes: list[tuple[int, int]], frames: list[tuple[int, int, int]]) -> int:
+    def _media_tokens(
+        self, sizes: list[tuple[int, int]], frames: list[tuple[int, int, int]], sounds: list[int]
+    ) -> int:
         """Tokens of the media, to sort by length: exact where the processor counts them, else 256 each."""
         try:
-            asked = {"image_sizes": sizes, "video_sizes": frames}
+            asked: dict[str, Any] = {"image_sizes": sizes, "video_sizes": frames, "audio_lengths": sounds}
             count = self.processor._get_num_multimodal_tokens(**{k: v for k, v in asked.items() if v})
         except (AttributeError, TypeError, NotImplementedError):
-            return 256 * (len(sizes) + len(frames))
+            return 256 * (len(sizes) + len(frames) + len(sounds))
         except ValueError as error:  # a shape that the processor refuses
             raise PolymodalError(
                 f"A picture or video of this question cannot be used: {error}.", "Cut it to another shape."
             ) from None
-        return sum(count.num_image_tokens or ()) + sum(count.num_video_tokens or ())
+        tokens = (getattr(count, f"num_{kind}_tokens", None) or () for kind in ("image", "video", "audio"))
+        return sum(map(sum, tokens))
 
     def _encode(self, batch: Sequence[_Prepared]) -> dict[str, Tensor]:
         """Left-padded tensors of a batch. User text is taken literally: `<|im_end|>` in it ends nothing."""
@@ -272,17 +305,54 @@ class Engine:
             options: dict[str, Any] = {"processor_kwargs": padding}
         else:
             options = {"padding": True, "tokenizer_kwargs": {"padding_side": "left"}}
-        out = self.processor.apply_chat_template(
-            [p.messages for p in batch],
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-            sanitize_control_tokens=self.literal,
-            **self.template_kwargs,
-            **options,
-        )
-        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in out.items()}
+        if any("sound" in part for p in batch for part in _parts(p.messages)):
+            options["load_audio_from_video"] = True
+        with self._timed(batch):
+            out = self.processor.apply_chat_template(
+                [p.messages for p in batch],
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                add_generation_prompt=True,
+                sanitize_control_tokens=self.literal,
+                **self.template_kwargs,
+                **options,
+            )
+        made = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in out.items()}
+        if "video_second_per_grid" in made:  # a list, and whether there is sound in all videos
+            made["video_second_per_grid"] = torch.as_tensor(made["video_second_per_grid"], device=self.device)
+            made["use_audio_in_video"] = "load_audio_from_video" in options
+        return made
+
+    @contextlib.contextmanager
+    def _timed(self, batch: Sequence[_Prepared]) -> Iterator[None]:
+        """Inside, a processor of videos with sound gets the sound that was decoded, and the times that frames
+        have: by itself it opens files, and takes all videos to have one rate."""
+        processor = self.processor
+        if not hasattr(processor, "replace_video_with_audio_token"):
+            yield
+            return
+        steps = [step for p in batch for step in p.steps]
+        replace, collect = processor.replace_video_token, processor._multimodal_inputs_from_conversations
+
+        def replace_video_token(inputs: dict[str, Any], video_idx: int, **options: Any) -> str:
+            inputs["video_second_per_grid"][video_idx] = steps[video_idx]
+            return replace(inputs, video_idx=video_idx, **options)
+
+        def with_sounds(conversations: Any, *options: Any) -> tuple:
+            pictures, videos, sounds, more = collect(conversations, *options)
+            if options[-1]:
+                heard = (part for each in conversations for part in _parts(each))
+                sounds = [part.get("sound", part.get("audio")) for part in heard]
+                sounds = [sound for sound in sounds if sound is not None]
+            return pictures, videos, sounds, more
+
+        processor.replace_video_token = replace_video_token
+        processor._multimodal_inputs_from_conversations = with_sounds
+        try:
+            yield
+        finally:
+            del processor.replace_video_token, processor._multimodal_inputs_from_conversations
 
     # --- generation -------------------------------------------------------------------------------
 
@@ -478,6 +548,11 @@ class Engine:
         streamer = _Streamer(self.tokenizer, on_text) if on_text else None
         with self._inference():
             return self._generate([prepared], sampling, streamer)[0]
+
+
+def _parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parts of messages whose content is a list."""
+    return [part for each in messages if isinstance(each["content"], list) for part in each["content"]]
 
 
 def _single_tokens(options: Sequence[list[int]]) -> bool:

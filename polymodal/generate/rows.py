@@ -69,6 +69,10 @@ def conversation(row: Row, reader: RowReader, system: str | None) -> tuple[Messa
         raise PolymodalError(
             f"{where}: rows with tools are not answered here.", "Leave out the column `tools`."
         )
+    if {"start", "end"} & record.extra.keys() and any(medium.kind == "audio" for medium in record.media):
+        raise PolymodalError(
+            f"{where}: excerpts (`start`, `end`) are not answered here.", "Cut the recording into files."
+        )
     messages = record.messages[:-1] if answered else record.messages
     return (Message("system", (system,)), *messages) if system and messages[0].role != "system" else messages
 

@@ -213,6 +213,7 @@ def download(
     known = named(source)
     repository = known[0].sizes[known[1]].hub if known and known[1] else source
     patterns = [pattern for pattern in PATTERNS if weights or pattern != "*.safetensors"]
+    patterns += [*known[0].family.beside_files] if known else []
     options: dict[str, Any] = {"revision": revision, "local_dir": directory, "allow_patterns": patterns}
     try:
         path = Path(snapshot_download(repository, **options))

@@ -27,6 +27,9 @@ class Family:
 
     layout: Literal["packed", "padded", "uniform"] = "packed"
     streams: tuple[MediaStream, ...] = ()  # what its towers read
+    beside: tuple[str, ...] = ()
+    """Beginnings of names of tensors in its checkpoints that are no part of the model: exports copy them."""
+    beside_files: tuple[str, ...] = ()  # files that go with these
     line: str = ""  # of several related cards: the name of their recipes' directory
     attention = "auto"  # the recipe's model.attention
     experts = "auto"  # the recipe's model.experts

@@ -32,7 +32,7 @@ from polymodal.models import catalog, library
 from polymodal.models.family import Family
 from polymodal.models.library import Layout, plain
 from polymodal.models.slices import Piece
-from polymodal.models.storage import Files, to_publish, write_file
+from polymodal.models.storage import Files, dtype_of, to_publish, write_file
 
 KEPT_FILES = (
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.vocab", "*.py", "LICENSE*"),
@@ -164,7 +164,8 @@ def _file_layout(
 
 @dataclass
 class Output:
-    """A tensor of the files to be written: (parameter name, its box) for all boxes that it is made of."""
+    """A tensor of the files to be written: (parameter name, its box) for all boxes that it is made of; none
+    where it is a copy of the source's."""
 
     key: str
     shape: tuple[int, ...]
@@ -180,9 +181,11 @@ def outputs(model: nn.Module, origin: Path | None, dtype: torch.dtype | None) ->
     """Every tensor of the files, in the order in which the model's parameters complete them.
 
     model:  for names, shapes and dtypes; may be on meta or sharded.
-    origin: the checkpoint whose keys, layout and few float32 tensors are kept; None: the library's.
+    origin: the checkpoint whose keys, layout and few float32 tensors are kept, and the tensors beside the
+    model (Family.beside); None: the library's.
     """
-    rules = None if origin is None else catalog.reader(origin).tensor_names(origin)
+    reader = Family if origin is None else catalog.reader(origin)
+    rules = None if origin is None else reader.tensor_names(origin)
     plan, shapes, stored_as = _file_layout(model, origin, rules)
     usual = next((dtype for dtype, _ in Counter(stored_as.values()).most_common(1)), None)
 
@@ -203,6 +206,10 @@ def outputs(model: nn.Module, origin: Path | None, dtype: torch.dtype | None) ->
                 missing[key] = missing.get(key, prod(shape)) - prod(piece.size)
                 if missing[key] == 0:
                     made.append(out)
+    if origin is not None and reader.beside:
+        files = Files(origin)
+        for key in (key for key in files.shapes if key.startswith(reader.beside)):
+            made.append(Output(key, files.shapes[key], dtype_of(files.dtypes[key])))
     return made
 
 
@@ -216,9 +223,11 @@ def write(
     stem: str = "model",
     rank: int = 0,
     world: int = 1,
+    origin: Path | None = None,
 ) -> None:
     """Write this process's share of a model's files, of at most `limit` bytes each; rank 0 also the index.
 
+    origin: where tensors are copied from that are no parameters (`outputs`).
     state: whole tensors by plain parameter name; every tensor is read once for each file that has a part of
     it. Raises PolymodalError when names or shapes are not the model's, and for a full disk.
     """
@@ -259,15 +268,21 @@ def write(
         max_shard_size=limit,
     )
     for name, keys in list(split.filename_to_tensors.items())[rank::world]:
-        write_file(_values([by_key[key] for key in keys], value), directory / name)
+        write_file(_values([by_key[key] for key in keys], value, origin), directory / name)
     if rank == 0 and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _values(file: list[Output], value: Callable[[str], Tensor]) -> dict[str, Tensor]:
+def _values(
+    file: list[Output], value: Callable[[str], Tensor], origin: Path | None = None
+) -> dict[str, Tensor]:
     """The tensors of one file, in their own memory; one parameter at a time is held beside them."""
-    tensors = {out.key: torch.empty(out.shape, dtype=out.dtype) for out in file}
+    tensors = {out.key: torch.empty(out.shape, dtype=out.dtype) for out in file if out.pieces}
+    copied = [out.key for out in file if not out.pieces]
+    if copied and origin is not None:
+        files = Files(origin)
+        tensors |= {key: files.whole(key) for key in copied}
     boxes: dict[str, list[tuple[str, Piece]]] = {}
     for out in file:
         for name, piece in out.pieces:
@@ -289,11 +304,11 @@ def write_config(
     reader = catalog.reader(origin)
     if convert:
         reader.read_processor(origin).save_pretrained(str(directory))
-    _copy_files(origin, directory, CONVERTED_FILES if convert else KEPT_FILES)
+    _copy_files(origin, directory, CONVERTED_FILES if convert else (*KEPT_FILES, *reader.beside_files))
     config = deepcopy(config)
     sizes: Counter[torch.dtype] = Counter()
     for out in made:
-        sizes[out.dtype] += out.nbytes
+        sizes[out.dtype] += out.nbytes if out.pieces else 0
     largest = next((dtype for dtype, _ in sizes.most_common() if dtype.is_floating_point), None)
     if largest is not None:
         for part in [config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", {}))]:

@@ -181,9 +181,10 @@ def _asked(
             f"Add {main}: {_even(depth[main], stages)}, or set parallel.pp_layers to auto.",
         )
     found = {}
+    end = 0  # the stage in which the tower before ends; one that is not named is there too
     for tower, layers in depth.items():
         key = f"parallel.pp_layers.{tower}"
-        given: Sequence[Any] = asked.get(tower, [layers] + [0] * (stages - 1))
+        given: Sequence[Any] = asked.get(tower, [layers * (stage == end) for stage in range(stages)])
         flat = [n for part in given for n in (part if isinstance(part, list) else [part])]
         if len(flat) != stages:
             shape = f"{parallel.pp} numbers"
@@ -199,6 +200,7 @@ def _asked(
                 f"Nearest: {_nearest(flat, layers, stages)}.",
             )
         found[tower] = tuple(flat)
+        end = max((stage for stage, held in enumerate(flat) if held), default=end)
     return found
 
 

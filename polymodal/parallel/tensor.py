@@ -351,17 +351,19 @@ def counts(card: ModelCard, config: Any) -> dict[str, int]:
         keys = ["encoder_attention_heads", "decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim"]
         return {key: getattr(config, key) for key in keys}  # the vocabulary stays whole
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vision = getattr(config, "vision_config", None)
     keys = ["num_attention_heads", "num_key_value_heads", "vocab_size", "num_experts"]
     sparse = getattr(text, "num_experts", 0)
     if not sparse or getattr(text, "mlp_only_layers", None) or getattr(text, "decoder_sparse_step", 1) > 1:
         keys.append("intermediate_size")
     prefix = "" if text is config else "text_config."
     found = {f"{prefix}{key}": getattr(text, key) for key in keys if getattr(text, key, 0)}
-    keys = ["intermediate_size"]
-    if "whole_attention" not in card.tensor_plan.values():  # some configs have both keys for one thing
-        keys.insert(0, "num_heads" if hasattr(vision, "num_heads") else "num_attention_heads")
-    return found | {f"vision_config.{key}": getattr(vision, key) for key in keys if getattr(vision, key, 0)}
+    for section in ("vision_config", "audio_config"):
+        tower = getattr(config, section, None)
+        keys = ["intermediate_size"]
+        if "whole_attention" not in card.tensor_plan.values():  # some configs have both keys for one thing
+            keys.insert(0, "num_heads" if hasattr(tower, "num_heads") else "num_attention_heads")
+        found |= {f"{section}.{key}": getattr(tower, key) for key in keys if getattr(tower, key, 0)}
+    return found
 
 
 def check(card: ModelCard, config: Any, size: int, spread: bool = False) -> list[PolymodalError]:

@@ -166,6 +166,8 @@ class Video(Section):
     """Smallest frame in pixels (default: the checkpoint's)."""
     max_pixels: Positive | None = None
     """Largest frame in pixels (default: the checkpoint's)."""
+    sound: bool = False
+    """Models that hear: learn videos with their sound, which every video must then have."""
 
 
 class Speech(Section):

@@ -18,6 +18,7 @@ WhyNot = Callable[[ModelCard, str], str | None]
 INPUTS = {
     "image-text-to-text": "image",
     "video-text-to-text": "video",
+    "audio-text-to-text": "audio",
     "text-generation": "text",
     "text-to-video": "text to video",
     "image-to-video": "image to video",

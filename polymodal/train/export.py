@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from polymodal import __version__
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Media, Message, Record, pack
+from polymodal.core.sample import Record, pack
 from polymodal.core.terminal import say
 from polymodal.data.chat import ChatProcessor
+from polymodal.data.formats import RowReader
 from polymodal.generate.engine import Engine
 from polymodal.generate.opening import (
     DTYPES,
@@ -44,6 +45,7 @@ from polymodal.models import catalog, lora, saving, weights
 from polymodal.models.audio.encoder_decoder import EncoderDecoder
 from polymodal.models.diffusion import Generation
 from polymodal.models.saving import Together
+from polymodal.recipe import Attr
 from polymodal.train import export_pipeline, export_speech
 from polymodal.train.export_pipeline import Proof
 
@@ -262,7 +264,7 @@ def _write(
     origin = Path(made.family.source)
     files = saving.outputs(made.model, None if convert else origin, dtype)
     ranks = {"rank": together.rank, "world": together.world}
-    saving.write(made.merged(), made.model, files, partial, limit, **ranks)
+    saving.write(made.merged(), made.model, files, partial, limit, origin=origin, **ranks)
     if together.rank == 0:
         saving.write_config(made.model, made.family.config, origin, partial, files, convert)
     return "model" if options is None else "merged"
@@ -317,6 +319,15 @@ def _picture() -> bytes:
     return buffer.getvalue()
 
 
+def _question(rate: int) -> Record:
+    """A question about a picture, and about sound at this rate unless it is 0."""
+    sound = [{"type": "audio", "audio": export_speech.sound(rate)}] if rate else []
+    text = {"type": "text", "text": "Describe this picture in one sentence."}
+    content = [{"type": "image", "image": _picture()}, *sound, text]
+    row = {"messages": [{"role": "user", "content": content}]}
+    return RowReader("openai", Attr(), "", None).record(row, "the sample")
+
+
 def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> Proof:
     """Compare logits of one sample: of the model that was trained, filled from the source, and of what the
     library opens. Raises PolymodalError when they differ."""
@@ -330,14 +341,13 @@ def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> Pro
         return Proof()
     made.fill(arithmetic)
     _round(model, what, dtype)
-    record = Record(
-        (Message("user", (Media("image", _picture()), "Describe this picture in one sentence.")),),
-        "the sample",
-    )
+    record = _question(0)
     if isinstance(family, EncoderDecoder):
         batch = export_speech.sample(family, data)
     else:
-        batch = pack([ChatProcessor(family.media_processor(data), data).prompt(record)])
+        media = family.media_processor(data)
+        record = _question(media.sample_rate)
+        batch = pack([ChatProcessor(media, data).prompt(record)])
     with torch.no_grad():
         out = family.stage(model, None, batch)
         ours = out.head(out.hidden_states)[0].float()

@@ -25,11 +25,15 @@ def _tones(rate: int) -> np.ndarray:
     return tones.astype(np.float32)
 
 
+def sound(rate: int) -> dict[str, Any]:
+    """The same as a row has it."""
+    return {"array": _tones(rate), "sampling_rate": rate}
+
+
 def sample(family: Any, data: Any) -> Batch:
     """The recording and its text as a micro-batch of one, by the run's own processor."""
     media = family.media_processor(data)
-    audio = {"array": _tones(media.sample_rate), "sampling_rate": media.sample_rate}
-    row = {"audio": audio, "text": TEXT, "language": LANGUAGE}
+    row = {"audio": sound(media.sample_rate), "text": TEXT, "language": LANGUAGE}
     record = RowReader("asr", Attr(), "", None).record(row, "the sample")
     return padded.pad([SpeechProcessor(media, data).sample(record)])
 

@@ -51,7 +51,7 @@ class ParallelModel:
         device: torch.device,
         measure: SampleLengths | None = None,
     ):
-        self.mesh = mesh
+        self.mesh, self.family = mesh, family
         self.names: list[str] = []
 
         def counted() -> nn.Module:
@@ -102,8 +102,15 @@ class ParallelModel:
 
     @property
     def first(self) -> bool:
-        """Whether the first stage of the pipeline is here, or all of the model."""
-        return any(part.stage.first for part in self.parts)
+        """Whether a stage is here that reads media: the pipeline's first, or one where a tower begins."""
+        towers = {stream.name for stream in self.family.streams}
+        begins = (
+            held and not held.start
+            for part in self.parts
+            for tower, held in part.stage.held.items()
+            if tower in towers
+        )
+        return any(part.stage.first for part in self.parts) or any(begins)
 
     def load_all(self, load: Callable[[nn.Module], Any]) -> None:
         """`load` every part (weights.load, weights.initialise), then tied copies from their owners."""

@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,30 @@ LLAVA_TEMPLATE = """{% for message in messages %}{% if message['role'] != 'syste
 {%- else %}{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{% generation %}{{ part['text'] + ' ' }}{% endgeneration %}{% endfor %}{% endif %}
 {%- endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
 """As llava-hf/llava-1.5-7b-hf has it: pictures of a turn first, a generation block, no end of an answer."""
+OMNI = "qwen2.5-omni"
+OMNI_TOKENS = {
+    **{f"{kind}_token": f"<|{kind.upper()}|>" for kind in ("image", "video", "audio")},
+    **{f"{kind}_{end}_token": f"<|{kind}_{end}|>" for kind in ("vision", "audio") for end in ("bos", "eos")},
+}
+OMNI_TEMPLATE = (
+    TEMPLATE.replace("vision_start", "vision_bos")
+    .replace("vision_end", "vision_eos")
+    .replace("<|image_pad|>", "<|IMAGE|>")
+    .replace("<|video_pad|>", "<|VIDEO|>")
+    .replace(
+        "{%- elif 'text' in part",
+        "{%- elif part.type == 'audio' or 'audio' in part %}<|audio_bos|><|AUDIO|><|audio_eos|>\n{%- elif 'text' in part",
+    )
+)
+BANDS, HEARD_SECONDS = 16, 6
+"""Mel bands, and the longest sound of the tiny omni model; its windows are 8 frames, 80 ms."""
+DATA = {OMNI: {"video": {"min_pixels": 64, "max_pixels": 4096}}}
+"""data sections of models whose video limits are no part of their files."""
 TILE = 16  # pixels; a tile is 16 patches and 4 tokens
 
 
 @functools.cache
-def tokenizer(size: int = 700, internvl: bool = False, llava: bool = False) -> Any:
+def tokenizer(size: int = 700, internvl: bool = False, llava: bool = False, omni: bool = False) -> Any:
     """A byte-level BPE with Qwen's splitting, its special tokens and a chat template in its format; or
     InternVL's, or LLaVA's."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -98,6 +118,16 @@ def tokenizer(size: int = 700, internvl: bool = False, llava: bool = False) -> A
             extra_special_tokens=named,
         )
         made.chat_template = internvl_chat.TEMPLATE
+        return made
+    if omni:
+        core.add_special_tokens(list(OMNI_TOKENS.values()))
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=core,
+            pad_token="<|endoftext|>",
+            eos_token="<|im_end|>",
+            extra_special_tokens=OMNI_TOKENS,
+        )
+        made.chat_template = OMNI_TEMPLATE
         return made
     if llava:
         core.add_special_tokens(["<image>"])
@@ -199,6 +229,44 @@ def llava_config(tied: bool, overrides: dict[str, Any]) -> Any:
     )
 
 
+def omni_config(tied: bool, overrides: dict[str, Any]) -> Any:
+    """The thinker's."""
+    import transformers
+
+    tokens = tokenizer(omni=True)
+    ids = {name: tokens.convert_tokens_to_ids(text) for name, text in OMNI_TOKENS.items()}
+    parts: dict[str, dict[str, Any]] = {
+        "text_config": {
+            "vocab_size": -(-len(tokens) // 16) * 16, "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 4096, "tie_word_embeddings": tied,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        },
+        "vision_config": {
+            "depth": 4, "hidden_size": 32, "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": 2,
+            "temporal_patch_size": 2, "intermediate_size": 48, "out_hidden_size": 64,
+            "fullatt_block_indexes": [1, 3], "window_size": 4 * PATCH,
+        },
+        "audio_config": {
+            "num_mel_bins": BANDS, "encoder_layers": 4, "encoder_attention_heads": 2, "encoder_ffn_dim": 48,
+            "d_model": 32, "max_source_positions": 100, "n_window": 4, "output_dim": 64,
+        },
+    }  # fmt: skip
+    for key, value in overrides.items():
+        section, _, leaf = key.replace("__", ".").rpartition(".")
+        parts[section][leaf] = value
+    return transformers.Qwen2_5OmniThinkerConfig(
+        **parts,
+        **{f"{kind}_token_index": ids[f"{kind}_token"] for kind in ("image", "video", "audio")},
+        audio_start_token_id=ids["audio_bos_token"],
+        audio_end_token_id=ids["audio_eos_token"],
+        user_token_id=0,
+        vision_start_token_id=ids["vision_bos_token"],
+        vision_end_token_id=ids["vision_eos_token"],
+        tie_word_embeddings=tied,
+    )
+
+
 def config(name: str, tied: bool = False, **overrides: Any) -> Any:
     """The transformers config of a card's tiny model; overrides by dotted name (dots may be written as `__`)."""
     import transformers
@@ -207,6 +275,8 @@ def config(name: str, tied: bool = False, **overrides: Any) -> Any:
         return internvl_config(name, tied, overrides)
     if name == "llava":
         return llava_config(tied, overrides)
+    if name == OMNI:
+        return omni_config(tied, overrides)
     tokens = tokenizer()
     text: dict[str, Any] = {
         "vocab_size": -(-len(tokens) // 16) * 16, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -280,7 +350,10 @@ def checkpoint(
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     settings = config(name, tied, **overrides)
-    model = transformers.AutoModelForImageTextToText.from_config(settings, dtype=torch.float32)
+    if name == OMNI:
+        model = omni_model(settings)
+    else:
+        model = transformers.AutoModelForImageTextToText.from_config(settings, dtype=torch.float32)
     with (
         torch.no_grad()
     ):  # the library starts biases at 0 and norms at 1: nothing would notice if they were lost
@@ -290,8 +363,10 @@ def checkpoint(
             else:
                 parameter.mul_(3.0)
     model.to(dtype).save_pretrained(directory)
-    tokens = tokenizer(internvl=name in INTERNVL, llava=name == "llava")
-    if name in (*INTERNVL, "llava"):
+    tokens = tokenizer(internvl=name in INTERNVL, llava=name == "llava", omni=name == OMNI)
+    if name == OMNI:
+        torch.save({"Chelsie": {"bos_token": 1}}, directory / "spk_dict.pt")
+    if name in (*INTERNVL, "llava", OMNI):
         processor(name).save_pretrained(directory)
     else:
         tokens.save_pretrained(directory)
@@ -306,6 +381,35 @@ def checkpoint(
     }
     (directory / "generation_config.json").write_text(json.dumps(made, indent=1))
     return directory
+
+
+def omni_model(thinker: Any) -> Any:
+    """The whole model, with a talker and a token2wav as small as they can be."""
+    import transformers
+
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    talker = {
+        "vocab_size": 64, "embedding_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "tts_codec_start_token_id": 60,
+        "tts_codec_end_token_id": 61, "tts_codec_pad_token_id": 62, "tts_codec_mask_token_id": 63,
+        "rope_parameters": rope,
+    }  # fmt: skip
+    diffusion = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "ff_mult": 1, "emb_dim": 16,
+        "head_dim": 16, "look_ahead_layers": [0], "look_backward_layers": [0], "num_embeds": 65, "mel_dim": 16,
+        "enc_emb_dim": 16, "enc_dim": 16, "enc_channels": [8, 8, 8, 8, 24], "enc_attention_channels": 4,
+        "enc_res2net_scale": 2, "enc_se_channels": 4,
+    }  # fmt: skip
+    vocoder = {
+        "mel_dim": 16, "upsample_initial_channel": 16, "resblock_kernel_sizes": [3],
+        "resblock_dilation_sizes": [[1, 3, 5]], "upsample_rates": [2], "upsample_kernel_sizes": [4],
+    }  # fmt: skip
+    whole = transformers.Qwen2_5OmniConfig(
+        thinker_config=thinker.to_dict(),
+        talker_config=talker,
+        token2wav_config={"dit_config": diffusion, "bigvgan_config": vocoder},
+    )
+    return transformers.Qwen2_5OmniForConditionalGeneration(whole)
 
 
 def original_internvl(name: str, source: Path, directory: str | Path) -> Path:
@@ -552,6 +656,14 @@ def processor(name: str) -> Any:
         return transformers.InternVLProcessor(
             image, tokens, video, image_seq_length=4, chat_template=internvl_chat.TEMPLATE
         )
+    if name == OMNI:
+        image, video = processors(name)
+        hear = transformers.WhisperFeatureExtractor(
+            feature_size=BANDS, chunk_length=HEARD_SECONDS, return_attention_mask=True
+        )
+        return transformers.Qwen2_5OmniProcessor(
+            image, video, hear, tokenizer(omni=True), chat_template=OMNI_TEMPLATE
+        )
     if name == "llava":
         return transformers.LlavaProcessor(
             processors(name)[0],
@@ -575,6 +687,14 @@ def picture(width: int = 24, height: int = 16, seed: int = 0) -> Image.Image:
     )
     pixels[:, (seed * 5) % width] = 255
     return Image.fromarray((pixels + generator.integers(0, 20, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+def sound(seconds: float = 0.5, seed: int = 0) -> np.ndarray:
+    """Two tones and noise, float32 [n] at 16 kHz."""
+    t = np.arange(round(16000 * seconds)) / 16000
+    tones = 0.3 * np.sin(2 * np.pi * (300 + 90 * seed) * t) + 0.2 * np.sin(2 * np.pi * (2100 - 70 * seed) * t)
+    noise = np.random.default_rng(seed).normal(0, 0.02, len(t))
+    return (tones * (t % 0.4 < 0.3) + noise).astype(np.float32)
 
 
 def clip(frames: int = 5, width: int = 24, height: int = 16, seed: int = 0) -> np.ndarray:
@@ -602,10 +722,9 @@ def record(directory: str | Path, images: int = 1, videos: int = 0, question: st
     return Record(messages, f"tiny.jsonl, line {seed + 1}")
 
 
-def sample(
-    media: Any, parts: Sequence[str | Image.Image | np.ndarray], id: int = 0, seconds: float = 0.5
-) -> Sample:
-    """A Sample of texts, pictures and videos (uint8 [F, H, W, 3], frames `seconds` apart), loss on every text token."""
+def sample(media: Any, parts: Sequence[Any], id: int = 0, seconds: float = 0.5) -> Sample:
+    """A Sample of texts, pictures, videos (uint8 [F, H, W, 3], frames `seconds` apart), sounds (float32 [n]) and
+    videos with sound (a pair of both), loss on every text token."""
     ids: list[int] = []
     trained: list[bool] = []
     spans: list[Span] = []
@@ -617,8 +736,9 @@ def sample(
         else:
             span = media.span(shape_of(part, seconds))
             for stream, (rows, size) in media.features(span.shape, part).items():
-                assert tuple(size[0].tolist()) == tuple(span.parts[0].size)
-                assert rows.shape[0] == math.prod(span.parts[0].size)
+                (own,) = (part.size for part in span.parts if part.stream == stream)
+                assert tuple(size[0].tolist()) == tuple(own)
+                assert rows.shape[0] == math.prod(own)
                 features.setdefault(stream, []).append(rows)
             new = list(span.ids)
             trained += [False] * len(new)
@@ -647,7 +767,11 @@ def sample(
 
 
 def shape_of(part, seconds: float = 0.5) -> MediaShape:
-    """What a header says of a PIL image or of frames uint8 [F, H, W, 3] that are `seconds` apart."""
+    """What a header says of a part of `sample`."""
+    if isinstance(part, tuple):
+        return replace(shape_of(part[0], seconds), samples=len(part[1]))
+    if isinstance(part, np.ndarray) and part.ndim == 1:
+        return MediaShape("audio", samples=len(part))
     if isinstance(part, np.ndarray):
         frames = len(part)
         times = tuple(seconds * i for i in range(frames))

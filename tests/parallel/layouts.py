@@ -70,17 +70,23 @@ class Result:
 
 
 def batches(family: Family) -> list[Batch]:
-    """A global batch: packs of several samples with pictures, a video if the model reads any, and one of
-    text only."""
-    media: Any = family.media_processor(Data())
-    video = tiny.clip(4, seed=4) if "video" in media.reads else tiny.picture(24, 24, 4)
+    """A global batch: packs of several samples with pictures, a video and sound if the model reads any, and one
+    of text only."""
+    media: Any = family.media_processor(Data.model_validate(tiny.DATA.get(family.card.name, {})))
+    video: Any = tiny.clip(4, seed=4) if "video" in media.reads else tiny.picture(24, 24, 4)
+    heard = [] if "audio" not in media.reads else [tiny.sound(0.31, 1)]
+    if heard:
+        video = video, tiny.sound(0.77, 2)
     packs: list[list[list[Any]]] = [
-        [["What is in this picture?", tiny.picture(24, 16, 1), "It is a three."], ["Describe seven words"]],
+        [
+            ["What is in this picture?", tiny.picture(24, 16, 1), "It is a three."],
+            [*heard, "Describe seven words"],
+        ],
         [["The first", tiny.picture(16, 24, 2), tiny.picture(32, 16, 3), "second a nine."]],
         [["one two three four five"], ["How many red squares are there?"]],
         [
             ["Describe the video.", video, "A bar that moves."],
-            [tiny.picture(16, 16, 5), "yes no"],
+            [tiny.picture(16, 16, 5), *heard, "yes no"],
         ],
     ]
     return [

@@ -31,7 +31,9 @@ BOUNDS = {"float64": BOUND, "float32": 1e-5}
 
 VISION = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.")
 SPARSE = ("qwen3-vl-moe", "internvl-moe")
-FIRST_STAGE = (*VISION, "model.language_model.embed_tokens.")
+HEARS = (tiny.OMNI,)
+AUDIO = ("model.audio_tower.",)
+FIRST_STAGE = (*VISION, *AUDIO, "model.language_model.embed_tokens.")
 VISION_CUT = {"vision": [3, 1], "language": [0, 3]}
 VIRTUAL_CUT = {
     "pp_schedule": "Interleaved1F1B",
@@ -87,6 +89,7 @@ MATRIX = [
     ),
     Layout("frozen vision tower, FSDP2 x 2", 2, frozen=VISION),
     Layout("frozen vision tower, TP 2 + SP", 2, {"tp": 2}, frozen=VISION),
+    Layout("frozen audio tower, FSDP2 x 2", 2, frozen=AUDIO, only=HEARS),
     Layout("LoRA, FSDP2 x 2", 2, lora=True),
     Layout("LoRA, TP 2", 2, {"tp": 2, "sp": False}, lora=True),
     Layout("LoRA, FSDP2 x 2, TP 2 + SP, full recompute", 4, {"tp": 2, "recompute": "full"}, lora=True),
@@ -134,6 +137,12 @@ MATRIX = [
     ),
     Layout("PP 2, the head alone at the end", 2, {"pp": 2, "pp_layers": {"language": [3, 0]}}),
     Layout("PP 2, vision tower 3 + 1", 2, {"pp": 2, "pp_layers": VISION_CUT}),
+    Layout(
+        "PP 2, TP 2 + SP, audio tower 1 + 3",
+        4,
+        {"pp": 2, "tp": 2, "pp_layers": {"audio": [1, 3], "language": [0, 3]}},
+        only=HEARS,
+    ),
     Layout("PP 2 x 2 virtual, vision tower over three stages", 2, {"pp": 2, **VIRTUAL_CUT}),
     Layout("PP 2, full recompute", 2, {"pp": 2, "recompute": "full"}),
     Layout(
@@ -309,7 +318,7 @@ class Table:
         ]
 
 
-LANGUAGE = Table((), (*tiny.NAMES, *tiny.INTERNVL[:3], "llava"), MATRIX)
+LANGUAGE = Table((), (*tiny.NAMES, *tiny.INTERNVL[:3], "llava", tiny.OMNI), MATRIX)
 """InternVL with a Qwen2 model, with a Qwen3 MoE, and with a tower as InternViT-6B's."""
 DENOISERS = Table(
     (

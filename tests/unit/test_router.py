@@ -95,7 +95,7 @@ def test_named_models(query, name, size):
 
 @pytest.mark.parametrize(
     "query, first",
-    [("qwen2.5-omni", "qwen2.5-omni"), ("Qwen3 TTS", "qwen3-tts"), ("train step-video", "step-video")],
+    [("qwen3-omni", "qwen3-omni"), ("Qwen3 TTS", "qwen3-tts"), ("train step-video", "step-video")],
 )  # fmt: skip
 def test_models_still_to_come_are_named_as_such(query, first):
     answer = ask(query)
@@ -173,6 +173,9 @@ def test_nonsense_is_not_guessed():
         ("reinforcement learning for a vision model on math problems", "understanding", "grpo", "qwen3-vl"),
         ("align a VLM with human preference pairs", "understanding", "dpo", "qwen3-vl"),
         ("fine-tune InternVL3 on my documents", "understanding", "sft", "internvl"),
+        ("a model that sees and hears and answers", "omni", "sft", "qwen2.5-omni"),
+        ("speech + vision + text", "omni", "sft", "qwen2.5-omni"),
+        ("LoRA on qwen2.5 omni 3b", "omni", "lora", "qwen2.5-omni"),
         ("让照片动起来", "generation", "sft", "wan2.2"),
         ("我想微调一个看图问答模型", "understanding", "sft", "qwen3-vl"),
     ],

@@ -258,9 +258,9 @@ class QwenVL(VisionLanguage):
         vision = self.config.vision_config
         return (vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,)
 
-    def tower_state(self, stream: MediaStream, rows: int) -> tuple[int, ...]:
+    def tower_state(self, stream: MediaStream, sizes: Tensor) -> tuple[int, ...]:
         vision = self.config.vision_config
-        return rows, getattr(vision, "embed_dim", None) or vision.hidden_size
+        return int(sizes.prod(dim=1).sum()), getattr(vision, "embed_dim", None) or vision.hidden_size
 
     def check(self) -> None:
         """Raise PolymodalError for a config that cannot be run."""

@@ -36,8 +36,9 @@ class QwenVLMedia(TokenMedia):
     the checkpoint's pixel limits. Raises PolymodalError.
     """
 
-    streams = (VISION,)
+    streams: tuple[MediaStream, ...] = (VISION,)
     rows = 4
+    start, end, pads = START, END, PADS
     reads = {kind: START + pad + END for kind, pad in PADS.items()}
 
     counts_frames = False  # pixel limits of a video are of all its frames
@@ -50,7 +51,7 @@ class QwenVLMedia(TokenMedia):
             "image": self.load("AutoImageProcessor", "image processor"),
             "video": self.load("AutoVideoProcessor", "video processor"),
         }
-        self.ids = {text: self.token_id(text) for text in (START, END, *PADS.values())}
+        self.ids = {text: self.token_id(text) for text in (self.start, self.end, *self.pads.values())}
         asked = {"image": data.image, "video": data.video}
         self.limits = {kind: (one.min_pixels, one.max_pixels) for kind, one in asked.items()}
         for kind, limits in self.limits.items():
@@ -111,8 +112,8 @@ class QwenVLMedia(TokenMedia):
         kind = shape.kind
         grid = self.grid(kind, shape.height, shape.width, shape.frames)
         tokens = grid[0] * grid[1] * grid[2] // self.processors[kind].merge_size ** 2
-        ids = [self.ids[START], *[self.ids[PADS[kind]]] * tokens, self.ids[END]]
-        return Span(ids, (_part(grid),), shape)
+        ids = [self.ids[self.start], *[self.ids[self.pads[kind]]] * tokens, self.ids[self.end]]
+        return Span(ids, (vision_part(grid),), shape)
 
     def features(self, shape: MediaShape, decoded: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """PIL image, or video frames uint8 [F, H, W, 3] -> patches [P, D] float32, grid [1, 3] int64."""
@@ -188,7 +189,7 @@ class Qwen3VLMedia(QwenVLMedia):
         for time in self.times(shape.frames, shape.seconds):
             ids += encoded(self.tokenizer, f"<{time:.1f} seconds>")
             ids += [self.ids[START], *pads, self.ids[END]]
-        return Span([*ids, self.ids[END]], (_part(grid),), shape)
+        return Span([*ids, self.ids[END]], (vision_part(grid),), shape)
 
     def times(self, frames: int, seconds: Sequence[float] = ()) -> list[float]:
         """Time of each temporal patch in seconds; without `seconds` the frames are data.video.fps apart."""
@@ -200,5 +201,5 @@ class Qwen3VLMedia(QwenVLMedia):
         return [(known[i] + known[i + temporal - 1]) / 2 for i in range(0, len(known), temporal)]
 
 
-def _part(grid: tuple[int, int, int]) -> MediaPart:
+def vision_part(grid: tuple[int, int, int]) -> MediaPart:
     return MediaPart(VISION.name, grid, (grid[1] * grid[2],) * grid[0])

@@ -48,8 +48,8 @@ class TileVision(VisionLanguage):
         """Features of a tile."""
         raise NotImplementedError
 
-    def tower_state(self, stream: MediaStream, rows: int) -> tuple[int, ...]:
-        return rows, 1 + self.patches, self.config.vision_config.hidden_size
+    def tower_state(self, stream: MediaStream, sizes: Tensor) -> tuple[int, ...]:
+        return int(sizes.sum()), 1 + self.patches, self.config.vision_config.hidden_size
 
     def row_shape(self, stream: MediaStream) -> tuple[int, ...]:
         return (self.config.vision_config.num_channels, *self.tile_size)

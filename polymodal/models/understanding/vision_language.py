@@ -76,8 +76,8 @@ class VisionLanguage(Family):
         host -> features [media tokens, D] in reading order."""
         raise NotImplementedError
 
-    def tower_state(self, stream: MediaStream, rows: int) -> tuple[int, ...]:
-        """Shape of what a block of the tower passes to the next, for so many rows of the stream's tensor."""
+    def tower_state(self, stream: MediaStream, sizes: Tensor) -> tuple[int, ...]:
+        """Shape of what a block of the tower passes to the next, for media of sizes [M, k]."""
         raise NotImplementedError
 
     def row_shape(self, stream: MediaStream) -> tuple[int, ...]:
@@ -360,8 +360,7 @@ class VisionLanguage(Family):
                 sizes = torch.tensor([self.medium(stream, 0)])
             if before[stream.name] < self.depths[stream.name]:
                 if before[stream.name]:
-                    rows = int(sizes.prod(dim=1).sum())
-                    shapes = {f"{stream.name}.state": self.tower_state(stream, rows), **shapes}
+                    shapes = {f"{stream.name}.state": self.tower_state(stream, sizes), **shapes}
                 return shapes
             shapes[f"{stream.name}.features"] = (self.feature_count(stream, sizes), self.text.hidden_size)
         return {partial.HIDDEN: (1, batch["input_ids"].shape[1], self.text.hidden_size)}

@@ -38,8 +38,8 @@ OBJECTIVE = ("term", "parts", "aux_weight", "weights", "prepare", "loss", "valid
 class Feed:
     """A planned section of data. loader(dp_rank=, dp_size=, start=, stop_after=, workers=None, first=True)
 
-    first: whether the first pipeline stage is here, which alone decodes pictures (all stages need those that
-    diffusion targets are made of).
+    first: whether a pipeline stage is here that reads media (ParallelModel.first), which alone decodes them
+    (all stages need those that diffusion targets are made of).
     """
 
     schedule: Schedule
