@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.models import tiny
 from tests.parallel.layouts import Layout
 from tests.parallel.parity import BOUND, MATRIX, VIRTUAL_CUT, VISION, VISION_CUT, parity, read, row, table
 
@@ -56,6 +57,10 @@ QUICK = {
         Layout("TP 2", 2, {"tp": 2, "sp": False}),
         Layout("LoRA, TP 2 + SP", 2, {"tp": 2}, lora=True),
         Layout("TP 2 + SP, selective recompute", 2, {"tp": 2, "recompute": "selective"}),
+    ],
+    tiny.OMNI: [
+        Layout("TP 2 + SP", 2, {"tp": 2}),
+        Layout("PP 2, audio tower 1 + 3", 2, {"pp": 2, "pp_layers": {"audio": [1, 3], "language": [0, 3]}}),
     ],
 }
 

@@ -19,7 +19,7 @@ from tests.models import tiny, tiny_pipelines
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("qwen3-vl", "flux")
-ALL = (*tiny.NAMES, *tiny.INTERNVL, "whisper", *tiny_pipelines.MAKERS)
+ALL = (*tiny.NAMES, *tiny.INTERNVL, tiny.OMNI, "whisper", *tiny_pipelines.MAKERS)
 
 OF_DIFFUSERS = "transformers/transformer_"
 """Where lines that wait or copy are not ours but of diffusers' forwards."""
