@@ -206,7 +206,7 @@ def outputs(model: nn.Module, origin: Path | None, dtype: torch.dtype | None) ->
                 missing[key] = missing.get(key, prod(shape)) - prod(piece.size)
                 if missing[key] == 0:
                     made.append(out)
-    if origin is not None and reader.beside:
+    if origin is not None and reader.beside and any(origin.glob("*.safetensors")):
         files = Files(origin)
         for key in (key for key in files.shapes if key.startswith(reader.beside)):
             made.append(Output(key, files.shapes[key], dtype_of(files.dtypes[key])))

@@ -70,7 +70,11 @@ def _equal(name: str, layouts: list[Layout], steps: int, **overrides: Any) -> No
         assert max(result.loss, result.gradients, result.norm, result.weights) < BOUND, result
 
 
-@pytest.mark.parametrize("name", QUICK)
+LATER = (tiny.OMNI,)
+"""Models whose layouts are measured with the slow tests alone."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LATER)) for n in QUICK])
 def test_a_layout_is_the_single_process(name: str):
     _equal(name, QUICK[name], steps=1)
 
