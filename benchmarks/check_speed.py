@@ -26,10 +26,9 @@ WANTED = 5000
 def write_rows(directory: Path, samples: int) -> Path:
     """train.jsonl of so many conversations; three quarters JPEG, one quarter PNG, of 50 sizes."""
     from PIL import Image
-    from sklearn.datasets import load_sample_images
 
     draw, text = random.Random(0), ground.words()
-    scenes = [Image.fromarray(image) for image in load_sample_images().images]
+    scenes = [Image.fromarray(image) for image in ground.photographs()]
     files = []
     for n in range(200):
         width, height = draw.randrange(160, 640), draw.randrange(120, 427)

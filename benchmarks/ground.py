@@ -82,13 +82,26 @@ def write_checkpoint(directory: Path) -> Path:
     return directory
 
 
+def photographs() -> list[Any]:
+    """uint8 [427, 640, 3]: scikit-learn's two, or smooth noise where it is not installed."""
+    try:
+        from sklearn.datasets import load_sample_images
+    except ImportError:
+        import numpy as np
+        from PIL import Image
+
+        draw = np.random.default_rng(0)
+        small = (Image.fromarray(draw.integers(0, 256, (27, 40, 3), dtype=np.uint8)) for _ in range(2))
+        return [np.asarray(each.resize((640, 427), Image.Resampling.BICUBIC)) for each in small]
+    return list(load_sample_images().images)
+
+
 def write_data(directory: Path, rows: int, pictures: Sequence[int] = PICTURES, seed: int = 0) -> Path:
     """train.json in the MLLM JSON format, and its pictures: JPEG crops of scikit-learn's two photographs."""
     from PIL import Image
-    from sklearn.datasets import load_sample_images
 
     draw, text = random.Random(seed), words()
-    scenes = [Image.fromarray(image) for image in load_sample_images().images]
+    scenes = [Image.fromarray(image) for image in photographs()]
     (directory / "images").mkdir(parents=True, exist_ok=True)
     data = []
     for i in range(rows):

@@ -29,12 +29,15 @@ CPU = torch.device("cpu")
 class Job:
     """The caller sets up the process group. measure: of a micro-batch, for parallel.pp_layers = auto."""
 
-    def __init__(self, recipe: Recipe, family: Family, mesh: Mesh, measure: SampleLengths):
+    def __init__(
+        self, recipe: Recipe, family: Family, mesh: Mesh, measure: SampleLengths, device: torch.device = CPU
+    ):
+        self.device = device
         self.recipe, self.family = recipe, family
         self.layout = layout_of(recipe, family)
         self.objective = self.layout.objective
         make = partial(meta_model, family, recipe)
-        self.model = ParallelModel(make, family, mesh, recipe, CPU, measure)
+        self.model = ParallelModel(make, family, mesh, recipe, device, measure)
         self.shard_batches = self.layout.batch_sharding(mesh)
         self.encoder_parameters = self.layout.resident_encoders(mesh.fsdp_size)
         self.encoders: Tensor | None = None
@@ -45,9 +48,9 @@ class Job:
 
         def load(model: nn.Module) -> None:
             if seed is not None:
-                weights.initialise(model, self.family, seed, "cpu")
+                weights.initialise(model, self.family, seed, self.device)
                 return
-            weights.materialise(model, "cpu")
+            weights.materialise(model, self.device)
             weights.rebuild_buffers(model, persistent=True)
 
         self.model.load_all(load)
@@ -56,7 +59,9 @@ class Job:
         self.optimizer = optim.build(self.trainable, self.recipe, self.family.card)
         self.optimizer.state(create=True)
         if self.encoder_parameters:
-            self.encoders = torch.empty(self.encoder_parameters, dtype=self.layout.dtype)
+            self.encoders = torch.empty(
+                self.encoder_parameters, dtype=self.layout.dtype, device=self.device
+            )
         decay = self.recipe.train.ema
         self.average = optim.MovingAverage(self.trainable, decay) if decay else None
 

@@ -225,6 +225,8 @@ module.get_device_name = lambda device=None: "Ascend910B2"
 module.memory_allocated = lambda device=None: state["now"]
 module.max_memory_allocated = lambda device=None: state["peak"]
 module.mem_get_info = lambda device=None: ((64 << 30) - state["now"], 64 << 30)
+module.empty_cache = lambda: None
+module.reset_peak_memory_stats = lambda device=None: state.update(peak=state["now"])
 module.manual_seed_all = manual_seed_all
 module.get_rng_state = lambda device=None: generators[index(device)].get_state()
 module.set_rng_state = lambda new, device=None: generators[index(device)].set_state(new)
