@@ -50,7 +50,11 @@ ERRORS = {"float32": (1e-4, 1e-4), "bfloat16": (1e-2, 2e-2), "float16": (2e-3, 5
 """Largest errors of attention's output and of its gradients, against float64 on the same inputs."""
 LOSS, GRADIENT = 1e-5, 1e-4
 """Largest relative error of a loss, and of a gradient over the largest gradient, in float32."""
-NAMES = {"packed": ("qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe"), "uniform": ("flux", "wan"), "padded": ("whisper",)}
+NAMES = {
+    "packed": ("qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe"),
+    "uniform": ("flux", "wan"),
+    "padded": ("whisper",),
+}
 Row = dict[str, Any]
 
 
@@ -83,10 +87,7 @@ def info() -> Any:
 
 def finish() -> None:
     """Wait until the device has done what it was given."""
-    import torch
-
-    if info().kind != "cpu":
-        getattr(torch, info().kind).synchronize()
+    device().synchronize(info().kind)
 
 
 def clock() -> float:
@@ -154,7 +155,7 @@ def check_device(tiny: bool) -> Iterator[Row]:
         said = f"{total_memory() / 2**30:.1f} GiB"
         if entry:
             said += f", the table has {entry.memory / 2**30:.0f}"
-        close = entry is not None and abs(total_memory() / entry.memory - 1) < 0.1
+        close = None if entry is None else abs(total_memory() / entry.memory - 1) < 0.1
         yield row("memory", said, close, bytes=total_memory())
 
 
@@ -326,13 +327,21 @@ def check_layouts(tiny: bool) -> Iterator[Row]:
             def against(found: Any) -> tuple[float, float]:
                 """Relative error of the loss, and the worst gradient's over the largest gradient."""
                 assert found.gradients.keys() == expected.gradients.keys()
-                worst = max(float((found.gradients[n].float().cpu() - g).norm()) for n, g in expected.gradients.items())
+                worst = max(
+                    float((found.gradients[n].float().cpu() - g).norm())
+                    for n, g in expected.gradients.items()
+                )
                 return abs(found.loss / expected.loss - 1), worst / largest
 
             def single() -> Row:
                 loss, gradient = against(run(torch.float32, str(info().torch)))
                 said = f"loss {loss:.1e}, gradients {gradient:.1e}"
-                return row(f"{kind}: {name}, float32", said, loss <= LOSS and gradient <= GRADIENT, errors=[loss, gradient])
+                return row(
+                    f"{kind}: {name}, float32",
+                    said,
+                    loss <= LOSS and gradient <= GRADIENT,
+                    errors=[loss, gradient],
+                )
 
             def half() -> Row:
                 """bf16 rounds everywhere: twice the CPU's own distance from float32 is allowed. Where that is large
@@ -366,7 +375,10 @@ def check_training(tiny: bool) -> Iterator[Row]:
             for name in names:
                 models.picture(24, 16, seed=n).save(root / name)
             said = "<image>" * len(names) + "How many are there? " + "one two " * n
-            turns = [{"role": "user", "content": said}, {"role": "assistant", "content": f"It is a three. {n}"}]
+            turns = [
+                {"role": "user", "content": said},
+                {"role": "assistant", "content": f"It is a three. {n}"},
+            ]
             made.append({"messages": turns, "images": names})
         (root / "train.json").write_text(json.dumps(made))
 
@@ -387,7 +399,12 @@ def check_training(tiny: bool) -> Iterator[Row]:
             assert len(expected) == len(found) == 4, (expected, found)
             worst = max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
             said = f"{found[0]:.4f} to {found[-1]:.4f}; off by {worst:.1e}"
-            return row("saved and resumed", said, worst <= GRADIENT and found[-1] < found[0], losses=[found, expected])
+            return row(
+                "saved and resumed",
+                said,
+                worst <= GRADIENT and found[-1] < found[0],
+                losses=[found, expected],
+            )
 
         yield attempt("saved and resumed", both)
 
@@ -415,7 +432,9 @@ def vlm_config(directory: Path, share: float, tiny: bool) -> str:
     return str(path)
 
 
-def pipeline_config(directory: Path, name: str, denoiser: Any, vae: Any, text: dict[str, Any], text2: Any = None) -> str:
+def pipeline_config(
+    directory: Path, name: str, denoiser: Any, vae: Any, text: dict[str, Any], text2: Any = None
+) -> str:
     """The configs of a pipeline in diffusers' layout, without weights."""
     from diffusers import FlowMatchEulerDiscreteScheduler
     from transformers import T5Config, UMT5Config
@@ -427,7 +446,11 @@ def pipeline_config(directory: Path, name: str, denoiser: Any, vae: Any, text: d
     encoder(**text).save_pretrained(directory / ("text_encoder" if text2 is None else "text_encoder_2"))
     if text2 is not None:
         text2.save_pretrained(directory / "text_encoder")
-    index = {"_class_name": name, "transformer": ["diffusers", type(denoiser).__name__], "vae": ["diffusers", type(vae).__name__]}
+    index = {
+        "_class_name": name,
+        "transformer": ["diffusers", type(denoiser).__name__],
+        "vae": ["diffusers", type(vae).__name__],
+    }
     (directory / "model_index.json").write_text(json.dumps(index))
     return str(directory)
 
@@ -436,12 +459,27 @@ def wan_config(directory: Path, share: float, tiny: bool) -> str:
     import torch
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-    sizes = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": max(1, round(30 * share)), "text_dim": 4096}
+    sizes = {
+        "num_attention_heads": 12,
+        "ffn_dim": 8960,
+        "num_layers": max(1, round(30 * share)),
+        "text_dim": 4096,
+    }
     if tiny:
-        sizes = {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 128, "num_layers": 2, "text_dim": 32}
+        sizes = {
+            "num_attention_heads": 2,
+            "attention_head_dim": 32,
+            "ffn_dim": 128,
+            "num_layers": 2,
+            "text_dim": 32,
+        }
     with torch.device("meta"):
         return pipeline_config(
-            directory, "WanPipeline", WanTransformer3DModel(**sizes), AutoencoderKLWan(), {"d_model": sizes["text_dim"]}
+            directory,
+            "WanPipeline",
+            WanTransformer3DModel(**sizes),
+            AutoencoderKLWan(),
+            {"d_model": sizes["text_dim"]},
         )
 
 
@@ -461,14 +499,25 @@ def flux_config(directory: Path, share: float, tiny: bool) -> str:
             block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159,
         )  # fmt: skip
-        clip = CLIPTextConfig(hidden_size=made.config.pooled_projection_dim, projection_dim=made.config.pooled_projection_dim)
-        return pipeline_config(directory, "FluxPipeline", made, vae, {"d_model": made.config.joint_attention_dim}, clip)
+        clip = CLIPTextConfig(
+            hidden_size=made.config.pooled_projection_dim, projection_dim=made.config.pooled_projection_dim
+        )
+        return pipeline_config(
+            directory, "FluxPipeline", made, vae, {"d_model": made.config.joint_attention_dim}, clip
+        )
 
 
 class Shape:
     """A published size of a model, with as many of its layers as fit, and what a step of it is counted in."""
 
-    def __init__(self, name: str, unit: str, config: Callable[[Path, float, bool], str], data: dict[str, Any], tiny: bool):
+    def __init__(
+        self,
+        name: str,
+        unit: str,
+        config: Callable[[Path, float, bool], str],
+        data: dict[str, Any],
+        tiny: bool,
+    ):
         self.name, self.unit, self.config, self.data, self.tiny = name, unit, config, data, tiny
         self.place = tempfile.TemporaryDirectory()
         usable = 0.9 * total_memory()
@@ -497,7 +546,11 @@ class Shape:
         layout = layout_of(recipe, family)
         counted = shape.shape_of(family, meta_model(family, recipe))
         sizes = ParallelSizes.of(recipe.parallel, 1)
-        return estimate.Formula(counted, recipe, sizes, layout.workload(0.25, 1024), layout.packs).memory().memory
+        return (
+            estimate.Formula(counted, recipe, sizes, layout.workload(0.25, 1024), layout.packs)
+            .memory()
+            .memory
+        )
 
     def planned(self, recipe: Any) -> int | None:
         """Peak bytes of `polymodal plan`."""
@@ -615,7 +668,13 @@ def against_plan(shape: Shape, first: Row) -> Row:
     if info().kind == "cpu":
         return row("plan's peak", f"{said} (the CPU's is not comparable)", None, planned_bytes=planned)
     ratio = first["peak_bytes"] / planned
-    return row("plan's peak", f"{said}, measured {ratio:.2f} of it", 0.85 <= ratio <= 1.15, planned_bytes=planned, ratio=ratio)
+    return row(
+        "plan's peak",
+        f"{said}, measured {ratio:.2f} of it",
+        0.85 <= ratio <= 1.15,
+        planned_bytes=planned,
+        ratio=ratio,
+    )
 
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -665,7 +724,9 @@ def packing(shape: Shape) -> Row:
         packed = measured(job, lambda: [pack(drawn)], 3)["seconds"]
         single = measured(job, lambda: [pack([sample]) for sample in drawn], 2)["seconds"]
     said = f"{tokens / packed:.4g} tokens/s, one sample a forward {tokens / single:.4g}"
-    return row("packing, recompute full", said, None, ratio=single / packed, samples=len(drawn), rate=tokens / packed)
+    return row(
+        "packing, recompute full", said, None, ratio=single / packed, samples=len(drawn), rate=tokens / packed
+    )
 
 
 def wan_shape(tiny: bool) -> Shape:
@@ -711,7 +772,13 @@ def trainer_peer(tiny: bool) -> Row:
     timed step. Sixteen samples of unlike lengths a step at most.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText, Trainer, TrainerCallback, TrainingArguments
+    from transformers import (
+        AutoConfig,
+        AutoModelForImageTextToText,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
     from polymodal.core.sample import pack
     from polymodal.runtime.process_group import runtime
@@ -734,7 +801,9 @@ def trainer_peer(tiny: bool) -> Row:
 
         def padded(name: str, value: int = 0) -> Any:
             parts = [sample.tensors[name] for sample in items]
-            return torch.stack([torch.nn.functional.pad(t, (0, longest - t.shape[-1]), value=value) for t in parts])
+            return torch.stack(
+                [torch.nn.functional.pad(t, (0, longest - t.shape[-1]), value=value) for t in parts]
+            )
 
         media = {key: torch.cat([s.tensors[name] for s in items if name in s.tensors])
                  for key, name in (("pixel_values", rows.tensor), ("image_grid_thw", rows.sizes))}  # fmt: skip
@@ -750,16 +819,22 @@ def trainer_peer(tiny: bool) -> Row:
             marks.append(clock())
 
     with torch.device(info().torch):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(shape.source), dtype=torch.float32)
+        model = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(shape.source), dtype=torch.float32
+        )
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(
             out, per_device_train_batch_size=len(drawn), max_steps=4, bf16=True, gradient_checkpointing=True, optim="adamw_torch_fused",
             report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1000, remove_unused_columns=False, use_cpu=info().kind == "cpu",
         )  # fmt: skip
-        Trainer(model=model, args=arguments, train_dataset=drawn * 4, data_collator=collate, callbacks=[Watch()]).train()
+        Trainer(
+            model=model, args=arguments, train_dataset=drawn * 4, data_collator=collate, callbacks=[Watch()]
+        ).train()
     theirs = min(b - a for a, b in itertools.pairwise(marks))
     said = f"ours {tokens / ours:.4g} tokens/s, theirs {tokens / theirs:.4g}: {theirs / ours:.2f} x"
-    return row("transformers' Trainer", said, None, ratio=theirs / ours, ours=tokens / ours, theirs=tokens / theirs)
+    return row(
+        "transformers' Trainer", said, None, ratio=theirs / ours, ours=tokens / ours, theirs=tokens / theirs
+    )
 
 
 def diffusers_peer(tiny: bool) -> Row:
@@ -782,7 +857,9 @@ def diffusers_peer(tiny: bool) -> Row:
     device().empty_cache(info().kind)
     accelerator = Accelerator(cpu=info().kind == "cpu", mixed_precision="bf16")
     with torch.device(info().torch):
-        model = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(shape.source, subfolder="transformer"))
+        model = WanTransformer3DModel.from_config(
+            WanTransformer3DModel.load_config(shape.source, subfolder="transformer")
+        )
     model.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -858,10 +935,14 @@ def show(part: str, found: Row) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="*", choices=list(PARTS), help="parts to run")
     parser.add_argument("--peers", action="store_true", help="with other trainers, in the same run")
-    parser.add_argument("--minutes", type=float, default=10.0, help="parts that would begin later are left out")
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="parts that would begin later are left out"
+    )
     parser.add_argument("--tiny", action="store_true", help="small sizes; the default on the CPU")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
@@ -878,7 +959,9 @@ def main() -> int:
     for part in chosen:
         left = 60 * args.minutes - (time.monotonic() - began)
         limit = min(left, LIMITS.get(part, 90))
-        found = child(part, tiny, limit) if left > 10 else iter([row(part, "not run: no time is left", False)])
+        found = (
+            child(part, tiny, limit) if left > 10 else iter([row(part, "not run: no time is left", False)])
+        )
         for each in found:
             show(part, each)
             rows.append({"part": part, **each})

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from polymodal.core.errors import PolymodalError
 
@@ -53,6 +54,23 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     if tensor.device.type == "cpu" and torch.device(device).type not in ("cpu", "meta"):
         tensor = tensor if tensor.is_pinned() else tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy on the host, laid out alike; page-locked, and not waited for, when it comes from an accelerator."""
+    pinned = tensor.device.type != "cpu"
+    host = torch.empty_like(tensor, device="cpu", pin_memory=pinned)  # of the same strides
+    return host.copy_(tensor.detach(), non_blocking=True)
+
+
+def with_local(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """`change` of a tensor, or of a DTensor's part of this rank, on whatever device it then is.
+
+    Not DTensor.from_local, which moves parts that were offloaded to the mesh's device.
+    """
+    if not isinstance(tensor, DTensor):
+        return change(tensor)
+    return DTensor(change(tensor.to_local()), tensor._spec, requires_grad=False)
 
 
 class LazyTensors(Mapping[str, Tensor]):

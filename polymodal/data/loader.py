@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from polymodal.data.permute import key_of
 from polymodal.data.schedule import GlobalBatch, Position, Schedule
 from polymodal.data.workers import Pool
 from polymodal.recipe import Data
+from polymodal.runtime import host
 
 log = logging.getLogger("polymodal.data")
 _UNIT_BYTES = 6144
@@ -198,6 +200,15 @@ LOOK_SECONDS = 30.0
 """Between two looks whether the data's files are as they were."""
 
 
+def budget(chosen: int | None) -> int:
+    """Bytes of prepared samples: of data.memory_budget in MiB, or what the machine has left for this rank."""
+    if chosen is not None:
+        return chosen << 20
+    space, ranks = host.memory(), max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    share = space.free // 8 // ranks if space is not None else 0
+    return min(max(share, 1 << 30), 8 << 30)
+
+
 class Loader:
     """Iterates over RankStep for one data-parallel rank, in the plan's order, prepared ahead. Also a context
     manager.
@@ -231,7 +242,7 @@ class Loader:
         self.rank = dp_rank, dp_size
         self.rows = rows
         self.prefetch = data.prefetch
-        self.budget = data.memory_budget << 20
+        self.budget = budget(data.memory_budget)
         self._plans = islice(schedule.batches(start), stop_after)
         self._steps: deque[_Step] = deque()  # planned and not returned yet
         self._warned: set[int | str] = set()  # samples; -1: of the memory budget; files that changed
@@ -346,7 +357,7 @@ class Loader:
         if stats.bytes > self.budget and -1 not in self._warned:
             self._warned.add(-1)
             message = (
-                "One step of this rank takes %d MiB, more than data.memory_budget = %d; nothing is prepared "
+                "One step of this rank takes %d MiB, more than data.memory_budget (%d); nothing is prepared "
                 "beyond it."
             )
             log.warning(message, stats.bytes >> 20, self.budget >> 20)

@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from polymodal import __version__
 from polymodal.core.errors import PolymodalError
-from polymodal.core.tensors import LazyTensors
+from polymodal.core.tensors import LazyTensors, with_local
 from polymodal.core.terminal import say
 from polymodal.distributed.dcp_reader import INDEX, Reader
 from polymodal.distributed.dcp_writer import StoredFile
@@ -290,24 +290,8 @@ def _check_strided(tensors: dict[str, Tensor]) -> None:
 
 def _staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors that training may change while they are written: CPU tensors are cloned here, others by DCP."""
-    out = {}
-    for name, value in tensors.items():
-        value = value.detach()
-        if value.device.type != "cpu":
-            out[name] = value
-        elif isinstance(value, DTensor):
-            copy = value.to_local().clone()
-            out[name] = DTensor.from_local(
-                copy,
-                value.device_mesh,
-                value.placements,
-                run_check=False,
-                shape=value.shape,
-                stride=value.stride(),
-            )
-        else:
-            out[name] = value.clone()
-    return out
+    whole = {name: value.detach() for name, value in tensors.items()}
+    return {n: with_local(v, Tensor.clone) if v.device.type == "cpu" else v for n, v in whole.items()}
 
 
 class Writer:
@@ -361,7 +345,8 @@ class Writer:
                 json.dumps(now | {"files": {k: asdict(f) for k, f in files.items()}})
             )
 
-        writer: Any = {"storage_writer": FileWriter(temporary, finish), "process_group": self.group}
+        on_host = self.asynchronous or all(value.device.type == "cpu" for value in tensors.values())
+        writer: Any = {"storage_writer": FileWriter(temporary, finish, on_host), "process_group": self.group}
         writer |= {"no_dist": self.group is None}
         try:
             if self.asynchronous:

@@ -49,10 +49,14 @@ class _Sums(_StorageWriterTransforms):
 
 
 class Writer(dcp.FileSystemWriter):
-    """finish(files): called on the rank that writes the index, once all files are there."""
+    """finish(files): called on the rank that writes the index, once all files are there.
 
-    def __init__(self, path: Path, finished: Callable[[dict[str, StoredFile]], None]):
-        super().__init__(path)
+    on_host: all tensors are on the host already. torch's writer then touches no stream of an accelerator, which
+    in a background thread would be one of device 0, with a context there of every rank.
+    """
+
+    def __init__(self, path: Path, finished: Callable[[dict[str, StoredFile]], None], on_host: bool):
+        super().__init__(path, **({"per_thread_copy_ahead": 0} if on_host else {}))
         self.transforms: _Sums = _Sums()
         self.finished = finished
 

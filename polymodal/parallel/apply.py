@@ -24,6 +24,7 @@ from polymodal.parallel.batches import attention_heads, context_of
 from polymodal.parallel.pipeline_split import SCHEDULES, ScheduleTraits
 from polymodal.parallel.styles import on_first, pattern_of
 from polymodal.recipe import Parallel, Recipe
+from polymodal.runtime import device
 
 COMPUTE_DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "pure_bf16": torch.bfloat16}
 """Arithmetic of the forward and backward passes by train.precision; None: that of the parameters."""
@@ -191,9 +192,14 @@ def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.M
         context = context_of(mesh, getattr(model, "config", None), parallel)
         assert context is not None
         cut = dit_context_parallel.apply(model, card, context)
+    elif mesh.device_type != "cpu" and card.kind == "generation":
+        dit_context_parallel.use(model, card)
     if parallel.compile:
         import torch._dynamo
 
+        if not device.compiles(mesh.device_type):
+            cause = f"parallel.compile: torch's compiler makes no code for {mesh.device_type} here."
+            raise PolymodalError(cause, "Leave it out.")
         # Inside recompute: attention interrupts a block's graph, which torch allows under recompute from
         # outside only.
         for block in blocks.values():

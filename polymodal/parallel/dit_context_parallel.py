@@ -181,11 +181,45 @@ def attention(
         rows = rows or _parallel_config.rows(query.shape[1])
         return _cut_attention(query, key, value, attn_mask, scale, _parallel_config, rows)
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    if attn_mask is not None and q.device.type != "cpu" and attn_mask.shape == (len(q), 1, 1, k.shape[2]):
+        if attn_mask.dtype == torch.bool and not (is_causal or dropout_p):
+            return unpadded(q, k, v, attn_mask, scale).transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
     out = scaled_dot_product_attention(
         q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped
     )
     return out.transpose(1, 2)
+
+
+_keys: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Of masks that are alive, for each sample the keys that are seen: a number of first ones, or their places."""
+
+
+@torch.compiler.disable
+def unpadded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Attention [B, H, n, D] to the keys that a mask [B, 1, 1, N] leaves, which alone are handed on.
+
+    A mask rules flash attention out on CUDA, and NPUs make it [B, H, n, N]. The host waits once a mask.
+    """
+    known = _keys.get(mask)
+    if known is None:
+        known = []
+        for row in mask[:, 0, 0].cpu():
+            count = int(row.sum())
+            places = None if bool(row[:count].all()) else to_device(row.nonzero().flatten(), mask.device)
+            known.append(count if places is None else places)
+        _keys[mask] = known
+    grouped = query.shape[1] != key.shape[1]
+
+    def attend(at: slice, kept: Any) -> Tensor:
+        k, v = (
+            t[at, :, :kept] if isinstance(kept, int) else t[at].index_select(2, kept) for t in (key, value)
+        )
+        return scaled_dot_product_attention(query[at], k, v, scale=scale, enable_gqa=grouped)
+
+    if all(isinstance(each, int) for each in known) and len(set(known)) == 1:
+        return attend(slice(None), known[0])
+    return torch.cat([attend(slice(n, n + 1), kept) for n, kept in enumerate(known)])
 
 
 @torch.compiler.disable
@@ -284,6 +318,17 @@ def apply(model: nn.Module, card: ModelCard, context: Context) -> DiTContextPara
             with_kwargs=True,
         )
     return cut
+
+
+def use(model: nn.Module, card: ModelCard) -> None:
+    """Let the blocks' attention layers that use diffusers' dispatcher call `attention`, without any cut."""
+    backend = register()
+    blocks = [pattern_of(pattern) for pattern in card.blocks]
+    for name, block in model.named_modules():
+        if any(pattern.fullmatch(name) for pattern in blocks):
+            for processor in (getattr(module, "processor", None) for module in block.modules()):
+                if hasattr(processor, "_attention_backend"):
+                    processor._attention_backend = backend
 
 
 def remember_lengths(block: nn.Module, cut: DiTContextParallel) -> None:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from polymodal.core.tensors import to_host
 from polymodal.runtime import device
 
 OPERATORS: Mapping[str, tuple[str, ...]] = {
@@ -96,13 +97,6 @@ def offload_activations(blocks: Iterable[nn.Module]) -> None:
     """
     for block in blocks:
         block.forward = _offloaded(block, block.forward)
-
-
-def to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host, laid out alike, pinned when it comes from an accelerator."""
-    pinned = tensor.device.type != "cpu"
-    host = torch.empty_like(tensor, device="cpu", pin_memory=pinned)  # of the same strides
-    return host.copy_(tensor.detach(), non_blocking=True)
 
 
 def from_host(tensor: Tensor, to: torch.device) -> Tensor:

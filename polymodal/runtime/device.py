@@ -38,8 +38,10 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hc
 
 PEAK_FLOPS = {  # dense bf16 FLOP/s, from the makers' data sheets
     "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
-    "4090": 165e12, "B200": 2250e12, "910B": 320e12, "910C": 752e12,
+    "4090": 165e12, "B200": 2250e12, "910B2": 376e12, "910B3": 313e12, "910B4": 280e12, "910B": 320e12, "910_93": 376e12, "910C": 752e12,
 }  # fmt: skip
+"""The first key that a device's name holds. Of 910B's variants by public descriptions, others 320; devices named
+Ascend910_93xx are dies, two of which are a 910C."""
 
 
 def slurm_resource(kind: str, count: int) -> str:
@@ -228,6 +230,30 @@ def ascend_operators(kind: str) -> Any | None:
     return torch.ops.npu if kind == "npu" and _import_npu() else None
 
 
+def compiles(kind: str) -> bool:
+    """Whether torch's compiler (inductor) makes code for a kind of device; adapters bring their own part of it."""
+    from torch._inductor.codegen import common
+
+    common.init_backend_registration()
+    return common.get_scheduling_for_device(kind) is not None
+
+
+def profiler(kind: str) -> tuple[Any, list[Any]]:
+    """(profiler with torch.profiler.profile's arguments, activities to record) for a kind of device.
+
+    torch's own sees nothing of an NPU; torch_npu has one of its own.
+    """
+    import torch.profiler
+
+    if kind == "npu":
+        import torch_npu.profiler
+
+        activity = torch_npu.profiler.ProfilerActivity
+        return torch_npu.profiler.profile, [activity.CPU, activity.NPU]
+    every = torch.profiler.supported_activities()
+    return torch.profiler.profile, [torch.profiler.ProfilerActivity.CPU] if kind == "cpu" else list(every)
+
+
 def memory(info: DeviceInfo) -> dict[str, int]:
     """Bytes: allocated now and at peak. On CPU: this process's resident set."""
     if info.kind == "cpu":
@@ -235,6 +261,12 @@ def memory(info: DeviceInfo) -> dict[str, int]:
         return {"now": sizes.get("VmRSS", 0), "peak": sizes.get("VmHWM", 0)}
     module = _module(info.kind)
     return {"now": module.memory_allocated(), "peak": module.max_memory_allocated()}
+
+
+def synchronize(kind: str) -> None:
+    """Wait for what a kind of device was given to do."""
+    if kind != "cpu":
+        _module(kind).synchronize()
 
 
 def empty_cache(kind: str) -> None:

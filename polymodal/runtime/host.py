@@ -13,7 +13,9 @@ import re
 import resource
 import shutil
 import socket
+import struct
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,6 +203,37 @@ def memory() -> Space | None:
         if limit < total:
             total, free = limit, min(free, limit - used)
     return Space("memory", total, free)
+
+
+def interface_towards(address: str) -> str:
+    """The network interface that reaches an address, "" when that is not known. Nothing is sent.
+
+    A name that this machine gives itself on its loopback (127.0.1.1) counts as one elsewhere: others reach it
+    from there.
+    """
+
+    def source(target: str) -> str:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))
+            return str(probe.getsockname()[0])
+        return ""
+
+    own = source(address)
+    if own.startswith("127.") and not address.startswith("127.") and address != "localhost":
+        own = source("203.0.113.1") or own  # of no machine (RFC 5737): by the default route
+    return next((name for name, at in _interfaces() if at == own), "")
+
+
+def _interfaces() -> Iterator[tuple[str, str]]:
+    """(name, IPv4 address) of each interface that has one."""
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                request = struct.pack("256s", name.encode()[:15])
+                answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR
+                yield name, socket.inet_ntoa(answer[20:24])
 
 
 def process_limit() -> int | None:

@@ -415,6 +415,9 @@ def _join(process: ProcessInfo, backend: str, patience: timedelta, collective: t
         # nobody on a network reaches them; and gloo would resolve the host's name, which containers lack
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
+    elif name := host.interface_towards(process.address):
+        # gloo would listen where the host's own name points, often 127.0.1.1, or on a network of the node alone
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     try:
         store = joined_store(process.rank, process.world, process.address, process.port, patience)
         dist.init_process_group(

@@ -23,6 +23,7 @@ from polymodal.core.errors import PolymodalError
 from polymodal.core.files import metric_lines, written_whole
 from polymodal.core.terminal import say
 from polymodal.recipe import LossGuard, Monitor, Profile
+from polymodal.runtime import device as devices
 from polymodal.runtime.device import DeviceInfo
 
 
@@ -237,14 +238,14 @@ class Profiler:
         if self.rank not in profile.ranks:
             return
         import torch
-        from torch.profiler import ProfilerActivity, supported_activities
 
         kind = self.device.kind
         if profile.memory and kind != "cpu":
             self._memory = getattr(torch, kind).memory
             self._memory._record_memory_history()
-        self._active = torch.profiler.profile(
-            activities=[ProfilerActivity.CPU] if kind == "cpu" else supported_activities(),
+        profiler, activities = devices.profiler(kind)
+        self._active = profiler(
+            activities=activities,
             record_shapes=profile.stacks,
             with_stack=profile.stacks,
             profile_memory=profile.memory,

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from polymodal.core.errors import PolymodalError
+from polymodal.core.tensors import to_device, to_host, with_local
 from polymodal.models.card import ModelCard
 from polymodal.recipe import Optim, Recipe, Schedule
+from polymodal.runtime import device as devices
 
 Towers = Mapping[str, tuple[str, ...]]
 
@@ -209,6 +211,8 @@ def _step_from_host(part: torch.optim.Optimizer) -> None:
             state_to_host(part.state[parameter])
     for parameter, gradient in gradients.items():
         parameter.grad = gradient
+    if gradients:
+        devices.synchronize(_local(next(iter(gradients))).device.type)  # the host may read its state now
 
 
 def _host_parts(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -229,12 +233,14 @@ def state_to_device(state: dict[str, Any], device: torch.device) -> None:
     """A parameter's optimizer state to its device."""
     for key, value in state.items():
         if isinstance(value, Tensor) and value.device.type != device.type:
-            state[key] = value.to(device)
+            state[key] = with_local(value, lambda part: to_device(part, device))
 
 
 def state_to_host(state: dict[str, Any]) -> None:
-    """And back to the host."""
-    state_to_device(state, torch.device("cpu"))
+    """And back to page-locked memory of the host, without waiting; the count of steps stays where it is."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.ndim and value.device.type != "cpu":
+            state[key] = with_local(value, to_host)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import SampleLengths
+from polymodal.distributed.mesh import ParallelSizes
 from polymodal.models import catalog, partial
-from polymodal.recipe import Model
+from polymodal.parallel import apply
+from polymodal.recipe import Model, Parallel, Recipe
 from tests.models import tiny
 
 
@@ -388,3 +392,14 @@ def test_a_published_config_builds_the_model_the_card_describes(name, key, tmp_p
     tower = sum(p.numel() for n, p in model.named_parameters() if n.startswith(outside)) / 1e9
     read = 0 if data["tie_word_embeddings"] else embedding  # looked up, not multiplied
     assert met == pytest.approx((size.active or count - tower) - read, rel=0.02)
+
+
+def test_compile_is_refused_where_torch_makes_no_code_for_the_device(checkpoint):
+    family = catalog.family(Model(source=str(checkpoint("qwen2.5-vl"))))
+    sizes = ParallelSizes.of(Parallel(), 1)
+    mesh: Any = SimpleNamespace(sizes=sizes, device_type="npu", view=lambda axis: None)
+    recipe = Recipe(model=Model(source="x"), parallel=Parallel(compile=True))
+    with pytest.raises(
+        PolymodalError, match=r"parallel.compile: torch's compiler makes no code for npu here"
+    ):
+        apply.apply(family.build(), family.card, mesh, recipe)

@@ -7,6 +7,7 @@ import torch
 
 from polymodal import recipe as recipes
 from polymodal.core.errors import PolymodalError
+from polymodal.core.sample import Batch
 from polymodal.plan import accelerators, command, planner, predict
 from polymodal.train.actors import Encoders
 from polymodal.train.layouts import layout_of
@@ -105,3 +106,15 @@ def test_a_pipeline_of_a_denoiser_is_planned_in_half_precision(tmp_path):
 def test_a_family_without_shapes_says_so(tmp_path):
     with pytest.raises(PolymodalError, match="sd3 cannot be planned: its family has no example batch"):
         planned(recipe(tiny_pipelines.pipeline("sd3", tmp_path / "sd3")))
+
+
+def test_a_mask_that_hides_nothing_is_not_handed_on(tmp_path):
+    """Any mask keeps attention from the devices' fastest kernels."""
+    family = planner.family_of(recipe(tiny_pipelines.pipeline("qwen-image", tmp_path / "qwen")))
+    model, name = family.build(), "encoder_hidden_states_mask"
+    for kept, given in ((3, False), (2, True)):
+        mask = torch.arange(3)[None] < torch.tensor([[3], [kept]])
+        text = torch.zeros(2, 3, 16)
+        batch = Batch({name: mask.long(), "encoder_hidden_states": text}, {})
+        found = family.inputs(model, torch.zeros(2, 16, 4, 4), batch)[name]
+        assert (found is not None) == given

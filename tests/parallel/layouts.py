@@ -24,6 +24,7 @@ from polymodal.models.audio.encoder_decoder import EncoderDecoder
 from polymodal.models.diffusion import Generation
 from polymodal.models.family import Family
 from polymodal.objectives.language import LanguageObjective
+from polymodal.parallel import dit_context_parallel
 from polymodal.recipe import Data, Model, Parallel, Recipe, Train
 from polymodal.train.layouts import layout_of
 from polymodal.train.parallel_model import ParallelModel
@@ -201,6 +202,8 @@ def measure(
         inverse = inverse_weights(objective, mine, None)
         plain = make()
         bind(plain, family)
+        if where.type != "cpu" and isinstance(family, Generation):  # as parallel.apply does
+            dit_context_parallel.use(plain, family.card)
         parts, names = [plain], tuple(name for name, _ in plain.named_parameters())
         runner = Runner(plain, where)
 

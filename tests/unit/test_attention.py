@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Batch
 from polymodal.distributed import attention
+from polymodal.parallel import dit_context_parallel
 from tests.bounds import EXACT
 
 
@@ -132,3 +134,33 @@ def test_a_moved_batch_is_not_asked_for_its_lengths():
     assert attention.plan(moved).lengths == (3, 5)  # layers of the library hand on the tensor alone
     assert torch.equal(there.on_host("input_ids"), batch["input_ids"])
     assert batch.to("cpu").segments["text"] is batch.segments["text"]
+
+
+def test_keys_that_are_padding_are_left_out_not_masked(monkeypatch):
+    """Samples of unlike numbers of keys, of the same, and with gaps, grouped queries: values and gradients."""
+    masks = {
+        "unlike": [[1] * 5 + [0] * 4, [1] * 9],
+        "alike": [[1] * 6 + [0] * 3] * 2,
+        "gaps": [[1, 0, 1, 1, 0, 1, 0, 0, 0], [1] * 9],
+    }
+    torch.manual_seed(0)
+    sizes = [(2, 4, 9, 8), (2, 2, 9, 8), (2, 2, 9, 8)]
+    given = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    called = []
+
+    def seen(*args, **kwargs):
+        called.append(len(args) > 3 or kwargs.get("attn_mask") is not None)
+        return scaled_dot_product_attention(*args, **kwargs)
+
+    monkeypatch.setattr(dit_context_parallel, "scaled_dot_product_attention", seen)
+    for name, rows in masks.items():
+        mask = torch.tensor(rows, dtype=torch.bool)[:, None, None]
+        expected = scaled_dot_product_attention(*given, mask, enable_gqa=True)
+        for _ in range(2):  # the second time from what is known of the mask
+            found = dit_context_parallel.unpadded(*given, mask, None)
+            torch.testing.assert_close(found, expected, msg=name)
+        for a, b in zip(
+            *(torch.autograd.grad(out.square().sum(), given) for out in (found, expected)), strict=True
+        ):
+            torch.testing.assert_close(a, b, msg=name)
+    assert not any(called) and len(called) == 2 * (2 + 1 + 2)

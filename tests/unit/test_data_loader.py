@@ -18,11 +18,13 @@ import torch
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import IGNORE, pack, padding_sample, without
+from polymodal.data import loader
 from polymodal.data.index import build_index
 from polymodal.data.loader import Loader
 from polymodal.data.schedule import Position, Schedule
 from polymodal.data.workers import memory_files_work, receive, send
 from polymodal.recipe import Data, Train
+from polymodal.runtime import host
 from tests.unit.data_fakes import VISION, CountingChat, LinesCorpus, write_rows
 
 
@@ -393,6 +395,16 @@ def test_a_batch_through_a_socket(shared):
     assert torch.equal(back.segments["text"], batch.segments["text"])
     send(theirs, PolymodalError("cut short", "Correct it."), shared)
     assert receive(ours).hint == "Correct it."
+
+
+def test_the_budget_grows_with_the_machine_and_shrinks_with_its_ranks(monkeypatch):
+    monkeypatch.setattr(host, "memory", lambda: host.Space("memory", 2048 << 30, 800 << 30))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert loader.budget(None) == 800 * 2**30 // 8 // 16 and loader.budget(5) == 5 << 20
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert loader.budget(None) == 8 << 30
+    monkeypatch.setattr(host, "memory", lambda: None)
+    assert loader.budget(None) == 1 << 30
 
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")

@@ -16,7 +16,7 @@ from torch.distributed import TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from polymodal.core.errors import PolymodalError
-from polymodal.runtime import rendezvous
+from polymodal.runtime import host, rendezvous
 from tests.unit.test_launch import another_launcher, free_port
 
 SHOWS = """
@@ -95,6 +95,17 @@ def test_addresses_to_listen_on(name, own, monkeypatch):
         assert address in ("::", "0.0.0.0")
     else:
         assert address in ("127.0.0.1", "::1")
+
+
+def test_gloo_is_given_the_interface_that_reaches_the_first_node():
+    """Also where the name of the first node is one of its own loopback, as 0x7f000101 (127.0.1.1) is here."""
+    interfaces = dict(host._interfaces())
+    outside = [name for name, address in interfaces.items() if not address.startswith("127.")]
+    assert host.interface_towards("127.0.0.1") == host.interface_towards("localhost") == "lo"
+    assert host.interface_towards("0x7f000101") in (outside or ["lo"])
+    for name in outside:
+        assert host.interface_towards(interfaces[name]) == name
+    assert host.interface_towards("no.such.name.invalid") == ""
 
 
 def test_localhost_in_a_pod_is_not_the_loopback(monkeypatch):

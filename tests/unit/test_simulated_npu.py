@@ -24,7 +24,17 @@ assert info.torch == torch.device("npu", 1) and torch.npu.current_device() == 1
 assert device.find("npu").index == 0 and device.find("cpu").backend == "gloo"
 assert device.count() == 2 and device.count("cpu") == 1
 assert device.backends() == [("gloo", 2), ("hccl", 2)]
-assert device.peak_flops(info) == 320e12
+assert device.peak_flops(info) == 376e12
+torch.npu.get_device_name = lambda index: {"910B": "Ascend910B", "die": "Ascend910_9382"}[which]
+for which, peak in (("910B", 320e12), ("die", 376e12)):
+    assert device.peak_flops(info) == peak
+import types, torch_npu
+torch_npu.profiler = types.SimpleNamespace(profile=object(), ProfilerActivity=types.SimpleNamespace(CPU=1, NPU=2))
+import sys
+sys.modules["torch_npu.profiler"] = torch_npu.profiler
+assert device.profiler("npu") == (torch_npu.profiler.profile, [1, 2])
+assert device.compiles("cpu") and not device.compiles("npu")
+assert device.profiler("cpu")[0] is torch.profiler.profile
 """,
     "more processes than devices": """
 from polymodal.core.errors import PolymodalError
@@ -64,6 +74,55 @@ assert after["now"] == before and after["peak"] == now["peak"]
 rows = {row[0]: row for row in device.survey()}
 assert rows["npu:0"][1:3] == ("ok", "Ascend910B2, 64.0 of 64.0 GiB free") and "npu:1" in rows, rows
 assert rows["CANN"][1] == "warn"  # the adapter is there, its software is not where it is looked for
+""",
+    "offloaded state, and a checkpoint that touches no stream": """
+import tempfile
+from pathlib import Path
+from polymodal.distributed import checkpoint
+with tempfile.TemporaryDirectory() as place:
+    writer = checkpoint.Writer(Path(place), 1, True, 0, None)
+    writer.save({"model.a": torch.arange(6.0)}, checkpoint.RunState(step=1))
+    writer.finish()
+    assert torch.equal(checkpoint.read_model(checkpoint.directory(Path(place), 1))["a"], torch.arange(6.0))
+import torch.distributed as dist
+import torch_npu
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
+from polymodal.distributed import checkpoint
+from polymodal.recipe import Optim
+from polymodal.train import optim
+device.find("npu", 0)
+
+def steps(where, offload):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3).to(where)
+    made = optim.Optimizer(dict(model.named_parameters()), Optim(), {}, (), offload)
+    made.state(create=True)
+    for number in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter) * number
+        torch_npu.counts["unpinned"].clear()
+        made.step()
+        assert not torch_npu.counts["unpinned"], torch_npu.counts
+    return made.state(), [p.detach().cpu() for p in model.parameters()]
+
+state, weights = steps("npu:0", True)
+for name, tensor in state.items():  # moments on the host, counts of steps on the device
+    assert tensor.device.type == ("npu" if name.startswith("step.") else "cpu"), name
+for a, b in zip(weights, steps("cpu", False)[1]):
+    torch.testing.assert_close(a, b)
+
+dist.init_process_group(info.backend, store=dist.HashStore(), rank=0, world_size=1)
+mesh = init_device_mesh("npu", (1,))
+there = DTensor.from_local(torch.ones(4, 4, device="npu:0"), mesh, [Replicate()])
+held = {"exp_avg.a": there, "step.a": torch.zeros((), device="npu:0")}
+optim.state_to_host(held)
+assert held["exp_avg.a"].to_local().device.type == "cpu" and held["exp_avg.a"].device_mesh == mesh
+staged = checkpoint._staged(held)["exp_avg.a"]  # not moved to the mesh's device to be written
+assert staged.to_local().device.type == "cpu" and staged.to_local() is not held["exp_avg.a"].to_local()
+optim.state_to_device(held, torch.device("npu:0"))
+assert held["exp_avg.a"].to_local().device.type == "npu"
+dist.destroy_process_group()
 """,
     "a training step": """
 info = device.find("npu", 0)  # autograd's queues know one device of a Python backend

@@ -58,6 +58,9 @@ class QwenImage(GuidanceDistilled):
     def inputs(self, model: nn.Module, latents: Tensor, batch: Batch) -> dict[str, Any]:
         given = super().inputs(model, latents, batch)
         height, width = latents.shape[-2:]
+        mask = batch.on_host("encoder_hidden_states_mask")
+        if mask is not None and bool(mask.all()):  # the library then builds none for its attention
+            given["encoder_hidden_states_mask"] = None
         given["img_shapes"] = [[(1, height // 2, width // 2)]] * len(latents)
         if self.distilled:
             given["guidance"] = self.guidance(batch, latents).to(latents.dtype)

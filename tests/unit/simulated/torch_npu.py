@@ -117,6 +117,7 @@ class Tensor(torch.Tensor):
             return inputs[id(value)] if id(value) in inputs else Tensor(value)
 
         check(operator, args, kwargs)
+        locked = kwargs.pop("pin_memory", False)
         if target is not None:
             kwargs["device"] = "cpu"
         if operator.overloadpacket is torch.ops.aten.histc and not args[0].is_floating_point():
@@ -124,7 +125,7 @@ class Tensor(torch.Tensor):
         with torch._C._DisableTorchDispatch():
             out = operator(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
         if target is not None and torch.device(target).type == "cpu":
-            return out
+            return pin_memory(out) if locked else out
         return tree_map(wrap, out)
 
     def tolist(self):
