@@ -221,6 +221,23 @@ Where the gain over padded trainers comes from: packs of several samples without
 that are trained and never whole, the patch embedding as a matrix product, one attention call a length, data made by a
 worker while the step computes. TRL refuses to pack rows with pictures and to
 train them without padding, so with pictures it runs padded, and its packing is compared on text alone.
+
+## On an accelerator
+
+None of the figures above is of one: none was at hand. `python benchmarks/accelerator.py --json found.json` is the one command
+for the day one is there: one card, under ten minutes, from a clone of the repository with the package installed (it builds the
+small models of `tests/`; nothing is downloaded). It prints a table of 80 columns and ends with exit code 1 if something is wrong:
+
+* correctness: what `runtime/device.py` says of memory, peak and kernels; attention on every path and dtype, rings of 2 and 4
+  among them, against float64 on the CPU; loss and gradients of packed, uniform and padded models, and the losses of a run that
+  was stopped and resumed, against the CPU's; the bounds are in its first lines;
+* speed: tokens/s and MFU of Qwen2.5-VL 3B's shape, frames/s of Wan 2.1 1.3B's, images/s of FLUX.1's with as many layers as fit,
+  by recompute and with `parallel.compile`; packing against one sample a forward; the host's time a step; peak memory against
+  `polymodal plan`; `encode` against bare calls of the encoders;
+* `--peers`: transformers' Trainer and the loop of diffusers' examples on the same shapes, as ratios in the same run.
+
+Each part is a process with a time limit, so that one that fails leaves the others; `--only PART` runs one. Without an accelerator
+it takes small sizes (`--tiny`), which a test runs.
 """
 
 

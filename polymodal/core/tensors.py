@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from polymodal.core.errors import PolymodalError
 
@@ -61,16 +60,6 @@ def to_host(tensor: Tensor) -> Tensor:
     pinned = tensor.device.type != "cpu"
     host = torch.empty_like(tensor, device="cpu", pin_memory=pinned)  # of the same strides
     return host.copy_(tensor.detach(), non_blocking=True)
-
-
-def with_local(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """`change` of a tensor, or of a DTensor's part of this rank, on whatever device it then is.
-
-    Not DTensor.from_local, which moves parts that were offloaded to the mesh's device.
-    """
-    if not isinstance(tensor, DTensor):
-        return change(tensor)
-    return DTensor(change(tensor.to_local()), tensor._spec, requires_grad=False)
 
 
 class LazyTensors(Mapping[str, Tensor]):

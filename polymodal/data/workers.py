@@ -20,6 +20,7 @@ import os
 import pickle
 import queue
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -45,7 +46,7 @@ class _Worker(NamedTuple):
 
 
 class Pool:
-    """`count` spawned processes, each doing one task at a time: `make(task) -> (Batch, stats)`; 0: a thread.
+    """`count` processes, each doing one task at a time: `make(task) -> (Batch, stats)`; 0: a thread.
 
     make and what it holds are pickled once and sent to each process; about(task) names the task in the error
     of a dead process. device: an accelerator that batches will be copied to: their tensors are made
@@ -180,8 +181,22 @@ class Pool:
 # The processes --------------------------------------------------------------
 
 
+NEEDED = ("polymodal.data.chat", "polymodal.data.loader", "transformers.image_processing_utils")
+"""Modules that most batches are made with, and that take seconds to import."""
+
+
+def prepare() -> None:
+    """Begin to start the process that workers are forked from, which imports what they need once for all of
+    them, while the caller goes on. It has no threads and never touches a device."""
+    from multiprocessing import forkserver
+
+    if sys.version_info >= (3, 11):  # before, it would look for modules in the working directory first
+        multiprocessing.set_forkserver_preload(list(NEEDED))
+    forkserver.ensure_running()
+
+
 def _start(number: int, shared: bool) -> _Worker:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     mine, theirs = context.Pipe()
     process = context.Process(
         target=_work, args=(theirs, shared), name=f"polymodal-data-{number}", daemon=True

@@ -32,8 +32,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from polymodal import __version__
 from polymodal.core.errors import PolymodalError
-from polymodal.core.tensors import LazyTensors, with_local
+from polymodal.core.tensors import LazyTensors
 from polymodal.core.terminal import say
+from polymodal.distributed.collectives import with_local
 from polymodal.distributed.dcp_reader import INDEX, Reader
 from polymodal.distributed.dcp_writer import StoredFile
 from polymodal.distributed.dcp_writer import Writer as FileWriter

@@ -8,7 +8,7 @@ backward is the inverse.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -299,6 +299,16 @@ def embed(ids: Tensor, weight: Tensor, rows: int, padding: int | None, group: di
 
 
 # Gradients of a whole model -----------------------------------------------------------------------
+
+
+def with_local(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """`change` of a tensor, or of a DTensor's part of this rank, on whatever device it then is.
+
+    Not DTensor.from_local, which moves parts that were offloaded to the mesh's device.
+    """
+    if not isinstance(tensor, DTensor):
+        return change(tensor)
+    return DTensor(change(tensor.to_local()), tensor._spec, requires_grad=False)
 
 
 def _local(tensor: Tensor) -> Tensor:

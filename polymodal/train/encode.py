@@ -113,6 +113,7 @@ class Encoding:
         self.batch = self.data.encode_batch
         self.done = Encoded()
         self._texts: dict[str, dict[str, Tensor]] = {}  # of captions
+        self._writing: deque[Future[int]] = deque()
         self._hashes: dict[str, str] = {}  # feature file -> hash of the files it was made of
 
     def run(self) -> None:
@@ -296,6 +297,7 @@ class Encoding:
 
     def _make(self, jobs: list[_Job], pool: ThreadPoolExecutor, advance: Any) -> set[Path]:
         """Encode jobs in batches of one shape; returns the files of those whose media are broken."""
+        self._pool = pool
         unique: dict[Path, _Job] = {}
         for job in jobs:  # the same medium and captions twice are one file
             unique.setdefault(job.path, job)
@@ -314,7 +316,15 @@ class Encoding:
             advance(1)
         if batch:
             self._encode(batch)
+        self._written(0)
         return failed
+
+    def _written(self, left: int) -> None:
+        """Wait until at most so many samples are still being written. Raises what went wrong with one."""
+        while len(self._writing) > left:
+            frames = self._writing.popleft()
+            self.done.frames += frames.result()
+            self.done.made += 1
 
     def _decode_ahead(self, jobs: list[_Job], pool: ThreadPoolExecutor) -> Iterator[tuple[_Job, Future]]:
         """Jobs in order, of which the next two batches are being decoded."""
@@ -350,9 +360,14 @@ class Encoding:
         for i, (job, pixels, _) in enumerate(batch):
             captions = [self._text(c, pixels) for c in job.record.extra["captions"]]
             names = self.family.documented if job.path.suffix == ".pt" else {}
-            store.write_sample(job.path, {n: t[i].cpu() for n, t in media.items()}, captions, names)
-            self.done.made += 1
-            self.done.frames += job.measure.shape[0]
+            own = {n: t[i] for n, t in media.items()}
+            self._writing.append(self._pool.submit(self._write, job, own, captions, names))
+        self._written(len(batch))  # while the next batch is encoded
+
+    def _write(self, job: _Job, media: dict[str, Tensor], captions: Any, names: Any) -> int:
+        """Its frames, once the sample is on disk."""
+        store.write_sample(job.path, {n: t.cpu() for n, t in media.items()}, captions, names)
+        return int(job.measure.shape[0])
 
     def _encode_with_less_memory(self, batch: list[_Decoded]) -> None:
         if torch.accelerator.is_available():

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.tensors import to_device, to_host, with_local
+from polymodal.core.tensors import to_device, to_host
+from polymodal.distributed.collectives import with_local
 from polymodal.models.card import ModelCard
 from polymodal.recipe import Optim, Recipe, Schedule
 from polymodal.runtime import device as devices

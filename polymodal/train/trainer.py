@@ -26,6 +26,7 @@ from polymodal.core.files import replace_file
 from polymodal.core.sample import Batch
 from polymodal.core.terminal import Bar, say
 from polymodal.core.text import format_count
+from polymodal.data import workers
 from polymodal.data.loader import Loader, RankStep, StepStats
 from polymodal.data.schedule import DECIDING_KEYS, Position
 from polymodal.distributed import checkpoint
@@ -69,6 +70,8 @@ class Trainer:
         self.main = rt.rank == 0
         self.run_dir = recipe.run_dir
         self.device = rt.device.torch
+        if recipe.data.workers:
+            workers.prepare()
         self.mesh = Mesh(ParallelSizes.of(recipe.parallel, rt.world), rt.device.kind, rt.rank)
         # a group of its own, as checkpoints are written in the background
         self.save_group = dist.new_group(backend="gloo") if rt.world > 1 else None

@@ -73,7 +73,9 @@ def ended(process: subprocess.Popen, run: Path, code: int, *texts: str) -> str:
 
 
 def data_workers(pid: int) -> list[int]:
-    return [child for child in children(pid) if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    """They are forked from a process that the rank started."""
+    servers = [c for c in children(pid) if b"forkserver" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    return [worker for server in servers for worker in children(server)]
 
 
 # ---- two at once, and directories that go ----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,34 @@ def test_clips_are_encoded_once_and_trained_on(wan, data, tmp_path, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in root.glob("features/*")}
     trainer.run(made)
     assert len(losses(tmp_path)) == 4 and all(0 < x < 20 for x in losses(tmp_path))
+
+
+def test_samples_are_written_while_the_next_are_encoded(wan, data, tmp_path, monkeypatch, capsys):
+    from polymodal.data import features
+    from polymodal.train.actors import Encoders
+
+    media, write, calls, second = Encoders.media, features.write_sample, [], threading.Event()
+
+    def counted(self, *args):
+        calls.append(args)
+        if len(calls) == 2:
+            second.set()
+        return media(self, *args)
+
+    def late(path, *args):
+        assert second.wait(60), "the encoders wait for the disk"
+        if path.name == broken:
+            raise OSError(5, "Input/output error", str(path))
+        return write(path, *args)
+
+    monkeypatch.setattr(Encoders, "media", counted)
+    monkeypatch.setattr(features, "write_sample", late)
+    broken = ""
+    encode.run(recipe(wan, data, tmp_path))
+    assert "7 samples, 7 encoded" in capsys.readouterr().out
+    broken = next((tmp_path / "features" / "features").iterdir()).name
+    with pytest.raises(PolymodalError, match=rf"{broken} cannot be written or read: Input/output error"):
+        encode.run(recipe(wan, data, tmp_path / "broken"))
 
 
 def test_training_on_clips_online_is_training_on_their_features(wan, data, tmp_path):
