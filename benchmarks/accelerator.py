@@ -2,13 +2,15 @@
 
     python benchmarks/accelerator.py [--only PART ...] [--peers] [--minutes 10] [--json FILE] [--tiny]
 
-One card, under ten minutes, nothing but the installed package and this repository (benchmarks/, and the small models of
-tests/; scikit-learn, ffmpeg and the network are not needed). Each part is a process of its own with a time limit: one that
-fails, hangs or breaks the device is a row with its error, and the others run. Exit code 1 when a part of correctness failed.
+One card, under ten minutes, nothing but the installed package and this repository (benchmarks/, and the small
+models of tests/; scikit-learn and the network are not needed). Each part is a process of its own with a time
+limit: one that fails, hangs or breaks the device is a row with its error, and the others run. Exit code 1 when a
+part of correctness failed.
 
 Correctness (float32 without TF32; errors are relative L2 norms):
-  device     what runtime/device.py says: memory, peak, name, kernels; the best matrix product against the table's peak
-  attention  every path and dtype, rings of 2 and 4 with segments that some ranks have nothing of, against float64 on the CPU
+  device     what runtime/device.py says: memory, name, kernels; the best product against the table's peak
+  attention  every path and dtype, rings of 2 and 4 with segments that some ranks have nothing of, against
+             float64 on the CPU
   layouts    loss and gradients of small models, packed, uniform and padded, against the CPU; bf16 against the CPU's bf16
   training   losses of the trainer, stopped, saved and resumed, against the CPU's
 Speed (random weights, made on the device; layers are cut to fit the memory, and the row says so):

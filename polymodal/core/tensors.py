@@ -56,7 +56,7 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host, laid out alike; page-locked, and not waited for, when it comes from an accelerator."""
+    """A copy on the host, laid out alike; from an accelerator page-locked, and not waited for."""
     pinned = tensor.device.type != "cpu"
     host = torch.empty_like(tensor, device="cpu", pin_memory=pinned)  # of the same strides
     return host.copy_(tensor.detach(), non_blocking=True)

@@ -51,8 +51,8 @@ class _Sums(_StorageWriterTransforms):
 class Writer(dcp.FileSystemWriter):
     """finish(files): called on the rank that writes the index, once all files are there.
 
-    on_host: all tensors are on the host already. torch's writer then touches no stream of an accelerator, which
-    in a background thread would be one of device 0, with a context there of every rank.
+    on_host: all tensors are on the host already. torch's writer then touches no stream of an accelerator,
+    which in a background thread would be one of device 0, with a context there of every rank.
     """
 
     def __init__(self, path: Path, finished: Callable[[dict[str, StoredFile]], None], on_host: bool):

@@ -192,7 +192,7 @@ def attention(
 
 
 _keys: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Of masks that are alive, for each sample the keys that are seen: a number of first ones, or their places."""
+"""Of masks that are alive, each sample's keys that are seen: a number of first ones, or their places."""
 
 
 @torch.compiler.disable

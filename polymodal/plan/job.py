@@ -59,9 +59,7 @@ class Job:
         self.optimizer = optim.build(self.trainable, self.recipe, self.family.card)
         self.optimizer.state(create=True)
         if self.encoder_parameters:
-            self.encoders = torch.empty(
-                self.encoder_parameters, dtype=self.layout.dtype, device=self.device
-            )
+            self.encoders = torch.empty(self.encoder_parameters, dtype=self.layout.dtype, device=self.device)
         decay = self.recipe.train.ema
         self.average = optim.MovingAverage(self.trainable, decay) if decay else None
 

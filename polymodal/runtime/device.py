@@ -38,9 +38,10 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hc
 
 PEAK_FLOPS = {  # dense bf16 FLOP/s, from the makers' data sheets
     "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
-    "4090": 165e12, "B200": 2250e12, "910B2": 376e12, "910B3": 313e12, "910B4": 280e12, "910B": 320e12, "910_93": 376e12, "910C": 752e12,
+    "4090": 165e12, "B200": 2250e12, "910B2": 376e12, "910B3": 313e12, "910B4": 280e12, "910B": 320e12,
+    "910_93": 376e12, "910C": 752e12,
 }  # fmt: skip
-"""The first key that a device's name holds. Of 910B's variants by public descriptions, others 320; devices named
+"""The first key that a device's name holds counts. Of 910B's variants by public descriptions; devices named
 Ascend910_93xx are dies, two of which are a 910C."""
 
 
@@ -231,7 +232,7 @@ def ascend_operators(kind: str) -> Any | None:
 
 
 def compiles(kind: str) -> bool:
-    """Whether torch's compiler (inductor) makes code for a kind of device; adapters bring their own part of it."""
+    """Whether torch's compiler (inductor) makes code for a kind of device; adapters bring their own part."""
     from torch._inductor.codegen import common
 
     common.init_backend_registration()

@@ -416,7 +416,7 @@ def _join(process: ProcessInfo, backend: str, patience: timedelta, collective: t
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
     elif name := host.interface_towards(process.address):
-        # gloo would listen where the host's own name points, often 127.0.1.1, or on a network of the node alone
+        # gloo would listen where the host's own name points: often 127.0.1.1, or a network of the node alone
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     try:
         store = joined_store(process.rank, process.world, process.address, process.port, patience)

@@ -65,5 +65,7 @@ def test_every_part_at_small_sizes(tmp_path):
 def test_others_in_the_same_run(tmp_path):
     pytest.importorskip("accelerate")
     done, found = run("--only", "peers", out=tmp_path / "found.json")
-    assert [each["name"] for each in found["rows"]] == ["transformers' Trainer", "diffusers' loop"], done.stdout
+    assert [each["name"] for each in found["rows"]] == ["transformers' Trainer", "diffusers' loop"], (
+        done.stdout
+    )
     assert all(each["ratio"] > 0 for each in found["rows"]), done.stdout
