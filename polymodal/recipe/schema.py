@@ -232,7 +232,7 @@ class Data(Section):
     prefetch: Positive = 2
     """Steps prepared ahead."""
     memory_budget: Positive | None = None
-    """MiB of prepared samples a rank may hold (default: its share of 1/8 of the free memory, 1024 to 8192)."""
+    """MiB of prepared samples a rank may hold (default: its share of 1/8 of the free memory, 1024-8192)."""
     cache_dir: str | None = None
     """Where indexes are kept (default: beside the data, or node-local when that is read-only or remote)."""
 
