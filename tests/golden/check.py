@@ -104,7 +104,9 @@ def _case(
         recipe.probe_loss(outputs).backward()
         parameters = dict(module.named_parameters())
         gradients: dict[str, tuple[Tensor | None, list[float]]] = {
-            name: (parameters[names[name]].grad, digest) for name, digest in (wanted or {}).items()
+            name: (parameters[names[name]].grad, digest)
+            for name, digest in (wanted or {}).items()
+            if digest is not None  # the published code gave this parameter no gradient
         }
         gradients |= {name: (inputs[name].grad, digest) for name, digest in of_inputs.items()}
         largest = max((digest[1] for _, digest in gradients.values()), default=0.0)
