@@ -176,13 +176,13 @@ class AutoencoderOpenSora(ModelMixin, ConfigMixin):
         temporal: dict[str, Any] | None = None,
         micro_frame_size: int = 17,
         spatial_scale: float = 0.18215,
-        shift: Sequence[float] = (-0.10, 0.34, 0.27, 0.98),
-        scale: Sequence[float] = (3.85, 2.32, 2.33, 3.06),
+        latent_shift: Sequence[float] = (-0.10, 0.34, 0.27, 0.98),
+        latent_scale: Sequence[float] = (3.85, 2.32, 2.33, 3.06),
     ):
         super().__init__()
         self.spatial_vae = _Frames(AutoencoderKL(**(spatial or SPATIAL)))
         self.temporal_vae = TemporalAutoencoder(**(temporal or {}))
-        for name, values in (("shift", shift), ("scale", scale)):
+        for name, values in (("shift", latent_shift), ("scale", latent_scale)):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1, 1))
 
     def latent_frames(self, frames: int) -> int:
