@@ -97,11 +97,9 @@ class Generator:
 
     def pipeline_for(self, conditions: set[str]) -> Any:
         """The pipeline for these conditions (`image`, `video`): if need be another class around its parts."""
-        import diffusers
-
         if conditions <= set(parameters(type(self.pipeline))):
             return self.pipeline
-        classes = {name: getattr(diffusers, name) for name in self.family.routes.values()}
+        classes = {name: pipelines.named(name) for name in self.family.routes.values()}
         name = next((n for n, cls in classes.items() if conditions <= set(parameters(cls))), None)
         if name is None:
             return self.pipeline

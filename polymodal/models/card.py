@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -118,6 +118,8 @@ class Process:
     dynamic: Mapping[str, float] = field(
         default_factory=dict
     )  # {base,max}_image_seq_len, base_shift, max_shift
+    by_size: Callable[[int, int, int], float] | None = None
+    """(frames, height, width) of a sample -> its shift, where that is dynamic and does not go by tokens."""
     weighting: str = "none"
     prediction: str = "epsilon"
     alphas: tuple[float, ...] = ()  # a_t: cumulated products, as the scheduler has them

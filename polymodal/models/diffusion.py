@@ -105,6 +105,7 @@ class Generation(Family):
     part = "transformer"  # the denoiser's name in the pipeline and its directory
     denoisers: tuple[str, ...] = ()  # all of the pipeline's, where there are more than `part`
     text: tuple[str, ...] = ("encoder_hidden_states",)  # made of a caption, dropped for guidance
+    kept: tuple[str, ...] = ()  # of these, the ones that a dropped caption keeps: its mask
     prompt_outputs: tuple[str, ...] = ("encoder_hidden_states",)  # what encode_prompt returns; "": not used
     media: tuple[str, ...] = ()  # made of pixels besides the latents
     given: tuple[str, ...] = ()  # roles of what a sample is made from that encode_media takes, by name

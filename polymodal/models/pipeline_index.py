@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import pkgutil
 import re
 from pathlib import Path
 from typing import Any
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.files import read_json
+from polymodal.models import nets
 
 LIBRARIES = ("diffusers", "transformers")
-"""Whose classes a pipeline may name, beside those that diffusers keeps in a module of one pipeline."""
+"""Whose classes a pipeline may name, beside those that diffusers keeps in a module of one pipeline, and those of
+models/nets."""
 
 
 def is_pipeline(directory: str | Path) -> bool:
@@ -36,7 +39,9 @@ def read_index(directory: str | Path) -> dict[str, Any]:
             raise PolymodalError(
                 f"{path}: {name!r:.80} is no name of a component.", "Fetch the pipeline again."
             )
-        known = isinstance(library, str) and (library in LIBRARIES or library in _modules_of_pipelines())
+        known = isinstance(library, str) and (
+            library in LIBRARIES or is_own(library) or library in _modules_of_pipelines()
+        )
         if None in entry and (library is None or known):
             continue
         if not known or not isinstance(cls, str) or not cls.isidentifier():
@@ -44,6 +49,12 @@ def read_index(directory: str | Path) -> dict[str, Any]:
         if (path.parent / name / f"{library}.py").exists():
             raise _foreign(path, name, f"{name}/{library}.py")
     return index
+
+
+def is_own(library: str) -> bool:
+    """Whether this is the path of a module of models/nets."""
+    package, _, name = library.rpartition(".")
+    return package == nets.__name__ and any(m.name == name for m in pkgutil.iter_modules(nets.__path__))
 
 
 def _foreign(path: Path, key: str, named: Any) -> PolymodalError:

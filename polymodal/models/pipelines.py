@@ -18,8 +18,8 @@ from torch import nn
 from polymodal.core.errors import PolymodalError
 from polymodal.core.files import read_json
 from polymodal.core.tensors import require_finite
-from polymodal.models import weights
-from polymodal.models.pipeline_index import LIBRARIES, components, models_of, read_index
+from polymodal.models import nets, weights
+from polymodal.models.pipeline_index import LIBRARIES, components, is_own, models_of, read_index
 
 
 def empty(config: Mapping[str, Any], library: str = "diffusers") -> nn.Module:
@@ -37,10 +37,13 @@ def empty(config: Mapping[str, Any], library: str = "diffusers") -> nn.Module:
 def _class(library: str, name: str) -> Any:
     # classes of a pipeline's own module are listed under its name, which a directory here may have too
     module = getattr(importlib.import_module("diffusers.pipelines"), library, None)
-    if module is None and library in LIBRARIES:
+    library = nets.PIPELINES.get(name, library)
+    if module is None and (library in LIBRARIES or is_own(library)):
         module = importlib.import_module(library)
     found = getattr(module, name, None)
-    if not isinstance(found, type) or found.__module__.partition(".")[0] not in LIBRARIES:
+    if not isinstance(found, type) or not (
+        found.__module__.partition(".")[0] in LIBRARIES or is_own(found.__module__)
+    ):
         raise PolymodalError(
             f"{library} has no class {name}.",
             f"Install the version of {library} that the checkpoint's model_index.json names.",
@@ -77,8 +80,13 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def pipeline_class(directory: str | Path) -> Any:
-    """diffusers' class that model_index.json names."""
-    return _class("diffusers", str(read_index(directory)["_class_name"]))
+    """The class that model_index.json names."""
+    return named(str(read_index(directory)["_class_name"]))
+
+
+def named(pipeline: str) -> Any:
+    """A pipeline class of diffusers, or of models/nets."""
+    return _class("diffusers", pipeline)
 
 
 def load_part(directory: str | Path, name: str, dtype: torch.dtype, device: Any = "cpu") -> nn.Module:
@@ -128,7 +136,7 @@ def open_pipeline(
     name = str(read_index(directory)["_class_name"])
     try:
         with quiet():
-            opened = _class("diffusers", name).from_pretrained(str(directory), **given)
+            opened = named(name).from_pretrained(str(directory), **given)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PolymodalError(
@@ -148,8 +156,8 @@ def sizes(directory: str | Path, names: Iterable[str] | None = None) -> dict[str
             continue
         if names is not None and name not in names:
             continue
-        if library == "diffusers":
-            model = empty({**read_json(folder / "config.json"), "_class_name": cls_name})
+        if hasattr(cls, "load_config"):
+            model = empty({**read_json(folder / "config.json"), "_class_name": cls_name}, library)
         else:
             with torch.device("meta"):
                 model = cls(cls.config_class.from_pretrained(folder))

@@ -86,6 +86,8 @@ class DiffusionObjective:
 
     def __init__(self, process: Process, settings: Diffusion):
         self.process, self.settings = process, settings
+        self.kept: tuple[str, ...] = ()
+        """Text tensors that stay when a caption is dropped."""
         self.unconditional: dict[str, Tensor] = {}
         """Text tensors of the empty caption, [1, ...], for samples whose caption is dropped."""
         self.fixed = False
@@ -111,7 +113,7 @@ class DiffusionObjective:
             raise _misfit("first_frame", settings.first_frame, "always has its first frame given")
         if settings.first_frame and not process.per_token:
             raise _misfit("first_frame", settings.first_frame, "has one timestep for all tokens")
-        if self.shift == "dynamic" and not process.dynamic:
+        if self.shift == "dynamic" and not process.dynamic and process.by_size is None:
             raise _misfit("shift", "dynamic", "has no lengths for it in its scheduler's config")
         if not flow:
             self.alphas = self._alphas()
@@ -121,7 +123,9 @@ class DiffusionObjective:
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, family: Generation) -> DiffusionObjective:
-        return cls(family.process(), recipe.train.diffusion)
+        made = cls(family.process(), recipe.train.diffusion)
+        made.kept = family.kept
+        return made
 
     def _alphas(self) -> Tensor:
         """Cumulative products of the process' steps, down to pure noise where zero_snr asks for it."""
@@ -197,9 +201,11 @@ class DiffusionObjective:
                 u = u[:1].expand_as(u).clone()
             dropped = torch.tensor([c < self.settings.drop for c in chance])
             for name, empty in self.unconditional.items() if bool(dropped.any()) else ():
-                tensors[name] = _replaced(tensors[name], dropped, empty)
+                if name not in self.kept:
+                    tensors[name] = _replaced(tensors[name], dropped, empty)
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in draws]).to(latents.device)
-        s, timestep, weight = self._levels(u, batch.groups["tokens"][0])
+        tokens, shape = batch.groups["tokens"][0], batch.groups.get("shape", ())
+        s, timestep, weight = self._levels(u, tokens, shape)
         mixed, target = self._mixed(latents, noise, s.to(latents.device))
         share = 1.0 if self.process.first_frame else self.settings.first_frame
         if share and latents.ndim == 5 and latents.shape[2] > 1:
@@ -230,15 +236,22 @@ class DiffusionObjective:
         axes = {n: axes.get(n) or batch.axes.get(n, ("batch",)) for n in tensors}
         return replace(batch, tensors=tensors, axes=axes, groups={**batch.groups, "quantile": quantile})
 
-    def _levels(self, u: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Uniform draws [B] -> (noise level, the model's timestep float32, weight of the loss), each [B]."""
+    def _levels(self, u: Tensor, tokens: int, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
+        """Uniform draws [B] -> (noise level, the model's timestep float32, weight of the loss), each [B].
+
+        tokens, (frames, height, width): of each sample, for a dynamic shift."""
         process = self.process
         s = level(u, self.density, self.settings)
         if process.kind == "discrete":
             count = len(self.alphas)
             t = (s * count).long().clamp(0, count - 1)
             return t, t.float(), self._snr_weight(t)
-        k = dynamic_shift(tokens, process.dynamic) if self.shift == "dynamic" else float(self.shift)
+        if self.shift != "dynamic":
+            k = float(self.shift)
+        elif process.by_size is not None:
+            k = process.by_size(*shape)
+        else:
+            k = dynamic_shift(tokens, process.dynamic)
         s = shifted(s, k)
         if process.range != (0.0, 1.0):
             ends = [self._uniform_of(edge, k) for edge in process.range]

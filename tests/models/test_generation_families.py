@@ -89,8 +89,9 @@ def test_a_family_trains_and_its_export_is_diffusers(name, data, stills, tmp_pat
     assert len(losses) == 3 and all(np.isfinite(losses))
     done = export(tmp_path / "run", tmp_path / "out")  # proves itself, or raises
     assert done.what == "model" and done.difference <= 1e-3 * max(1, done.largest)
-    opened = DiffusionPipeline.from_pretrained(tmp_path / "out")
-    before = DiffusionPipeline.from_pretrained(source)
+    library = pipelines.pipeline_class(source)
+    opened = library.from_pretrained(tmp_path / "out")
+    before = library.from_pretrained(source)
     trained, base = (getattr(p, family.part).state_dict() for p in (opened, before))
     assert trained.keys() == base.keys() and any(not torch.equal(trained[k], base[k]) for k in base)
     image = str(next(stills.parent.glob("pictures/*.png")))
@@ -298,7 +299,7 @@ def test_a_familys_adapter_opens_in_diffusers(name, data, stills, tmp_path):
     again = export(tmp_path / "adapter", tmp_path / "again", merge_lora=True)
     assert again.what == "merged"
     states = [
-        DiffusionPipeline.from_pretrained(tmp_path / d).components[family.part].state_dict()
+        pipelines.pipeline_class(source).from_pretrained(tmp_path / d).components[family.part].state_dict()
         for d in ("merged", "again")
     ]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])

@@ -358,6 +358,24 @@ def sana() -> Any:
     )  # fmt: skip
 
 
+def open_sora() -> Any:
+    from polymodal.models.nets.autoencoder_open_sora_1_2 import AutoencoderOpenSora
+    from polymodal.models.nets.pipeline_open_sora import OpenSoraPipeline
+    from polymodal.models.nets.stdit3 import STDiT3
+
+    spatial = {
+        "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3, "block_out_channels": [4, 8, 8],
+        "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4,
+    }  # fmt: skip
+    temporal = {"filters": 4, "num_res_blocks": 1, "num_groups": 2}
+    return OpenSoraPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=t5(),
+        vae=AutoencoderOpenSora(spatial, temporal, micro_frame_size=9),
+        transformer=STDiT3(hidden_size=24, depth=2, num_heads=2, caption_channels=16, model_max_length=10),
+    )
+
+
 def lumina2() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
 
@@ -693,6 +711,7 @@ MAKERS = {
     "wan2.2-i2v-a14b": lambda: wan22(True),
     "sana": sana,
     "lumina2": lumina2,
+    "open-sora-1.2": open_sora,
     "qwen-image": qwen_image,
     "hunyuan-dit": hunyuan_dit,
     "flux2": flux2,

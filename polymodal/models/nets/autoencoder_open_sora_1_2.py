@@ -185,6 +185,22 @@ class AutoencoderOpenSora(ModelMixin, ConfigMixin):
         for name, values in (("shift", latent_shift), ("scale", latent_scale)):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1, 1))
 
+    @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return int(self.temporal_vae.config.embed_dim)
+
+    @property
+    def space(self) -> int:
+        """Pixels along a side of a latent cell."""
+        return 2 ** (len(self.spatial_vae.module.config.block_out_channels) - 1)
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        """Frames of so many latent frames: of whole chunks, or the most that a chunk begun can have."""
+        size, time = self.config.micro_frame_size, self.temporal_vae.time
+        whole, rest = divmod(latent_frames, self.latent_frames(size))
+        return whole * size + (1 if rest == 1 else rest * time)
+
     def latent_frames(self, frames: int) -> int:
         """Latent frames of so many: each chunk of 17 has 5, a rest one for each 4 begun."""
         whole, rest = divmod(frames, self.config.micro_frame_size)

@@ -65,11 +65,13 @@ class Mlp(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Caption features -> h. `y_embedding` [tokens, C] is what stands for a dropped caption (a buffer)."""
+    """Caption features -> h. `y_embedding` [tokens, C] is what stands for a dropped caption: a buffer, the same
+    noise in every model that is built."""
 
     def __init__(self, channels: int, hidden_size: int, tokens: int):
         super().__init__()
-        self.register_buffer("y_embedding", torch.randn(tokens, channels) / channels**0.5)
+        draw = torch.Generator().manual_seed(0)
+        self.register_buffer("y_embedding", torch.randn(tokens, channels, generator=draw) / channels**0.5)
         self.y_proj = Mlp(channels, hidden_size, hidden_size)
 
     def forward(self, caption: Tensor) -> Tensor:

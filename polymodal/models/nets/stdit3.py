@@ -57,12 +57,12 @@ class STDiT3Block(nn.Module):
 
 
 class FrameRotary(nn.Module):
-    """Frequencies of frame positions, in the published files a parameter that is not trained."""
+    """Frequencies of frame positions, which the published files hold."""
 
     def __init__(self, size: int):
         super().__init__()
         steps = torch.arange(0, size, 2).float() / size
-        self.freqs = nn.Parameter(1.0 / ROTARY_BASE**steps, requires_grad=False)
+        self.register_buffer("freqs", 1.0 / ROTARY_BASE**steps)
 
     def forward(self, frames: int) -> Tensor:
         return torch.arange(frames, device=self.freqs.device)[:, None] * self.freqs
