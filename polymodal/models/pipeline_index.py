@@ -15,8 +15,8 @@ from polymodal.core.files import read_json
 from polymodal.models import nets
 
 LIBRARIES = ("diffusers", "transformers")
-"""Whose classes a pipeline may name, beside those that diffusers keeps in a module of one pipeline, and those of
-models/nets."""
+"""Whose classes a pipeline may name, beside those that diffusers keeps in a module of one pipeline, and those
+of models/nets."""
 
 
 def is_pipeline(directory: str | Path) -> bool:

@@ -1,7 +1,8 @@
 """Open-Sora 1.2: clips and pictures from text, or from a first frame; STDiT3 with its two-stage VAE.
 
-Facts, and the arguments of our own nets and pipeline (models/nets). A directory of it is three repositories: `transformer`
-(hpcai-tech/OpenSora-STDiT-v3), `vae` (hpcai-tech/OpenSora-VAE-v1.2), `text_encoder` and `tokenizer` (T5 v1.1 XXL).
+Facts, and the arguments of our own nets and pipeline (models/nets). A directory of it is three repositories:
+`transformer` (hpcai-tech/OpenSora-STDiT-v3), `vae` (hpcai-tech/OpenSora-VAE-v1.2), `text_encoder` and
+`tokenizer` (T5 v1.1 XXL).
 """
 
 from __future__ import annotations
@@ -67,9 +68,10 @@ class OpenSora(Generation):
         spatial = vae.get("spatial") or autoencoder.SPATIAL
         halved = sum(temporal.get("temporal_downsample", (False, True, True)))
         space = 2 ** (len(spatial["block_out_channels"]) - 1)
-        patch = tuple(int(n) for n in self.config.get("patch_size", (1, 2, 2)))
+        patch: Any = tuple(self.config.get("patch_size", (1, 2, 2)))
         chunk = int(vae.get("micro_frame_size") or 17)
-        return ChunkGrid(int(temporal.get("embed_dim", 4)), 2**halved, space, patch, chunk=chunk)  # type: ignore[arg-type]
+        channels = int(temporal.get("embed_dim", 4))
+        return ChunkGrid(channels, 2**halved, space, patch, chunk=chunk)
 
     def process(self) -> Process:
         grid = self.grid()

@@ -1,4 +1,4 @@
-"""Architectures that neither transformers nor diffusers has, in their style, and the pipelines that sample them.
+"""Architectures that neither transformers nor diffusers has, in their style, and pipelines that sample them.
 
 model_index.json names a class here by the path of its module, as diffusers writes it.
 """

@@ -1,7 +1,8 @@
 """The two-stage VAE of Open-Sora 1.2: a VAE of pictures on every frame, then one over time on its latents.
 
-Formulas and keys: Open-Sora 1.2 (hpcaitech/Open-Sora, branch opensora/v1.2, Apache-2.0); its temporal part follows MAGVIT-v2
-(arXiv 2310.05737). Clips are coded in chunks of 17 frames, which become 5 latent frames and know nothing of each other.
+Formulas and keys: Open-Sora 1.2 (hpcaitech/Open-Sora, branch opensora/v1.2, Apache-2.0); its temporal part
+follows MAGVIT-v2 (arXiv 2310.05737). Clips are coded in chunks of 17 frames, which become 5 latent frames and
+know nothing of each other.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class Decoder(nn.Module):
 
 
 class TemporalAutoencoder(ModelMixin, ConfigMixin):
-    """Latents of frames [B, C, T, H, W] <-> [B, C', T', H, W], T' = ceil(T / 4); frames are padded in front."""
+    """Latents of frames [B, C, T, H, W] <-> [B, C', T', H, W], T' = ceil(T / 4); padded in front."""
 
     @register_to_config
     def __init__(

@@ -1,8 +1,8 @@
 """The VAE of Step-Video (version 2): 8 x 16 x 16 pixels a latent cell, chunks of 17 frames.
 
-Formulas and keys: stepfun-ai/Step-Video-T2V (MIT) and the report (arXiv 2502.10248); the shortcuts over (un)shuffled pixels are
-those of DC-AE (arXiv 2410.10733). Chunks are coded apart; the last frame of a chunk and the first of the next are blended.
-Every group norm is of one frame.
+Formulas and keys: stepfun-ai/Step-Video-T2V (MIT) and the report (arXiv 2502.10248); the shortcuts over
+(un)shuffled pixels are those of DC-AE (arXiv 2410.10733). Chunks are coded apart; the last frame of a chunk
+and the first of the next are blended. Every group norm is of one frame.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderStepVideo(ModelMixin, ConfigMixin):
-    """Pixels [B, 3, F, 16 H, 16 W] in -1..1 <-> latents [B, 64, T, H, W]: 17 frames are 3 latent frames, 1 is 1.
+    """Pixels [B, 3, F, 16 H, 16 W] in -1..1 <-> latents [B, 64, T, H, W]: 17 frames are 3 latent, 1 is 1.
 
     encoder_config, decoder_config: arguments of `Encoder` and `Decoder`.
     """

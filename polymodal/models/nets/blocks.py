@@ -1,4 +1,4 @@
-"""What several of the nets share: attention over heads, rotary and sinusoidal positions, causal convolutions."""
+"""What several of the nets share: attention, rotary and sinusoidal positions, causal convolutions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROTARY_BASE = 10000.0
 
 
 class AttentionCore(nn.Module):
-    """Softmax attention without weights: diffusers' dispatcher, so that its backends and cut sequences work."""
+    """Softmax attention by diffusers' dispatcher, so that its backends and cut sequences work."""
 
     _attention_backend = None
     _parallel_config = None
@@ -66,7 +66,7 @@ def frequencies(size: int, like: Tensor, base: float = ROTARY_BASE) -> Tensor:
 
 
 def angles(positions: Tensor, sizes: Sequence[int], like: Tensor, base: float = ROTARY_BASE) -> list[Tensor]:
-    """Positions [N, axes] -> for each axis its angles [N, size / 2], of the `size` dimensions that it turns."""
+    """Positions [N, axes] -> for each axis its angles [N, size / 2], of the dimensions that it turns."""
     return [
         positions[:, axis, None].to(angle_dtype(like.dtype)) * frequencies(size, like, base)
         for axis, size in enumerate(sizes)

@@ -1,9 +1,9 @@
 """The denoiser of Open-Sora 2.0: an MMDiT of FLUX's form over clips, with an input for given frames.
 
-Formulas and keys: Open-Sora 2.0 (hpcaitech/Open-Sora, main, Apache-2.0) and its report (arXiv 2503.09642); blocks as FLUX.1's.
-Two forms are published: projections apart with rotary positions by halves, and FLUX's, fused with neighbouring pairs.
-They are the same net up to the order of rows: row j of a head's q, k and their norms by halves is row 2j of FLUX's for
-j < d / 2, else row 2 (j - d / 2) + 1.
+Formulas and keys: Open-Sora 2.0 (hpcaitech/Open-Sora, main, Apache-2.0) and its report (arXiv 2503.09642);
+blocks as FLUX.1's. Two forms are published: projections apart with rotary positions by halves, and FLUX's,
+fused with neighbouring pairs. They are the same net up to the order of rows: row j of a head's q, k and their
+norms by halves is row 2j of FLUX's for j < d / 2, else row 2 (j - d / 2) + 1.
 """
 
 from __future__ import annotations
@@ -224,8 +224,8 @@ class OpenSora2Transformer(ModelMixin, ConfigMixin):
         condition: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """Tokens of a clip [B, N, in_channels] with places img_ids [N, 3] (t, y, x), timestep [B] in 0..1, text
-        [B, M, context_in_dim] with places txt_ids [M, 3] (zeros), pooled text [B, vec_in_dim], condition
+        """Tokens of a clip [B, N, in_channels] with places img_ids [N, 3] (t, y, x), timestep [B] in 0..1,
+        text [B, M, context_in_dim] with places txt_ids [M, 3] (zeros), pooled text [B, vec_in_dim], condition
         [B, N, in_channels + patch_size^2] -> the velocity of the tokens [B, N, in_channels]."""
         if (condition is not None) != hasattr(self, "cond_in"):
             raise ValueError("condition is given exactly where the net has cond_embed")

@@ -1,7 +1,7 @@
 """Sampling from Open-Sora 1.2: rectified flow from noise to a clip, with frames that are given.
 
-Steps, their shift by size and length, and guidance against the learned null caption: Open-Sora 1.2 (hpcaitech/Open-Sora, branch
-opensora/v1.2, Apache-2.0). Captions are lower-cased and stripped.
+Steps, their shift by size and length, and guidance against the learned null caption: Open-Sora 1.2
+(hpcaitech/Open-Sora, branch opensora/v1.2, Apache-2.0). Captions are lower-cased and stripped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PICTURE_RATE = 120.0  # frames a second that stand for a picture
 
 
 def shift_of(frames: int, height: int, width: int, chunk: int = 17, latents: int = 5) -> float:
-    """The shift of noise levels: sqrt(pixels / 512^2) sqrt(latent frames), those of whole chunks; 1 of a picture.
+    """The shift of noise levels: sqrt(pixels / 512^2) sqrt(latent frames), of whole chunks; 1 of a picture.
 
     chunk: frames that are coded together, to `latents` latent frames.
     """
@@ -75,7 +75,7 @@ class OpenSoraPipeline(DiffusionPipeline):
         output_type: str = "np",
         return_dict: bool = True,
     ) -> Any:
-        """image: the first frame, one or one a prompt. frame_rate: what the model is told; not of pictures."""
+        """image: the first frame, one or one a prompt. frame_rate: what the model is told."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         model, vae, count = self.transformer, self.vae, len(prompts)
         device, dtype = model.x_embedder.proj.weight.device, model.x_embedder.proj.weight.dtype

@@ -1,7 +1,8 @@
-"""PT-DiT, the denoiser of Qihoo-T2X: attention to proxies of windows, inside windows and inside shifted windows.
+"""PT-DiT, the denoiser of Qihoo-T2X: attention to proxies of windows, inside and across windows.
 
-Formulas and keys: the PT-DiT paper (arXiv 2409.04005) and its port in Ascend/MindSpeed-MM (Apache-2.0); windows shift as Swin's
-(arXiv 2103.14030), modulation is PixArt's. Tokens are [B, W, n, h]: W windows of n tokens each, both in the order of t, y, x.
+Formulas and keys: the PT-DiT paper (arXiv 2409.04005) and its port in Ascend/MindSpeed-MM (Apache-2.0);
+windows shift as Swin's (arXiv 2103.14030), modulation is PixArt's. Tokens are [B, W, n, h]: W windows of n
+tokens each, both in the order of t, y, x.
 """
 
 from __future__ import annotations
@@ -199,7 +200,8 @@ class PTDiT(ModelMixin, ConfigMixin):
         super().__init__()
         hidden_size = num_heads * head_dim
         self.out_channels = out_channels or in_channels
-        self.window: Sizes = tuple(compress_ratios)  # type: ignore[assignment]
+        frames, height, width = compress_ratios
+        self.window: Sizes = (frames, height, width)
         scale = float(max(sample_size // 64, 1))
         side = sample_size // patch_size
         self.pos_embed = _PatchEmbed(in_channels, hidden_size, patch_size, frame, side, scale)
@@ -224,7 +226,8 @@ class PTDiT(ModelMixin, ConfigMixin):
         """hidden_states [B, C, F, H, W], timestep [B] in 0..1000, caption [B, L, C] with its mask [B, L]
         -> [B, out_channels, F, H, W], whose first C channels are the velocity."""
         tokens = self.pos_embed(hidden_states)
-        grid: Sizes = tuple(tokens.shape[1:4])  # type: ignore[assignment]
+        frames, height, width = tokens.shape[1:4]
+        grid: Sizes = (frames, height, width)
         if any(whole % part for whole, part in zip(grid, self.window, strict=True)):
             raise ValueError(f"a grid of {grid} tokens does not divide into windows of {self.window}")
         tokens = windows(tokens, self.window)

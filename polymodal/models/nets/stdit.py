@@ -1,8 +1,8 @@
 """STDiT, the denoiser of Open-Sora 1.0, and the pieces that STDiT3 (`stdit3.py`) shares with it.
 
-Formulas and keys: Open-Sora 1.0 (hpcaitech/Open-Sora, branch opensora/v1.0, Apache-2.0), its report, and the PixArt-alpha
-paper (arXiv 2310.00426) for adaLN-single. A clip is tokens [B, T, S, h] of T frames with S places each. A block has
-attention over places and attention over frames.
+Formulas and keys: Open-Sora 1.0 (hpcaitech/Open-Sora, branch opensora/v1.0, Apache-2.0), its report, and the
+PixArt-alpha paper (arXiv 2310.00426) for adaLN-single. A clip is tokens [B, T, S, h] of T frames with S
+places each. A block has attention over places and attention over frames.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Mlp(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Caption features -> h. `y_embedding` [tokens, C] is what stands for a dropped caption: a buffer, the same
-    noise in every model that is built."""
+    """Caption features -> h. `y_embedding` [tokens, C] is what stands for a dropped caption: a buffer, the
+    same noise in every model that is built."""
 
     def __init__(self, channels: int, hidden_size: int, tokens: int):
         super().__init__()

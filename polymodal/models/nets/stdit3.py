@@ -1,7 +1,7 @@
 """STDiT3, the denoiser of Open-Sora 1.2.
 
-Formulas and keys: Open-Sora 1.2 (hpcaitech/Open-Sora, branch opensora/v1.2, Apache-2.0) and its report. Blocks over places
-and blocks over frames take turns; frames may be given (without noise), whose timestep is 0.
+Formulas and keys: Open-Sora 1.2 (hpcaitech/Open-Sora, branch opensora/v1.2, Apache-2.0) and its report.
+Blocks over places and blocks over frames take turns; frames may be given (without noise) at timestep 0.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Step LLM, the language model that Step-Video reads prompts with.
 
-Formulas and keys: stepfun-ai/Step-Video-T2V (MIT; its attention is a closed kernel) and, for the bias of attention, the Ascend
-port of it. Causal, without rotary positions: scores have a bias of -slope * sqrt(distance) with the slopes of ALiBi
-(arXiv 2108.12409); padding is seen, as the published encoder sees it.
+Formulas and keys: stepfun-ai/Step-Video-T2V (MIT; its attention is a closed kernel) and, for the bias of
+attention, the Ascend port of it. Causal, without rotary positions: scores have a bias of -slope *
+sqrt(distance) with the slopes of ALiBi (arXiv 2108.12409); padding is seen, as the published encoder sees it.
 """
 
 from __future__ import annotations

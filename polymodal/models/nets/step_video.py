@@ -1,8 +1,8 @@
 """The denoisers of Step-Video T2V and TI2V (30B).
 
-Formulas and keys: stepfun-ai/Step-Video-T2V and Step-Video-TI2V (MIT) and the report (arXiv 2502.10248). A transformer of PixArt's
-form (adaLN-single) with attention over all tokens of the clip. Time runs from 0 (noise) to 1 (data); the prediction is the
-velocity along it, data - noise.
+Formulas and keys: stepfun-ai/Step-Video-T2V and Step-Video-TI2V (MIT) and the report (arXiv 2502.10248). A
+transformer of PixArt's form (adaLN-single) with attention over all tokens of the clip. Time runs from 0
+(noise) to 1 (data); the prediction is the velocity along it, data - noise.
 """
 
 from __future__ import annotations
@@ -197,9 +197,9 @@ class StepVideoModel(ModelMixin, ConfigMixin):
         motion_score: Tensor | float | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """hidden_states and condition_hidden_states [B, F, C, H, W], timestep [B] in 0..1, the language model's
-        text [B, L, C1], CLIP's [B, M, C2], mask [B, M + L] (ones in front), motion_score (a number or [B])
-        -> the velocity [B, F, C, H, W]."""
+        """hidden_states and condition_hidden_states [B, F, C, H, W], timestep [B] in 0..1, the language
+        model's text [B, L, C1], CLIP's [B, M, C2], mask [B, M + L] (ones in front), motion_score (a number or
+        [B]) -> the velocity [B, F, C, H, W]."""
         if self.config.use_additional_conditions:
             if condition_hidden_states is None or motion_score is None:
                 raise ValueError("this Step-Video needs condition_hidden_states and motion_score")
