@@ -37,7 +37,7 @@ def empty(config: Mapping[str, Any], library: str = "diffusers") -> nn.Module:
 def _class(library: str, name: str) -> Any:
     # classes of a pipeline's own module are listed under its name, which a directory here may have too
     module = getattr(importlib.import_module("diffusers.pipelines"), library, None)
-    library = nets.PIPELINES.get(name, library)
+    library = nets.CLASSES.get(name, library)
     if module is None and (library in LIBRARIES or is_own(library)):
         module = importlib.import_module(library)
     found = getattr(module, name, None)
@@ -84,9 +84,9 @@ def pipeline_class(directory: str | Path) -> Any:
     return named(str(read_index(directory)["_class_name"]))
 
 
-def named(pipeline: str) -> Any:
-    """A pipeline class of diffusers, or of models/nets."""
-    return _class("diffusers", pipeline)
+def named(name: str) -> Any:
+    """A class of diffusers, or of models/nets."""
+    return _class("diffusers", name)
 
 
 def load_part(directory: str | Path, name: str, dtype: torch.dtype, device: Any = "cpu") -> nn.Module:

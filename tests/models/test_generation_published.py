@@ -4,7 +4,6 @@ import inspect
 import json
 import typing
 
-import diffusers
 import pytest
 import yaml
 
@@ -87,6 +86,7 @@ PUBLISHED = {
     ("wan2.2", "i2v-a14b"): ("WanTransformer3DModel", {**WAN, "in_channels": 36}),
     ("sana", "0.6b"): ("SanaTransformer2DModel", SANA),
     ("sana", "1.6b"): ("SanaTransformer2DModel", {}),
+    ("open-sora-1.2", "1.1b"): ("STDiT3", {}),
     ("lumina2", "2b"): ("Lumina2Transformer2DModel", LUMINA2),
     ("qwen-image", "20b"): ("QwenImageTransformer2DModel", {}),
     ("hunyuan-dit", "1.2"): ("HunyuanDiT2DModel", HUNYUAN_DIT),
@@ -155,7 +155,7 @@ def published_family(name, key, directory):
     """A family with the published denoiser's config and the configs that the classes of its other parts have by default."""
     card = catalog.cards()[name]
     cls, config = EVERY[name, key]
-    pipeline = getattr(diffusers, card.pipelines[card.tasks[-1 if "i2v" in key else 0]])
+    pipeline = pipelines.named(card.pipelines[card.tasks[-1 if "i2v" in key else 0]])
     index = {
         "_class_name": pipeline.__name__,
         "expand_timesteps": key == "5b",
@@ -167,7 +167,7 @@ def published_family(name, key, directory):
             (directory / part).mkdir()
             config_of_part = {**defaults(annotation), **RATIOS.get(name, {})}
             (directory / part / "config.json").write_text(json.dumps(config_of_part))
-    return card.family(card, {**defaults(getattr(diffusers, cls)), **config}, str(directory))
+    return card.family(card, {**defaults(pipelines.named(cls)), **config}, str(directory))
 
 
 def defaults(cls):
@@ -199,7 +199,7 @@ def test_clips_of_a_recipe_fit_the_published_model(name, key, tmp_path):
     )
     family = published_family(name, key, tmp_path)
     clips = Clips(made.data.clip, family.grid(), family.given, family.needed)  # refuses what does not fit
-    pipeline = getattr(diffusers, next(iter(family.routes.values())))
+    pipeline = pipelines.named(next(iter(family.routes.values())))
     default = inspect.signature(pipeline.__call__).parameters["num_frames"].default
     newer = family.grid().patch[0] > 1
     if default is not None and not newer and key != "5b":

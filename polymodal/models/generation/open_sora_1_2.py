@@ -59,8 +59,8 @@ class OpenSora(Generation):
     )
 
     def build(self) -> nn.Module:
-        config = {**self.config, "_class_name": "STDiT3"}  # the published one names it otherwise
-        return pipelines.empty(config, "polymodal.models.nets.stdit3").train()
+        # the published config names its class otherwise
+        return pipelines.empty({**self.config, "_class_name": "STDiT3"}).train()
 
     def grid(self) -> ChunkGrid:
         vae = self.component_config("vae")

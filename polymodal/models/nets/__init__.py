@@ -3,5 +3,8 @@
 model_index.json names a class here by the path of its module, as diffusers writes it.
 """
 
-PIPELINES = {"OpenSoraPipeline": "polymodal.models.nets.pipeline_open_sora"}
-"""Pipeline class -> its module."""
+CLASSES = {
+    "OpenSoraPipeline": "polymodal.models.nets.pipeline_open_sora",
+    "STDiT3": "polymodal.models.nets.stdit3",
+}
+"""Pipelines and denoisers -> their modules: classes that are looked up by their name alone."""

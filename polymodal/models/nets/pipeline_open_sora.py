@@ -37,7 +37,7 @@ def shift_of(frames: int, height: int, width: int, chunk: int = 17, latents: int
 
 @dataclass
 class OpenSoraPipelineOutput(BaseOutput):
-    frames: Any  # [B, F, H, W, 3] in 0..1
+    frames: Any  # [B, F, H, W, 3] in 0..1; output_type "latent": [B, C, T, H, W]
 
 
 class OpenSoraPipeline(DiffusionPipeline):
@@ -112,6 +112,8 @@ class OpenSoraPipeline(DiffusionPipeline):
             latents = latents + step * (now - after)
             if given is not None:
                 latents[:, :, :1] = given
-        frames = vae.decode(latents.to(vae.dtype), num_frames).sample
-        made = processor.postprocess_video(frames.float(), output_type=output_type)
+        made: Any = latents
+        if output_type != "latent":
+            frames = vae.decode(latents.to(vae.dtype), num_frames).sample
+            made = processor.postprocess_video(frames.float(), output_type=output_type)
         return OpenSoraPipelineOutput(frames=made) if return_dict else (made,)
