@@ -67,7 +67,7 @@ def load(module: nn.Module, net: Net, document: dict[str, Any]) -> dict[str, str
     kept = set(document.get("kept") or ())
     with torch.no_grad():
         for name, published_name in ours.items():
-            if published_name not in kept and state[name].is_floating_point():
+            if not any(part in published_name for part in kept) and state[name].is_floating_point():
                 state[name].copy_(recipe.weight(published_name, published[published_name], document))
     return {published_name: name for name, published_name in ours.items()}
 
@@ -103,13 +103,12 @@ def _case(
     if wanted is not None or of_inputs:
         recipe.probe_loss(outputs).backward()
         parameters = dict(module.named_parameters())
-        gradients: dict[str, tuple[Tensor | None, list[float]]] = {
-            name: (parameters[names[name]].grad, digest)
+        gradients: dict[str, tuple[Tensor | None, list[float] | None]] = {
+            name: (getattr(parameters.get(names[name]), "grad", None), digest)  # a buffer has none
             for name, digest in (wanted or {}).items()
-            if digest is not None  # the published code gave this parameter no gradient
         }
         gradients |= {name: (inputs[name].grad, digest) for name, digest in of_inputs.items()}
-        largest = max((digest[1] for _, digest in gradients.values()), default=0.0)
+        largest = max((digest[1] for _, digest in gradients.values() if digest), default=0.0)
         errors_by_name = {
             name: recipe.gradient_error(name, gradient, digest, largest)
             for name, (gradient, digest) in gradients.items()

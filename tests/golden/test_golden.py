@@ -11,9 +11,16 @@ from tests.golden.check import check, load
 from tests.golden.nets import find
 
 FILES = sorted((Path(__file__).parent / "files").glob("*.json.gz"))
+SLOW = ("open_sora_1_2_vae_temporal", "step_video_vae")
+"""Convolutions over time in float64."""
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name.partition(".")[0])
+def _case(path: Path):
+    name = path.name.partition(".")[0]
+    return pytest.param(path, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+
+
+@pytest.mark.parametrize("path", map(_case, FILES))
 def test_a_net_gives_the_published_numbers(path: Path):
     results = check(path)
     assert results

@@ -89,9 +89,8 @@ def test_a_family_trains_and_its_export_is_diffusers(name, data, stills, tmp_pat
     assert len(losses) == 3 and all(np.isfinite(losses))
     done = export(tmp_path / "run", tmp_path / "out")  # proves itself, or raises
     assert done.what == "model" and done.difference <= 1e-3 * max(1, done.largest)
-    library = pipelines.pipeline_class(source)
-    opened = library.from_pretrained(tmp_path / "out")
-    before = library.from_pretrained(source)
+    cls = pipelines.pipeline_class(source)
+    opened, before = (cls.from_pretrained(place) for place in (tmp_path / "out", source))
     trained, base = (getattr(p, family.part).state_dict() for p in (opened, before))
     assert trained.keys() == base.keys() and any(not torch.equal(trained[k], base[k]) for k in base)
     image = str(next(stills.parent.glob("pictures/*.png")))
