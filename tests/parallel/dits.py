@@ -87,12 +87,12 @@ def encode(name: str, directory: str) -> None:
         each = [family.encode_media(pipe, pixels[at : at + 1], **shown[at]) for at in range(2)]
         media = {n: torch.cat([one[n] for one in each]) for n in each[0]}
         tensors = {**text, **media, "weight": torch.tensor([1.0, 1.0])}
-        made.append((tensors, grid.tokens(frames, height, width)))
+        made.append((tensors, grid.tokens(frames, height, width), (frames, height, width)))
     torch.save(made, Path(directory, "features.pt"))
 
 
 @functools.cache
-def _features(directory: str) -> list[tuple[dict[str, Tensor], int]]:
+def _features(directory: str) -> list[tuple[dict[str, Tensor], int, tuple[int, int, int]]]:
     return torch.load(Path(directory, "features.pt"))
 
 
@@ -103,9 +103,10 @@ def objective(family: Any) -> DiffusionObjective:
 def batches(directory: str, family: Family, dtype: torch.dtype) -> list[Batch]:
     """The global batch, noise mixed in; activations in `dtype`, timesteps as they are."""
     made = []
-    for number, (tensors, tokens) in enumerate(_features(directory)):
+    for number, (tensors, tokens, shape) in enumerate(_features(directory)):
         axes: dict[str, Any] = {n: ("batch", *["none"] * (t.ndim - 1)) for n, t in tensors.items()}
         groups = {"seeds": (10 * number, 10 * number + 1), "tokens": (tokens, tokens), "kind": "video"}
+        groups["shape"] = shape
         made.append(Batch(dict(tensors), axes, (2 * number, 2 * number + 1), groups=groups))
     return [_typed(batch, dtype) for batch in objective(family).prepare(None, made)]
 

@@ -183,6 +183,7 @@ class AutoencoderOpenSora(ModelMixin, ConfigMixin):
         super().__init__()
         self.spatial_vae = _Frames(AutoencoderKL(**(spatial or SPATIAL)))
         self.temporal_vae = TemporalAutoencoder(**(temporal or {}))
+        # read from _buffers: the published config has these names, too, and diffusers finds those first
         for name, values in (("shift", latent_shift), ("scale", latent_scale)):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1, 1))
 
@@ -215,12 +216,12 @@ class AutoencoderOpenSora(ModelMixin, ConfigMixin):
         coded = coded.unflatten(0, (batch, -1)).transpose(1, 2)
         chunks = coded.split(self.config.micro_frame_size, dim=2)
         latents = torch.cat([self.temporal_vae.encode(chunk).latent_dist.mode() for chunk in chunks], dim=2)
-        latents = (latents - self.shift) / self.scale
+        latents = (latents - self._buffers["shift"]) / self._buffers["scale"]
         return {"latents": latents} if return_dict else (latents,)
 
     def decode(self, latents: Tensor, num_frames: int, return_dict: bool = True) -> Any:
         """num_frames: of the clip, which the latents alone do not tell."""
-        latents = latents * self.scale + self.shift
+        latents = latents * self._buffers["scale"] + self._buffers["shift"]
         size = self.config.micro_frame_size
         chunks, made = latents.split(self.latent_frames(size), dim=2), []
         for number, chunk in enumerate(chunks):
