@@ -86,9 +86,12 @@ def _check_context(
 ) -> list[PolymodalError]:
     try:
         heads = max(1, attention_heads(config) // sizes.tp)
-        ulysses_size(sizes.cp, heads, parallel.ulysses if parallel is not None else None)
+        ulysses = ulysses_size(sizes.cp, heads, parallel.ulysses if parallel is not None else None)
     except PolymodalError as error:
         return [error]
+    if sizes.cp > ulysses and "ring" in card.limits:
+        cause = f"{card.name} cannot be laid out with a ring of {sizes.cp // ulysses}: {card.limits['ring']}"
+        return [PolymodalError(cause, f"Set parallel.cp to a divisor of the {heads} heads of a rank.")]
     if sizes.cp > 1 and attention != "auto":
         cause = f"parallel.cp = {sizes.cp} cuts sequences, which model.attention = {attention} cannot follow."
         return [PolymodalError(cause, "Set model.attention to auto.")]

@@ -121,6 +121,12 @@ class DiTContextParallel:
         streams = [n for (_, key), n in self.lengths.items() if key == HIDDEN][:1]
         return tuple(map(sum, zip(*map(self.counts, self._streams() if joined else streams), strict=True)))
 
+    def whole(self, query: Tensor, key: Tensor, value: Tensor, local: Callable[..., Tensor]) -> Tensor:
+        """Attention of this rank's rows [B, n, H, D] that `local` computes over whole sequences of some
+        heads: by Ulysses alone."""
+        share = sequence_sharding.even(self.rows(query.shape[1]), self.context.ring, query.shape[0])
+        return self.context.attend(query, key, value, share, False, None, local)
+
     def kept(self, mask: Tensor) -> Tensor:
         """A mask of keys [B, 1, 1, N] over all streams joined -> the same [B, N] in the order of ranks, each
         of which joins its own rows. Computed once a mask."""

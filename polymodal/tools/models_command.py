@@ -103,6 +103,8 @@ def _page(card: ModelCard, only: str | None, console: Any) -> None:
     for axis, title in AXES.items():
         reason = why_not(card, axis)
         table.add_row(title, styled(("yes", "green")) if reason is None else f"no: {reason}")
+    if "ring" in card.limits:
+        table.add_row("ring", f"no: {card.limits['ring']}")
     console.print(table)
     table = _plain_table("\nTowers (train.freeze, optim.groups, model.lora.towers)", show_header=False)
     table.add_column()

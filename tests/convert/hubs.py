@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,6 +113,46 @@ def vace(directory: Path) -> torch.Tensor:
         return model(
             torch.randn(1, 4, 2, 4, 4, generator=g), torch.tensor([3]), torch.randn(1, 5, 16, generator=g),
             control_hidden_states=torch.randn(1, 8, 2, 4, 4, generator=g), return_dict=False,
+        )[0]  # fmt: skip
+
+
+OSP, OSP_U = "open_sora_plan.OpenSoraPlanTransformer", "open_sora_plan_1_5.OpenSoraPlanUTransformer"
+_osp = {
+    "num_attention_heads": 4, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "num_layers": 5, "caption_channels": 16,
+}  # fmt: skip
+_osp_u = {
+    "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "num_layers": [1, 2, 1],
+    "sparse_n": [1, 2, 1], "caption_channels": 16, "pooled_projection_dim": 8, "timestep_embed_dim": 16,
+}  # fmt: skip
+
+
+def _net(path: str) -> Any:
+    module, _, name = path.partition(".")
+    return getattr(importlib.import_module(f"polymodal.models.nets.{module}"), name)
+
+
+def own_net(path: str, **config: Any) -> Callable[[Path], Path]:
+    """A checkpoint of a class of models/nets."""
+
+    def make(directory: Path) -> Path:
+        torch.manual_seed(0)
+        _net(path)(**config).to(torch.bfloat16).save_pretrained(directory)
+        return directory
+
+    return make
+
+
+def open_sora_plan(directory: Path) -> torch.Tensor:
+    config = json.loads((directory / "config.json").read_text())
+    newer = config["_class_name"] == "OpenSoraPlanUTransformer"
+    model = _net(OSP_U if newer else OSP).from_pretrained(directory).eval()
+    g = torch.Generator().manual_seed(1)
+    channels = 12 if config.get("vae_scale_factor_t") else 4
+    given = {"pooled_projections": torch.randn(1, 8, generator=g)} if newer else {}
+    with torch.no_grad():
+        return model(
+            torch.randn(1, channels, 2, 4, 4, generator=g), torch.randn(1, 5, 16, generator=g), timestep=torch.tensor([3]),
+            **given, return_dict=False,
         )[0]  # fmt: skip
 
 
@@ -328,9 +369,14 @@ HUBS |= {
         ),
     ),
     "open-sora": Hub("open-sora", keys_only(keys.open_sora(), None)),
-    "open-sora-plan 1.2": Hub("open-sora-plan", keys_only(keys.open_sora_plan(), None, DIFFUSION), "v1.2"),
-    "open-sora-plan 1.3": Hub("open-sora-plan", keys_only(keys.open_sora_plan(), None, DIFFUSION), "v1.3"),
-    "open-sora-plan 1.5": Hub("open-sora-plan", keys_only(keys.open_sora_plan_15(), None, DIFFUSION), "v1.5"),
+    "open-sora-plan 1.2": Hub("open-sora-plan", own_net(OSP, **_osp), "v1.2", run=open_sora_plan),
+    "open-sora-plan 1.3": Hub(
+        "open-sora-plan", own_net(OSP, **_osp, sparse1d=True), "v1.3", run=open_sora_plan
+    ),
+    "open-sora-plan 1.3 i2v": Hub(
+        "open-sora-plan", own_net(OSP, **_osp, vae_scale_factor_t=4), "v1.3", run=open_sora_plan
+    ),
+    "open-sora-plan 1.5": Hub("open-sora-plan", own_net(OSP_U, **_osp_u), "v1.5", run=open_sora_plan),
     "hunyuan-video": Hub("hunyuan-video", keys_only(keys.hunyuan(), None)),
     "hunyuan-video-1.5": Hub(
         "hunyuan-video-1.5", keys_only({"double_blocks.0.img_attn_q.weight": (8, 8)}, None)

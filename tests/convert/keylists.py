@@ -214,24 +214,6 @@ def open_sora() -> dict[str, tuple[int, ...]]:
     return keys
 
 
-def open_sora_plan() -> dict[str, tuple[int, ...]]:
-    keys: dict[str, tuple[int, ...]] = {
-        **_both("pos_embed.proj", 32, 16), **_one("scale_shift_table", 2, 32), **_both("proj_out", 8, 32),
-        **_both("adaln_single.linear", 192, 32), **_both("caption_projection.linear_1", 32, 16),
-    }  # fmt: skip
-    for n in range(5):
-        block = f"transformer_blocks.{n}"
-        for a in ("attn1", "attn2"):
-            for x in ("to_q", "to_k", "to_v", "to_out.0"):
-                keys |= _both(f"{block}.{a}.{x}", 32, 32)
-        keys |= {
-            **_both(f"{block}.ff.net.0.proj", 64, 32),
-            **_both(f"{block}.ff.net.2", 32, 64),
-            **_one(f"{block}.scale_shift_table", 6, 32),
-        }
-    return keys
-
-
 def open_sora_plan_15() -> dict[str, tuple[int, ...]]:
     keys: dict[str, tuple[int, ...]] = {
         **_both("norm_out.linear", 64, 32),

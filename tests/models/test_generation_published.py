@@ -106,6 +106,8 @@ PUBLISHED = {
     ("sd3", "3.5-medium"): ("SD3Transformer2DModel", SD35M),
     ("sd3", "8.1b"): ("SD3Transformer2DModel", SD35L),
     ("sdxl", "3.5b"): ("UNet2DConditionModel", SDXL),
+    ("open-sora-plan", "1.3-2b"): ("OpenSoraPlanTransformer", {"cross_attention_dim": 2304, "sparse1d": True, "sparse_n": 4}),
+    ("open-sora-plan", "1.2-2b"): ("OpenSoraPlanTransformer", {"in_channels": 4, "out_channels": 4}),
     ("cogvideox", "2b"): ("CogVideoXTransformer3DModel", {"num_attention_heads": 30, "num_layers": 30}),
     ("cogvideox", "5b"): ("CogVideoXTransformer3DModel", COG),
     ("cogvideox", "i2v-5b"): ("CogVideoXTransformer3DModel", {**COG, "in_channels": 32, "use_learned_positional_embeddings": True}),
@@ -119,7 +121,7 @@ def test_a_published_config_builds_the_model_the_card_describes(name, key):
     card = catalog.cards()[name]
     cls, config = PUBLISHED[name, key]
     full = {**config, "_class_name": cls}
-    model = pipelines.empty(full)
+    model = card.family(card, full, "nowhere").build()
     family = card.family(card, {**dict(model.config), **full}, "nowhere")
     count = sum(p.numel() for p in model.parameters()) / 1e9
     assert count == pytest.approx(card.sizes[key].parameters, rel=0.01)

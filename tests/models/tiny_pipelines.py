@@ -376,6 +376,38 @@ def open_sora() -> Any:
     )
 
 
+def mt5(width: int = 16) -> Any:
+    from transformers import MT5Config, MT5EncoderModel
+
+    return MT5EncoderModel(
+        MT5Config(vocab_size=48, d_model=width, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    )
+
+
+def open_sora_plan(image: bool = False) -> Any:
+    from diffusers import EulerAncestralDiscreteScheduler
+
+    from polymodal.models.nets import pipeline_open_sora_plan as pipelines
+    from polymodal.models.nets.open_sora_plan import OpenSoraPlanTransformer
+    from polymodal.models.nets.wf_vae import WFVAE
+
+    vae = WFVAE(
+        latent_dim=4, base_channels=4, encoder_num_resblocks=1, encoder_energy_flow_hidden_size=4, decoder_num_resblocks=1,
+        decoder_energy_flow_hidden_size=4, connect_res_layer_num=1, scale=[0.5, 0.6, 0.7, 0.8], shift=[0.1, 0.0, 0.2, 0.0],
+    )  # fmt: skip
+    denoiser = OpenSoraPlanTransformer(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, num_layers=4, caption_channels=16,
+        sparse1d=True, sparse_n=2, vae_scale_factor_t=4 if image else None,
+    )  # fmt: skip
+    scheduler = EulerAncestralDiscreteScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    cls = pipelines.OpenSoraPlanImageToVideoPipeline if image else pipelines.OpenSoraPlanPipeline
+    return cls(
+        tokenizer=tokenizer(10), text_encoder=mt5(), vae=vae, transformer=denoiser, scheduler=scheduler
+    )
+
+
 def lumina2() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
 
@@ -712,6 +744,8 @@ MAKERS = {
     "sana": sana,
     "lumina2": lumina2,
     "open-sora-1.2": open_sora,
+    "open-sora-plan": open_sora_plan,
+    "open-sora-plan-i2v": lambda: open_sora_plan(True),
     "qwen-image": qwen_image,
     "hunyuan-dit": hunyuan_dit,
     "flux2": flux2,

@@ -27,6 +27,7 @@ DEEPER: dict[str, dict[str, Any]] = {
     "hunyuan-video": {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 4},
     "cogvideox1.5": {"num_layers": 4, "num_attention_heads": 4, "sample_height": 16, "sample_width": 16},
     "sd3.5": {"num_layers": 4, "num_attention_heads": 4, "caption_projection_dim": 32},
+    "open-sora-plan": {"num_layers": 4, "num_attention_heads": 4},
 }
 """Models of the table of layouts, with more layers and heads than the pipelines of other tests have."""
 
