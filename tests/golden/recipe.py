@@ -41,7 +41,10 @@ def given(name: str, entry: Any) -> Any:
         return entry
     if "values" in entry:
         dtype = getattr(torch, entry.get("dtype", "torch.float64").rpartition(".")[2])
-        return torch.tensor(entry["values"], dtype=dtype).reshape(entry["shape"])
+        values = entry["values"]
+        if "inf" in str(values):  # infinities are strings
+            values = numpy.array(values, dtype=numpy.float64)
+        return torch.as_tensor(values, dtype=dtype).reshape(entry["shape"])
     return entry["scale"] * normal(f"input:{name}", entry["shape"])
 
 

@@ -266,6 +266,7 @@ OPENERS = {
     "convert/reading.py": "torch's files: weights_only, or that unpickler",
     "data/features.py": "torch's files: weights_only",
     "data/workers.py": "pipes between a process and the workers that it started",
+    "models/nets/published.py": "torch's files: weights_only",
     "runtime/objects.py": "the unpickler of records; torch's files: weights_only",
     "runtime/rendezvous.py": "pickles that torch made in this process",
 }
