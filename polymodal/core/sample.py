@@ -78,6 +78,16 @@ class Record:
     tools: tuple[dict, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)  # id, answer, category...: not trained on
     plain: bool = False  # pretraining text: no chat template, every token trained, end-of-text appended
+    alternatives: tuple[tuple[Message, ...], ...] = ()
+    """Whole conversations that `messages` is compared with (train.objective dpo, kto)."""
+    scores: tuple[float, ...] = ()
+    """Of `messages` and of each alternative, higher is better; () where they are in order of preference."""
+
+    @property
+    def conversations(self) -> list[Record]:
+        """One record for each conversation that is compared: `messages` first."""
+        all_of_them = (self.messages, *self.alternatives)
+        return [replace(self, messages=each, alternatives=(), scores=()) for each in all_of_them]
 
     @property
     def media(self) -> tuple[Media, ...]:
@@ -137,6 +147,12 @@ class Sample:
     broken: str | None = None  # why this is a padding sample without weight
     modality: Literal["text", "image", "video", "audio", "mixed"] = "text"  # for the loss by modality
     streams: tuple[MediaStream, ...] = ()  # that its model has, with media in it or not
+    sequences: tuple[int, ...] = ()
+    """Lengths of several sequences that it consists of and that do not see each other; () is one."""
+    pairs: tuple[tuple[int, int, float], ...] = ()
+    """(preferred sequence, the other, difference of their scores); of kto (the answer, another prompt's answer,
+    1 if it is desirable, else -1)."""
+    shared: bool = False  # all sequences have the same media, which are here once
 
 
 @dataclass
@@ -150,7 +166,8 @@ class Batch:
     segments: dict[str, Tensor] = field(default_factory=dict)
     """Stream -> cumulative lengths [S + 1] int32 ("text"; families may add others)."""
     groups: dict[str, Any] = field(default_factory=dict)
-    """Facts of each sample, and ties between samples: pairs (DPO), rollouts (GRPO)."""
+    """Facts of each sample. Where samples have several sequences, each of which is a segment, of each sample
+    `sequences`, `pairs` and `shared`."""
     cut: Any = None
     """How the text stream is cut over a context-parallel group (distributed/context_parallel.py), None: it
     is whole. If cut, input_ids and position_ids hold this rank's rows, numbered by `rows` [n]; labels and
@@ -225,19 +242,25 @@ def pack(samples: Sequence[Sample]) -> Batch:
             parts = [s.tensors[name] for s in samples if name in s.tensors]
             if parts:
                 tensors[name], axes[name] = torch.cat(parts), meaning
-    lengths = [0, *(len(s.tensors["input_ids"]) for s in samples)]
+    sequences = [s.sequences or (len(s.tensors["input_ids"]),) for s in samples]
+    lengths = [0, *(length for own in sequences for length in own)]
     segments = {"text": torch.tensor(lengths).cumsum(0).to(torch.int32)}
     groups = {
         "modality": tuple(s.modality for s in samples),
         "media": media,
         "broken": tuple(s.broken is not None for s in samples),
     }
+    if any(s.sequences for s in samples):
+        groups["sequences"] = tuple(sequences)
+        groups["pairs"] = tuple(s.pairs for s in samples)
+        groups["shared"] = tuple(s.shared for s in samples)
     return Batch(tensors, axes, tuple(s.id for s in samples), segments, groups, streams=streams)
 
 
 def unpack(batch: Batch) -> list[Sample]:
     """The samples of a packed batch, as `pack` took them, but for their lengths in media streams."""
-    lengths = batch.segments["text"].diff().tolist()
+    sequences = batch.groups.get("sequences", ())
+    lengths = [sum(own) for own in sequences] or batch.segments["text"].diff().tolist()
     text = zip(*(batch[name][0].split(lengths) for name in TEXT), strict=True)
     positions = batch["position_ids"][:, 0].split(lengths, dim=1)
     samples = []
@@ -245,7 +268,11 @@ def unpack(batch: Batch) -> list[Sample]:
         tensors = {**dict(zip(TEXT, own, strict=True)), "position_ids": places}
         measure = SampleLengths(lengths[at], int((tensors["weights"] != 0).sum()))
         broken = "" if batch.groups["broken"][at] else None
-        samples.append(Sample(id, tensors, measure, "", broken, batch.groups["modality"][at], batch.streams))
+        sample = Sample(id, tensors, measure, "", broken, batch.groups["modality"][at], batch.streams)
+        if sequences:
+            sample.sequences = sequences[at]
+            sample.pairs, sample.shared = (batch.groups[name][at] for name in ("pairs", "shared"))
+        samples.append(sample)
     for stream in batch.streams:
         sizes, rows = batch.get(stream.sizes), batch.get(stream.tensor)
         if sizes is None:

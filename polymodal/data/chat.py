@@ -168,6 +168,12 @@ class ChatProcessor:
     def _prepare(self, record: Record, prompt: bool = False) -> _Prepared:
         """Rendered, with the headers of its media read; prompt: up to where the model answers, nothing
         trained."""
+        if record.alternatives:
+            raise PolymodalError(
+                "the row compares answers, which train.objective: dpo learns from.",
+                "To learn the preferred answers alone, set data.attr.response=chosen where the prompt is a text, "
+                "else data.attr.messages=chosen.",
+            )
         record = self.boxes.record(record)
         weights = {} if prompt else self._weights(record)
         if prompt and not record.plain:

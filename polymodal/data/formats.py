@@ -19,7 +19,7 @@ from typing import Any
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Message, Record
 from polymodal.core.text import parse_json
-from polymodal.data import box_columns
+from polymodal.data import box_columns, rankings
 from polymodal.data.captions import caption_record, is_caption_row
 from polymodal.data.files import AUDIO
 from polymodal.data.references import KINDS, Kind, References, first, listed, member_named, row_members
@@ -92,26 +92,47 @@ class RowReader:
             return caption_record(row, where, self.attr, self.references)
         if kind == "asr":
             return Record(self._speech_turns(row), where, extra=_extra(row, speech=True))
+        if kind == "preference":
+            return self._compared(row, where)
         turns = {"chat": self._chat, "alpaca": self._alpaca, "text": self._plain}[kind](row)
         plain = kind == "text"
         self._place_media(turns, row, plain)
         box_columns.place(turns, row, self.attr)
-        messages = tuple(
-            Message(
-                t["role"], tuple(t["parts"]), t.get("weight"), t.get("tool_calls", ()), t.get("reasoning")
-            )
-            for t in turns
-        )
+        messages = _messages(turns)
         tools = self._tools(row) if kind == "chat" else ()
         audio = any(isinstance(p, Media) and p.kind == "audio" for m in messages for p in m.content)
         return Record(messages, where, tools, _extra(row, audio and ("start" in row or "end" in row)), plain)
+
+    def _compared(self, row: Mapping[str, Any], where: str) -> Record:
+        """Answers to one prompt, a conversation each, the first alone in `messages`; answers alone are
+        learned. Media of the row are placed in each conversation."""
+        ranked = rankings.read(row, self.attr)
+        if not ranked.answers:
+            raise PolymodalError("the row has no answer with a rating.", "Leave the row out.")
+        conversations = []
+        for number, answer in enumerate(ranked.answers):
+            own = dict(ranked.media[number]) if ranked.media else {}
+            prompt = own.pop("__prompt__", ranked.prompt)
+            turns = [self._turn(turn, f"prompt[{n}]") | {"weight": 0.0} for n, turn in enumerate(prompt)]
+            for n, turn in enumerate(answer):
+                made = self._turn(turn, f"answer {number + 1}[{n}]")
+                turns.append(made | {"weight": 1.0 if made["role"] == "assistant" else 0.0})
+            self._add_system(turns, row)
+            named = {**row, "image": row["img_path"]} if "img_path" in row else row  # VLFeedback
+            self._place_media(turns, {**named, **own}, False)
+            conversations.append(_messages(turns))
+        extra = _extra(row, False)
+        first, *others = conversations
+        return Record(first, where, self._tools(row), extra, False, tuple(others), ranked.scores)
 
     def _kind(self, row: Mapping[str, Any]) -> str:
         a = self.attr
         if self.format in ("mllm", "sharegpt", "llava", "openai"):
             return "chat"
-        if self.format in ("alpaca", "text", "caption", "asr"):
+        if self.format in ("alpaca", "text", "caption", "asr", "preference"):
             return self.format
+        if a.messages is None and a.response is None and rankings.compares(row, a):
+            return "preference"
         answered = first(row, a.response, ANSWERS)[0] is not None
         if first(row, a.messages, MESSAGES)[0] is not None or _prompt_turns(row, a):
             return "chat"
@@ -124,13 +145,11 @@ class RowReader:
         if isinstance(row.get("text"), str):
             return "text"
         columns = ", ".join(k for k in row if not k.startswith("__")) or "none"
-        preferred = f"data.attr.{'response' if 'prompt' in row else 'messages'}=chosen."
         raise PolymodalError(
             f"no known format has these columns: {columns}.",
             "Expected messages or conversations, instruction and output, text, audio with its text, or a "
             "picture's or clip's path with its caption (cap); else name yours in data.attr (for example "
-            "data.attr.messages=dialog, or data.attr.prompt=ask data.attr.response=reply)."
-            + (" Preferred answers alone are learned with " + preferred if "chosen" in row else ""),
+            "data.attr.messages=dialog, or data.attr.prompt=ask data.attr.response=reply).",
         )
 
     def _plain(self, row: Mapping[str, Any]) -> list[dict]:
@@ -412,6 +431,13 @@ class RowReader:
         for turn in answers:
             turn["parts"] = [_Literal(p) if type(p) is str and mark in p else p for p in turn["parts"]]
         return kept
+
+
+def _messages(turns: list[dict]) -> tuple[Message, ...]:
+    return tuple(
+        Message(t["role"], tuple(t["parts"]), t.get("weight"), t.get("tool_calls", ()), t.get("reasoning"))
+        for t in turns
+    )
 
 
 def _all_parts(turns: list[dict]) -> list[Any]:

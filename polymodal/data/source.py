@@ -23,7 +23,14 @@ from polymodal.data.formats import RowReader
 from polymodal.data.own_reader import OwnRows
 from polymodal.recipe import Attr, Dataset
 
-LATER = ("objects", "bbox_format", "bbox_type")  # keys of Attr that fingerprints hold only where they are set
+LATER = (
+    "objects",
+    "bbox_format",
+    "bbox_type",
+    "chosen",
+    "rejected",
+    "label",
+)  # keys of Attr that fingerprints hold only where they are set
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ the forward pass, chunk by chunk.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -206,6 +208,37 @@ def _offset(size: int, parts: int, rank: int) -> int:
     return min(size, chunk * rank)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The tokens of this rank in a batch that have a label and a weight, of all its rows.
+
+    hidden [n, D], labels and weights [n]: this rank's rows; keep: indices of those with a label and a weight, on
+    the device; kept: the same on the host, numbered in the whole stream.
+    """
+
+    hidden: Tensor
+    labels: Tensor
+    weights: Tensor
+    keep: Tensor
+    kept: Tensor
+
+    @classmethod
+    def of(cls, output: Output, batch: Batch, weights: Tensor) -> Rows:
+        """weights: of the whole stream, shaped as the batch's."""
+        weights, labels = weights.reshape(-1), batch["labels"].reshape(-1)
+        # what is asked of the numbers themselves is asked of their copies on the host: nothing waits for the
+        # device
+        known = {name: cast(Tensor, batch.on_host(name)).reshape(-1) for name in ("labels", "weights")}
+        rows = batch.on_host("rows")
+        if rows is not None:  # this rank's rows of the whole stream
+            weights, labels = weights[batch["rows"]], labels[batch["rows"]]
+            known = {name: values[rows] for name, values in known.items()}
+        hidden = output.hidden_states.reshape(-1, output.hidden_states.shape[-1])
+        kept = kept_rows(**known)
+        keep = to_device(kept, hidden.device)
+        return cls(hidden, labels, weights, keep, kept if rows is None else rows[kept])
+
+
 class LanguageObjective:
     """Weighted next-token loss plus, for experts, the router's balance loss.
 
@@ -217,8 +250,10 @@ class LanguageObjective:
 
     term = "text"
     aux_weight = 0.0
-    parts = ("text", "image", "video", "audio", "mixed")
+    parts: tuple[str, ...] = ("text", "image", "video", "audio", "mixed")
     """Parts of the loss in logs: nll/<part> and tokens/<part>."""
+    keys: tuple[str, ...] = ()
+    """Further sums in the logs of `loss`, from which `shown` makes figures."""
 
     def __init__(
         self, weighting: Weighting = "per_token", aux_weight: float = 0.0, experts_per_token: int = 0
@@ -239,6 +274,10 @@ class LanguageObjective:
             terms["balance"] = 1.0 if total > 0 else 0.0
         return terms
 
+    def shown(self, total: Mapping[str, float]) -> dict[str, float]:
+        """Figures of a step's log from the sums of `keys` over the global batch."""
+        return {}
+
     def validation(self) -> LanguageObjective:
         """What validation measures: the same."""
         return self
@@ -254,22 +293,8 @@ class LanguageObjective:
         and counts, to be added over ranks; "balance": the scaled router term; "choices": [layers here, E]
         tokens that chose each expert.
         """
-        assert output.head is not None
-        weights, labels = token_weights(batch, self.weighting).reshape(-1), batch["labels"].reshape(-1)
-        # what is asked of the numbers themselves is asked of their copies on the host: nothing waits for the
-        # device
-        known = {name: cast(Tensor, batch.on_host(name)).reshape(-1) for name in ("labels", "weights")}
-        counts, rows = float(known["weights"].sum()) > 0, batch.on_host("rows")
-        if rows is not None:  # this rank's rows of the whole stream
-            weights, labels = weights[batch["rows"]], labels[batch["rows"]]
-            known = {name: values[rows] for name, values in known.items()}
-        hidden = output.hidden_states.reshape(-1, output.hidden_states.shape[-1])
-        kept = kept_rows(**known)
-        keep = to_device(kept, hidden.device)
-        text, losses, _ = head_loss(hidden, output.head, labels, weights, keep)
-        loss = text * inverse["text"]
-        logs: dict[str, Any] = {"loss": loss.detach()}
-        logs.update(_by_modality(batch, losses, kept if rows is None else rows[kept]))
+        counts = float(cast(Tensor, batch.on_host("weights")).sum()) > 0
+        loss, logs = self.text_term(output, batch, inverse)
         if self.aux_weight:
             value = self.balance(output, batch)
             term = value * (inverse["balance"] if counts else 0.0)
@@ -278,6 +303,16 @@ class LanguageObjective:
         if self.experts_per_token and counts and output.extra["router_logits"]:
             logs["choices"] = expert_choices(output.extra["router_logits"], self.experts_per_token)
         return loss, logs
+
+    def text_term(
+        self, output: Output, batch: Batch, inverse: dict[str, float]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The loss without that of the routers, and its logs."""
+        assert output.head is not None
+        rows = Rows.of(output, batch, token_weights(batch, self.weighting))
+        text, losses, _ = head_loss(rows.hidden, output.head, rows.labels, rows.weights, rows.keep)
+        loss = text * inverse["text"]
+        return loss, {"loss": loss.detach()} | _by_modality(batch, losses, rows.kept)
 
     def balance(self, output: Output, batch: Batch) -> Tensor:
         """Router term of one micro-batch: of the layers here and the sums of earlier pipeline stages."""

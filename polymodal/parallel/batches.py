@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from polymodal.core.sample import IGNORE, Batch, MediaStream, SampleLengths
+from polymodal.core.sample import IGNORE, Axis, Batch, MediaStream, SampleLengths
 from polymodal.distributed import attention
 from polymodal.distributed.context_parallel import Context, ulysses_size
 from polymodal.distributed.mesh import Mesh
@@ -116,7 +117,7 @@ class PackedBatchSharding(BatchSharding):
     def _cut(self, batch: Batch) -> tuple[Batch, Batch]:
         """(the whole batch, pad_to_cp up if it is shorter than the group, and this rank's)."""
         if self.context is None:
-            return batch, batch
+            return batch, self._numbered(batch, batch, None)
         cut = self.context.spread(attention.plan(batch.segments["text"]).lengths)
         if any(0 in part for part in cut.share.parts):
             filler = 2 * self.context.size
@@ -126,14 +127,33 @@ class PackedBatchSharding(BatchSharding):
         for name in ("input_ids", "position_ids"):
             tensors[name] = tensors[name].index_select(batch.axes[name].index("sequence"), cut.rows)
         tensors["rows"] = cut.rows
-        return batch, replace(batch, tensors=tensors, axes={**batch.axes, "rows": ("sequence",)}, cut=cut)
+        own = replace(batch, tensors=tensors, axes={**batch.axes, "rows": ("sequence",)}, cut=cut)
+        return batch, self._numbered(batch, own, cut.rows)
+
+    def _held(self, stream: MediaStream, whole: Batch, rows: Tensor | None) -> Tensor:
+        """Numbers of the features of this rank's placeholders, in their order."""
+        places = self.family.media_mask(stream, whole)[0]
+        numbers = places.cumsum(0) - 1
+        held = numbers[places] if rows is None else numbers[rows][places[rows]]
+        shared = self.family.feature_numbers(stream, whole)
+        return held if shared is None else shared[held]
+
+    def _numbered(self, whole: Batch, own: Batch, rows: Tensor | None) -> Batch:
+        """With `<stream>_numbers` [n] where sequences share media: of each placeholder of this rank, which of
+        the features that it gets."""
+        if not any(whole.groups.get("shared", ())):
+            return own
+        held = {f"{s.name}_numbers": self._held(s, whole, rows) for s in self.family.streams}
+        numbers = {name: places.unique(return_inverse=True)[1] for name, places in held.items()}
+        axes: dict[str, tuple[Axis, ...]] = dict.fromkeys(numbers, ("none",))
+        return replace(own, tensors={**own.tensors, **numbers}, axes={**own.axes, **axes})
 
     def _request(self, stream: MediaStream, whole: Batch, own: Batch) -> media.MediaRequest:
         if stream.sizes not in whole.tensors:
             return media.MediaRequest((), ())
-        places = self.family.media_mask(stream, whole)[0]
-        numbers, rows = places.cumsum(0) - 1, own.get("rows")
-        held = numbers[places] if rows is None else numbers[rows][places[rows]]
+        held = self._held(stream, whole, own.get("rows"))
+        if any(whole.groups.get("shared", ())):
+            held = held.unique()
         return media.request(self.family.media_parts(stream, whole[stream.sizes]), held)
 
     def _cost(self, stream: MediaStream, part: media.Size) -> float:

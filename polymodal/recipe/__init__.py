@@ -18,6 +18,7 @@ from polymodal.recipe.schema import (
     Monitor,
     Optim,
     Parallel,
+    Preference,
     Profile,
     Recipe,
     Schedule,

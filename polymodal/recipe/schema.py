@@ -97,6 +97,12 @@ class Attr(Section):
     (default: text, sentence, transcription, transcript)."""
     history: str | None = None
     """Alpaca: column with earlier turns (default: history)."""
+    chosen: str | None = None
+    """Preferences: column with the preferred answer (default: chosen)."""
+    rejected: str | None = None
+    """Preferences: column with the other answer, or a list of them (default: rejected)."""
+    label: str | None = None
+    """Preferences without pairs (kto): column with true or false (default: label, kto_tag)."""
     user: str | None = None
     """The user's name in role (default: user, human)."""
     assistant: str | None = None
@@ -121,11 +127,11 @@ class Dataset(Section):
     """File or directory: json, jsonl, parquet, csv, tsv, webdataset tar (globs allowed)."""
     name: str | None = None
     """Name in logs and reports (default: the file's name)."""
-    format: Literal["auto", "mllm", "sharegpt", "llava", "alpaca", "openai", "text", "caption", "asr"] = (
-        "auto"
-    )
+    format: Literal[
+        "auto", "mllm", "sharegpt", "llava", "alpaca", "openai", "text", "caption", "asr", "preference"
+    ] = "auto"
     """How a record becomes messages; `text` is plain text for pretraining, `caption` a medium with what it
-    shows, to be generated, `asr` audio with its transcription."""
+    shows, to be generated, `asr` audio with its transcription, `preference` answers that are compared."""
     media_dir: str | None = None
     """Directory that relative media paths start from (default: the file's own directory)."""
     weight: PositiveFloat | None = None
@@ -246,6 +252,48 @@ class LossGuard(Section):
     """Stop after so many skipped steps in a row."""
 
 
+LossName = Literal[
+    "sigmoid",
+    "robust",
+    "hinge",
+    "ipo",
+    "sigmoid_norm",
+    "apo_zero",
+    "apo_down",
+    "bco_pair",
+    "simpo",
+    "orpo",
+    "sft",
+]
+
+
+class Preference(Section):
+    loss: LossName | dict[LossName, PositiveFloat] | None = None
+    """dpo: one loss, or a sum by name with weights, {sigmoid: 0.8, bco_pair: 0.2, sft: 1} (default: sigmoid).
+    docs/post_training.md has the formulas."""
+    beta: PositiveFloat | None = None
+    """Scale of the log-ratios: the larger, the closer to the reference (default: 0.1; simpo 2)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """sigmoid and robust: share of pairs that are taken to be swapped."""
+    gamma: NotNegativeFloat | None = None
+    """simpo: margin that the preferred answer must win by (default: 1)."""
+    desirable_weight: PositiveFloat = 1.0
+    """kto: weight of desirable answers."""
+    undesirable_weight: PositiveFloat = 1.0
+    """kto: weight of the others."""
+    reference: str | None = None
+    """The reference model: a checkpoint, export or run; by default the model as it starts, which LoRA gives
+    with its adapters off."""
+    cache_reference: bool = False
+    """Compute the reference's log-probabilities of all answers before the first step, and keep them on disk:
+    no second model is held while it trains."""
+    pairs: Literal["best_worst", "all", "adjacent"] = "best_worst"
+    """Which answers of a row with more than two are compared: the best with the worst, each with each, or
+    neighbours in order."""
+    min_gap: NotNegativeFloat = 0.0
+    """Least difference of scores of a pair, where rows have scores; equal scores are never a pair."""
+
+
 class Train(Section):
     seed: int = 42
     """Seed of everything random."""
@@ -266,7 +314,10 @@ class Train(Section):
     diffusion: Diffusion = Diffusion()
     """Noise levels, weighting and condition dropping of generating models."""
     objective: str | None = None
-    """Own code as module:Class: what is learned in place of the model's own loss (docs/extending.md)."""
+    """What is learned in place of the model's own loss: dpo (preferences between answers), kto (answers that
+    are good or bad), or own code as module:Class (docs/extending.md)."""
+    preference: Preference = Preference()
+    """objective dpo and kto: loss, reference, pairs."""
     callbacks: list[str] = []
     """Own code as module:Class, called at the begin and end of training, after steps, checkpoints and
     validation (docs/extending.md)."""

@@ -33,6 +33,7 @@ class Findings:
     plain: int = 0  # rows of pretraining text
     boxes: int = 0  # with points
     unanswered: int = 0  # conversations without an assistant's turn: nothing would be learned
+    answers: Counter[int] = field(default_factory=Counter)  # rows that compare so many; 1: with a label
     turns: int = 0
     characters: int = 0
     media: dict[str, int] = field(default_factory=dict)  # by kind
@@ -60,7 +61,7 @@ def check(corpus: Corpus, progress: Callable[[int, int], None] | None = None) ->
         if isinstance(record, str):
             return None, [], record
         try:
-            headers = [_header(m) for m in record.media]
+            headers = [_header(m) for m in dict.fromkeys(m for c in record.conversations for m in c.media)]
             for box in record.boxes:
                 boxes.fractions(box, *files.image_size(box.picture.source))  # type: ignore[arg-type]
             return record, headers, ""
@@ -79,6 +80,7 @@ def check(corpus: Corpus, progress: Callable[[int, int], None] | None = None) ->
                 out.plain += record.plain
                 out.text_only += not record.media
                 out.boxes += len(record.boxes)
+                out.answers[1 + len(record.alternatives)] += bool(record.alternatives or record.scores)
                 out.unanswered += not any(m.role == "assistant" for m in record.messages)
                 out.turns += len(record.messages)
                 out.characters += sum(
@@ -147,6 +149,10 @@ def main(
         say(", ".join(words) + ".")
     if found.boxes:
         say(f"{found.boxes} boxes and points.")
+    for count, rows in sorted(found.answers.items()):
+        if rows:
+            what = "an answer with a label (kto)" if count == 1 else f"{count} answers to compare (dpo)"
+            say(f"{rows} rows have {what}.")
     if found.unanswered:
         say(f"{found.unanswered} rows have no assistant's turn: nothing is learned from them.")
     for problem in found.problems[:limit]:

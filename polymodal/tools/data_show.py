@@ -64,15 +64,23 @@ def _shown(i: int, record: Record, sample: Sample, chat: ChatProcessor) -> dict[
     facts += [
         f"{stream} {sum(lengths)} in {len(record.media)} media" for stream, lengths in measure.media.items()
     ]
+    if sample.sequences:
+        facts.append(f"sequences of {' + '.join(map(str, sample.sequences))} tokens")
+    facts += [f"answer {a + 1} preferred to {b + 1}" for a, b, _ in sample.pairs if a != b]
     if measure.tokens > chat.max_length:
         facts.append(f"longer than max_length {chat.max_length}")
     return {
         "where": record.where,
         "error": "",
         "facts": ", ".join(facts),
-        "media": [_figure(medium, record, chat) for medium in record.media],
+        "media": [_figure(medium, record, chat) for medium in dict.fromkeys(_media(record))],
         "tokens": list(_tokens(record, sample, chat)),
     }
+
+
+def _media(record: Record) -> list[Media]:
+    """In reading order, of all conversations that are compared."""
+    return [medium for each in record.conversations for medium in each.media]
 
 
 def _figure(medium: Media, record: Record, chat: ChatProcessor) -> tuple[str, list[pages.Picture]]:
@@ -121,7 +129,7 @@ def _tokens(record: Record, sample: Sample, chat: ChatProcessor) -> Iterator[Tok
     ids = sample.tensors["input_ids"].tolist()
     labels, weights = sample.tensors["labels"].tolist(), sample.tensors["weights"].tolist()
     learned = [0.0, *(w if label != IGNORE else 0.0 for w, label in zip(weights, labels, strict=True))]
-    waiting = [(m.kind, list(chat.span(m, record).ids)) for m in record.media]
+    waiting = [(m.kind, list(chat.span(m, record).ids)) for m in _media(record)]
     at = number = 0
     while at < len(ids):
         kind, span = waiting[number] if number < len(waiting) else ("", [])

@@ -325,14 +325,13 @@ def _groups_without_effect(recipe: Recipe, family: Any, model: Any) -> Iterator[
 def show(recipe: Recipe, out: Path, samples: int, seed: int) -> int:
     """`polymodal data show`: a page of samples as the model meets them. Needs the checkpoint's config, not
     its weights."""
-    from polymodal.data.source import open_corpus
     from polymodal.models import catalog
     from polymodal.tools import data_show as page
     from polymodal.train.layouts import layout_of
 
     family = catalog.family(recipe.model.model_copy(update={"init": "random"}))
-    chat = layout_of(recipe, family).processor()
-    corpus = open_corpus(recipe.data.datasets, recipe.data.attr)
+    layout: Any = layout_of(recipe, family)
+    chat, corpus = layout.processor(), layout.corpus(layout.datasets("datasets"), recipe.data)
     chosen = page.show(corpus, chat, str(out), samples, seed)
     say(f"{out}: {len(chosen)} of {len(corpus)} samples")
     return 0

@@ -287,6 +287,10 @@ def line(step: int, steps: int, values: dict[str, Any]) -> str:
     kinds = {key.removeprefix("loss/"): value for key, value in values.items() if key.startswith("loss/")}
     if len(kinds) > 1:
         parts[-1] += f" ({', '.join(f'{name} {value:.4f}' for name, value in kinds.items())})"
+    if "rewards/accuracy" in values:
+        parts.append(f"accuracy {values['rewards/accuracy']:.2f}")
+    if "rewards/margin" in values:
+        parts.append(f"margin {values['rewards/margin']:.3g}")
     parts += [
         f"grad norm {values['grad_norm']:.3g}",
         f"lr {values['lr']:.3g}",

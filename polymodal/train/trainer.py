@@ -40,6 +40,7 @@ from polymodal.runtime.process_group import Runtime, runtime
 from polymodal.train import callbacks, monitor, optim, run_length
 from polymodal.train.layouts import Feed, layout_of
 from polymodal.train.parallel_model import ParallelModel, meta_model
+from polymodal.train.reference import Actors
 from polymodal.train.starting_weights import StartingWeights
 from polymodal.train.step import StepMetrics, drop_broken_samples, forward_backward, inverse_weights
 
@@ -116,6 +117,10 @@ class Trainer:
         self.weights.load_source()
         self.model.train()
         self.trainable = self.model.trainable
+        if getattr(self.objective, "needs_reference", False):
+            self.layout.actors = Actors(
+                self.model, self.recipe, self.mesh, self.device, self.shard_batches, self.layout
+            )
         self.sampler = self.layout.sampler(self.model.models[0], self.mesh, self.device)
 
     def _build_optimizer(self) -> None:
@@ -168,8 +173,17 @@ class Trainer:
         self.saved: Path | None = None
         directory = self._resume_directory(())
         # parameters that are not trained are in no checkpoint of this run
-        if recipe.checkpoint.init_from and (directory is None or self.model.trained < self.model.total):
-            self.weights.load_init_from(self.rt, self.save_group)
+        started = directory is None or self.model.trained < self.model.total
+
+        def load_start() -> None:
+            if recipe.checkpoint.init_from:
+                self.weights.load_init_from(self.rt, self.save_group)
+
+        if started:
+            load_start()
+        if isinstance(self.layout.actors, Actors):
+            again = (lambda: None) if started else load_start
+            self.layout.actors.start(self.rt, self.save_group, again)
         if directory is None:
             if self.average is not None:
                 self.average = optim.MovingAverage(self.trainable, recipe.train.ema)
@@ -344,7 +358,8 @@ class Trainer:
         """Gradients of the step, accumulated into .grad; returns their norm, and the step's metrics, summed
         over ranks."""
         batches, inverse = self._prepare(self.objective, batch)
-        tally = StepMetrics(self.objective.parts, STEP_TOTALS, self.family.routers())
+        extra = (*STEP_TOTALS, *getattr(self.objective, "keys", ()))
+        tally = StepMetrics(self.objective.parts, extra, self.family.routers())
         forward_backward(self.model.runner, self.objective, batches, inverse, tally, self.scaler.scale)
         # other pipeline stages and context-parallel ranks read the same samples
         counts_here = self.model.runner.has_last_stage and self.mesh.at["cp"] == 0
@@ -404,6 +419,8 @@ class Trainer:
         for name in self.objective.parts:
             if total[f"tokens/{name}"]:
                 values[f"loss/{name}"] = total[f"nll/{name}"] / total[f"tokens/{name}"]
+        if hasattr(self.objective, "shown"):
+            values |= self.objective.shown(total)
         if self.objective.aux_weight:
             values["balance"] = total["balance"]
         values |= {key: value for key, value in total.items() if key.startswith("experts/")}
@@ -428,30 +445,41 @@ class Trainer:
         loader = self._loader(
             self.validation, Position(0, 0, 0), count, workers=0
         )  # workers start in seconds
+        keys = getattr(objective, "keys", ())
         tally, loss, weight = StepMetrics(objective.parts), 0.0, 0.0
         self.model.train(False)
+        self._ask("validation")
         try:
             for batch in loader:
                 batches, inverse = self._prepare(objective, batch)
-                part = StepMetrics(objective.parts)
+                part = StepMetrics(objective.parts, keys)
                 forward_backward(self.model.runner, objective, batches, inverse, part, backward=False)
                 total = part.total(self.log_group)
                 share = 1.0 / inverse[objective.term] if inverse[objective.term] else 0.0
                 loss += total["loss"] * share
                 weight += share
-                tally.add({k: v for k, v in total.items() if "/" in k})
+                tally.add({k: v for k, v in total.items() if "/" in k or k in keys})
         finally:
             loader.close()
             self.model.train()
+            self._ask("datasets")
         values = {"validation/loss": loss / weight if weight else float("nan")}
         for name in objective.parts:
             if tokens := float(tally.values.get(f"tokens/{name}", 0)):
                 values[f"validation/loss/{name}"] = float(tally.values[f"nll/{name}"]) / tokens
+        if keys:
+            shown = objective.shown({key: float(tally.values.get(key, 0.0)) for key in keys})
+            values |= {f"validation/{name}": value for name, value in shown.items()}
         if self.main:
             self.metrics.log(step, values)
             losses = (f"{k.partition('/')[2]} {v:.4f}" for k, v in values.items())
             self._print(f"validation at step {step}: {', '.join(losses)}")
         self.callbacks.on_evaluate(self, step, values)
+
+    def _ask(self, section: str) -> None:
+        """Which section of the data batches now come from, where a table knows the reference of each."""
+        if isinstance(self.layout.actors, Actors):
+            self.layout.actors.section = section
 
     # ---------------------------------------------------------------- saving and ending
 

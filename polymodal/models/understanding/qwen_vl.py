@@ -187,6 +187,8 @@ class QwenVL(VisionLanguage):
             features, *deeper = joined.split(hidden.shape[-1], dim=-1)
             # tensors between pipeline stages are never empty
             levels = nn.functional.pad(torch.stack(deeper), (0, 0, 0, not len(features)))
+        features = self.repeated(VISION, batch, features)
+        levels = torch.stack([self.repeated(VISION, batch, level) for level in levels])
         carried["deepstack"] = levels
         if not self.received(VISION, batch):
             hidden = hidden + levels.sum() * 0.0

@@ -145,6 +145,28 @@ class VisionLanguage(Family):
         rows = torch.isin(ids[0], torch.tensor(self.media_ids(stream))).nonzero()[:, 0]
         return to_device(rows, batch["input_ids"].device)
 
+    def feature_numbers(self, stream: MediaStream, batch: Batch) -> Tensor | None:
+        """Of each placeholder of a whole batch, the number of its feature, int64 [n] on the host; None where
+        each has its own. Sequences of a sample that share media have their features once."""
+        if not any(batch.groups.get("shared", ())):
+            return None
+        ids = batch.on_host("input_ids")
+        assert ids is not None
+        found, at, first = torch.isin(ids[0], torch.tensor(self.media_ids(stream))), 0, 0
+        numbers = []
+        for lengths, shared in zip(batch.groups["sequences"], batch.groups["shared"], strict=True):
+            for number, length in enumerate(lengths):
+                count = int(found[at : at + length].sum())
+                first -= count if shared and number else 0
+                numbers.append(torch.arange(first, first + count))
+                first, at = first + count, at + length
+        return torch.cat(numbers)
+
+    def repeated(self, stream: MediaStream, batch: Batch, features: Tensor) -> Tensor:
+        """Features [n, D], once for each placeholder of this rank where sequences share media."""
+        numbers = batch.get(f"{stream.name}_numbers")
+        return features if numbers is None or not len(numbers) else features.index_select(0, numbers)
+
     def tower_sizes(self, stream: MediaStream, batch: Batch) -> Tensor | None:
         """Sizes [M, k] of the media that the tower of this rank computes."""
         exchange = batch.media.get(stream.name)
@@ -236,6 +258,7 @@ class VisionLanguage(Family):
             exchange = batch.media.get(stream.name)
             if exchange is not None:
                 features = exchange.features(features)
+            features = self.repeated(stream, batch, features)
             hidden = self.insert_features(stream, batch, hidden, features)
         return hidden
 

@@ -6,7 +6,7 @@ Trainer, `check` and `plan` know this interface only; every subclass has a file 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -24,12 +24,13 @@ from polymodal.distributed.mesh import Mesh
 from polymodal.models.family import Family
 from polymodal.parallel.apply import COMPUTE_DTYPE
 from polymodal.parallel.batches import BatchSharding
-from polymodal.recipe import Data, Dataset, Recipe
+from polymodal.recipe import Data, Dataset, Preference, Recipe
 
 Section = Literal["datasets", "validation"]
 Attempt = Callable[..., Any]
 """attempt(action) returns the result, or None when the action raises PolymodalError: `check` collects
 errors."""
+PREFERENCE = ("dpo", "kto")
 OBJECTIVE = ("term", "parts", "aux_weight", "weights", "prepare", "loss", "validation")
 """Attributes of an objective that the trainer uses."""
 
@@ -96,6 +97,8 @@ class Layout(ABC):
 
     objective_class: type
     """The objective where the recipe names none."""
+    objectives: Mapping[str, type] = {}
+    """Others that a recipe names without a module: dpo, kto."""
 
     def __init__(self, recipe: Recipe, family: Family):
         self.recipe, self.family = recipe, family
@@ -106,7 +109,20 @@ class Layout(ABC):
     def objective(self) -> Any:
         """The recipe's train.objective, or the layout's own. Raises PolymodalError for unfit settings."""
         chosen, reference = self.objective_class, self.recipe.train.objective
-        if reference is not None:
+        if self.recipe.train.preference != Preference() and reference not in PREFERENCE:
+            raise PolymodalError(
+                "train.preference is for train.objective dpo and kto.",
+                "Set train.objective, or leave it out.",
+            )
+        if reference in self.objectives:
+            chosen = self.objectives[reference]
+        elif reference in PREFERENCE:
+            raise PolymodalError(
+                f"train.objective = {reference} is for models that answer in chats, {self.family.card.name} is "
+                "none.",
+                "Leave it out.",
+            )
+        elif reference is not None:
             chosen = load_object(reference, "train.objective")
             missing = next((name for name in (*OBJECTIVE, "from_recipe") if not hasattr(chosen, name)), None)
             if missing is not None:
@@ -118,6 +134,11 @@ class Layout(ABC):
         return chosen.from_recipe(self.recipe, self.family)
 
     # ---------------------------------------------------------------- data
+
+    @property
+    def compares(self) -> bool:
+        """Whether answers are compared: samples are then pairs or rankings."""
+        return self.recipe.train.objective in PREFERENCE
 
     @abstractmethod
     def feed(self, section: Section, rank: int) -> Feed:

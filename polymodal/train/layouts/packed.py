@@ -14,13 +14,15 @@ from polymodal.core.sample import Batch, SampleLengths
 from polymodal.data import boxes
 from polymodal.data.chat import ChatProcessor
 from polymodal.data.loader import Loader, StepStats
+from polymodal.data.preference import Mismatched, PreferenceProcessor
 from polymodal.data.schedule import Schedule
 from polymodal.data.source import Corpus
 from polymodal.distributed.mesh import Mesh
 from polymodal.objectives.language import LanguageObjective
+from polymodal.objectives.preference import PreferenceObjective
 from polymodal.parallel.batches import BatchSharding, PackedBatchSharding
-from polymodal.recipe import Data
-from polymodal.train.layouts.base import DataFacts, Workload
+from polymodal.recipe import Data, Dataset
+from polymodal.train.layouts.base import PREFERENCE, DataFacts, Workload
 from polymodal.train.layouts.tokens import TokenLayout
 
 
@@ -29,9 +31,18 @@ class Packed(TokenLayout):
     micro_batch_size samples in one sequence."""
 
     objective_class = LanguageObjective
+    objectives = dict.fromkeys(PREFERENCE, PreferenceObjective)
 
     def processor(self) -> ChatProcessor:
-        return ChatProcessor(self.media_processor(), self.recipe.data)
+        media, data, train = self.media_processor(), self.recipe.data, self.recipe.train
+        if not self.compares:
+            return ChatProcessor(media, data)
+        share = self.recipe.parallel.pp == 1  # features are repeated in the stage that embeds them
+        return PreferenceProcessor(media, data, train.preference, train.objective == "kto", share)
+
+    def corpus(self, datasets: Sequence[Dataset], data: Data, key: str = "data.datasets") -> Corpus:
+        opened = super().corpus(datasets, data, key)
+        return Mismatched(opened) if self.recipe.train.objective == "kto" else opened
 
     def loader(
         self, schedule: Schedule, corpus: Any, processor: Any, data: Data, first: bool, **options: Any

@@ -85,12 +85,31 @@ class TokenLayout(Layout):
                     f"{self.family.card.name} answers.",
                     "Leave it out.",
                 )
-        return found
+            if self.compares and dataset.format not in ("auto", "preference"):
+                raise PolymodalError(
+                    f"data.{section}.{number}.format = {dataset.format}, train.objective = "
+                    f"{self.recipe.train.objective} learns from rows that compare answers.",
+                    "Leave it out.",
+                )
+            if dataset.format == "preference" and not self.compares:
+                raise PolymodalError(
+                    f"data.{section}.{number}.format = preference is for train.objective dpo and kto.",
+                    "Set train.objective, or leave it out.",
+                )
+        form = {"format": "preference"} if self.compares else {}
+        return [dataset.model_copy(update=form) for dataset in found]
 
-    def feed(self, section: Section, rank: int) -> Feed:
-        data = self.section_data(section)
+    def corpus(self, datasets: Sequence[Dataset], data: Data, key: str = "data.datasets") -> Corpus:
+        """The records of a section."""
+        return open_corpus(datasets, data.attr, key)
+
+    def feed(self, section: Section, rank: int, once: bool = False) -> Feed:
+        """once: every usable sample once an epoch, whatever the recipe's mix."""
+        data = self.section_data(section, **({"shuffle": False} if once else {}))
         datasets, processor = self.datasets(section), self.training_processor(section)
-        corpus = open_corpus(datasets, data.attr)
+        if once:
+            datasets = [d.model_copy(update={"weight": None, "repeat": 1.0}) for d in datasets]
+        corpus = self.corpus(datasets, data)
         index = build_index(corpus, processor, data, rank=rank)
         if rank == 0 and section == "datasets":
             for warning in self.warnings(corpus, processor):
@@ -109,7 +128,7 @@ class TokenLayout(Layout):
         datasets = attempt(lambda: self.datasets(section))
         if not datasets:
             return None, None
-        corpus = attempt(lambda: open_corpus(datasets, data.attr, f"data.{section}"))
+        corpus = attempt(lambda: self.corpus(datasets, data, f"data.{section}"))
         processor = attempt(self.processor)
         if corpus is None or processor is None:
             return None, None
