@@ -245,7 +245,7 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, index: Tensor, sent: list[int], received: list[int], group: Any):
         ctx.save_for_backward(index)
-        ctx.sent, ctx.received, ctx.group = sent, received, group
+        ctx.sent, ctx.received, ctx.group, ctx.rows = sent, received, group, len(tensor)
         out = tensor.new_empty(sum(received), *tensor.shape[1:])
         dist.all_to_all_single(out, tensor[index], received, sent, group=group)
         return out
@@ -255,8 +255,11 @@ class _Exchange(torch.autograd.Function):
         (index,) = ctx.saved_tensors
         back = grad.new_empty(sum(ctx.sent), *grad.shape[1:])
         dist.all_to_all_single(back, grad.contiguous(), ctx.sent, ctx.received, group=ctx.group)
-        out = torch.empty_like(back)
-        out[index] = back
+        if len(index) > ctx.rows:  # some rows went to several ranks
+            out = back.new_zeros(ctx.rows, *back.shape[1:]).index_add_(0, index, back)
+        else:
+            out = torch.empty_like(back)
+            out[index] = back
         return out, None, None, None, None
 
 
