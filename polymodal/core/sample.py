@@ -150,8 +150,8 @@ class Sample:
     sequences: tuple[int, ...] = ()
     """Lengths of several sequences that it consists of and that do not see each other; () is one."""
     pairs: tuple[tuple[int, int, float], ...] = ()
-    """(preferred sequence, the other, difference of their scores); of kto (the answer, another prompt's answer,
-    1 if it is desirable, else -1)."""
+    """(preferred sequence, the other, difference of their scores); of kto (the answer, another prompt's
+    answer, 1 if it is desirable, else -1)."""
     shared: bool = False  # all sequences have the same media, which are here once
 
 

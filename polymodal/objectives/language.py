@@ -212,8 +212,8 @@ def _offset(size: int, parts: int, rank: int) -> int:
 class Rows:
     """The tokens of this rank in a batch that have a label and a weight, of all its rows.
 
-    hidden [n, D], labels and weights [n]: this rank's rows; keep: indices of those with a label and a weight, on
-    the device; kept: the same on the host, numbered in the whole stream.
+    hidden [n, D], labels and weights [n]: this rank's rows; keep: indices of those with a label and a
+    weight, on the device; kept: the same on the host, numbered in the whole stream.
     """
 
     hidden: Tensor

@@ -1,8 +1,8 @@
 """Preferences between answers: DPO and its kin, and KTO, over the chunked head of language.py.
 
-A loss here is a function of the log-probabilities of whole answers, which are known after the forward pass only,
-while the head makes its gradients chunk by chunk from given weights. So the head is multiplied twice: once
-without gradient for the log-probabilities, from which the loss and its derivative by each answer's
+A loss here is a function of the log-probabilities of whole answers, which are known after the forward pass
+only, while the head makes its gradients chunk by chunk from given weights. So the head is multiplied twice:
+once without gradient for the log-probabilities, from which the loss and its derivative by each answer's
 log-probability follow; then with that derivative as the weights of the answers' tokens. This is the exact
 gradient; logits are never whole, and cuts of the vocabulary or the sequence need nothing new.
 """
@@ -21,10 +21,11 @@ from torch.nn import functional as F
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Batch, pack, unpack
 from polymodal.core.tensors import to_device
+from polymodal.models import catalog
 from polymodal.models.card import Output
 from polymodal.models.family import Family
 from polymodal.objectives.language import LanguageObjective, Rows, head_loss
-from polymodal.recipe import Preference, Recipe
+from polymodal.recipe import PREFERENCE, Preference, Recipe
 
 REFERENCE_FREE = ("simpo", "orpo", "sft")
 FIGURES = (
@@ -43,8 +44,8 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class Answers:
-    """Of each pair the preferred answer (c) and the other (r): log-probabilities summed over their tokens, of the
-    policy and of the reference (0 without one), and their lengths in tokens; all [P]."""
+    """Of each pair the preferred answer (c) and the other (r): log-probabilities summed over their tokens, of
+    the policy and of the reference (0 without one), and their lengths in tokens; all [P]."""
 
     c: Tensor
     r: Tensor
@@ -149,6 +150,28 @@ def sequence_sums(output: Output, batch: Batch, rows: Rows) -> SequenceSums:
     return SequenceSums(both[0], both[1], sequence)
 
 
+def losses_of(settings: Preference) -> dict[str, float]:
+    """The losses of dpo with their weights."""
+    loss = "sigmoid" if settings.loss is None else settings.loss
+    return {str(k): v for k, v in loss.items()} if isinstance(loss, dict) else {loss: 1.0}
+
+
+def reference_by_adapters(recipe: Recipe) -> bool:
+    """Whether the reference is the model with its adapters off: it starts with new adapters, which change
+    nothing yet."""
+    origin = recipe.checkpoint.init_from
+    new = origin is None or catalog.is_whole(origin)
+    return recipe.model.lora is not None and recipe.train.preference.reference is None and new
+
+
+def needs_copy(recipe: Recipe) -> bool:
+    """Whether a second, frozen model is held while it trains."""
+    train = recipe.train
+    if train.objective not in PREFERENCE or train.preference.cache_reference or reference_by_adapters(recipe):
+        return False
+    return train.objective == "kto" or any(name not in REFERENCE_FREE for name in losses_of(train.preference))
+
+
 class PreferenceObjective(LanguageObjective):
     """What train.preference names. The loss of a step is the mean over the pairs (kto: answers) of the global
     batch, whatever the layout."""
@@ -171,12 +194,7 @@ class PreferenceObjective(LanguageObjective):
     def from_recipe(cls, recipe: Recipe, family: Family) -> PreferenceObjective:
         train, settings = recipe.train, recipe.train.preference
         _refuse(recipe)
-        if train.objective == "kto":
-            losses = {"kto": 1.0}
-        elif isinstance(settings.loss, dict):
-            losses = dict(settings.loss)
-        else:
-            losses = {settings.loss or "sigmoid": 1.0}
+        losses = {"kto": 1.0} if train.objective == "kto" else losses_of(settings)
         return cls(losses, settings, **family.balance(train.router_aux_loss))
 
     @property
@@ -195,11 +213,11 @@ class PreferenceObjective(LanguageObjective):
         return {"pairs": pairs, **({"balance": float(pairs > 0)} if self.aux_weight else {})}
 
     def prepare(self, actors: Any, batches: list[Batch]) -> list[Batch]:
-        """The batches with the reference's log-probabilities of each sequence, groups["reference"] [S]. Of kto
-        without the mismatched answers, once groups["divergence"] was estimated from them. Collective.
+        """The batches with the reference's log-probabilities of each sequence, groups["reference"] [S].
 
-        actors: None, where batches have no data (plan); reference(batches) and policy(batches) give each batch's
-        sums [S] on the host, mean(total [2]) the quotient of sums over the global batch."""
+        Of kto without the mismatched answers, once groups["divergence"] was estimated from them. actors: None
+        where batches have no data (plan); reference(batches) and policy(batches) give each batch's sums [S]
+        on the host, mean(total [2]) the quotient of sums over the global batch. Collective."""
         if not self.needs_reference or actors is None:
             return batches
         if not self.unpaired:
@@ -252,7 +270,7 @@ class PreferenceObjective(LanguageObjective):
                 leaf, known, sums.lengths, pairs, batch.groups.get("divergence", 0.0)
             )
         scaled = value * inverse["pairs"]
-        logs = {name: number * share for name, number in figures.items()}
+        logs: dict[str, Any] = {name: number * share for name, number in figures.items()}
         logs |= {"loss": scaled.detach() * share, "pairs": len(pairs) * share}
         if not torch.is_grad_enabled():
             return scaled.detach() * share, logs
@@ -344,8 +362,8 @@ def _only(batch: Batch, number: int) -> Batch:
 def _refuse(recipe: Recipe) -> None:
     """Raise PolymodalError for keys that these objectives do not take."""
     train, settings, name = recipe.train, recipe.train.preference, recipe.train.objective
-    losses = settings.loss if isinstance(settings.loss, dict) else {settings.loss or "sigmoid": 1.0}
-    if isinstance(settings.loss, dict) and not settings.loss:
+    losses = losses_of(settings)
+    if not losses:
         raise PolymodalError("train.preference.loss names no loss.", "Leave it out for sigmoid.")
     if name == "kto":
         other = ("loss", "label_smoothing", "gamma", "pairs", "min_gap")
@@ -371,6 +389,12 @@ def _refuse(recipe: Recipe) -> None:
                 f"train.preference.reference: the loss {', '.join(losses)} uses no reference.",
                 "Leave reference and cache_reference out.",
             )
+    if recipe.parallel.pp > 1 and (name == "kto" or not set(losses) <= set(REFERENCE_FREE)):
+        raise PolymodalError(
+            f"parallel.pp = {recipe.parallel.pp}: the reference of {name} is asked on ranks that hold the "
+            "whole model.",
+            "Set parallel.pp to 1; tp, cp and FSDP are free. The losses simpo and orpo need no reference.",
+        )
     if train.loss != "per_token":
         raise PolymodalError(
             f"train.loss = {train.loss} is the weighting of next-token loss, train.objective is {name}.",
@@ -378,7 +402,8 @@ def _refuse(recipe: Recipe) -> None:
         )
     if recipe.data.train_on != "assistant":
         raise PolymodalError(
-            f"data.train_on = {recipe.data.train_on}: {name} learns from the answers that are compared alone.",
+            f"data.train_on = {recipe.data.train_on}: {name} learns from the answers that are compared "
+            "alone.",
             "Leave it out.",
         )
     if recipe.data.overlong == "split":
@@ -387,6 +412,7 @@ def _refuse(recipe: Recipe) -> None:
         )
     if recipe.model.lora is not None and recipe.model.lora.dropout:
         raise PolymodalError(
-            f"model.lora.dropout = {recipe.model.lora.dropout}: it makes noise of the ratio to the reference.",
+            f"model.lora.dropout = {recipe.model.lora.dropout}: it makes noise of the ratio to the "
+            "reference.",
             "Set it to 0.",
         )

@@ -18,6 +18,7 @@ from polymodal.core.sample import SampleLengths
 from polymodal.distributed.mesh import ParallelSizes
 from polymodal.models.family import Family
 from polymodal.objectives.language import CHUNK_BYTES
+from polymodal.objectives.preference import needs_copy
 from polymodal.parallel import pipeline_split
 from polymodal.plan import accelerators
 from polymodal.plan.accelerators import Accelerator
@@ -155,13 +156,14 @@ class Formula:
 
         trained = held(shape.trained, self.copied_trained)
         frozen = held(shape.total - shape.trained, self.copied - self.copied_trained)
+        reference = held(shape.total, self.copied) * needs_copy(recipe)
         master = 2 if recipe.train.precision == "pure_bf16" else 4
         moments = 2.0
         if recipe.optim.name == "muon":
             moments -= shape.matrices / max(1, shape.trained)
         full, ema = recipe.checkpoint.save == "full", bool(recipe.train.ema)
         out = Estimate(
-            parameters=int(trained * master + frozen * self.width),
+            parameters=int(trained * master + (frozen + reference) * self.width),
             gradients=int(trained * master),
             optimizer=int(trained * master * moments),
             average=int(4 * trained * ema),

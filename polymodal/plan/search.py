@@ -31,7 +31,7 @@ from polymodal.plan.estimate import Formula
 from polymodal.plan.planner import Question
 from polymodal.plan.predict import Prediction
 from polymodal.plan.shape import Shape, shape_of
-from polymodal.recipe import Recipe
+from polymodal.recipe import PREFERENCE, Recipe
 from polymodal.train.layouts import Workload, layout_of
 from polymodal.train.parallel_model import meta_model
 
@@ -114,9 +114,10 @@ def divisors(number: int) -> list[int]:
 def layouts(made: Recipe, question: Question, experts: bool) -> Iterator[ParallelSizes]:
     """Every way to fill the world; tensor parallelism stays in a node, replicas are of whole nodes."""
     world, node = question.world, question.accelerator.node
+    whole = made.train.objective in PREFERENCE  # a reference is asked on ranks that hold the whole model
     for tp in (n for n in divisors(world) if n <= node):
         for cp in divisors(world // tp):
-            for pp in divisors(world // tp // cp):
+            for pp in [1] if whole else divisors(world // tp // cp):
                 data = world // tp // cp // pp
                 nodes, rest = divmod(data * cp * tp, node)
                 replicas = {1, nodes} if nodes > 1 and not rest and data % nodes == 0 else {1}

@@ -3,6 +3,7 @@
 
 from polymodal.recipe import file
 from polymodal.recipe.schema import (
+    PREFERENCE,
     Attr,
     Checkpoint,
     Clip,

@@ -252,6 +252,8 @@ class LossGuard(Section):
     """Stop after so many skipped steps in a row."""
 
 
+PREFERENCE = ("dpo", "kto")
+"""Objectives that compare answers."""
 LossName = Literal[
     "sigmoid",
     "robust",

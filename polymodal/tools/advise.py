@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 
 from polymodal.models.card import ModelCard
+from polymodal.recipe import PREFERENCE
+from polymodal.train.layouts import objectives_of
 
 TABLES: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 TASKS: dict[str, str] = TABLES["tasks"]
@@ -307,7 +309,8 @@ def way(
     FILES."""
     key, generates = size or middle(card), card.kind == "generation"
     facts = card.sizes[key]
-    method = task if task in ("sft", "lora", "pretrain", *card.methods) else "sft"
+    own = (*objectives_of(card.family), *card.methods)
+    method = task if task in ("sft", "lora", "pretrain", *own) else "sft"
     count, run = devices or facts.devices, f"{card.name}-{key}-{method}"
     weights = f"model_from_hf/{facts.hub.rpartition('/')[2]}"
     subject = weights if task in ("chat", "evaluate") else f"runs/{run}"
@@ -337,7 +340,7 @@ def way(
             "TASK": task.upper(),
             "index": "model_index.json" if generates else "config.json",
             "nodes": nodes if count > 8 and not generates else "",
-            "merge": " --merge-lora" if method in ("lora", "dreambooth") else "",
+            "merge": " --merge-lora" if method in ("lora", "dreambooth", *PREFERENCE) else "",
             "not_yet": NOT_YET.get(task, ""),
             "format": "diffusers' layout" if generates else "hub format",
             **_conversion(weights, "mm"),

@@ -33,7 +33,7 @@ class Findings:
     plain: int = 0  # rows of pretraining text
     boxes: int = 0  # with points
     unanswered: int = 0  # conversations without an assistant's turn: nothing would be learned
-    answers: Counter[int] = field(default_factory=Counter)  # rows that compare so many; 1: with a label
+    answers: dict[int, int] = field(default_factory=dict)  # rows that compare so many; 1: with a label
     turns: int = 0
     characters: int = 0
     media: dict[str, int] = field(default_factory=dict)  # by kind
@@ -50,6 +50,7 @@ def check(corpus: Corpus, progress: Callable[[int, int], None] | None = None) ->
     sizes: dict[str, list[int]] = {}
     seconds: dict[str, list[float]] = {}
     kinds: Counter[str] = Counter()
+    compared: Counter[int] = Counter()
 
     def read(i: int) -> Record | str:
         try:
@@ -80,7 +81,8 @@ def check(corpus: Corpus, progress: Callable[[int, int], None] | None = None) ->
                 out.plain += record.plain
                 out.text_only += not record.media
                 out.boxes += len(record.boxes)
-                out.answers[1 + len(record.alternatives)] += bool(record.alternatives or record.scores)
+                if record.alternatives or record.scores:
+                    compared[1 + len(record.alternatives)] += 1
                 out.unanswered += not any(m.role == "assistant" for m in record.messages)
                 out.turns += len(record.messages)
                 out.characters += sum(
@@ -94,7 +96,7 @@ def check(corpus: Corpus, progress: Callable[[int, int], None] | None = None) ->
                         seconds.setdefault(kind, []).append(length)
             if progress:
                 progress(out.rows, len(corpus))
-    out.media = dict(kinds)
+    out.media, out.answers = dict(kinds), dict(compared)
     out.pixels = {kind: _spread(values) for kind, values in sizes.items()}
     out.seconds = {kind: [round(s, 2) for s in _spread(values)] for kind, values in seconds.items()}
     return out
@@ -150,9 +152,8 @@ def main(
     if found.boxes:
         say(f"{found.boxes} boxes and points.")
     for count, rows in sorted(found.answers.items()):
-        if rows:
-            what = "an answer with a label (kto)" if count == 1 else f"{count} answers to compare (dpo)"
-            say(f"{rows} rows have {what}.")
+        what = "an answer with a label (kto)" if count == 1 else f"{count} answers to compare (dpo)"
+        say(f"{rows} rows have {what}.")
     if found.unanswered:
         say(f"{found.unanswered} rows have no assistant's turn: nothing is learned from them.")
     for problem in found.problems[:limit]:

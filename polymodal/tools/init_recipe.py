@@ -28,21 +28,25 @@ from polymodal.models.family import Family
 from polymodal.plan import accelerators, estimate, planner, recommend, search, shape
 from polymodal.plan.accelerators import Accelerator
 from polymodal.plan.search import Candidate
-from polymodal.recipe import Recipe
+from polymodal.recipe import PREFERENCE, Recipe
 from polymodal.tools import advise
 from polymodal.tools.templates import template
 from polymodal.train import run_length
+from polymodal.train.layouts import layout_of, objectives_of
 from polymodal.train.parallel_model import meta_model
 
 TASKS = {
     "sft": "full fine-tuning",
     "lora": "LoRA fine-tuning",
     "pretrain": "pretraining from random weights",
+    "dpo": "preference training (DPO), LoRA",
+    "kto": "preference training without pairs (KTO), LoRA",
     "dreambooth": "DreamBooth, LoRA on a few pictures of one subject",
 }
 RATES = {"sft": "1.0e-5", "lora": "1.0e-4", "pretrain": "3.0e-4", "dreambooth": "1.0e-4"}
+RATES |= dict.fromkeys(PREFERENCE, "2.0e-5")
 """Learning rate of each task."""
-ADAPTERS = ("lora", "dreambooth")
+ADAPTERS = ("lora", "dreambooth", *PREFERENCE)
 DATA = "data/train.json"
 ACCELERATOR = "910b"
 """What layouts are recommended for unless --device names another: the least memory of the table (64 GiB)."""
@@ -123,6 +127,10 @@ def plan(
         does = ", ".join(c.name for c in catalog.cards().values() if task in c.methods)
         raise PolymodalError(f"{card.name} has no recipe for DreamBooth.", f"These have: {does}.")
     of_version = [k for k in card.sizes if catalog.named(f"{model}-{k.partition('-')[2]}") == (card, k)]
+    if task in PREFERENCE and task not in objectives_of(card.family):
+        raise PolymodalError(
+            f"--task {task} is for models that answer in chats, {card.name} is none.", "Choose sft or lora."
+        )
     key = key or (None if source else advise.middle(card, of_version))
     place = source or card.sizes[str(key)].hub
     local = _family(place, bool(source) or search_it)
@@ -229,9 +237,10 @@ def _bare(
     model: dict[str, Any] = {"source": source}
     if task in ADAPTERS:
         model["lora"] = {"rank": 16, "alpha": 32, "towers": [card.main]}
-    return recipe.validate(
-        {"name": card.name, "model": model, "data": section, "train": {"global_batch_size": batch}}
-    )
+    train: dict[str, Any] = {"global_batch_size": batch}
+    if task in PREFERENCE:
+        train["objective"] = task
+    return recipe.validate({"name": card.name, "model": model, "data": section, "train": train})
 
 
 def _clip(card: ModelCard, key: str | None, task: str) -> dict[str, Any]:
@@ -264,7 +273,6 @@ def _measured(family: Family | None, card: ModelCard, task: str, source: str, da
         return None
     from polymodal.data.index import build_index
     from polymodal.data.source import open_corpus
-    from polymodal.train.layouts import layout_of
 
     bare = _bare(card, task, source, data)
     section = bare.data.model_copy(update={"on_error": "skip", "max_length": run_length.LONGEST})
@@ -272,8 +280,9 @@ def _measured(family: Family | None, card: ModelCard, task: str, source: str, da
     if family is None or card.kind == "generation":
         return Rows(len(corpus))
     try:
-        layout = layout_of(bare.model_copy(update={"data": section}), family)
+        layout: Any = layout_of(bare.model_copy(update={"data": section}), family)
         processor, section = layout.processor(), layout.section_data("datasets")
+        corpus = layout.corpus(layout.datasets("datasets"), section, "--data")
     except PolymodalError as error:  # a config without a tokenizer
         _say(f"--data {data} is counted, not measured: {error}")
         return Rows(len(corpus))

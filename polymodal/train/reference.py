@@ -1,7 +1,7 @@
 """The reference of preference training: the model with its adapters off, a frozen copy, or a table on disk.
 
-It gives log-probabilities of whole answers, computed by the same forward, layout and chunked head as those of the
-policy: where both have the same weights they are equal to the last bit.
+It gives log-probabilities of whole answers, computed by the same forward, layout and chunked head as those of
+the policy: where both have the same weights they are equal.
 """
 
 from __future__ import annotations
@@ -28,21 +28,13 @@ from polymodal.models.card import Output
 from polymodal.models.storage import Files, write_file
 from polymodal.models.weights import directory_of
 from polymodal.objectives.language import Rows
-from polymodal.objectives.preference import sequence_sums
+from polymodal.objectives.preference import reference_by_adapters, sequence_sums
 from polymodal.recipe import Recipe
 from polymodal.runtime.process_group import Runtime
 from polymodal.train.parallel_model import ParallelModel, meta_model
 from polymodal.train.starting_weights import StartingWeights
 
 VERSION = 1  # of the table: part of its fingerprint
-
-
-def of_adapters(recipe: Recipe) -> bool:
-    """Whether the reference is the model with its adapters off: it starts with new adapters, which change
-    nothing yet."""
-    origin = recipe.checkpoint.init_from
-    new = origin is None or catalog.is_whole(origin)
-    return recipe.model.lora is not None and recipe.train.preference.reference is None and new
 
 
 @contextlib.contextmanager
@@ -81,12 +73,6 @@ class Actors:
         self.copy: ParallelModel | None = None
         self.table: dict[str, dict[int, Tensor]] | None = None
         self.section = "datasets"
-        if recipe.parallel.pp > 1:
-            raise PolymodalError(
-                f"train.objective = {recipe.train.objective} with parallel.pp = {recipe.parallel.pp}: the last "
-                "stage alone would know the reference's log-probabilities.",
-                "Set parallel.pp to 1 (tp, cp and FSDP are free), or use a loss without reference: simpo, orpo.",
-            )
 
     # ---------------------------------------------------------------- what the objective asks
 
@@ -117,7 +103,11 @@ class Actors:
     def _live(self, batches: Sequence[Batch]) -> list[Tensor]:
         if self.copy is not None:
             return self._log_probs(self.copy, batches)
-        off = adapters_off(self.model.models) if of_adapters(self.recipe) else contextlib.nullcontext()
+        off = (
+            adapters_off(self.model.models)
+            if reference_by_adapters(self.recipe)
+            else contextlib.nullcontext()
+        )
         with off:
             return self._log_probs(self.model, batches)
 
@@ -143,11 +133,12 @@ class Actors:
     # ---------------------------------------------------------------- where the reference comes from
 
     def start(self, rt: Runtime, group: dist.ProcessGroup | None, load_start: Callable[[], None]) -> None:
-        """Load what is needed: the table, or the frozen copy. load_start: fills the policy with the values that
-        the run starts from, where the table is to be made of it. Before a checkpoint is resumed."""
+        """Load what is needed: the table, or the frozen copy; before a checkpoint is resumed.
+
+        load_start: fills the policy with the values that the run starts from, of which a table is made."""
         own = self.settings.reference is None
         if not self.settings.cache_reference:
-            if not of_adapters(self.recipe):
+            if not reference_by_adapters(self.recipe):
                 self.copy = self._frozen(rt, group)
             return
         files = {section: self._file(section) for section in ("datasets", "validation") if self._has(section)}

@@ -13,9 +13,14 @@ from polymodal.train.layouts.packed import Packed
 from polymodal.train.layouts.padded import Padded
 from polymodal.train.layouts.uniform import Uniform
 
-__all__ = ["DataFacts", "Feed", "Layout", "Section", "Workload", "layout_of"]
+__all__ = ["DataFacts", "Feed", "Layout", "Section", "Workload", "layout_of", "objectives_of"]
 
 LAYOUTS: dict[str, type[Layout]] = {"packed": Packed, "padded": Padded, "uniform": Uniform}
+
+
+def objectives_of(family: type[Family]) -> tuple[str, ...]:
+    """Objectives that recipes name for models of a family besides its own: dpo, kto."""
+    return tuple(LAYOUTS[family.layout].objectives)
 
 
 def layout_of(recipe: Recipe, family: Family) -> Layout:

@@ -24,13 +24,12 @@ from polymodal.distributed.mesh import Mesh
 from polymodal.models.family import Family
 from polymodal.parallel.apply import COMPUTE_DTYPE
 from polymodal.parallel.batches import BatchSharding
-from polymodal.recipe import Data, Dataset, Preference, Recipe
+from polymodal.recipe import PREFERENCE, Data, Dataset, Preference, Recipe
 
 Section = Literal["datasets", "validation"]
 Attempt = Callable[..., Any]
 """attempt(action) returns the result, or None when the action raises PolymodalError: `check` collects
 errors."""
-PREFERENCE = ("dpo", "kto")
 OBJECTIVE = ("term", "parts", "aux_weight", "weights", "prepare", "loss", "validation")
 """Attributes of an objective that the trainer uses."""
 
@@ -118,8 +117,8 @@ class Layout(ABC):
             chosen = self.objectives[reference]
         elif reference in PREFERENCE:
             raise PolymodalError(
-                f"train.objective = {reference} is for models that answer in chats, {self.family.card.name} is "
-                "none.",
+                f"train.objective = {reference} is for models that answer in chats, "
+                f"{self.family.card.name} is none.",
                 "Leave it out.",
             )
         elif reference is not None:

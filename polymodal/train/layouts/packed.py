@@ -19,10 +19,10 @@ from polymodal.data.schedule import Schedule
 from polymodal.data.source import Corpus
 from polymodal.distributed.mesh import Mesh
 from polymodal.objectives.language import LanguageObjective
-from polymodal.objectives.preference import PreferenceObjective
+from polymodal.objectives.preference import PreferenceObjective, needs_copy
 from polymodal.parallel.batches import BatchSharding, PackedBatchSharding
-from polymodal.recipe import Data, Dataset
-from polymodal.train.layouts.base import PREFERENCE, DataFacts, Workload
+from polymodal.recipe import PREFERENCE, Data, Dataset
+from polymodal.train.layouts.base import DataFacts, Workload
 from polymodal.train.layouts.tokens import TokenLayout
 
 
@@ -99,6 +99,13 @@ class Packed(TokenLayout):
                 f"--media {media} is no share of tokens.", "Use a number from 0 to less than 1."
             )
         return Workload(lengths(self.family, self.tokens, media, patches))
+
+    def resident_encoders(self, ranks: int) -> int:
+        """Of a frozen reference, which is sharded as the model is."""
+        if not needs_copy(self.recipe):
+            return 0
+        total = sum(parameter.numel() for parameter in self.family.build().parameters())
+        return -(-total // (ranks * self.recipe.parallel.tp * self.recipe.parallel.pp))
 
     def describe(self, load: Workload) -> str:
         pictures = load.measure.media.get("vision", ())
