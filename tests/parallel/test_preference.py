@@ -99,7 +99,9 @@ def measure(rank: int, root: Path, case: Case) -> tuple[float, dict[str, torch.T
             model.gradients()
     finally:
         reference.meta_model = made
-    gradients = {name: whole(p.grad) for name, p in model.owned.items() if p.grad is not None}
+    for p in model.owned.values():  # what is computed for nothing: zeros where shards are reduced
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    gradients = {name: whole(p.grad) for name, p in model.owned.items()}
     if case.parallel.get("pp", 1) > 1:
         found: list[Any] = [None] * 2
         dist.all_gather_object(found, gradients, group=mesh.world["pp"].get_group())
@@ -180,6 +182,14 @@ def test_four_ranks_equal_one(root):
         Case("ring 4, pictures twice", 4, {"cp": 4, "ulysses": 1}, share=False),
     ]
     agree(root, ONE, others, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", ["qwen2-vl", "qwen3-vl", "qwen3-vl-moe", "internvl", "llava"])
+def test_every_card_shares_pictures_between_answers(card, tmp_path):
+    """Their features are computed once, and are the same as computed for each answer; over ranks too."""
+    root = make(tmp_path, card)
+    agree(root, [Case("twice", share=False)], [Case("dealt out", 2, {"balance_media": True})], 2)
 
 
 @pytest.mark.slow
