@@ -130,7 +130,7 @@ def main() -> None:
 
     shared.say("scans, pairs and questions")
     train, held_out = build.data(root / "data")
-    count = pairs(train, root / "data" / "pairs.jsonl", 600)
+    count = pairs(train, root / "data" / "pairs.jsonl", 1500)
     files = questions(held_out)
     nproc = ("--nproc", str(args.nproc))
 
