@@ -322,6 +322,7 @@ class MediaShape:
     seconds: tuple[float, ...] = ()  # time of each sampled frame
     step: float = 0.0  # seconds between temporal patches of a video
     samples: int = 0  # of a sound, at the processor's rate; of a video: with its sound
+    among: int = 1  # pictures of the sample, where that decides their size (MediaProcessor.counts_pictures)
 
 
 @dataclass(frozen=True)

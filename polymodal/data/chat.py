@@ -276,6 +276,8 @@ class ChatProcessor:
                 decode = partial(_both, decode, partial(audio.sound, source, rate, shape.samples))
         elif medium.kind == "image":
             shape = MediaShape("image", *decoders.image_size(source))
+            if getattr(self.media, "counts_pictures", False):
+                shape = replace(shape, among=sum(each.kind == "image" for each in record.media))
             decode = partial(decoders.image, source)
         else:
             sound, rate = audio.audio_header(source), self.media.sample_rate
@@ -420,8 +422,9 @@ class ChatProcessor:
             prepared.layout.media, prepared.spans, prepared.decoders, strict=True
         ):
             features = self.media.features(span.shape, decode())
-            for part in span.parts:
-                if tuple(features[part.stream][1][0].tolist()) != tuple(part.size):
+            for stream, (_, sizes) in features.items():
+                expected = [tuple(part.size) for part in span.parts if part.stream == stream]
+                if list(map(tuple, sizes.tolist())) != expected:
                     medium = media[number]
                     raise PolymodalError(
                         f"the {medium.kind} {decoders.label(medium.source)} decodes to another size than its "

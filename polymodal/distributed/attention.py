@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from polymodal.core.errors import PolymodalError
@@ -100,11 +100,18 @@ def attend(
 ) -> Tensor:
     """Attention inside each segment of a packed stream.
 
-    query [1, H, T, D]; key, value [1, K, T, D] with H a multiple of K (grouped queries); cu_seqlens [S + 1]
-    int32. Returns [1, T, H, D] in query's dtype. Raises ValueError when cu_seqlens does not end at T.
-    cut: over a context-parallel group: T counts this rank's rows, cu_seqlens is the whole stream's.
+    query [1, H, T, D]; key, value [1, K, T, D] with H a multiple of K (grouped queries), values perhaps
+    narrower (latent attention); cu_seqlens [S + 1] int32. Returns [1, T, H, D] in query's dtype. Raises
+    ValueError when cu_seqlens does not end at T. cut: over a context-parallel group: T counts this rank's
+    rows, cu_seqlens is the whole stream's.
     """
-    known = plan(cu_seqlens)
+    known, narrow = plan(cu_seqlens), value.shape[-1] < query.shape[-1]
+    if narrow and (
+        cut is not None or device.packed_attention(query.device.type, query.dtype, query.shape[-1])
+    ):
+        wide = pad(value, (0, query.shape[-1] - value.shape[-1]))  # kernels and exchanges have one width
+        out = attend(query, key, wide, cu_seqlens, causal, scale, dropout, cut)
+        return out[..., : value.shape[-1]]
     if query.shape[0] != 1 or (cut is None and known.total != query.shape[2]):
         raise ValueError(f"cu_seqlens ends at {known.total}, the stream is {tuple(query.shape)}")
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))  # [1, T, heads, D]

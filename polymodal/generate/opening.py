@@ -302,6 +302,16 @@ def processor_of(
     return processor
 
 
+def processor_beside(adapter: Path, base: Path, *, trust: bool = False) -> Any:
+    """The processor of an adapter's directory; its base's where only that one's card can read more than the
+    tokenizer, or where it has none."""
+    processor = processor_of(base, trust=trust)
+    if (adapter / "tokenizer_config.json").is_file():
+        own = processor_of(adapter, trust=trust)
+        return own if hasattr(own, "tokenizer") or not hasattr(processor, "tokenizer") else processor
+    return processor
+
+
 def _limit(part: Any, limits: recipes.Image | recipes.Video) -> None:
     """Write a recipe's pixel limits into an image or video processor."""
     if part is None or (limits.min_pixels is None and limits.max_pixels is None):
@@ -499,7 +509,7 @@ def open_model(
     if kind == "adapter":
         path = path.parent if path.is_file() else path
         model, directory = load_adapter(path, library_dtype, base)
-        processor = processor_of(path if (path / "tokenizer_config.json").is_file() else directory)
+        processor = processor_beside(path, directory)
         name, identity = path.name, f"{fingerprint(path)} on {fingerprint(directory)}"
     else:
         directory = catalog.resolve(checkpoint, revision)

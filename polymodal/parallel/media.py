@@ -89,7 +89,7 @@ class MediaAllToAll:
         None when that is empty."""
         if own is None:
             own = torch.zeros(0, *shape, device=device)
-        rows = own[to_device(self.rows_order, device)]
+        rows = own[to_device(self.rows_order, device)].contiguous()  # as it is sent, whatever its strides
         if self.moves:
             received = rows.new_empty(sum(self.rows_received), *shape)
             counts = list(self.rows_received), list(self.rows_sent)

@@ -355,7 +355,7 @@ def counts(card: ModelCard, config: Any) -> dict[str, int]:
     sparse = getattr(text, "num_experts", 0)
     if not sparse or getattr(text, "mlp_only_layers", None) or getattr(text, "decoder_sparse_step", 1) > 1:
         keys.append("intermediate_size")
-    prefix = "" if text is config else "text_config."
+    prefix = "" if text is config else f"{getattr(text, 'base_config_key', '') or 'text_config'}."
     found = {f"{prefix}{key}": getattr(text, key) for key in keys if getattr(text, key, 0)}
     for section in ("vision_config", "audio_config"):
         tower = getattr(config, section, None)

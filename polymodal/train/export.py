@@ -39,6 +39,7 @@ from polymodal.generate.opening import (
     load_hub,
     of_hub,
     of_pipeline,
+    processor_beside,
     processor_of,
 )
 from polymodal.models import catalog, lora, saving, weights
@@ -380,10 +381,11 @@ def _library_logits(
     """(logits [T, V] float32, input_ids [T]) of the sample by the library, from the written files alone."""
     trust = made.recipe.model.trust_remote_code
     if what == "adapter":
-        model, _ = load_adapter(partial, arithmetic, base=_base_name(made.recipe), trust=trust)
+        model, base = load_adapter(partial, arithmetic, base=_base_name(made.recipe), trust=trust)
+        processor = processor_beside(partial, base, trust=trust)
     else:
-        model = load_hub(partial, arithmetic, trust)
-    data, processor = made.recipe.data, processor_of(partial, trust=trust)
+        model, processor = load_hub(partial, arithmetic, trust), processor_of(partial, trust=trust)
+    data = made.recipe.data
     if isinstance(made.family, EncoderDecoder):
         return export_speech.library_logits(model.eval(), processor)
     options = {"video": data.video, "template_kwargs": data.template_kwargs, "name": str(partial)}

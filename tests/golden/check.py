@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polymodal.models import library
+from polymodal.models.slices import Stored, copies
 from tests.golden import recipe
 from tests.golden.net import Net
 from tests.golden.nets import find
@@ -43,36 +45,46 @@ def check(path: Path) -> list[Result]:
         return [Result(model, *found, net.outputs_bound) for found in net.compare(document)]
     assert net.build is not None
     module = net.build(document).double().eval()
-    names = load(module, net, document)
+    entries = load(module, net, document)
     results = []
     for case, entry in document["cases"].items():
-        results += [Result(model, case, *found) for found in _case(module, net, names, case, entry, document)]
+        results += [
+            Result(model, case, *found) for found in _case(module, net, entries, case, entry, document)
+        ]
     return results
 
 
-def load(module: nn.Module, net: Net, document: dict[str, Any]) -> dict[str, str]:
-    """Fill `module`, whose keys and shapes must be the file's; returns published name -> ours."""
+def load(module: nn.Module, net: Net, document: dict[str, Any]) -> dict[str, Stored]:
+    """Fill `module`, whose keys and shapes must be the file's; returns our name -> its boxes in the file's
+    tensors: by `net.names` or, without it, by the class's own conversion rules (or `net.rules`)."""
     published: dict[str, Any] = document["state_dict"]
-    names = net.names(module, document) if net.names else {}
-    ours = {names.get(name, name): name for name in published}
-    state = module.state_dict()
-    missing, extra = sorted(set(ours) - set(state)), sorted(set(state) - set(ours))
+    state = module.state_dict(keep_vars=True)
+    if net.names is not None:
+        names = net.names(module, document)
+        entries = {names.get(key, key): Stored.whole(key, shape) for key, shape in published.items()}
+        extra = sorted(entries[name].keys[0] for name in set(entries) - set(state))
+    else:
+        rules = net.rules(module, document) if net.rules else None
+        found = library.layout(module, published, rules)
+        entries, extra = found.entries, sorted(found.unexpected)
+    # tables of the published module that no class needs to store
+    extra = [key for key in extra if key not in (document.get("buffers") or ())]
+    missing = sorted(set(state) - set(entries))
     if missing or extra:
-        raise ValueError(f"keys differ: the file alone has {missing[:6]}, our class alone {extra[:6]}")
+        raise ValueError(f"keys differ: the file alone has {extra[:6]}, our class alone {missing[:6]}")
     shape = _core if net.names else list  # renamed, a 1x1 convolution may be a linear layer
-    different = [n for n, name in ours.items() if shape(state[n].shape) != shape(published[name])]
+    different = [name for name, stored in entries.items() if shape(state[name].shape) != shape(stored.shape)]
     if different:
         name = different[0]
-        raise ValueError(
-            f"shapes differ: {name} is {list(state[name].shape)}, in the file {published[ours[name]]}"
-        )
+        keys, shape = entries[name].keys, list(entries[name].shape)
+        raise ValueError(f"shapes differ: {name} is {list(state[name].shape)}, in the file {keys} {shape}")
     kept = set(document.get("kept") or ())
     with torch.no_grad():
-        for name, published_name in ours.items():
-            if not any(part in published_name for part in kept) and state[name].is_floating_point():
-                filled = recipe.weight(published_name, published[published_name], document)
-                state[name].copy_(filled.reshape(state[name].shape))
-    return {published_name: name for name, published_name in ours.items()}
+        for name, stored in entries.items():
+            for key, box, view in copies(stored, state[name]):
+                if not any(part in key for part in kept) and view.is_floating_point():
+                    view.copy_(recipe.weight(key, published[key], document)[box].reshape(view.shape))
+    return entries
 
 
 def _core(shape: Sequence[int]) -> list[int]:
@@ -82,16 +94,34 @@ def _core(shape: Sequence[int]) -> list[int]:
     return kept
 
 
+def as_published(
+    module: nn.Module, entries: dict[str, Stored], document: dict[str, Any]
+) -> dict[str, Tensor | None]:
+    """Gradients by the file's names, in the file's shapes; None where nothing came."""
+    parts: dict[str, Tensor | None] = {}
+    parameters = dict(module.named_parameters())
+    for name, stored in entries.items():
+        gradient = parameters[name].grad if name in parameters else None
+        for key, box, view in [] if gradient is None else copies(stored, gradient):
+            if parts.get(key) is None:
+                parts[key] = view.new_zeros(document["state_dict"][key])
+            parts[key][box] = view.reshape(parts[key][box].shape)  # type: ignore[index]
+    return parts
+
+
 def _case(
     module: nn.Module,
     net: Net,
-    names: dict[str, str],
+    entries: dict[str, Stored],
     case: str,
     entry: dict[str, Any],
     document: dict[str, Any],
 ) -> list[tuple[str, float, float]]:
     assert net.run is not None
-    inputs = {name: recipe.given(name, value) for name, value in entry["inputs"].items()}
+    given = entry["inputs"]
+    if "as_in" in given:  # those of another case
+        given = document["cases"][given["as_in"]]["inputs"]
+    inputs = {name: recipe.given(name, value) for name, value in given.items()}
     wanted = entry.get("grads")
     of_inputs = entry.get("grad_inputs") or {}
     for name in of_inputs:
@@ -103,9 +133,15 @@ def _case(
     if missing:
         raise ValueError(f"{case}: our class gave no {missing}")
     outputs = {name: outcome.outputs[name] for name in entry["outputs"]}
+    digests = {  # "as in CASE": that case's
+        name: document["cases"][digest.removeprefix("as in ")]["outputs"][name]
+        if isinstance(digest, str)
+        else digest
+        for name, digest in entry["outputs"].items()
+    }
     found = [
         (f"output {name}", recipe.output_error(outputs[name], digest), net.outputs_bound)
-        for name, digest in entry["outputs"].items()
+        for name, digest in digests.items()
     ]
     if entry.get("scalars") and outcome.scalars is not None:
         shared = outcome.scalars.keys() & entry["scalars"].keys()
@@ -113,10 +149,9 @@ def _case(
         found.append(("scalars", max(errors, default=0.0), net.outputs_bound))
     if wanted is not None or of_inputs:
         recipe.probe_loss(outputs).backward()
-        parameters = dict(module.named_parameters())
+        published = as_published(module, entries, document)
         gradients: dict[str, tuple[Tensor | None, list[float] | None]] = {
-            name: (getattr(parameters.get(names[name]), "grad", None), digest)  # a buffer has none
-            for name, digest in (wanted or {}).items()
+            name: (published.get(name), digest) for name, digest in (wanted or {}).items()
         }
         gradients |= {name: (inputs[name].grad, digest) for name, digest in of_inputs.items()}
         largest = max((digest[1] for _, digest in gradients.values() if digest), default=0.0)

@@ -28,6 +28,8 @@ class Net:
     run(module, case, inputs, document): `inputs` are tensors by name; floating ones are float64 and need gradients
         where the file has them. Return an `Outcome` with the outputs of this case, named as in the file.
     names(module, document): published name -> our name, where they differ.
+    rules(module, document): in its place, the library's conversion rules; by default those of the class, so that
+        a tensor of ours may be made of several published ones.
     outputs_bound, gradients_bound: largest relative error; the file's notes say where the reference is float32 inside.
     compare(document): in place of all of the above, for files of another shape: (case, what, relative error).
     """
@@ -36,6 +38,7 @@ class Net:
     build: Callable[[dict[str, Any]], nn.Module] | None = None
     run: Callable[[Any, str, dict[str, Tensor], dict[str, Any]], Outcome] | None = None
     names: Callable[[Any, dict[str, Any]], dict[str, str]] | None = None
+    rules: Callable[[Any, dict[str, Any]], list[Any]] | None = None
     outputs_bound: float = DOUBLE
     gradients_bound: float = DOUBLE
     compare: Callable[[dict[str, Any]], list[tuple[str, str, float]]] | None = None

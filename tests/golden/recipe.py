@@ -39,6 +39,8 @@ def given(name: str, entry: Any) -> Any:
     """An input of a case: from its name and scale, or in full (with its dtype)."""
     if not isinstance(entry, dict) or not ("values" in entry or "scale" in entry):
         return entry
+    if "values" in entry and "shape" not in entry:
+        return entry["values"]
     if "values" in entry:
         dtype = getattr(torch, entry.get("dtype", "torch.float64").rpartition(".")[2])
         values = entry["values"]

@@ -279,7 +279,43 @@ def llava(hidden, layers, heads, wide):
     return {"text_config": text, "vision_config": vision, "tie_word_embeddings": False}
 
 
+def deepseek(layers, hidden, heads, wide, expert, experts, words, **more):
+    text = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
+    text |= {"num_key_value_heads": heads, "intermediate_size": wide, "moe_intermediate_size": expert}
+    text |= {
+        "n_routed_experts": experts,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "vocab_size": words,
+    }
+    text |= {"first_k_dense_replace": 1, "q_lora_rank": None, "max_position_embeddings": 4096, **more}
+    vision = {"layers": 27, "mlp_ratio": 3.7362, "patch_size": 14, "width": 1152, "heads": 16}
+    projector = {"input_dim": 1152, "n_embed": hidden}
+    sections = {"language_config": text, "vision_config": vision, "projector_config": projector}
+    return {**sections, "image_token_id": 100003, "tie_word_embeddings": False}
+
+
 PUBLISHED = {
+    ("deepseek-vl2", "tiny"): deepseek(
+        *(12, 1280, 10, 6848, 896, 64, 129280),
+        **{
+            "use_mla": False,
+            "kv_lora_rank": None,
+            "qk_nope_head_dim": 0,
+            "qk_rope_head_dim": 0,
+            "v_head_dim": 0,
+        },
+    ),
+    ("deepseek-vl2", "small"): deepseek(27, 2048, 16, 10944, 1408, 64, 102400),
+    ("deepseek-vl2", "base"): deepseek(
+        *(30, 2560, 32, 12288, 1536, 72, 129280),
+        **{
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.0,
+        },
+    ),
     ("internvl", "2-8b"): internvl("llama", 4096, 32, 32, 8, 14336, 92553),
     ("internvl", "2.5-1b"): internvl("qwen2", 896, 24, 14, 2, 4864, 151674),
     ("internvl", "2.5-4b"): internvl("qwen2", 2048, 36, 16, 2, 11008, 151674),
@@ -386,7 +422,7 @@ def test_a_published_config_builds_the_model_the_card_describes(name, key, tmp_p
     ]
     tokens = 10  # too few for attention to weigh: two operations for each weight that a token meets
     met = family.cost(SampleLengths(tokens, tokens)) / 2 / tokens / 1e9
-    text = family.config.text_config
+    text = family.config.get_text_config()
     embedding = text.vocab_size * text.hidden_size / 1e9
     outside = (*card.towers["vision"], *card.towers["projector"])
     tower = sum(p.numel() for n, p in model.named_parameters() if n.startswith(outside)) / 1e9

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from polymodal.core.sample import IGNORE, Media, MediaShape, Message, Record, Sample, SampleLengths, Span
+from polymodal.models.nets import deepseek_vl2, deepseek_vl2_processor
 from polymodal.models.understanding import internvl_chat
 
 PATCH = 4  # pixels; two by two patches are one token, so a picture's sides are multiples of 8 pixels
@@ -57,6 +58,8 @@ TEMPLATE = """{%- macro body(content) -%}
 NAMES = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe")
 INTERNVL = ("internvl", "internvl-moe", "internvl-6b", "internvl-llama")
 """InternVL with a Qwen2, a Qwen3 MoE, a Qwen2 and a Llama model; the third has a tower as InternViT-6B's."""
+DEEPSEEK = ("deepseek-vl2", "deepseek-vl2-mha", "deepseek-vl2-bias")
+"""As small (latent attention), tiny (plain heads) and base (a router with a bias) are."""
 LLAVA_TEMPLATE = """{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}
 {%- for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}
 {%- if message['role'] != 'assistant' %}{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}
@@ -86,7 +89,13 @@ TILE = 16  # pixels; a tile is 16 patches and 4 tokens
 
 
 @functools.cache
-def tokenizer(size: int = 700, internvl: bool = False, llava: bool = False, omni: bool = False) -> Any:
+def tokenizer(
+    size: int = 700,
+    internvl: bool = False,
+    llava: bool = False,
+    omni: bool = False,
+    deepseek: bool = False,
+) -> Any:
     """A byte-level BPE with Qwen's splitting, its special tokens and a chat template in its format; or
     InternVL's, or LLaVA's."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -129,6 +138,14 @@ def tokenizer(size: int = 700, internvl: bool = False, llava: bool = False, omni
         )
         made.chat_template = OMNI_TEMPLATE
         return made
+    if deepseek:
+        core.add_special_tokens([*deepseek_vl2_processor.TOKENS, deepseek_vl2_processor.PAD])
+        return PreTrainedTokenizerFast(
+            tokenizer_object=core,
+            bos_token="<|endoftext|>",
+            eos_token="<|im_end|>",
+            pad_token=deepseek_vl2_processor.PAD,
+        )
     if llava:
         core.add_special_tokens(["<image>"])
         made = PreTrainedTokenizerFast(
@@ -267,6 +284,57 @@ def omni_config(tied: bool, overrides: dict[str, Any]) -> Any:
     )
 
 
+def deepseek_config(name: str, overrides: dict[str, Any]) -> Any:
+    """With tiles of 5 x 5 patches, so that the projector fills them up."""
+    tokens = tokenizer(deepseek=True)
+    text: dict[str, Any] = {
+        "vocab_size": -(-len(tokens) // 16) * 16,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "n_shared_experts": 2,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "aux_loss_alpha": 0.01,
+        "max_position_embeddings": 4096,
+        "use_mla": name != "deepseek-vl2-mha",
+        "q_lora_rank": None,
+        "kv_lora_rank": 24,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "bos_token_id": tokens.bos_token_id,
+        "eos_token_id": tokens.eos_token_id,
+    }
+    if name == "deepseek-vl2-mha":
+        text |= {"kv_lora_rank": None, "qk_nope_head_dim": 0, "qk_rope_head_dim": 0, "v_head_dim": 0}
+    if name == "deepseek-vl2-bias":
+        text |= {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True}
+        text |= {"routed_scaling_factor": 2.0}
+    vision: dict[str, Any] = {
+        "image_size": 5 * PATCH,
+        "patch_size": PATCH,
+        "width": 32,
+        "layers": 4,
+        "heads": 2,
+    }
+    vision |= {"mlp_ratio": 1.5, "model_name": "siglip"}
+    for key, value in overrides.items():
+        section, _, leaf = key.replace("__", ".").rpartition(".")
+        {"language_config": text, "vision_config": vision}[section][leaf] = value
+    side = 5 * PATCH
+    return deepseek_vl2.DeepseekVL2Config(
+        language_config=text,
+        vision_config=vision,
+        projector_config={"input_dim": 32, "n_embed": 64},
+        candidate_resolutions=[[side * n, side * m] for n in (1, 2, 3) for m in (1, 2, 3) if n * m <= 4],
+    )
+
+
 def config(name: str, tied: bool = False, **overrides: Any) -> Any:
     """The transformers config of a card's tiny model; overrides by dotted name (dots may be written as `__`)."""
     import transformers
@@ -277,6 +345,8 @@ def config(name: str, tied: bool = False, **overrides: Any) -> Any:
         return llava_config(tied, overrides)
     if name == OMNI:
         return omni_config(tied, overrides)
+    if name in DEEPSEEK:
+        return deepseek_config(name, overrides)
     tokens = tokenizer()
     text: dict[str, Any] = {
         "vocab_size": -(-len(tokens) // 16) * 16, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -363,10 +433,14 @@ def checkpoint(
             else:
                 parameter.mul_(3.0)
     model.to(dtype).save_pretrained(directory)
-    tokens = tokenizer(internvl=name in INTERNVL, llava=name == "llava", omni=name == OMNI)
+    kinds = {"internvl": name in INTERNVL, "deepseek": name in DEEPSEEK}
+    tokens = tokenizer(llava=name == "llava", omni=name == OMNI, **kinds)
     if name == OMNI:
         torch.save({"Chelsie": {"bos_token": 1}}, directory / "spk_dict.pt")
-    if name in (*INTERNVL, "llava", OMNI):
+    if name in DEEPSEEK:
+        tokens.save_pretrained(directory)
+        (directory / "processor_config.json").write_text(json.dumps({"sft_format": "deepseek"}))
+    elif name in (*INTERNVL, "llava", OMNI):
         processor(name).save_pretrained(directory)
     else:
         tokens.save_pretrained(directory)
@@ -664,6 +738,13 @@ def processor(name: str) -> Any:
         return transformers.Qwen2_5OmniProcessor(
             image, video, hear, tokenizer(omni=True), chat_template=OMNI_TEMPLATE
         )
+    if name in DEEPSEEK:
+        images = deepseek_vl2_processor.DeepseekVL2ImageProcessor(
+            config(name).candidate_resolutions, image_size=5 * PATCH
+        )
+        return deepseek_vl2_processor.DeepseekVL2Processor(
+            images, tokenizer(deepseek=True), 3, chat_template=deepseek_vl2_processor.TEMPLATE
+        )
     if name == "llava":
         return transformers.LlavaProcessor(
             processors(name)[0],
@@ -736,9 +817,9 @@ def sample(media: Any, parts: Sequence[Any], id: int = 0, seconds: float = 0.5) 
         else:
             span = media.span(shape_of(part, seconds))
             for stream, (rows, size) in media.features(span.shape, part).items():
-                (own,) = (part.size for part in span.parts if part.stream == stream)
-                assert tuple(size[0].tolist()) == tuple(own)
-                assert rows.shape[0] == math.prod(own)
+                own = [tuple(part.size) for part in span.parts if part.stream == stream]
+                assert list(map(tuple, size.tolist())) == own
+                assert rows.shape[0] == sum(map(math.prod, own))
                 features.setdefault(stream, []).append(rows)
             new = list(span.ids)
             trained += [False] * len(new)

@@ -220,6 +220,24 @@ class SplitGroups:
         return SplitGroups(not self.inverse)
 
 
+def internlm2_rules() -> list[Any]:
+    """Names of InternLM2's layers -> those of Llama's."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    names = {
+        r"\.tok_embeddings": ".embed_tokens",
+        r"\.attention\.wo\.": ".self_attn.o_proj.",
+        r"\.feed_forward\.w1": ".mlp.gate_proj",
+        r"\.feed_forward\.w3": ".mlp.up_proj",
+        r"\.feed_forward\.w2": ".mlp.down_proj",
+        r"\.attention_norm": ".input_layernorm",
+        r"\.ffn_norm": ".post_attention_layernorm",
+    }
+    targets = [f"self_attn.{x}_proj.weight" for x in "qkv"]
+    split = WeightConverter("attention.wqkv.weight", targets, operations=[SplitGroups()])
+    return [*(WeightRenaming(*pair) for pair in names.items()), split]
+
+
 def rules(directory: Path) -> list[Any]:
     """Names of the files' tensors -> the library's, as transformers applies and reverts such rules."""
     from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
@@ -250,19 +268,8 @@ def rules(directory: Path) -> list[Any]:
         for what in ("weight", "bias")
     ]
     if read(directory / "config.json")["llm_config"].get("model_type") == "internlm2":
-        renames = [
-            (r"^language_model\.output", "lm_head"),
-            (r"\.tok_embeddings", ".embed_tokens"),
-            (r"\.attention\.wo\.", ".self_attn.o_proj."),
-            (r"\.feed_forward\.w1", ".mlp.gate_proj"),
-            (r"\.feed_forward\.w3", ".mlp.up_proj"),
-            (r"\.feed_forward\.w2", ".mlp.down_proj"),
-            (r"\.attention_norm", ".input_layernorm"),
-            (r"\.ffn_norm", ".post_attention_layernorm"),
-            *renames[1:],
-        ]
-        targets = [f"self_attn.{x}_proj.weight" for x in "qkv"]
-        converters.append(WeightConverter("attention.wqkv.weight", targets, operations=[SplitGroups()]))
+        renames = [(r"^language_model\.output", "lm_head"), *renames[1:]]
+        converters = [*internlm2_rules(), *converters]
     return [WeightRenaming(*pair) for pair in renames] + converters
 
 

@@ -29,6 +29,13 @@ EXPERTS_PLAN = {  # of experts cut over the tensor-parallel group, and of layers
     "model.language_model.layers.*.mlp.experts": "experts",
     **{f"{name}?": style for name, style in DENSE_PLAN.items()},
 }
+SHARED_PLAN = {  # of experts that every token meets
+    f"{name.replace('.mlp.', '.mlp.shared_experts.')}?": style for name, style in DENSE_PLAN.items()
+}
+LATENT_PLAN = {  # of attention with latent keys and values: latents are whole on every rank
+    "model.language_model.layers.*.self_attn.q_b_proj": "colwise",
+    "model.language_model.layers.*.self_attn.kv_b_proj": "colwise",
+}
 SPREAD_PLAN = {  # of experts spread over the expert-parallel group: styles of parallel/expert.py
     "model.language_model.layers.*.mlp.gate": "router",
     "model.language_model.layers.*.mlp.experts": "dispatch",
@@ -48,16 +55,29 @@ def sparse_layers(text: Any) -> int:
     return sum(i not in dense and (i + 1) % step == 0 for i in range(text.num_hidden_layers))
 
 
+def attention(text: Any) -> tuple[int, float]:
+    """Of one layer: (weights, twice the width over which queries meet keys and values)."""
+    width, heads = text.hidden_size, text.num_attention_heads
+    if getattr(text, "kv_lora_rank", None) and getattr(text, "use_mla", True):
+        keys, values = text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim
+        latent, rank = text.kv_lora_rank, text.q_lora_rank
+        weights = width * (latent + text.qk_rope_head_dim) + width * heads * values
+        weights += latent * heads * (text.qk_nope_head_dim + values)
+        weights += rank * (width + heads * keys) if rank else width * heads * keys
+        return weights, float(heads * (keys + values))
+    head_dim = getattr(text, "head_dim", None) or width // heads
+    queries, keys = heads * head_dim, text.num_key_value_heads * head_dim
+    return width * (2 * queries + 2 * keys), 2.0 * queries
+
+
 def costs(text: Any, tokens: int, trained: int) -> tuple[float, float]:
     """Forward FLOPs of (all layers, the head): two a weight and token, and causal attention."""
-    width = text.hidden_size
-    head_dim = getattr(text, "head_dim", None) or width // text.num_attention_heads
-    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
-    sparse = sparse_layers(text)
-    weights = text.num_hidden_layers * width * (2 * queries + 2 * keys)
+    width, sparse = text.hidden_size, sparse_layers(text)
+    each, met = attention(text)
+    weights = text.num_hidden_layers * each
     weights += 3 * width * text.intermediate_size * (text.num_hidden_layers - sparse)
     if sparse:
-        met = 3 * text.moe_intermediate_size * text.num_experts_per_tok + experts(text)
-        weights += width * met * sparse
-    attention = 2.0 * text.num_hidden_layers * queries * float(tokens) ** 2  # causal: half of 4 T^2
-    return 2.0 * tokens * weights + attention, 2.0 * trained * width * text.vocab_size
+        used = text.num_experts_per_tok + (getattr(text, "n_shared_experts", None) or 0)
+        weights += width * (3 * text.moe_intermediate_size * used + experts(text)) * sparse
+    causal = text.num_hidden_layers * met * float(tokens) ** 2  # half of what all pairs would take
+    return 2.0 * tokens * weights + causal, 2.0 * trained * width * text.vocab_size

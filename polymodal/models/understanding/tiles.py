@@ -16,9 +16,10 @@ TILES = MediaStream("vision", "pixel_values", "tiles", ("tile", "none", "none", 
 
 
 class TileVision(VisionLanguage):
-    """A tower of squares, whose states are [tiles, 1 + patches, D] with a class token in front."""
+    """A tower of squares, whose states are [tiles, class_rows + patches, D] with a class token in front."""
 
     streams = (TILES,)
+    class_rows = 1
 
     def require_known(self, *facts: tuple[str, Any, Sequence[Any]]) -> None:
         """Raise PolymodalError for a value of the config that is none of those known; facts: (key, value,
@@ -37,11 +38,16 @@ class TileVision(VisionLanguage):
         return (size, size) if isinstance(size, int) else tuple(size)
 
     @property
+    def patch_size(self) -> tuple[int, int]:
+        """(height, width) of a patch in pixels."""
+        size = self.config.vision_config.patch_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
     def patches(self) -> int:
         """Patches of a tile, without the class token."""
-        size = self.config.vision_config.patch_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return (self.tile_size[0] // height) * (self.tile_size[1] // width)
+        (height, width), (rows, columns) = self.tile_size, self.patch_size
+        return (height // rows) * (width // columns)
 
     @property
     def tile_tokens(self) -> int:
@@ -49,7 +55,8 @@ class TileVision(VisionLanguage):
         raise NotImplementedError
 
     def tower_state(self, stream: MediaStream, sizes: Tensor) -> tuple[int, ...]:
-        return int(sizes.sum()), 1 + self.patches, self.config.vision_config.hidden_size
+        rows = int(sizes.prod(dim=1).sum())
+        return rows, self.class_rows + self.patches, self.config.vision_config.hidden_size
 
     def row_shape(self, stream: MediaStream) -> tuple[int, ...]:
         return (self.config.vision_config.num_channels, *self.tile_size)
@@ -71,12 +78,12 @@ class TileVision(VisionLanguage):
 
     def block_cost(self) -> float:
         """Forward FLOPs of one block of a plain transformer for one tile."""
-        vision, rows = self.config.vision_config, 1 + self.patches
+        vision, rows = self.config.vision_config, self.class_rows + self.patches
         side = vision.hidden_size
         return 2.0 * rows * (4 * side * side + 2 * side * vision.intermediate_size) + 4.0 * side * rows**2
 
     def embedding_cost(self) -> float:
         """Forward FLOPs of the patch embedding of one tile."""
         vision = self.config.vision_config
-        pixels = self.tile_size[0] * self.tile_size[1]
+        pixels = self.patches * self.patch_size[0] * self.patch_size[1]
         return 2.0 * vision.num_channels * pixels * vision.hidden_size
