@@ -61,7 +61,12 @@ def load(module: nn.Module, net: Net, document: dict[str, Any]) -> dict[str, Sto
     state = module.state_dict(keep_vars=True)
     if net.names is not None:
         names = net.names(module, document)
-        entries = {names.get(key, key): Stored.whole(key, shape) for key, shape in published.items()}
+        entries = {
+            name: Stored.whole(key, tuple(state[name].shape) if name in state and same else shape)
+            for key, shape in published.items()
+            for name in [names.get(key, key)]
+            for same in [name in state and _core(state[name].shape) == _core(shape)]
+        }
         extra = sorted(entries[name].keys[0] for name in set(entries) - set(state))
     else:
         rules = net.rules(module, document) if net.rules else None
@@ -105,7 +110,7 @@ def as_published(
         for key, box, view in [] if gradient is None else copies(stored, gradient):
             if parts.get(key) is None:
                 parts[key] = view.new_zeros(document["state_dict"][key])
-            parts[key][box] = view.reshape(parts[key][box].shape)  # type: ignore[index]
+            parts[key][box] = view  # type: ignore[index]
     return parts
 
 
@@ -149,7 +154,15 @@ def _case(
         found.append(("scalars", max(errors, default=0.0), net.outputs_bound))
     if wanted is not None or of_inputs:
         recipe.probe_loss(outputs).backward()
-        published = as_published(module, entries, document)
+        if net.names is None:
+            published = as_published(module, entries, document)
+        else:
+            parameters = dict(module.named_parameters())  # those of now: a case may change its head
+            published = {
+                stored.keys[0]: parameters[name].grad
+                for name, stored in entries.items()
+                if name in parameters
+            }
         gradients: dict[str, tuple[Tensor | None, list[float] | None]] = {
             name: (published.get(name), digest) for name, digest in (wanted or {}).items()
         }

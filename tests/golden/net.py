@@ -38,7 +38,7 @@ class Net:
     build: Callable[[dict[str, Any]], nn.Module] | None = None
     run: Callable[[Any, str, dict[str, Tensor], dict[str, Any]], Outcome] | None = None
     names: Callable[[Any, dict[str, Any]], dict[str, str]] | None = None
-    rules: Callable[[Any, dict[str, Any]], list[Any]] | None = None
     outputs_bound: float = DOUBLE
     gradients_bound: float = DOUBLE
     compare: Callable[[dict[str, Any]], list[tuple[str, str, float]]] | None = None
+    rules: Callable[[Any, dict[str, Any]], list[Any]] | None = None
