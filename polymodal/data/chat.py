@@ -38,7 +38,7 @@ from polymodal.data.counting import WordCounter
 from polymodal.data.template import Layout, Template, written
 from polymodal.recipe import Data
 
-VERSION = 2  # of what tokens and labels mean here: part of the fingerprint
+VERSION = 3  # of what tokens and labels mean here: part of the fingerprint
 _SPANS = 4096  # spans of picture sizes remembered
 _BATCH = 512  # texts tokenized at a time
 _CHECKED = 2  # texts of each batch that are tokenized although they were counted

@@ -24,6 +24,7 @@ OPEN, CLOSE = "\ue0f0", "\ue0f1"  # private-use characters around a marker's num
 BREAK = "\ue0f2"  # behind the first character of a control token of a row's text; a BREAK of the text is two
 _BREAKS = re.compile(f"{BREAK}({BREAK}?)")
 WORDS = ("<image>", "<video>", "<audio>")  # placeholders of rows: those in a record's text are words
+LONGEST_TOKEN = 100  # characters of a token between turns, and of the space before it
 _SMALL = 100_000  # characters of a conversation that no template may need too much work for
 _MARKER = re.compile(f"{OPEN}(\\d+){CLOSE}")
 
@@ -39,7 +40,9 @@ class Layout:
     """A rendered record. Character ranges into `text`, half open.
 
     spans: of each message, from the first character the model would write (or the message's text, where the
-    model writes none of it) through its end-of-turn token; None where it was not asked for. media: (start,
+    model writes none of it) through its end-of-turn token; None where it was not asked for. An answer behind
+    which the template prints none ends with the token that opens the next turn, the last with one of
+    end-of-text, which is added: else the model would not learn to stop. media: (start,
     stop, index in Record.media) of each placeholder, by start. literal: of each control token that the row's
     own text holds, which is tokenized as ordinary text; ascending.
     """
@@ -224,6 +227,12 @@ class Template:
         text = self.render(messages, tools)
         spans = self._by_tags(text, messages, tools) if self.tagged else {}
         spans |= self._by_markers(text, messages, tools, sorted({*numbers} - {*spans}))
+        last = len(messages) - 1
+        if messages and messages[-1]["role"] == "assistant" and self._ends_open:
+            before, end = spans.get(last), self.tokenizer.eos_token or ""
+            if before is None or not text[before[1] :].strip():
+                text += end
+                spans |= {last: (before[0], len(text))} if before else {}
         places = self.places(text, record.media)
         return self.mended(Layout(text, tuple(spans.get(i) for i in range(len(messages))), places))
 
@@ -368,16 +377,26 @@ class Template:
 
     @cached_property
     def ends_answers(self) -> bool:
-        """Whether the template prints a special token behind an answer, by which generation stops. True where
-        that cannot be told: it marks the trained text itself, or refuses a conversation of one question."""
-        tail = None if self.tagged else self._tail("assistant")
-        return tail is None or self._end_of_turn.match(tail) is not None
+        """Whether answers end with a special token, by which generation stops: the template's, or the
+        tokenizer's of end-of-text. True where the template refuses a conversation of one question."""
+        return not self._ends_open or bool(self.tokenizer.eos_token)
+
+    @cached_property
+    def _ends_open(self) -> bool:
+        """Whether the template prints no token behind an answer."""
+        tail = self._last_tail("assistant")
+        return tail is not None and not self._end_of_turn.search(tail)
+
+    def _last_tail(self, role: str) -> str | None:
+        if role not in self._tails:
+            self._tails[role] = self._tail(role)
+        return self._tails[role]
 
     def _stop(self, text: str, after: int, role: str) -> int:
         """End of a message whose content ends at `after`: behind its end-of-turn token, if it has one."""
-        if role not in self._tails:
-            self._tails[role] = self._tail(role)
-        tail = self._tails[role]
+        tail = self._last_tail(role)
+        if role == "assistant" and self._ends_open:
+            tail = text[after : after + LONGEST_TOKEN]  # what opens the next turn
         if tail is None:  # then only the end-of-text token is sure not to open the next turn
             eos = self.tokenizer.eos_token
             return after + len(eos) if eos and text.startswith(eos, after) else after

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -57,6 +57,29 @@ class Answer:
 
 Result = tuple[int, Answer | PolymodalError]
 """Position of a conversation, and its answer or what is wrong with it."""
+
+
+def _frames_as_pictures(inputs: Mapping[str, Any], placeholder: int | None) -> Mapping[str, Any]:
+    """Inputs with pictures and videos whose placeholders are the pictures' too: the library's forward counts
+    each kind against all of them, so that frames are given as pictures, all in the order of the text.
+
+    placeholder: that of videos, which the inputs of other models hold.
+    """
+    kinds = ("pixel_values", "pixel_values_videos", "mm_token_type_ids")
+    if placeholder is None or any(kind not in inputs for kind in kinds) or placeholder in inputs["input_ids"]:
+        return inputs
+    grids = (
+        inputs["image_grid_thw"],
+        inputs["video_grid_thw"].repeat_interleave(inputs["video_grid_thw"][:, 0], 0),
+    )
+    grids[1][:, 0] = 1
+    rows = (inputs[kind].split(grid.prod(1).tolist()) for kind, grid in zip(kinds, grids, strict=False))
+    media = [iter(zip(part, grid, strict=True)) for part, grid in zip(rows, grids, strict=True)]
+    types = inputs["mm_token_type_ids"].flatten().unique_consecutive()
+    pixels, sizes = zip(*(next(media[kind - 1]) for kind in types[types > 0].tolist()), strict=True)
+    kept = {key: value for key, value in inputs.items() if "video" not in key}
+    made = {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.stack(sizes)}
+    return {**kept, **made, "mm_token_type_ids": inputs["mm_token_type_ids"].clamp(max=1)}
 
 
 @dataclass
@@ -318,6 +341,7 @@ class Engine:
                 **self.template_kwargs,
                 **options,
             )
+        out = _frames_as_pictures(out, getattr(self.model.config, "video_token_id", None))
         made = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in out.items()}
         if "video_second_per_grid" in made:  # a list, and whether there is sound in all videos
             made["video_second_per_grid"] = torch.as_tensor(made["video_second_per_grid"], device=self.device)

@@ -273,11 +273,12 @@ def processor_of(
     """
     hint = "Copy the checkpoint's tokenizer and preprocessor files beside its weights."
     with library_errors(f"The processor of {directory} cannot be read", hint):
-        processor = catalog.reader(directory).read_processor(Path(directory), trust)
+        reader = catalog.reader(directory)
+        processor = reader.read_processor(Path(directory), trust)
     if data is None:
         return processor
     if family is None or not family.limit_media(processor, data):
-        _limit(getattr(processor, "image_processor", None), data.image)
+        _limit(getattr(processor, "image_processor", None), data.image, reader.picture_frames)
         video = getattr(processor, "video_processor", None)
         limited = data.video.min_pixels is not None or data.video.max_pixels is not None
         if video is not None and limited and family is not None and _limits_whole_videos(family):
@@ -312,13 +313,13 @@ def processor_beside(adapter: Path, base: Path, *, trust: bool = False) -> Any:
     return processor
 
 
-def _limit(part: Any, limits: recipes.Image | recipes.Video) -> None:
-    """Write a recipe's pixel limits into an image or video processor."""
+def _limit(part: Any, limits: recipes.Image | recipes.Video, frames: int = 1) -> None:
+    """Write a recipe's pixel limits into an image or video processor; frames: what it counts a picture as."""
     if part is None or (limits.min_pixels is None and limits.max_pixels is None):
         return
     size = dict(part.size)
-    size["shortest_edge"] = limits.min_pixels or size["shortest_edge"]
-    size["longest_edge"] = limits.max_pixels or size["longest_edge"]
+    size["shortest_edge"] = frames * (limits.min_pixels or 0) or size["shortest_edge"]
+    size["longest_edge"] = frames * (limits.max_pixels or 0) or size["longest_edge"]
     part.size = size if isinstance(part.size, dict) else type(part.size)(**size)
 
 

@@ -345,6 +345,16 @@ def family(model: Model) -> Family:
     return made
 
 
+def published(card: ModelCard, key: str | None) -> Family | None:
+    """The family of a published size, where its card has the config."""
+    import transformers
+
+    config = card.sizes[key].config if key else {}
+    if not config:
+        return None
+    return card.family(card, transformers.AutoConfig.for_model(**config), card.sizes[str(key)].hub)
+
+
 def _part(card: ModelCard, directory: Path, asked: str | None) -> str:
     """The denoiser that is trained. Raises PolymodalError for one that the pipeline lacks."""
     own = str(getattr(card.family, "part", "transformer"))

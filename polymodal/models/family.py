@@ -31,6 +31,7 @@ class Family:
     """Beginnings of names of tensors in its checkpoints that are no part of the model: exports copy them."""
     beside_files: tuple[str, ...] = ()  # files that go with these
     line: str = ""  # of several related cards: the name of their recipes' directory
+    picture_frames = 1  # as which the library's processor counts a picture against its limits of pixels
     attention = "auto"  # the recipe's model.attention
     experts = "auto"  # the recipe's model.experts
 

@@ -38,9 +38,9 @@ def towers_of(lora: Lora, card: ModelCard) -> list[str]:
 def attach(model: nn.Module, lora: Lora, card: ModelCard) -> list[str]:
     """Put adapters (float32, on meta) on the chosen layers and freeze all else; returns the layers' names.
 
-    model: whole, before it is sharded. all-linear is every nn.Linear of the chosen towers except the head; it
-    includes neither stacked experts, which must be named, nor routers. Of a stack the parameter's name is
-    returned. Raises PolymodalError for towers, targets and init that cannot be.
+    model: whole, before it is sharded. all-linear is every nn.Linear of the chosen towers except the head and
+    `taken`; it includes neither stacked experts, which must be named, nor routers. Of a stack the parameter's
+    name is returned. Raises PolymodalError for towers, targets and init that cannot be.
     """
     from peft import inject_adapter_in_model
 
@@ -55,7 +55,9 @@ def attach(model: nn.Module, lora: Lora, card: ModelCard) -> list[str]:
             f"model.lora: {card.name} takes no adapters: {card.limits['lora']}.", "Leave it out."
         )
     linear, stacks = layers(model, lora, card)
-    config = config_of(lora, _selector(linear, _names(model)), stacks=stacked.selector(stacks, model))
+    config = config_of(
+        lora, _selector(linear, _names(model), not taken(model)), stacks=stacked.selector(stacks, model)
+    )
     inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=True)
     adapted = set()
     for name, parameter in model.named_parameters():
@@ -86,6 +88,16 @@ def _names(model: nn.Module) -> list[str]:
     return [n for n, _ in model.named_modules() if not n.endswith(".base_layer") and ".lora_" not in n]
 
 
+def taken(model: nn.Module) -> set[str]:
+    """Last parts of layers' names that peft takes for experts of before transformers 5 stacked them, in every
+    file of adapters of such a model: linear layers named so (dense and shared MLPs) cannot have any."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    older = conversion._MODEL_TO_CONVERSION_PATTERN.get(kind, "")
+    return set(conversion._MOE_TARGET_MODULE_MAPPING.get(older, ()))
+
+
 def layers(model: nn.Module, lora: Lora, card: ModelCard) -> tuple[list[str], list[str]]:
     """Names of the linear layers and of the stacks that get adapters, in the model's order.
 
@@ -100,7 +112,12 @@ def layers(model: nn.Module, lora: Lora, card: ModelCard) -> tuple[list[str], li
         )
     inside = tuple(prefix for tower in towers for prefix in card.towers[tower])
     modules = {n: m for n, m in model.named_modules() if any(n == p or n.startswith(p + ".") for p in inside)}
-    linear = [n for n, m in modules.items() if isinstance(m, nn.Linear) and n != card.head]
+    names = taken(model)
+    linear = [
+        n
+        for n, m in modules.items()
+        if isinstance(m, nn.Linear) and n != card.head and n.rpartition(".")[2] not in names
+    ]
     if lora.targets == "all-linear":
         if not linear:
             raise PolymodalError(
@@ -115,12 +132,17 @@ def layers(model: nn.Module, lora: Lora, card: ModelCard) -> tuple[list[str], li
         stacked.check(lora)
     for target in lora.targets:
         if not any(stacked.ends_in(name, [target]) for name in linear + stacks):
-            raise _no_layer(target, modules, linear, lora, card)
+            raise _no_layer(target, modules, linear, names, lora, card)
     return [name for name in linear if stacked.ends_in(name, lora.targets)], stacks
 
 
 def _no_layer(
-    target: str, modules: Mapping[str, nn.Module], linear: list[str], lora: Lora, card: ModelCard
+    target: str,
+    modules: Mapping[str, nn.Module],
+    linear: list[str],
+    names: set[str],
+    lora: Lora,
+    card: ModelCard,
 ) -> PolymodalError:
     what = f"model.lora.targets: `{target}`"
     if target in (card.head, card.head.rpartition(".")[2]):
@@ -129,6 +151,11 @@ def _no_layer(
             "Leave it out.",
         )
     endings = sorted({name.rpartition(".")[2] for name in linear})
+    if target.rpartition(".")[2] in names:
+        return PolymodalError(
+            f"{what}: peft takes layers of {card.name} that are named so for its experts.",
+            f"Leave it out, name stacks (experts.gate_up_proj), or take {', '.join(endings)}.",
+        )
     for name, module in modules.items():
         if stacked.ends_in(name, [target]):
             return PolymodalError(
@@ -142,13 +169,15 @@ def _no_layer(
     )
 
 
-def _selector(chosen: list[str], names: list[str]) -> list[str] | str:
-    """peft's shortest target_modules for exactly these modules: endings, else a pattern of numbers."""
+def _selector(chosen: list[str], names: list[str], patterns: bool = True) -> list[str] | str:
+    """peft's shortest target_modules for exactly these modules: endings, else a pattern of numbers.
+
+    patterns: not where names are `taken`, where peft breaks them into endings."""
     endings = sorted({name.rpartition(".")[2] for name in chosen})
     if {name for name in names if name.rpartition(".")[2] in endings} == set(chosen):
         return endings
     pattern = "|".join(sorted({re.sub(r"\\\.\d+", r"\\.\\d+", re.escape(name)) for name in chosen}))
-    if {name for name in names if re.fullmatch(pattern, name)} == set(chosen):
+    if patterns and {name for name in names if re.fullmatch(pattern, name)} == set(chosen):
         return pattern
     return sorted(chosen)
 
@@ -236,7 +265,7 @@ def write(
     homes = stacked.homes(model)
     chosen = [layer for layer in dict.fromkeys(map(_layer, names)) if layer not in homes.values()]
     stacks = stacked.selector(list(homes), model)
-    config = config_of(lora, _selector(chosen, _names(model)), base, stacks)
+    config = config_of(lora, _selector(chosen, _names(model), not taken(model)), base, stacks)
     config.inference_mode = True
     if not hasattr(model, "prepare_inputs_for_generation"):
         config.task_type = None  # a denoiser is no language model to peft
@@ -270,7 +299,7 @@ def save_for_pipeline(
     names, factors = _all_in(state, model), scales(model)
     chosen = list(dict.fromkeys(map(_layer, names)))
     plain = lora.model_copy(update={"alpha": float(lora.rank), "rslora": False})
-    config = config_of(plain, _selector(chosen, _names(model))).to_dict()
+    config = config_of(plain, _selector(chosen, _names(model), not taken(model))).to_dict()
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items() if k != "task_type"}
 
     def whole(name: str) -> Tensor:

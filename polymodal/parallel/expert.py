@@ -21,6 +21,7 @@ from polymodal.core.errors import PolymodalError
 from polymodal.distributed import collectives
 from polymodal.distributed.mesh import ParallelSizes
 from polymodal.models.card import ModelCard
+from polymodal.models.understanding import language
 from polymodal.parallel.sequence import Stream
 from polymodal.parallel.styles import on_first, pattern_of, see_local
 
@@ -31,13 +32,10 @@ STYLES = {
 """Style names of a card's expert_plan. The module that holds experts and router is one region: of the tokens
 that a tensor-parallel group shares, each rank takes its own rows through it."""
 
-COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
-
 
 def count(config: Any) -> int:
     """Routed experts a layer of this transformers config; 0 for a dense model."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return next((n for n in (getattr(text, key, 0) for key in COUNTS) if n), 0)
+    return language.experts(config.get_text_config() if hasattr(config, "get_text_config") else config)
 
 
 def check(card: ModelCard, config: Any, sizes: ParallelSizes) -> list[PolymodalError]:
@@ -123,14 +121,18 @@ def add_adapters(experts: nn.Module, wrappers: list[Any], start: int, held: int)
     forward = experts.forward
 
     @wraps(forward)
-    def adapted(*args: Any, **kwargs: Any) -> Any:
+    def adapted(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         for wrapper in wrappers:
             key = wrapper.parameter_name
             for name in () if wrapper.disable_adapters else wrapper.active_adapters:
                 left, right, scale = wrapper.get_delta_factors(name)
                 own = (_local(factor).narrow(0, start, held) for factor in (left, right))
                 experts.__dict__[key] = torch.baddbmm(experts.__dict__[key], *own, alpha=scale)
-        return forward(*args, **kwargs)
+        out = forward(hidden, index, weights)
+        if not out.requires_grad:  # no token chose an expert of this rank, whose gradients others wait for
+            added = sum(experts.__dict__[wrapper.parameter_name].sum() for wrapper in wrappers)
+            out = out + (hidden.sum() + weights.sum() + added) * 0
+        return out
 
     experts.forward = adapted  # type: ignore[method-assign]
     for wrapper in wrappers:

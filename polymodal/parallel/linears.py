@@ -18,10 +18,10 @@ from polymodal.core.errors import PolymodalError
 from polymodal.distributed import collectives
 from polymodal.parallel.styles import see_local
 
-COLWISE = ("colwise", "fused_colwise", "joined_colwise", "entering_colwise")
+COLWISE = ("colwise", "fused_colwise", "gated_colwise", "joined_colwise", "entering_colwise")
 ROWWISE = ("rowwise", "joined_rowwise", "leaving_rowwise")
 LINEAR = (*COLWISE, *ROWWISE)
-FUSED_PARTS = 3
+FUSED_PARTS = {"fused_colwise": 3, "gated_colwise": 2}
 
 
 class Linears:
@@ -95,7 +95,7 @@ class Linears:
                 self.without_bias(module)
             self.local(module, {"weight": Shard(1), "bias": Replicate()}, {"bias": Partial()})
         else:
-            parts = FUSED_PARTS if style == "fused_colwise" else 1
+            parts = FUSED_PARTS.get(style, 1)
             self.divisible(name, "output features", module.out_features, parts)
             if parts > 1:
                 self.fused(module, [module.out_features // parts] * parts, ("weight", "bias"))

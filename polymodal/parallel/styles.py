@@ -31,6 +31,7 @@ STYLES = {
     "merger": "a region that ends the stream: its output is whole on every rank",
     "colwise": "a linear layer cut by output features",
     "fused_colwise": "one of three fused parts (q, k, v), each cut by heads; stored in natural order",
+    "gated_colwise": "one of two fused parts (gate, up), each cut alike; stored in natural order",
     "entering_colwise": "one that begins a region of two layers that no module holds: its input enters",
     "leaving_rowwise": "the second of these: its output is summed",
     "rowwise": "a linear layer cut by input features; its output is a partial sum",

@@ -23,6 +23,7 @@ from polymodal.core.errors import PolymodalError
 from polymodal.distributed import collectives
 from polymodal.models.card import ModelCard, PrunedModule
 from polymodal.models.partial import on_argument
+from polymodal.models.understanding import language
 from polymodal.parallel import expert
 from polymodal.parallel.linears import LINEAR, Linears
 from polymodal.parallel.sequence import Stream
@@ -321,9 +322,10 @@ class _Layout(Linears):
             local = (index - start).masked_fill(elsewhere, held)
             weights = weights.masked_fill(elsewhere, 0)
             out = forward(hidden, local, weights)
-            if not out.requires_grad and hidden.requires_grad:
+            if not out.requires_grad:
                 # No token chose an expert of this rank: the other ranks still wait for it in backward.
-                out = out + (hidden.sum() + weights.sum()) * 0
+                added = sum(module._parameters[key].to_local().sum() for key in keys)
+                out = out + (hidden.sum() + weights.sum() + added) * 0
             return out
 
         module.forward = experts
@@ -351,10 +353,11 @@ def counts(card: ModelCard, config: Any) -> dict[str, int]:
         keys = ["encoder_attention_heads", "decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim"]
         return {key: getattr(config, key) for key in keys}  # the vocabulary stays whole
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    keys = ["num_attention_heads", "num_key_value_heads", "vocab_size", "num_experts"]
-    sparse = getattr(text, "num_experts", 0)
-    if not sparse or getattr(text, "mlp_only_layers", None) or getattr(text, "decoder_sparse_step", 1) > 1:
+    keys = ["num_attention_heads", "num_key_value_heads", "vocab_size", *language.COUNTS[:2]]
+    if language.sparse_layers(text) < getattr(text, "num_hidden_layers", 1):
         keys.append("intermediate_size")
+    if getattr(text, "n_shared_experts", 0):
+        keys.append("moe_intermediate_size")
     prefix = "" if text is config else f"{getattr(text, 'base_config_key', '') or 'text_config'}."
     found = {f"{prefix}{key}": getattr(text, key) for key in keys if getattr(text, key, 0)}
     for section in ("vision_config", "audio_config"):
@@ -376,7 +379,7 @@ def check(card: ModelCard, config: Any, size: int, spread: bool = False) -> list
         return [PolymodalError(cause, "Set parallel.tp to 1 and use dp_shard.")]
     numbers = counts(card, config)
     if spread:
-        numbers = {key: n for key, n in numbers.items() if not key.endswith("num_experts")}
+        numbers = {key: n for key, n in numbers.items() if not key.endswith(language.COUNTS)}
     common = math.gcd(*numbers.values())
     works = [str(n) for n in range(1, common + 1) if common % n == 0]
     return [

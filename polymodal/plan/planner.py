@@ -38,8 +38,19 @@ class Question:
 
 
 def family_of(recipe: Recipe) -> Family:
-    """The recipe's family from its config alone."""
-    return catalog.family(recipe.model.model_copy(update={"init": "random"}))
+    """The recipe's family from its config alone; of a published size that is not here from its card's."""
+    asked = recipe.model.model_copy(update={"init": "random"})
+    known = catalog.named(asked.source)
+    try:
+        return catalog.family(asked)
+    except PolymodalError:
+        family = catalog.published(*known) if known else None
+        if family is None:
+            raise
+    family.config = catalog.override(family.config, asked.config)
+    family.attention, family.experts = asked.attention, asked.experts
+    family.check()
+    return family
 
 
 def traced_ranks(sizes: ParallelSizes, question: Question) -> list[int]:

@@ -16,6 +16,7 @@ from torch import nn
 from polymodal.core.sample import SampleLengths
 from polymodal.models.card import ModelCard
 from polymodal.models.family import Family
+from polymodal.models.understanding import language
 from polymodal.parallel import pipeline_split
 from polymodal.train import optim
 
@@ -178,7 +179,7 @@ def _towers(family: Family) -> tuple[list[Tower], int]:
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     attention = size * (heads + 2 * getattr(text, "num_key_value_heads", heads))
-    experts = getattr(text, "num_experts_per_tok", 0) if getattr(text, "num_experts", 0) else 0
+    experts = text.num_experts_per_tok if language.experts(text) else 0
     mlp = text.moe_intermediate_size * experts if experts else text.intermediate_size
     towers = [Tower(text.num_hidden_layers, text.hidden_size, attention, mlp, experts=experts)]
     if vision is not None:

@@ -39,7 +39,7 @@ class Lora(Section):
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """`all-linear`, or name endings such as [q_proj, v_proj]. Stacked experts must be named ([gate_up_proj,
     down_proj]): peft adds their adapters to the whole stack in every forward, so recompute blocks and keep tp
-    and ep at 1."""
+    and ep at 1. Linear layers whose names peft takes for experts (GLM-4.5V's MLPs) have none."""
     towers: list[str] | None = None
     """Towers with adapters (`polymodal models NAME` lists names; default: language, or the denoiser)."""
     rslora: bool = False

@@ -134,7 +134,7 @@ def plan(
     key = key or (None if source else advise.middle(card, of_version))
     place = source or card.sizes[str(key)].hub
     local = _family(place, bool(source) or search_it)
-    family = local or _published(card, key)
+    family = local or catalog.published(card, key)
     if family is not None:
         counted = shape.shape_of(family, meta_model(family, _bare(card, task, place, data)))
         key = key or _size_of(place, card, counted.total)
@@ -204,16 +204,6 @@ def _family(source: str, asked: bool) -> Family | None:
         if not any(isinstance(path, str) for path in cached):
             return None
     return catalog.family(recipe.Model(source=source, init="random"))
-
-
-def _published(card: ModelCard, key: str | None) -> Family | None:
-    """The family of a published size, where its card has the config."""
-    import transformers
-
-    config = card.sizes[key].config if key else {}
-    if not config:
-        return None
-    return card.family(card, transformers.AutoConfig.for_model(**config), card.sizes[str(key)].hub)
 
 
 def _bare(

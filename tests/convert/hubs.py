@@ -264,25 +264,6 @@ def _omni() -> Any:
     )
 
 
-def _glm() -> Any:
-    from transformers import Glm4vConfig
-
-    ids = dict.fromkeys(
-        (
-            "image_token_id",
-            "video_token_id",
-            "image_start_token_id",
-            "image_end_token_id",
-            "video_start_token_id",
-            "video_end_token_id",
-        ),
-        60,
-    )
-    return Glm4vConfig(
-        text_config={**TEXT, "pad_token_id": 0}, vision_config={**VISION, "image_size": 32}, **ids
-    )
-
-
 def _internvl() -> Any:
     from transformers import InternVLConfig, Qwen2Config
 
@@ -329,7 +310,7 @@ HUBS |= {
     "qwen2.5-omni": Hub(
         "qwen2.5-omni", from_config("Qwen2_5OmniForConditionalGeneration", _omni), run=thinker
     ),
-    "glm-4.1v": Hub("glm-4.1v", from_config("Glm4vForConditionalGeneration", _glm), run=logits),
+    "glm-4.1v": Hub("glm-4.1v", understanding("glm4.1v"), run=logits),
     "internvl library": Hub(
         "internvl", from_config("InternVLForConditionalGeneration", _internvl), run=logits
     ),

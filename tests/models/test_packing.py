@@ -11,15 +11,23 @@ from polymodal.recipe import Data, Model
 from tests.bounds import EXACT
 from tests.models import tiny
 from tests.models.test_qwen_vl import CASES, gradients, model_of, ours, token_loss
+from tests.parallel.exact import float64
 
 
-@pytest.fixture(scope="module", params=tiny.NAMES)
+@pytest.fixture(scope="module", params=(*tiny.NAMES, *tiny.GLM))
 def setting(request, checkpoint):
     source = checkpoint(request.param)
     family = catalog.family(Model(source=str(source), experts="eager"))
     media = family.media_processor(Data())
     samples = [tiny.sample(media, parts, id) for id, parts in enumerate(CASES.values())]
     return family, source, samples
+
+
+@pytest.fixture(autouse=True)
+def wide():
+    """Also where the library routes and resamples in float32."""
+    with float64():
+        yield
 
 
 def separately(family, source, samples):

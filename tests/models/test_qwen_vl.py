@@ -400,7 +400,7 @@ def test_qwen3_writes_the_mean_time_of_each_temporal_patch(media):
         + "<|vision_end|>"
     )
     assert text == f"<|vision_start|><0.5 seconds>{pads}<2.5 seconds>{pads}<4.0 seconds>{pads}<|vision_end|>"
-    assert media["qwen3-vl"].times(4) == [0.25, 1.25]  # without times: data.video.fps, 2 a second
+    assert media["qwen3-vl"].times(4) == [(0, 0.5), (1, 1.5)]  # without times: data.video.fps, 2 a second
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)

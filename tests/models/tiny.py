@@ -85,6 +85,16 @@ BANDS, HEARD_SECONDS = 16, 6
 """Mel bands, and the longest sound of the tiny omni model; its windows are 8 frames, 80 ms."""
 DATA = {OMNI: {"video": {"min_pixels": 64, "max_pixels": 4096}}}
 """data sections of models whose video limits are no part of their files."""
+GLM = ("glm4.1v", "glm4.5v")
+GLM_SPECIALS = [
+    "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|begin_of_image|>",
+    "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>", "<|image|>", "<|video|>",
+]  # fmt: skip
+GLM_TEMPLATE = """[gMASK]<sop>{% for turn in messages %}{{ '<|' + turn.role + '|>\n' }}
+{%- if turn.content is string %}{{ turn.content }}{% else %}{% for part in turn.content %}
+{%- if part.type == 'video' %}<|begin_of_video|><|video|><|end_of_video|>{% elif part.type == 'image' %}<|begin_of_image|><|image|><|end_of_image|>
+{%- else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
+"""As zai-org/GLM-4.1V-9B-Thinking writes a conversation: the next role ends a turn, and nothing the last."""
 TILE = 16  # pixels; a tile is 16 patches and 4 tokens
 
 
@@ -95,9 +105,10 @@ def tokenizer(
     llava: bool = False,
     omni: bool = False,
     deepseek: bool = False,
+    glm: bool = False,
 ) -> Any:
     """A byte-level BPE with Qwen's splitting, its special tokens and a chat template in its format; or
-    InternVL's, or LLaVA's."""
+    InternVL's, or LLaVA's, or GLM's."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -116,7 +127,16 @@ def tokenizer(
         show_progress=False,
     )
     core.train_from_iterator([TEXT], trainer)
-    core.add_special_tokens(SPECIALS)
+    core.add_special_tokens(GLM_SPECIALS if glm else SPECIALS)
+    if glm:
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=core,
+            pad_token="<|endoftext|>",
+            eos_token="<|endoftext|>",
+            additional_special_tokens=GLM_SPECIALS[1:],
+        )
+        made.chat_template = GLM_TEMPLATE
+        return made
     if internvl:
         named = dict(internvl_chat.TOKENS)
         core.add_special_tokens(list(named.values()))
@@ -347,7 +367,7 @@ def config(name: str, tied: bool = False, **overrides: Any) -> Any:
         return omni_config(tied, overrides)
     if name in DEEPSEEK:
         return deepseek_config(name, overrides)
-    tokens = tokenizer()
+    tokens = tokenizer(glm=name in GLM)
     text: dict[str, Any] = {
         "vocab_size": -(-len(tokens) // 16) * 16, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": tied,
@@ -363,6 +383,8 @@ def config(name: str, tied: bool = False, **overrides: Any) -> Any:
         "qwen2.5-vl": "Qwen2_5_VL",
         "qwen3-vl": "Qwen3VL",
         "qwen3-vl-moe": "Qwen3VLMoe",
+        "glm4.1v": "Glm4v",
+        "glm4.5v": "Glm4vMoe",
     }[name]
     if name == "qwen2-vl":
         vision |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
@@ -387,9 +409,24 @@ def config(name: str, tied: bool = False, **overrides: Any) -> Any:
             "decoder_sparse_step": 1,
             "router_aux_loss_coef": 0.01,
         }
+    if name in GLM:
+        text["rope_parameters"] |= {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+        vision |= {"image_size": 6 * PATCH, "out_hidden_size": 64}
+        text["pad_token_id"] = tokens.pad_token_id
+    if name == "glm4.5v":
+        text |= {"head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        text |= {"n_shared_experts": 1, "first_k_dense_replace": 1, "router_aux_loss_coef": 0.01}
     for key, value in overrides.items():
         section, _, leaf = key.replace("__", ".").rpartition(".")
         {"text_config": text, "vision_config": vision}[section][leaf] = value
+    if name in GLM:
+        words = {"image": "image", "video": "video"}
+        words |= {f"{kind}_start": f"begin_of_{kind}" for kind in ("image", "video")}
+        words |= {f"{kind}_end": f"end_of_{kind}" for kind in ("image", "video")}
+        ids = {f"{key}_token_id": tokens.convert_tokens_to_ids(f"<|{word}|>") for key, word in words.items()}
+        return getattr(transformers, f"{kind}Config")(
+            text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids
+        )
     ids = {
         f"{word}_token_id": tokens.convert_tokens_to_ids(f"<|{word}|>")
         for word in ("vision_start", "vision_end")
@@ -432,21 +469,25 @@ def checkpoint(
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             else:
                 parameter.mul_(3.0)
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.linspace(-0.2, 0.2, len(buffer)))
     model.to(dtype).save_pretrained(directory)
-    kinds = {"internvl": name in INTERNVL, "deepseek": name in DEEPSEEK}
+    kinds = {"internvl": name in INTERNVL, "deepseek": name in DEEPSEEK, "glm": name in GLM}
     tokens = tokenizer(llava=name == "llava", omni=name == OMNI, **kinds)
     if name == OMNI:
         torch.save({"Chelsie": {"bos_token": 1}}, directory / "spk_dict.pt")
     if name in DEEPSEEK:
         tokens.save_pretrained(directory)
         (directory / "processor_config.json").write_text(json.dumps({"sft_format": "deepseek"}))
-    elif name in (*INTERNVL, "llava", OMNI):
+    elif name in (*INTERNVL, "llava", OMNI, *GLM):
         processor(name).save_pretrained(directory)
     else:
         tokens.save_pretrained(directory)
         processors(name)[0].save_pretrained(directory)
         processors(name)[1].save_pretrained(directory)
-    eos = tokens.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    ends = ["<|user|>", "<|endoftext|>"] if name in GLM else ["<|im_end|>", "<|endoftext|>"]
+    eos = tokens.convert_tokens_to_ids(ends)
     made = {
         "eos_token_id": eos,
         "pad_token_id": eos[1],
@@ -713,6 +754,12 @@ def processors(name: str) -> tuple[Any, Any]:
         )
     size = {"shortest_edge": 64, "longest_edge": 4096}
     common = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2}
+    if name in GLM:
+        limits = {"shortest_edge": 128, "longest_edge": 8192}
+        return (
+            transformers.Glm4vImageProcessor(size=limits, **common),
+            transformers.Glm4vVideoProcessor(size={"shortest_edge": 256, "longest_edge": 16384}, **common),
+        )
     image = transformers.Qwen2VLImageProcessor(size=size, **common)
     if name.startswith("qwen3"):
         volume = {"shortest_edge": 256, "longest_edge": 16384}
@@ -756,6 +803,8 @@ def processor(name: str) -> Any:
         )
     kind = {"qwen2-vl": "Qwen2VL", "qwen2.5-vl": "Qwen2_5_VL"}.get(name, "Qwen3VL")
     image, video = processors(name)
+    if name in GLM:
+        return transformers.Glm4vProcessor(image, tokenizer(glm=True), video, chat_template=GLM_TEMPLATE)
     return getattr(transformers, f"{kind}Processor")(image, tokenizer(), video, chat_template=TEMPLATE)
 
 

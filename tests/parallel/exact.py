@@ -17,7 +17,9 @@ from torch import Tensor
 @contextlib.contextmanager
 def float64() -> Iterator[None]:
     """Casts of float64 tensors to float32 do nothing inside this block."""
-    to_float, to, softmax = Tensor.float, Tensor.to, torch.nn.functional.softmax
+    functional = torch.nn.functional
+    to_float, to, of = Tensor.float, Tensor.to, Tensor.type
+    softmax, sample = functional.softmax, functional.grid_sample
 
     def kept_float(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self if self.dtype == torch.float64 else to_float(self, *args, **kwargs)
@@ -28,11 +30,19 @@ def float64() -> Iterator[None]:
             kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
         return to(self, *args, **kwargs)
 
+    def kept_type(self: Tensor, dtype: Any = None, **kwargs: Any) -> Any:
+        return self if self.dtype == torch.float64 and dtype is torch.float32 else of(self, dtype, **kwargs)
+
     def kept_softmax(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
         return softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype)
 
-    Tensor.float, Tensor.to, torch.nn.functional.softmax = kept_float, kept_to, kept_softmax  # type: ignore
+    def sampled(table: Tensor, grid: Tensor, **kwargs: Any) -> Tensor:
+        return sample(table, grid.to(table.dtype), **kwargs)
+
+    Tensor.float, Tensor.to, Tensor.type = kept_float, kept_to, kept_type  # type: ignore
+    functional.softmax, functional.grid_sample = kept_softmax, sampled
     try:
         yield
     finally:
-        Tensor.float, Tensor.to, torch.nn.functional.softmax = to_float, to, softmax  # type: ignore
+        Tensor.float, Tensor.to, Tensor.type = to_float, to, of  # type: ignore
+        functional.softmax, functional.grid_sample = softmax, sample

@@ -20,9 +20,11 @@ from polymodal.core.sample import Batch, pack, padding_sample
 from polymodal.distributed.collectives import clip_
 from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models import catalog, weights
+from polymodal.models import lora as adapters
 from polymodal.models.audio.encoder_decoder import EncoderDecoder
 from polymodal.models.diffusion import Generation
 from polymodal.models.family import Family
+from polymodal.models.understanding import language
 from polymodal.objectives.language import LanguageObjective
 from polymodal.parallel import dit_context_parallel
 from polymodal.recipe import Data, Model, Parallel, Recipe, Train
@@ -107,7 +109,7 @@ def build(family: Family, layout: Layout, dtype: torch.dtype) -> nn.Module:
     """The model on meta in `dtype`, adapters attached, frozen where the layout says."""
     model = family.build()
     packed = not isinstance(family, Generation)
-    if dtype == torch.float64 and packed and getattr(family.config.get_text_config(), "num_experts", 0):
+    if dtype == torch.float64 and packed and language.experts(family.config.get_text_config()):
         model.set_experts_implementation("eager")  # torch's grouped product knows no float64
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -115,6 +117,8 @@ def build(family: Family, layout: Layout, dtype: torch.dtype) -> nn.Module:
         from peft import LoraConfig, inject_adapter_in_model
 
         targets = TARGETS if packed else DENOISER_TARGETS
+        for name in adapters.taken(model):  # what peft would take for experts
+            targets = targets.replace(f"|{name}", "")
         stacks = ["experts.gate_up_proj", "experts.down_proj"] if layout.lora == "experts" else None
         settings = LoraConfig(
             r=4, lora_alpha=8, target_modules=targets, target_parameters=stacks, init_lora_weights=False

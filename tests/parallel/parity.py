@@ -30,7 +30,7 @@ BOUND = 1e-9
 BOUNDS = {"float64": BOUND, "float32": 1e-5}
 
 VISION = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.")
-SPARSE = ("qwen3-vl-moe", "internvl-moe", *tiny.DEEPSEEK)
+SPARSE = ("qwen3-vl-moe", "internvl-moe", "glm4.5v", *tiny.DEEPSEEK)
 HEARS = (tiny.OMNI,)
 AUDIO = ("model.audio_tower.",)
 FIRST_STAGE = (*VISION, *AUDIO, "model.language_model.embed_tokens.")
@@ -318,7 +318,7 @@ class Table:
         ]
 
 
-LANGUAGE = Table((), (*tiny.NAMES, *tiny.INTERNVL[:3], "llava", tiny.OMNI, *tiny.DEEPSEEK), MATRIX)
+LANGUAGE = Table((), (*tiny.NAMES, *tiny.INTERNVL[:3], "llava", tiny.OMNI, *tiny.GLM, *tiny.DEEPSEEK), MATRIX)
 """InternVL with a Qwen2 model, with a Qwen3 MoE, and with a tower as InternViT-6B's."""
 DENOISERS = Table(
     (

@@ -43,7 +43,7 @@ def _each(rank: int, directory: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", (*tiny.NAMES, "glm4.5v"))
 def test_every_card_computes_in_every_precision(tmp_path, name):
     """The loss within a hundredth of float32's; all gradients are there, finite, and point the same way."""
     found = run(1, _each, str(tiny.checkpoint(name, tmp_path, tied=name == "qwen2-vl")))[0]

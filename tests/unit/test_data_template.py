@@ -124,7 +124,7 @@ TEMPLATES = {
     "thinking in the prompt": (FORCED, {}, ["first<|im_end|>", "\n</think>\n\nsecond<|im_end|>"]),
     "trimming": (TRIMMING, {}, ["first<|object_ref_end|>", "second<|object_ref_end|>"]),
     "end of text ends the turn": (BARE, {}, [" first<|im_end|>", " second<|im_end|>"]),
-    "no end of turn": (NO_END, {}, ["\nfirst", "\nsecond"]),
+    "no end of turn": (NO_END, {}, ["\nfirst<|box_start|>", "\nsecond<|im_end|>"]),
     "content as parts": (PARTS, {}, ["first<|im_end|>", "second<|im_end|>"]),
     "generation tags": (TAGGED, {}, ["FIRST<|im_end|>", "SECOND<|im_end|>"]),
     "generation tags without the end": (TAGGED_INSIDE, {}, ["FIRST<|im_end|>", "SECOND<|im_end|>"]),
@@ -258,24 +258,30 @@ def test_template_that_hides_the_answer(qwen, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "template, ends",
+    "template",
     [
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}", False),
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}", True),
-        (
-            "{% for m in messages %}{{ m.content }}{% if not loop.last %}{{ eos_token }}{% endif %}{% endfor %}",
-            False,
-        ),
-        ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", True),
+        "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}",
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}",
+        "{% for m in messages %}{{ m.content }}{% if not loop.last %}{{ eos_token }}{% endif %}{% endfor %}",
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     ],
 )
-def test_whether_answers_end(qwen, tmp_path, template, ends):
-    assert templated(qwen, tmp_path, template).template.ends_answers is ends
-    assert qwen().template.ends_answers
+def test_answers_end_by_the_templates_token_or_by_the_end_of_text(qwen, tmp_path, template):
+    chat = templated(qwen, tmp_path, template)
+    assert not without_end(chat).template.ends_answers and chat.template.ends_answers
+    assert learned(chat, record(*TALK))[-1][0].endswith(chat.media.tokenizer.eos_token)
+    assert qwen().template.ends_answers and without_end(qwen()).template.ends_answers
+
+
+def without_end(chat):
+    """The same with a tokenizer that has no end-of-text token."""
+    chat = pickle.loads(pickle.dumps(chat))
+    chat.template.tokenizer.eos_token = None
+    return chat
 
 
 def test_check_and_train_warn_of_answers_without_an_end(qwen, tmp_path):
-    endless = templated(qwen, tmp_path, "{% for m in messages %}{{ m.content }} {% endfor %}")
+    endless = without_end(templated(qwen, tmp_path, "{% for m in messages %}{{ m.content }} {% endfor %}"))
     warnings = partial(Packed.warnings, None)
     assert "does not learn to end one" in warnings([record(*TALK)], endless)[0]
     assert warnings([record(*TALK)], qwen()) == []

@@ -83,6 +83,10 @@ def test_kinds(query, kind):
         ("Qwen3-VL-30B-A3B", "qwen3-vl-moe", "30b-a3b"),
         ("qwen3-vl-moe 235b", "qwen3-vl-moe", "235b-a22b"),
         ("用LoRA微调qwen2.5vl-3b", "qwen2.5-vl", "3b"),
+        ("fine-tune GLM-4.1V with lora", "glm4.1v", None),
+        ("GLM-4.1V-9B-Thinking", "glm4.1v", "9b"),
+        ("zai-org/GLM-4.5V on 64 GPUs", "glm4.5v", None),
+        ("glm4v", "glm4.1v", None),
         ("hunyuanvideo 1.5", "hunyuan-video-1.5", None),
         ("HunyuanVideo-I2V", "hunyuan-video-i2v", None),
         ("train hunyuanvideo", "hunyuan-video", None),
@@ -204,11 +208,10 @@ def test_what_converts_today_is_listed_though_it_does_not_train_yet():
         own = [title for title in known if advise._compact(family.name).startswith(title)]
         to = "" if not own else "dcp" if known[max(own, key=len)].kind == "dcp" else "mm"
         assert family.converts == to, family.name
-    stages = ask("fine-tune GLM-4.1V").stages
+    stages = ask("fine-tune Step-Video").stages
     (convert,) = [stage for stage in stages if stage.title == "Convert"]
-    assert (
-        convert.here and convert.command == "polymodal convert weights/glm4.1v ckpt/mm_path/glm4.1v --to mm"
-    )
+    command = "polymodal convert weights/step-video ckpt/mm_path/step-video --to mm"
+    assert convert.here and convert.command == command
     assert [s.title for s in ask("convert weights of glm-4.5v").stages][-1] == "Convert"
 
 

@@ -24,6 +24,10 @@ DENSE_PLAN = {
     "model.language_model.layers.*.mlp.up_proj": "colwise",
     "model.language_model.layers.*.mlp.down_proj": "rowwise",
 }
+FUSED_PLAN = {  # where gate and up are one layer
+    "model.language_model.layers.*.mlp.gate_up_proj": "gated_colwise",
+    "model.language_model.layers.*.mlp.down_proj": "rowwise",
+}
 EXPERTS_PLAN = {  # of experts cut over the tensor-parallel group, and of layers without any
     "model.language_model.layers.*.mlp.gate": "router",
     "model.language_model.layers.*.mlp.experts": "experts",
@@ -42,9 +46,15 @@ SPREAD_PLAN = {  # of experts spread over the expert-parallel group: styles of p
 }
 
 
+SHARED_PLAN = {  # of experts that every token meets
+    name.replace(".mlp.", ".mlp.shared_experts."): style for name, style in DENSE_PLAN.items()
+}
+COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
+
+
 def experts(text: Any) -> int:
     """Experts of each sparse layer; 0 without any."""
-    return getattr(text, "num_experts", None) or 0
+    return next((n for n in (getattr(text, key, 0) for key in COUNTS) if n), 0)
 
 
 def sparse_layers(text: Any) -> int:
@@ -52,7 +62,8 @@ def sparse_layers(text: Any) -> int:
     if not experts(text):
         return 0
     dense, step = getattr(text, "mlp_only_layers", ()), getattr(text, "decoder_sparse_step", 1)
-    return sum(i not in dense and (i + 1) % step == 0 for i in range(text.num_hidden_layers))
+    first = getattr(text, "first_k_dense_replace", 0)
+    return sum(i not in dense and (i + 1) % step == 0 for i in range(first, text.num_hidden_layers))
 
 
 def attention(text: Any) -> tuple[int, float]:

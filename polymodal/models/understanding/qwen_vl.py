@@ -60,25 +60,27 @@ def qwen_vl_card(
     tensor_plan: Mapping[str, str],
     *,
     embedders: Sequence[str] = ("patch_embed",),
+    enders: Sequence[str] = (),
     mergers: Sequence[str] = ("merger",),
     **facts: Any,
 ) -> ModelCard:
-    """A card of the line; embedders, mergers: modules of the vision tower before and behind its blocks.
+    """A card of the line; embedders, enders, mergers: modules of the vision tower before its blocks, and
+    behind them.
 
     The projector (the merger, with Qwen3-VL's deepstack mergers) is frozen separately from the tower
     `vision`.
     """
-    first = tuple(f"model.visual.{name}" for name in embedders)
+    first, last = (tuple(f"model.visual.{name}" for name in names) for names in (embedders, enders))
     blocks, embedding = "model.visual.blocks.*", "model.language_model.embed_tokens"
     return vision_language_card(
         blocks=(blocks, "model.language_model.layers.*"),
         towers={
-            "vision": (*first, "model.visual.blocks"),
+            "vision": (*first, "model.visual.blocks", *last),
             "projector": tuple(f"model.visual.{name}" for name in mergers),
             "language": ("model.language_model", "lm_head"),
         },
         pipeline={
-            "vision": Chain(blocks, first=first, last=("model.visual.merger", embedding)),
+            "vision": Chain(blocks, first=first, last=(*last, "model.visual.merger", embedding)),
             "language": language_chain(),
         },
         tensor_plan={**TEXT_PLAN, **tensor_plan},
@@ -87,8 +89,9 @@ def qwen_vl_card(
     )
 
 
-def vision_plan(up: Sequence[str], down: str, merger: tuple[str, str], *mergers: str) -> dict[str, str]:
-    """Tensor plan of a vision tower: its MLP's layers, a merger's two layers, and names of the mergers."""
+def vision_plan(up: Sequence[str], down: str, merger: Sequence[str] = (), *mergers: str) -> dict[str, str]:
+    """Tensor plan of a vision tower: its MLP's layers, a merger's two layers, and names of the mergers; none
+    if they are computed whole."""
     plan = {
         "model.visual": "stream",
         "model.visual.blocks.*.attn": "attention",
@@ -98,7 +101,7 @@ def vision_plan(up: Sequence[str], down: str, merger: tuple[str, str], *mergers:
         **{f"model.visual.blocks.*.mlp.{name}": "colwise" for name in up},
         f"model.visual.blocks.*.mlp.{down}": "rowwise",
     }
-    for name in mergers or ("merger",):
+    for name in (mergers or ("merger",)) if merger else ():
         plan |= {
             f"model.visual.{name}": "merger",
             f"model.visual.{name}.{merger[0]}": "colwise",
@@ -108,7 +111,8 @@ def vision_plan(up: Sequence[str], down: str, merger: tuple[str, str], *mergers:
 
 
 class PatchEmbedding(nn.Conv3d):
-    """A convolution whose kernel is its stride and its whole input: a matrix product, and computed as one.
+    """A convolution whose kernel is its stride and its whole input: a matrix product, and computed as one;
+    GLM's of two dimensions too.
 
     torch's Conv3d takes 8 times (float32) to 100 times (bfloat16) as long on a CPU for 1024 patches, forward
     and backward, and is slow elsewhere too (pytorch issue 174051). It becomes a library's convolution by
@@ -116,7 +120,7 @@ class PatchEmbedding(nn.Conv3d):
     """
 
     def forward(self, patches: Tensor) -> Tensor:
-        """[P, C, T, H, W] -> [P, D, 1, 1, 1]."""
+        """[P, C, T, H, W] (or [P, C, H, W]) -> [P, D, 1, 1, 1]."""
         out = nn.functional.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
         return out[..., None, None, None]
 

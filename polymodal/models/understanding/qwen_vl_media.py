@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -38,10 +39,10 @@ class QwenVLMedia(TokenMedia):
 
     streams: tuple[MediaStream, ...] = (VISION,)
     rows = 4
-    start, end, pads = START, END, PADS
+    start, end, pads = START, END, PADS  # around a picture's features, and their placeholders by kind
     reads = {kind: START + pad + END for kind, pad in PADS.items()}
-
     counts_frames = False  # pixel limits of a video are of all its frames
+    picture_frames = 1  # as which they count a picture
 
     def __init__(self, directory: str, config: Any, rope: str, data: Data):
         self.config = config
@@ -70,7 +71,7 @@ class QwenVLMedia(TokenMedia):
 
     def pixel_limits(self, kind: str, frames: int = 1) -> tuple[int, int]:
         """(min, max) pixels given to the library for one medium: the recipe's, else the checkpoint's."""
-        volume = frames if self.counts_frames and kind == "video" else 1
+        volume = self.picture_frames if kind == "image" else frames if self.counts_frames else 1
         (low, high), size = self.limits[kind], self.processors[kind].size
         return (
             size["shortest_edge"] if low is None else low * volume,
@@ -112,8 +113,11 @@ class QwenVLMedia(TokenMedia):
         kind = shape.kind
         grid = self.grid(kind, shape.height, shape.width, shape.frames)
         tokens = grid[0] * grid[1] * grid[2] // self.processors[kind].merge_size ** 2
-        ids = [self.ids[self.start], *[self.ids[self.pads[kind]]] * tokens, self.ids[self.end]]
-        return Span(ids, (vision_part(grid),), shape)
+        return Span(self.around(kind, tokens), (vision_part(grid),), shape)
+
+    def around(self, kind: str, tokens: int) -> list[int]:
+        """A picture's, or a frame's, placeholders between its marks."""
+        return [self.ids[self.start], *[self.ids[self.pads[kind]]] * tokens, self.ids[self.end]]
 
     def features(self, shape: MediaShape, decoded: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """PIL image, or video frames uint8 [F, H, W, 3] -> patches [P, D] float32, grid [1, 3] int64."""
@@ -125,12 +129,13 @@ class QwenVLMedia(TokenMedia):
         missing = processor.temporal_patch_size - video.shape[0]
         if missing > 0:
             video = torch.cat([video, video[-1:].expand(missing, -1, -1, -1)])
+        options = {"cap_pixels_per_frame": False} if hasattr(processor, "cap_pixels_per_frame") else {}
         out = processor(
             videos=[video.permute(0, 3, 1, 2)],
             size=self._size(shape.kind, video.shape[0]),
             do_sample_frames=False,
-            cap_pixels_per_frame=False,
             return_tensors="pt",
+            **options,
         )
         return {VISION.name: (out["pixel_values_videos"], out["video_grid_thw"])}
 
@@ -147,7 +152,12 @@ class QwenVLMedia(TokenMedia):
         library = getattr(transformers, self.rope)
         holder = SimpleNamespace(config=self.config)
         holder.get_vision_position_ids = partial(library.get_vision_position_ids, holder)
-        image, video = (input_ids == self.ids[pad] for pad in PADS.values())
+        merged = self.config.vision_config.spatial_merge_size**2
+        kinds = torch.tensor([1 + (span.shape.kind == "video") for span in spans])
+        tokens = torch.tensor([math.prod(span.parts[0].size) // merged for span in spans])
+        pads = torch.tensor([self.ids[pad] for pad in self.pads.values()])
+        types = torch.zeros_like(input_ids, dtype=torch.int32)
+        types[torch.isin(input_ids, pads)] = kinds.repeat_interleave(tokens).int()
         media = {kind: [span for span in spans if span.shape.kind == kind] for kind in PADS}
         grids = {
             f"{kind}_grid_thw": torch.tensor([span.parts[0].size for span in found]) if found else None
@@ -157,7 +167,7 @@ class QwenVLMedia(TokenMedia):
         positions, _ = library.get_rope_index(
             holder,
             input_ids[None],
-            mm_token_type_ids=(image.int() + 2 * video.int())[None],
+            mm_token_type_ids=types[None],
             second_per_grid_ts=torch.tensor(steps) if steps else None,
             **grids,
         )
@@ -184,21 +194,21 @@ class Qwen3VLMedia(QwenVLMedia):
         if shape.kind == "image":
             return super().span(shape)
         grid = self.grid(shape.kind, shape.height, shape.width, shape.frames)
-        pads = [self.ids[PADS[shape.kind]]] * (grid[1] * grid[2] // self.processors["video"].merge_size ** 2)
+        frame = self.around("video", grid[1] * grid[2] // self.processors["video"].merge_size ** 2)
         ids = [self.ids[START]]
-        for time in self.times(shape.frames, shape.seconds):
-            ids += encoded(self.tokenizer, f"<{time:.1f} seconds>")
-            ids += [self.ids[START], *pads, self.ids[END]]
+        for first, last in self.times(shape.frames, shape.seconds):
+            ids += [*encoded(self.tokenizer, f"<{(first + last) / 2:.1f} seconds>"), *frame]
         return Span([*ids, self.ids[END]], (vision_part(grid),), shape)
 
-    def times(self, frames: int, seconds: Sequence[float] = ()) -> list[float]:
-        """Time of each temporal patch in seconds; without `seconds` the frames are data.video.fps apart."""
+    def times(self, frames: int, seconds: Sequence[float] = ()) -> list[tuple[float, float]]:
+        """Times of each temporal patch's first and last frame in seconds; without `seconds` the frames are
+        data.video.fps apart."""
         known = list(seconds) or [index / self.fps for index in range(frames)]
         if len(known) != frames:
             raise ValueError(f"{frames} frames have {len(known)} times")
         temporal = self.processors["video"].temporal_patch_size
         known += [known[-1]] * (-len(known) % temporal)
-        return [(known[i] + known[i + temporal - 1]) / 2 for i in range(0, len(known), temporal)]
+        return [(known[i], known[i + temporal - 1]) for i in range(0, len(known), temporal)]
 
 
 def vision_part(grid: tuple[int, int, int]) -> MediaPart:
