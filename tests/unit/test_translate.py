@@ -406,6 +406,24 @@ def test_generation_inference_and_dreambooth(tmp_path, monkeypatch):
     assert made["model"]["lora"] == {"rank": 16, "alpha": 16, "init": "gaussian"}
 
 
+def test_preferences(place):
+    data = json.loads(json.dumps(DATA))
+    data["dataset_param"]["attr"] |= {"ranking": True, "chosen": "chosen", "rejected": "rejected"}
+    (place / "data.json").write_text(json.dumps(data))
+    changed(
+        place,
+        "pretrain_vlm.py \\",
+        "posttrain_qwen2vl_dpo.py --dpo-beta 0.2 --dpo-loss-type sigmoid --pref-ftx 0.1 \\",
+    )
+    changed(place, "    $GPT_ARGS \\", "    $GPT_ARGS --dpo-label-smoothing 0.05 --ref-model $LOAD_PATH \\")
+    made = translated("finetune.sh")
+    assert made["train"]["objective"] == "dpo" and "loss" not in made["train"]
+    assert made["train"]["preference"] == {
+        "loss": {"sigmoid": 1.0, "sft": 0.1}, "beta": 0.2, "label_smoothing": 0.05,
+    }  # fmt: skip
+    assert made["data"]["attr"]["rejected"] == "rejected"
+
+
 def test_the_native_trainers_yaml(place):
     (place / "cfg.yaml").write_text(
         yaml.safe_dump(

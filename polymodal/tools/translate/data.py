@@ -45,10 +45,18 @@ def chat(launch: Launch, given: Given) -> None:
         value = given.take(f"{PARAM}.attr.{key}")
         if value is not None:
             ledger.write(f"data.attr.{column}", value, given.origin(f"{PARAM}.attr.{key}"))
-    if given.take(f"{PARAM}.attr.ranking"):
-        ledger.note("unsupported", given.origin(f"{PARAM}.attr.ranking"), True, "pairs by this command")
     for key in ("chosen", "rejected"):
-        given.take(f"{PARAM}.attr.{key}")
+        column = given.take(f"{PARAM}.attr.{key}")
+        if column is not None:
+            ledger.write(f"data.attr.{key}", column, given.origin(f"{PARAM}.attr.{key}"))
+    ranking = given.take(f"{PARAM}.attr.ranking")
+    if ranking:
+        ledger.note(
+            "mapped", given.origin(f"{PARAM}.attr.ranking"), True, "rows are pairs: train.objective dpo"
+        )
+    sound = given.take(f"{PREPARE}.use_audio_in_video")
+    if sound is not None:
+        ledger.write("data.video.sound", bool(sound), given.origin(f"{PREPARE}.use_audio_in_video"))
     _sizes(launch, given)
     _learned(launch, given)
     packing = given.take(f"{PARAM}.attr.packing") or launch.flags.take("use-txt-dynamic-batching")

@@ -16,6 +16,7 @@ from polymodal.tools.translate import data, model
 from polymodal.tools.translate.launch import Launch, scalar, typed, write_environment
 from polymodal.tools.translate.ledger import TABLES, Given, Kind, Origin, read_config
 
+PREFERENCES = "posttrain_qwen2vl_dpo.py"
 SCHEDULES = {"constant": "constant", "linear": "linear", "cosine": "cosine", "WSD": "wsd"}
 TARGETS = {  # adapters: names of modules there -> endings of names here, by tower or denoiser
     "linear_qkv": ["q_proj", "k_proj", "v_proj", "qkv"],
@@ -79,6 +80,8 @@ def translate(launch: Launch) -> None:
     else:
         data.chat(launch, files["data"])
         model.chat(launch, files["model"], files["data"], sizes)
+    if launch.entry == PREFERENCES:
+        _preferences(launch)
     _loss(launch, files["model"], generates)
     _checkpoints(launch, generates)
     _adapters(launch, generates)
@@ -469,7 +472,7 @@ def _loss(launch: Launch, model_file: Given, generates: bool) -> None:
     flags, ledger = launch.flags, launch.ledger
     per_token, per_sample = flags.take("calculate-per-token-loss"), flags.take("calculate-per-sample-loss")
     named = model_file.take("loss_cfg.loss_type")
-    if generates:
+    if generates or launch.entry == PREFERENCES:
         return
     if per_token or per_sample:
         flag = "calculate-per-token-loss" if per_token else "calculate-per-sample-loss"
@@ -483,6 +486,32 @@ def _loss(launch: Launch, model_file: Given, generates: bool) -> None:
     else:
         origin = launch.where("calculate-per-token-loss")
         ledger.default("train.loss", "per_micro_batch", origin, "the mean of a micro-batch's tokens")
+
+
+def _preferences(launch: Launch) -> None:
+    """DPO: what it learns in place of the tokens of answers; the batch counts pairs in both."""
+    flags, ledger = launch.flags, launch.ledger
+    ledger.write("train.objective", "dpo", Origin(launch.entry, launch.file), "pairs")
+    if flags.has("dpo-beta"):
+        ledger.write("train.preference.beta", float(flags.take("dpo-beta")), launch.where("dpo-beta"))
+    smoothing = float(flags.take("dpo-label-smoothing", 0))
+    if smoothing:
+        ledger.write("train.preference.label_smoothing", smoothing, launch.where("dpo-label-smoothing"))
+    name, share = flags.take("dpo-loss-type", "sigmoid"), float(flags.take("pref-ftx", 0))
+    if name != "sigmoid":
+        ledger.note("unsupported", launch.where("dpo-loss-type"), name, "sigmoid is known")
+    elif share:
+        both = {"sigmoid": 1.0, "sft": share}
+        ledger.write(
+            "train.preference.loss", both, launch.where("pref-ftx"), share, "the chosen answer's own loss"
+        )
+    else:
+        ledger.write("train.preference.loss", "sigmoid", launch.where("dpo-loss-type"))
+    reference = flags.take("ref-model")
+    if reference is not None and reference != flags.values.get("load"):
+        ledger.write("train.preference.reference", launch.path(str(reference)), launch.where("ref-model"))
+    elif reference is not None:
+        ledger.note("mapped", launch.where("ref-model"), reference, "the model as it starts")
 
 
 def _checkpoints(launch: Launch, generates: bool) -> None:
