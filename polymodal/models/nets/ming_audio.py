@@ -1,9 +1,8 @@
 """Ming-Lite-Omni's audio encoder and the two projectors into its text model.
 
-Formulas and names of tensors: https://github.com/inclusionAI/Ming (d97e2f3). The encoder is Whisper's, whose layers
-are transformers', without its 30 s: positions end with the longest clip of a batch, which shorter ones see padded with
-zeros, since nothing is masked. Rows of both projectors have length 1.
-"""
+Formulas and names of tensors: https://github.com/inclusionAI/Ming (d97e2f3). The encoder is Whisper's, whose
+layers are transformers', without its 30 s: positions end with the longest clip of a batch, which shorter
+ones see padded with zeros, since nothing is masked. Rows of both projectors have length 1."""
 
 from __future__ import annotations
 
@@ -28,8 +27,8 @@ RENAMED = {  # published -> transformers', within a block
 class MingAudio(nn.Module):
     """Mel frames of clips -> rows of the text model's width.
 
-    mels: bins; context: most positions (frames / 2); width, heads, layers: of the encoder; out: of the text model.
-    """
+    mels: bins; context: most positions (frames / 2); width, heads, layers: of the encoder; out: of the text
+    model."""
 
     def __init__(
         self,
@@ -114,7 +113,8 @@ def published(name: str) -> str:
 
 
 def clips_of(features: Tensor, lengths: Tensor) -> list[Tensor]:
-    """features [B, T, mels]: a sample's clips one after the other; lengths [B, n]: frames of each, 0 of none."""
+    """features [B, T, mels]: a sample's clips one after the other; lengths [B, n]: frames of each, 0 of
+    none."""
     out = []
     for sample, counts in zip(features, lengths.tolist(), strict=True):
         out += [clip for clip in torch.split(sample[: sum(counts)], counts) if len(clip)]
