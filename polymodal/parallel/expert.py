@@ -129,7 +129,8 @@ def add_adapters(experts: nn.Module, wrappers: list[Any], start: int, held: int)
                 own = (_local(factor).narrow(0, start, held) for factor in (left, right))
                 experts.__dict__[key] = torch.baddbmm(experts.__dict__[key], *own, alpha=scale)
         out = forward(hidden, index, weights)
-        if not out.requires_grad:  # no token chose an expert of this rank, whose gradients others wait for
+        if torch.is_grad_enabled() and not out.requires_grad:
+            # no token chose an expert of this rank, whose gradients others wait for
             added = sum(experts.__dict__[wrapper.parameter_name].sum() for wrapper in wrappers)
             out = out + (hidden.sum() + weights.sum() + added) * 0
         return out

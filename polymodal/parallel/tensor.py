@@ -15,6 +15,7 @@ from functools import partial, wraps
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
@@ -322,7 +323,7 @@ class _Layout(Linears):
             local = (index - start).masked_fill(elsewhere, held)
             weights = weights.masked_fill(elsewhere, 0)
             out = forward(hidden, local, weights)
-            if not out.requires_grad:
+            if torch.is_grad_enabled() and not out.requires_grad:
                 # No token chose an expert of this rank: the other ranks still wait for it in backward.
                 added = sum(module._parameters[key].to_local().sum() for key in keys)
                 out = out + (hidden.sum() + weights.sum() + added) * 0

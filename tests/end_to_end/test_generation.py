@@ -459,6 +459,7 @@ def command(*words):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_ranks_share_the_encoding_and_give_one_processs_curve_also_after_a_resume(wan, data, tmp_path):
     made = recipe(
         wan,

@@ -138,6 +138,7 @@ def test_callbacks_see_a_run_and_may_end_it(ground, tmp_path):
     assert notes[-1] == {"what": "end", "step": 3}
 
 
+@pytest.mark.slow
 def test_an_own_objective_is_what_is_learned(ground, tmp_path):
     code = str(ground / "code")
     train(ground, tmp_path / "plain")
@@ -146,6 +147,7 @@ def test_an_own_objective_is_what_is_learned(ground, tmp_path):
     assert own == pytest.approx(2 * plain, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_records_of_an_own_reader_are_learned_from_in_worker_processes_too(ground, tmp_path):
     datasets = "data.datasets=[{path: '12', reader: 'mine:Numbers', name: numbers}]"
     cache = f"data.cache_dir={tmp_path / 'cache'}"

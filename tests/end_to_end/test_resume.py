@@ -26,6 +26,7 @@ def test_a_stop_by_an_error_leaves_the_checkpoint_that_was_being_written(ground,
     assert json.loads((run / "summary.json").read_text())["resumed_at"] == 1
 
 
+@pytest.mark.slow
 def test_samples_of_other_lengths_are_refused_with_the_key_that_changed(ground, tmp_path):  # noqa: F811
     run, model = tmp_path / "run", tmp_path / "model"
     shutil.copytree(ground / "model", model)
@@ -90,6 +91,7 @@ def test_two_nodes_that_see_different_checkpoints_refuse(ground, tmp_path, how):
     assert all(found in err for _, err in said), said
 
 
+@pytest.mark.slow
 def test_mfu_counts_the_passes_that_are_made(ground, tmp_path):  # noqa: F811
     """On a device whose peak is known (given to this one): the FLOPs that a step is taken for."""
     code = "import sys; from polymodal.runtime import device; device.peak_flops = lambda info: 1e6; from polymodal.cli import main; sys.exit(main())"

@@ -84,6 +84,7 @@ def curve(run: Path) -> list[tuple[float, float]]:
 # ---- training ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nproc, layout", [(2, ()), (2, ("parallel.pp=2",)), (2, ("parallel.tp=2",))])
 def test_a_run_is_the_same_on_two_processes(ground, tmp_path, nproc, layout):
     short = (
@@ -110,6 +111,7 @@ def test_a_run_is_the_same_on_two_processes(ground, tmp_path, nproc, layout):
     assert last[1]["validation/loss/audio"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_is_the_run_that_was_not(ground, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     schedule = ("optim.schedule.name=constant", "optim.schedule.warmup=2")
@@ -142,6 +144,7 @@ def test_plan_predicts_a_run_of_it(ground):
     assert said["peak_bytes"] > 0 and said["micro_batches"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", ["tp", "pp"])
 def test_a_recording_that_one_rank_alone_cannot_read(ground, axis):
     from tests.parallel.harness import run as world_of
@@ -296,6 +299,7 @@ def test_errors_are_counted_over_the_corpus(ground, transcriber, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_command_measures_on_two_processes(ground, trained, tmp_path):
     said = run(
         "evaluate",
@@ -336,6 +340,7 @@ def test_the_export_is_what_transformers_opens(ground, trained, tmp_path):
     assert processor.batch_decode(ids, skip_special_tokens=True)[0].strip() == SENTENCES[3]
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_merged_and_used(ground, tmp_path):
     keys = (
         "model.lora={rank: 2, towers: [audio, language], targets: [q_proj, v_proj, fc1]}",

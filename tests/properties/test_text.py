@@ -263,10 +263,13 @@ TURN, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content":
         ),
     ],
 )
-def test_rows_of_other_trainers_are_read_or_their_mend_helps(row, attr):
+def test_rows_of_other_trainers_are_read_or_their_mend_helps(chat, row, attr):
     read = RowReader("auto", Attr(**attr), "rows.jsonl", None).record
     assert [(m.role, m.content) for m in read(row, "x").messages] == [("user", ("q",)), ("assistant", ("a",))]
-    if attr:  # what the refusal without it names
+    if "rejected" in row:  # a comparison, which next-token loss refuses
+        [why] = chat.measure([RowReader("auto", Attr(), "rows.jsonl", None).record(row, "x")])
+        assert all(f"data.attr.{k}={v}" in why for k, v in attr.items())
+    elif attr:  # what the refusal without it names
         with pytest.raises(PolymodalError, match="data.attr.(response|messages|prompt)=") as raised:
             RowReader("auto", Attr(), "rows.jsonl", None).record(row, "x")
         assert "input" in row or all(f"data.attr.{k}={v}" in str(raised.value) for k, v in attr.items())

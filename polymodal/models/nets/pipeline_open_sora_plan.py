@@ -146,8 +146,10 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
                 prediction = without + guidance * (with_text - without)
             taken = {"generator": generator} if "Ancestral" in type(self.scheduler).__name__ else {}
             latents = self.scheduler.step(prediction, moment, latents, return_dict=False, **taken)[0]
-        decoded = vae.decode(vae.denormalised(latents).to(vae.dtype)).sample
-        made = processor.postprocess_video(decoded.float(), output_type=output_type)
+        made: Any = latents
+        if output_type != "latent":
+            decoded = vae.decode(vae.denormalised(latents).to(vae.dtype)).sample
+            made = processor.postprocess_video(decoded.float(), output_type=output_type)
         return OpenSoraPlanPipelineOutput(frames=made) if return_dict else (made,)
 
 

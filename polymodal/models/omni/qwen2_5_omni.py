@@ -40,7 +40,7 @@ from polymodal.recipe import Data
 
 WHOLE = "qwen2_5_omni"
 """model_type of a checkpoint that holds talker and token2wav too, with the thinker's config inside."""
-BLOCKS, EARS = "model.visual.blocks.*", "model.audio_tower.layers.*"
+BLOCKS, AUDIO_BLOCKS = "model.visual.blocks.*", "model.audio_tower.layers.*"
 SMALLEST = 4
 """Mel frames of one feature."""
 
@@ -221,7 +221,7 @@ class Qwen25Omni(Qwen25VL):
         return {
             "model.audio_tower.conv1": 2.0 * sum(lengths) * 3 * audio.num_mel_bins * side,
             "model.audio_tower.conv2": 2.0 * rows * 3 * side**2,
-            EARS: audio.encoder_layers * block,
+            AUDIO_BLOCKS: audio.encoder_layers * block,
             "model.audio_tower.proj": 2.0 * sum(map(audio_tokens, lengths)) * side * audio.output_dim,
         }
 
@@ -229,11 +229,11 @@ class Qwen25Omni(Qwen25VL):
 VISION_PLAN = vision_plan(("gate_proj", "up_proj"), "down_proj", ("mlp.0", "mlp.2"))
 AUDIO_PLAN = {
     "model.audio_tower": "stream",
-    f"{EARS}.self_attn": "attention",
-    **{f"{EARS}.self_attn.{name}_proj": "colwise" for name in "qkv"},
-    f"{EARS}.self_attn.out_proj": "rowwise",
-    f"{EARS}.fc1": "entering_colwise",
-    f"{EARS}.fc2": "leaving_rowwise",
+    f"{AUDIO_BLOCKS}.self_attn": "attention",
+    **{f"{AUDIO_BLOCKS}.self_attn.{name}_proj": "colwise" for name in "qkv"},
+    f"{AUDIO_BLOCKS}.self_attn.out_proj": "rowwise",
+    f"{AUDIO_BLOCKS}.fc1": "entering_colwise",
+    f"{AUDIO_BLOCKS}.fc2": "leaving_rowwise",
     "model.audio_tower.avg_pooler": "exit",
 }
 FRONT = ("model.audio_tower.conv1", "model.audio_tower.conv2")
@@ -276,7 +276,7 @@ CARD = vision_language_card(
     ),
     tasks=("image-text-to-text", "video-text-to-text", "audio-text-to-text", "any-to-text"),
     keywords=(*KEYWORDS, "omni", "audio", "sound", "speech and vision", "listen", "hear"),
-    blocks=(BLOCKS, EARS, "model.language_model.layers.*"),
+    blocks=(BLOCKS, AUDIO_BLOCKS, "model.language_model.layers.*"),
     towers={
         "vision": ("model.visual.patch_embed", "model.visual.blocks"),
         "projector": ("model.visual.merger",),
@@ -286,7 +286,9 @@ CARD = vision_language_card(
     },
     pipeline={
         "vision": Chain(BLOCKS, first=("model.visual.patch_embed",), last=("model.visual.merger",)),
-        "audio": Chain(EARS, first=FRONT, last=(*BACK, PROJECTOR, "model.language_model.embed_tokens")),
+        "audio": Chain(
+            AUDIO_BLOCKS, first=FRONT, last=(*BACK, PROJECTOR, "model.language_model.embed_tokens")
+        ),
         "language": language_chain(),
     },
     tensor_plan={
