@@ -171,8 +171,8 @@ class ChatProcessor:
         if record.alternatives:
             raise PolymodalError(
                 "the row compares answers, which train.objective: dpo learns from.",
-                "To learn the preferred answers alone, set data.attr.response=chosen where rows have a prompt, "
-                "else data.attr.messages=chosen.",
+                "To learn the preferred answers alone, set data.attr.response=chosen where rows have a "
+                "prompt, else data.attr.messages=chosen.",
             )
         record = self.boxes.record(record)
         weights = {} if prompt else self._weights(record)

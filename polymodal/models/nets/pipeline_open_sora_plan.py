@@ -139,8 +139,12 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
             seen = self.scheduler.scale_model_input(latents, moment).to(dtype)
             seen = seen if condition is None else torch.cat([seen, condition], dim=1)
             seen = torch.cat([seen, seen]) if guided else seen
-            rest = {"encoder_attention_mask": mask, "return_dict": False}
-            prediction = model(seen, text, moment.expand(len(seen)), **rest)[0].float()
+            rest = {
+                "timestep": moment.expand(len(seen)),
+                "encoder_attention_mask": mask,
+                "return_dict": False,
+            }
+            prediction = model(seen, text, **rest)[0].float()
             if guided:
                 without, with_text = prediction.chunk(2)
                 prediction = without + guidance * (with_text - without)
