@@ -2,7 +2,8 @@
 
 Published sizes: https://github.com/deepseek-ai/DeepSeek-VL2. A picture is the view of the whole (size -1, -1:
 its features end with the separator) and a grid of tiles (rows, columns); a line of tiles is the smallest
-part.
+part. Longer than other cards: the config chooses between two attentions and two routers, each with its plan
+and costs, and no library reads the authors' config, names and processor.
 """
 
 from __future__ import annotations
