@@ -195,7 +195,24 @@ def prepare() -> None:
     forkserver.ensure_running()
 
 
+STARTING = 12
+"""Files that are open while a process starts."""
+
+
+def _require_open_files() -> None:
+    """Raise OSError where a start would fail half way: the process that workers are forked from then ends
+    with a traceback."""
+    held = list[int]()
+    try:
+        while len(held) < STARTING:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        for each in held:
+            os.close(each)
+
+
 def _start(number: int, shared: bool) -> _Worker:
+    _require_open_files()
     context = multiprocessing.get_context("forkserver")
     mine, theirs = context.Pipe()
     process = context.Process(
