@@ -31,7 +31,7 @@ from polymodal.models.understanding.language import (
     TEXT_PLAN,
 )
 from polymodal.models.understanding.media import TokenMedia, readable
-from polymodal.models.understanding.tiles import TILES, TileVision
+from polymodal.models.understanding.tiles import BLOCKS, TILES, TileVision, encoder_plan
 from polymodal.models.understanding.vision_language import KEYWORDS, language_chain, vision_language_card
 from polymodal.recipe import Data
 
@@ -46,18 +46,6 @@ BOXES = BoxFormat(
 grounding)."""
 WHOLE = (-1, -1)
 """Size of the view of a whole picture: its product is one tile, as that of a line of one tile."""
-BLOCKS = "model.vision_tower.encoder.layers.*"
-ATTENTION = f"{BLOCKS}.self_attn"
-VISION_PLAN = {
-    "model.vision_tower": "stream",
-    ATTENTION: "attention",
-    **{f"{ATTENTION}.{name}_proj": "colwise" for name in "qkv"},
-    f"{ATTENTION}.out_proj": "rowwise",
-    f"{BLOCKS}.mlp": "mlp",
-    f"{BLOCKS}.mlp.fc1": "colwise",
-    f"{BLOCKS}.mlp.fc2": "rowwise",
-    "model.vision_tower.post_layernorm": "exit",
-}
 
 
 class DeepseekVL2Media(TokenMedia):
@@ -257,7 +245,7 @@ CARD = vision_language_card(
     },
     tensor_plan={
         **optional({**TEXT_PLAN, **LATENT_PLAN, **DENSE_PLAN, **EXPERTS_PLAN, **SHARED_PLAN}),
-        **VISION_PLAN,
+        **encoder_plan("post_layernorm"),
     },
     expert_plan=SPREAD_PLAN,
     boxes=BOXES,

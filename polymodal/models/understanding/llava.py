@@ -19,22 +19,9 @@ from polymodal.core.sample import MediaPart, MediaShape, MediaStream, Span
 from polymodal.models.card import Chain, Size
 from polymodal.models.understanding.language import DENSE_PLAN, TEXT_PLAN
 from polymodal.models.understanding.media import TokenMedia, readable
-from polymodal.models.understanding.tiles import TILES, TileVision
+from polymodal.models.understanding.tiles import BLOCKS, TILES, TileVision, encoder_plan
 from polymodal.models.understanding.vision_language import language_chain, vision_language_card
 from polymodal.recipe import Data
-
-BLOCKS = "model.vision_tower.encoder.layers.*"
-ATTENTION = f"{BLOCKS}.self_attn"
-VISION_PLAN = {
-    "model.vision_tower": "stream",
-    ATTENTION: "attention",
-    **{f"{ATTENTION}.{name}_proj": "colwise" for name in "qkv"},
-    f"{ATTENTION}.out_proj": "rowwise",
-    f"{BLOCKS}.mlp": "mlp",
-    f"{BLOCKS}.mlp.fc1": "colwise",
-    f"{BLOCKS}.mlp.fc2": "rowwise",
-    "model.vision_tower.encoder": "exit",
-}
 
 
 class LlavaMedia(TokenMedia):
@@ -157,7 +144,7 @@ CARD = vision_language_card(
         ),
         "language": language_chain(),
     },
-    tensor_plan={**TEXT_PLAN, **DENSE_PLAN, **VISION_PLAN},
+    tensor_plan={**TEXT_PLAN, **DENSE_PLAN, **encoder_plan("encoder")},
     sizes={
         "7b": Size("llava-hf/llava-1.5-7b-hf", 7.06, 32, 24),
         "13b": Size("llava-hf/llava-1.5-13b-hf", 13.35, 40, 24),

@@ -14,6 +14,24 @@ from polymodal.models.understanding.vision_language import VisionLanguage
 TILES = MediaStream("vision", "pixel_values", "tiles", ("tile", "none", "none", "none"))
 """Tiles [N, 3, S, S] float32, and the number of tiles of each medium [M, 1]."""
 
+BLOCKS = "model.vision_tower.encoder.layers.*"
+"""Of the library's CLIP and SigLIP towers."""
+
+
+def encoder_plan(exit: str) -> dict[str, str]:
+    """Tensor-parallel styles of such a tower. exit: the module behind its blocks, whose rows are whole."""
+    attention = f"{BLOCKS}.self_attn"
+    return {
+        "model.vision_tower": "stream",
+        attention: "attention",
+        **{f"{attention}.{name}_proj": "colwise" for name in "qkv"},
+        f"{attention}.out_proj": "rowwise",
+        f"{BLOCKS}.mlp": "mlp",
+        f"{BLOCKS}.mlp.fc1": "colwise",
+        f"{BLOCKS}.mlp.fc2": "rowwise",
+        f"model.vision_tower.{exit}": "exit",
+    }
+
 
 class TileVision(VisionLanguage):
     """A tower of squares, whose states are [tiles, class_rows + patches, D] with a class token in front."""

@@ -252,7 +252,7 @@ def clips(launch: Launch, given: Given, encoding: bool = False) -> None:
             )
         ledger.write("data.encode", "cached", given.origin(f"{PARAM}.dataset_type"), kind)
         ledger.write("data.features", launch.path(directory), origin, path)
-        _clip(launch, given)  # compared with what encoded them
+        _clip(launch, given, encoded=True)  # compared with what encoded them
         _shuffle(launch, given)
         return
     entry: dict[str, Any] = {"path": launch.path(str(path))}
@@ -276,7 +276,7 @@ def clips(launch: Launch, given: Given, encoding: bool = False) -> None:
     _shuffle(launch, given)
 
 
-def _clip(launch: Launch, given: Given) -> None:
+def _clip(launch: Launch, given: Given, encoded: bool = False) -> None:
     ledger = launch.ledger
 
     def take(name: str, otherwise: Any = None) -> Any:
@@ -290,7 +290,12 @@ def _clip(launch: Launch, given: Given) -> None:
             frames = list(range((int(least) + 2) // 4 * 4 + 1, longest + 1, 4))
         given_frames = [least, most] if len(frames) > 1 else most
         ledger.write("data.clip.frames", frames, given.origin(f"{PREPARE}.num_frames"), given_frames)
-        if short >= 1:
+        if encoded and given.has(f"{PREPARE}.drop_short_ratio"):
+            origin = given.origin(f"{PREPARE}.drop_short_ratio")
+            ledger.note("no effect", origin, short, "what was encoded is not decided again")
+        elif encoded:
+            pass
+        elif short >= 1:
             ledger.write(
                 "data.on_error",
                 "skip",

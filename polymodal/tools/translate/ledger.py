@@ -154,11 +154,16 @@ class Given:
         shown = f"--{name}" if self.kind in ("flags", "diffusers") else name
         return Origin(shown, self.files.get(name, self.file), self.lines.get(name, 0))
 
+    def peek(self, name: str) -> Any:
+        """The value of a flag or dotted key, None where it is absent."""
+        found = self.values.get(name) if name in self.values else _at(self.values, name)
+        return None if found is _ABSENT else found
+
     def take(self, name: str, otherwise: Any = None) -> Any:
         """The value of a flag or dotted key, which counts as seen; null is `otherwise` too."""
         self.asked.add(name)
-        found = self.values.get(name) if name in self.values else _at(self.values, name)
-        return otherwise if found is None or found is _ABSENT else found
+        found = self.peek(name)
+        return otherwise if found is None else found
 
     def has(self, name: str) -> bool:
         return name in self.values or _at(self.values, name) is not _ABSENT

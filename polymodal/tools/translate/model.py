@@ -40,16 +40,8 @@ DENSITIES = {
 def layers_of(given: Given) -> int:
     """The most layers of a tower that the file names; 0 where it names none."""
     keys = (f"{TEXT}.num_layers", "predictor.num_layers", "predictor.mm_single_blocks_depth")
-    found = [value for key in keys if isinstance(value := _peek(given, key), int)]
+    found = [value for key in keys if isinstance(value := given.peek(key), int)]
     return max(found, default=0)
-
-
-def _peek(given: Given, key: str) -> Any:
-    """A value without counting it as taken."""
-    asked = set(given.asked)
-    value = given.take(key)
-    given.asked = asked
-    return value
 
 
 def source(launch: Launch, given: Given, data: Given, candidates: tuple[tuple[Given, str], ...] = ()) -> None:
@@ -217,7 +209,7 @@ def _recompute(launch: Launch, given: Given) -> None:
 
 def _blocks(launch: Launch, given: Given, tower: str) -> str | None:
     """Pattern of a tower's blocks, by the card of model_id."""
-    card = catalog.cards().get(TABLES["cards"].get(str(_peek(given, "model_id")).lower(), ""))
+    card = catalog.cards().get(TABLES["cards"].get(str(given.peek("model_id")).lower(), ""))
     chain = card.pipeline.get(tower) if card is not None else None
     return chain.blocks if chain is not None and isinstance(chain.blocks, str) else None
 
@@ -278,8 +270,6 @@ def denoiser(launch: Launch, given: Given, data: Given, encoding: bool = False) 
     _pipeline(launch, given, data)
     if encoding:
         return
-    for key in ("load_video_features", "load_text_features"):
-        given.take(key)
     video, text = bool(given.take("load_video_features")), bool(given.take("load_text_features"))
     if video != text:
         ledger.note("unsupported", given.origin("load_video_features"), video, "features of one kind alone")
@@ -340,7 +330,7 @@ def _pipeline(launch: Launch, given: Given, data: Given) -> None:
         (given, "tokenizer"),
         (data, "dataset_param.tokenizer_config"),
     ):
-        value = _peek(file, key)
+        value = file.peek(key)
         for each in value if isinstance(value, list) else [value]:
             path = each.get("from_pretrained") if isinstance(each, Mapping) else None
             if isinstance(path, str) and os.path.basename(path.rstrip("/")) in (
@@ -419,7 +409,7 @@ def _noise(launch: Launch, given: Given, name: str, features: bool) -> None:
         if part is not None:
             origin = given.origin("diffusion.max_timestep_boundary")
             ledger.write("model.part", part, origin, list(span), "the boundary is the pipeline's own")
-    if given.take("predictor.seperated_timestep") and str(_peek(given, "task")) in ("i2v", "ti2v"):
+    if given.take("predictor.seperated_timestep") and str(given.peek("task")) in ("i2v", "ti2v"):
         ledger.write("train.diffusion.first_frame", 1.0, given.origin("predictor.seperated_timestep"), True)
 
 

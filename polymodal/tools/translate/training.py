@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from polymodal.core.errors import PolymodalError
-from polymodal.models import catalog
 from polymodal.tools.translate import data, model
 from polymodal.tools.translate.launch import Launch, scalar, typed, write_environment
 from polymodal.tools.translate.ledger import TABLES, Given, Kind, Origin, read_config
@@ -45,29 +44,10 @@ def translate(launch: Launch) -> None:
     if launch.kind == "train-transformers":
         _flatten(launch)
     files = _files(launch)
-    ledger, generates = launch.ledger, launch.kind in ("train-generation", "encode")
     if launch.kind == "encode":
-        data.clips(launch, files["data"], encoding=True)
-        model.denoiser(launch, files["model"], files["data"], encoding=True)
-        features = files["tool"].take("sorafeature.save_path", "./sora_features")
-        files["tool"].take("profile")
-        ledger.write(
-            "data.features", launch.path(str(features)), files["tool"].origin("sorafeature.save_path")
-        )
-        origin = Origin("the files of features", launch.file)
-        ledger.default("data.feature_files", "pt", origin, "what their readers want; both are read here")
-        ledger.write(
-            "data.encode_batch", launch.number("micro-batch-size", 1), launch.where("micro-batch-size")
-        )
-        for name in list(launch.flags.values):
-            if name not in launch.flags.asked and name not in ("num-workers", "seed"):
-                launch.flags.take(name)
-                ledger.note(
-                    "no effect", launch.where(name), launch.flags.values[name], "encoding has no such setting"
-                )
-        _mapped(launch)
-        _rest(launch, files)
+        _encode(launch, files)
         return
+    generates = launch.kind == "train-generation"
     sizes = _parallel(launch, files)
     _batch(launch, sizes)
     _optimizer(launch)
@@ -88,6 +68,27 @@ def translate(launch: Launch) -> None:
     _monitor(launch, files["tool"])
     _mapped(launch)
     write_environment(launch)
+    _rest(launch, files)
+
+
+def _encode(launch: Launch, files: Mapping[str, Given]) -> None:
+    """A recipe for `polymodal encode`: data, sizes and where features go."""
+    ledger = launch.ledger
+    data.clips(launch, files["data"], encoding=True)
+    model.denoiser(launch, files["model"], files["data"], encoding=True)
+    features = files["tool"].take("sorafeature.save_path", "./sora_features")
+    files["tool"].take("profile")
+    ledger.write("data.features", launch.path(str(features)), files["tool"].origin("sorafeature.save_path"))
+    origin = Origin("the files of features", launch.file)
+    ledger.default("data.feature_files", "pt", origin, "what their readers want; both are read here")
+    ledger.write("data.encode_batch", launch.number("micro-batch-size", 1), launch.where("micro-batch-size"))
+    for name in list(launch.flags.values):
+        if name not in launch.flags.asked and name not in ("num-workers", "seed"):
+            launch.flags.take(name)
+            ledger.note(
+                "no effect", launch.where(name), launch.flags.values[name], "encoding has no such setting"
+            )
+    _mapped(launch)
     _rest(launch, files)
 
 
@@ -682,9 +683,3 @@ def _rest(launch: Launch, files: Mapping[str, Given]) -> None:
     launch.ledger.values.setdefault(
         "name", (Path(launch.file).parent.resolve().name or "run", "the script's directory")
     )
-
-
-def card_of(name: Any) -> Any:
-    """The card of a model_id, or None."""
-    card = TABLES["cards"].get(str(name).lower())
-    return catalog.cards().get(card) if card else None
