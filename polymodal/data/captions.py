@@ -201,12 +201,13 @@ def _texts(name: str) -> tuple[str, str]:
 
 
 class Captioned(Rows):
-    """Rows with one caption for all that have none."""
+    """Rows with one caption for all that have none, and text around every caption."""
 
-    def __init__(self, rows: Rows, caption: str, attr: Attr):
+    def __init__(self, rows: Rows, caption: str | None, attr: Attr, prefix: str = "", suffix: str = ""):
         super().__init__(rows.path)
-        self.rows, self.caption, self.names = rows, caption, attr
-        content = f"{rows.fingerprint} {caption}".encode()
+        self.rows, self.caption, self.names, self.around = rows, caption, attr, (prefix, suffix)
+        added = [caption, prefix, suffix] if prefix or suffix else caption
+        content = f"{rows.fingerprint} {added}".encode()
         self.fingerprint = hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def __len__(self) -> int:
@@ -214,8 +215,18 @@ class Captioned(Rows):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         row = self.rows[i]
-        own, _ = first(row, self.names.prompt, CAPTIONS)
-        return row if own not in (None, "", []) else {**row, self.names.prompt or CAPTIONS[0]: self.caption}
+        own, column = first(row, self.names.prompt, CAPTIONS)
+        if own in (None, "", []):
+            own, column = self.caption, self.names.prompt or CAPTIONS[0]
+        if own is None:
+            return row
+        captions = listed(own)
+        texts = captions if isinstance(captions, list) else [captions]
+        prefix, suffix = self.around
+        return {
+            **row,
+            column: [f"{prefix}{each}{suffix}" if isinstance(each, str) else each for each in texts],
+        }
 
     def where(self, i: int) -> str:
         return self.rows.where(i)

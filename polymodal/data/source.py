@@ -163,8 +163,11 @@ def expand(path: str, key: str = "data.datasets.path") -> list[str]:
 def _opened(dataset: Dataset, names: Attr, key: str) -> Iterator[tuple[Rows, str | None]]:
     """(rows, folder of their media or None) of a dataset's files, or of a directory of media with their
     texts."""
+    prefix, suffix = dataset.caption_prefix, dataset.caption_suffix
     for rows, folder in _files(dataset, key):
-        yield (rows if dataset.caption is None else Captioned(rows, dataset.caption, names)), folder
+        if dataset.caption is not None or prefix or suffix:
+            rows = Captioned(rows, dataset.caption, names, prefix, suffix)
+        yield rows, folder
 
 
 def _files(dataset: Dataset, key: str) -> Iterator[tuple[Rows, str | None]]:

@@ -144,6 +144,10 @@ class Dataset(Section):
     """Field names of this file; keys not given come from data.attr."""
     caption: Annotated[str, Field(min_length=1)] | None = None
     """Generation: caption of media whose record has none; path may then be a directory of media."""
+    caption_prefix: str = ""
+    """Generation: text in front of every caption, as it is (a trigger word with its comma and space)."""
+    caption_suffix: str = ""
+    """Generation: text behind every caption, as it is."""
     loss_weight: NotNegativeFloat = 1.0
     """Generation: factor of these samples' loss, in a mean over samples (DreamBooth: the prior's weight)."""
     reader: str | None = None

@@ -126,3 +126,54 @@ def test_a_denoisers_scripts_encode_and_train(tmp_path):
     polymodal(tmp_path, "translate", "pretrain.sh", "-o", "train.yaml")
     polymodal(tmp_path, "train", "train.yaml", "--nproc", "2")
     assert steps_of(tmp_path / "out/wan") == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_yaml_of_llamafactory_trains(tmp_path):
+    tiny.checkpoint("qwen2.5-vl", tmp_path / "weights")
+    (tmp_path / "data").mkdir()
+    rows = []
+    for i in range(8):
+        tiny.picture(32, 24, i).save(tmp_path / "data" / f"{i}.png")
+        turns = [
+            {"from": "human", "value": f"<image>Which number? {i}"},
+            {"from": "gpt", "value": f"It is {i}."},
+        ]
+        rows.append({"conversations": turns, "images": [f"{i}.png"]})
+    (tmp_path / "data/rows.json").write_text(json.dumps(rows))
+    columns = {"messages": "conversations", "images": "images"}
+    info = {"mine": {"file_name": "rows.json", "formatting": "sharegpt", "columns": columns}}
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps(info))
+    (tmp_path / "sft.yaml").write_text(
+        "model_name_or_path: weights\nstage: sft\nfinetuning_type: lora\nlora_rank: 4\nlora_target: all\n"
+        "dataset: mine\ntemplate: qwen2_vl\ncutoff_len: 512\noutput_dir: out\nmax_steps: 2\nlearning_rate: 1.0e-4\n"
+        "per_device_train_batch_size: 2\nlr_scheduler_type: cosine\nbf16: true\nlogging_steps: 1\nreport_to: none\n"
+    )
+    polymodal(tmp_path, "translate", "sft.yaml", "-o", "recipe.yaml")
+    polymodal(tmp_path, "train", "recipe.yaml", "data.workers=0")
+    assert steps_of(tmp_path / "out") == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_command_line_of_sd_scripts_encodes_and_trains(tmp_path):
+    tiny_pipelines.pipeline("flux", tmp_path / "weights")
+    (tmp_path / "pics").mkdir()
+    for i in range(2):
+        tiny.picture(64, 64, i).save(tmp_path / "pics" / f"{i}.png")
+        (tmp_path / "pics" / f"{i}.txt").write_text(f"number {i}")
+    (tmp_path / "data.toml").write_text(
+        "[[datasets]]\nresolution = 32\nbatch_size = 1\n[[datasets.subsets]]\nimage_dir = 'pics'\n"
+        "caption_prefix = 'sks, '\nnum_repeats = 2\n"
+    )
+    line = (
+        "accelerate launch flux_train_network.py --pretrained_model_name_or_path=weights --dataset_config=data.toml "
+        "--output_dir=out --network_module=networks.lora_flux --network_dim=4 --learning_rate=1e-4 "
+        "--optimizer_type=AdamW8bit --max_train_steps=2 --mixed_precision=bf16 --timestep_sampling=shift "
+        "--model_prediction_type=raw --guidance_scale=1.0 --cache_latents"
+    )
+    polymodal(tmp_path, "translate", line, "-o", "recipe.yaml")
+    polymodal(tmp_path, "encode", "recipe.yaml")
+    polymodal(tmp_path, "train", "recipe.yaml")
+    assert steps_of(tmp_path / "out") == [1, 2]
+    rows = [json.loads(row) for row in (tmp_path / "out/features/data.jsonl").read_text().splitlines()]
+    assert sorted(row["cap"][0] for row in rows) == ["sks, number 0", "sks, number 1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -13,8 +14,8 @@ from polymodal.core.errors import PolymodalError
 from polymodal.core.files import written_whole
 from polymodal.core.terminal import console, say, say_lines, styled
 from polymodal.tools.preflight import numbered
-from polymodal.tools.translate import diffusers_scripts, inference, native, shell, training
-from polymodal.tools.translate.launch import Launch, of_script, of_words
+from polymodal.tools.translate import diffusers_scripts, inference, native, peers, shell, training
+from polymodal.tools.translate.launch import Launch, of_file, of_script, of_words
 from polymodal.tools.translate.ledger import KINDS, Row
 
 STYLES = {
@@ -48,6 +49,8 @@ def main(
         native.translate(launch)
     elif launch.kind == "diffusers":
         diffusers_scripts.translate(launch)
+    elif launch.kind in peers.KINDS:
+        peers.translate(launch)
     else:
         training.translate(launch)
     refused = launch.ledger.refused()
@@ -83,7 +86,7 @@ def _launch(
         if not sign:
             raise PolymodalError(f"--set {text} is not of the form NAME=VALUE.", "Write e.g. --set NNODES=4.")
         given[name] = value
-    if " " in what.strip() and not Path(what).is_file():
+    if " " in what.strip() and not os.path.isfile(what):  # a Path's raises for a name that is too long
         words = [shell.Word(word, 1) for word in shlex.split(what)]
         return of_words(words, "the command line", nodes, source)
     path = Path(what)
@@ -92,6 +95,15 @@ def _launch(
             f"{what} is no file, and no command line of a known program.",
             "Name a start script, or quote a whole command line.",
         )
+    if path.suffix.lower() in peers.SUFFIXES:
+        kind = peers.recognise(peers.read(path)[0])
+        if kind is None:
+            raise PolymodalError(
+                f"{path}: its keys are of no program that is known here.",
+                "Name the start script, or quote the whole command line that the file belongs to.",
+            )
+        variables = {name: shell.Value(text, 0) for name, text in given.items()}
+        return of_file(path, kind, variables, source)
     return of_script(path, arguments, given, nodes, source)
 
 
@@ -112,6 +124,9 @@ def _next(launch: Launch, out: Path, command: list[str] | None) -> str:
     if command is not None:
         return f"run it with `sh {out}`"
     verb = "encode" if launch.kind == "encode" else "train"
+    cached = launch.ledger.get("data.encode") == "cached" and "data.datasets" in launch.ledger.values
+    if cached and verb == "train":
+        return f"encode the data with `polymodal encode {out}`, then train with `polymodal train {out}`"
     return (
         f"look with `polymodal check {out} --world {launch.world}`, start with `polymodal {verb} {out} "
         f"--nproc {launch.nproc}`"

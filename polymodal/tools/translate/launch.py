@@ -15,6 +15,16 @@ from polymodal.runtime import environment
 from polymodal.tools.translate import shell
 from polymodal.tools.translate.ledger import TABLES, Given, Ledger, Origin
 
+OWN_FLAGS = (
+    "train-chat",
+    "train-transformers",
+    "train-generation",
+    "train-speech",
+    "native",
+    "chat",
+    "generate",
+)
+OWN_FLAGS += ("evaluate", "encode")  # kinds of launch whose flags are Megatron's
 FLAG = re.compile(r"--?[A-Za-z]")
 _PLACEHOLDER = re.compile(r"path[ _]to|your[ _]|/path/|^xxx|\.\.\.$|<.*>", re.I)
 
@@ -37,6 +47,7 @@ class Launch:
     nproc: int
     nodes: int
     source: str | None = None
+    known: bool = False  # the number of processes is said somewhere
     notes: list[str] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
 
@@ -101,9 +112,8 @@ def typed(text: Any) -> Any:
 
 def is_launch(words: list[shell.Word]) -> bool:
     entry = _entry(words)
-    return entry is not None and (
-        _name(words[entry].text) in TABLES["entries"] or _name(words[entry].text) in TABLES["refused"]
-    )
+    tables = ("entries", "programs", "refused")
+    return entry is not None and any(_name(words[entry].text) in TABLES[name] for name in tables)
 
 
 def of_script(
@@ -127,7 +137,8 @@ def of_words(
 ) -> Launch:
     """The launch of a command line. Raises PolymodalError for a program that is not known."""
     at = _entry(words)
-    names = [*TABLES["entries"], *TABLES["refused"]]
+    names = [*TABLES["entries"], *TABLES["programs"], *TABLES["refused"]]
+    variables = {**(variables or {}), **_assigned(words[: at or 0], file)}
     if at is None or _name(words[at].text) not in names:
         entry = words[at].text if at is not None else words[0].text
         near = nearest(_name(entry), names)
@@ -141,8 +152,9 @@ def of_words(
             f"{file}:{words[at].line}: {entry} becomes nothing here.", TABLES["refused"][entry]
         )
     options, _ = _flags(words[1:at], file, "launcher")
-    kind = TABLES["entries"][entry]
-    flags, positional = _flags(words[at + 1 :], file, "diffusers" if kind == "diffusers" else "flags")
+    kind = TABLES["entries"].get(entry) or TABLES["programs"][entry]
+    own = "flags" if kind in OWN_FLAGS else kind
+    flags, positional = _flags(words[at + 1 :], file, own)
     launch = Launch(
         file,
         entry,
@@ -150,7 +162,7 @@ def of_words(
         options,
         flags,
         positional,
-        variables or {},
+        variables,
         _root(Path(file), flags, positional),
         1,
         1,
@@ -160,6 +172,27 @@ def of_words(
     return launch
 
 
+def of_file(path: Path, kind: str, variables: dict[str, shell.Value], source: str | None) -> Launch:
+    """The launch of a config file alone, of another trainer."""
+    flags = Given(kind, str(path), {})
+    words = [shell.Word(str(path), 0)]
+    options = Given("launcher", str(path), {})
+    launch = Launch(str(path), path.name, kind, options, flags, words, variables, Path(), 1, 1, source)
+    _processes(launch, None)
+    return launch
+
+
+def _assigned(words: list[shell.Word], file: str) -> dict[str, shell.Value]:
+    """NAME=value in front of a program."""
+    found = dict[str, shell.Value]()
+    for word in words:
+        name, sign, value = word.text.partition("=")
+        if not sign or not name.isidentifier():
+            break
+        found[name] = shell.Value(value, word.line)
+    return found
+
+
 def _name(text: str) -> str:
     return text.rpartition("/")[2]
 
@@ -167,7 +200,7 @@ def _name(text: str) -> str:
 def _entry(words: list[shell.Word]) -> int | None:
     """Place of the program: the first word that ends in .py, or a module behind -m that is no launcher."""
     for i, word in enumerate(words):
-        if word.text.endswith(".py"):
+        if word.text.endswith(".py") or _name(word.text) in TABLES["programs"]:
             return i
         if word.text == "-m" and i + 1 < len(words) and not words[i + 1].text.startswith("torch.distributed"):
             return i + 1
@@ -181,6 +214,8 @@ def _flags(words: list[shell.Word], file: str, kind: str) -> tuple[Given, list[s
     for text, line in words:
         if FLAG.match(text):
             name, sign, value = text.lstrip("-").partition("=")
+            if kind not in ("flags", "launcher"):
+                name = name.replace("-", "_")
             values[name], lines[name] = (value if sign else True), line
         elif not name:
             positional.append(shell.Word(text, line))
@@ -190,7 +225,7 @@ def _flags(words: list[shell.Word], file: str, kind: str) -> tuple[Given, list[s
             before = values[name]
             values[name] = [*before, text] if isinstance(before, list) else [before, text]
     for name, value in values.items():
-        several = name in (
+        several = name in TABLES.get(kind, {}).get("several", ()) or name in (
             "lora-target-modules",
             "lora-target-parameters",
             "lora-apply-modules",
@@ -232,12 +267,22 @@ def _processes(launch: Launch, nodes: int | None) -> None:
     def one(*names: str) -> Any:
         return next((options.take(name) for name in names if options.has(name)), None)
 
+    def variable(*names: str) -> str | None:
+        return next((launch.variables[name].text for name in names if name in launch.variables), None)
+
     nproc = one("nproc_per_node", "nproc-per-node", "local_worker_num", "num_gpus", "num_processes")
-    count = one("nnodes", "num_machines")
+    nproc = nproc or variable("NPROC_PER_NODE")
+    visible = variable("CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES")
+    if nproc is None and visible and launch.entry in TABLES["programs"]:
+        nproc = len(visible.split(","))
+    count = one("nnodes", "num_machines") or (
+        variable("NNODES") if launch.entry in TABLES["programs"] else None
+    )
     for name in ("node_rank", "node-rank", "master_addr", "master-addr", "master_port", "master-port"):
         options.take(name)
     workers = one("worker_num")
     origin = Origin("the launcher", launch.file)
+    launch.known = nproc not in (None, "auto", "gpu")
     launch.nproc = scalar(nproc, origin, int) if nproc not in (None, "auto", "gpu") else 1
     launch.nodes = nodes or (scalar(str(count).split(":")[0], origin, int) if count is not None else 1)
     if workers is not None and not nodes:

@@ -21,10 +21,21 @@ from polymodal.recipe import file as recipe_file
 Kind = Literal["mapped", "changed", "default", "checked", "no effect", "unsupported", "unknown"]
 KINDS: tuple[Kind, ...] = ("mapped", "changed", "default", "checked", "no effect", "unsupported", "unknown")
 MOST = 8 << 20  # bytes of a config file
-TABLES: dict[str, Any] = yaml.load(
-    (Path(__file__).parent / "tables.yaml").read_text(encoding="utf-8"),
-    getattr(yaml, "CSafeLoader", yaml.SafeLoader),
-)
+
+
+def _table(name: str) -> dict[str, Any]:
+    text = (Path(__file__).parent / name).read_text(encoding="utf-8")
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def _tables() -> dict[str, Any]:
+    """tables.yaml, and peers.yaml, whose entries and refusals are added to those of the former."""
+    own, peers = _table("tables.yaml"), _table("peers.yaml")
+    both = {key: {**own[key], **peers[key]} for key in ("entries", "refused")}
+    return {**own, **peers, **both}
+
+
+TABLES = _tables()
 _ABSENT: Any = object()
 
 
@@ -138,7 +149,7 @@ def _short(value: Any) -> str:
 
 class Given:
     """Flags of a command line or keys of a file, each to be taken once; what is left is reported by
-    tables.yaml.
+    the tables.
 
     kind: the section of the table. `taken` names what the code knows, for suggestions.
     """
@@ -151,7 +162,8 @@ class Given:
         self.asked: set[str] = set()
 
     def origin(self, name: str) -> Origin:
-        shown = f"--{name}" if self.kind in ("flags", "diffusers") else name
+        of_line = self.kind in ("flags", "diffusers") or (name in self.files and self.lines.get(name))
+        shown = f"--{name}" if of_line else name
         return Origin(shown, self.files.get(name, self.file), self.lines.get(name, 0))
 
     def peek(self, name: str) -> Any:

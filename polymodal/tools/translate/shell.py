@@ -29,7 +29,10 @@ LAUNCHERS = (
     "python3",
     "polymodal",
     "llamafactory-cli",
+    "lmf",
     "swift",
+    "trl",
+    "simpletuner",
 )
 MOST = 1 << 20  # bytes of a script
 DEPTH = 20  # of sourced files, and of lists within lists
@@ -684,6 +687,8 @@ class _Reader:
             return " ".join(words[1:])
         if name in ("dirname", "basename") and len(words) == 2 and not piped:
             return (os.path.dirname(words[1]) or ".") if name == "dirname" else os.path.basename(words[1])
+        if name == "expr" and not piped:
+            return str(self.arithmetic(" ".join(words[1:]), line))
         if (found := _SUBSHELL.match(text)) is not None:
             return os.path.abspath(os.path.join(self.directory, self.expanded(found[1].strip('"'), line)))
         if name == "date":

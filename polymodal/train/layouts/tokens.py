@@ -75,6 +75,8 @@ class TokenLayout(Layout):
         for number, dataset in enumerate(found):
             used = {
                 "caption": dataset.caption,
+                "caption_prefix": dataset.caption_prefix,
+                "caption_suffix": dataset.caption_suffix,
                 "generate": dataset.generate,
                 "loss_weight": dataset.loss_weight != 1,
             }
