@@ -27,10 +27,13 @@ from polymodal.core.text import nearest
 from polymodal.data.box_columns import COLUMNS, MARK
 from polymodal.data.files import Delimited, open_rows
 from polymodal.data.formats import RowReader
+from polymodal.evaluate import together
 from polymodal.evaluate.metrics import as_list
 from polymodal.recipe import Attr
 
 Row = Mapping[str, Any]
+_NUMBER = r"\s*-?\d+(?:\.\d+)?\s*"
+_BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 SELECT = "Please select the correct answer from the options above."
 
 
@@ -43,9 +46,13 @@ class Benchmark:
     metric: str | None = None
     max_new_tokens: int = 0
     instruction: str = ""
+    prompt: str = ""
+    unasked: str = ""
     labelled: bool = False
     lists: bool = False
     samples: int = 0
+    together: str = ""
+    groups: Sequence[str] = ()
     aliases: Sequence[str] = ()
 
 
@@ -160,14 +167,15 @@ class Questions(Sequence[Question]):
     def key(self, i: int) -> Question:
         """A question without its messages: what scoring and reports need. Nothing is read from the file."""
         row, where = self.texts[i], self.rows.where(i)
-        groups = {k: str(row[k]) for k in ("category", "split") if row.get(k) not in (None, "")}
+        names = ("category", "split", *self.benchmark.groups)
+        groups = {k: str(row[k]) for k in names if row.get(k) not in (None, "")}
         if _is_conversation(row):
             turns, answer = _split_answer(_turns(row, where))
             asked = [t for t in turns if t.get("role", t.get("from")) in ("user", "human")]
             text = _text_of(asked[-1]) if asked else ""
             expected: tuple[str, ...] = (answer,) if answer else ()
         else:
-            text = _question(row, where)
+            text = _question(row, where, self.benchmark.unasked)
             expected = _expected(row, self.benchmark.lists)
         return Question(self.ids[i], where, (), text, expected, self._options(i), groups)
 
@@ -195,7 +203,7 @@ class Questions(Sequence[Question]):
                 and "<" in _split_answer(_turns(row, ""))[1]
                 and bool(self.boxes(0))
             )
-        return _box_column(row) is not None and not _expected(row, self.benchmark.lists)
+        return _box_column(row) is not None and not _expected(row, False)
 
     def _record(self, i: int) -> Record:
         """A question with its answer, where it is a conversation or boxes."""
@@ -208,7 +216,7 @@ class Questions(Sequence[Question]):
                 row["images"] = pictures
         else:
             prompt = self._prompt(row, key)
-            content = place_media(prompt, self._pictures(row, i), _media(row, "video"), key.where)
+            content = place_media(prompt, self._pictures(row, i), _videos(row, key.where), key.where)
             turns = [{"role": "user", "content": content}]
             objects = _box_column(row)
             if objects is not None and not MARK.search(prompt):
@@ -232,12 +240,15 @@ class Questions(Sequence[Question]):
     def _options(self, i: int) -> dict[str, str]:
         """Letter -> text, of a mapping, a list, or the columns A, B, ..."""
         row = self.texts[i]
-        given = row.get("options", row.get("choices"))
+        given = next(
+            (row[name] for name in ("options", "choices", "candidates") if not _none(row.get(name))), None
+        )
         if isinstance(given, Mapping):
             return {str(k).strip().upper(): str(v) for k, v in given.items() if v is not None}
         if given in (None, ""):
-            return {c: str(row[c]) for c in string.ascii_uppercase if not _is_empty(row.get(c))}
-        values = as_list(given)
+            letters = {c: row.get(c, row.get(f"choice_{c.lower()}")) for c in string.ascii_uppercase}
+            return {c: str(text) for c, text in letters.items() if not _is_empty(text)}
+        values = _unmarked(as_list(given))
         if len(values) > 26:
             raise PolymodalError(
                 f"{self.rows.where(i)}: {len(values)} options, letters go to 26.",
@@ -273,12 +284,20 @@ class Questions(Sequence[Question]):
 
     def _prompt(self, row: Row, key: Question) -> str:
         text = f"Question: {key.text}" if self.benchmark.labelled else key.text
+        text = self.benchmark.prompt.format(text) if self.benchmark.prompt else text
         if not _is_empty(row.get("hint")):
             text = f"Hint: {str(row['hint']).strip()}\n{text}"
+        instruction = self.benchmark.instruction
+        if instruction and text.lower().rstrip(" .").endswith(instruction.lower().rstrip(" .")):
+            instruction = ""
         if key.options:
             listed = "\n".join(f"{letter}. {value}" for letter, value in key.options.items())
             return f"{text}\nOptions:\n{listed}\n{SELECT}"
-        return f"{text}\n{self.benchmark.instruction}" if self.benchmark.instruction else text
+        return f"{text}\n{instruction}" if instruction else text
+
+    def together(self, i: int) -> str:
+        """Key of the questions that question i is judged with."""
+        return together.key(self.benchmark.together, self.ids[i], self.texts[i])
 
 
 # --- cells of a row -------------------------------------------------------------------------------
@@ -305,8 +324,35 @@ def _columns(row: Row) -> str:
     return f"columns: {', '.join(map(str, row))[:120]}"
 
 
-def _question(row: Row, where: str) -> str:
-    text = _first(row, "question", "prompt", "query")
+def _none(value: Any) -> bool:
+    """No value: of any type."""
+    return value is None or (isinstance(value, (str, list, tuple, Mapping)) and not value)
+
+
+def _unmarked(options: list[str]) -> list[str]:
+    """Options without the letters that a list writes in front of them: ["A. red", "B. blue"]."""
+    marks = [re.match(r"\(?([A-Z])[.):]\s*(?=\S)", option) for option in options]
+    if options and all(mark and mark[1] == c for mark, c in zip(marks, string.ascii_uppercase, strict=False)):
+        return [option[mark.end() :] for option, mark in zip(options, marks, strict=True) if mark]
+    return options
+
+
+def _videos(row: Row, where: str) -> list[Any]:
+    """Videos of a row: `video_path`, else `video`, which may be an id; MVBench's names are below `prefix`."""
+    if not _is_empty(row.get("start")) and not _is_empty(row.get("end")):
+        raise PolymodalError(
+            f"{where}: the question is about a part of its video ({row['start']} to {row['end']} s).",
+            "Cut the clip into a file of its own, and leave out start and end.",
+        )
+    path = row.get("video_path")
+    found = [path] if not _is_empty(path) else _media(row, "video")
+    prefix = row.get("prefix")
+    return found if _is_empty(prefix) else [os.path.join(str(prefix), str(each)) for each in found]
+
+
+def _question(row: Row, where: str, otherwise: str = "") -> str:
+    """otherwise: the question of rows without one."""
+    text = _first(row, "question", "prompt", "query", default=otherwise or None)
     if text is None:
         raise PolymodalError(
             f"{where}: there is no question ({_columns(row)}).", "A row needs `question`, or `messages`."
@@ -316,7 +362,9 @@ def _question(row: Row, where: str) -> str:
 
 def _expected(row: Row, lists: bool) -> tuple[str, ...]:
     """lists: a text may be that of a list."""
-    value = row.get("answer", row.get("answers"))
+    value = _first(row, "answer", "answers", "gt_answer")
+    if value is None and not _is_empty(row.get("correct_choice")):  # LongVideoBench: the option's place
+        value = string.ascii_uppercase[int(row["correct_choice"])]
     if isinstance(value, str) and (_is_empty(value) or not lists):
         return () if _is_empty(value) else (value,)
     return tuple(as_list(value))
@@ -356,9 +404,14 @@ def _text_of(turn: Row) -> str:
 def _box_column(row: Row) -> Any:
     """The boxes that a row declares: in `objects` or `boxes`, or as `bbox` beside its question."""
     value = _first(row, *COLUMNS)
-    if value is None and not _is_empty(row.get("bbox")):
+    if value is not None:
+        return value
+    if not _is_empty(row.get("bbox")):
         return {name: row.get(name) for name in ("bbox", "bbox_format", "bbox_type")}
-    return value
+    answer = row.get("answer")
+    if isinstance(answer, str) and _BOX.fullmatch(answer.strip()):  # a table's "[x1, y1, x2, y2]"
+        return {"bbox": json.loads(answer)}
+    return None
 
 
 def _answered(record: Record) -> bool:

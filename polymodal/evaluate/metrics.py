@@ -277,6 +277,83 @@ def choice_or_open(answer: str, expected: Sequence[str], options: Mapping[str, s
     return (choice if options else open_answer)(answer, expected, options)
 
 
+# --- rules of single benchmarks -------------------------------------------------------------------
+
+
+def yes_no(answer: str, expected: Sequence[str], options: Mapping[str, str]) -> Score:
+    """1 when the answer says the expected one of yes and no; with both or neither of them it says none."""
+    words = set(re.findall(r"[a-z]+", final_text(answer).lower()))
+    said = {"yes", "no"} & words
+    got = said.pop() if len(said) == 1 else ""
+    right = {"yes" if text.strip().lower() in ("yes", "1", "true") else "no" for text in expected}
+    return Score(float(got in right), got, bool(got))
+
+
+def substring(answer: str, expected: Sequence[str], options: Mapping[str, str]) -> Score:
+    """1 when an expected text stands anywhere in the answer, whatever the case (OCRBench's rule).
+
+    An expected formula, which has a backslash, is compared without spaces and with its case.
+    """
+    got = final_text(answer).replace("\n", " ").strip()
+
+    def right(text: str) -> bool:
+        if "\\" in text:
+            return "".join(text.split()) in "".join(got.split())
+        return text.strip().replace("\n", " ").lower() in got.lower()
+
+    return Score(float(any(right(text) for text in expected if text.strip())), got)
+
+
+_ARTICLES = {"a", "an", "the"}
+_DIGITS = dict(
+    zip(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], map(str, range(11)), strict=True)
+)
+
+
+def _vqa_words(text: str) -> str:
+    """Text for comparison as VQA does it: lower case, no punctuation, articles or apostrophes, numbers as
+    digits."""
+    text = re.sub(r"[\n\t]", " ", text.lower()).strip().replace("'", "")
+    text = re.sub(r"(?<=\d),(?=\d)", "", text)
+    text = re.sub(r"(?!(?<=\d)\.(?=\d))[^\w\s$%:-]", " ", text).replace("none", "0")
+    words = [_DIGITS.get(word, word) for word in text.split() if word not in _ARTICLES]
+    return " ".join(words)
+
+
+def vqa(answer: str, expected: Sequence[str], options: Mapping[str, str]) -> Score:
+    """VQA accuracy (Antol et al. 2015, sec. 4): mean over the people of min(1, others who said it / 3).
+
+    Fewer than ten answers: the same over those there are; one alone must be equal.
+    """
+    got, given = _vqa_words(final_text(answer)), [_vqa_words(text) for text in expected]
+    if len(given) < 2:
+        return Score(float(got in given), got)
+    shares = [
+        min(1.0, sum(given[j] == got for j in range(len(given)) if j != i) / 3) for i in range(len(given))
+    ]
+    return Score(sum(shares) / len(shares) if shares else 0.0, got)
+
+
+def typed(answer: str, expected: Sequence[str], options: Mapping[str, str]) -> Score:
+    """MathVista's answers: a choice where there are options; else the last number, rounded to the decimals
+    of the expected one; a list, or a text, must be equal."""
+    if options:
+        return choice(answer, expected, options)
+    text = final_text(answer)
+    numbers = [n.replace(",", "") for n in _NUMBER.findall(text)]
+    for wanted in expected:
+        if re.fullmatch(r"[-+]?\d+(\.\d+)?", wanted.strip()):
+            places = len(wanted.partition(".")[2].strip())
+            got = f"{float(numbers[-1]):.{places}f}" if numbers else ""
+            return Score(float(bool(got) and float(got) == float(wanted)), got, bool(numbers))
+    return exact(answer, expected, options)
+
+
+def choice_or_exact(answer: str, expected: Sequence[str], options: Mapping[str, str]) -> Score:
+    """`choice` for questions with options, `exact` for those without."""
+    return (choice if options else exact)(answer, expected, options)
+
+
 def likelihood(answer: str, expected: Sequence[str], options: Mapping[str, str]) -> Score:
     """1 when the likeliest option (`answer`: its letter or its text) is the expected one."""
 
@@ -319,6 +396,11 @@ METRICS: Mapping[str, Metric] = {
     "choice": choice,
     "open": open_answer,
     "choice_or_open": choice_or_open,
+    "choice_or_exact": choice_or_exact,
+    "yes_no": yes_no,
+    "substring": substring,
+    "vqa": vqa,
+    "typed": typed,
     "likelihood": likelihood,
 }
 

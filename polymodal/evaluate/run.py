@@ -16,7 +16,7 @@ from polymodal.core.sample import Message
 from polymodal.data import boxes
 from polymodal.data import media as decoders
 from polymodal.data.boxes import BoxWriter
-from polymodal.evaluate import benchmarks, results
+from polymodal.evaluate import benchmarks, results, together
 from polymodal.evaluate.benchmarks import Questions
 from polymodal.evaluate.metrics import BOX_METRICS, METRICS
 from polymodal.evaluate.results import Judged, Result
@@ -79,7 +79,7 @@ def evaluate(
     if max_new_tokens:
         sampling = replace(sampling, max_new_tokens=max_new_tokens)
     engine = _engine(model)
-    asked = ("name", "instruction", "labelled", "max_new_tokens")
+    asked = ("name", "instruction", "prompt", "labelled", "max_new_tokens")
     settings = {
         "model": engine.identity,
         "data": questions.fingerprint,
@@ -125,7 +125,12 @@ def evaluate(
         ]
     score = results.means(samples).get("score")
     by = results.by_group([s for s in samples if s.score is not None])
-    result = Result(engine.name, facts.name, metric, score, samples, settings, by)
+    measures = dict[str, float]()
+    if facts.together:
+        judged = [(i, sample) for i, sample in enumerate(samples) if sample.score is not None]
+        keys = [questions.together(i) for i, _ in judged]
+        measures = together.RULES[facts.together]([sample for _, sample in judged], keys) if judged else {}
+    result = Result(engine.name, facts.name, metric, score, samples, settings, by, measures)
     return results.finish(
         result, out, began, resumed, html, "answer", lambda i: _media(questions[i].messages)
     )
