@@ -347,12 +347,10 @@ def family(model: Model) -> Family:
 
 def published(card: ModelCard, key: str | None) -> Family | None:
     """The family of a published size, where its card has the config."""
-    import transformers
-
-    config = card.sizes[key].config if key else {}
-    if not config:
+    facts = card.sizes[key].config if key else {}
+    if not facts:
         return None
-    return card.family(card, transformers.AutoConfig.for_model(**config), card.sizes[str(key)].hub)
+    return card.family(card, card.family.published_config(facts), card.sizes[str(key)].hub)
 
 
 def _part(card: ModelCard, directory: Path, asked: str | None) -> str:

@@ -55,6 +55,13 @@ class Family:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust)
 
     @classmethod
+    def published_config(cls, facts: Mapping[str, Any]) -> Any:
+        """The library's config of a published size, of the facts in its card (Size.config)."""
+        from transformers import AutoConfig
+
+        return AutoConfig.for_model(**facts)
+
+    @classmethod
     def write_config(cls, config: Any, origin: Path, directory: Path) -> None:
         """config.json in the layout of the source `origin`."""
         config.save_pretrained(str(directory))

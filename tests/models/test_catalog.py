@@ -13,7 +13,7 @@ from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import SampleLengths
 from polymodal.distributed.mesh import ParallelSizes
 from polymodal.models import catalog, partial
-from polymodal.models.understanding import glm4v, glm4v_moe
+from polymodal.models.understanding import glm4v, glm4v_moe, minicpmv
 from polymodal.parallel import apply
 from polymodal.recipe import Model, Parallel, Recipe
 from tests.models import tiny
@@ -317,6 +317,8 @@ PUBLISHED = {
             "routed_scaling_factor": 2.0,
         },
     ),
+    ("minicpm-v", "2.5-8b"): minicpmv.LLAMA,
+    ("minicpm-v", "2.6-8b"): minicpmv.QWEN,
     ("glm4.1v", "9b"): glm4v.CONFIG,
     ("glm4.5v", "106b-a12b"): glm4v_moe.CONFIG,
     ("internvl", "2-8b"): internvl("llama", 4096, 32, 32, 8, 14336, 92553),

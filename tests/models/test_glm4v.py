@@ -15,11 +15,11 @@ from polymodal.data.chat import ChatProcessor
 from polymodal.distributed import attention
 from polymodal.generate.opening import processor_of
 from polymodal.models import catalog, lora, weights
-from polymodal.parallel.stages import prune
 from polymodal.plan.planner import family_of
 from polymodal.recipe import Data, Lora, Model, Recipe
 from tests.bounds import EXACT
 from tests.models import gather, tiny
+from tests.models.staged import assert_two_stages_equal_the_whole, loaded
 from tests.models.test_qwen_vl import CASES, assert_same, gradients, model_of, ours, rows_of, token_loss
 
 NAMES = tiny.GLM
@@ -33,12 +33,6 @@ def family(checkpoint):
 @pytest.fixture(scope="module")
 def media(family):
     return {name: family(name).media_processor(Data()) for name in NAMES}
-
-
-def loaded(family):
-    model = family.build()
-    weights.load(model, family)
-    return model.double()
 
 
 def types_of(family, ids):
@@ -93,27 +87,8 @@ def test_logits_and_gradients_equal_the_librarys_own_forward(case, name, family,
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("cut, layers", [((4, 0), (1, 2)), ((3, 1), (0, 3))])
 def test_two_pipeline_stages_equal_the_whole(cut, layers, name, family, media):
-    family = family(name)
     batch = pack([tiny.sample(media[name], CASES[case]) for case in ("several images", "text", "video")])
-    whole = loaded(family)
-    _, expected = ours(family, whole, batch)
-    token_loss(expected, batch["labels"]).backward()
-    stages = [loaded(family) for _ in range(2)]
-    for index, stage in enumerate(stages):
-        prune(stage, family, {"vision": cut, "language": layers}, index)
-    carry = family.stage(stages[0], None, batch)
-    spec = family.carry_spec(batch, {"vision": cut[0], "language": layers[0]}, torch.float64)
-    assert {k: t.shape for k, t in carry.items()} == {k: t.shape for k, t in spec.items()}
-    received = {key: tensor.detach().requires_grad_() for key, tensor in carry.items()}
-    out = family.stage(stages[1], received, batch)
-    got = out.head(out.hidden_states)
-    torch.testing.assert_close(got, expected, rtol=EXACT, atol=EXACT)
-    token_loss(got, batch["labels"]).backward()
-    sent = [key for key in carry if received[key].grad is not None]
-    torch.autograd.backward([carry[key] for key in sent], [received[key].grad for key in sent])
-    for stage in stages:
-        found = gradients(stage)
-        assert_same(found, {key: gradients(whole)[key] for key in found})
+    assert_two_stages_equal_the_whole(family(name), batch, {"vision": cut, "language": layers}, (), EXACT)
 
 
 def test_routers_choose_by_the_files_bias_and_give_the_librarys_logits(family, media, checkpoint):

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import IGNORE, MediaShape, SampleLengths, pack
 from polymodal.generate.opening import processor_of
-from polymodal.models import catalog, weights
-from polymodal.parallel.stages import prune
+from polymodal.models import catalog
 from polymodal.recipe import Data, Model
 from tests.models import test_qwen_vl, tiny
+from tests.models.staged import assert_two_stages_equal_the_whole, loaded
 from tests.models.test_internvl import library_inputs, model_of
 from tests.models.test_qwen_vl import CASES, ours, token_loss
 
@@ -35,12 +35,6 @@ def media(family):
 
 def gradients(model):
     return {n: grad for n, grad in test_qwen_vl.gradients(model).items() if not n.startswith(UNUSED)}
-
-
-def loaded(family):
-    model = family.build()
-    weights.load(model, family)
-    return model.double()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -76,25 +70,7 @@ def test_a_pack_equals_its_samples_alone(family, media):
 def test_two_pipeline_stages_equal_the_whole(cut, layers, family, media):
     for cases in (["several images", "text"], ["text"]):
         batch = pack([tiny.sample(media, CASES[case]) for case in cases])
-        whole = loaded(family)
-        _, expected = ours(family, whole, batch)
-        token_loss(expected, batch["labels"]).backward()
-        stages = [loaded(family) for _ in range(2)]
-        for index, stage in enumerate(stages):
-            prune(stage, family, {"vision": cut, "language": layers}, index)
-        carry = family.stage(stages[0], None, batch)
-        spec = family.carry_spec(batch, {"vision": cut[0], "language": layers[0]}, torch.float64)
-        assert {k: t.shape for k, t in carry.items()} == {k: t.shape for k, t in spec.items()}
-        received = {key: tensor.detach().requires_grad_() for key, tensor in carry.items()}
-        out = family.stage(stages[1], received, batch)
-        got = out.head(out.hidden_states)
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
-        token_loss(got, batch["labels"]).backward()
-        sent = [key for key in carry if received[key].grad is not None]
-        torch.autograd.backward([carry[key] for key in sent], [received[key].grad for key in sent])
-        for stage in stages:
-            found = gradients(stage)
-            test_qwen_vl.assert_same(found, {key: gradients(whole)[key] for key in found})
+        assert_two_stages_equal_the_whole(family, batch, {"vision": cut, "language": layers}, UNUSED)
 
 
 def test_cost_is_the_operations_that_run(family, media):

@@ -19,11 +19,11 @@ from polymodal.data.formats import RowReader
 from polymodal.generate.engine import Engine, Sampling
 from polymodal.generate.media import write_video
 from polymodal.generate.opening import load_hub, processor_of
-from polymodal.models import catalog, weights
-from polymodal.parallel.stages import prune
+from polymodal.models import catalog
 from polymodal.recipe import Attr, Data, Model
 from polymodal.train.export import export
 from tests.models import test_qwen_vl, tiny
+from tests.models.staged import assert_two_stages_equal_the_whole, loaded
 from tests.models.test_qwen_vl import ours, token_loss
 from tests.unit.media_fixtures import write_audio, write_mp4
 
@@ -61,12 +61,6 @@ def family(checkpoint):
 @pytest.fixture(scope="module")
 def media(family):
     return family.media_processor(Data.model_validate(tiny.DATA[NAME]))
-
-
-def loaded(family):
-    model = family.build()
-    weights.load(model, family)
-    return model.double()
 
 
 def gradients(model):
@@ -126,26 +120,8 @@ CUTS = [((4, 0), (4, 0), (1, 2)), ((3, 1), (0, 4), (0, 3)), ((4, 0), (1, 3), (0,
 def test_two_pipeline_stages_equal_the_whole(vision, audio, language, family, media):
     for cases in (["video with sound", "text"], ["audio"], ["text"]):
         batch = pack([tiny.sample(media, CASES[case]) for case in cases])
-        whole = loaded(family)
-        _, expected = ours(family, whole, batch)
-        token_loss(expected, batch["labels"]).backward()
-        stages = [loaded(family) for _ in range(2)]
-        found = {"vision": vision, "audio": audio, "language": language}
-        for index, stage in enumerate(stages):
-            prune(stage, family, found, index)
-        carry = family.stage(stages[0], None, batch)
-        spec = family.carry_spec(batch, {tower: cut[0] for tower, cut in found.items()}, torch.float64)
-        assert {k: t.shape for k, t in carry.items()} == {k: t.shape for k, t in spec.items()}
-        received = {key: tensor.detach().requires_grad_() for key, tensor in carry.items()}
-        out = family.stage(stages[1], received, batch)
-        got = out.head(out.hidden_states)
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
-        token_loss(got, batch["labels"]).backward()
-        sent = [key for key in carry if received[key].grad is not None]
-        torch.autograd.backward([carry[key] for key in sent], [received[key].grad for key in sent])
-        for stage in stages:
-            mine = gradients(stage)
-            test_qwen_vl.assert_same(mine, {key: gradients(whole)[key] for key in mine})
+        cuts = {"vision": vision, "audio": audio, "language": language}
+        assert_two_stages_equal_the_whole(family, batch, cuts, [UNUSED])
 
 
 def test_cost_is_the_operations_that_run(family, media):

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from polymodal.core.sample import IGNORE, Media, MediaShape, Message, Record, Sample, SampleLengths, Span
-from polymodal.models.nets import deepseek_vl2, deepseek_vl2_processor
+from polymodal.models.nets import deepseek_vl2, deepseek_vl2_processor, minicpmv, minicpmv_processor
 from polymodal.models.understanding import internvl_chat
 
 PATCH = 4  # pixels; two by two patches are one token, so a picture's sides are multiples of 8 pixels
@@ -60,6 +60,11 @@ INTERNVL = ("internvl", "internvl-moe", "internvl-6b", "internvl-llama")
 """InternVL with a Qwen2, a Qwen3 MoE, a Qwen2 and a Llama model; the third has a tower as InternViT-6B's."""
 DEEPSEEK = ("deepseek-vl2", "deepseek-vl2-mha", "deepseek-vl2-bias")
 """As small (latent attention), tiny (plain heads) and base (a router with a bias) are."""
+MINICPM = ("minicpm-v-2.6", "minicpm-v-2.5")
+"""With the grids of its slices and a Qwen2 model, without and with a Llama model."""
+MINICPM_SPECIALS = [
+    *minicpmv_processor.TOKENS, "<image_id>", "</image_id>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>",
+]  # fmt: skip
 LLAVA_TEMPLATE = """{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}
 {%- for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}
 {%- if message['role'] != 'assistant' %}{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}
@@ -105,6 +110,7 @@ def tokenizer(
     llava: bool = False,
     omni: bool = False,
     deepseek: bool = False,
+    minicpm: bool = False,
     glm: bool = False,
 ) -> Any:
     """A byte-level BPE with Qwen's splitting, its special tokens and a chat template in its format; or
@@ -165,6 +171,15 @@ def tokenizer(
             bos_token="<|endoftext|>",
             eos_token="<|im_end|>",
             pad_token=deepseek_vl2_processor.PAD,
+        )
+    if minicpm:
+        core.add_special_tokens(MINICPM_SPECIALS)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=core,
+            bos_token="<|endoftext|>",
+            eos_token="<|im_end|>",
+            unk_token="<unk>",
+            pad_token="<|endoftext|>",
         )
     if llava:
         core.add_special_tokens(["<image>"])
@@ -355,6 +370,39 @@ def deepseek_config(name: str, overrides: dict[str, Any]) -> Any:
     )
 
 
+def minicpm_config(name: str, overrides: dict[str, Any]) -> Any:
+    """With slices of about 4 x 4 patches, and rows as wide as a head of the resampler is."""
+    tokens = tokenizer(minicpm=True)
+    whole: dict[str, Any] = {
+        "vocab_size": -(-len(tokens) // 16) * 16,
+        "hidden_size": 256,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "bos_token_id": tokens.bos_token_id,
+        "eos_token_id": tokens.eos_token_id,
+        "query_num": 3,
+        "drop_vision_last_layer": False,
+        "batch_vision_input": False,
+        "slice_config": {"max_slice_nums": 4, "scale_resolution": 4 * PATCH},
+    }
+    vision: dict[str, Any] = {
+        "model_type": "siglip_vision_model" if name.endswith("2.6") else "idefics2",
+        "image_size": 6 * PATCH,
+        "patch_size": PATCH,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+    }
+    for key, value in overrides.items():
+        section, _, leaf = key.replace("__", ".").rpartition(".")
+        {"text_config": whole, "": whole, "vision_config": vision}[section][leaf] = value
+    return minicpmv.MiniCPMVConfig(**whole, vision_config=vision)
+
+
 def config(name: str, tied: bool = False, **overrides: Any) -> Any:
     """The transformers config of a card's tiny model; overrides by dotted name (dots may be written as `__`)."""
     import transformers
@@ -367,6 +415,8 @@ def config(name: str, tied: bool = False, **overrides: Any) -> Any:
         return omni_config(tied, overrides)
     if name in DEEPSEEK:
         return deepseek_config(name, overrides)
+    if name in MINICPM:
+        return minicpm_config(name, overrides)
     tokens = tokenizer(glm=name in GLM)
     text: dict[str, Any] = {
         "vocab_size": -(-len(tokens) // 16) * 16, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -474,12 +524,15 @@ def checkpoint(
                 buffer.copy_(torch.linspace(-0.2, 0.2, len(buffer)))
     model.to(dtype).save_pretrained(directory)
     kinds = {"internvl": name in INTERNVL, "deepseek": name in DEEPSEEK, "glm": name in GLM}
+    kinds["minicpm"] = name in MINICPM
     tokens = tokenizer(llava=name == "llava", omni=name == OMNI, **kinds)
     if name == OMNI:
         torch.save({"Chelsie": {"bos_token": 1}}, directory / "spk_dict.pt")
     if name in DEEPSEEK:
         tokens.save_pretrained(directory)
         (directory / "processor_config.json").write_text(json.dumps({"sft_format": "deepseek"}))
+    elif name in MINICPM:
+        tokens.save_pretrained(directory)
     elif name in (*INTERNVL, "llava", OMNI, *GLM):
         processor(name).save_pretrained(directory)
     else:

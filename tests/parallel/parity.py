@@ -29,7 +29,7 @@ BOUND = 1e-9
 """Largest relative error that counts as equal: float64 rounding after five optimizer steps is far below."""
 BOUNDS = {"float64": BOUND, "float32": 1e-5}
 
-VISION = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.")
+VISION = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.", "model.resampler.")
 SPARSE = ("qwen3-vl-moe", "internvl-moe", "glm4.5v", *tiny.DEEPSEEK)
 HEARS = (tiny.OMNI,)
 AUDIO = ("model.audio_tower.",)
@@ -318,7 +318,11 @@ class Table:
         ]
 
 
-LANGUAGE = Table((), (*tiny.NAMES, *tiny.INTERNVL[:3], "llava", tiny.OMNI, *tiny.GLM, *tiny.DEEPSEEK), MATRIX)
+LANGUAGE = Table(
+    (),
+    (*tiny.NAMES, *tiny.INTERNVL[:3], "llava", tiny.OMNI, *tiny.GLM, *tiny.DEEPSEEK, tiny.MINICPM[0]),
+    MATRIX,
+)
 """InternVL with a Qwen2 model, with a Qwen3 MoE, and with a tower as InternViT-6B's."""
 DENOISERS = Table(
     (
