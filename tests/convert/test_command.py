@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 from tests.convert import layouts
@@ -95,6 +96,26 @@ def test_qwen_3_vl_as_documented(here, size):
     ok(line(QWEN_3))
     ok(line(QWEN_3_BACK))
     layouts.same(tensors(source), tensors(here / f"ckpt/mm_to_hf/Qwen3-VL-{size}"))
+
+
+def test_deepseek_vl2_as_its_class_writes_it(here):
+    """The keys of a checkpoint that the model's card trains, there and back over two stages and two ranks of experts."""
+    from polymodal.generate.opening import load_hub
+
+    source = understanding("deepseek-vl2")(here / "hf")
+    places = "--cfg.mm_dir mm --cfg.hf_config.hf_dir hf"
+    cut = "--cfg.parallel_config.{}_pp_layers {}".format
+    ok(
+        f"mm-convert DeepSeekVLConverter hf_to_mm {places} {cut('llm', '[[1,2]]')} {cut('vit', '[[4,0]]')} "
+        "--cfg.parallel_config.tp_size 1 --cfg.parallel_config.ep_size 2"
+    )
+    ok(
+        f"mm-convert DeepSeekVLConverter mm_to_hf --cfg.save_hf_dir out {places} {cut('llm', '[1,2]')} "
+        f"{cut('vit', '[4,0]')} --cfg.parallel_config.tp_size 1 --cfg.parallel_config.ep_size 2"
+    )
+    layouts.same(tensors(source), tensors(here / "out"))
+    opened, before = load_hub(here / "out"), load_hub(source)
+    assert all(torch.equal(tensor, before.state_dict()[key]) for key, tensor in opened.state_dict().items())
 
 
 TREE = {"hf_to_mm", "mm_to_hf", "resplit"}

@@ -108,8 +108,21 @@ def sine_table(side: int, width: int) -> Tensor:
     return torch.cat([columns, rows], dim=-1)
 
 
+class PatchEmbedding(nn.Conv2d):
+    """A convolution over patches that do not overlap, as the product that it is: much faster."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[N, 3, P, P] -> [N, D]."""
+        return F.linear(patches.flatten(1).to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
 class Embeddings(idefics2.Idefics2VisionEmbeddings):
     """Idefics2's, of patches in a line: their places are fractions of the slice's sides, in float32."""
+
+    def __init__(self, config: LineConfig):
+        super().__init__(config)
+        size = config.patch_size
+        self.patch_embedding = PatchEmbedding(config.num_channels, config.hidden_size, size, size)
 
     def places(self, count: int) -> Tensor:
         """Of so many patches along a side, the column (or row) of the table [count] int64."""
@@ -123,9 +136,9 @@ class Embeddings(idefics2.Idefics2VisionEmbeddings):
         """Patches [N, 3, P, P] of slices, row by row -> [1, N, D]."""
         side = self.num_patches_per_side
         places = [(self.places(h)[:, None] * side + self.places(w)).flatten() for h, w in grids]
-        weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
-        rows = F.linear(pixel_values.flatten(1).to(weight.dtype), weight.flatten(1), bias)
-        return (rows + self.position_embedding(torch.cat(places).to(weight.device)))[None]
+        device = self.position_embedding.weight.device
+        found = self.position_embedding(torch.cat(places).to(device))
+        return (self.patch_embedding(pixel_values) + found)[None]
 
 
 class Attention(idefics2.Idefics2VisionAttention):
@@ -316,12 +329,14 @@ class MiniCPMVForConditionalGeneration(MiniCPMVPreTrainedModel, GenerationMixin)
         pixel_values: Tensor | None = None,
         image_grids: Tensor | None = None,
         images_seq_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """The inputs of MiniCPMVModel.forward, and labels [B, T] with -100 where nothing is learned."""
-        out = self.model(input_ids, pixel_values, image_grids, images_seq_mask, **kwargs)
+        media = pixel_values, image_grids, images_seq_mask
+        out = self.model(input_ids, *media, attention_mask=attention_mask, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = None

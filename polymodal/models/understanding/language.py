@@ -33,9 +33,6 @@ EXPERTS_PLAN = {  # of experts cut over the tensor-parallel group, and of layers
     "model.language_model.layers.*.mlp.experts": "experts",
     **{f"{name}?": style for name, style in DENSE_PLAN.items()},
 }
-SHARED_PLAN = {  # of experts that every token meets
-    f"{name.replace('.mlp.', '.mlp.shared_experts.')}?": style for name, style in DENSE_PLAN.items()
-}
 LATENT_PLAN = {  # of attention with latent keys and values: latents are whole on every rank
     "model.language_model.layers.*.self_attn.q_b_proj": "colwise",
     "model.language_model.layers.*.self_attn.kv_b_proj": "colwise",

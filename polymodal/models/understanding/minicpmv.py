@@ -1,7 +1,8 @@
 """MiniCPM-V 2.5 and 2.6: facts, and the call of its tower over slices of their own sizes.
 
 Published sizes: https://github.com/OpenBMB/MiniCPM-V. Each slice is a medium of its tower: (rows, columns) of
-patches become a fixed number of features.
+patches become a fixed number of features. Longer than other cards: no library reads the authors' config and
+processor, and the configs of the published sizes are here. Videos, which 2.6 reads as pictures, are not read.
 """
 
 from __future__ import annotations
