@@ -1,9 +1,10 @@
-"""Qwen2.5-Omni equals the library's own thinker: tokens, mel frames, positions, logits, gradients, stages."""
+"""Qwen2.5-Omni and Qwen3-Omni equal the library's own thinkers: tokens, mel frames, positions, logits, gradients, stages."""
 
 from __future__ import annotations
 
 import base64
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,19 +28,18 @@ from tests.models.staged import assert_two_stages_equal_the_whole, loaded
 from tests.models.test_qwen_vl import ours, token_loss
 from tests.unit.media_fixtures import write_audio, write_mp4
 
-NAME = tiny.OMNI
 CASES = {
     "image": test_qwen_vl.CASES["image"],
     "video": test_qwen_vl.CASES["video"],
     "text": test_qwen_vl.CASES["text"],
-    "audio": ["Listen: ", tiny.sound(0.43), "What is it? It is a three."],
+    "audio": ["Listen: ", tiny.sound(1.43), "What is it? It is a three."],
     "all": [
         tiny.sound(0.3),
         "and ",
         tiny.picture(24, 16),
         "then",
         tiny.clip(4, 24, 16),
-        tiny.sound(0.25, 1),
+        tiny.sound(1.25, 1),
         "what?",
     ],
     "video with sound": [
@@ -50,17 +50,33 @@ CASES = {
         "It is a seven.",
     ],
 }
+WHOLE = {tiny.OMNI: 0.24, tiny.OMNI3: 3.0}  # seconds that are whole windows
+STEP = 0.7
+"""Seconds between temporal patches: a fraction of a position in both models."""
 UNUSED = "model.audio_tower.audio_bos_eos_token.weight"
 
 
-@pytest.fixture(scope="module")
-def family(checkpoint):
-    return catalog.family(Model(source=str(checkpoint(NAME))))
+@pytest.fixture(scope="module", params=tiny.OMNIS)
+def name(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def media(family):
-    return family.media_processor(Data.model_validate(tiny.DATA[NAME]))
+def family(name, checkpoint):
+    return catalog.family(Model(source=str(checkpoint(name)), experts="eager"))
+
+
+@pytest.fixture(scope="module")
+def media(name, family):
+    return family.media_processor(Data.model_validate(tiny.DATA[name]))
+
+
+def opened(family, dtype=torch.float64):
+    """The library's model of the checkpoint."""
+    model = load_hub(Path(family.source), dtype)
+    if family.routers()[0]:
+        model.set_experts_implementation("eager")
+    return model
 
 
 def gradients(model):
@@ -74,7 +90,7 @@ def library_inputs(family, sample):
     ids, config = sample.tensors["input_ids"], family.config
     videos = len(inputs.get("video_grid_thw", ()))
     if videos:
-        inputs["video_second_per_grid"] = torch.ones(videos)
+        inputs["video_second_per_grid"] = torch.full((videos,), STEP)
         after = ids[(ids == config.vision_start_token_id).nonzero()[:, 0] + 1]
         inputs["use_audio_in_video"] = bool((after == config.audio_start_token_id).any())
     if "audio_frames" in sample.tensors:
@@ -87,16 +103,16 @@ def library_inputs(family, sample):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_gradients_equal_the_librarys_own_forward(case, family, media, checkpoint):
-    sample = tiny.sample(media, CASES[case])
-    reference, mine = load_hub(checkpoint(NAME), torch.float64).train(), loaded(family)
+def test_logits_and_gradients_equal_the_librarys_own_forward(case, family, media):
+    sample = tiny.sample(media, CASES[case], seconds=STEP / 2)
+    reference, mine = opened(family).train(), loaded(family)
     expected = reference(**library_inputs(family, sample), use_cache=False).logits
     _, got = ours(family, mine, pack([sample]))
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
     labels = sample.tensors["labels"][None]
     token_loss(expected, labels).backward()
     token_loss(got, labels).backward()
-    assert mine.get_parameter(UNUSED).grad is None
+    assert dict(mine.named_parameters()).get(UNUSED, labels).grad is None
     theirs, found = gradients(reference), gradients(mine)
     outside = {key for key, grad in theirs.items() if grad is None}  # towers that the library leaves out
     assert not any(found[key].any() for key in outside)
@@ -124,8 +140,10 @@ def test_two_pipeline_stages_equal_the_whole(vision, audio, language, family, me
         assert_two_stages_equal_the_whole(family, batch, cuts, [UNUSED])
 
 
-def test_cost_is_the_operations_that_run(family, media):
-    sample = tiny.sample(media, [tiny.sound(0.24), "and", tiny.picture(32, 32), "what?"])  # whole windows
+def test_cost_is_the_operations_that_run(name, family, media):
+    sample = tiny.sample(
+        media, [tiny.sound(WHOLE[name]), "and", tiny.picture(32, 32), "what?"]
+    )  # whole windows
     model = loaded(family).float()
     model.set_attn_implementation("eager")
     batch = pack([sample])
@@ -137,8 +155,8 @@ def test_cost_is_the_operations_that_run(family, media):
     assert counter.get_total_flops() == family.cost(sample.measure) + uncausal
 
 
-def test_tokens_patches_frames_and_positions_are_the_librarys(family, media, checkpoint):
-    processor = processor_of(checkpoint(NAME), Data.model_validate(tiny.DATA[NAME]), family)
+def test_tokens_patches_frames_and_positions_are_the_librarys(name, family, media):
+    processor = processor_of(family.source, Data.model_validate(tiny.DATA[name]), family)
     picture, clip, other = tiny.picture(40, 24), tiny.clip(6, 24, 16), tiny.clip(4, 16, 16, 3)
     alone, heard, also = tiny.sound(0.4), tiny.sound(2.7, 1), tiny.sound(6.0, 2)
     parts = ["Look: ", picture, "hear ", alone, "both ", (clip, heard), "more ", (other, also), "what?"]
@@ -153,7 +171,7 @@ def test_tokens_patches_frames_and_positions_are_the_librarys(family, media, che
         load_audio_from_video=True,
         sampling_rate=16000,
         return_tensors="pt",
-        videos_kwargs={"do_sample_frames": False, "cap_pixels_per_frame": False},
+        videos_kwargs={"do_sample_frames": False, "cap_pixels_per_frame": False, "fps": 2.0},
     )
     assert inputs["input_ids"][0].tolist() == sample.tensors["input_ids"].tolist()
     expected = torch.cat([inputs["pixel_values"], inputs["pixel_values_videos"]])
@@ -161,8 +179,11 @@ def test_tokens_patches_frames_and_positions_are_the_librarys(family, media, che
     mask = inputs["feature_attention_mask"].bool()
     assert mask.sum(1).tolist() == sample.tensors["audio_frames"][:, 0].tolist()
     frames = inputs["input_features"].transpose(1, 2)[mask]
+    if name == tiny.OMNI3:  # the library fills a batch up to its longest sound, which changes the last frames
+        each = (media.extractor(s, sampling_rate=16000, padding=False) for s in (alone, heard, also))
+        frames = torch.cat([torch.as_tensor(made["input_features"][0]).T for made in each])
     torch.testing.assert_close(sample.tensors["input_features"], frames, rtol=0, atol=1e-5)
-    thinker = load_hub(checkpoint(NAME))
+    thinker = opened(family, torch.float32)
     positions, _ = thinker.get_rope_index(
         inputs["input_ids"],
         inputs["image_grid_thw"],
@@ -173,18 +194,37 @@ def test_tokens_patches_frames_and_positions_are_the_librarys(family, media, che
         torch.as_tensor(inputs["video_second_per_grid"]),
     )
     assert torch.equal(sample.tensors["position_ids"][1:], positions[:, 0])
+    assert positions.dtype == sample.tensors["position_ids"].dtype
 
 
-def test_what_cannot_be_heard_is_refused(checkpoint, media):
-    for samples, said in ((200_000, "12.5 s, this model takes 6 s"), (300, "too little to be heard")):
+def test_a_short_sound_is_the_same_in_any_pack(checkpoint):
+    """The library's tower fills chunks up to the longest of a call: there a sound of less than a second depends
+    on the others. Here it is always filled up to a whole chunk."""
+    family = catalog.family(Model(source=str(checkpoint(tiny.OMNI3)), experts="eager"))
+    media = family.media_processor(Data.model_validate(tiny.DATA[tiny.OMNI3]))
+    short, long = (tiny.sample(media, [tiny.sound(seconds), "what?"]) for seconds in (0.3, 1.5))
+    model, tower = loaded(family), opened(family).model.audio_tower
+    _, together = ours(family, model, pack([long, short]))
+    _, alone = ours(family, model, pack([short]))
+    torch.testing.assert_close(together[:, long.measure.tokens :], alone, rtol=1e-9, atol=1e-9)
+    rows = [sample.tensors["input_features"].double() for sample in (long, short)]
+    lengths = [torch.tensor([len(each)]) for each in rows]
+    both = tower(torch.cat(rows).T, torch.cat(lengths)).last_hidden_state[20:]
+    assert not torch.allclose(both, tower(rows[1].T, lengths[1]).last_hidden_state, rtol=1e-3)
+    mine = family.sound(model, rows[1], lengths[1], torch.device("cpu"))
+    torch.testing.assert_close(mine, both, rtol=1e-9, atol=1e-9)
+
+
+def test_what_cannot_be_heard_is_refused(name, family, media):
+    for samples, said in ((200_000, "12.5 s, this model takes 6 s"), (150, "too little to be heard")):
         with pytest.raises(PolymodalError, match=said):
             media.span(MediaShape("audio", samples=samples))
     for changes, said in (
         ({"audio_config.output_dim": 32}, "features of 32"),
-        ({"audio_config.n_window": 3}, "is odd"),
+        ({"audio_config.n_window": 3}, "is odd" if name == tiny.OMNI else "chunks of 100"),
     ):
         with pytest.raises(PolymodalError, match=said):
-            catalog.family(Model(source=str(checkpoint(NAME)), config=changes))
+            catalog.family(Model(source=family.source, config=changes))
 
 
 def test_towers_hold_every_parameter_once_and_an_example_fits(family):
@@ -198,9 +238,11 @@ def test_towers_hold_every_parameter_once_and_an_example_fits(family):
     assert batch["audio_frames"].tolist() == [[8], [8], [5]] and batch["input_features"].shape == (21, 16)
 
 
-@pytest.mark.parametrize("key", ["3b", "7b"])
-def test_published_sizes_have_their_parameters(key):
-    card = catalog.cards()[NAME]
+@pytest.mark.parametrize(
+    "name, key", [(name, key) for name in tiny.OMNIS for key in catalog.cards()[name].sizes]
+)
+def test_published_sizes_have_their_parameters(name, key):
+    card = catalog.cards()[name]
     size = card.sizes[key]
     family = card.family(card, transformers.AutoConfig.for_model(**size.config), size.hub)
     family.check()
@@ -277,15 +319,15 @@ def test_what_cannot_be_heard_is_said_with_its_row(recordings, hearing, checkpoi
         ChatProcessor(deaf, Data.model_validate({"video": {"sound": True}}))
 
 
-def test_chat_asks_as_training_does(recordings, hearing, family, checkpoint):
+def test_chat_asks_as_training_does(recordings, hearing, family):
     """Tokens, and logits after them, of a question with a picture, a recording and a video with its sound."""
     row = asked("<image>Look, <audio>listen, <video>what?")
     row |= {"images": ["a.png"], "audios": ["a.flac"], "videos": ["film.mp4"]}
     record = RowReader("auto", Attr(), str(recordings / "x.jsonl"), None).record(row, "row 1")
     prompt = hearing.prompt(record)
     data = Data.model_validate({"video": {"sound": True, "min_pixels": 64, "max_pixels": 4096}})
-    model = load_hub(checkpoint(NAME), torch.float32).eval()
-    engine = Engine(model, processor_of(checkpoint(NAME), data, family), video=data.video)
+    model = opened(family, torch.float32).eval()
+    engine = Engine(model, processor_of(family.source, data, family), video=data.video)
     asking = record.messages[:-1]
     inputs = engine._encode([engine._prepare(0, "0", asking)])
     assert inputs["input_ids"][0].tolist() == prompt.tensors["input_ids"].tolist()
@@ -299,8 +341,8 @@ def test_chat_asks_as_training_does(recordings, hearing, family, checkpoint):
         engine.answer([Message("user", (Media("audio", str(recordings / "long.wav")),))])
 
 
-def test_an_export_has_the_talker_byte_for_byte(checkpoint, tmp_path):
-    source, target = checkpoint(NAME), tmp_path / "out"
+def test_an_export_has_the_talker_byte_for_byte(name, checkpoint, tmp_path):
+    source, target = checkpoint(name), tmp_path / "out"
     done = export(str(source), str(target), dtype="bf16", max_shard_bytes=300_000)
     assert done.tokens and len(list(target.glob("*.safetensors"))) > 1
     before = load_file(source / "model.safetensors")
@@ -310,11 +352,15 @@ def test_an_export_has_the_talker_byte_for_byte(checkpoint, tmp_path):
         own = key.startswith("thinker.")
         assert after[key].dtype == (torch.bfloat16 if own else value.dtype)
         assert torch.equal(after[key], value.to(after[key].dtype)), key
-    assert (target / "spk_dict.pt").read_bytes() == (source / "spk_dict.pt").read_bytes()
+    for file in catalog.cards()[name].family.beside_files:
+        assert (target / file).read_bytes() == (source / file).read_bytes()
     old, new = (json.loads((at / "config.json").read_text()) for at in (source, target))
     assert new["talker_config"] == old["talker_config"] and new["dtype"] == "bfloat16"
-    whole = transformers.Qwen2_5OmniForConditionalGeneration.from_pretrained(target)
-    assert whole.speaker_map and catalog.find(target).name == NAME
+    kind = (
+        "Qwen2_5OmniForConditionalGeneration" if name == tiny.OMNI else "Qwen3OmniMoeForConditionalGeneration"
+    )
+    whole = getattr(transformers, kind).from_pretrained(target)
+    assert whole.talker is not None and catalog.find(target).name == name
     plain = export(str(source), str(tmp_path / "plain"), layout="transformers")
     assert plain.tokens and not any(
         "talker" in key for key in load_file(tmp_path / "plain" / "model.safetensors")

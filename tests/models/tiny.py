@@ -86,10 +86,31 @@ OMNI_TEMPLATE = (
         "{%- elif part.type == 'audio' or 'audio' in part %}<|audio_bos|><|AUDIO|><|audio_eos|>\n{%- elif 'text' in part",
     )
 )
+OMNI3 = "qwen3-omni"
+OMNIS = (OMNI, OMNI3)
+OMNI3_TOKENS = {
+    **{f"{kind}_token": f"<|{kind}_pad|>" for kind in ("image", "video", "audio")},
+    **{f"{kind}_bos_token": f"<|{kind}_start|>" for kind in ("vision", "audio")},
+    **{f"{kind}_eos_token": f"<|{kind}_end|>" for kind in ("vision", "audio")},
+}
+OMNI3_TEMPLATE = TEMPLATE.replace(
+    "{%- elif 'text' in part",
+    "{%- elif part.type == 'audio' or 'audio' in part %}<|audio_start|><|audio_pad|><|audio_end|>\n{%- elif 'text' in part",
+)
 BANDS, HEARD_SECONDS = 16, 6
-"""Mel bands, and the longest sound of the tiny omni model; its windows are 8 frames, 80 ms."""
-DATA = {OMNI: {"video": {"min_pixels": 64, "max_pixels": 4096}}}
+"""Mel bands, and the longest sound of the tiny omni models. Windows of Qwen2.5-Omni are 8 frames, 80 ms; those of
+Qwen3-Omni two chunks of a second, which its library does not allow to be shorter."""
+DATA = {name: {"video": {"min_pixels": 64, "max_pixels": 4096}} for name in OMNIS}
 """data sections of models whose video limits are no part of their files."""
+ASR = "qwen3-asr"
+ASR_TOKENS = {name: text for name, text in OMNI3_TOKENS.items() if name.startswith("audio")}
+ASR_TEMPLATE = """{% set said = messages | selectattr('role', 'equalto', 'system') | list %}
+{{- '<|im_start|>system\n' }}{% for m in said %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}
+{%- for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' }}
+{%- if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}
+{%- if p.type == 'audio' or 'audio' in p %}<|audio_start|><|audio_pad|><|audio_end|>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+"""As the model was trained: a system turn always, that holds the context; the recording; what is said."""
 GLM = ("glm4.1v", "glm4.5v")
 GLM_SPECIALS = [
     "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|begin_of_image|>",
@@ -108,7 +129,7 @@ def tokenizer(
     size: int = 700,
     internvl: bool = False,
     llava: bool = False,
-    omni: bool = False,
+    omni: str = "",
     deepseek: bool = False,
     minicpm: bool = False,
     glm: bool = False,
@@ -155,14 +176,16 @@ def tokenizer(
         made.chat_template = internvl_chat.TEMPLATE
         return made
     if omni:
-        core.add_special_tokens(list(OMNI_TOKENS.values()))
+        named = {OMNI: OMNI_TOKENS, OMNI3: OMNI3_TOKENS, ASR: ASR_TOKENS}[omni]
+        core.add_tokens(["<asr_text>"] if omni == ASR else [])
+        core.add_special_tokens(list(named.values()))
         made = PreTrainedTokenizerFast(
             tokenizer_object=core,
             pad_token="<|endoftext|>",
             eos_token="<|im_end|>",
-            extra_special_tokens=OMNI_TOKENS,
+            extra_special_tokens=named,
         )
-        made.chat_template = OMNI_TEMPLATE
+        made.chat_template = {OMNI: OMNI_TEMPLATE, OMNI3: OMNI3_TEMPLATE, ASR: ASR_TEMPLATE}[omni]
         return made
     if deepseek:
         core.add_special_tokens([*deepseek_vl2_processor.TOKENS, deepseek_vl2_processor.PAD])
@@ -285,7 +308,7 @@ def omni_config(tied: bool, overrides: dict[str, Any]) -> Any:
     """The thinker's."""
     import transformers
 
-    tokens = tokenizer(omni=True)
+    tokens = tokenizer(omni=OMNI)
     ids = {name: tokens.convert_tokens_to_ids(text) for name, text in OMNI_TOKENS.items()}
     parts: dict[str, dict[str, Any]] = {
         "text_config": {
@@ -317,6 +340,73 @@ def omni_config(tied: bool, overrides: dict[str, Any]) -> Any:
         vision_end_token_id=ids["vision_eos_token"],
         tie_word_embeddings=tied,
     )
+
+
+def omni3_config(tied: bool, overrides: dict[str, Any]) -> Any:
+    """The thinker's."""
+    import transformers
+
+    tokens = tokenizer(omni=OMNI3)
+    ids = {name: tokens.convert_tokens_to_ids(text) for name, text in OMNI3_TOKENS.items()}
+    parts: dict[str, dict[str, Any]] = {
+        "text_config": {
+            "vocab_size": -(-len(tokens) // 16) * 16, "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+            "max_position_embeddings": 4096, "tie_word_embeddings": tied,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1,
+            "router_aux_loss_coef": 0.01,
+        },
+        "vision_config": {
+            "depth": 4, "hidden_size": 32, "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": 2,
+            "temporal_patch_size": 2, "intermediate_size": 48, "out_hidden_size": 64, "num_position_embeddings": 36,
+            "deepstack_visual_indexes": [0, 2],
+        },
+        "audio_config": {
+            "num_mel_bins": BANDS, "encoder_layers": 4, "encoder_attention_heads": 2, "encoder_ffn_dim": 48,
+            "d_model": 32, "max_source_positions": 100, "n_window": 50, "n_window_infer": 200, "output_dim": 64,
+            "downsample_hidden_size": 4,
+        },
+    }  # fmt: skip
+    for key, value in overrides.items():
+        section, _, leaf = key.replace("__", ".").rpartition(".")
+        parts[section][leaf] = value
+    return transformers.Qwen3OmniMoeThinkerConfig(
+        **parts,
+        **{f"{kind}_token_id": ids[f"{kind}_token"] for kind in ("image", "video", "audio")},
+        audio_start_token_id=ids["audio_bos_token"],
+        audio_end_token_id=ids["audio_eos_token"],
+        user_token_id=0,
+        vision_start_token_id=ids["vision_bos_token"],
+        vision_end_token_id=ids["vision_eos_token"],
+        position_id_per_seconds=13,
+        tie_word_embeddings=tied,
+    )
+
+
+def asr_config(overrides: dict[str, Any]) -> Any:
+    """With a tied head, as both published sizes have."""
+    import transformers
+
+    tokens = tokenizer(omni=ASR)
+    parts: dict[str, dict[str, Any]] = {
+        "text_config": {
+            "model_type": "qwen3", "vocab_size": -(-len(tokens) // 16) * 16, "hidden_size": 64,
+            "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 16, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+        },
+        "audio_config": {
+            "model_type": "qwen3_asr_encoder", "num_mel_bins": BANDS, "encoder_layers": 4,
+            "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "d_model": 32, "n_window_infer": 200,
+            "output_dim": 64, "downsample_hidden_size": 4,
+        },
+    }  # fmt: skip
+    for key, value in overrides.items():
+        section, _, leaf = key.replace("__", ".").rpartition(".")
+        parts[section][leaf] = value
+    ids = {"audio_token_id": tokens.audio_token_id, "pad_token_id": tokens.pad_token_id}
+    ids["timestamp_token_id"] = tokens.pad_token_id  # of the aligner
+    return transformers.Qwen3ASRConfig(**parts, **ids, eos_token_id=tokens.eos_token_id)
 
 
 def deepseek_config(name: str, overrides: dict[str, Any]) -> Any:
@@ -413,6 +503,10 @@ def config(name: str, tied: bool = False, **overrides: Any) -> Any:
         return llava_config(tied, overrides)
     if name == OMNI:
         return omni_config(tied, overrides)
+    if name == OMNI3:
+        return omni3_config(tied, overrides)
+    if name == ASR:
+        return asr_config(overrides)
     if name in DEEPSEEK:
         return deepseek_config(name, overrides)
     if name in MINICPM:
@@ -507,8 +601,10 @@ def checkpoint(
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     settings = config(name, tied, **overrides)
-    if name == OMNI:
-        model = omni_model(settings)
+    if name in OMNIS:
+        model = omni_model(settings) if name == OMNI else omni3_model(settings)
+    elif name == ASR:
+        model = transformers.Qwen3ASRForConditionalGeneration(settings)
     else:
         model = transformers.AutoModelForImageTextToText.from_config(settings, dtype=torch.float32)
     with (
@@ -525,7 +621,7 @@ def checkpoint(
     model.to(dtype).save_pretrained(directory)
     kinds = {"internvl": name in INTERNVL, "deepseek": name in DEEPSEEK, "glm": name in GLM}
     kinds["minicpm"] = name in MINICPM
-    tokens = tokenizer(llava=name == "llava", omni=name == OMNI, **kinds)
+    tokens = tokenizer(llava=name == "llava", omni=name if name in (*OMNIS, ASR) else "", **kinds)
     if name == OMNI:
         torch.save({"Chelsie": {"bos_token": 1}}, directory / "spk_dict.pt")
     if name in DEEPSEEK:
@@ -533,7 +629,7 @@ def checkpoint(
         (directory / "processor_config.json").write_text(json.dumps({"sft_format": "deepseek"}))
     elif name in MINICPM:
         tokens.save_pretrained(directory)
-    elif name in (*INTERNVL, "llava", OMNI, *GLM):
+    elif name in (*INTERNVL, "llava", *OMNIS, ASR, *GLM):
         processor(name).save_pretrained(directory)
     else:
         tokens.save_pretrained(directory)
@@ -578,6 +674,40 @@ def omni_model(thinker: Any) -> Any:
         token2wav_config={"dit_config": diffusion, "bigvgan_config": vocoder},
     )
     return transformers.Qwen2_5OmniForConditionalGeneration(whole)
+
+
+def omni3_model(thinker: Any) -> Any:
+    """The whole model, with a talker and a code2wav as small as they can be."""
+    import transformers
+
+    small = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+    }  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+    sparse = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    sparse |= {"shared_expert_intermediate_size": 16, "rope_parameters": rope}
+    talker = {
+        "text_config": small | sparse,
+        "code_predictor_config": small | {"num_code_groups": 2},
+        "num_code_groups": 2,
+        "thinker_hidden_size": 64,
+        "accept_hidden_layer": 1,
+        "spatial_merge_size": 2,
+    }
+    code2wav = {
+        "codebook_size": 16, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "intermediate_size": 32, "num_hidden_layers": 1, "num_quantizers": 2, "upsample_rates": [2],
+        "upsampling_ratios": [2], "decoder_dim": 16,
+    }  # fmt: skip
+    whole = transformers.Qwen3OmniMoeConfig(
+        thinker_config=thinker.to_dict(), talker_config=talker, code2wav_config=code2wav
+    )
+    made = transformers.Qwen3OmniMoeForConditionalGeneration(whole)
+    for name, parameter in made.talker.named_parameters():
+        if ".experts." in name:  # the library leaves them as memory has them
+            torch.nn.init.normal_(parameter, std=0.02)
+    return made
 
 
 def original_internvl(name: str, source: Path, directory: str | Path) -> Path:
@@ -814,7 +944,7 @@ def processors(name: str) -> tuple[Any, Any]:
             transformers.Glm4vVideoProcessor(size={"shortest_edge": 256, "longest_edge": 16384}, **common),
         )
     image = transformers.Qwen2VLImageProcessor(size=size, **common)
-    if name.startswith("qwen3"):
+    if name.startswith("qwen3-vl"):
         volume = {"shortest_edge": 256, "longest_edge": 16384}
         return image, transformers.Qwen3VLVideoProcessor(size=volume, **common)
     return image, transformers.Qwen2VLVideoProcessor(size=size, **common)
@@ -830,14 +960,17 @@ def processor(name: str) -> Any:
         return transformers.InternVLProcessor(
             image, tokens, video, image_seq_length=4, chat_template=internvl_chat.TEMPLATE
         )
-    if name == OMNI:
+    if name == ASR:
+        hear = transformers.Qwen3ASRFeatureExtractor(feature_size=BANDS, chunk_length=HEARD_SECONDS)
+        return transformers.Qwen3ASRProcessor(hear, tokenizer(omni=ASR), chat_template=ASR_TEMPLATE)
+    if name in OMNIS:
         image, video = processors(name)
         hear = transformers.WhisperFeatureExtractor(
             feature_size=BANDS, chunk_length=HEARD_SECONDS, return_attention_mask=True
         )
-        return transformers.Qwen2_5OmniProcessor(
-            image, video, hear, tokenizer(omni=True), chat_template=OMNI_TEMPLATE
-        )
+        kind = transformers.Qwen2_5OmniProcessor if name == OMNI else transformers.Qwen3OmniMoeProcessor
+        template = OMNI_TEMPLATE if name == OMNI else OMNI3_TEMPLATE
+        return kind(image, video, hear, tokenizer(omni=name), chat_template=template)
     if name in DEEPSEEK:
         images = deepseek_vl2_processor.DeepseekVL2ImageProcessor(
             config(name).candidate_resolutions, image_size=5 * PATCH

@@ -139,6 +139,7 @@ class QwenVL(VisionLanguage):
     streams = (VISION,)
     rows_of = WeakTensorKeyDictionary()
     """Row numbers of the masks that are given to the language model with deepstack's features."""
+    deep_mergers = "deepstack_merger_list"
     position_rows = 4  # its own count, then time, height, width
 
     def build(self) -> nn.Module:
@@ -166,7 +167,7 @@ class QwenVL(VisionLanguage):
         self, model: nn.Module, stream: MediaStream, batch: Batch, carry: dict[str, Tensor]
     ) -> Tensor | None:
         made: list[Tensor] = []
-        mergers = getattr(model.model.visual, "deepstack_merger_list", ())
+        mergers = getattr(model.model.visual, self.deep_mergers, ())
         here = [merger for merger in mergers if not isinstance(merger, PrunedModule)]
         hooks = [merger.register_forward_hook(lambda _, __, out: made.append(out)) for merger in here]
         try:
@@ -180,10 +181,11 @@ class QwenVL(VisionLanguage):
             carry["deepstack"] = own if before is None else torch.cat([before, own.to(before.dtype)])
         return state
 
-    def embed(self, model: nn.Module, batch: Batch, carried: dict[str, Tensor]) -> Tensor:
-        if "deepstack" not in carried:
-            return super().embed(model, batch, carried)
-        hidden = model.get_submodule(self.card.embedding)(batch["input_ids"])
+    def add_features(
+        self, stream: MediaStream, batch: Batch, hidden: Tensor, carried: dict[str, Tensor]
+    ) -> Tensor:
+        if stream.name != VISION.name or "deepstack" not in carried:
+            return super().add_features(stream, batch, hidden, carried)
         features = carried.pop("vision.features").to(hidden.dtype)
         levels = carried["deepstack"].to(hidden.dtype)
         if "vision" in batch.media:
@@ -226,6 +228,8 @@ class QwenVL(VisionLanguage):
         if before["vision"] < vision.depth:
             levels = sum(index < before["vision"] for index in indexes)
             rows = shapes["vision.state"][0] // vision.spatial_merge_size**2
+        elif "vision.features" in shapes:  # another tower goes on
+            levels, rows = len(indexes), shapes["vision.features"][0]
         else:
             levels, rows = len(indexes) - before["language"], max(1, self.received(VISION, batch))
         return {**shapes, "deepstack": (levels, rows, self.text.hidden_size)} if levels > 0 else shapes
@@ -233,7 +237,7 @@ class QwenVL(VisionLanguage):
     def stage_neighbours(self) -> dict[str, str]:
         indexes = getattr(self.config.vision_config, "deepstack_visual_indexes", None) or ()
         return {
-            f"model.visual.deepstack_merger_list.{at}": f"model.visual.blocks.{index}"
+            f"model.visual.{self.deep_mergers}.{at}": f"model.visual.blocks.{index}"
             for at, index in enumerate(indexes)
         }
 

@@ -65,6 +65,7 @@ class VisionLanguage(Family):
     """
 
     layout = "packed"
+    auto = "AutoModelForImageTextToText"  # transformers' class that knows the model
     streams: tuple[MediaStream, ...] = (MediaStream("vision", "pixel_values", "grid_thw"),)
 
     # -- what a model's own file defines
@@ -117,11 +118,11 @@ class VisionLanguage(Family):
 
     def build(self) -> nn.Module:
         """The library's model on meta in float32, with packed attention in text and towers."""
-        from transformers import AutoModelForImageTextToText
+        import transformers
 
         experts = {} if self.experts == "auto" else {"experts_implementation": self.experts}
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(
+            model = getattr(transformers, self.auto).from_config(
                 copy.deepcopy(self.config), dtype=torch.float32, attn_implementation="sdpa", **experts
             )
         packed_attention.use(model, self.attention)
@@ -254,13 +255,19 @@ class VisionLanguage(Family):
         """Token embeddings with media features at the placeholders; features are removed from `carried`."""
         hidden = model.get_submodule(self.card.embedding)(batch["input_ids"])
         for stream in self.streams:
-            features = carried.pop(f"{stream.name}.features").to(hidden.dtype)
-            exchange = batch.media.get(stream.name)
-            if exchange is not None:
-                features = exchange.features(features)
-            features = self.repeated(stream, batch, features)
-            hidden = self.insert_features(stream, batch, hidden, features)
+            hidden = self.add_features(stream, batch, hidden, carried)
         return hidden
+
+    def add_features(
+        self, stream: MediaStream, batch: Batch, hidden: Tensor, carried: dict[str, Tensor]
+    ) -> Tensor:
+        """Token embeddings [1, T, D] with a stream's features, which are removed from `carried`."""
+        features = carried.pop(f"{stream.name}.features").to(hidden.dtype)
+        exchange = batch.media.get(stream.name)
+        if exchange is not None:
+            features = exchange.features(features)
+        features = self.repeated(stream, batch, features)
+        return self.insert_features(stream, batch, hidden, features)
 
     def insert_features(self, stream: MediaStream, batch: Batch, hidden: Tensor, features: Tensor) -> Tensor:
         """Token embeddings [1, T, D] with the features of this rank's placeholder tokens."""
