@@ -110,6 +110,11 @@ class MediaStream:
     medium's number of rows in `tensor`: (t, h, w) in patches, (tiles,), (frames,)."""
     axes: tuple[Axis, ...] = ("patch", "none")  # of `tensor`
 
+    @property
+    def hears(self) -> bool:
+        """Whether its rows are frames of sound."""
+        return self.axes[0] == "frame"
+
 
 @dataclass(frozen=True)
 class SampleLengths:
@@ -360,6 +365,12 @@ class MediaProcessor(Protocol):
 
     def picture_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in pixels of a picture of this size when the model sees it."""
+
+    def conversation(self, record: Record) -> Record:
+        """A record as the model was taught to answer it, where that is more than the row's own words.
+
+        Raises PolymodalError for a record that the model does not take.
+        """
 
     def placeholder(self, kind: str) -> str:
         """Text that the chat is rendered with where a medium stands, e.g.

@@ -174,7 +174,7 @@ class ChatProcessor:
                 "To learn the preferred answers alone, set data.attr.response=chosen where rows have a "
                 "prompt, else data.attr.messages=chosen.",
             )
-        record = self.boxes.record(record)
+        record = self.media.conversation(self.boxes.record(record))
         weights = {} if prompt else self._weights(record)
         if prompt and not record.plain:
             layout = self.template.prompt(record)

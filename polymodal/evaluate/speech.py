@@ -28,7 +28,7 @@ from polymodal.evaluate.word_errors import (
     normaliser,
     word_errors,
 )
-from polymodal.generate.transcribe import Speech, Transcriber
+from polymodal.generate.transcribe import Speech, Transcriber, transcriber_of
 from polymodal.recipe import Dataset
 
 NAME = "speech"
@@ -184,7 +184,7 @@ def main(
 
     where = results.directory(out, checkpoint, NAME)
     with opened_model(checkpoint, **opening) as made:
-        transcriber = Transcriber(made.model, made.processor, name=made.name, identity=made.identity)
+        transcriber = transcriber_of(made.model, made.processor, name=made.name, identity=made.identity)
         result = evaluate(transcriber, data, out=where, progress=True, **options)
     if result is not None:
         results.show(result, where, errors="could not be transcribed and count as wholly wrong")

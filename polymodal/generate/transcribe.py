@@ -23,10 +23,12 @@ from polymodal.core.terminal import say, say_lines
 from polymodal.data import audio
 from polymodal.data.files import AUDIO, VIDEO
 from polymodal.generate.opening import open_model
+from polymodal.models.audio.qwen3_asr_media import language_name
 from polymodal.models.audio.whisper_speech import UNSPACED
 
 FORMATS = ("txt", "srt", "vtt", "json")
 FRAME = 0.05  # seconds of audio whose loudness is compared, where long audio is cut
+TOKENS = 1024  # of the text of a piece, at most
 LAST = 0.25  # share of a piece, at its end, in which the cut is sought
 
 
@@ -72,11 +74,14 @@ class _Recording:
     seconds: float
     missing: int
     segments: dict[float, list[Segment]] = field(default_factory=dict)
+    heard: dict[float, str | None] = field(default_factory=dict)  # languages of pieces
 
     def transcript(self) -> Transcript:
         segments = tuple(s for start in sorted(self.segments) for s in self.segments[start])
-        text = ("" if self.language in UNSPACED else " ").join(segment.text for segment in segments)
-        return Transcript(text, self.seconds, self.language, segments)
+        heard = (self.heard[start] for start in sorted(self.heard))
+        language = next((each for each in heard if each is not None), self.language)
+        text = ("" if language in UNSPACED else " ").join(segment.text for segment in segments)
+        return Transcript(text, self.seconds, language, segments)
 
 
 @dataclass(frozen=True)
@@ -89,22 +94,39 @@ class _Piece:
 
 
 class Transcriber:
-    """A model that transcribes, with its processor, on one device. Raises PolymodalError for other models."""
+    """A model that transcribes, with its processor, on one device. `transcriber_of` chooses the kind."""
 
-    def __init__(self, model: Any, processor: Any, *, name: str = "model", identity: str = ""):
-        self.extractor = getattr(processor, "feature_extractor", None)
-        self.tokenizer = getattr(processor, "tokenizer", None)
-        if self.extractor is None or not hasattr(self.extractor, "chunk_length"):
-            raise PolymodalError(
-                f"{name} does not transcribe speech.",
-                'Give a checkpoint of a model that does (`polymodal models --for "transcribe speech"`).',
-            )
-        self.model, self.name, self.identity = model, name, identity
+    seconds: float  # that are transcribed at once
+    rate: int  # samples a second
+
+    def __init__(self, model: Any, processor: Any, name: str = "model", identity: str = ""):
+        self.model, self.processor, self.name, self.identity = model, processor, name, identity
+        self.extractor, self.tokenizer = processor.feature_extractor, processor.tokenizer
         self.seconds, self.rate = float(self.extractor.chunk_length), self.extractor.sampling_rate
-        settings = model.generation_config
-        languages = getattr(settings, "lang_to_id", None) or {}  # {"<|en|>": 50259, ...}
-        self.languages = {i: token[2:-2] for token, i in languages.items()}
-        self.multilingual = bool(getattr(settings, "is_multilingual", self.languages))
+
+    # -- of each kind ----------------------------------------------------------------------------------------
+
+    def check(self, job: Speech, timestamps: bool = False) -> None:
+        """Raise PolymodalError for a task or a language that the model does not know, or for times that it
+        does not write."""
+        raise NotImplementedError
+
+    def code(self, job: Speech) -> str | None:
+        """The code of a job's language, None where the model detects it. Raises as `check` does."""
+        raise NotImplementedError
+
+    def detected(self, samples: np.ndarray) -> str | None:
+        """The language at the beginning of a recording, where it must be known before its pieces are
+        transcribed."""
+        return None
+
+    def spoken(
+        self, pieces: Sequence[_Piece], task: str, timestamps: bool, beams: int
+    ) -> list[tuple[list[Segment], str | None]]:
+        """Of each piece its segments, and the language that was heard in it, in one call of the library."""
+        raise NotImplementedError
+
+    # --------------------------------------------------------------------------------------------------------
 
     def transcripts(
         self, jobs: Sequence[Speech], *, timestamps: bool = False, batch_size: int = 8, beams: int = 1
@@ -116,6 +138,7 @@ class Transcriber:
         waiting: list[_Piece] = []
         for position, job in enumerate(jobs):
             try:
+                self.check(job, timestamps)
                 waiting += self._pieces(position, job)
             except PolymodalError as error:
                 yield position, error
@@ -131,17 +154,46 @@ class Transcriber:
         header = audio.audio_header(job.source)
         samples = audio.decode_audio(job.source, header, self.rate, job.start, job.stop)
         ranges = quiet_cuts(samples, self.rate, self.seconds)
-        if self.multilingual and language is None:
-            first = self._inputs([samples[: ranges[0][1]]])["input_features"]
-            language = self.languages[int(self.model.detect_language(first))]
+        if language is None:
+            language = self.detected(samples[: ranges[0][1]])
         made = _Recording(position, job.task, language, len(samples) / self.rate, len(ranges))
         return [_Piece(made, start / self.rate, samples[start:stop]) for start, stop in ranges]
 
-    def code(self, job: Speech) -> str | None:
-        """The code of a job's language, None where the model detects it.
+    def _transcribed(
+        self, pieces: Sequence[_Piece], task: str, timestamps: bool, beams: int
+    ) -> Iterator[tuple[int, Transcript]]:
+        """Transcripts that are whole with these pieces."""
+        with torch.inference_mode(), _without_warnings():
+            found = self.spoken(pieces, task, timestamps, beams)
+        for piece, (segments, language) in zip(pieces, found, strict=True):
+            recording = piece.recording
+            recording.segments[piece.start] = [segment for segment in segments if segment.text]
+            recording.heard[piece.start] = language
+            recording.missing -= 1
+            if not recording.missing:
+                yield recording.position, recording.transcript()
 
-        Raises PolymodalError for a language, or a task, that the model does not know.
-        """
+
+class EncoderDecoderTranscriber(Transcriber):
+    """Whisper: the task, the language and whether there are times are tokens of the decoder."""
+
+    def __init__(self, model: Any, processor: Any, name: str = "model", identity: str = ""):
+        super().__init__(model, processor, name, identity)
+        settings = model.generation_config
+        languages = getattr(settings, "lang_to_id", None) or {}  # {"<|en|>": 50259, ...}
+        self.languages = {i: token[2:-2] for token, i in languages.items()}
+        self.multilingual = bool(getattr(settings, "is_multilingual", self.languages))
+
+    def check(self, job: Speech, timestamps: bool = False) -> None:
+        self.code(job)
+
+    def detected(self, samples: np.ndarray) -> str | None:
+        if not self.multilingual:
+            return None
+        first = self._inputs([samples])["input_features"]
+        return self.languages[int(self.model.detect_language(first))]
+
+    def code(self, job: Speech) -> str | None:
         from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
         if not self.multilingual and job.task != "transcribe":
@@ -168,28 +220,87 @@ class Transcriber:
         features = made.input_features.to(first.device, first.dtype)
         return {"input_features": features, "attention_mask": made.attention_mask.to(first.device)}
 
-    def _transcribed(
+    def spoken(
         self, pieces: Sequence[_Piece], task: str, timestamps: bool, beams: int
-    ) -> Iterator[tuple[int, Transcript]]:
-        """Transcripts that are whole with these pieces: one call of the library, which takes several
-        languages but one task."""
+    ) -> list[tuple[list[Segment], str | None]]:
+        """The library takes several languages in a call, but one task."""
         options: dict[str, Any] = {"return_timestamps": timestamps, "num_beams": beams}
         if self.multilingual:
             options |= {"language": [piece.recording.language for piece in pieces], "task": task}
-        with torch.inference_mode(), _without_warnings():
-            out = self.model.generate(**self._inputs([piece.samples for piece in pieces]), **options)
+        out = self.model.generate(**self._inputs([piece.samples for piece in pieces]), **options)
+        made = []
         for piece, ids in zip(pieces, out, strict=True):
-            recording, seconds = piece.recording, len(piece.samples) / self.rate
+            seconds = len(piece.samples) / self.rate
             if timestamps:
                 parts = self.tokenizer.decode(ids, output_offsets=True)["offsets"]
                 found = [_segment(part, piece.start, seconds) for part in parts]
             else:
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
                 found = [Segment(piece.start, piece.start + seconds, text.strip())]
-            recording.segments[piece.start] = [segment for segment in found if segment.text]
-            recording.missing -= 1
-            if not recording.missing:
-                yield recording.position, recording.transcript()
+            made.append((found, piece.recording.language))
+        return made
+
+
+class PromptedTranscriber(Transcriber):
+    """Qwen3-ASR: a language model that is asked for the text by the library's transcription request, and says
+    the language before it. A language that is given is written into its answer."""
+
+    def check(self, job: Speech, timestamps: bool = False) -> None:
+        if job.task != "transcribe":
+            raise PolymodalError(
+                f"{self.name} transcribes, it does not {job.task}.", "Take a Whisper to translate."
+            )
+        if timestamps:
+            raise PolymodalError(
+                f"{self.name} writes no times.",
+                "Leave --timestamps out and take --format txt or json, or a Whisper.",
+            )
+        self.code(job)
+
+    def code(self, job: Speech) -> str | None:
+        return None if job.language is None else language_name(job.language)[0]
+
+    def spoken(
+        self, pieces: Sequence[_Piece], task: str, timestamps: bool, beams: int
+    ) -> list[tuple[list[Segment], str | None]]:
+        asked = [piece.recording.language for piece in pieces]
+        samples = [piece.samples for piece in pieces]
+        # a list of languages must have one for each
+        prompts = [
+            self.processor.apply_transcription_request(audio=[each], language=language, tokenize=False)[0]
+            for each, language in zip(samples, asked, strict=True)
+        ]
+        first = next(self.model.parameters())
+        inputs = self.processor(text=prompts, audio=samples, sampling_rate=self.rate).to(first.device)
+        inputs["input_features"] = inputs["input_features"].to(first.dtype)
+        out = self.model.generate(**inputs, num_beams=beams, do_sample=False, max_new_tokens=TOKENS)
+        answers = out[:, inputs["input_ids"].shape[1] :].tolist()
+        made: list[tuple[list[Segment], str | None]] = []
+        for piece, ids in zip(pieces, answers, strict=True):
+            said = self.processor.decode(ids, return_format="parsed")
+            language = piece.recording.language
+            if language is None and said["language"]:
+                with contextlib.suppress(PolymodalError):  # what it writes need not be a language
+                    language = language_name(said["language"])[0]
+            stop = piece.start + len(piece.samples) / self.rate
+            made.append(([Segment(piece.start, stop, said["transcription"])], language))
+        return made
+
+
+def transcriber_of(model: Any, processor: Any, *, name: str = "model", identity: str = "") -> Transcriber:
+    """By what the library's processor can be asked. Raises PolymodalError for other models."""
+    if not hasattr(getattr(processor, "feature_extractor", None), "chunk_length"):
+        kind = None
+    elif hasattr(processor, "apply_transcription_request"):
+        kind = PromptedTranscriber
+    else:
+        kind = EncoderDecoderTranscriber if model.config.is_encoder_decoder else None
+    if kind is None:
+        raise PolymodalError(
+            f"{name} does not transcribe speech.",
+            'Give a checkpoint of a model that does (`polymodal models --for "transcribe speech"`).',
+        )
+    return kind(model, processor, name, identity)
 
 
 @contextlib.contextmanager
@@ -312,9 +423,9 @@ def main(
     task = "translate" if translate else "transcribe"
     jobs = [Speech(str(file), language=language, task=task) for file in files]
     made = open_model(checkpoint, **options)
-    transcriber = Transcriber(made.model, made.processor, name=made.name, identity=made.identity)
-    transcriber.code(jobs[0])  # a language or a task that the model does not know is no fault of the files
+    transcriber = transcriber_of(made.model, made.processor, name=made.name, identity=made.identity)
     timestamps = timestamps or form in ("srt", "vtt")
+    transcriber.check(jobs[0], timestamps)  # what the model does not know is no fault of the files
     targets = _targets(files, form)
     failed = 0
     done = transcriber.transcripts(jobs, timestamps=timestamps, batch_size=batch_size, beams=beams)

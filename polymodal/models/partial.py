@@ -22,6 +22,8 @@ from polymodal.models.card import Chain, ModelCard, Output, PrunedModule
 
 HIDDEN = "hidden_states"
 """Name of the stream in a carry; of several, the one that the model's end takes."""
+WRITTEN = "polymodal_written"
+"""Attribute of a module whose output the library's forward writes to in place."""
 ENTERED = "polymodal_entered"
 """Attribute of a block where streams of a stage entered: shapes of the zeros they replaced."""
 
@@ -111,7 +113,8 @@ class ShapeStub(PrunedModule):
         if not isinstance(like, Tensor):
             return like
         dtype = self.dtype if self.dtype is not None and like.is_floating_point() else like.dtype
-        return torch.zeros((), dtype=dtype, device=device).expand(like.shape)
+        zeros = torch.zeros((), dtype=dtype, device=device).expand(like.shape)
+        return zeros.clone() if getattr(self.original[0], WRITTEN, False) else zeros
 
 
 def _meta(value: Any, dtype: torch.dtype | None) -> Any:

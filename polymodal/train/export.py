@@ -320,11 +320,11 @@ def _picture() -> bytes:
     return buffer.getvalue()
 
 
-def _question(rate: int) -> Record:
+def _question(rate: int = 0, picture: bool = True) -> Record:
     """A question about a picture, and about sound at this rate unless it is 0."""
     sound = [{"type": "audio", "audio": export_speech.sound(rate)}] if rate else []
     text = {"type": "text", "text": "Describe this picture in one sentence."}
-    content = [{"type": "image", "image": _picture()}, *sound, text]
+    content = [*([{"type": "image", "image": _picture()}] if picture else []), *sound, text]
     row = {"messages": [{"role": "user", "content": content}]}
     return RowReader("openai", Attr(), "", None).record(row, "the sample")
 
@@ -342,12 +342,12 @@ def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> Pro
         return Proof()
     made.fill(arithmetic)
     _round(model, what, dtype)
-    record = _question(0)
+    record = _question()
     if isinstance(family, EncoderDecoder):
         batch = export_speech.sample(family, data)
     else:
         media = family.media_processor(data)
-        record = _question(media.sample_rate)
+        record = _question(media.sample_rate, "image" in media.reads)
         batch = pack([ChatProcessor(media, data).prompt(record)])
     with torch.no_grad():
         out = family.stage(model, None, batch)

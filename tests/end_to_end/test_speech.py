@@ -20,7 +20,7 @@ from polymodal.core.errors import PolymodalError
 from polymodal.evaluate.speech import evaluate
 from polymodal.generate import transcribe
 from polymodal.generate.opening import open_model
-from polymodal.generate.transcribe import Speech, Transcriber
+from polymodal.generate.transcribe import Speech, Transcriber, transcriber_of
 from polymodal.train.export import export
 from tests.models import tiny_speech
 
@@ -73,7 +73,7 @@ def trained(ground) -> Path:
 @pytest.fixture(scope="module")
 def transcriber(trained) -> Transcriber:
     made = open_model(trained, device="cpu")
-    return Transcriber(made.model, made.processor, name=made.name, identity=made.identity)
+    return transcriber_of(made.model, made.processor, name=made.name, identity=made.identity)
 
 
 def curve(run: Path) -> list[tuple[float, float]]:
@@ -271,7 +271,7 @@ def test_models_that_do_not_transcribe_say_so(tmp_path):
     tiny.checkpoint("qwen2.5-vl", tmp_path)
     made = open_model(tmp_path, device="cpu")
     with pytest.raises(PolymodalError, match="does not transcribe speech"):
-        Transcriber(made.model, made.processor, name="qwen")
+        transcriber_of(made.model, made.processor, name="qwen")
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------
@@ -353,6 +353,6 @@ def test_adapters_are_trained_merged_and_used(ground, tmp_path):
     job, texts = [Speech(str(ground / "0.wav"), language="en")], set()
     for place in ("run", "adapter", "merged"):
         made = open_model(tmp_path / place, device="cpu")
-        ((_, found),) = Transcriber(made.model, made.processor).transcripts(job)
+        ((_, found),) = transcriber_of(made.model, made.processor).transcripts(job)
         texts.add(found.text)
     assert len(texts) == 1

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Media, MediaStream, Span
+from polymodal.core.sample import Media, MediaStream, Record, Span
 from polymodal.data.boxes import BoxFormat
 
 
@@ -74,6 +74,9 @@ class TokenMedia:
     def picture_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in pixels of a picture of this size when the model sees it."""
         return height, width
+
+    def conversation(self, record: Record) -> Record:
+        return record
 
     def placeholder(self, kind: str) -> str:
         """Text of a medium before it is expanded. Raises PolymodalError for other kinds."""
