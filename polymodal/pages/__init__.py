@@ -9,10 +9,13 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import wave
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from polymodal.core import terminal
 from polymodal.core.errors import PolymodalError
@@ -113,5 +116,34 @@ def thumbnail(picture: Image, side: int = 240) -> Picture:
     small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, "PNG" if exact else "JPEG", **({} if exact else {"quality": 80}))
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return Picture(f"data:image/{'png' if exact else 'jpeg'};base64,{data}", exact)
+    return Picture(_data_uri("image/png" if exact else "image/jpeg", buffer.getvalue()), exact)
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def waveform(samples: np.ndarray, width: int = 480, height: int = 64) -> Picture:
+    """Samples float [n] in -1..1 as SVG: of each column of pixels the lowest and the highest value."""
+    columns = np.array_split(samples, min(width, max(1, len(samples))))
+    middle, lines = height / 2, []
+    for at, column in enumerate(columns):
+        low, high = (float(np.clip(value, -1, 1)) for value in (column.min(), column.max()))
+        top, bottom = middle * (1 - high), middle * (1 - low)
+        lines.append(f"M{at + 0.5:g} {top:.1f}V{max(bottom, top + 0.6):.1f}")
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}"><path d="{"".join(lines)}" stroke="#3b82f6" fill="none"/></svg>'
+    )
+    return Picture(_data_uri("image/svg+xml", svg.encode()))
+
+
+def recording(samples: np.ndarray, rate: int) -> str:
+    """Samples float [n] in -1..1 as the data URI of a wav file of 16 bits, one channel."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+    return _data_uri("audio/wav", buffer.getvalue())

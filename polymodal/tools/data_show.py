@@ -20,6 +20,7 @@ from polymodal.data.chat import ChatProcessor
 from polymodal.data.source import Corpus
 
 MAGENTA = (255, 0, 255)  # of boxes
+PLAYED = 30.0  # seconds of audio that the page can hold: a megabyte
 Token = tuple[str, str, float | None]
 """Text, what a pointer over it shows, and the weight of its label; None for the tokens of a medium."""
 
@@ -83,14 +84,18 @@ def _media(record: Record) -> list[Media]:
     return [medium for each in record.conversations for medium in each.media]
 
 
-def _figure(medium: Media, record: Record, chat: ChatProcessor) -> tuple[str, list[pages.Picture]]:
-    """Caption and pictures: an image, four frames of a video, none of audio."""
+def _figure(medium: Media, record: Record, chat: ChatProcessor) -> tuple[str, list[pages.Picture], str]:
+    """Caption, pictures (an image, four frames of a video, the waveform of audio), and what can be played: audio
+    of at most PLAYED seconds as the model hears it, else ""."""
     label = files.label(medium.source)
     if medium.kind == "audio":
         header = audio.audio_header(medium.source)  # type: ignore[arg-type]
         start, stop = record.extra.get("start", 0.0), record.extra.get("end", header.seconds)
         part = "" if (start, stop) == (0.0, header.seconds) else f", {start:g} to {stop:g} s of it"
-        return f"{label}, {header.seconds:.1f} s, {header.rate} Hz{part}", []
+        rate = chat.media.sample_rate
+        heard = audio.decode_audio(medium.source, header, rate, start, record.extra.get("end"))  # type: ignore[arg-type]
+        player = pages.recording(heard, rate) if len(heard) <= PLAYED * rate else ""
+        return f"{label}, {header.seconds:.1f} s, {header.rate} Hz{part}", [pages.waveform(heard)], player
     if medium.kind == "video":
         header = files.video_header(medium.source, chat.video.fps)
         clip = files.clip(header, chat.video, chat.media.frame_multiple)
@@ -98,14 +103,15 @@ def _figure(medium: Media, record: Record, chat: ChatProcessor) -> tuple[str, li
         frames = files.video(medium.source, header, clip.indices[::step][:4])
         shape = f"{header.width} x {header.height}, {header.duration:.1f} s"
         caption = f"{label}, {len(clip.indices)} of {header.frames} frames, {shape}"
-        return caption, [pages.thumbnail(Image.fromarray(frame), 160) for frame in frames]
+        return caption, [pages.thumbnail(Image.fromarray(frame), 160) for frame in frames], ""
     picture = files.image(medium.source)  # type: ignore[arg-type]
     caption = f"{label}, {picture.width} x {picture.height}"
     own = [box for box in record.boxes if box.picture == medium]
     if not own:
-        return caption, [pages.thumbnail(picture, 256)]
+        return caption, [pages.thumbnail(picture, 256)], ""
     drawn, shown = _drawn(picture, own, chat.boxes)
-    return f"{caption}, for the model {drawn.width} x {drawn.height}: {shown}", [pages.thumbnail(drawn, 256)]
+    caption += f", for the model {drawn.width} x {drawn.height}: {shown}"
+    return caption, [pages.thumbnail(drawn, 256)], ""
 
 
 def _drawn(picture: Image.Image, own: list[Box], writer: BoxWriter) -> tuple[Image.Image, str]:

@@ -201,6 +201,7 @@ def test_a_page_shows_recordings_and_what_is_learned_of_their_text(ground, tmp_p
     show(corpus, processor(ground), str(tmp_path / "page.html"), n=3)
     page = html.unescape((tmp_path / "page.html").read_text())
     assert "short.wav, 0.8 s, 16000 Hz" in page and "long.wav, 5.0 s, 16000 Hz, 1 to 2.5 s of it" in page
+    assert page.count("data:image/svg+xml;base64,") == page.count("<audio controls") == 2, "their waveforms"
     assert "<|transcribe|>" in page and "audio 100 in 1 media" in page
     assert "has 5.0 s, this model takes 2 s at once" in page, "a row that cannot be used, with its reason"
 
