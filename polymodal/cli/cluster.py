@@ -15,6 +15,8 @@ def plan(
     device: str = "h100",
     media: float = 0.25,
     patches: int = 1024,
+    sound: float = 0.25,
+    frames: int = 1000,
     rank: int | None = None,
     stage: int | None = None,
     search: bool = False,
@@ -32,7 +34,9 @@ def plan(
 
     read = recipes.load(recipe, overrides or [])
     accelerator = accelerators.named(device)
-    asked = planner.Question(world or preflight.needs(read), accelerator, media, patches, rank, stage)
+    asked = planner.Question(
+        world or preflight.needs(read), accelerator, media, patches, sound, frames, rank, stage
+    )
     base = None if overrides else recipe
     return command.main(read, asked, as_json=as_json, html=html, search=search, out=out, base=base)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -74,23 +75,28 @@ class Estimate:
         return {**asdict(self), "memory": self.memory}
 
 
-def media_share(family: Family, patches_per_token: float) -> float:
-    """Share of a stream's tokens that stand for media of which there are so many patches (frames) a token."""
-    if not family.streams or not patches_per_token:
-        return 0.0
-    stream = family.streams[0]
-    size = family.medium(stream, 1024)  # type: ignore[attr-defined]
-    each = family.media_tokens(stream, size)  # type: ignore[attr-defined]
-    lengths = family.media_lengths(stream, size)  # type: ignore[attr-defined]
-    return min(0.99, patches_per_token * each / sum(lengths))
+def media_shares(family: Family, units: Mapping[str, float]) -> tuple[float, float]:
+    """Shares of tokens that stand for (pictures, sound), of which there are so many units (patches, frames) a
+    token, by stream."""
+    shares = [0.0, 0.0]
+    for stream in family.streams:
+        size = family.medium(stream, 1024)  # type: ignore[attr-defined]
+        each = family.media_tokens(stream, size)  # type: ignore[attr-defined]
+        lengths = family.media_lengths(stream, size)  # type: ignore[attr-defined]
+        shares[stream.hears] += units.get(stream.name, 0.0) * each / sum(lengths)
+    most = max(1.0, sum(shares) / 0.99)
+    return shares[0] / most, shares[1] / most
 
 
-def workload(layout: Layout, patches_per_token: float) -> Workload:
-    """The largest micro-batch, with as many patches as data that were measured have; of media of at most
-    1,024."""
+def workload(layout: Layout, units: Mapping[str, float]) -> Workload:
+    """The largest micro-batch, with as many patches and frames (units a token, by stream) as data that were
+    measured have; of media of at most 1,024."""
     data = layout.recipe.data
-    length = min(1024, max(1, int((data.pack_length or data.max_length) * patches_per_token)))
-    return layout.workload(media_share(layout.family, patches_per_token), length)
+    tokens, sizes = data.pack_length or data.max_length, [1024, 1024]
+    for stream in layout.family.streams:
+        sizes[stream.hears] = min(1024, max(1, int(tokens * units.get(stream.name, 0.0))))
+    media, sound = media_shares(layout.family, units)
+    return layout.workload(media, sizes[0], sound, sizes[1])
 
 
 class Formula:
@@ -120,7 +126,7 @@ class Formula:
 
     def _tokens(self, tower: Tower) -> float:
         """Of a micro-batch on this rank that a tower computes."""
-        length = self.measure.total(tower.media) if tower.media else self.measure.tokens
+        length = self.measure.total(tower.media) * tower.rows if tower.media else self.measure.tokens
         return length * self.load.samples / self.sizes.cp
 
     def _elements(

@@ -17,20 +17,28 @@ from polymodal.plan.accelerators import Accelerator
 from polymodal.plan.predict import Prediction, predict
 from polymodal.plan.trace import trace
 from polymodal.recipe import Recipe
-from polymodal.train.layouts import layout_of
+from polymodal.train.layouts import Layout, Workload, layout_of
+from polymodal.train.layouts.base import SOUND_FRAMES
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked beside the recipe: the cluster, the pictures of a micro-batch (share of its tokens,
-    patches of one), and which rank is traced (None: the first of each pipeline stage)."""
+    """What is asked beside the recipe: the cluster, the pictures and the sound of a micro-batch (shares of its
+    tokens, patches of a picture, mel frames of a sound), and which rank is traced (None: the first of each
+    pipeline stage)."""
 
     world: int
     accelerator: Accelerator
     media: float = 0.25
     patches: int = 1024
+    sound: float = 0.25
+    frames: int = SOUND_FRAMES
     rank: int | None = None
     stage: int | None = None
+
+    def load(self, layout: Layout) -> Workload:
+        """A micro-batch of a recipe's layout."""
+        return layout.workload(self.media, self.patches, self.sound, self.frames)
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.stage is not None:
@@ -93,7 +101,7 @@ def plan(recipe: Recipe, family: Family, question: Question, progress: bool = Fa
         parallel = recipe.parallel.model_copy(update={"compile": False})
         recipe = recipe.model_copy(update={"parallel": parallel})
     layout = layout_of(recipe, family)
-    load = layout.workload(question.media, question.patches)
+    load = question.load(layout)
     layout.example(load)  # raises for a family that cannot tell
     pipeline_split.check_micro_batches(recipe.parallel, recipe.train, layout.packs, sizes.dp)
     count = traced_micro_batches(recipe, sizes, layout.packs)

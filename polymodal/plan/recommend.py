@@ -6,7 +6,7 @@ A model is known by its family, where its config is here, or by a published size
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from polymodal.core.sample import SampleLengths
 from polymodal.distributed.mesh import ParallelSizes
@@ -34,11 +34,12 @@ def fastest(
     family: Family | None,
     shape: Shape,
     question: Question,
-    patches: float | None,
+    units: Mapping[str, float] | None,
 ) -> tuple[Candidate, bool]:
     """(the layout of `made` that is ranked first among those that fit, True), or the smallest one and False.
 
-    key: the published size, of use without a family. patches: a token, of data that were measured.
+    key: the published size, of use without a family. units: patches and frames a token, by stream, of data
+    that were measured.
     """
     if family is not None:
         candidates, packed = search.candidates(made, family, question), layout_of(made, family).packs
@@ -47,7 +48,7 @@ def fastest(
     batch = made.train.global_batch_size
     even = [(one, sizes) for one, sizes in candidates if batch % (sizes.dp * one.train.micro_batch_size) == 0]
     listed = search.ranked(
-        even, shape, lambda one: workload(one, card, family, patches), question.accelerator, packed
+        even, shape, lambda one: workload(one, card, family, units), question.accelerator, packed
     )
     limit = question.accelerator.usable_memory * MARGIN
     best = next((candidate for candidate in listed if candidate.memory <= limit), None)
@@ -70,11 +71,13 @@ def published(
             yield made.model_copy(update={"parallel": parallel}), sizes
 
 
-def workload(one: Recipe, card: ModelCard, family: Family | None, patches: float | None) -> Workload:
+def workload(
+    one: Recipe, card: ModelCard, family: Family | None, units: Mapping[str, float] | None
+) -> Workload:
     """A micro-batch of a recipe."""
     if family is not None:
         layout = layout_of(one, family)
-        return layout.workload(0.25, 1024) if patches is None else estimate.workload(layout, patches)
+        return layout.workload(0.25, 1024) if units is None else estimate.workload(layout, units)
     tokens = one.data.pack_length or one.data.max_length
     if card.kind == "generation":
         frames = max(one.data.clip.frames) if card.clip.get("frames") else 1

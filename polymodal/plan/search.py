@@ -207,7 +207,7 @@ def rank(
     traced: dict[int, Prediction] = {}
 
     def load_of(one: Recipe) -> Workload:
-        return layout_of(one, family).workload(question.media, question.patches)
+        return question.load(layout_of(one, family))
 
     def estimated() -> list[Candidate]:
         listed = ranked(found, shape, load_of, accelerator, packed, corrections)

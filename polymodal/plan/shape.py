@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import nn
 
 from polymodal.core.sample import SampleLengths
@@ -19,6 +20,7 @@ from polymodal.models.family import Family
 from polymodal.models.understanding import language
 from polymodal.parallel import pipeline_split
 from polymodal.train import optim
+from polymodal.train.layouts.base import SOUND_FRAMES
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Tower:
     mlp: int
     media: str = ""
     fit: BlockFit = DECODER
+    rows: float = 1.0  # of the blocks, a patch or frame
     experts: int = 0  # of a token
     learns: bool = True  # gradients flow here: not so in a tower of media that is wholly frozen
 
@@ -187,6 +190,11 @@ def _towers(family: Family) -> tuple[list[Tower], int]:
         inner = getattr(vision, "intermediate_size", None) or int(side * getattr(vision, "mlp_ratio", 4))
         depth = getattr(vision, "depth", None) or vision.num_hidden_layers
         towers.append(Tower(depth, side, 3 * side, inner, "vision", VISION))
+    for stream in (stream for stream in family.streams if stream.hears):
+        audio, size = config.audio_config, family.medium(stream, SOUND_FRAMES)  # type: ignore[attr-defined]
+        rows, side = family.tower_state(stream, torch.tensor([size]))  # type: ignore[attr-defined]
+        inner, seen = audio.encoder_ffn_dim, sum(family.media_lengths(stream, size))  # type: ignore[attr-defined]
+        towers.append(Tower(audio.encoder_layers, side, 3 * side, inner, stream.name, SPEECH, rows / seen))
     return towers, text.vocab_size
 
 

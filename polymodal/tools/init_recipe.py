@@ -11,7 +11,8 @@ import contextlib
 import json
 import os
 import shlex
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class Rows:
     tokens: int = 0  # of all rows; 0 where only rows were counted
     max_length: int = MAX_LENGTH
     pack_length: int | None = None
-    patches: float = 0.0  # a token
+    units: Mapping[str, float] = field(default_factory=dict)  # patches, frames a token, by stream
 
 
 @dataclass(frozen=True)
@@ -144,14 +145,16 @@ def plan(
     measured = _measured(local, card, task, place, data)
     most = -(-max(4 if task == "dreambooth" else BATCH, count) // count) * count
     made = _bare(card, task, place, data, measured, key, most)
-    patches = measured.patches if measured and measured.tokens else None
+    units = measured.units if measured and measured.tokens else None
     question = planner.Question(count, accelerator)
     if search_it:
         assert family is not None
-        share = 0.25 if patches is None else estimate.media_share(family, patches)
-        best, fits = search.rank(made, family, replace(question, media=share), _say)[0], True
+        if units is not None:
+            media, sound = estimate.media_shares(family, units)
+            question = replace(question, media=media, sound=sound)
+        best, fits = search.rank(made, family, question, _say)[0], True
     else:
-        best, fits = recommend.fastest(made, card, str(key), family, counted, question, patches)
+        best, fits = recommend.fastest(made, card, str(key), family, counted, question, units)
     best, length = _batch(best, measured)
     return Plan(
         card=card,
@@ -221,7 +224,7 @@ def _bare(
         section["clip"] = _clip(card, key, task)
     elif card.kind == "audio":
         section["speech"] = SPEECH
-    else:
+    if card.kind != "generation" and card.family.layout != "padded":
         section["max_length"] = measured.max_length if measured else MAX_LENGTH
         section["pack_length"] = measured.pack_length if measured else None
     model: dict[str, Any] = {"source": source}
@@ -283,13 +286,13 @@ def _measured(family: Family | None, card: ModelCard, task: str, source: str, da
             f"--data {data}: no row of {len(corpus)} can be trained on.",
             f"Run `polymodal data check {shlex.quote(str(data))}`.",
         )
-    if card.kind == "audio":  # a sample is a record, whatever its length
+    if card.family.layout == "padded":  # a sample is a record, whatever its length
         return Rows(len(tokens))
     total, longest = int(tokens.sum(dtype="int64")), run_length.max_length(tokens)
     plenty = run_length.units(total, len(tokens), MAX_LENGTH) / BATCH >= run_length.ENOUGH_STEPS
     pack = MAX_LENGTH if plenty and longest < MAX_LENGTH else None
-    seen = sum(int(lengths[index.usable].sum(dtype="int64")) for lengths in index.media.values())
-    return Rows(len(tokens), total, longest, pack, seen / total)
+    seen = {name: int(n[index.usable].sum(dtype="int64")) / total for name, n in index.media.items()}
+    return Rows(len(tokens), total, longest, pack, seen)
 
 
 def _identify(model: str) -> tuple[ModelCard, str | None, str]:

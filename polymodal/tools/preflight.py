@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -237,7 +237,8 @@ def check(
                 f"train.global_batch_size = {recipe.train.global_batch_size} is less than the {sizes.dp} "
                 "ranks that see different data: some idle in every step."
             )
-    ratio, mean_sample = 0.0, None
+    units: dict[str, float] = {}
+    mean_sample = None
     if family is not None and measure_data:
         layout = layout_of(recipe, family)
         report.data, schedule = layout.facts("datasets", problems.run, progress)
@@ -248,9 +249,9 @@ def check(
         if recipe.data.validation:
             report.validation, _ = layout.facts("validation", problems.run, progress)
         if report.data is not None and report.data.tokens:
-            ratio = report.data.media.get("vision", 0) / report.data.tokens
+            units = {name: total / report.data.tokens for name, total in report.data.media.items()}
     if family is not None:
-        _model(recipe, family, world, ratio, mean_sample, report, problems)
+        _model(recipe, family, world, units, mean_sample, report, problems)
     report.problems = [str(error) for error in problems.errors]
     return report
 
@@ -268,12 +269,12 @@ def _model(
     recipe: Recipe,
     family: Any,
     world: int,
-    ratio: float,
+    units: Mapping[str, float],
     mean_sample: Any,
     report: Report,
     problems: Problems,
 ) -> None:
-    """The layout tried on meta, memory and disk. ratio: patches a token of the data."""
+    """The layout tried on meta, memory and disk. units: patches and frames a token of the data, by stream."""
     from polymodal.distributed.mesh import ParallelSizes
     from polymodal.plan import estimate, pretended, shape
     from polymodal.train.layouts import layout_of
@@ -291,7 +292,7 @@ def _model(
     problems.run(pretended.try_layout, family, recipe, world, mean_sample)
     sizes = problems.run(ParallelSizes.of, recipe.parallel, world)
     layout = layout_of(recipe, family)
-    load = problems.run(estimate.workload, layout, ratio)
+    load = problems.run(estimate.workload, layout, units)
     if load is None or sizes is None:
         return
     found = estimate.Formula(counted, recipe, sizes, load, layout.packs).memory()

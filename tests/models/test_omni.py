@@ -21,8 +21,11 @@ from polymodal.generate.engine import Engine, Sampling
 from polymodal.generate.media import write_video
 from polymodal.generate.opening import load_hub, processor_of
 from polymodal.models import catalog
-from polymodal.recipe import Attr, Data, Model
+from polymodal.plan import estimate
+from polymodal.plan.shape import shape_of
+from polymodal.recipe import Attr, Data, Model, Recipe
 from polymodal.train.export import export
+from polymodal.train.layouts import layout_of
 from tests.models import test_qwen_vl, tiny
 from tests.models.staged import assert_two_stages_equal_the_whole, loaded
 from tests.models.test_qwen_vl import ours, token_loss
@@ -248,6 +251,28 @@ def test_published_sizes_have_their_parameters(name, key):
     family.check()
     total = sum(parameter.numel() for parameter in family.build().parameters())
     assert round(total / 1e9, 2) == size.parameters
+
+
+def test_a_plan_counts_pictures_and_sound(family):
+    made = Recipe.model_validate({"model": {"source": family.source}, "data": {"max_length": 512}})
+    layout = layout_of(made, family)
+    load = layout.workload(0.25, 64, 0.25, 300)
+    shares = {
+        stream.name: family.feature_count(stream, layout.example(load)[stream.sizes]) / 512
+        for stream in family.streams
+    }
+    assert all(0.1 < share <= 0.25 for share in shares.values()), shares
+    assert sum(shares.values()) * 512 == 512 - load.measure.trained
+    assert "windows of sound" in layout.describe(load) and "pictures" in layout.describe(load)
+    measured = {name: sum(lengths) / 512 for name, lengths in load.measure.media.items()}
+    again = estimate.workload(layout, measured).measure
+    for name, lengths in load.measure.media.items():
+        assert again.total(name) == pytest.approx(sum(lengths), rel=0.5)
+    towers = {tower.media: tower for tower in shape_of(family, family.build()).towers}
+    assert set(towers) == {"", "vision", "audio"} and towers["audio"].layers == 4
+    assert 0.12 <= towers["audio"].rows <= 0.5
+    with pytest.raises(PolymodalError, match="leave no tokens for text"):
+        layout.workload(0.6, 64, 0.5, 300)
 
 
 # -- rows, chat, export

@@ -76,20 +76,25 @@ def batches(family: Family) -> list[Batch]:
     """A global batch: packs of several samples with pictures, a video and sound if the model reads any, and one
     of text only."""
     media: Any = family.media_processor(Data.model_validate(tiny.DATA.get(family.card.name, {})))
-    video: Any = tiny.clip(4, seed=4) if "video" in media.reads else tiny.picture(24, 24, 4)
+
+    def picture(width: int, height: int, seed: int) -> Any:
+        """Or a sound, for those that do not see."""
+        return tiny.picture(width, height, seed) if "image" in media.reads else tiny.sound(width / 10, seed)
+
+    video: Any = tiny.clip(4, seed=4) if "video" in media.reads else picture(24, 24, 4)
     heard = [] if "audio" not in media.reads else [tiny.sound(0.31, 1)]
-    if heard:
+    if heard and "video" in media.reads:
         video = video, tiny.sound(0.77, 2)
     packs: list[list[list[Any]]] = [
         [
-            ["What is in this picture?", tiny.picture(24, 16, 1), "It is a three."],
+            ["What is in this picture?", picture(24, 16, 1), "It is a three."],
             [*heard, "Describe seven words"],
         ],
-        [["The first", tiny.picture(16, 24, 2), tiny.picture(32, 16, 3), "second a nine."]],
+        [["The first", picture(16, 24, 2), picture(32, 16, 3), "second a nine."]],
         [["one two three four five"], ["How many red squares are there?"]],
         [
             ["Describe the video.", video, "A bar that moves."],
-            [tiny.picture(16, 16, 5), *heard, "yes no"],
+            [picture(16, 16, 5), *heard, "yes no"],
         ],
     ]
     return [

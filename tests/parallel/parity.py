@@ -30,8 +30,8 @@ BOUND = 1e-9
 BOUNDS = {"float64": BOUND, "float32": 1e-5}
 
 VISION = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.", "model.resampler.")
-SPARSE = ("qwen3-vl-moe", "internvl-moe", "glm4.5v", *tiny.DEEPSEEK)
-HEARS = (tiny.OMNI,)
+SPARSE = ("qwen3-vl-moe", "internvl-moe", "glm4.5v", *tiny.DEEPSEEK, tiny.OMNI3)
+HEARS = tiny.OMNIS
 AUDIO = ("model.audio_tower.",)
 FIRST_STAGE = (*VISION, *AUDIO, "model.language_model.embed_tokens.")
 VISION_CUT = {"vision": [3, 1], "language": [0, 3]}
@@ -264,7 +264,7 @@ def parity(
     with tempfile.TemporaryDirectory(prefix="polymodal-parity-") as directory:
         if name in parity_speech.MODELS:
             source = speech.checkpoint(directory)
-        elif name in LANGUAGE.models:
+        elif name in (*LANGUAGE.models, *HEARERS.models):
             source = str(tiny.checkpoint(name, directory, tied=name == "qwen2-vl", **overrides))
         else:
             source = str(dits.pipeline(name, directory))
@@ -318,9 +318,20 @@ class Table:
         ]
 
 
+HEARING = [
+    *(layout for layout in MATRIX if not layout.only and "vision" not in layout.name),
+    Layout("frozen audio tower, FSDP2 x 2", 2, frozen=AUDIO),
+    Layout("PP 2, audio tower 1 + 3", 2, {"pp": 2, "pp_layers": {"audio": [1, 3], "language": [0, 3]}}),
+    Layout(
+        "PP 2, TP 2 + SP, audio tower 1 + 3",
+        4,
+        {"pp": 2, "tp": 2, "pp_layers": {"audio": [1, 3], "language": [0, 3]}},
+    ),
+]
+"""Of models that hear and do not see."""
 LANGUAGE = Table(
     (),
-    (*tiny.NAMES, *tiny.INTERNVL[:3], "llava", tiny.OMNI, *tiny.GLM, *tiny.DEEPSEEK, tiny.MINICPM[0]),
+    (*tiny.NAMES, *tiny.INTERNVL[:3], "llava", *tiny.OMNIS, *tiny.GLM, *tiny.DEEPSEEK, tiny.MINICPM[0]),
     MATRIX,
 )
 """InternVL with a Qwen2 model, with a Qwen3 MoE, and with a tower as InternViT-6B's."""
@@ -355,7 +366,19 @@ OTHERS = Table(
     parity_dits.SHARDED,
     across=True,
 )  # fmt: skip
-TABLES = (LANGUAGE, SPEECH, DENOISERS, OTHERS)
+HEARERS = Table(
+    (
+        "",
+        "## Speech in a language model",
+        "",
+        "Qwen3-ASR with four blocks in its audio tower and three in its language model: the packs of the first table, with",
+        "sounds where those have pictures.",
+        "",
+    ),
+    (tiny.ASR,),
+    HEARING,
+)
+TABLES = (LANGUAGE, HEARERS, SPEECH, DENOISERS, OTHERS)
 
 
 def read(text: str) -> Cells:

@@ -62,6 +62,7 @@ QUICK = {
         Layout("TP 2 + SP", 2, {"tp": 2}),
         Layout("PP 2, audio tower 1 + 3", 2, {"pp": 2, "pp_layers": {"audio": [1, 3], "language": [0, 3]}}),
     ],
+    tiny.OMNI3: [Layout("EP 2, TP 2 + SP", 2, {"ep": 2, "tp": 2})],
 }
 
 
@@ -70,7 +71,7 @@ def _equal(name: str, layouts: list[Layout], steps: int, **overrides: Any) -> No
         assert max(result.loss, result.gradients, result.norm, result.weights) < BOUND, result
 
 
-LATER = (tiny.OMNI,)
+LATER = tiny.OMNIS
 """Models whose layouts are measured with the slow tests alone."""
 
 
@@ -92,6 +93,12 @@ def _shares() -> dict[str, list[Layout]]:
 @pytest.mark.parametrize("name", QUICK)
 def test_every_layout_is_the_single_process(name: str):
     _equal(name, _shares()[name], steps=1)
+
+
+@pytest.mark.slow
+def test_a_model_that_hears_and_does_not_see():
+    cut = {"pp": 2, "pp_layers": {"audio": [1, 3], "language": [0, 3]}}
+    _equal(tiny.ASR, [Layout("TP 2 + SP", 2, {"tp": 2}), Layout("PP 2, audio tower 1 + 3", 2, cut)], steps=1)
 
 
 @pytest.mark.slow

@@ -204,7 +204,7 @@ def test_too_few_batches_for_the_ranks_is_a_note(make):
 def held(r: recipe.Recipe, world: int, patches: float = 0.5) -> estimate.Estimate:
     family = catalog.family(r.model)
     shape = shape_of(family, meta_model(family, r))
-    load = estimate.workload(layout_of(r, family), patches)
+    load = estimate.workload(layout_of(r, family), {"vision": patches})
     return estimate.Formula(shape, r, ParallelSizes.of(r.parallel, world), load, True).memory()
 
 

@@ -30,6 +30,8 @@ Section = Literal["datasets", "validation"]
 Attempt = Callable[..., Any]
 """attempt(action) returns the result, or None when the action raises PolymodalError: `check` collects
 errors."""
+SOUND_FRAMES = 1000
+"""Mel frames of a sound without data: ten seconds."""
 OBJECTIVE = ("term", "parts", "aux_weight", "weights", "prepare", "loss", "validation")
 """Attributes of an objective that the trainer uses."""
 
@@ -197,9 +199,12 @@ class Layout(ABC):
     # ---------------------------------------------------------------- planning
 
     @abstractmethod
-    def workload(self, media: float, patches: int) -> Workload:
-        """The largest micro-batch that the recipe allows. media: share of tokens that stand for pictures of
-        so many patches each, where they are mixed. Raises PolymodalError for sizes that training refuses."""
+    def workload(
+        self, media: float, patches: int, sound: float = 0.25, frames: int = SOUND_FRAMES
+    ) -> Workload:
+        """The largest micro-batch that the recipe allows. media, sound: shares of tokens that stand for
+        pictures of so many patches each, and for sounds of so many frames, where the model takes them and
+        they are mixed. Raises PolymodalError for sizes that training refuses."""
 
     def example(self, load: Workload) -> Batch:
         """A micro-batch of such samples, without data. Raises PolymodalError where the family cannot tell."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from polymodal.core import sample
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Batch, SampleLengths
@@ -22,7 +24,7 @@ from polymodal.objectives.language import LanguageObjective
 from polymodal.objectives.preference import PreferenceObjective, needs_copy
 from polymodal.parallel.batches import BatchSharding, PackedBatchSharding
 from polymodal.recipe import PREFERENCE, Data, Dataset
-from polymodal.train.layouts.base import DataFacts, Workload
+from polymodal.train.layouts.base import SOUND_FRAMES, DataFacts, Workload
 from polymodal.train.layouts.tokens import TokenLayout
 
 
@@ -93,12 +95,21 @@ class Packed(TokenLayout):
             return data.pack_length or data.max_length
         return data.max_length * self.recipe.train.micro_batch_size
 
-    def workload(self, media: float, patches: int) -> Workload:
-        if not 0 <= media < 1:
+    def workload(
+        self, media: float, patches: int, sound: float = 0.25, frames: int = SOUND_FRAMES
+    ) -> Workload:
+        for name, share in (("--media", media), ("--sound", sound)):
+            if not 0 <= share < 1:
+                raise PolymodalError(
+                    f"{name} {share} is no share of tokens.", "Use a number from 0 to less than 1."
+                )
+        asked = [(sound, frames) if stream.hears else (media, patches) for stream in self.family.streams]
+        if sum(share for share, _ in asked) >= 1:
             raise PolymodalError(
-                f"--media {media} is no share of tokens.", "Use a number from 0 to less than 1."
+                f"--media {media} and --sound {sound} leave no tokens for text.",
+                "Let them be less than 1 together.",
             )
-        return Workload(lengths(self.family, self.tokens, media, patches))
+        return Workload(lengths(self.family, self.tokens, asked))
 
     def resident_encoders(self, ranks: int) -> int:
         """Of a frozen reference, which is sharded as the model is."""
@@ -108,20 +119,26 @@ class Packed(TokenLayout):
         return -(-total // (ranks * self.recipe.parallel.tp * self.recipe.parallel.pp))
 
     def describe(self, load: Workload) -> str:
-        pictures = load.measure.media.get("vision", ())
-        return f"{len(pictures)} pictures of {pictures[0] if pictures else 0} patches"
+        parts = []
+        for stream in self.family.streams:
+            units = load.measure.media.get(stream.name, ())
+            what, unit = ("windows of sound", "frames") if stream.hears else ("pictures", "patches")
+            parts.append(f"{len(units)} {what} of {units[0] if units else 0} {unit}")
+        return ", ".join(parts)
 
 
-def lengths(family: Any, tokens: int, media: float, patches: int) -> SampleLengths:
-    """A sample of `tokens` tokens with as many whole media of about `patches` units of length (of the first
-    stream) as fit into the share `media` of them; every token of text is trained."""
-    if not family.streams:
-        return SampleLengths(tokens, tokens)
-    stream = family.streams[0]
-    size = family.medium(stream, patches)
-    each, units = family.media_tokens(stream, size), family.media_lengths(stream, size)
-    count = int(tokens * media // each)
-    return SampleLengths(tokens, tokens - count * each, {stream.name: units * count})
+def lengths(family: Any, tokens: int, asked: Sequence[tuple[float, int]]) -> SampleLengths:
+    """A sample of `tokens` tokens with media, every token of text trained. asked: of each stream the share of
+    the tokens, into which as many whole media fit, and about how many units of length each has."""
+    media, text = {}, tokens
+    for stream, (share, length) in zip(family.streams, asked, strict=True):
+        size = family.medium(stream, length)
+        parts = family.media_parts(stream, torch.tensor([size]))
+        each = sum(family.media_tokens(stream, part) for part in parts)
+        count = int((tokens * share + 0.5) // each)
+        media[stream.name] = family.media_lengths(stream, size) * count
+        text -= count * each
+    return SampleLengths(tokens, text, media)
 
 
 def _first_is_plain(corpus: Corpus) -> bool:

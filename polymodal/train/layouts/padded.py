@@ -17,7 +17,7 @@ from polymodal.data.speech import SpeechCollator, SpeechProcessor
 from polymodal.distributed.mesh import Mesh
 from polymodal.parallel.batches import BatchSharding
 from polymodal.recipe import Data
-from polymodal.train.layouts.base import DataFacts, Section, Workload
+from polymodal.train.layouts.base import SOUND_FRAMES, DataFacts, Section, Workload
 from polymodal.train.layouts.tokens import TokenLayout
 
 
@@ -74,7 +74,9 @@ class Padded(TokenLayout):
 
     # ---------------------------------------------------------------- planning
 
-    def workload(self, media: float, patches: int) -> Workload:
+    def workload(
+        self, media: float, patches: int, sound: float = 0.0, frames: int = SOUND_FRAMES
+    ) -> Workload:
         """micro_batch_size samples of the longest text; every sample has as many positions of audio."""
         tokens = self.section_data("datasets").max_length
         positions, _ = self.family.encoded_shape()

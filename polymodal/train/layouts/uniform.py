@@ -32,6 +32,7 @@ from polymodal.parallel.batches import BatchSharding
 from polymodal.recipe import Data, Dataset, Recipe
 from polymodal.train import prior
 from polymodal.train.layouts.base import (
+    SOUND_FRAMES,
     Attempt,
     DataFacts,
     Feed,
@@ -197,16 +198,18 @@ class Uniform(Layout):
 
     # ---------------------------------------------------------------- planning
 
-    def workload(self, media: float, patches: int) -> Workload:
+    def workload(
+        self, media: float, patches: int, sound: float = 0.0, frames: int = SOUND_FRAMES
+    ) -> Workload:
         """micro_batch_size samples of the largest shape of data.clip; there is no text to share with."""
         clip, grid = self.recipe.data.clip, self.family.grid()
         Clips(clip, grid)
-        frames = 1 if grid.still else max(clip.frames)
+        count = 1 if grid.still else max(clip.frames)
         side = int(clip.pixels**0.5) // grid.side * grid.side
         height, width = max(clip.sizes, key=lambda s: s[0] * s[1], default=(side, side))
-        tokens = grid.tokens(frames, height, width)
+        tokens = grid.tokens(count, height, width)
         return Workload(
-            SampleLengths(tokens, tokens, shape=(frames, height, width)), self.recipe.train.micro_batch_size
+            SampleLengths(tokens, tokens, shape=(count, height, width)), self.recipe.train.micro_batch_size
         )
 
     def example(self, load: Workload) -> Batch:
