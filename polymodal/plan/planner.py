@@ -23,9 +23,9 @@ from polymodal.train.layouts.base import SOUND_FRAMES
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked beside the recipe: the cluster, the pictures and the sound of a micro-batch (shares of its
-    tokens, patches of a picture, mel frames of a sound), and which rank is traced (None: the first of each
-    pipeline stage)."""
+    """What is asked beside the recipe: the cluster, the pictures and the sound of a micro-batch (shares of
+    its tokens, patches of a picture, mel frames of a sound), and which rank is traced (None: the first of
+    each pipeline stage)."""
 
     world: int
     accelerator: Accelerator

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -190,11 +191,13 @@ def _towers(family: Family) -> tuple[list[Tower], int]:
         inner = getattr(vision, "intermediate_size", None) or int(side * getattr(vision, "mlp_ratio", 4))
         depth = getattr(vision, "depth", None) or vision.num_hidden_layers
         towers.append(Tower(depth, side, 3 * side, inner, "vision", VISION))
+    known: Any = family
     for stream in (stream for stream in family.streams if stream.hears):
-        audio, size = config.audio_config, family.medium(stream, SOUND_FRAMES)  # type: ignore[attr-defined]
-        rows, side = family.tower_state(stream, torch.tensor([size]))  # type: ignore[attr-defined]
-        inner, seen = audio.encoder_ffn_dim, sum(family.media_lengths(stream, size))  # type: ignore[attr-defined]
-        towers.append(Tower(audio.encoder_layers, side, 3 * side, inner, stream.name, SPEECH, rows / seen))
+        audio, size = config.audio_config, known.medium(stream, SOUND_FRAMES)
+        rows, side = known.tower_state(stream, torch.tensor([size]))
+        share = rows / sum(known.media_lengths(stream, size))
+        inner = audio.encoder_ffn_dim
+        towers.append(Tower(audio.encoder_layers, side, 3 * side, inner, stream.name, SPEECH, share))
     return towers, text.vocab_size
 
 

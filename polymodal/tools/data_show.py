@@ -85,15 +85,16 @@ def _media(record: Record) -> list[Media]:
 
 
 def _figure(medium: Media, record: Record, chat: ChatProcessor) -> tuple[str, list[pages.Picture], str]:
-    """Caption, pictures (an image, four frames of a video, the waveform of audio), and what can be played: audio
-    of at most PLAYED seconds as the model hears it, else ""."""
+    """Caption, pictures (an image, four frames of a video, the waveform of audio), and what can be played:
+    audio of at most PLAYED seconds as the model hears it, else ""."""
+    source: Any = medium.source
     label = files.label(medium.source)
     if medium.kind == "audio":
-        header = audio.audio_header(medium.source)  # type: ignore[arg-type]
+        header = audio.audio_header(source)
         start, stop = record.extra.get("start", 0.0), record.extra.get("end", header.seconds)
         part = "" if (start, stop) == (0.0, header.seconds) else f", {start:g} to {stop:g} s of it"
         rate = chat.media.sample_rate
-        heard = audio.decode_audio(medium.source, header, rate, start, record.extra.get("end"))  # type: ignore[arg-type]
+        heard = audio.decode_audio(source, header, rate, start, record.extra.get("end"))
         player = pages.recording(heard, rate) if len(heard) <= PLAYED * rate else ""
         return f"{label}, {header.seconds:.1f} s, {header.rate} Hz{part}", [pages.waveform(heard)], player
     if medium.kind == "video":

@@ -33,7 +33,7 @@ from polymodal.recipe import PREFERENCE, Recipe
 from polymodal.tools import advise
 from polymodal.tools.templates import template
 from polymodal.train import run_length
-from polymodal.train.layouts import layout_of, objectives_of
+from polymodal.train.layouts import fills_by_tokens, layout_of, objectives_of
 from polymodal.train.parallel_model import meta_model
 
 TASKS = {
@@ -224,7 +224,7 @@ def _bare(
         section["clip"] = _clip(card, key, task)
     elif card.kind == "audio":
         section["speech"] = SPEECH
-    if card.kind != "generation" and card.family.layout != "padded":
+    if fills_by_tokens(card.family):
         section["max_length"] = measured.max_length if measured else MAX_LENGTH
         section["pack_length"] = measured.pack_length if measured else None
     model: dict[str, Any] = {"source": source}
@@ -286,7 +286,7 @@ def _measured(family: Family | None, card: ModelCard, task: str, source: str, da
             f"--data {data}: no row of {len(corpus)} can be trained on.",
             f"Run `polymodal data check {shlex.quote(str(data))}`.",
         )
-    if card.family.layout == "padded":  # a sample is a record, whatever its length
+    if not fills_by_tokens(card.family):  # a sample is a record, whatever its length
         return Rows(len(tokens))
     total, longest = int(tokens.sum(dtype="int64")), run_length.max_length(tokens)
     plenty = run_length.units(total, len(tokens), MAX_LENGTH) / BATCH >= run_length.ENOUGH_STEPS
@@ -338,6 +338,7 @@ def text(plan: Plan, data: str, *, name: str | None = None, file: str | None = N
         data=data,
         subject="data/subject" if data == DATA else data,
         speech=SPEECH,
+        packed=fills_by_tokens(plan.card.family),
         clip=_clip(plan.card, plan.size or None, plan.task),
         predicted=predicted(plan),
         data_words=_data_words(plan),

@@ -20,7 +20,7 @@ from tests.parallel import layouts
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("qwen3-vl", "flux")
-ALL = (*tiny.NAMES, *tiny.GLM, *tiny.INTERNVL, tiny.OMNI, "whisper", *tiny_pipelines.MAKERS)
+ALL = (*tiny.NAMES, *tiny.GLM, *tiny.INTERNVL, *tiny.OMNIS, "whisper", *tiny_pipelines.MAKERS)
 
 OF_DIFFUSERS = "transformers/transformer_"
 """Where lines that wait or copy are not ours but of diffusers' forwards."""

@@ -1,9 +1,9 @@
 """Qwen3-ASR: speech in 30 languages -> its language and its text. Qwen3-Omni's audio tower
 before a Qwen3 language model.
 
-The net is transformers' Qwen3ASRForConditionalGeneration. Repositories whose name ends in -hf have its layout;
-those without have the authors' own (`thinker.` before every tensor, its config inside another), read and
-written here by rules.
+The net is transformers' Qwen3ASRForConditionalGeneration. Repositories whose name ends in -hf have its
+layout; those without have the authors' own (`thinker.` before every tensor, its config inside another), read
+and written here by rules.
 """
 
 from __future__ import annotations
@@ -172,15 +172,7 @@ CARD = vision_language_card(
     kind="audio",
     architectures=("Qwen3ASRForConditionalGeneration", "qwen3_asr"),
     tasks=("speech-recognition",),
-    keywords=(
-        "speech recognition",
-        "asr",
-        "transcribe",
-        "transcription",
-        "speech to text",
-        "multilingual speech",
-        "dialects",
-    ),
+    keywords=("qwen asr", "hot words", "chinese dialects", "speech recognition by a language model"),
     blocks=(BLOCKS, "model.language_model.layers.*"),
     towers={
         "audio": (*QWEN3_FRONT, f"{TOWER}.layers", f"{TOWER}.ln_post"),
@@ -201,6 +193,7 @@ CARD = vision_language_card(
         "1.7b": _size("1.7B", 2.04, (2048, 6144), (1024, 24, 16)),
     },
     aliases=("qwen3asr", "qwen3_asr", "qwen-asr"),
-    verified="tiny models of the class: logits and every gradient equal the library's; packed equals separate",
+    verified="tiny models of the class: logits and every gradient equal the library's; "
+    "packed equals separate",
     seeds=("0.6b", "1.7b"),
 )

@@ -1,8 +1,8 @@
-"""What Qwen3-ASR makes of recordings and their texts: mel frames, and `language English<asr_text>Good morning.`
+"""What Qwen3-ASR makes of recordings and texts: mel frames, and `language English<asr_text>Good morning.`
 
 A row {"audio", "text", "language"} becomes the conversation that the model was trained on (QwenLM/Qwen3-ASR:
-finetuning/qwen3_asr_sft.py): the recording alone is the user's turn, a row's `prompt` (context, hot words) the
-system's.
+finetuning/qwen3_asr_sft.py): the recording alone is the user's turn, a row's `prompt` (context, hot words)
+the system's.
 """
 
 from __future__ import annotations

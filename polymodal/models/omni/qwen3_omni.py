@@ -1,5 +1,5 @@
-"""Qwen3-Omni: facts. The vision tower (with deepstack) and the language model with experts are Qwen3-VL's, the
-audio tower has chunks of a second.
+"""Qwen3-Omni: facts. The vision tower (with deepstack) and the language model with experts are Qwen3-VL's,
+the audio tower has chunks of a second.
 
 Positions are floating: the time of a frame is a fraction where its rate is no divisor of the 13 positions of
 a second, and the library does not round it.
@@ -142,8 +142,8 @@ CARD = vision_language_card(
     expert_plan=SPREAD_PLAN,
     sizes={
         "30b-a3b": _size("Instruct"),
-        "30b-a3b-thinking": _size("Thinking"),
-        "30b-a3b-captioner": _size("Captioner"),
+        "thinking": _size("Thinking"),
+        "captioner": _size("Captioner"),
     },
     aliases=("qwen3omni", "qwen3_omni", "qwen3-omni-moe"),
     verified=VERIFIED,

@@ -192,8 +192,8 @@ class QwenOmniMedia(SoundMedia, QwenVLMedia):
         return rows, torch.tensor([[len(rows)]])
 
     def position_ids(self, input_ids: Tensor, spans: Any) -> Tensor:
-        """Positions [4, T] of one sample, `position_type`: tokens from 0, time, height, width. Sound counts as
-        text, but in a video its time is that of the frames."""
+        """Positions [4, T] of one sample, `position_type`: tokens from 0, time, height, width. Sound counts
+        as text, but in a video its time is that of the frames."""
         own = torch.arange(input_ids.shape[0], dtype=self.position_type)
         grids = {kind: [s.parts[0].size for s in spans if s.shape.kind == kind] for kind in self.pads}
         if not any(grids.values()):

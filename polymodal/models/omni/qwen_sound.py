@@ -216,6 +216,7 @@ class Qwen3Sound(QwenSound):
         if 2 * audio.n_window != CHUNK or audio.n_window_infer % CHUNK:
             raise PolymodalError(
                 f"model.config: audio_config.n_window = {audio.n_window} and n_window_infer = "
-                f"{audio.n_window_infer}; this tower has chunks of {CHUNK} frames, and windows of whole chunks.",
+                f"{audio.n_window_infer}; this tower has chunks of {CHUNK} frames and windows of whole "
+                "chunks.",
                 "Keep the checkpoint's.",
             )

@@ -31,8 +31,8 @@ def changed_values(before: Any, now: Any) -> dict[str, Any]:
 
 
 class Thinker(QwenSound):
-    """whole: model_type of a checkpoint that holds the talker too, with the thinker's config inside; settings:
-    transformers' class of the thinker's config; sounds: the media processor."""
+    """whole: model_type of a checkpoint that holds the talker too, with the thinker's config inside;
+    settings: transformers' class of the thinker's config; sounds: the media processor."""
 
     line = "qwen-omni"
     streams = (VISION, AUDIO)

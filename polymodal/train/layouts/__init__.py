@@ -13,7 +13,16 @@ from polymodal.train.layouts.packed import Packed
 from polymodal.train.layouts.padded import Padded
 from polymodal.train.layouts.uniform import Uniform
 
-__all__ = ["DataFacts", "Feed", "Layout", "Section", "Workload", "layout_of", "objectives_of"]
+__all__ = [
+    "DataFacts",
+    "Feed",
+    "Layout",
+    "Section",
+    "Workload",
+    "fills_by_tokens",
+    "layout_of",
+    "objectives_of",
+]
 
 LAYOUTS: dict[str, type[Layout]] = {"packed": Packed, "padded": Padded, "uniform": Uniform}
 
@@ -21,6 +30,12 @@ LAYOUTS: dict[str, type[Layout]] = {"packed": Packed, "padded": Padded, "uniform
 def objectives_of(family: type[Family]) -> tuple[str, ...]:
     """Objectives that recipes name for models of a family besides its own: dpo, kto."""
     return tuple(LAYOUTS[family.layout].objectives)
+
+
+def fills_by_tokens(family: type[Family]) -> bool:
+    """Whether micro-batches of such models are filled up to a number of tokens, so that the lengths of samples
+    choose data.max_length; else they have a number of samples."""
+    return LAYOUTS[family.layout].by_tokens
 
 
 def layout_of(recipe: Recipe, family: Family) -> Layout:

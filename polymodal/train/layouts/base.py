@@ -100,6 +100,7 @@ class Layout(ABC):
     """The objective where the recipe names none."""
     objectives: Mapping[str, type] = {}
     """Others that a recipe names without a module: dpo, kto."""
+    by_tokens = False  # whether micro-batches are filled up to a number of tokens
 
     def __init__(self, recipe: Recipe, family: Family):
         self.recipe, self.family = recipe, family

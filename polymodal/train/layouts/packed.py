@@ -32,6 +32,7 @@ class Packed(TokenLayout):
     """Samples of a micro-batch in one sequence of up to data.pack_length tokens; with data.pack false,
     micro_batch_size samples in one sequence."""
 
+    by_tokens = True
     objective_class = LanguageObjective
     objectives = dict.fromkeys(PREFERENCE, PreferenceObjective)
 

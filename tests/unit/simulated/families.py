@@ -17,7 +17,7 @@ ALONE = layouts.Layout("one process", 1)
 
 
 def write(name: str, directory: str) -> None:
-    if name in (*tiny.NAMES, *tiny.GLM, *tiny.INTERNVL, tiny.OMNI):
+    if name in (*tiny.NAMES, *tiny.GLM, *tiny.INTERNVL, *tiny.OMNIS):
         tiny.checkpoint(name, directory)
     elif name == "whisper":
         speech.checkpoint(directory)
