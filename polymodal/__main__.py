@@ -16,10 +16,11 @@ import contextlib  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 
 
-def run() -> None:
-    """The entry point of the console script."""
+def run(command: Callable[[], None] | None = None) -> None:
+    """The entry point of the console script. command: another one that ends in the same way."""
     status = [1]
     atexit.register(_end, status)  # registered first, so it runs last
     from polymodal.core import terminal
@@ -28,7 +29,7 @@ def run() -> None:
     from polymodal.cli import main
 
     try:
-        main()
+        (command or main)()
         status[0] = 0
     except SystemExit as error:
         status[0] = error.code if isinstance(error.code, int) else int(error.code is not None)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from polymodal.cli.app import Opening, command, spread
+
+if TYPE_CHECKING:
+    from polymodal.recipe import Recipe
 
 
 @command("encode")
@@ -15,9 +19,14 @@ def encode(recipe: Path, overrides: list[str] | None = None, nproc: str | None =
     Training reads the features. The same command again makes only what is missing.
     """
     from polymodal import recipe as recipes
+
+    return start_encoding(recipes.load(recipe, overrides or []), nproc)
+
+
+def start_encoding(read: Recipe, nproc: str | None = None) -> int:
+    """Encode the data of a recipe that was read, in processes that are started here or in the launcher's."""
     from polymodal.runtime import environment
 
-    read = recipes.load(recipe, overrides or [])
     environment.apply(read.device)
 
     def here() -> int:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from polymodal.cli.app import command, spread
 from polymodal.core.terminal import say
+
+if TYPE_CHECKING:
+    from polymodal.recipe import Recipe
 
 
 @command("train")
@@ -22,10 +26,15 @@ def train(
     Joins when torchrun, SLURM or Kubernetes started it; --nproc (or NPUS_PER_NODE) starts local processes.
     """
     from polymodal import recipe as recipes
+
+    return start(recipes.load(recipe, overrides or []), nproc, restarts, min_nodes)
+
+
+def start(read: Recipe, nproc: str | None = None, restarts: int = 0, min_nodes: int | None = None) -> int:
+    """Train a recipe that was read, in processes that are started here or in the launcher's."""
     from polymodal.convert import recognise
     from polymodal.runtime import device, environment, launcher, process_group
 
-    read = recipes.load(recipe, overrides or [])
     recognise.register()
     environment.apply(read.device)
     if launcher.CHILD not in os.environ:

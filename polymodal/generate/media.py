@@ -5,10 +5,11 @@ Prompts are dealt to ranks, or to groups of ranks that make each sample together
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,9 @@ def read_prompts(path: str) -> list[Prompt]:
 
 
 def write_video(
-    path: Path, frames: np.ndarray, fps: float, sound: np.ndarray | None = None, rate: int = 0
+    path: Path, frames: Iterable[np.ndarray], fps: float, sound: np.ndarray | None = None, rate: int = 0
 ) -> None:
-    """uint8 [F, H, W, 3] as an H.264 mp4; odd sides lose their last row or column, as the format wants.
+    """Frames, uint8 [H, W, 3] each, as an H.264 mp4; odd sides lose their last row or column, as the format wants.
 
     sound: float32 [2, samples] in -1..1 at `rate` a second, as an AAC track.
     """
@@ -67,13 +68,15 @@ def write_video(
 
     import av
 
-    height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2
+    rest = iter(frames)
+    first = next(rest)
+    height, width = first.shape[0] // 2 * 2, first.shape[1] // 2 * 2
     frame_rate = Fraction(fps).limit_denominator(1000)
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", format="mp4") as container:
         stream: Any = container.add_stream("libx264", rate=frame_rate, options={"crf": "17"})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         track: Any = container.add_stream("aac", rate=rate, layout="stereo") if sound is not None else None
-        for frame in frames:
+        for frame in itertools.chain([first], rest):
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
             container.mux(stream.encode(picture))
         container.mux(stream.encode())

@@ -207,9 +207,18 @@ def _initial(model: nn.Module, family: Family, recipe: recipes.Recipe, locate: L
         tensors |= weights.read(model, weights.directory_of(start, family))
     elif start and lora.is_adapter(start):
         tensors |= lora.read(model, start, family)
+    elif start and not checkpoints.at(start) and (files := _foreign(start, family)) is not None:
+        tensors |= weights.read(model, start, files)
     elif start:  # another run, perhaps a whole one under this one's adapters
         tensors |= _of_run(model, locate(start), "model.", strict=False)
     return tensors
+
+
+def _foreign(start: str, family: Family) -> Any:
+    """Another system's checkpoint as storage.Files; None for what is none."""
+    from polymodal.convert import recognise
+
+    return recognise.reader(Path(start), weights.directory_of(None, family))
 
 
 def _of_run(model: nn.Module, checkpoint: Path, prefix: str, *, strict: bool) -> LazyTensors:

@@ -271,14 +271,15 @@ def _read(model: nn.Module, plan: Layout, files: Files, report: LoadReport) -> d
     return written
 
 
-def read(model: nn.Module, source: str | Path) -> LazyTensors:
+def read(model: nn.Module, source: str | Path, files: Any = None) -> LazyTensors:
     """The parameters of a checkpoint by plain name, whole, in the file's dtype, in the order of the files.
 
-    model: for names and shapes; may be on meta. For merging and re-writing without holding a model. Raises
-    PolymodalError as `load` does for names and shapes.
+    model: for names and shapes; may be on meta. files: as in `load`. For merging and re-writing without
+    holding a model. Raises PolymodalError as `load` does for names and shapes.
     """
-    files = Files(Path(source))
-    plan = library.layout(model, files.shapes, catalog.reader(source).tensor_names(Path(source)))
+    names = catalog.reader(source).tensor_names(Path(source)) if files is None else None
+    files = Files(Path(source)) if files is None else files
+    plan = library.layout(model, files.shapes, names)
     drawn = _check(model, plan, files)
     whole = library.targets(model)
 

@@ -27,8 +27,8 @@ class Callback:
         """Before the first step: model, data and optimizer are there, a resumed run's state is loaded."""
 
     def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, Any]) -> None:
-        """After each optimizer step. metrics: loss (of the global batch), grad_norm, lr, skipped; alike on
-        all ranks that hold the same piece of the model. Setting trainer.should_stop on any rank ends the run
+        """After each optimizer step. metrics: loss (of the global batch), grad_norm, lr, skipped, alike on
+        all ranks that hold the same piece of the model, and the seconds of the step. Setting trainer.should_stop on any rank ends the run
         after this step, with a checkpoint."""
 
     def on_save(self, trainer: Trainer, directory: Path) -> None:

@@ -341,9 +341,10 @@ class Trainer:
             "grad_norm": total["grad_norm"],
             "lr": lr_factor * self.recipe.optim.lr,
             "skipped": not applied,
+            "seconds": time.perf_counter() - began,
         }
         if self.main and _due(self.recipe.monitor.every, step):
-            self._log(step, total, values, time.perf_counter() - began)
+            self._log(step, total, values)
         self.callbacks.on_step_end(self, step, values)
         return self._asked_to_stop()
 
@@ -403,10 +404,9 @@ class Trainer:
             self.profiler.take(self.rt.share)
         return stop
 
-    def _log(self, step: int, total: dict[str, float], values: dict[str, Any], seconds: float) -> None:
-        tokens, world = total["seqtokens"], self.rt.world
+    def _log(self, step: int, total: dict[str, float], values: dict[str, Any]) -> None:
+        tokens, world, seconds = total["seqtokens"], self.rt.world, values["seconds"]
         values = values | {
-            "seconds": seconds,
             "samples_per_second": total["samples"] / seconds,
             "tokens_per_second": tokens / seconds,
             "tokens_per_second_device": tokens / seconds / world,

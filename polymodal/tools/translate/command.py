@@ -14,7 +14,7 @@ from polymodal.core.errors import PolymodalError
 from polymodal.core.files import written_whole
 from polymodal.core.terminal import console, say, say_lines, styled
 from polymodal.tools.preflight import numbered
-from polymodal.tools.translate import diffusers_scripts, inference, native, peers, shell, training
+from polymodal.tools.translate import bare, diffusers_scripts, inference, native, peers, shell, training
 from polymodal.tools.translate.launch import Launch, of_file, of_script, of_words
 from polymodal.tools.translate.ledger import KINDS, Row
 
@@ -42,26 +42,13 @@ def main(
     """Translate, print the table, write the recipe or the command. Raises PolymodalError for what has
     none."""
     launch = _launch(what, arguments, nodes, source, values)
-    command = None
-    if launch.kind in ("generate", "chat", "evaluate"):
-        command = inference.translate(launch)
-    elif launch.kind == "native":
-        native.translate(launch)
-    elif launch.kind == "diffusers":
-        diffusers_scripts.translate(launch)
-    elif launch.kind in peers.KINDS:
-        peers.translate(launch)
-    else:
-        training.translate(launch)
-    refused = launch.ledger.refused()
+    command = fill(launch)
     if as_json:
         say_lines(_json(launch, command), "\n")
     else:
         show(launch, error=out is None)
-    if refused and not force:
-        head = f"{launch.file}: {len(refused)} flags and keys without a translation:"
-        rows = [f"{row.origin} = {row.value}: {row.why}" for row in refused]
-        raise PolymodalError(numbered(head, rows), "(Correct them, or leave them out with --force.)")
+    if not force:
+        refuse(launch, "(Correct them, or leave them out with --force.)")
     text = _recipe(launch) if command is None else f"{shlex.join(command)}\n"
     if out is None:
         if not as_json:
@@ -75,6 +62,32 @@ def main(
     if not as_json:
         say(f"{out}: {_next(launch, out, command)}")
     return 0
+
+
+def fill(launch: Launch) -> list[str] | None:
+    """Translate into the launch's ledger; the words of our command, None where a recipe is what comes of it."""
+    if launch.kind in ("generate", "chat", "evaluate"):
+        return inference.translate(launch)
+    if launch.kind == "part":
+        bare.translate(launch)
+    elif launch.kind == "native":
+        native.translate(launch)
+    elif launch.kind == "diffusers":
+        diffusers_scripts.translate(launch)
+    elif launch.kind in peers.KINDS:
+        peers.translate(launch)
+    else:
+        training.translate(launch)
+    return None
+
+
+def refuse(launch: Launch, hint: str) -> None:
+    """Raises PolymodalError that lists what has no translation."""
+    refused = launch.ledger.refused()
+    if refused:
+        head = f"{launch.file}: {len(refused)} flags and keys without a translation:"
+        rows = [f"{row.origin} = {row.value}: {row.why}" for row in refused]
+        raise PolymodalError(numbered(head, rows), hint)
 
 
 def _launch(
@@ -93,10 +106,12 @@ def _launch(
     if not path.is_file():
         raise PolymodalError(
             f"{what} is no file, and no command line of a known program.",
-            "Name a start script, or quote a whole command line.",
+            "Name a start script or a config file, or quote a whole command line.",
         )
     if path.suffix.lower() in peers.SUFFIXES:
         kind = peers.recognise(peers.read(path)[0])
+        if kind is None and path.suffix.lower() != ".toml":
+            return bare.launch(path, nodes, source)
         if kind is None:
             raise PolymodalError(
                 f"{path}: its keys are of no program that is known here.",
@@ -108,7 +123,9 @@ def _launch(
 
 
 def _recipe(launch: Launch) -> str:
-    """The recipe's text, which the schema accepts."""
+    """The recipe's text, which the schema accepts; of a file that is a part of a set-up, its part."""
+    if launch.kind == "part":
+        return bare.text(launch)
     recipes.validate(launch.ledger.nested())
     how = "polymodal encode" if launch.kind == "encode" else "polymodal train"
     nodes = f" on each of {launch.nodes} nodes" if launch.nodes > 1 else ""
@@ -123,6 +140,8 @@ def _recipe(launch: Launch) -> str:
 def _next(launch: Launch, out: Path, command: list[str] | None) -> str:
     if command is not None:
         return f"run it with `sh {out}`"
+    if launch.kind == "part":
+        return "a part of a recipe; the start script names the rest"
     verb = "encode" if launch.kind == "encode" else "train"
     cached = launch.ledger.get("data.encode") == "cached" and "data.datasets" in launch.ledger.values
     if cached and verb == "train":

@@ -83,15 +83,16 @@ def translate(launch: Launch) -> None:
 def _accelerate(launch: Launch) -> Given:
     """accelerate's own file: processes, sharding, offload."""
     name, ledger = launch.options.take("config_file"), launch.ledger
-    given = Given("accelerate", str(name or launch.file), read_config(launch.open(str(name))) if name else {})
+    values = read_config(launch.open(str(name))) if name else launch.accelerate
+    given = Given("accelerate", str(name or launch.file), values)
     count = given.take("num_processes")
     if count is not None and not launch.options.has("num_processes"):
         machines = int(given.take("num_machines", 1))
         launch.nodes = launch.nodes if launch.nodes > 1 else machines
         launch.nproc = max(1, int(count) // machines)
     deep = given.take("deepspeed_config.deepspeed_config_file")
-    values: Mapping[str, Any] = read_config(launch.open(str(deep))) if deep else {}
-    stage = (values.get("zero_optimization") or {}).get("stage", given.take("deepspeed_config.zero_stage"))
+    deepspeed: Mapping[str, Any] = read_config(launch.open(str(deep))) if deep else {}
+    stage = (deepspeed.get("zero_optimization") or {}).get("stage", given.take("deepspeed_config.zero_stage"))
     kind = given.take("distributed_type", "MULTI_GPU")
     origin = given.origin("distributed_type")
     if kind == "DEEPSPEED" and stage in (1, 2, 3):

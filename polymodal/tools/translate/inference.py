@@ -72,7 +72,7 @@ def _checkpoint(launch: Launch, hub: Any, origin: Origin) -> str:
         path = Path(launch.path(load))
         if path.name in ("transformer", "transformer_2"):
             return str(path.parent)
-        tree = (path / "latest_checkpointed_iteration.txt").is_file()
+        tree = (path / "latest_checkpointed_iteration.txt").is_file() and not (path / "checkpoints").is_dir()
         if not tree and (not isinstance(hub, str) or path.is_dir()):
             return str(path)
     if isinstance(hub, str):

@@ -34,7 +34,7 @@ class Launch:
     """What is started, and the ledger that its translation fills.
 
     root: the directory that relative paths of the script start from; ours are relative to the working
-    directory."""
+    directory. accelerate: keys of accelerate's own file, where no option names one."""
 
     file: str
     entry: str
@@ -48,6 +48,7 @@ class Launch:
     nodes: int
     source: str | None = None
     known: bool = False  # the number of processes is said somewhere
+    accelerate: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
 
@@ -66,9 +67,16 @@ class Launch:
         """A file that the script names. Raises PolymodalError where it is not there."""
         path = Path(self.path(text))
         if not path.is_file():
+            given = ((name, self.flags.lines.get(name, 0)) for name in self.flags.values)
+            line = next((line for name, line in given if self.flags.values[name] == text), 0)
+            beside = path.parent.iterdir() if path.parent.is_dir() else ()
+            near = nearest(path.name, [each.name for each in beside if each.suffix == path.suffix])
             raise PolymodalError(
-                f"{self.file}: the file {text} that it names is not there (looked for {path}).",
-                "Call from the directory that the script is called from.",
+                f"{self.file}{f':{line}' if line else ''}: the file {text} that it names is not there (looked "
+                f"for {path}).",
+                f"Did you mean {path.with_name(near[0])}?"
+                if near
+                else "Call from the directory that the script is called from.",
             )
         return path
 
@@ -112,8 +120,7 @@ def typed(text: Any) -> Any:
 
 def is_launch(words: list[shell.Word]) -> bool:
     entry = _entry(words)
-    tables = ("entries", "programs", "refused")
-    return entry is not None and any(_name(words[entry].text) in TABLES[name] for name in tables)
+    return entry is not None and program(words[entry].text) is not None
 
 
 def of_script(
@@ -137,20 +144,20 @@ def of_words(
 ) -> Launch:
     """The launch of a command line. Raises PolymodalError for a program that is not known."""
     at = _entry(words)
-    names = [*TABLES["entries"], *TABLES["programs"], *TABLES["refused"]]
     variables = {**(variables or {}), **_assigned(words[: at or 0], file)}
-    if at is None or _name(words[at].text) not in names:
-        entry = words[at].text if at is not None else words[0].text
-        near = nearest(_name(entry), names)
+    entry = program(words[at].text) if at is not None else None
+    if at is None or entry is None:
+        named = words[at].text if at is not None else words[0].text
+        names = [*TABLES["entries"], *TABLES["programs"], *TABLES["refused"]]
+        near = nearest(named.rpartition("/")[2], names)
         raise PolymodalError(
-            f"{file}: {entry} is no program that is known here.",
+            f"{file}{f':{words[at or 0].line}' if words[at or 0].line else ''}: {named} is no program that is "
+            "known here.",
             f"Did you mean {near[0]}?" if near else "`polymodal translate --help` lists what is read.",
         )
-    entry = _name(words[at].text)
     if entry in TABLES["refused"]:
-        raise PolymodalError(
-            f"{file}:{words[at].line}: {entry} becomes nothing here.", TABLES["refused"][entry]
-        )
+        where = f"{file}:{words[at].line}" if words[at].line else file
+        raise PolymodalError(f"{where}: {entry} becomes nothing here.", TABLES["refused"][entry])
     options, _ = _flags(words[1:at], file, "launcher")
     kind = TABLES["entries"].get(entry) or TABLES["programs"][entry]
     own = "flags" if kind in OWN_FLAGS else kind
@@ -193,14 +200,16 @@ def _assigned(words: list[shell.Word], file: str) -> dict[str, shell.Value]:
     return found
 
 
-def _name(text: str) -> str:
-    return text.rpartition("/")[2]
+def program(text: str) -> str | None:
+    """The name in the tables of a program, by the longest end of its path that is there; None for others."""
+    known = [*TABLES["entries"], *TABLES["programs"], *TABLES["refused"]]
+    return max((name for name in known if f"/{text}".endswith(f"/{name}")), key=len, default=None)
 
 
 def _entry(words: list[shell.Word]) -> int | None:
     """Place of the program: the first word that ends in .py, or a module behind -m that is no launcher."""
     for i, word in enumerate(words):
-        if word.text.endswith(".py") or _name(word.text) in TABLES["programs"]:
+        if word.text.endswith(".py") or word.text.rpartition("/")[2] in TABLES["programs"]:
             return i
         if word.text == "-m" and i + 1 < len(words) and not words[i + 1].text.startswith("torch.distributed"):
             return i + 1

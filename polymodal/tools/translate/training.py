@@ -94,7 +94,7 @@ def _encode(launch: Launch, files: Mapping[str, Given]) -> None:
 
 def _files(launch: Launch) -> dict[str, Given]:
     out = {}
-    kinds = {"data": _data_kind, "model": _model_kind, "tool": lambda _launch, _values: "tool"}
+    kinds = {"data": data_kind, "model": _model_kind, "tool": lambda _launch, _values: "tool"}
     for name, kind in kinds.items():
         path = launch.flags.take(f"mm-{name}")
         values = read_config(launch.open(path)) if isinstance(path, str) else {}
@@ -106,7 +106,8 @@ def _files(launch: Launch) -> dict[str, Given]:
     return out
 
 
-def _data_kind(launch: Launch, values: Mapping[str, Any]) -> str:
+def data_kind(launch: Launch, values: Mapping[str, Any]) -> str:
+    """The section of the tables for a data file. Raises PolymodalError for kinds that are not read."""
     kind = (values.get("dataset_param") or {}).get("dataset_type")
     kinds = {
         "huggingface": "chat_data",
@@ -198,7 +199,7 @@ def _parallel(launch: Launch, files: Mapping[str, Given]) -> dict[str, int]:
             ledger.default("parallel.sp", False, origin, "on by default here with tp > 1")
     elif sequence:
         ledger.note("no effect", launch.where("sequence-parallel"), True, "tp is 1")
-    _sharding(launch, files, dp, cp)
+    sharding(launch, dp, cp)
     _recompute(launch, files["model"], pp * virtual)
     if any(flags.take(n) for n in ("encoder-dp-balance", "use-data-balance", "use-image-mbs-data-balance")):
         ledger.write("parallel.balance_media", True, launch.where("use-data-balance"))
@@ -224,7 +225,8 @@ def _context(launch: Launch, cp: int) -> None:
         launch.ledger.write("parallel.ulysses", degree, origin, algorithm)
 
 
-def _sharding(launch: Launch, files: Mapping[str, Given], dp: int, cp: int) -> None:
+def sharding(launch: Launch, dp: int, cp: int) -> None:
+    """zero, dp_shard and dp_replicate, by the flags and the file that they name."""
     flags, ledger = launch.flags, launch.ledger
     ranks = dp * cp
     if flags.take("use-torch-fsdp2"):

@@ -1,0 +1,309 @@
+"""The documents' own lines, in their order, through the files that `polymodal-compat install` writes: tiny models,
+miniature data, torchrun with two processes."""
+
+import base64
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.models import clips, tiny, tiny_pipelines
+
+TOOLS = {
+    "torchrun": "-m torch.distributed.run",
+    "polymodal": "-m polymodal",
+    "polymodal-compat": "-m polymodal.compat",
+    "mm-convert": "-m polymodal.convert.command",
+    "accelerate": "-m accelerate.commands.accelerate_cli",
+    "python": "",
+}
+DISTRIBUTED = """NPUS_PER_NODE=2
+MASTER_ADDR=localhost
+MASTER_PORT={port}
+NNODES=1
+NODE_RANK=0
+WORLD_SIZE=$(($NPUS_PER_NODE*$NNODES))
+
+DISTRIBUTED_ARGS="
+    --nproc_per_node $NPUS_PER_NODE \\
+    --nnodes $NNODES \\
+    --node_rank $NODE_RANK \\
+    --master_addr $MASTER_ADDR \\
+    --master_port $MASTER_PORT
+"
+"""
+CLOSING = r"""
+wait
+STEP_TIME=`grep "elapsed time per iteration" train.log | awk -F ':' '{print$5}' | awk -F '|' '{print$1}' | head -n 200 | tail -n 100 | awk '{sum+=$1} END {if (NR != 0) printf("%.1f",sum/NR)}'`
+SAMPLES_PER_SECOND=`awk 'BEGIN{printf "%.3f\n", '${GBS}'*1000/'${STEP_TIME}'}'`
+echo "Elapsed Time Per iteration: $STEP_TIME"
+echo "Average Samples per Second: $SAMPLES_PER_SECOND"
+"""
+ITERATION = re.compile(
+    r"^ \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +(\d+)/ +(\d+) \| consumed samples: +(\d+) \| elapsed time per "
+    r"iteration \(ms\): ([\d.]+) \| learning rate: [\d.]+E[+-]\d\d \| global batch size: +(\d+) \|.* loss: [\d.]+E[+-]\d\d \|",
+    re.M,
+)
+
+
+class Place:
+    """A directory that the documents' lines are called in."""
+
+    def __init__(self, root: Path, port: int):
+        self.root, self.port = root, port
+        tools = root.parent / "bin"
+        tools.mkdir()
+        for name, arguments in TOOLS.items():
+            (tools / name).write_text(f'#!/bin/sh\nexec {sys.executable} {arguments} "$@"\n')
+            (tools / name).chmod(0o755)
+        self.environment = {
+            **os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }  # fmt: skip
+        root.mkdir()
+
+    def write(self, name: str, content: object) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
+
+    def script(self, name: str, text: str) -> None:
+        head = "#!/bin/bash\nsource /usr/local/Ascend/cann/set_env.sh\nexport CUDA_DEVICE_MAX_CONNECTIONS=1\n"
+        self.write(name, head + DISTRIBUTED.format(port=self.port) + text)
+
+    def bash(self, line: str, code: int = 0) -> str:
+        done = subprocess.run(
+            ["bash", "-c", line],
+            cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=400, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, f"{line}\n{done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+
+@pytest.fixture
+def place(tmp_path, request) -> Place:
+    return Place(tmp_path / "MindSpeed-MM", 29400 + abs(hash(request.node.name)) % 400)
+
+
+def iterations(text: str) -> list[tuple[str, ...]]:
+    return ITERATION.findall(text)
+
+
+# ---- the document of chat models --------------------------------------------------------------------------
+
+
+def chat_files(place: Place) -> None:
+    """What the document's reader has: the hub's checkpoint, COCO pictures, LLaVA's rows, the examples' files."""
+    tiny.checkpoint("qwen2.5-vl", place.root / "ckpt/hf_path/Qwen2.5-VL-3B-Instruct")
+    pictures = place.root / "data/COCO2017/train2017"
+    pictures.mkdir(parents=True)
+    rows = []
+    for n in range(5):
+        if n != 4:
+            tiny.picture(32, 24, n).save(pictures / f"{n:012}.jpg", quality=90)
+        turns = [
+            {"from": "human", "value": "What is in this picture?\n<image>"},
+            {"from": "gpt", "value": f"The digit {n}."},
+        ]
+        rows.append({"id": f"{n:012}", "image": f"{n:012}.jpg", "conversations": turns})
+    place.write("data/llava_instruct_150k.json", rows)
+    data = {
+        "dataset_param": {
+            "dataset_type": "huggingface",
+            "preprocess_parameters": {
+                "model_name_or_path": "./ckpt/hf_path/Qwen2.5-VL-3B-Instruct",
+                "use_fast_tokenizer": True, "split_special_tokens": False, "image_max_pixels": 262144,
+                "image_min_pixels": 1024, "video_max_pixels": 16384, "video_min_pixels": 0, "video_fps": 2.0,
+                "video_maxlen": 64,
+            },
+            "basic_parameters": {
+                "template": "qwen2vl", "train_on_prompt": False, "mask_history": False, "tool_format": None,
+                "dataset_dir": "./data", "dataset": "./data/mllm_format_llava_instruct_data.json",
+                "cache_dir": "./data/cache_dir", "overwrite_cache": False, "preprocessing_batch_size": 1000,
+                "preprocessing_num_workers": 16,
+            },
+            "attr": {
+                "system": None, "images": "images", "videos": None, "messages": "messages", "role_tag": "role",
+                "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant", "observation_tag": None,
+                "function_tag": None, "system_tag": None,
+            },
+        },
+        "dataloader_param": {
+            "dataloader_mode": "sampler", "sampler_type": "BaseRandomBatchSampler", "shuffle": True, "drop_last": True,
+            "pin_memory": True, "collate_param": {"model_name": "qwen2vl", "ignore_pad_token_for_loss": True},
+        },
+    }  # fmt: skip
+    place.write("examples/qwen2.5vl/data_3b.json", data)
+    place.write(
+        "examples/qwen2.5vl/model_3b.json",
+        {
+            "model_id": "qwen2_5vl",
+            "image_encoder": {"vision_encoder": {"model_id": "qwen2vit", "freeze": True}, "vision_projector": {"freeze": False}},
+            "text_decoder": {"model_id": "qwen2_5_lm"},
+        },
+    )  # fmt: skip
+    place.script(
+        "examples/qwen2.5vl/finetune_qwen2_5_vl_3b.sh",
+        r"""
+LOAD_PATH="ckpt/mm_path/Qwen2.5-VL-3B-Instruct"
+SAVE_PATH="save_dir"
+TP=1; PP=1; CP=1
+MBS=1
+GRAD_ACC_STEP=2
+DP=$(($WORLD_SIZE/$TP/$PP/$CP))
+GBS=$(($MBS*$GRAD_ACC_STEP*$DP))
+
+GPT_ARGS="
+    --use-mcore-models \
+    --tensor-model-parallel-size ${TP} \
+    --pipeline-model-parallel-size ${PP} \
+    --context-parallel-size ${CP} \
+    --micro-batch-size ${MBS} \
+    --global-batch-size ${GBS} \
+    --tokenizer-type NullTokenizer \
+    --vocab-size 151936 \
+    --seq-length 1024 \
+    --make-vocab-size-divisible-by 1 \
+    --normalization RMSNorm \
+    --use-fused-rmsnorm \
+    --swiglu \
+    --no-masked-softmax-fusion \
+    --lr 1.0e-4 \
+    --lr-decay-style cosine \
+    --weight-decay 0 \
+    --train-iters 3 \
+    --lr-warmup-fraction 0.1 \
+    --clip-grad 0.0 \
+    --adam-beta1 0.9 \
+    --adam-beta2 0.999 \
+    --no-gradient-accumulation-fusion \
+    --no-load-optim \
+    --no-load-rng \
+    --no-save-optim \
+    --no-save-rng \
+    --seed 42 \
+    --bf16 \
+    --load $LOAD_PATH \
+    --variable-seq-lengths \
+    --use-distributed-optimizer \
+    --num-workers 0 \
+"
+MM_ARGS="
+    --mm-data ./examples/qwen2.5vl/data_3b.json \
+    --mm-model ./examples/qwen2.5vl/model_3b.json
+"
+OUTPUT_ARGS="
+    --log-interval 1 \
+    --save-interval 5000 \
+    --eval-interval 5000 \
+    --eval-iters 5000 \
+    --save $SAVE_PATH \
+    --ckpt-format torch
+"
+torchrun $DISTRIBUTED_ARGS pretrain_vlm.py $GPT_ARGS $MM_ARGS $OUTPUT_ARGS --distributed-backend nccl 2>&1 | tee train.log
+"""
+        + CLOSING,
+    )
+    answering = {
+        "dtype": "bf16", "device": "npu",
+        "tokenizer": {"hub_backend": "hf", "autotokenizer_name": "AutoProcessor", "from_pretrained": "ckpt/hf_path/Qwen2.5-VL-3B-Instruct"},
+        "generation_config": {"do_sample": False, "max_new_tokens": 4, "num_beams": 1},
+        "image_encoder": {"vision_encoder": {"model_id": "qwen2vit"}}, "text_decoder": {"model_id": "qwen2_5_lm"},
+    }  # fmt: skip
+    asked = {
+        "image_path": "data/COCO2017/train2017/000000000000.jpg",
+        "prompts": "Describe this image and keep it within 100 words.",
+    }
+    place.write(
+        "examples/qwen2.5vl/inference_qwen2_5_vl_7b.json",
+        {"pipeline_class": "Qwen2VlPipeline", **asked, **answering},
+    )
+    place.write(
+        "examples/qwen2.5vl/evaluate_qwen2_5_vl_7b.json",
+        {
+            "dataset_path": "./AI2D_TEST.tsv", "evaluation_dataset": "ai2d_test", "evaluation_model": "qwen2_vl_7b",
+            "result_output_path": "./evaluation_outputs/", "pipeline_class": "Qwen2VlPipeline", "model_id": "qwen2_5_vl",
+            **answering,
+        },
+    )  # fmt: skip
+    for name in ("inference", "evaluate"):
+        place.script(
+            f"examples/qwen2.5vl/{name}_qwen2_5_vl_7b.sh",
+            f'GPT_ARGS="\n --micro-batch-size 1 \\\n --seq-length 1024 \\\n --load save_dir \\\n --no-load-optim \\\n --bf16\n"\n'
+            f"torchrun $DISTRIBUTED_ARGS {name}_vlm.py $GPT_ARGS "
+            f"--mm-model ./examples/qwen2.5vl/{name}_qwen2_5_vl_7b.json --distributed-backend nccl\n",
+        )
+    with open(place.root / "AI2D_TEST.tsv", "w", newline="") as file:
+        table = csv.writer(file, delimiter="\t")
+        table.writerow(["index", "image", "question", "A", "B", "C", "D", "answer", "category"])
+        for n in range(3):
+            image = base64.b64encode((pictures / f"{n:012}.jpg").read_bytes()).decode()
+            table.writerow(
+                [n, image, "What is this?", "a circle", "a line", "a three", "a square", "C", "digits"]
+            )
+
+
+@pytest.mark.slow
+def test_the_chat_documents_eight_steps(place):
+    chat_files(place)
+    place.bash("polymodal-compat install --tree .")  # steps 1 and 2: the environment
+    config = json.loads((place.root / "ckpt/hf_path/Qwen2.5-VL-3B-Instruct/config.json").read_text())
+    language = config.get("text_config", config)["num_hidden_layers"]
+    layers = (
+        f"--cfg.parallel_config.llm_pp_layers [[{language}]] "
+        f"--cfg.parallel_config.vit_pp_layers [[{config['vision_config']['depth']}]] --cfg.parallel_config.tp_size 1"
+    )
+    hub = '--cfg.hf_config.hf_dir "ckpt/hf_path/Qwen2.5-VL-3B-Instruct"'
+    place.bash(  # 3: weights
+        f'mm-convert Qwen2_5_VLConverter hf_to_mm --cfg.mm_dir "ckpt/mm_path/Qwen2.5-VL-3B-Instruct" {hub} {layers}'
+    )
+    place.bash("python examples/qwen2vl/llava_instruct_2_mllm_demo_format.py")  # 4: data
+    rows = json.loads((place.root / "data/mllm_format_llava_instruct_data.json").read_text())
+    assert len(rows) == 4 and rows[0]["images"][0].endswith("train2017/000000000000.jpg")
+
+    said = place.bash("bash examples/qwen2.5vl/finetune_qwen2_5_vl_3b.sh")  # 5: training
+    found = iterations(said)
+    assert [(step, steps, consumed, batch) for step, steps, consumed, _, batch in found] == [
+        (str(n), "3", str(4 * n), "4") for n in (1, 2, 3)
+    ]
+    times = re.findall(
+        r"^Elapsed Time Per iteration: ([\d.]+)$", said, re.M
+    )  # ours, and what the script counts
+    assert len(times) == 2, said
+    assert abs(float(times[0]) - float(times[1])) <= 0.11
+    assert len(re.findall(r"^Average Samples per Second: [\d.]+$", said, re.M)) == 2
+    assert said.count("pretrain_vlm.py: polymodal train (") == 1
+    assert (place.root / "save_dir/latest_checkpointed_iteration.txt").read_text() == "release"
+
+    said = place.bash("bash examples/qwen2.5vl/inference_qwen2_5_vl_7b.sh")  # 6: inference
+    assert said.count("inference_vlm.py: polymodal chat save_dir") == 1
+    said = place.bash("bash examples/qwen2.5vl/evaluate_qwen2_5_vl_7b.sh")  # 7: evaluation
+    assert "save acc file to evaluation_outputs/qwen2_vl_7b_ai2d_test_acc.xlsx" in said
+    with zipfile.ZipFile(place.root / "evaluation_outputs/qwen2_vl_7b_ai2d_test.xlsx") as book:
+        sheet = book.read("xl/sheet1.xml").decode()
+    assert sheet.count("<row>") == 4 and "prediction" in sheet and "a three" in sheet
+
+    place.bash(  # 8: the trained weights for the hub, from the tree
+        f'mm-convert Qwen2_5_VLConverter mm_to_hf --cfg.save_hf_dir "out/hf" --cfg.mm_dir "save_dir" {hub} '
+        + layers.replace("[[", "[").replace("]]", "]")
+    )
+    place.bash("polymodal export save_dir out/export")
+    same_tensors(place.root / "out/hf", place.root / "out/export")
+
+
+def same_tensors(one: Path, other: Path) -> None:
+    from safetensors.torch import load_file
+
+    first, second = (
+        {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+        for folder in (one, other)
+    )
+    assert first.keys() == second.keys() and first
+    assert all((first[key] == second[key]).all() for key in first)
