@@ -93,7 +93,9 @@ def place(tmp_path, request) -> Place:
 
 
 def iterations(text: str) -> list[tuple[str, ...]]:
-    return ITERATION.findall(text)
+    found = ITERATION.findall(text)
+    assert found, text
+    return found
 
 
 # ---- the document of chat models --------------------------------------------------------------------------
@@ -307,3 +309,203 @@ def same_tensors(one: Path, other: Path) -> None:
     )
     assert first.keys() == second.keys() and first
     assert all((first[key] == second[key]).all() for key in first)
+
+
+# ---- the document of generating models --------------------------------------------------------------------
+
+WAN = "weights/Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+
+
+def clip_files(place: Place) -> None:
+    """What the document's reader has: the pipeline, clips with captions, the examples' files."""
+    tiny_pipelines.pipeline("wan", place.root / WAN)
+    rows = clips.data(place.root / "dataset", clips=4, pictures=0)
+    place.write("examples/wan2.1/feature_extract/data.txt", f"./dataset,./{rows.relative_to(place.root)}\n")
+    tokenizer = {"hub_backend": "hf", "autotokenizer_name": "AutoTokenizer", "from_pretrained": f"./{WAN}/tokenizer"}
+    sizes = {
+        "video_processor_type": "OpensoraplanVideoProcessor", "video_reader_type": "DecordVideo", "num_frames": 5,
+        "frame_interval": 1, "max_height": 32, "max_width": 48, "train_fps": 16, "speed_factor": 1.0,
+        "drop_short_ratio": 1.0, "hw_stride": 16, "cfg": 0.0,
+    }  # fmt: skip
+    place.write(
+        "examples/wan2.1/feature_extract/data.json",
+        {
+            "dataset_param": {
+                "dataset_type": "t2v",
+                "basic_parameters": {"data_path": "./examples/wan2.1/feature_extract/data.txt", "data_storage_mode": "combine"},
+                "preprocess_parameters": sizes,
+                "tokenizer_config": tokenizer,
+            },
+            "dataloader_param": {"dataloader_mode": "sampler", "shuffle": False, "drop_last": False},
+        },
+    )  # fmt: skip
+    place.write(
+        "examples/wan2.1/feature_extract/model_t2v.json",
+        {
+            "task": "t2v",
+            "ae": {"model_id": "wan_video_vae", "from_pretrained": f"./{WAN}/vae/", "dtype": "bf16"},
+            "text_encoder": {"hub_backend": "hf", "model_id": "UMT5", "from_pretrained": f"./{WAN}/text_encoder/"},
+        },
+    )
+    place.write("mindspeed_mm/tools/tools.json", {"sorafeature": {"save_path": "./sora_features"}})
+    place.write(
+        "examples/wan2.1/1.3b/t2v/feature_data.json",
+        {
+            "dataset_param": {
+                "dataset_type": "feature",
+                "basic_parameters": {
+                    "data_path": "./sora_features/data.jsonl", "data_folder": "./sora_features/", "data_storage_mode": "standard",
+                },
+                "preprocess_parameters": sizes,
+                "tokenizer_config": tokenizer,
+            },
+            "dataloader_param": {"dataloader_mode": "sampler", "shuffle": True, "drop_last": True},
+        },
+    )  # fmt: skip
+    predictor = {"model_id": "wandit", "model_type": "t2v", "dtype": "bf16"}
+    place.write(
+        "examples/wan2.1/1.3b/t2v/pretrain_model.json",
+        {
+            "frames": 5, "load_video_features": True, "load_text_features": True, "task": "t2v", "predictor": predictor,
+            "diffusion": {"model_id": "wan_flow_match_scheduler", "shift": 3.0},
+        },
+    )  # fmt: skip
+    place.write(
+        "examples/wan2.1/1.3b/t2v/inference_model.json",
+        {
+            "ae": {"from_pretrained": f"./{WAN}/vae/"}, "text_encoder": {"from_pretrained": f"./{WAN}/text_encoder/"},
+            "tokenizer": tokenizer, "predictor": predictor,
+            "diffusion": {"model_id": "flow_match", "num_inference_steps": 2, "guidance_scale": 2.0, "flow_shift": 3.0},
+            "pipeline_config": {"version": "wan2.1", "input_size": [5, 32, 48]},
+            "micro_batch_size": 1, "frame_interval": 1, "fps": 16, "prompt": "./examples/wan2.1/samples_prompts.txt",
+            "save_path": "./wan_samples/", "use_prompt_preprocess": True, "pipeline_class": "WanPipeline", "device": "npu",
+            "dtype": "bf16",
+        },
+    )  # fmt: skip
+    place.write("examples/wan2.1/samples_prompts.txt", "a red square\na blue circle\nthe green digit\n")
+    place.script(
+        "examples/wan2.1/feature_extract/feature_extraction.sh",
+        """
+GPT_ARGS="
+    --tensor-model-parallel-size 1 \\
+    --micro-batch-size 1 \\
+    --global-batch-size 2 \\
+    --num-workers 0
+"
+MM_ARGS="
+    --mm-data examples/wan2.1/feature_extract/data.json \\
+    --mm-model examples/wan2.1/feature_extract/model_t2v.json \\
+    --mm-tool mindspeed_mm/tools/tools.json
+"
+torchrun $DISTRIBUTED_ARGS mindspeed_mm/tools/feature_extraction/get_wan_feature.py $GPT_ARGS $MM_ARGS \\
+    --distributed-backend nccl 2>&1 | tee extract.log
+""",
+    )
+    place.script(
+        "examples/wan2.1/1.3b/t2v/pretrain.sh",
+        f"""
+LOAD_PATH="./{WAN}/transformer/"
+SAVE_PATH="./output/wan2.1-1.3b-t2v/"
+"""
+        + r"""
+TP=1
+PP=1
+VP=1
+CP=1
+MBS=1
+GRAD_ACC_STEP=1
+DP=$(($WORLD_SIZE/$TP/$PP/$CP))
+GBS=$(($MBS*$GRAD_ACC_STEP*$DP))
+GPT_ARGS="
+    --tensor-model-parallel-size ${TP} \
+    --pipeline-model-parallel-size ${PP} \
+    --context-parallel-size ${CP} \
+    --micro-batch-size ${MBS} \
+    --global-batch-size ${GBS} \
+    --num-workers 0 \
+    --lr 1e-5 \
+    --min-lr 1e-5 \
+    --lr-decay-style constant \
+    --weight-decay 1e-2 \
+    --lr-warmup-init 0 \
+    --lr-warmup-iters 0 \
+    --clip-grad 1.0 \
+    --adam-beta1 0.9 \
+    --adam-beta2 0.999 \
+    --adam-eps 1e-8 \
+    --no-gradient-accumulation-fusion \
+    --train-iters 2 \
+    --no-load-optim \
+    --no-load-rng \
+    --no-save-optim \
+    --no-save-rng \
+    --bf16 \
+    --recompute-granularity full \
+    --recompute-method block \
+    --recompute-num-layers 1 \
+    --use-distributed-optimizer \
+    --overlap-grad-reduce \
+    --overlap-param-gather \
+    --load $LOAD_PATH
+"
+MM_ARGS="
+    --mm-data ./examples/wan2.1/1.3b/t2v/feature_data.json \
+    --mm-model ./examples/wan2.1/1.3b/t2v/pretrain_model.json \
+    --mm-tool ./mindspeed_mm/tools/tools.json
+"
+OUTPUT_ARGS="
+    --log-interval 1 \
+    --save-interval 10000 \
+    --eval-interval 10000 \
+    --eval-iters 10 \
+    --save $SAVE_PATH \
+    --ckpt-format torch
+"
+torchrun $DISTRIBUTED_ARGS pretrain_sora.py $GPT_ARGS $MM_ARGS $OUTPUT_ARGS --distributed-backend nccl 2>&1 | tee train.log
+"""
+        + CLOSING,
+    )
+    place.script(
+        "examples/wan2.1/1.3b/t2v/inference.sh",
+        'GPT_ARGS="\n --micro-batch-size 1 \\\n --lr 1e-5 \\\n --train-iters 10 \\\n --seed 42 \\\n --bf16 \\\n'
+        ' --load ./output/wan2.1-1.3b-t2v/\n"\n'
+        "torchrun $DISTRIBUTED_ARGS inference_sora.py $GPT_ARGS "
+        "--mm-model examples/wan2.1/1.3b/t2v/inference_model.json --distributed-backend nccl\n",
+    )
+
+
+@pytest.mark.slow
+def test_the_generation_documents_eight_steps(place):
+    clip_files(place)
+    place.bash("polymodal-compat install --tree .")  # steps 1 and 2: the environment
+    place.bash(  # 3: weights, in their place
+        f"mm-convert WanConverter hf_to_mm --cfg.source_path ./{WAN}/transformer/ --cfg.target_path ./{WAN}/transformer/"
+    )
+    said = place.bash("bash examples/wan2.1/feature_extract/feature_extraction.sh")  # 4 and 5: data, features
+    assert "Feature extraction completed successfully" in said
+    rows = [json.loads(line) for line in (place.root / "sora_features/data.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and all((place.root / "sora_features" / row["file"]).suffix == ".pt" for row in rows)
+
+    said = place.bash("bash examples/wan2.1/1.3b/t2v/pretrain.sh")  # 6: training
+    assert [found[0] for found in iterations(said)] == ["1", "2"]
+    assert len(re.findall(r"^Average Samples per Second: [\d.]+$", said, re.M)) == 2
+    said = place.bash("bash examples/wan2.1/1.3b/t2v/inference.sh")  # 7: inference
+    assert "Inference finished." in said and said.count("Saved 3 samples to wan_samples") == 1
+    names = {path.name for path in (place.root / "wan_samples").iterdir()}
+    assert {"video_0.mp4", "video_1.mp4", "video_2.mp4", "video_grid.mp4"} <= names
+    assert video_size(place.root / "wan_samples/video_grid.mp4") == (5, 2 * 33, 2 * 49)  # an odd row and column less
+
+    place.bash(  # 8: the trained weights for the hub, from the tree
+        "mm-convert WanConverter mm_to_hf --cfg.source_path ./output/wan2.1-1.3b-t2v/ --cfg.target_path ./converted_weights/ "
+        f"--cfg.hf_dir ./{WAN}/transformer/"
+    )
+    same_tensors(place.root / "converted_weights", place.root / "output/wan2.1-1.3b-t2v/export/transformer")
+
+
+def video_size(path: Path) -> tuple[int, int, int]:
+    """Frames, height and width."""
+    import av
+
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return len(frames), *frames[0].shape[:2]
