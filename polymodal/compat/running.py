@@ -24,6 +24,8 @@ from polymodal.tools.translate.shell import Value, Word
 
 LINE = "polymodal.compat.lines:IterationLine"
 TREE, DIRECTORY = "polymodal.compat.tree:Tree", "polymodal.compat.tree:Directory"
+SOURCE = "POLYMODAL_SOURCE"
+"""Variable that names the model's hub directory where the line's files name none, as --source of translate."""
 READ = ("HCCL_DETERMINISTIC",)
 """Variables of the shell that mean a key of the recipe; others do what they do by being set."""
 
@@ -35,7 +37,12 @@ def run(entry: str, arguments: Sequence[str], tree: bool = False) -> int:
         return other(arguments)
     process = this_process()
     launch = translated_launch(entry, arguments, process)
-    words = translator.fill(launch)
+    try:
+        words = translator.fill(launch)
+    except PolymodalError as error:
+        raise PolymodalError(
+            error.message, error.hint.replace("--source DIR", f"{SOURCE}=DIR in the environment")
+        ) from None
     translator.refuse(
         launch, "(Correct them; `polymodal translate` with the start script shows all of them, with lines.)"
     )
@@ -71,6 +78,7 @@ def translated_launch(entry: str, arguments: Sequence[str], process: ProcessInfo
     """The launch that the script's line would be, with the world that this process is in."""
     words = [Word(text, 0) for text in ("torchrun", entry, *arguments)]
     launch = of_words(words, "the command line", None, None)
+    launch.source = os.environ.get(SOURCE)
     launch.root = Path()  # the program resolves paths from where it is called
     launch.nodes = process.nodes
     launch.nproc = process.world // process.nodes

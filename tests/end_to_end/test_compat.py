@@ -4,41 +4,15 @@ miniature data, torchrun with two processes."""
 import base64
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-import yaml
 
+from tests.end_to_end.documented import Place, iterations, port_of
 from tests.models import clips, tiny, tiny_pipelines
 
-TOOLS = {
-    "torchrun": "-m torch.distributed.run",
-    "polymodal": "-m polymodal",
-    "polymodal-compat": "-m polymodal.compat",
-    "mm-convert": "-m polymodal.convert.command",
-    "accelerate": "-m accelerate.commands.accelerate_cli",
-    "python": "",
-}
-DISTRIBUTED = """NPUS_PER_NODE=2
-MASTER_ADDR=localhost
-MASTER_PORT={port}
-NNODES=1
-NODE_RANK=0
-WORLD_SIZE=$(($NPUS_PER_NODE*$NNODES))
-
-DISTRIBUTED_ARGS="
-    --nproc_per_node $NPUS_PER_NODE \\
-    --nnodes $NNODES \\
-    --node_rank $NODE_RANK \\
-    --master_addr $MASTER_ADDR \\
-    --master_port $MASTER_PORT
-"
-"""
 CLOSING = r"""
 wait
 STEP_TIME=`grep "elapsed time per iteration" train.log | awk -F ':' '{print$5}' | awk -F '|' '{print$1}' | head -n 200 | tail -n 100 | awk '{sum+=$1} END {if (NR != 0) printf("%.1f",sum/NR)}'`
@@ -46,56 +20,11 @@ SAMPLES_PER_SECOND=`awk 'BEGIN{printf "%.3f\n", '${GBS}'*1000/'${STEP_TIME}'}'`
 echo "Elapsed Time Per iteration: $STEP_TIME"
 echo "Average Samples per Second: $SAMPLES_PER_SECOND"
 """
-ITERATION = re.compile(
-    r"^ \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +(\d+)/ +(\d+) \| consumed samples: +(\d+) \| elapsed time per "
-    r"iteration \(ms\): ([\d.]+) \| learning rate: [\d.]+E[+-]\d\d \| global batch size: +(\d+) \|.* loss: [\d.]+E[+-]\d\d \|",
-    re.M,
-)
-
-
-class Place:
-    """A directory that the documents' lines are called in."""
-
-    def __init__(self, root: Path, port: int):
-        self.root, self.port = root, port
-        tools = root.parent / "bin"
-        tools.mkdir()
-        for name, arguments in TOOLS.items():
-            (tools / name).write_text(f'#!/bin/sh\nexec {sys.executable} {arguments} "$@"\n')
-            (tools / name).chmod(0o755)
-        self.environment = {
-            **os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }  # fmt: skip
-        root.mkdir()
-
-    def write(self, name: str, content: object) -> None:
-        path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
-
-    def script(self, name: str, text: str) -> None:
-        head = "#!/bin/bash\nsource /usr/local/Ascend/cann/set_env.sh\nexport CUDA_DEVICE_MAX_CONNECTIONS=1\n"
-        self.write(name, head + DISTRIBUTED.format(port=self.port) + text)
-
-    def bash(self, line: str, code: int = 0) -> str:
-        done = subprocess.run(
-            ["bash", "-c", line],
-            cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=400, check=False,
-        )  # fmt: skip
-        assert done.returncode == code, f"{line}\n{done.stdout}{done.stderr}"
-        return done.stdout + done.stderr
 
 
 @pytest.fixture
 def place(tmp_path, request) -> Place:
-    return Place(tmp_path / "MindSpeed-MM", 29400 + abs(hash(request.node.name)) % 400)
-
-
-def iterations(text: str) -> list[tuple[str, ...]]:
-    found = ITERATION.findall(text)
-    assert found, text
-    return found
+    return Place(tmp_path / "MindSpeed-MM", port_of(request.node.name))
 
 
 # ---- the document of chat models --------------------------------------------------------------------------
@@ -321,7 +250,11 @@ def clip_files(place: Place) -> None:
     tiny_pipelines.pipeline("wan", place.root / WAN)
     rows = clips.data(place.root / "dataset", clips=4, pictures=0)
     place.write("examples/wan2.1/feature_extract/data.txt", f"./dataset,./{rows.relative_to(place.root)}\n")
-    tokenizer = {"hub_backend": "hf", "autotokenizer_name": "AutoTokenizer", "from_pretrained": f"./{WAN}/tokenizer"}
+    tokenizer = {
+        "hub_backend": "hf",
+        "autotokenizer_name": "AutoTokenizer",
+        "from_pretrained": f"./{WAN}/tokenizer",
+    }
     sizes = {
         "video_processor_type": "OpensoraplanVideoProcessor", "video_reader_type": "DecordVideo", "num_frames": 5,
         "frame_interval": 1, "max_height": 32, "max_width": 48, "train_fps": 16, "speed_factor": 1.0,
@@ -344,7 +277,11 @@ def clip_files(place: Place) -> None:
         {
             "task": "t2v",
             "ae": {"model_id": "wan_video_vae", "from_pretrained": f"./{WAN}/vae/", "dtype": "bf16"},
-            "text_encoder": {"hub_backend": "hf", "model_id": "UMT5", "from_pretrained": f"./{WAN}/text_encoder/"},
+            "text_encoder": {
+                "hub_backend": "hf",
+                "model_id": "UMT5",
+                "from_pretrained": f"./{WAN}/text_encoder/",
+            },
         },
     )
     place.write("mindspeed_mm/tools/tools.json", {"sorafeature": {"save_path": "./sora_features"}})
@@ -484,7 +421,9 @@ def test_the_generation_documents_eight_steps(place):
     said = place.bash("bash examples/wan2.1/feature_extract/feature_extraction.sh")  # 4 and 5: data, features
     assert "Feature extraction completed successfully" in said
     rows = [json.loads(line) for line in (place.root / "sora_features/data.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 and all((place.root / "sora_features" / row["file"]).suffix == ".pt" for row in rows)
+    assert len(rows) == 4 and all(
+        (place.root / "sora_features" / row["file"]).suffix == ".pt" for row in rows
+    )
 
     said = place.bash("bash examples/wan2.1/1.3b/t2v/pretrain.sh")  # 6: training
     assert [found[0] for found in iterations(said)] == ["1", "2"]
@@ -493,7 +432,11 @@ def test_the_generation_documents_eight_steps(place):
     assert "Inference finished." in said and said.count("Saved 3 samples to wan_samples") == 1
     names = {path.name for path in (place.root / "wan_samples").iterdir()}
     assert {"video_0.mp4", "video_1.mp4", "video_2.mp4", "video_grid.mp4"} <= names
-    assert video_size(place.root / "wan_samples/video_grid.mp4") == (5, 2 * 33, 2 * 49)  # an odd row and column less
+    assert video_size(place.root / "wan_samples/video_grid.mp4") == (
+        5,
+        2 * 33,
+        2 * 49,
+    )  # an odd row and column less
 
     place.bash(  # 8: the trained weights for the hub, from the tree
         "mm-convert WanConverter mm_to_hf --cfg.source_path ./output/wan2.1-1.3b-t2v/ --cfg.target_path ./converted_weights/ "

@@ -133,6 +133,10 @@ def _sharding(launch: Launch, values: Mapping[str, Any]) -> None:
     if launch.entry == "layerzero":
         launch.flags.values = {switch: True, "layerzero-config": launch.file}
     training.sharding(launch, launch.world, 1)
+    if launch.nproc > 1:  # how many such shards there are is not known: no -1 for all ranks
+        name = "sharding_size" if "sharding_size" in values else "zero3_size"
+        launch.ledger.rows = [row for row in launch.ledger.rows if row.origin.name != name]
+        launch.ledger.write("parallel.dp_shard", launch.nproc, Origin(name, launch.file))
     launch.ledger.rows = [
         row for row in launch.ledger.rows if row.origin != Origin(f"--{switch}", launch.file)
     ]

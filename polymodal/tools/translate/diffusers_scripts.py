@@ -149,8 +149,7 @@ def _data(launch: Launch) -> None:
         path = launch.path(str(name))
         if not os.path.exists(path):
             raise PolymodalError(
-                f"{launch.file}:{launch.where('dataset_name').line}: the data set {name} is no path on this "
-                "machine.",
+                f"{launch.where('dataset_name').place}: the data set {name} is no path on this machine.",
                 "Fetch it first with `hf download` and name its directory or files.",
             )
         sets.append({"path": path})

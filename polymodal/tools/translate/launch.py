@@ -72,8 +72,8 @@ class Launch:
             beside = path.parent.iterdir() if path.parent.is_dir() else ()
             near = nearest(path.name, [each.name for each in beside if each.suffix == path.suffix])
             raise PolymodalError(
-                f"{self.file}{f':{line}' if line else ''}: the file {text} that it names is not there (looked "
-                f"for {path}).",
+                f"{Origin(text, self.file, line).place}: the file {text} that it names is not there (looked for "
+                f"{path}).",
                 f"Did you mean {path.with_name(near[0])}?"
                 if near
                 else "Call from the directory that the script is called from.",
@@ -102,8 +102,8 @@ def scalar(value: Any, origin: Origin, kind: type = float) -> Any:
     except (ValueError, OverflowError):
         pass
     raise PolymodalError(
-        f"{origin.file}{f':{origin.line}' if origin.line else ''}: {origin.name} is {str(value)[:80]!r}, a "
-        f"{'whole ' if kind is int else ''}number is wanted.",
+        f"{origin.place}: {origin.name} is {str(value)[:80]!r}, a {'whole ' if kind is int else ''}number is "
+        "wanted.",
         "Correct it there.",
     )
 
@@ -151,12 +151,11 @@ def of_words(
         names = [*TABLES["entries"], *TABLES["programs"], *TABLES["refused"]]
         near = nearest(named.rpartition("/")[2], names)
         raise PolymodalError(
-            f"{file}{f':{words[at or 0].line}' if words[at or 0].line else ''}: {named} is no program that is "
-            "known here.",
+            f"{Origin(named, file, words[at or 0].line).place}: {named} is no program that is known here.",
             f"Did you mean {near[0]}?" if near else "`polymodal translate --help` lists what is read.",
         )
     if entry in TABLES["refused"]:
-        where = f"{file}:{words[at].line}" if words[at].line else file
+        where = Origin(entry, file, words[at].line).place
         raise PolymodalError(f"{where}: {entry} becomes nothing here.", TABLES["refused"][entry])
     options, _ = _flags(words[1:at], file, "launcher")
     kind = TABLES["entries"].get(entry) or TABLES["programs"][entry]
@@ -245,7 +244,7 @@ def _flags(words: list[shell.Word], file: str, kind: str) -> tuple[Given, list[s
         )
         if isinstance(value, list) and not several:
             raise PolymodalError(
-                f"{file}:{lines[name]}: --{name} is followed by several words: {' '.join(value)[:80]}.",
+                f"{Origin(name, file, lines[name]).place}: --{name} is followed by several words: {' '.join(value)[:80]}.",
                 "It is still a placeholder, or needs quotes.",
             )
         if (
@@ -254,7 +253,8 @@ def _flags(words: list[shell.Word], file: str, kind: str) -> tuple[Given, list[s
             and _PLACEHOLDER.search(value)
         ):
             raise PolymodalError(
-                f"{file}:{lines[name]}: --{name} is still the placeholder {value!r}.", "Write the path there."
+                f"{Origin(name, file, lines[name]).place}: --{name} is still the placeholder {value!r}.",
+                "Write the path there.",
             )
     return Given(kind, file, values, lines), positional
 

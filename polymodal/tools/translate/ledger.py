@@ -51,6 +51,11 @@ class Origin(NamedTuple):
         """The last part of a dotted key; a flag as it is."""
         return self.name if self.name.startswith("-") else self.name.rpartition(".")[2]
 
+    @property
+    def place(self) -> str:
+        """The file, with the line where that is known."""
+        return f"{self.file}:{self.line}" if self.line else self.file
+
     def __str__(self) -> str:
         return f"{self.short}, {os.path.normpath(self.file)}" + (f":{self.line}" if self.line else "")
 

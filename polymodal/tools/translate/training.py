@@ -373,8 +373,8 @@ def _batch(launch: Launch, sizes: Mapping[str, int]) -> None:
     whole = launch.number("global-batch-size", micro * dp)
     if whole % (micro * dp):
         raise PolymodalError(
-            f"{launch.file}:{launch.where('global-batch-size').line}: the global batch size {whole} is no "
-            f"multiple of micro-batch-size {micro} x {dp} data-parallel ranks.",
+            f"{launch.where('global-batch-size').place}: the global batch size {whole} is no multiple of "
+            f"micro-batch-size {micro} x {dp} data-parallel ranks.",
             f"{max(1, whole // (micro * dp)) * micro * dp} is.",
         )
     accumulation = whole // (micro * dp)
