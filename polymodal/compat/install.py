@@ -13,8 +13,8 @@ from polymodal.core.terminal import say
 
 ENTRIES: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "entries.yaml").read_text(encoding="utf-8"))
 MARK = "Written by `polymodal-compat install`"
-# Nothing is imported from the file's own directory: a checkout has a megatron/ and a mindspeed_mm/ there. Data
-# workers import the file again, under another name than __main__.
+# Nothing is imported from the file's own directory: a checkout has a megatron/ and a mindspeed_mm/ there.
+# Data workers import the file again, under another name than __main__.
 TEXT = '''"""{mark}: {name} of the documents, run by polymodal."""
 
 import os
@@ -40,8 +40,8 @@ def main(directory: Path, tree: bool, force: bool) -> int:
     others = [name for name in ENTRIES["files"] if not _ours(directory / name)]
     if others and not force:
         raise PolymodalError(
-            f"{directory / others[0]} exists already, and was not written by `polymodal-compat install` (so do "
-            f"{len(others) - 1} others).",
+            f"{directory / others[0]} exists already, and was not written by `polymodal-compat install` "
+            f"(like {len(others) - 1} others).",
             "Name another directory, or replace them with --force.",
         )
     for name in ENTRIES["files"]:

@@ -1,4 +1,4 @@
-"""The iteration line and the closing lines in the documented form, which start scripts read with grep and awk.
+"""The iteration line and the closing lines in the documented form, which start scripts read by grep and awk.
 
 Scripts take the fifth field, split at `:`, of lines with `elapsed time per iteration`: the two colons of the
 date are part of the form. They mean the last 100 of the first 200 such lines.

@@ -124,10 +124,18 @@ def answered(folder: Path) -> None:
     say(f"save acc file to {file}")
 
 
-RELATIONS = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
+OFFICE = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
 SHEETS = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
 PACKAGE = "http://schemas.openxmlformats.org/package/2006"
 TYPES = "application/vnd.openxmlformats-officedocument.spreadsheetml"
+RELATIONS = "application/vnd.openxmlformats-package.relationships+xml"
+
+
+def _relation(kind: str, target: str) -> str:
+    return (
+        f'<Relationships xmlns="{PACKAGE}/relationships"><Relationship Id="r1" Type="{OFFICE}/{kind}" '
+        f'Target="{target}"/></Relationships>'
+    )
 
 
 def write_sheet(path: Path, rows: Sequence[Sequence[Any]]) -> None:
@@ -142,16 +150,17 @@ def write_sheet(path: Path, rows: Sequence[Sequence[Any]]) -> None:
 
     body = "".join(f"<row>{''.join(map(cell, row))}</row>" for row in rows)
     files: Mapping[str, str] = {
-        "[Content_Types].xml": f'<Types xmlns="{PACKAGE}/content-types"><Default Extension="rels" ContentType='
-        '"application/vnd.openxmlformats-package.relationships+xml"/><Override PartName="/xl/workbook.xml" '
-        f'ContentType="{TYPES}.sheet.main+xml"/><Override PartName="/xl/sheet1.xml" ContentType="{TYPES}.'
-        'worksheet+xml"/></Types>',
-        "_rels/.rels": f'<Relationships xmlns="{PACKAGE}/relationships"><Relationship Id="r1" Type="{RELATIONS}'
-        '/officeDocument" Target="xl/workbook.xml"/></Relationships>',
-        "xl/workbook.xml": f'<workbook xmlns="{SHEETS}" xmlns:r="{RELATIONS}"><sheets><sheet name="Sheet1" '
-        'sheetId="1" r:id="r1"/></sheets></workbook>',
-        "xl/_rels/workbook.xml.rels": f'<Relationships xmlns="{PACKAGE}/relationships"><Relationship Id="r1" '
-        f'Type="{RELATIONS}/worksheet" Target="sheet1.xml"/></Relationships>',
+        "[Content_Types].xml": (
+            f'<Types xmlns="{PACKAGE}/content-types"><Default Extension="rels" ContentType="{RELATIONS}"/>'
+            f'<Override PartName="/xl/workbook.xml" ContentType="{TYPES}.sheet.main+xml"/>'
+            f'<Override PartName="/xl/sheet1.xml" ContentType="{TYPES}.worksheet+xml"/></Types>'
+        ),
+        "_rels/.rels": _relation("officeDocument", "xl/workbook.xml"),
+        "xl/workbook.xml": (
+            f'<workbook xmlns="{SHEETS}" xmlns:r="{OFFICE}"><sheets><sheet name="Sheet1" sheetId="1" '
+            'r:id="r1"/></sheets></workbook>'
+        ),
+        "xl/_rels/workbook.xml.rels": _relation("worksheet", "sheet1.xml"),
         "xl/sheet1.xml": f'<worksheet xmlns="{SHEETS}"><sheetData>{body}</sheetData></worksheet>',
     }
     with written_whole(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -25,7 +25,7 @@ from polymodal.tools.translate.shell import Value, Word
 LINE = "polymodal.compat.lines:IterationLine"
 TREE, DIRECTORY = "polymodal.compat.tree:Tree", "polymodal.compat.tree:Directory"
 SOURCE = "POLYMODAL_SOURCE"
-"""Variable that names the model's hub directory where the line's files name none, as --source of translate."""
+"""Variable that names the model's hub directory where the line's files name none."""
 READ = ("HCCL_DETERMINISTIC",)
 """Variables of the shell that mean a key of the recipe; others do what they do by being set."""
 
@@ -136,7 +136,8 @@ def _callbacks(launch: Launch, tree: bool) -> None:
     if "model.lora.rank" in ledger.values:
         raise PolymodalError(
             f"{launch.file}: adapters are trained, and a tree holds a whole model.",
-            "Leave out --tree and write the merged model with `polymodal export RUN DIR --merge-lora`.",
+            "Run it without the option of `polymodal-compat run --tree`; `polymodal export RUN DIR "
+            "--merge-lora` writes the merged model.",
         )
     ledger.values["checkpoint.export"] = (True, "--tree")
 

@@ -60,7 +60,7 @@ def read_prompts(path: str) -> list[Prompt]:
 def write_video(
     path: Path, frames: Iterable[np.ndarray], fps: float, sound: np.ndarray | None = None, rate: int = 0
 ) -> None:
-    """Frames, uint8 [H, W, 3] each, as an H.264 mp4; odd sides lose their last row or column, as the format wants.
+    """Frames, uint8 [H, W, 3] each, as an H.264 mp4; odd sides lose their last row or column, as it wants.
 
     sound: float32 [2, samples] in -1..1 at `rate` a second, as an AAC track.
     """

@@ -28,8 +28,8 @@ class Callback:
 
     def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, Any]) -> None:
         """After each optimizer step. metrics: loss (of the global batch), grad_norm, lr, skipped, alike on
-        all ranks that hold the same piece of the model, and the seconds of the step. Setting trainer.should_stop on any rank ends the run
-        after this step, with a checkpoint."""
+        all ranks that hold the same piece of the model, and the seconds of the step on this rank. Setting
+        trainer.should_stop on any rank ends the run after this step, with a checkpoint."""
 
     def on_save(self, trainer: Trainer, directory: Path) -> None:
         """When a checkpoint has its name, which may be some steps after it was taken."""

@@ -18,7 +18,26 @@ from polymodal.tools.translate import command
 from polymodal.tools.translate.launch import program
 from tests.unit.test_translate import DATA, MODEL, place  # noqa: F401
 
-WORDS = ["--micro-batch-size", "1", "--global-batch-size", "4", "--lr", "1e-5", "--train-iters", "2", "--bf16", "--use-distributed-optimizer", "--tensor-model-parallel-size", "2", "--mm-data", "data.json", "--mm-model", "model.json", "--save", "out/run"]
+WORDS = [
+    "--micro-batch-size",
+    "1",
+    "--global-batch-size",
+    "4",
+    "--lr",
+    "1e-5",
+    "--train-iters",
+    "2",
+    "--bf16",
+    "--use-distributed-optimizer",
+    "--tensor-model-parallel-size",
+    "2",
+    "--mm-data",
+    "data.json",
+    "--mm-model",
+    "model.json",
+    "--save",
+    "out/run",
+]
 
 
 @pytest.fixture(autouse=True)

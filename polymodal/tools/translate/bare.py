@@ -66,9 +66,9 @@ def launch(path: Path, nodes: int | None, source: str | None) -> Launch:
     part = next((name for name, holds in PARTS.items() if holds(values)), None)
     if part is None:
         raise PolymodalError(
-            f"{path} is no config file that is known here (its keys are {', '.join(map(str, [*values][:6]))}).",
-            "Known are data, model, tool and FSDP2 files, those of inference and evaluation, and trainers' YAML; "
-            "for others name the start script.",
+            f"{path} is no config file that is known here (keys: {', '.join(map(str, [*values][:6]))}).",
+            "Known are data, model, tool and FSDP2 files, those of inference and evaluation, and trainers' "
+            "YAML; for others name the start script.",
         )
     flags = Given("flags", str(path), {})
     known = Launch(str(path), part, "part", flags, flags, [], {}, Path(), 1, nodes or 1, source)

@@ -65,7 +65,7 @@ def main(
 
 
 def fill(launch: Launch) -> list[str] | None:
-    """Translate into the launch's ledger; the words of our command, None where a recipe is what comes of it."""
+    """Translate into the launch's ledger; the words of our command, None where a recipe comes of it."""
     if launch.kind in ("generate", "chat", "evaluate"):
         return inference.translate(launch)
     if launch.kind == "part":

@@ -67,13 +67,13 @@ class Launch:
         """A file that the script names. Raises PolymodalError where it is not there."""
         path = Path(self.path(text))
         if not path.is_file():
-            given = ((name, self.flags.lines.get(name, 0)) for name in self.flags.values)
-            line = next((line for name, line in given if self.flags.values[name] == text), 0)
+            named = (name for name, value in self.flags.values.items() if value == text)
+            line = self.flags.lines.get(next(named, ""), 0)
             beside = path.parent.iterdir() if path.parent.is_dir() else ()
             near = nearest(path.name, [each.name for each in beside if each.suffix == path.suffix])
             raise PolymodalError(
-                f"{Origin(text, self.file, line).place}: the file {text} that it names is not there (looked for "
-                f"{path}).",
+                f"{Origin(text, self.file, line).place}: the file {text} that it names is not there (looked "
+                f"for {path}).",
                 f"Did you mean {path.with_name(near[0])}?"
                 if near
                 else "Call from the directory that the script is called from.",
@@ -244,7 +244,8 @@ def _flags(words: list[shell.Word], file: str, kind: str) -> tuple[Given, list[s
         )
         if isinstance(value, list) and not several:
             raise PolymodalError(
-                f"{Origin(name, file, lines[name]).place}: --{name} is followed by several words: {' '.join(value)[:80]}.",
+                f"{Origin(name, file, lines[name]).place}: --{name} is followed by several words: "
+                f"{' '.join(value)[:80]}.",
                 "It is still a placeholder, or needs quotes.",
             )
         if (
