@@ -46,14 +46,7 @@ def run(entry: str, arguments: Sequence[str], tree: bool = False) -> int:
     translator.refuse(
         launch, "(Correct them; `polymodal translate` with the start script shows all of them, with lines.)"
     )
-    if launch.kind in (
-        "train-chat",
-        "train-transformers",
-        "train-generation",
-        "train-speech",
-        "native",
-        "diffusers",
-    ):
+    if words is None and launch.kind != "encode":
         _for_one_command(launch)
         _callbacks(launch, tree)
     if process.rank == 0:

@@ -411,7 +411,7 @@ torchrun $DISTRIBUTED_ARGS pretrain_sora.py $GPT_ARGS $MM_ARGS $OUTPUT_ARGS --di
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_generation_documents_eight_steps(place):
     clip_files(place)
     place.bash("polymodal-compat install --tree .")  # steps 1 and 2: the environment

@@ -111,6 +111,11 @@ def test_internvl3_8b(place):
     here = place("internvl3-8b")
     tiny.checkpoint("internvl", here.root / "weights/InternVL3-8B")
     shutil.copytree(here.root / "weights/InternVL3-8B", here.root / "trees/internvl3-8b")
+    model = json.loads((here.root / "model.json").read_text())
+    model["text_decoder"]["num_layers"] = (
+        3  # as the tiny model has them: blocks are recomputed by their number
+    )
+    here.write("model.json", model)
     for name in ("charts", "docs"):
         (here.root / "media" / name).mkdir(parents=True)
         lines = []
@@ -181,7 +186,12 @@ def test_hunyuan_video(place):
     )
     here.bash("polymodal encode encode.yaml")
     data = json.loads((here.root / "feature_data.json").read_text())
-    data["dataset_param"]["preprocess_parameters"] |= {"num_frames": 5, "max_height": 32, "max_width": 32}
+    data["dataset_param"]["preprocess_parameters"] |= {
+        "num_frames": 5,
+        "max_height": 32,
+        "max_width": 32,
+        "train_fps": 16,
+    }
     here.write("feature_data.json", data)
     here.write(
         "zero_config.yaml",
@@ -197,7 +207,7 @@ def test_hunyuan_video(place):
 @pytest.mark.nightly
 def test_flux_dreambooth(place):
     here = place("flux-dreambooth")
-    tiny_pipelines.pipeline("flux", here.root / "weights/FLUX.1-dev")
+    tiny_pipelines.pipeline("flux-guided", here.root / "weights/FLUX.1-dev")
     subject = here.root / "media/subject"
     subject.mkdir(parents=True)
     for i in range(4):
@@ -233,7 +243,7 @@ def test_whisper(place):
     for i, words in enumerate(tiny_speech.sentences(8)):
         tiny_speech.recording(folder / f"{i}.wav", words)
         lines.append(f"{i}.wav\t{words}")
-    (folder / "train.tsv").write_text("path\tsentence\n" + "\n".join(lines) + "\n")
+    (folder / "train.tsv").write_text("audio\ttext\n" + "\n".join(lines) + "\n")
     data = json.loads((here.root / "data.json").read_text())
     data["dataset_param"]["basic_parameters"]["dataset_name_or_path"] = "media/common_voice/train.tsv"
     here.write("data.json", data)
