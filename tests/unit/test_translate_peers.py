@@ -446,7 +446,7 @@ def test_every_key_has_a_row(name, capsys):
 
 def test_faults_of_files():
     assert "no valid" in refused(written("a.toml", "x = [")) or "not valid TOML" in refused("a.toml")
-    assert "its keys are of no program" in refused(written("b.yaml", "a: 1"))
+    assert "its keys are of no program" in refused(written("b.toml", "a = 1"))
     said = refused(written("sft.yaml", LLAMAFACTORY.replace("identity", "identty")))
     assert "data set identty is not in it" in said and "Did you mean identity?" in said
     assert "hf download --repo-type dataset someone/far" in refused(
