@@ -14,7 +14,7 @@ import yaml
 
 from polymodal.compat import install, lines, other_programs, outputs, running
 from polymodal.core.errors import PolymodalError
-from polymodal.tools.translate import command
+from polymodal.tools.translate import command, ledger
 from polymodal.tools.translate.launch import program
 from tests.unit.test_translate import DATA, MODEL, place  # noqa: F401
 
@@ -195,10 +195,14 @@ def test_installed_files(tmp_path, capsys):
     )
 
 
+PEERS = yaml.safe_load((Path(ledger.__file__).parent / "peers.yaml").read_text())
+
+
 def test_every_program_of_the_tables_has_a_file():
     names = {program(name) for name in install.ENTRIES["files"]}
     left = {name for name in (*command_entries(), *refused_entries()) if name not in names}
-    assert left <= {"verl.trainer.main_ppo", "finetune_t2i.py"}
+    others = [*PEERS["entries"], *PEERS["refused"]]  # of other trainers
+    assert left <= {"verl.trainer.main_ppo", "finetune_t2i.py", *others}
 
 
 def command_entries() -> list[str]:
