@@ -18,12 +18,24 @@ class AttentionCore(nn.Module):
     _attention_backend = None
     _parallel_config = None
 
+    @property
+    def processor(self) -> AttentionCore:
+        """What diffusers' attention layers have beside them: where the two settings above are."""
+        return self
+
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        context: bool = False,
     ) -> Tensor:
         """query [B, N, heads, D], key and value [B, M, heads, D] -> [B, N, heads * D].
 
         mask: bool [B, M], true = seen; or additive, of a shape that broadcasts to [B, heads, N, M].
+        context: keys are another sequence's (of text), which every rank has whole where queries are cut.
         """
         if mask is not None and mask.dtype == torch.bool and mask.ndim == 2:
             mask = mask[:, None, None]
@@ -34,7 +46,7 @@ class AttentionCore(nn.Module):
             attn_mask=mask,
             is_causal=causal,
             backend=self._attention_backend,
-            parallel_config=self._parallel_config,
+            parallel_config=None if context else self._parallel_config,
         )
         return made.flatten(2)
 

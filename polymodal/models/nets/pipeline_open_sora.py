@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
-from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from polymodal.models.nets.autoencoder_open_sora_1_2 import AutoencoderOpenSora
+from polymodal.models.nets.clip_pipeline import ClipPipeline, shifted_levels
 from polymodal.models.nets.stdit3 import STDiT3
 
 STEPS = 1000.0
@@ -35,14 +31,7 @@ def shift_of(frames: int, height: int, width: int, chunk: int = 17, latents: int
     return math.sqrt(height * width / SIDE**2) * math.sqrt(count)
 
 
-@dataclass
-class OpenSoraPipelineOutput(BaseOutput):
-    frames: Any  # [B, F, H, W, 3] in 0..1; output_type "latent": [B, C, T, H, W]
-
-
-class OpenSoraPipeline(DiffusionPipeline):
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
-
+class OpenSoraPipeline(ClipPipeline):
     def __init__(
         self, tokenizer: Any, text_encoder: Any, vae: AutoencoderOpenSora, transformer: STDiT3
     ) -> None:
@@ -51,14 +40,18 @@ class OpenSoraPipeline(DiffusionPipeline):
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer
         )
 
+    @property
+    def space(self) -> int:  # type: ignore[override]
+        return self.vae.space
+
+    def pixels(self, latents: Tensor, frames: int) -> Tensor:
+        return self.vae.decode(latents.to(self.vae.dtype), frames).sample
+
     def encode_prompt(self, prompt: Sequence[str], max_sequence_length: int = 300) -> tuple[Tensor, Tensor]:
         """T5's hidden states [B, L, C] and their mask [B, L], padded to the length."""
         texts = [text.lower().strip() for text in prompt]
-        asked = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        tokens = self.tokenizer(texts, max_length=max_sequence_length, **asked)
-        encoder = self.text_encoder
-        ids, mask = (tokens[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
-        return encoder(ids, attention_mask=mask)[0], mask
+        ids, mask = self.tokenized(texts, self.tokenizer, self.text_encoder, max_sequence_length)
+        return self.text_encoder(ids, attention_mask=mask)[0], mask
 
     @torch.no_grad()
     def __call__(
@@ -76,20 +69,17 @@ class OpenSoraPipeline(DiffusionPipeline):
         return_dict: bool = True,
     ) -> Any:
         """image: the first frame, one or one a prompt. frame_rate: what the model is told."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts, _ = self.texts(prompt)
         model, vae, count = self.transformer, self.vae, len(prompts)
-        device, dtype = model.x_embedder.proj.weight.device, model.x_embedder.proj.weight.dtype
+        device, dtype = model.device, model.dtype
         text, mask = self.encode_prompt(prompts, model.config.model_max_length)
         text = text.to(device, dtype)
         null = model.y_embedder.y_embedding.to(text).expand_as(text)
         shape = (count, vae.channels, vae.latent_frames(num_frames), height // vae.space, width // vae.space)
-        latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        processor = VideoProcessor(vae_scale_factor=vae.space)
+        latents = self.noise(shape, generator)
         given, frame_mask = None, None
         if image is not None:
-            pixels = processor.preprocess(image, height=height, width=width)[:, :, None]
-            given = vae.encode(pixels.to(device, vae.dtype))["latents"].to(latents)
-            latents[:, :, :1] = given
+            given = vae.encode(self.first_frame(image, height, width))["latents"].to(latents)
             frame_mask = torch.ones(count, shape[2], dtype=torch.bool, device=device)
             frame_mask[:, 0] = False
         fps = torch.full((count,), PICTURE_RATE if num_frames == 1 else frame_rate, device=device)
@@ -97,23 +87,21 @@ class OpenSoraPipeline(DiffusionPipeline):
         chunk = vae.config.micro_frame_size
         shift = shift_of(num_frames, height, width, chunk, vae.latent_frames(chunk))
 
-        def velocity(moment: Tensor, caption: Tensor) -> Tensor:
+        def prediction(seen: Tensor, level: Tensor, caption: Tensor) -> Tensor:
             rest = {**size, "fps": fps, "frame_mask": frame_mask, "return_dict": False}
-            (made,) = model(latents.to(dtype), moment.expand(count), caption, mask.to(device), **rest)
+            moment = (level * STEPS).expand(count)
+            (made,) = model(seen.to(dtype), moment, caption, mask.to(device), **rest)
             return made[:, : shape[1]].float()
 
-        levels = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
-        levels = (shift * levels / (1 + (shift - 1) * levels)).float().to(device)
-        for now, after in self.progress_bar(list(zip(levels[:-1], levels[1:], strict=True))):
-            step = velocity(now * STEPS, text)
+        def velocity(noisy: Tensor, level: Tensor, _: int) -> Tensor:
+            made = prediction(kept(noisy), level, text)
             if guidance_scale != 1:
-                without = velocity(now * STEPS, null)
-                step = without + guidance_scale * (step - without)
-            latents = latents + step * (now - after)
-            if given is not None:
-                latents[:, :, :1] = given
-        made: Any = latents
-        if output_type != "latent":
-            frames = vae.decode(latents.to(vae.dtype), num_frames).sample
-            made = processor.postprocess_video(frames.float(), output_type=output_type)
-        return OpenSoraPipelineOutput(frames=made) if return_dict else (made,)
+                without = prediction(kept(noisy), level, null)
+                made = without + guidance_scale * (made - without)
+            return -made  # the prediction is data - noise
+
+        def kept(clip: Tensor) -> Tensor:
+            return clip if given is None else torch.cat([given.expand_as(clip[:, :, :1]), clip[:, :, 1:]], 2)
+
+        latents = kept(self.flow(latents, shifted_levels(num_inference_steps, shift), velocity))
+        return self.output(latents, num_frames, output_type, return_dict)

@@ -6,17 +6,13 @@ Conditions: Open-Sora Plan (github.com/PKU-YuanGroup/Open-Sora-Plan, v1.2.0 and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
-from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from polymodal.models.nets.causal_vae import KLAutoencoder
+from polymodal.models.nets.clip_pipeline import ClipPipeline
 from polymodal.models.nets.open_sora_plan import OpenSoraPlanTransformer
 
 SPACE = 8  # pixels along a side of a latent cell
@@ -33,15 +29,10 @@ def first_frame_condition(vae: KLAutoencoder, pixels: Tensor, time: int) -> Tens
     return torch.cat([latents, mask], dim=1)
 
 
-@dataclass
-class OpenSoraPlanPipelineOutput(BaseOutput):
-    frames: Any  # [B, F, H, W, 3] in 0..1
-
-
-class OpenSoraPlanPipeline(DiffusionPipeline):
+class OpenSoraPlanPipeline(ClipPipeline):
     """Clips and pictures from text."""
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    space = SPACE
 
     def __init__(
         self,
@@ -60,13 +51,53 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
             scheduler=scheduler,
         )
 
+    def pixels(self, latents: Tensor, frames: int) -> Tensor:
+        return self.vae.decode(self.vae.denormalised(latents).to(self.vae.dtype)).sample
+
     def encode_prompt(self, prompt: Sequence[str], max_sequence_length: int = 512) -> tuple[Tensor, Tensor]:
         """mT5's hidden states [B, L, D] and their mask [B, L], padded to the length."""
-        asked = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        tokens = self.tokenizer(list(prompt), max_length=max_sequence_length, **asked)
-        encoder = self.text_encoder
-        ids, mask = (tokens[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
-        return encoder(ids, attention_mask=mask)[0], mask
+        ids, mask = self.tokenized(prompt, self.tokenizer, self.text_encoder, max_sequence_length)
+        return self.text_encoder(ids, attention_mask=mask)[0], mask
+
+    def captions(
+        self, prompt: Any, negative_prompt: Any, guidance_scale: float, length: int
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states and mask of the prompts; before them, with guidance, those of what it leads away
+        from."""
+        prompts, negatives = self.texts(prompt, negative_prompt)
+        text, mask = self.encode_prompt([*negatives, *prompts] if guidance_scale > 1 else prompts, length)
+        return text.to(self.transformer.device, self.transformer.dtype), mask.to(self.transformer.device)
+
+    def denoised(
+        self,
+        captions: tuple[Tensor, Tensor],
+        size: tuple[int, int, int],
+        steps: int,
+        guidance_scale: float,
+        generator: Any,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """Latents of clips of `size` (frames, height, width) from noise. condition: channels beside the
+        noisy ones."""
+        (text, mask), model, guided = captions, self.transformer, guidance_scale > 1
+        count = len(text) // 2 if guided else len(text)
+        self.scheduler.set_timesteps(steps, device=model.device)
+        cells = (size[0] - 1) // self.vae.time + 1, size[1] // SPACE, size[2] // SPACE
+        latents = self.noise((count, model.config.in_channels, *cells), generator)
+        latents = latents * self.scheduler.init_noise_sigma
+        taken = {"generator": generator} if "Ancestral" in type(self.scheduler).__name__ else {}
+        for moment in self.progress_bar(self.scheduler.timesteps):
+            seen = self.scheduler.scale_model_input(latents, moment).to(model.dtype)
+            if condition is not None:
+                seen = torch.cat([seen, condition.expand(count, -1, -1, -1, -1)], dim=1)
+            seen = torch.cat([seen, seen]) if guided else seen
+            rest = {"timestep": moment.expand(len(seen)), "encoder_attention_mask": mask}
+            prediction = model(seen, text, **rest, return_dict=False)[0].float()
+            if guided:
+                without, with_text = prediction.chunk(2)
+                prediction = without + guidance_scale * (with_text - without)
+            latents = self.scheduler.step(prediction, moment, latents, return_dict=False, **taken)[0]
+        return latents
 
     @torch.no_grad()
     def __call__(
@@ -83,78 +114,10 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         output_type: str = "np",
         return_dict: bool = True,
     ) -> Any:
-        return self._sample(
-            prompt,
-            negative_prompt,
-            (num_frames, height, width),
-            num_inference_steps,
-            guidance_scale,
-            max_sequence_length,
-            generator,
-            output_type,
-            return_dict,
-            None,
-        )
-
-    def _sample(
-        self,
-        prompt: Any,
-        negative_prompt: Any,
-        size: tuple[int, int, int],
-        steps: int,
-        guidance: float,
-        length: int,
-        generator: Any,
-        output_type: str,
-        return_dict: bool,
-        image: Any,
-    ) -> Any:
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
-        model, vae = self.transformer, self.vae
-        weight = model.pos_embed.proj.weight
-        device, dtype = weight.device, weight.dtype
-        frames, height, width = size
-        guided = guidance > 1
-        captions = [*(negatives or [""] * len(prompts)), *prompts] if guided else prompts
-        text, mask = self.encode_prompt(captions, length)
-        text, mask = text.to(device, dtype), mask.to(device)
-        processor = VideoProcessor(vae_scale_factor=SPACE)
-        condition = None
-        if image is not None:
-            picture = processor.preprocess(image, height=height, width=width)[:, :, None].to(
-                device, vae.dtype
-            )
-            clip = torch.cat(
-                [picture, picture.new_zeros(*picture.shape[:2], frames - 1, height, width)], dim=2
-            )
-            condition = first_frame_condition(vae, clip, model.config.vae_scale_factor_t).to(dtype)
-            condition = condition.expand(len(prompts), -1, -1, -1, -1)
-        self.scheduler.set_timesteps(steps, device=device)
-        cells = (frames - 1) // vae.time + 1, height // SPACE, width // SPACE
-        shape = (len(prompts), model.config.in_channels, *cells)
-        latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        latents = latents * self.scheduler.init_noise_sigma
-        for moment in self.progress_bar(self.scheduler.timesteps):
-            seen = self.scheduler.scale_model_input(latents, moment).to(dtype)
-            seen = seen if condition is None else torch.cat([seen, condition], dim=1)
-            seen = torch.cat([seen, seen]) if guided else seen
-            rest = {
-                "timestep": moment.expand(len(seen)),
-                "encoder_attention_mask": mask,
-                "return_dict": False,
-            }
-            prediction = model(seen, text, **rest)[0].float()
-            if guided:
-                without, with_text = prediction.chunk(2)
-                prediction = without + guidance * (with_text - without)
-            taken = {"generator": generator} if "Ancestral" in type(self.scheduler).__name__ else {}
-            latents = self.scheduler.step(prediction, moment, latents, return_dict=False, **taken)[0]
-        made: Any = latents
-        if output_type != "latent":
-            decoded = vae.decode(vae.denormalised(latents).to(vae.dtype)).sample
-            made = processor.postprocess_video(decoded.float(), output_type=output_type)
-        return OpenSoraPlanPipelineOutput(frames=made) if return_dict else (made,)
+        captions = self.captions(prompt, negative_prompt, guidance_scale, max_sequence_length)
+        size = num_frames, height, width
+        latents = self.denoised(captions, size, num_inference_steps, guidance_scale, generator)
+        return self.output(latents, num_frames, output_type, return_dict)
 
 
 class OpenSoraPlanImageToVideoPipeline(OpenSoraPlanPipeline):
@@ -177,15 +140,11 @@ class OpenSoraPlanImageToVideoPipeline(OpenSoraPlanPipeline):
         return_dict: bool = True,
     ) -> Any:
         """image: the first frame, one or one a prompt."""
-        return self._sample(
-            prompt,
-            negative_prompt,
-            (num_frames, height, width),
-            num_inference_steps,
-            guidance_scale,
-            max_sequence_length,
-            generator,
-            output_type,
-            return_dict,
-            image,
-        )
+        captions = self.captions(prompt, negative_prompt, guidance_scale, max_sequence_length)
+        shown = self.first_frame(image, height, width)
+        clip = torch.cat([shown, shown.new_zeros(*shown.shape[:2], num_frames - 1, height, width)], dim=2)
+        time = self.transformer.config.vae_scale_factor_t
+        condition = first_frame_condition(self.vae, clip, time).to(self.transformer.dtype)
+        size = num_frames, height, width
+        latents = self.denoised(captions, size, num_inference_steps, guidance_scale, generator, condition)
+        return self.output(latents, num_frames, output_type, return_dict)
