@@ -127,6 +127,8 @@ class Process:
     streams: tuple[str, ...] = ()
     """What is noised and trained beside the latents, at the same level: `<name>_latents` of a sample."""
     first_frame: bool = False  # the first latent frame of a clip is always given: no noise, no loss
+    frame_input: bool = False
+    """A given first frame is an input beside the latents, all of which have noise and loss."""
     guidance: float | None = (
         None  # the scale that a guidance-distilled model is trained with; None: no such input
     )

@@ -350,6 +350,8 @@ def published(card: ModelCard, key: str | None) -> Family | None:
     facts = card.sizes[key].config if key else {}
     if not facts:
         return None
+    if card.kind == "generation":
+        return card.family.published(card, str(key))  # type: ignore[attr-defined]
     return card.family(card, card.family.published_config(facts), card.sizes[str(key)].hub)
 
 

@@ -18,7 +18,7 @@ from polymodal.core.errors import PolymodalError
 from polymodal.core.files import read_json
 from polymodal.core.sample import Batch, SampleLengths
 from polymodal.models import library, pipeline_index, pipelines
-from polymodal.models.card import Output, Process
+from polymodal.models.card import ModelCard, Output, Process
 from polymodal.models.family import Family
 
 DYNAMIC_SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
@@ -93,6 +93,21 @@ class LatentGrid:
         return frames >= self.least and not rest and (latent_frames + 1) % self.patch[0] == 0
 
 
+@dataclass(frozen=True)
+class ChunkGrid(LatentGrid):
+    """Clips are coded in chunks of so many frames, each to ceil(chunk / time) latent frames of its own."""
+
+    chunk: int = 17
+
+    def _cells(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        whole, rest = divmod(frames, self.chunk)
+        count = whole * -(-self.chunk // self.time) + -(-rest // self.time)
+        return count, height // self.space, width // self.space
+
+    def fits(self, frames: int) -> bool:
+        return frames == 1 or frames % self.chunk == 0
+
+
 class Generation(Family):
     """A denoiser between frozen encoders. config: its config.json; source: the pipeline's directory.
 
@@ -117,6 +132,18 @@ class Generation(Family):
     zero: tuple[str, ...] = ()  # patterns of parameters that are zeros in a model trained from nothing
     noise: Mapping[str, Any] = {}  # facts of Process that the scheduler's config does not have
     distilled: bool = False  # a guidance scale is an input of the denoiser
+    shipped: Mapping[str, Mapping[str, Any]] = {}  # configs of parts, in the place of a directory's
+
+    @classmethod
+    def published(cls, card: ModelCard, key: str) -> Generation:
+        """The family of a published size by the configs of its card alone: part -> what its class does not
+        have by default. There is no directory."""
+        size = card.sizes[key]
+        made = cls(card, {}, size.hub)
+        made.shipped = size.config
+        made.config = {**dict(size.config[cls.part])}
+        made.config = dict(made.build().config)  # type: ignore[arg-type]
+        return made
 
     @property
     def routes(self) -> Mapping[str, str]:
@@ -143,7 +170,7 @@ class Generation(Family):
         """A component's config file (scheduler_config.json, tokenizer_config.json) or {}."""
         files = ("scheduler_config.json", "tokenizer_config.json", "config.json")
         paths = (Path(self.source) / name / file for file in files)
-        return next((read_json(path) for path in paths if path.is_file()), {})
+        return next((read_json(path) for path in paths if path.is_file()), dict(self.shipped.get(name, {})))
 
     @property
     def index(self) -> dict[str, Any]:
@@ -162,7 +189,8 @@ class Generation(Family):
 
     def check(self) -> None:
         """Raise PolymodalError for a pipeline that this family cannot train."""
-        missing = [name for name in (self.part, "vae") if not (Path(self.source) / name).is_dir()]
+        parts = () if self.shipped else (self.part, "vae")
+        missing = [name for name in parts if not (Path(self.source) / name).is_dir()]
         if missing:
             raise PolymodalError(
                 f"{self.source} has no directory {' and no '.join(missing)}, "

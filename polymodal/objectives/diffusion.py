@@ -111,7 +111,7 @@ class DiffusionObjective:
             raise _misfit("weighting", self.weighting, "has discrete timesteps")
         if settings.first_frame and process.first_frame:
             raise _misfit("first_frame", settings.first_frame, "always has its first frame given")
-        if settings.first_frame and not process.per_token:
+        if settings.first_frame and not (process.per_token or process.frame_input):
             raise _misfit("first_frame", settings.first_frame, "has one timestep for all tokens")
         if self.shift == "dynamic" and not process.dynamic and process.by_size is None:
             raise _misfit("shift", "dynamic", "has no lengths for it in its scheduler's config")
@@ -210,8 +210,12 @@ class DiffusionObjective:
         share = 1.0 if self.process.first_frame else self.settings.first_frame
         if share and latents.ndim == 5 and latents.shape[2] > 1:
             given = torch.tensor([float(torch.rand((), generator=g)) < share for g in draws])
-            tensors["clean"] = torch.zeros(len(draws), 1, *latents.shape[2:], device=latents.device)
-            tensors["clean"][given.to(latents.device), :, 0] = 1
+            given = given.to(latents.device)
+            if self.process.frame_input:
+                tensors["given"] = given.float()
+            else:
+                tensors["clean"] = torch.zeros(len(draws), 1, *latents.shape[2:], device=latents.device)
+                tensors["clean"][given, :, 0] = 1
         clean = tensors.get("clean")  # cells that are given, not generated: no noise, no loss
         if clean is not None:
             mixed = torch.where(clean.bool(), latents, mixed)

@@ -28,7 +28,7 @@ from polymodal.recipe import Parallel
 def attention_heads(config: Any) -> int:
     """Query heads of a model's (language) layers, by its config; 1 without such a key."""
     if isinstance(config, Mapping):  # diffusers
-        return config.get("num_attention_heads") or 1
+        return config.get("num_attention_heads") or config.get("num_heads") or 1
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "num_attention_heads", None) or getattr(text, "num_heads", None) or 1
 

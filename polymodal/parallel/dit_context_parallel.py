@@ -310,7 +310,7 @@ def apply(model: nn.Module, card: ModelCard, context: Context) -> DiTContextPara
     inside = [name for name in modules if any(block.fullmatch(name) for block in blocks)]
     for name, module in modules.items():
         processor = getattr(module, "processor", None)
-        if processor is None or not name.startswith(tuple(f"{block}." for block in inside)):
+        if processor is None or not f"{name}.".startswith(tuple(f"{block}." for block in inside)):
             continue
         if hasattr(processor, "_parallel_config"):
             processor._parallel_config, processor._attention_backend = cut, backend

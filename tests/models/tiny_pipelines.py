@@ -376,6 +376,71 @@ def open_sora() -> Any:
     )
 
 
+def hunyuan_vae() -> Any:
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    return AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, mid_block_add_attention=False
+    )  # fmt: skip
+
+
+def open_sora_2() -> Any:
+    from polymodal.models.nets.open_sora_2 import OpenSora2Transformer
+    from polymodal.models.nets.pipeline_open_sora_2 import OpenSora2Pipeline
+
+    denoiser = OpenSora2Transformer(
+        in_channels=16, vec_in_dim=8, context_in_dim=16, hidden_size=20, num_heads=2, depth=1, depth_single_blocks=1, axes_dim=(2, 4, 4)
+    )  # fmt: skip
+    return OpenSora2Pipeline(
+        tokenizer=tokenizer(16), text_encoder=t5(), tokenizer_2=tokenizer(77), text_encoder_2=clip_text(8), vae=hunyuan_vae(), transformer=denoiser
+    )  # fmt: skip
+
+
+def bert() -> Any:
+    from transformers import BertConfig, BertModel
+
+    return BertModel(
+        BertConfig(vocab_size=48, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    )  # fmt: skip
+
+
+@functools.cache
+def pieces() -> str:
+    """A file of sentencepiece's, made of WORDS."""
+    import io
+    import tempfile
+
+    import sentencepiece
+
+    made, directory = io.BytesIO(), tempfile.mkdtemp()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(WORDS * 4), model_writer=made, vocab_size=60, hard_vocab_limit=False, minloglevel=2
+    )  # fmt: skip
+    path = Path(directory, "step1_chat_tokenizer.model")
+    path.write_bytes(made.getvalue())
+    return str(path)
+
+
+def step_video(image: bool = False) -> Any:
+    from polymodal.models.nets import pipeline_step_video as pipelines
+    from polymodal.models.nets.autoencoder_step_video import AutoencoderStepVideo
+    from polymodal.models.nets.step_llm import Step1Config, Step1Model, StepTokenizer
+    from polymodal.models.nets.step_video import StepVideoModel
+
+    sizes = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "z_channels": 4}
+    vae = AutoencoderStepVideo(
+        {**sizes, "down_sampling_layer": [0]}, {**sizes, "temporal_up_layers": [1], "temporal_downsample": 2}, frame_len=9
+    )  # fmt: skip
+    denoiser = StepVideoModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2, caption_channels=(16, 16), use_additional_conditions=image
+    )  # fmt: skip
+    cls = pipelines.StepVideoImageToVideoPipeline if image else pipelines.StepVideoPipeline
+    return cls(
+        tokenizer=StepTokenizer(pieces()), text_encoder=Step1Model(Step1Config(16, 2, 1, 1, 32, 1e-5, 64, 16)), tokenizer_2=tokenizer(77),
+        text_encoder_2=bert(), vae=vae, transformer=denoiser,
+    )  # fmt: skip
+
+
 def mt5(width: int = 16) -> Any:
     from transformers import MT5Config, MT5EncoderModel
 
@@ -474,21 +539,17 @@ def llama(causal: bool = False, width: int = 16, layers: int = 3) -> Any:
 
 def hunyuan_video() -> Any:
     from diffusers import (
-        AutoencoderKLHunyuanVideo,
         FlowMatchEulerDiscreteScheduler,
         HunyuanVideoPipeline,
         HunyuanVideoTransformer3DModel,
     )
 
-    vae = AutoencoderKLHunyuanVideo(
-        latent_channels=4, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, mid_block_add_attention=False
-    )  # fmt: skip
     denoiser = HunyuanVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1, num_refiner_layers=1,
         patch_size=1, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
     )  # fmt: skip
     return HunyuanVideoPipeline(
-        text_encoder=llama(), tokenizer=tokenizer(512), transformer=denoiser, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder=llama(), tokenizer=tokenizer(512), transformer=denoiser, vae=hunyuan_vae(), scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
         text_encoder_2=clip_text(8), tokenizer_2=tokenizer(77),
     )  # fmt: skip
 
@@ -525,23 +586,19 @@ def llava_tokenizer() -> Any:
 
 def hunyuan_video_i2v(kind: str) -> Any:
     from diffusers import (
-        AutoencoderKLHunyuanVideo,
         FlowMatchEulerDiscreteScheduler,
         HunyuanVideoImageToVideoPipeline,
         HunyuanVideoTransformer3DModel,
     )
     from transformers import CLIPImageProcessor
 
-    vae = AutoencoderKLHunyuanVideo(
-        latent_channels=4, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, mid_block_add_attention=False
-    )  # fmt: skip
     denoiser = HunyuanVideoTransformer3DModel(
         in_channels=9 if kind == "latent_concat" else 4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1,
         num_single_layers=1, num_refiner_layers=1, patch_size=1, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
         image_condition_type=kind, guidance_embeds=kind == "token_replace",
     )  # fmt: skip
     return HunyuanVideoImageToVideoPipeline(
-        text_encoder=llava(), tokenizer=llava_tokenizer(), transformer=denoiser, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder=llava(), tokenizer=llava_tokenizer(), transformer=denoiser, vae=hunyuan_vae(), scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
         text_encoder_2=clip_text(8), tokenizer_2=tokenizer(77),
         image_processor=CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
     )  # fmt: skip
@@ -654,11 +711,7 @@ def ltx2() -> Any:
 
 def hunyuan_dit() -> Any:
     from diffusers import DDPMScheduler, HunyuanDiT2DModel, HunyuanDiTPipeline
-    from transformers import BertConfig, BertModel
 
-    bert = BertModel(
-        BertConfig(vocab_size=48, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
-    )  # fmt: skip
     denoiser = HunyuanDiT2DModel(
         sample_size=16, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4, cross_attention_dim=16,
         cross_attention_dim_t5=16, pooled_projection_dim=16, hidden_size=16,
@@ -668,7 +721,7 @@ def hunyuan_dit() -> Any:
         timestep_spacing="trailing",
     )  # fmt: skip
     return HunyuanDiTPipeline(
-        vae=kl_vae(stages=4, shift=None), text_encoder=bert, tokenizer=tokenizer(77), transformer=denoiser, scheduler=scheduler,
+        vae=kl_vae(stages=4, shift=None), text_encoder=bert(), tokenizer=tokenizer(77), transformer=denoiser, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False, text_encoder_2=t5(), tokenizer_2=tokenizer(256),
     )  # fmt: skip
 
@@ -744,8 +797,11 @@ MAKERS = {
     "sana": sana,
     "lumina2": lumina2,
     "open-sora-1.2": open_sora,
+    "open-sora-2": open_sora_2,
     "open-sora-plan": open_sora_plan,
     "open-sora-plan-i2v": lambda: open_sora_plan(True),
+    "step-video": step_video,
+    "step-video-i2v": lambda: step_video(True),
     "qwen-image": qwen_image,
     "hunyuan-dit": hunyuan_dit,
     "flux2": flux2,

@@ -28,6 +28,8 @@ DEEPER: dict[str, dict[str, Any]] = {
     "cogvideox1.5": {"num_layers": 4, "num_attention_heads": 4, "sample_height": 16, "sample_width": 16},
     "sd3.5": {"num_layers": 4, "num_attention_heads": 4, "caption_projection_dim": 32},
     "open-sora-plan": {"num_layers": 4, "num_attention_heads": 4},
+    "step-video": {"num_layers": 4, "num_attention_heads": 4},
+    "open-sora-2": {"depth": 2, "depth_single_blocks": 2, "num_heads": 4, "hidden_size": 40},
 }
 """Models of the table of layouts, with more layers and heads than the pipelines of other tests have."""
 
@@ -98,7 +100,8 @@ def _features(directory: str) -> list[tuple[dict[str, Tensor], int, tuple[int, i
 
 
 def objective(family: Any) -> DiffusionObjective:
-    return DiffusionObjective(family.process(), Diffusion())
+    process = family.process()
+    return DiffusionObjective(process, Diffusion(first_frame=float(process.frame_input)))
 
 
 def batches(directory: str, family: Family, dtype: torch.dtype) -> list[Batch]:

@@ -53,10 +53,16 @@ MATRIX = [
 ]
 RINGLESS = ("open-sora-plan", "open-sora-plan-i2v")
 """Those whose attention takes every n-th token."""
-MATRIX = [
-    replace(row, only=tuple(n for n in MODELS if n not in RINGLESS)) if "ring" in row.name else row
-    for row in MATRIX
-]
+WHOLE_PROJECTIONS = ("open-sora-2",)
+"""Those that have no tensor-parallel plan."""
+
+
+def _measured(row: Layout) -> Layout:
+    left = (RINGLESS if "ring" in row.name else ()) + (WHOLE_PROJECTIONS if "TP" in row.name else ())
+    return replace(row, only=tuple(name for name in MODELS if name not in left)) if left else row
+
+
+MATRIX = [_measured(row) for row in MATRIX]
 FORMS = (
     "wan-i2v", "wan-flf2v", "wan2.2-5b", "wan2.2-a14b", "wan2.2-i2v-a14b", "hunyuan-video-i2v", "hunyuan-video-i2v-33ch", "cogvideox",
     "cogvideox-i2v", "cogvideox1.5-i2v", "flux-guided", "flux-kontext", "sd3",

@@ -13,14 +13,40 @@ from torch import Tensor, nn
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Batch
 from polymodal.models.card import Size
-from polymodal.models.diffusion import GuidanceDistilled, LatentGrid
+from polymodal.models.diffusion import Generation, GuidanceDistilled, LatentGrid
 from polymodal.models.generation.denoiser_card import denoiser_card, joint_blocks_plan, single_blocks_plan
 
 GUIDANCE = 1000.0
 """What the pipeline multiplies a guidance scale by before it hands it over."""
 
 
-class HunyuanVideo(GuidanceDistilled):
+class HunyuanVideoLatents(Generation):
+    """A denoiser in the latents of an AutoencoderKLHunyuanVideo."""
+
+    latent_channels, compression = 16, 8  # the VAE's, unless its config has others
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        sides = int(self.config["patch_size"])
+        return int(self.config["patch_size_t"]), sides, sides
+
+    def grid(self) -> LatentGrid:
+        vae = self.component_config("vae")
+        channels = int(vae.get("latent_channels", self.latent_channels))
+        time = int(vae.get("temporal_compression_ratio", 4))
+        space = int(vae.get("spatial_compression_ratio", self.compression))
+        return LatentGrid(channels, time, space, self.patch)
+
+    def encode_media(self, pipeline: Any, pixels: Tensor) -> dict[str, Tensor]:
+        vae = pipeline.vae
+        return {"latents": vae.encode(pixels.to(vae.dtype)).latent_dist.mode() * vae.config.scaling_factor}
+
+    def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
+        vae = pipeline.vae
+        return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+
+
+class HunyuanVideo(GuidanceDistilled, HunyuanVideoLatents):
     line = "hunyuan-video"
     text = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
     prompt_outputs = ("encoder_hidden_states", "pooled_projections", "encoder_attention_mask")
@@ -31,7 +57,6 @@ class HunyuanVideo(GuidanceDistilled):
         "pooled_projections": "prompt_ids_2",
     }
     zero = ("proj_out.*",)
-    latent_channels, compression = 16, 8  # the VAE's, unless its config has others
 
     def check(self) -> None:
         super().check()
@@ -43,20 +68,8 @@ class HunyuanVideo(GuidanceDistilled):
                 "Use HunyuanVideoImageToVideoPipeline, or the text-to-video denoiser.",
             )
 
-    def grid(self) -> LatentGrid:
-        vae = self.component_config("vae")
-        patch, frames = int(self.config["patch_size"]), int(self.config["patch_size_t"])
-        channels = int(vae.get("latent_channels", self.latent_channels))
-        time = int(vae.get("temporal_compression_ratio", 4))
-        space = int(vae.get("spatial_compression_ratio", self.compression))
-        return LatentGrid(channels, time, space, (frames, patch, patch))
-
     def prompt_options(self) -> dict[str, Any]:
         return {}
-
-    def encode_media(self, pipeline: Any, pixels: Tensor) -> dict[str, Tensor]:
-        vae = pipeline.vae
-        return {"latents": vae.encode(pixels.to(vae.dtype)).latent_dist.mode() * vae.config.scaling_factor}
 
     def first_frame(self, pipeline: Any, pixels: Tensor, latents: Tensor) -> Tensor:
         """The condition [B, C + 1, F, H, W] of a first frame: its latents and a mask, zeros behind it."""
@@ -64,10 +77,6 @@ class HunyuanVideo(GuidanceDistilled):
         condition = latents.new_zeros(len(latents), latents.shape[1] + 1, *latents.shape[2:])
         condition[:, :, :1] = torch.cat([first, torch.ones_like(first[:, :1])], dim=1)
         return condition
-
-    def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
-        vae = pipeline.vae
-        return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
 
     def inputs(self, model: nn.Module, latents: Tensor, batch: Batch) -> dict[str, Any]:
         given = super().inputs(model, latents, batch)

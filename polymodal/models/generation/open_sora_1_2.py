@@ -8,7 +8,6 @@ Facts, and the arguments of our own nets and pipeline (models/nets). A directory
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from polymodal.core.sample import Batch, SampleLengths
 from polymodal.models import pipelines
 from polymodal.models.card import Process, Size
-from polymodal.models.diffusion import Generation, LatentGrid
+from polymodal.models.diffusion import ChunkGrid, Generation
 from polymodal.models.generation.denoiser_card import UNBUILT, denoiser_card
 from polymodal.models.nets import autoencoder_open_sora_1_2 as autoencoder
 from polymodal.models.nets.pipeline_open_sora import PICTURE_RATE, shift_of
@@ -27,21 +26,6 @@ from polymodal.models.storage import Files
 RATE = 24.0
 """Frames a second where a sample has none."""
 NULL = "y_embedder.y_embedding"
-
-
-@dataclass(frozen=True)
-class ChunkGrid(LatentGrid):
-    """Clips are coded in chunks of so many frames, each to ceil(chunk / time) latent frames of its own."""
-
-    chunk: int = 17
-
-    def _cells(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        whole, rest = divmod(frames, self.chunk)
-        count = whole * -(-self.chunk // self.time) + -(-rest // self.time)
-        return count, height // self.space, width // self.space
-
-    def fits(self, frames: int) -> bool:
-        return frames == 1 or frames % self.chunk == 0
 
 
 class OpenSora(Generation):

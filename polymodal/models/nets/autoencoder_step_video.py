@@ -266,6 +266,17 @@ class AutoencoderStepVideo(ModelMixin, ConfigMixin):
         super().__init__()
         self.encoder, self.decoder = Encoder(**(encoder_config or {})), Decoder(**(decoder_config or {}))
 
+    @property
+    def space(self) -> int:
+        """Pixels along a side of a latent cell."""
+        return 2 ** len(self.encoder.down)
+
+    def latent_frames(self, frames: int) -> int:
+        """Of a clip: latent_len a whole chunk; of the rest, or of a shorter clip, in proportion."""
+        whole, rest = divmod(frames, self.config.frame_len)
+        time = -(-(self.config.frame_len - 1) // (self.config.latent_len - 1))
+        return whole * self.config.latent_len + -(-rest // time)
+
     def encode(self, pixels: Tensor, return_dict: bool = True) -> Any:
         chunks = pixels.split(self.config.frame_len, dim=2)
         moments = torch.cat([self.encoder(chunk) for chunk in chunks], dim=2)

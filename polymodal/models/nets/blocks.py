@@ -52,7 +52,7 @@ class AttentionCore(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; the mean and the root in float32."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; the mean and the root in float32 at least."""
 
     def __init__(self, size: int, eps: float = 1e-6, name: str = "weight"):
         """name: of the parameter, where a published file has another than `weight`."""
@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
         self.register_parameter(name, nn.Parameter(torch.ones(size)))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = x.to(angle_dtype(x.dtype))
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return normed.to(x.dtype) * getattr(self, self.parameter)
 

@@ -18,7 +18,14 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from polymodal.models.nets.blocks import AttentionCore, RMSNorm, angles, rotated_halves, rotated_pairs
+from polymodal.models.nets.blocks import (
+    AttentionCore,
+    RMSNorm,
+    angles,
+    grid_positions,
+    rotated_halves,
+    rotated_pairs,
+)
 from polymodal.models.nets.stdit import FREQUENCIES, modulated
 
 TIME_SCALE = 1000.0  # timesteps are given in 0..1
@@ -141,10 +148,19 @@ class SingleBlock(AttentionCore):
         self.norm = _QKNorm(hidden_size // heads)
         self.modulation = _Modulation(hidden_size, 3)
 
-    def forward(self, hidden_states: Tensor, vector: Tensor, turns: Tensor, halves: bool) -> Tensor:
+    def forward(
+        self,
+        encoder_hidden_states: Tensor,
+        hidden_states: Tensor,
+        vector: Tensor,
+        turns: Tensor,
+        halves: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """As DoubleBlock's."""
+        joined = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         rotary = _Rotary(turns, halves)
         shift, scale, gate = self.modulation(vector)
-        x = modulated(hidden_states, shift, scale)
+        x = modulated(joined, shift, scale)
         size = x.shape[-1]
         if self.fused:
             made = self.linear1(x).split([size, size, size, self.width], dim=-1)
@@ -153,7 +169,9 @@ class SingleBlock(AttentionCore):
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in made[:3])
         query, key = rotary(self.norm.query_norm(query)), rotary(self.norm.key_norm(key))
         inner = nn.functional.gelu(made[3], approximate="tanh")
-        return hidden_states + gate * self.linear2(torch.cat([self.attend(query, key, value), inner], -1))
+        joined = joined + gate * self.linear2(torch.cat([self.attend(query, key, value), inner], -1))
+        text, image = joined.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
+        return text, image
 
 
 class _FinalLayer(nn.Module):
@@ -213,6 +231,11 @@ class OpenSora2Transformer(ModelMixin, ConfigMixin):
         self.final_layer = _FinalLayer(hidden_size, in_channels)
         self.gradient_checkpointing = False
 
+    @staticmethod
+    def places(frames: int, height: int, width: int, device: torch.device) -> Tensor:
+        """(t, y, x) of the tokens of latents with so many frames, and cells along their sides."""
+        return grid_positions(frames, height // 2, width // 2, device)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -240,17 +263,14 @@ class OpenSora2Transformer(ModelMixin, ConfigMixin):
         if txt_ids is None:
             txt_ids = img_ids.new_zeros(text.shape[1], 3)
         places = torch.cat([txt_ids, img_ids])
-        turns = torch.cat(angles(places, self.config.axes_dim, image, self.config.theta), dim=-1)
+        turns = torch.cat(angles(places, self.config.axes_dim, hidden_states, self.config.theta), dim=-1)
 
         def run(block: nn.Module, *given: Any) -> Any:
             given = (*given, vector, turns, self.config.use_liger_rope)
             checkpointed = torch.is_grad_enabled() and self.gradient_checkpointing
             return self._gradient_checkpointing_func(block, *given) if checkpointed else block(*given)
 
-        for block in self.double_blocks:
+        for block in (*self.double_blocks, *self.single_blocks):
             text, image = run(block, text, image)
-        joined = torch.cat([text, image], dim=1)
-        for block in self.single_blocks:
-            joined = run(block, joined)
-        made = self.final_layer(joined[:, text.shape[1] :], vector)
+        made = self.final_layer(image, vector)
         return Transformer2DModelOutput(sample=made) if return_dict else (made,)

@@ -7,12 +7,16 @@ sqrt(distance) with the slopes of ALiBi (arXiv 2108.12409); padding is seen, as 
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import torch
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 (diffusers looks for it)
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
 from polymodal.models.nets.blocks import RMSNorm, angle_dtype
@@ -143,3 +147,46 @@ class Step1Model(PreTrainedModel):
         for layer in self.transformer.layers:
             x = layer(x, bias)
         return BaseModelOutput(last_hidden_state=x) if return_dict else (x,)
+
+
+class StepTokenizer(PreTrainedTokenizer):
+    """Step LLM's: a model of sentencepiece; token 1, the text, token 2; padded with token 2."""
+
+    # not `vocab_file`: transformers takes the end of this file's name for that of another tokenizer's
+    vocab_files_names = {"model_file": "step1_chat_tokenizer.model"}  # noqa: RUF012
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+
+    def __init__(self, model_file: str, **rest: Any):
+        self.model_file = model_file
+        self.pieces = sentencepiece.SentencePieceProcessor(model_file=model_file)
+        begin, end = (self.pieces.id_to_piece(number) for number in (1, 2))
+        named = {"bos_token": begin, "eos_token": end, "pad_token": end, "unk_token": self.pieces.id_to_piece(0)}
+        super().__init__(**{**rest, **named})
+
+    @property
+    def vocab_size(self) -> int:
+        return self.pieces.get_piece_size()
+
+    def get_vocab(self) -> dict[str, int]:
+        return {self.pieces.id_to_piece(number): number for number in range(self.vocab_size)}
+
+    def _tokenize(self, text: str, **rest: Any) -> list[str]:
+        return self.pieces.encode(text, out_type=str)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.pieces.piece_to_id(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.pieces.id_to_piece(index)
+
+    def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: Any = None) -> list[int]:
+        return [1, *token_ids_0, 2]
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        return 2
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        path = Path(save_directory) / self.vocab_files_names["model_file"]
+        if path.resolve() != Path(self.model_file).resolve():
+            shutil.copyfile(self.model_file, path)
+        return (str(path),)

@@ -100,10 +100,10 @@ class _CrossAttention(AttentionCore):
         self.wo = nn.Linear(heads * size, hidden_size, bias=False)
         self.q_norm, self.k_norm = RMSNorm(size), RMSNorm(size)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, encoder_hidden_states: Tensor, mask: Tensor | None) -> Tensor:
         query = self.wq(x).unflatten(-1, (self.heads, -1))
-        key, value = self.wkv(text).unflatten(-1, (self.heads, -1)).chunk(2, dim=-1)
-        return self.wo(self.attend(self.q_norm(query), self.k_norm(key), value, mask))
+        key, value = self.wkv(encoder_hidden_states).unflatten(-1, (self.heads, -1)).chunk(2, dim=-1)
+        return self.wo(self.attend(self.q_norm(query), self.k_norm(key), value, mask, context=True))
 
 
 class StepVideoBlock(nn.Module):
@@ -121,16 +121,27 @@ class StepVideoBlock(nn.Module):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         mask: Tensor | None,
-        time: Tensor,
+        temb: Tensor,
         turns: Sequence[Tensor],
     ) -> Tensor:
-        """hidden_states [B, N, h], text [B, L, h], time [B, 6, h], angles of the three axes."""
+        """hidden_states [B, N, h], text [B, L, h], temb [B, 6, h], angles of the three axes."""
         x = hidden_states
-        mods = (self.scale_shift_table + time)[:, :, None].unbind(1)
+        mods = (self.scale_shift_table + temb)[:, :, None].unbind(1)
         shift, scale, gate, shift_ff, scale_ff, gate_ff = mods
         x = x + gate * self.attn1(self.norm1(x) * (1 + scale) + shift, turns)
         x = x + self.attn2(x, encoder_hidden_states, mask)
         return x + gate_ff * self.ff(self.norm2(x) * (1 + scale_ff) + shift_ff)
+
+
+class Rope(nn.Module):
+    """Angles [N, size / 2] of the tokens of a grid along its axes (t, y, x), in the dtype of `like` at least."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.sizes = size // 2, size // 4, size // 4
+
+    def forward(self, grid: tuple[int, int, int], like: Tensor) -> tuple[Tensor, ...]:
+        return tuple(angles(grid_positions(*grid, like.device), self.sizes, like))
 
 
 class StepVideoModel(ModelMixin, ConfigMixin):
@@ -161,6 +172,7 @@ class StepVideoModel(ModelMixin, ConfigMixin):
         self.out_channels = out_channels or in_channels
         channels = in_channels * 2 if use_additional_conditions else in_channels
         self.pos_embed = PatchProjection(channels, hidden_size, patch_size)
+        self.rope = Rope(size)
         self.transformer_blocks = nn.ModuleList(
             StepVideoBlock(hidden_size, heads, size) for _ in range(num_layers)
         )
@@ -214,9 +226,7 @@ class StepVideoModel(ModelMixin, ConfigMixin):
         tokens = self.pos_embed(hidden_states.flatten(0, 1)).unflatten(0, (batch, frames)).flatten(1, 2)
         mods, embedded = self.adaln_single(timestep * TIME_SCALE, motion, tokens.dtype)
         text, mask = self.text(encoder_hidden_states, encoder_hidden_states_2, encoder_attention_mask)
-        size = self.config.attention_head_dim
-        places = grid_positions(frames, height, width, tokens.device)
-        turns = angles(places, (size // 2, size // 4, size // 4), tokens)
+        turns = self.rope((frames, height, width), hidden_states)
         for block in self.transformer_blocks:
             given = (tokens, text, mask, mods, turns)
             checkpointed = torch.is_grad_enabled() and self.gradient_checkpointing
