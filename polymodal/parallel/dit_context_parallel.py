@@ -9,7 +9,7 @@ predictions, so each counts its loss as one of `size` copies.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any
 
@@ -127,24 +127,46 @@ class DiTContextParallel:
         share = sequence_sharding.even(self.rows(query.shape[1]), self.context.ring, query.shape[0])
         return self.context.attend(query, key, value, share, False, None, local)
 
+    def whole_streams(
+        self, streams: Sequence[Sequence[Tensor]], local: Callable[..., Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """The same of several streams, in their order as the model joins them: `local` takes query, key and
+        value of each whole stream and gives an output of each."""
+        lengths = self._streams()
+        places = to_device(torch.tensor(self._by_rank(lengths)), streams[0][0].device)
+        order = places.argsort()  # row of the joined whole streams -> row in the order of ranks
+
+        def together(*joined: Tensor) -> Tensor:
+            parts = [tensor.index_select(1, order).split(lengths, dim=1) for tensor in joined]
+            return torch.cat(list(local(*zip(*parts, strict=True))), dim=1).index_select(1, places)
+
+        query, key, value = (torch.cat(parts, dim=1) for parts in zip(*streams, strict=True))
+        own = [stream[0].shape[1] for stream in streams]
+        return list(self.whole(query, key, value, together).split(own, dim=1))
+
     def kept(self, mask: Tensor) -> Tensor:
         """A mask of keys [B, 1, 1, N] over all streams joined -> the same [B, N] in the order of ranks, each
         of which joins its own rows. Computed once a mask."""
         known = self._kept.get(mask)
         if known is None:
-            places: list[int] = []
-            points = [cut_points(length, self.context.size) for length in self._streams()]
-            for rank in range(self.context.size):
-                start = 0
-                for cuts in points:
-                    places += range(start + cuts[rank], start + cuts[rank + 1])
-                    start += cuts[-1]
-            if mask.dtype != torch.bool or mask.shape[1:] != (1, 1, start):
+            places = self._by_rank(self._streams())
+            if mask.dtype != torch.bool or mask.shape[1:] != (1, 1, len(places)):
                 shape = f"{mask.dtype} {list(mask.shape)}"
-                raise ValueError(f"a cut sequence of {start} rows takes masks of its keys, not {shape}")
+                raise ValueError(f"a cut sequence of {len(places)} rows takes masks of its keys, not {shape}")
             known = mask[:, 0, 0, to_device(torch.tensor(places), mask.device)]
             self._kept[mask] = known
         return known
+
+    def _by_rank(self, lengths: Sequence[int]) -> list[int]:
+        """Rows of whole streams, joined, in the order of ranks, each of which joins its own."""
+        places: list[int] = []
+        points = [cut_points(length, self.context.size) for length in lengths]
+        for rank in range(self.context.size):
+            start = 0
+            for cuts in points:
+                places += range(start + cuts[rank], start + cuts[rank + 1])
+                start += cuts[-1]
+        return places
 
     def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A library's own forward, which is called without hooks, with the root's arguments cut."""

@@ -121,7 +121,7 @@ class _Layout(Linears):
         if styles & {*REGIONS, "sparse"}:
             return True
         exits = self.styles.get(name) == "exit" and self.carries(name)
-        return self.sequence and (exits or any(p in self.blocks for p in path))
+        return self.sequence and (exits or "between" in styles or any(p in self.blocks for p in path))
 
     # Regions: how a stream enters and leaves them
 

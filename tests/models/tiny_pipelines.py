@@ -473,6 +473,26 @@ def open_sora_plan(image: bool = False) -> Any:
     )
 
 
+def open_sora_plan_15() -> Any:
+    from polymodal.models.nets.open_sora_plan_1_5 import OpenSoraPlanUTransformer
+    from polymodal.models.nets.pipeline_open_sora_plan_1_5 import OpenSoraPlan15Pipeline
+    from polymodal.models.nets.wf_vae import WFVAE
+
+    vae = WFVAE(
+        latent_dim=4, base_channels=4, encoder_num_resblocks=1, encoder_energy_flow_hidden_size=4, decoder_num_resblocks=1,
+        decoder_energy_flow_hidden_size=4, connect_res_layer_num=1, scale=[0.5, 0.6, 0.7, 0.8], shift=[0.1, 0.0, 0.2, 0.0],
+        l1_dowmsample_block="Spatial2xTime2x3DDownsample", l1_downsample_wavelet="HaarWaveletTransform3D", l1_upsample_block="Spatial2xTime2x3DUpsample",
+        l1_upsample_wavelet="InverseHaarWaveletTransform3D",
+    )  # fmt: skip
+    denoiser = OpenSoraPlanUTransformer(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=(1, 2, 1), sparse_n=(1, 2, 1), caption_channels=16,
+        pooled_projection_dim=16, timestep_embed_dim=16,
+    )  # fmt: skip
+    return OpenSoraPlan15Pipeline(
+        tokenizer=tokenizer(10), text_encoder=t5(), tokenizer_2=tokenizer(77), text_encoder_2=clip_text(projected=True), vae=vae, transformer=denoiser
+    )  # fmt: skip
+
+
 def lumina2() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
 
@@ -800,6 +820,7 @@ MAKERS = {
     "open-sora-2": open_sora_2,
     "open-sora-plan": open_sora_plan,
     "open-sora-plan-i2v": lambda: open_sora_plan(True),
+    "open-sora-plan-1.5": open_sora_plan_15,
     "step-video": step_video,
     "step-video-i2v": lambda: step_video(True),
     "qwen-image": qwen_image,

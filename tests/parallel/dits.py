@@ -28,6 +28,7 @@ DEEPER: dict[str, dict[str, Any]] = {
     "cogvideox1.5": {"num_layers": 4, "num_attention_heads": 4, "sample_height": 16, "sample_width": 16},
     "sd3.5": {"num_layers": 4, "num_attention_heads": 4, "caption_projection_dim": 32},
     "open-sora-plan": {"num_layers": 4, "num_attention_heads": 4},
+    "open-sora-plan-1.5": {"num_attention_heads": 4},
     "step-video": {"num_layers": 4, "num_attention_heads": 4},
     "open-sora-2": {"depth": 2, "depth_single_blocks": 2, "num_heads": 4, "hidden_size": 40},
 }

@@ -51,14 +51,14 @@ MATRIX = [
     Layout("PP 2 x 2 virtual, ring 2, TP 2 + SP", 8, {"pp": 2, "cp": 2, "ulysses": 1, "tp": 2, **VIRTUAL}),
     Layout("PP 2, Ulysses 2, FSDP2 x 2", 8, {"pp": 2, "cp": 2}),
 ]
-RINGLESS = ("open-sora-plan", "open-sora-plan-i2v")
+RINGLESS = ("open-sora-plan", "open-sora-plan-i2v", "open-sora-plan-1.5")
 """Those whose attention takes every n-th token."""
-WHOLE_PROJECTIONS = ("open-sora-2",)
-"""Those that have no tensor-parallel plan."""
+LEFT = {"ring": RINGLESS, "TP": ("open-sora-2",), "PP": ("open-sora-plan-1.5",)}
+"""What a layout's name holds -> models that cannot be laid out so; their cards say why."""
 
 
 def _measured(row: Layout) -> Layout:
-    left = (RINGLESS if "ring" in row.name else ()) + (WHOLE_PROJECTIONS if "TP" in row.name else ())
+    left = [name for word, names in LEFT.items() if word in row.name for name in names]
     return replace(row, only=tuple(name for name in MODELS if name not in left)) if left else row
 
 

@@ -44,7 +44,8 @@ def denoiser_card(
     if carry:
         chain = Chain(blocks if len(blocks) > 1 else blocks[0], first=embedders, last=output, carry=carry)
         usual |= {"pipeline": {"blocks": chain}, "sequence_exit": "proj_out"}
-    limits = {**({} if carry else UNBUILT), "ep": "it has no experts", **(limits or {})}
+    built = carry or "tensor_plan" in facts
+    limits = {**({} if built else UNBUILT), "ep": "it has no experts", **(limits or {})}
     return ModelCard(**{**usual, "blocks": blocks, "pipelines": pipelines, "limits": limits, **facts})
 
 

@@ -11,6 +11,8 @@ CLASSES = {
     "OpenSoraPlanPipeline": "polymodal.models.nets.pipeline_open_sora_plan",
     "OpenSoraPlanImageToVideoPipeline": "polymodal.models.nets.pipeline_open_sora_plan",
     "OpenSoraPlanTransformer": "polymodal.models.nets.open_sora_plan",
+    "OpenSoraPlan15Pipeline": "polymodal.models.nets.pipeline_open_sora_plan_1_5",
+    "OpenSoraPlanUTransformer": "polymodal.models.nets.open_sora_plan_1_5",
     "StepVideoPipeline": "polymodal.models.nets.pipeline_step_video",
     "StepVideoImageToVideoPipeline": "polymodal.models.nets.pipeline_step_video",
     "StepVideoModel": "polymodal.models.nets.step_video",

@@ -6,6 +6,7 @@ MIT). Layer norms, rotary positions, gates and residuals are computed in float32
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import layer_norm, silu
 
+from polymodal.models.nets.blocks import RMSNorm, angle_dtype
 from polymodal.models.nets.open_sora_plan import (
     PatchEmbed,
     Rope3D,
+    WholeSequences,
     attend,
     fold,
     key_bias,
@@ -31,7 +33,17 @@ from polymodal.models.nets.open_sora_plan import (
     video_bias,
 )
 
+Heads = tuple[Tensor, ...]
 AXES = 4, 6, 6  # sixteenths of a head's channels that turn with (t, y, x)
+
+
+class WideLayerNorm(nn.LayerNorm):
+    """Computed in float32 at least."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = _at_least_float32(x)
+        own = (None if p is None else p.to(wide.dtype) for p in (self.weight, self.bias))
+        return layer_norm(wide, self.normalized_shape, *own, self.eps).to(x.dtype)
 
 
 class TimeText(nn.Module):
@@ -53,8 +65,8 @@ class ModulatedNorms(nn.Module):
     def __init__(self, time: int, hidden: int, eps: float, affine: bool):
         super().__init__()
         self.linear = nn.Linear(time, 6 * hidden)
-        self.norm = FP32LayerNorm(hidden, eps, affine)
-        self.norm_enc = FP32LayerNorm(hidden, eps, affine)
+        self.norm = WideLayerNorm(hidden, eps, affine)
+        self.norm_enc = WideLayerNorm(hidden, eps, affine)
 
     def forward(self, clip: Tensor, caption: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(clip, caption, gate of the clip, gate of the caption)."""
@@ -79,6 +91,7 @@ class JointAttention(nn.Module):
             setattr(self, name, nn.Linear(hidden, hidden, bias=bias))
         for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
             setattr(self, name, RMSNorm(width, config.norm_eps))
+        self.processor = WholeSequences()
         self.to_out = nn.ModuleList([nn.Linear(hidden, hidden)])
         self.to_add_out = None if last else nn.Linear(hidden, hidden)
 
@@ -89,37 +102,43 @@ class JointAttention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         bias: Tensor | None = None,
         encoder_bias: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """[B, n, h], [B, L, h] -> the same; the caption's is None in the last block. Biases of keys: [B,
-        n], [B, L]."""
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        """[B, n, h], [B, L, h] -> the same; of the last block the clip's alone. Biases of keys: [B, n], [B,
+        L]."""
 
         def heads(layer: nn.Linear, given: Tensor) -> Tensor:
             return layer(given).unflatten(-1, (self.heads, -1))
 
-        length, copies = hidden_states.shape[1], self.skip
         query = self._turn(self.norm_q(heads(self.to_q, hidden_states)), rotary)
         key = self._turn(self.norm_k(heads(self.to_k, hidden_states)), rotary)
-        clip = [query, key, heads(self.to_v, hidden_states)]
-        caption = [
+        clip = (query, key, heads(self.to_v, hidden_states))
+        caption = (
             self.norm_added_q(heads(self.add_q_proj, encoder_hidden_states)),
             self.norm_added_k(heads(self.add_k_proj, encoder_hidden_states)),
             heads(self.add_v_proj, encoder_hidden_states),
-        ]
+        )
+        local, cut = partial(self._attend, biases=(bias, encoder_bias)), self.processor._parallel_config
+        out, out_caption = local(clip, caption) if cut is None else cut.whole_streams((clip, caption), local)
+        made = self.to_out[0](out.flatten(2))
+        return made if self.to_add_out is None else (made, self.to_add_out(out_caption.flatten(2)))
+
+    def _attend(self, clip: Heads, caption: Heads, biases: Any) -> tuple[Tensor, Tensor]:
+        """Query, key, value [B, n, H, d] of the whole clip, [B, L, H, d] of the caption -> outputs."""
+        (bias, encoder_bias), length, copies = biases, clip[0].shape[1], self.skip
         if copies > 1:
-            bias = skip_bias(bias, length, copies, self.grouped, query[..., 0, 0])
-            clip = [fold(tensor, copies, self.grouped) for tensor in clip]
-            caption = [tensor.repeat_interleave(copies, dim=0) for tensor in caption]
+            bias = skip_bias(bias, length, copies, self.grouped, clip[0][..., 0, 0])
+            clip = tuple(fold(tensor, copies, self.grouped) for tensor in clip)
+            caption = tuple(tensor.repeat_interleave(copies, dim=0) for tensor in caption)
             if encoder_bias is not None:
                 encoder_bias = encoder_bias.repeat_interleave(copies, dim=0)
         own = clip[0].shape[1]
-        joined = [torch.cat(pair, dim=1) for pair in zip(clip, caption, strict=True)]
-        out = attend(joined[0], joined[1], joined[2], self._joined(clip[0], caption[0], bias, encoder_bias))
+        query, key, value = (torch.cat(pair, dim=1) for pair in zip(clip, caption, strict=True))
+        out = attend(query, key, value, self._joined(clip[0], caption[0], bias, encoder_bias))
         out, out_caption = out[:, :own], out[:, own:]
         if copies > 1:
             out = unfold(out, copies, self.grouped, length)
             out_caption = out_caption.unflatten(0, (-1, copies)).mean(dim=1)
-        added = None if self.to_add_out is None else self.to_add_out(out_caption.flatten(2))
-        return self.to_out[0](out.flatten(2)), added
+        return out, out_caption
 
     def _turn(self, heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         return rotate(_at_least_float32(heads), rotary, self.parts).to(heads.dtype)
@@ -158,11 +177,13 @@ class Block(nn.Module):
         caption."""
         clip, caption = hidden_states, encoder_hidden_states
         seen, seen_caption, gate, gate_caption = self.norm1(clip, caption, temb)
-        out, out_caption = self.attn1(seen, seen_caption, rotary, bias, encoder_bias)
-        clip = _add(clip, gate, out)
-        if out_caption is None:
+        out = self.attn1(seen, seen_caption, rotary, bias, encoder_bias)
+        if isinstance(out, Tensor):
+            clip = _add(clip, gate, out)
             seen, _, gate, _ = self.norm2(clip, caption, temb)
             return _add(clip, gate, self.ff(seen)), caption
+        out, out_caption = out
+        clip = _add(clip, gate, out)
         caption = _add(caption, gate_caption, out_caption)
         seen, seen_caption, gate, gate_caption = self.norm2(clip, caption, temb)
         of_caption = self.ff if self.ff_enc is None else self.ff_enc
@@ -170,7 +191,7 @@ class Block(nn.Module):
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor.to(angle_dtype(tensor.dtype))
 
 
 def _add(stream: Tensor, gate: Tensor, change: Tensor) -> Tensor:
@@ -182,7 +203,7 @@ class LastNorm(nn.Module):
     def __init__(self, time: int, hidden: int, eps: float, affine: bool):
         super().__init__()
         self.linear = nn.Linear(time, 2 * hidden)
-        self.norm = FP32LayerNorm(hidden, eps, affine)
+        self.norm = WideLayerNorm(hidden, eps, affine)
 
     def forward(self, clip: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.linear(silu(c))[:, None].chunk(2, dim=-1)
@@ -257,7 +278,7 @@ class OpenSoraPlanUTransformer(ModelMixin, ConfigMixin):
         joins = half if skip_connection else 0
         self.skip_norm_linear = nn.ModuleList(_join(hidden) for _ in range(joins))
         self.skip_norm_linear_enc = nn.ModuleList(_join(hidden) for _ in range(joins))
-        self.norm_final = FP32LayerNorm(hidden, norm_eps, norm_elementwise_affine)
+        self.norm_final = WideLayerNorm(hidden, norm_eps, norm_elementwise_affine)
         self.norm_out = LastNorm(*last_norm)
         self.proj_out = nn.Linear(hidden, patch_size**2 * (out_channels or in_channels))
 

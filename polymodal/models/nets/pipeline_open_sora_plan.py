@@ -24,9 +24,17 @@ def first_frame_condition(vae: KLAutoencoder, pixels: Tensor, time: int) -> Tens
     each latent frame."""
     shown = torch.cat([pixels[:, :, :1], torch.zeros_like(pixels[:, :, 1:])], dim=2)
     latents = vae.normalised(vae.encode(shown.to(vae.dtype)).latent_dist.mode())
-    mask = torch.ones_like(latents[:, :1]).repeat(1, time, 1, 1, 1)
-    mask[:, :, 0] = 0
-    return torch.cat([latents, mask], dim=1)
+    asked = torch.ones_like(pixels[:, :1], dtype=latents.dtype)
+    asked[:, :, 0] = 0
+    return torch.cat([latents, cells_of_mask(asked, time, latents.shape[3:])], dim=1)
+
+
+def cells_of_mask(mask: Tensor, time: int, size: tuple[int, ...]) -> Tensor:
+    """A mask of pixels [B, 1, F, H, W] as the denoiser sees it, [B, time, T', h, w]: bilinear to the latents'
+    size, the video frames of a latent frame side by side; frame 0 stands for `time` of them."""
+    frames = torch.nn.functional.interpolate(mask[:, 0], size, mode="bilinear")
+    whole = torch.cat([frames[:, :1].expand(-1, time - 1, -1, -1), frames], dim=1)
+    return whole.unflatten(1, (-1, time)).transpose(1, 2)
 
 
 class OpenSoraPlanPipeline(ClipPipeline):
