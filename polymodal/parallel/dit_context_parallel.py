@@ -325,8 +325,8 @@ def apply(model: nn.Module, card: ModelCard, context: Context) -> DiTContextPara
     for name, places in card.sequence_plan.items():
         if name and name in modules:
             _hook(modules[name], name, places, cut)
-    exit = modules[card.sequence_exit]
-    exit.register_forward_hook(lambda module, args, out: cut.gather(out, 1))
+    if card.sequence_exit in modules:  # else it is inside of a module of another pipeline stage
+        modules[card.sequence_exit].register_forward_hook(lambda module, args, out: cut.gather(out, 1))
     backend = register()
     blocks = [pattern_of(pattern) for pattern in card.blocks]
     inside = [name for name in modules if any(block.fullmatch(name) for block in blocks)]

@@ -80,8 +80,7 @@ def _pad(tensor: Tensor, spec: Tensor) -> Tensor:
     tensor = tensor.to(spec.dtype)
     missing = [(0, size - have) for size, have in zip(spec.shape, tensor.shape, strict=True)]
     if any(after for _, after in missing):
-        padded = nn.functional.pad(tensor, [size for pair in reversed(missing) for size in pair])
-        return padded.contiguous()  # padding keeps strides where it can
+        return nn.functional.pad(tensor, [size for pair in reversed(missing) for size in pair])
     # a view may be strided, which cannot be sent, and would lose FSDP2's hook when written to; an input that
     # a stage only passes on would be two stages' leaf
     alone = tensor.is_contiguous() and not tensor._is_view() and not (tensor.is_leaf and tensor.requires_grad)

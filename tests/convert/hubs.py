@@ -126,6 +126,16 @@ _osp_u = {
 }  # fmt: skip
 
 
+STEP, OS2 = "step_video.StepVideoModel", "open_sora_2.OpenSora2Transformer"
+_step = {
+    "num_attention_heads": 4, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4, "num_layers": 5, "caption_channels": [16, 8],
+}  # fmt: skip
+_os2 = {
+    "in_channels": 16, "vec_in_dim": 8, "context_in_dim": 16, "hidden_size": 40, "num_heads": 4, "depth": 3, "depth_single_blocks": 3,
+    "axes_dim": [2, 4, 4],
+}  # fmt: skip
+
+
 def _net(path: str) -> Any:
     module, _, name = path.partition(".")
     return getattr(importlib.import_module(f"polymodal.models.nets.{module}"), name)
@@ -140,6 +150,23 @@ def own_net(path: str, **config: Any) -> Callable[[Path], Path]:
         return directory
 
     return make
+
+
+def step_video(directory: Path) -> torch.Tensor:
+    model, g = _net(STEP).from_pretrained(directory).eval(), torch.Generator().manual_seed(1)
+    text = torch.randn(1, 5, 16, generator=g), torch.randn(1, 3, 8, generator=g)
+    with torch.no_grad():
+        return model(torch.randn(1, 2, 4, 4, 4, generator=g), torch.tensor([0.3]), *text, return_dict=False)[0]
+
+
+def open_sora_2(directory: Path) -> torch.Tensor:
+    model, g = _net(OS2).from_pretrained(directory).eval(), torch.Generator().manual_seed(1)
+    text = torch.randn(1, 5, 16, generator=g), torch.randn(1, 8, generator=g)
+    given = {"img_ids": model.places(2, 4, 4, torch.device("cpu")), "condition": torch.randn(1, 8, 20, generator=g)}
+    with torch.no_grad():
+        return model(
+            torch.randn(1, 8, 16, generator=g), torch.tensor([0.3]), *text, **given, return_dict=False
+        )[0]
 
 
 def open_sora_plan(directory: Path) -> torch.Tensor:
@@ -341,15 +368,8 @@ HUBS |= {
     "deepseek-vl2 latent queries": Hub(
         "deepseek-vl2", keys_only(keys.deepseek(True), keys.deepseek_config(True))
     ),
-    "stepvideo": Hub(
-        "stepvideo",
-        keys_only(
-            keys.stepvideo(),
-            {"_class_name": "StepVideoModel", "num_attention_heads": 4, "num_layers": 5},
-            DIFFUSION,
-        ),
-    ),
-    "open-sora": Hub("open-sora", keys_only(keys.open_sora(), None)),
+    "stepvideo": Hub("stepvideo", own_net(STEP, **_step), run=step_video),
+    "open-sora": Hub("open-sora", own_net(OS2, **_os2), run=open_sora_2),
     "open-sora-plan 1.2": Hub("open-sora-plan", own_net(OSP, **_osp), "v1.2", run=open_sora_plan),
     "open-sora-plan 1.3": Hub(
         "open-sora-plan", own_net(OSP, **_osp, sparse1d=True), "v1.3", run=open_sora_plan

@@ -160,60 +160,6 @@ def deepseek_config(latent: bool) -> dict[str, Any]:
     }
 
 
-def stepvideo() -> dict[str, tuple[int, ...]]:
-    keys: dict[str, tuple[int, ...]] = {
-        **_both("pos_embed.proj", 32, 16), **_one("scale_shift_table", 2, 32), **_both("proj_out", 8, 32), **_both("adaln_single.linear", 192, 32),
-        **_both("caption_projection.linear_1", 32, 16), **_both("clip_projection", 32, 8), **_both("adaln_single.emb.timestep_embedder.linear_1", 32, 16),
-    }  # fmt: skip
-    for n in range(5):
-        block = f"transformer_blocks.{n}"
-        keys |= (
-            _one(f"{block}.attn1.wqkv.weight", 96, 32)
-            | _one(f"{block}.attn1.wo.weight", 32, 32)
-            | _one(f"{block}.attn1.q_norm.weight", 8)
-        )
-        keys |= (
-            _one(f"{block}.attn2.wkv.weight", 64, 32)
-            | _one(f"{block}.attn2.wq.weight", 32, 32)
-            | _one(f"{block}.attn2.wo.weight", 32, 32)
-        )
-        keys |= (
-            _one(f"{block}.ff.net.0.proj.weight", 64, 32)
-            | _one(f"{block}.ff.net.2.weight", 32, 64)
-            | _one(f"{block}.scale_shift_table", 6, 32)
-        )
-        keys |= _both(f"{block}.norm1", 32)
-    return keys
-
-
-def open_sora() -> dict[str, tuple[int, ...]]:
-    keys: dict[str, tuple[int, ...]] = {**_both("img_in", 16, 4), **_both("final_layer.linear", 4, 16)}
-    for name in ("time_in", "vector_in"):
-        keys |= {**_both(f"{name}.in_layer", 16, 8), **_both(f"{name}.out_layer", 16, 16)}
-    for n in range(3):
-        for s in ("img", "txt"):
-            block = f"double_blocks.{n}.{s}"
-            keys |= {
-                **_both(f"{block}_mod.lin", 96, 16),
-                **_both(f"{block}_attn.proj", 16, 16),
-                **_both(f"{block}_mlp.0", 32, 16),
-                **_both(f"{block}_mlp.2", 16, 32),
-            }
-            for x in "qkv":
-                keys |= _both(f"{block}_attn.{x}_proj", 16, 16)
-            keys |= _one(f"{block}_attn.norm.query_norm.scale", 8) | _one(
-                f"{block}_attn.norm.key_norm.scale", 8
-            )
-        keys |= {
-            **_both(f"single_blocks.{n}.modulation.lin", 48, 16),
-            **_both(f"single_blocks.{n}.linear1", 80, 16),
-        }
-        keys |= _one(f"single_blocks.{n}.norm.query_norm.scale", 8) | _one(
-            f"single_blocks.{n}.norm.key_norm.scale", 8
-        )
-    return keys
-
-
 def open_sora_plan_15() -> dict[str, tuple[int, ...]]:
     keys: dict[str, tuple[int, ...]] = {
         **_both("norm_out.linear", 64, 32),

@@ -232,7 +232,7 @@ def test_run_lengths(units, multiple):
         (("qwen2.5-vll", "sft", None, None), "There is no model `qwen2.5-vll`. Did you mean qwen2.5-vl"),
         (("qwen2.5-vl", "sfd", None, None), "--task sfd is not known. Did you mean sft?"),
         (("qwen2.5-vl", "sft", "9b", None), "qwen2.5-vl has no size 9b. Its sizes: 3b, 7b, 32b, 72b."),
-        (("step-video", "sft", None, None), "step-video has no card here yet."),
+        (("bagel", "sft", None, None), "bagel has no card here yet."),
     ],
 )
 def test_wrong_wishes(arguments, message):

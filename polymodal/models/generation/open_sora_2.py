@@ -95,7 +95,7 @@ CARD = denoiser_card(
     sequence_plan={
         "": {"hidden_states": 1, "encoder_hidden_states": 1, "img_ids": 0, "txt_ids": 0, "condition": 1}
     },
-    sequence_exit="final_layer",
+    sequence_exit="final_layer.linear",
     pipelines={"text-to-video": "OpenSora2Pipeline", "image-to-video": "OpenSora2Pipeline"},
     limits={"tp": "projections of its single blocks, of which one is fused with the MLP, are in no module"},
     clip={"frames": [129], "fps": 24, "pixels": 768 * 768},
