@@ -216,7 +216,7 @@ def _weighed(text: str, task: str, cards: Mapping[str, ModelCard]) -> Choice:
         chosen = fits
     of_kind = [family for family in PLANNED if family.kind == kind]
     planned = [family for family in of_kind if family.name not in cards]
-    if any(use in family.tasks for family in of_kind):
+    if any(use in each.tasks for each in (*of_kind, *cards.values())):
         planned = [family for family in planned if use in family.tasks]
     return kind, chosen, tuple(planned)
 

@@ -156,13 +156,18 @@ def step_video(directory: Path) -> torch.Tensor:
     model, g = _net(STEP).from_pretrained(directory).eval(), torch.Generator().manual_seed(1)
     text = torch.randn(1, 5, 16, generator=g), torch.randn(1, 3, 8, generator=g)
     with torch.no_grad():
-        return model(torch.randn(1, 2, 4, 4, 4, generator=g), torch.tensor([0.3]), *text, return_dict=False)[0]
+        return model(torch.randn(1, 2, 4, 4, 4, generator=g), torch.tensor([0.3]), *text, return_dict=False)[
+            0
+        ]
 
 
 def open_sora_2(directory: Path) -> torch.Tensor:
     model, g = _net(OS2).from_pretrained(directory).eval(), torch.Generator().manual_seed(1)
     text = torch.randn(1, 5, 16, generator=g), torch.randn(1, 8, generator=g)
-    given = {"img_ids": model.places(2, 4, 4, torch.device("cpu")), "condition": torch.randn(1, 8, 20, generator=g)}
+    given = {
+        "img_ids": model.places(2, 4, 4, torch.device("cpu")),
+        "condition": torch.randn(1, 8, 20, generator=g),
+    }
     with torch.no_grad():
         return model(
             torch.randn(1, 8, 16, generator=g), torch.tensor([0.3]), *text, **given, return_dict=False

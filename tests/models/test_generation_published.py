@@ -90,7 +90,7 @@ PUBLISHED = {
     ("open-sora-2", "11b"): ("OpenSora2Transformer", {}),
     ("step-video", "t2v-30b"): ("StepVideoModel", {}),
     ("step-video", "ti2v-30b"): ("StepVideoModel", {"use_additional_conditions": True}),
-    ("open-sora-plan-1.5", "8.5b"): ("OpenSoraPlanUTransformer", {}),
+    ("open-sora-plan-1.5", "8b"): ("OpenSoraPlanUTransformer", {}),
     ("lumina2", "2b"): ("Lumina2Transformer2DModel", LUMINA2),
     ("qwen-image", "20b"): ("QwenImageTransformer2DModel", {}),
     ("hunyuan-dit", "1.2"): ("HunyuanDiT2DModel", HUNYUAN_DIT),

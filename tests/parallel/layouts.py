@@ -38,9 +38,7 @@ from tests.parallel.exact import float64
 MICRO_BATCHES = 4  # of a global batch; one of them has no picture
 STEPS = 5  # of AdamW, after the gradients were compared
 TARGETS = r"model\..*\.(q_proj|v_proj|o_proj|up_proj|down_proj|qkv|proj|projection_layer|linear_fc1|linear_fc2|fc1|fc2)"
-DENOISER_TARGETS = (
-    r".*blocks\..*\.(to_q|to_v|to_out\.0|proj_mlp|proj_out|net\.0\.proj|net\.2|q_proj|v_mlp|linear2|wqkv|wkv|wo)"
-)
+DENOISER_TARGETS = r".*blocks\..*\.(to_q|to_v|to_out\.0|proj_mlp|proj_out|net\.0\.proj|net\.2|q_proj|v_mlp|linear2|wqkv|wkv|wo)"
 
 
 @dataclass(frozen=True)

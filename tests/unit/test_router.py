@@ -207,9 +207,9 @@ def test_what_converts_today_is_listed_though_it_does_not_train_yet():
         own = [title for title in known if advise._compact(family.name).startswith(title)]
         to = "" if not own else "dcp" if known[max(own, key=len)].kind == "dcp" else "mm"
         assert family.converts == to, family.name
-    stages = ask("fine-tune Step-Video").stages
+    stages = ask("fine-tune Qwen3-Omni").stages
     (convert,) = [stage for stage in stages if stage.title == "Convert"]
-    command = "polymodal convert weights/step-video ckpt/mm_path/step-video --to mm"
+    command = "polymodal convert weights/qwen3-omni ckpt/dcp_path/qwen3-omni --to dcp"
     assert convert.here and convert.command == command
     assert [s.title for s in ask("convert weights of glm-4.5v").stages][-1] == "Convert"
 
@@ -300,11 +300,7 @@ def test_json_forms():
     page = json.loads(run("qwen2.5-vl", "--json"))
     assert page["parallel"]["tp"] == "yes" and page["sizes"]["7b"]["hub"] == "Qwen/Qwen2.5-VL-7B-Instruct"
     query = json.loads(run("--for", "train a text to video model", "--json"))
-    assert (
-        query["kind"] == "generation"
-        and query["model"] == "wan2.2"
-        and query["not_yet"] == []
-    )
+    assert query["kind"] == "generation" and query["model"] == "wan2.2" and query["not_yet"] == []
 
 
 def test_a_request_is_answered_with_commands_and_paths():

@@ -7,7 +7,6 @@ Facts, and the arguments of our own net and pipeline (models/nets). A directory 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -85,13 +84,9 @@ CARD = denoiser_card(
         "ring": "a sequence of every n-th token needs all tokens on a rank",
     },
     clip={"frames": [121], "fps": 24, "pixels": 576 * 1024},
-    sizes={
-        "8.5b": Size(
-            "LanguageBind/Open-Sora-Plan-v1.5.0", 8.5, 32, config={"transformer": {}, "vae": VAE}
-        )
-    },
+    sizes={"8b": Size("LanguageBind/Open-Sora-Plan-v1.5.0", 8.5, 32, config={"transformer": {}, "vae": VAE})},
     verified="the net and its VAE equal published numbers in float64; trained, exported, opened and sampled",
     keywords=("text to video", "video generation"),
     aliases=("opensora-plan-1.5", "opensoraplan1.5", "open-sora-plan-v1.5"),
-    seeds=("8.5b",),
+    seeds=("8b",),
 )

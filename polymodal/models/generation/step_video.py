@@ -18,6 +18,8 @@ from polymodal.models.generation.denoiser_card import denoiser_card, feed_forwar
 from polymodal.models.nets.pipeline_step_video import MOTION, SHIFT, condition_of
 
 VAE = {"frame_len": 17, "latent_len": 3}
+T2V = {"_class_name": "StepVideoModel"}
+TI2V = {**T2V, "use_additional_conditions": True}
 
 
 class StepVideo(FirstFrameChannels):
@@ -111,7 +113,7 @@ CARD = denoiser_card(
     clip={"frames": [204], "fps": 25, "pixels": 544 * 992},
     sizes={
         "t2v-30b": Size(
-            "stepfun-ai/stepvideo-t2v", 29.34, 48, devices=64, config={"transformer": {}, "vae": VAE}
+            "stepfun-ai/stepvideo-t2v", 29.34, 48, devices=64, config={"transformer": T2V, "vae": VAE}
         ),
         "ti2v-30b": Size(
             "stepfun-ai/stepvideo-ti2v",
@@ -119,7 +121,7 @@ CARD = denoiser_card(
             48,
             devices=64,
             clip={"frames": [102]},
-            config={"transformer": {"use_additional_conditions": True}, "vae": VAE},
+            config={"transformer": TI2V, "vae": VAE},
         ),
     },
     verified="nets, VAE and Step LLM equal published numbers; trained, exported, opened and sampled",

@@ -38,9 +38,7 @@ class ClipPipeline(DiffusionPipeline):
         return [prompts, list(negative)]
 
     @staticmethod
-    def tokenized(
-        texts: Sequence[str], tokenizer: Any, encoder: Any, length: int
-    ) -> tuple[Tensor, Tensor]:
+    def tokenized(texts: Sequence[str], tokenizer: Any, encoder: Any, length: int) -> tuple[Tensor, Tensor]:
         """ids and mask [B, length] of texts, cut and padded to the length, where the encoder is."""
         asked = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         tokens = tokenizer(list(texts), max_length=length, **asked)
@@ -52,9 +50,7 @@ class ClipPipeline(DiffusionPipeline):
         return made[:, :, None].to(self.transformer.device, self.vae.dtype)
 
     def noise(self, shape: tuple[int, ...], generator: Any) -> Tensor:
-        return randn_tensor(
-            shape, generator=generator, device=self.transformer.device, dtype=torch.float32
-        )
+        return randn_tensor(shape, generator=generator, device=self.transformer.device, dtype=torch.float32)
 
     def flow(
         self, latents: Tensor, levels: Tensor, velocity: Callable[[Tensor, Tensor, int], Tensor]

@@ -83,7 +83,8 @@ class StepVideoPipeline(ClipPipeline):
         model, (prompts, negatives) = self.transformer, texts
         guided = guidance_scale != 1
         language, clip, mask = (
-            made.to(model.device) for made in self.encode_prompt([*prompts, *negatives] if guided else prompts)
+            made.to(model.device)
+            for made in self.encode_prompt([*prompts, *negatives] if guided else prompts)
         )
         cells = self.vae.latent_frames(size[0]), size[1] // self.space, size[2] // self.space
         latents = self.noise((len(prompts), model.config.in_channels, *cells), generator)

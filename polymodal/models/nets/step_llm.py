@@ -153,14 +153,19 @@ class StepTokenizer(PreTrainedTokenizer):
     """Step LLM's: a model of sentencepiece; token 1, the text, token 2; padded with token 2."""
 
     # not `vocab_file`: transformers takes the end of this file's name for that of another tokenizer's
-    vocab_files_names = {"model_file": "step1_chat_tokenizer.model"}  # noqa: RUF012
-    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+    vocab_files_names = {"model_file": "step1_chat_tokenizer.model"}
+    model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(self, model_file: str, **rest: Any):
         self.model_file = model_file
         self.pieces = sentencepiece.SentencePieceProcessor(model_file=model_file)
         begin, end = (self.pieces.id_to_piece(number) for number in (1, 2))
-        named = {"bos_token": begin, "eos_token": end, "pad_token": end, "unk_token": self.pieces.id_to_piece(0)}
+        named = {
+            "bos_token": begin,
+            "eos_token": end,
+            "pad_token": end,
+            "unk_token": self.pieces.id_to_piece(0),
+        }
         super().__init__(**{**rest, **named})
 
     @property
