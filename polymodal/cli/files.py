@@ -1,4 +1,4 @@
-"""Commands of files: convert (weights); data convert, check, show; recipe schema, show, docs.
+"""Commands of files: convert (weights); data convert, codes, check, show; recipe schema, show, docs.
 
 Everything heavy is imported inside them.
 """
@@ -58,6 +58,23 @@ def convert(
     options: dict[str, Any] = {"format": format, "media_dir": media_dir, "missing": missing}
     say_lines(data_convert.convert(source, target, **options), "\n")
     return 0
+
+
+@command("data codes")
+def codes(
+    source: str,
+    target: Path,
+    model: str,
+    media_dir: str | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+) -> int:
+    """Rows of speech with the codes of a speaking model's codec, which its training learns from."""
+    from polymodal.tools import data_codes
+
+    return data_codes.main(
+        source, target, model=model, media_dir=media_dir, device=device, batch_size=batch_size
+    )
 
 
 @command("data check")

@@ -141,8 +141,9 @@ class Sample:
 
     input_ids [T] int64; labels [T] int64: the NEXT token at each place, or IGNORE; weights [T] float32:
     weight of that label before normalisation, 0 where there is none; position_ids [R, T] int64: row 0 counts
-    the sample's own tokens from 0, further rows (three for mRoPE) are the model's; of each media stream its
-    `tensor` and its `sizes`.
+    the sample's own tokens from 0, further rows (three for mRoPE) are the model's; of models that speak
+    `codes` [T, K] int64, the codec's tokens at each place, negative where there is none; of each media stream
+    its `tensor` and its `sizes`.
     """
 
     id: int
@@ -175,8 +176,8 @@ class Batch:
     `sequences`, `pairs` and `shared`."""
     cut: Any = None
     """How the text stream is cut over a context-parallel group (distributed/context_parallel.py), None: it
-    is whole. If cut, input_ids and position_ids hold this rank's rows, numbered by `rows` [n]; labels and
-    weights are whole."""
+    is whole. If cut, input_ids and position_ids hold this rank's rows, numbered by `rows` [n]; labels,
+    weights and codes are whole."""
     media: Mapping[str, Any] = field(default_factory=dict)
     """Media stream -> how its media are assigned to ranks (parallel/media.py); without an entry this rank
     computes its own."""
@@ -221,6 +222,7 @@ AXES: dict[str, tuple[Axis, ...]] = {
     "labels": ("batch", "sequence"),
     "weights": ("batch", "sequence"),
     "position_ids": ("none", "batch", "sequence"),
+    "codes": ("batch", "sequence", "codebook"),
 }
 
 
@@ -238,7 +240,12 @@ def pack(samples: Sequence[Sample]) -> Batch:
         raise ValueError("a micro-batch needs at least one sample")
     tensors = {name: torch.cat([s.tensors[name] for s in samples])[None] for name in TEXT}
     tensors["position_ids"] = torch.cat([s.tensors["position_ids"] for s in samples], dim=1).unsqueeze(1)
-    axes = dict(AXES)
+    spoken = next((s.tensors["codes"] for s in samples if "codes" in s.tensors), None)
+    if spoken is not None:  # padding samples have none
+        none = [spoken.new_full((len(s.tensors["input_ids"]), spoken.shape[1]), -1) for s in samples]
+        own = [s.tensors.get("codes", empty) for s, empty in zip(samples, none, strict=True)]
+        tensors["codes"] = torch.cat(own)[None]
+    axes = {name: AXES[name] for name in tensors}
     streams = tuple(dict.fromkeys(stream for s in samples for stream in s.streams))
     media = {}
     for stream in streams:
@@ -268,9 +275,12 @@ def unpack(batch: Batch) -> list[Sample]:
     lengths = [sum(own) for own in sequences] or batch.segments["text"].diff().tolist()
     text = zip(*(batch[name][0].split(lengths) for name in TEXT), strict=True)
     positions = batch["position_ids"][:, 0].split(lengths, dim=1)
+    codes = batch["codes"][0].split(lengths) if "codes" in batch.tensors else None
     samples = []
     for at, (id, own, places) in enumerate(zip(batch.samples, text, positions, strict=True)):
         tensors = {**dict(zip(TEXT, own, strict=True)), "position_ids": places}
+        if codes is not None:
+            tensors["codes"] = codes[at]
         measure = SampleLengths(lengths[at], int((tensors["weights"] != 0).sum()))
         broken = "" if batch.groups["broken"][at] else None
         sample = Sample(id, tensors, measure, "", broken, batch.groups["modality"][at], batch.streams)

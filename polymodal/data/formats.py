@@ -29,6 +29,9 @@ MESSAGES = ("messages", "conversations")
 PROMPTS = ("instruction", "prompt", "query", "question")
 ANSWERS = ("output", "response", "completion", "answer")
 TRANSCRIPTS = ("text", "sentence", "transcription", "transcript")
+CODES, REFERENCE = "audio_codes", "ref_audio"
+"""Columns of rows for models that speak: a codec's tokens [frames][codebooks] of the audio, and a recording of
+the voice."""
 TEXT_COLUMNS = (
     *MESSAGES,
     "tools",
@@ -91,7 +94,7 @@ class RowReader:
         if kind == "caption":
             return caption_record(row, where, self.attr, self.references)
         if kind == "asr":
-            return Record(self._speech_turns(row), where, extra=_extra(row, speech=True))
+            return Record(self._speech_turns(row), where, extra=_extra(row, speech=True) | self._voice(row))
         if kind == "preference":
             return self._compared(row, where)
         turns = {"chat": self._chat, "alpaca": self._alpaca, "text": self._plain}[kind](row)
@@ -140,7 +143,8 @@ class RowReader:
             return "alpaca"
         if is_caption_row(row, a):
             return "caption"
-        if self._audio(row)[0] is not None and first(row, a.response, TRANSCRIPTS)[0] is not None:
+        spoken = self._audio(row)[0] is not None or row.get(CODES) is not None
+        if spoken and first(row, a.response, TRANSCRIPTS)[0] is not None:
             return "asr"
         if isinstance(row.get("text"), str):
             return "text"
@@ -349,20 +353,31 @@ class RowReader:
         return value, key
 
     def _speech_turns(self, row: Mapping[str, Any]) -> tuple[Message, Message]:
-        """Speech and its transcription: the user's turn is the audio alone, the assistant's the text."""
+        """Speech and its transcription: the user's turn is the audio alone (none where the row has its codes
+        instead), the assistant's the text."""
         value, key = self._audio(row)
         value = listed(value)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
-        if value is None or isinstance(value, list):
+        coded = row.get(CODES) is not None
+        if isinstance(value, list) or (value is None and not coded):
             raise PolymodalError(
                 f"the row names {'no' if not value else 'more than one'} audio (`{key}`).",
                 "Name the column in data.attr.audios; conversations about several go into messages.",
             )
         hint = "Name the column in data.attr.response."
         text = self._text(row, self.attr.response, TRANSCRIPTS, hint, " of the transcription")
-        medium = self.references.medium("audio", value, key)
-        return Message("user", (medium,)), Message("assistant", (text,))
+        heard = () if value is None else (self.references.medium("audio", value, key),)
+        return Message("user", heard), Message("assistant", (text,))
+
+    def _voice(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What models that speak read besides: the codes of the audio, and a recording of the voice."""
+        found: dict[str, Any] = {}
+        if row.get(CODES) is not None:
+            found[CODES] = row[CODES]
+        if row.get(REFERENCE) is not None:
+            found[REFERENCE] = self.references.medium("audio", listed(row[REFERENCE]), REFERENCE)
+        return found
 
     # -- media ---------------------------------------------------------------
 

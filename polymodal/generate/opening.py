@@ -11,7 +11,6 @@ import copy
 import functools
 import hashlib
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from polymodal.core.files import read_json
 from polymodal.core.sample import MediaShape
 from polymodal.core.tensors import LazyTensors, require_finite
 from polymodal.data.boxes import BoxWriter
+from polymodal.distributed import attention
 from polymodal.distributed import checkpoint as checkpoints
 from polymodal.generate.engine import Engine
 from polymodal.models import adapter_files, agreement, catalog, library, lora, weights
@@ -346,27 +346,20 @@ def load_hub(directory: Path, dtype: str | torch.dtype = "auto", trust: bool = F
     """A hub checkpoint by transformers, on the CPU. Raises PolymodalError when keys are missing."""
     import transformers
 
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    if not (sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"):
-        transformers.utils.logging.disable_progress_bar()
     hint = "Is it a whole checkpoint in the hub's format? Fetch or export it again."
-    try:
-        with library_errors(f"{directory} cannot be opened", hint):
-            reader = catalog.reader(directory)
-            config = reader.read_config(directory, trust)
-            names = [n for n in (config.architectures or ()) if hasattr(transformers, n)]
-            auto: Any = getattr(transformers, names[0] if names else "AutoModelForImageTextToText")
-            with library.named_by(config.model_type, reader.tensor_names(directory)):
-                model, info = auto.from_pretrained(
-                    directory,
-                    config=config,
-                    dtype=dtype,
-                    output_loading_info=True,
-                    trust_remote_code=trust,
-                )
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
+    with library.quietly(), library_errors(f"{directory} cannot be opened", hint):
+        reader = catalog.reader(directory)
+        config = reader.read_config(directory, trust)
+        names = [n for n in (config.architectures or ()) if hasattr(transformers, n)]
+        auto: Any = getattr(transformers, names[0] if names else reader.auto)
+        with library.named_by(config.model_type, reader.tensor_names(directory)):
+            model, info = auto.from_pretrained(
+                directory,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=trust,
+            )
     missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if missing:
         raise PolymodalError(
@@ -459,7 +452,8 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
 class Opened:
     """A model ready for inference, with the library's processor. recipe: of a run, how its data were read.
 
-    name: for reports; identity: changes when the weights do; card: None where there is none for the model.
+    name: for reports; identity: changes when the weights do; card: None where there is none for the model;
+    source: the directory of its other files, such as a codec.
     """
 
     model: nn.Module
@@ -468,6 +462,7 @@ class Opened:
     identity: str
     recipe: recipes.Recipe | None = None
     card: ModelCard | None = None
+    source: str = ""
 
 
 def check_options(
@@ -514,7 +509,7 @@ def open_model(
         processor = processor_of(source, recipe.data, made.family, trust=recipe.model.trust_remote_code)
         identity = fingerprint(made.checkpoint) + (" ema" if ema else "")
         name = path.name if made.checkpoint.name in text else f"{path.name} ({made.checkpoint.name})"
-        return Opened(model.to(device), processor, name, identity, recipe, made.family.card)
+        return Opened(model.to(device), processor, name, identity, recipe, made.family.card, source)
     library_dtype = DTYPES.get(dtype, "auto")
     if kind == "adapter":
         path = path.parent if path.is_file() else path
@@ -528,14 +523,16 @@ def open_model(
         identity = fingerprint(directory)
     if (tokenizer := getattr(processor, "tokenizer", None)) is not None:
         agreement.require_tokens(tokenizer, model.config, directory)
-    return Opened(model.to(device), processor, name, identity, card=catalog.card_of(directory))
+    return Opened(
+        model.to(device), processor, name, identity, None, catalog.card_of(directory), str(directory)
+    )
 
 
 def _generates(model: Any, source: str) -> None:
     """A model built for training becomes one to generate with: the library's attention, with its cache."""
     from transformers import GenerationConfig
 
-    model.set_attn_implementation("sdpa")
+    attention.use(model, "sdpa")
     for config in (model.config, getattr(model.config, "text_config", None)):
         if config is not None and hasattr(config, "use_cache"):
             config.use_cache = True
@@ -566,6 +563,23 @@ def open_engine(checkpoint: str | os.PathLike, **options: Any) -> Engine:
 def command_recipe(checkpoint: str, device: str) -> recipes.Recipe:
     """What the runtime of a command needs, whose only recipe is a checkpoint and a device's name."""
     return recipes.validate({"model": {"source": checkpoint}, "device": {"kind": device}})
+
+
+def card_at(checkpoint: str | os.PathLike, base: str | None = None) -> ModelCard | None:
+    """The card of whatever holds a model, by its files alone; None where they do not tell."""
+    try:
+        kind = kind_of(checkpoint)
+        if kind == "run":
+            stored = checkpoints.read_state(checkpoints.locate(checkpoint)).recipe or {}
+            return catalog.find(base or recipes.validate(stored).model.source)
+        if kind == "adapter":
+            path = Path(checkpoint).expanduser()
+            return (
+                None if of_pipeline(path, base) else catalog.find(base_of(path, adapter_config(path), base))
+            )
+        return catalog.find(checkpoint)
+    except PolymodalError:
+        return None
 
 
 @contextlib.contextmanager

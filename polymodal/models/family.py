@@ -25,11 +25,13 @@ PROCESSOR_FILES = (
 class Family:
     """The calls that differ between models. One instance a run, with the config and the card, no weights."""
 
-    layout: Literal["packed", "padded", "uniform"] = "packed"
+    layout: Literal["packed", "padded", "speech_codes", "uniform"] = "packed"
     streams: tuple[MediaStream, ...] = ()  # what its towers read
     beside: tuple[str, ...] = ()
     """Beginnings of names of tensors in its checkpoints that are no part of the model: exports copy them."""
     beside_files: tuple[str, ...] = ()  # files that go with these
+    frozen: tuple[str, ...] = ()  # towers that are never trained
+    auto = "AutoModelForImageTextToText"  # transformers' class that opens what it has no class of its own for
     line: str = ""  # of several related cards: the name of their recipes' directory
     picture_frames = 1  # as which the library's processor counts a picture against its limits of pixels
     attention = "auto"  # the recipe's model.attention
@@ -86,6 +88,12 @@ class Family:
         WeightConverter) that make its parameters of them and can be reverted, in place of its own. None: its
         own."""
         return None
+
+    @classmethod
+    def read_codec(cls, directory: Path) -> Any:
+        """Of models that speak: what makes sound of codes (`decode`) and codes of sound (`encode`), with
+        lists of [n, K] and [samples]. Raises PolymodalError."""
+        raise NotImplementedError
 
     def limit_media(self, processor: Any, data: Any) -> bool:
         """Set the recipe's pixel limits in the processor. False: they are shortest_edge, longest_edge."""

@@ -6,7 +6,9 @@ that changed. Works on models that are on meta, sharded, wrapped or cut into sta
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -36,6 +38,21 @@ def plain(name: str) -> str:
 def class_of(module: nn.Module) -> type:
     """A module's class as its author wrote it: FSDP2 replaces it by a subclass of its own."""
     return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the library's progress bars where no terminal shows them, or another rank's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not (sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"):
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def keep_recording(model: Any) -> None:

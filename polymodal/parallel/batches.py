@@ -44,6 +44,8 @@ def context_of(mesh: Mesh, config: Any, parallel: Parallel) -> Context | None:
 def pad_to_cp(batch: Batch, count: int) -> Batch:
     """A packed batch with one more segment of `count` tokens (id 0) that have neither label nor weight."""
     tensors = dict(batch.tensors)
+    if "codes" in tensors:
+        tensors["codes"] = torch.nn.functional.pad(tensors["codes"], (0, 0, 0, count), value=-1)
     for name, value in (("input_ids", 0), ("labels", IGNORE), ("weights", 0)):
         tensors[name] = torch.cat([tensors[name], tensors[name].new_full((1, count), value)], dim=1)
     positions = tensors["position_ids"]

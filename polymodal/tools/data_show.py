@@ -137,6 +137,7 @@ def _tokens(record: Record, sample: Sample, chat: ChatProcessor) -> Iterator[Tok
     labels, weights = sample.tensors["labels"].tolist(), sample.tensors["weights"].tolist()
     learned = [0.0, *(w if label != IGNORE else 0.0 for w, label in zip(weights, labels, strict=True))]
     waiting = [(m.kind, list(chat.span(m, record).ids)) for m in _media(record)]
+    codes = sample.tensors.get("codes")
     at = number = 0
     while at < len(ids):
         kind, span = waiting[number] if number < len(waiting) else ("", [])
@@ -152,5 +153,9 @@ def _tokens(record: Record, sample: Sample, chat: ChatProcessor) -> Iterator[Tok
             end += 1
             text = decode(ids[at:end])
         title = f"{', '.join(map(str, ids[at:end]))}: weight {learned[at]:g}"
+        if codes is not None and int(codes[at, 0]) != -1:  # the other channel at this place
+            end = at + 1
+            text = f"{decode(ids[at:end])}\u00b7{int(codes[at, 0])}"
+            title = f"codes {', '.join(map(str, codes[at].tolist()))}; {title}"
         yield text.replace("\n", "\u21b5\n"), title, learned[at]
         at = end

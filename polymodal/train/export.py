@@ -345,6 +345,8 @@ def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> Pro
     record = _question()
     if isinstance(family, EncoderDecoder):
         batch = export_speech.sample(family, data)
+    elif family.layout == "speech_codes":
+        batch = export_speech.spoken(family, data)
     else:
         media = family.media_processor(data)
         record = _question(media.sample_rate, "image" in media.reads)
@@ -388,6 +390,10 @@ def _library_logits(
     data = made.recipe.data
     if isinstance(made.family, EncoderDecoder):
         return export_speech.library_logits(model.eval(), processor)
+    if made.family.layout == "speech_codes":
+        source = made.family.source if what == "adapter" else str(partial)
+        family = type(made.family)(made.family.card, model.config, source)
+        return export_speech.spoken_logits(model.eval(), export_speech.spoken(family, data))
     options = {"video": data.video, "template_kwargs": data.template_kwargs, "name": str(partial)}
     options["special_tokens"] = data.special_tokens
     engine = Engine(model.eval(), processor, **options)

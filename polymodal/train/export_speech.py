@@ -1,5 +1,5 @@
-"""The check of an export that transcribes: logits of one recording and its text, by the run's model and by
-transformers."""
+"""The check of an export that transcribes or speaks: logits of one recording and its text, or of one text and
+its codes, by the run's model and by the class that opens the export."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.core import padded
-from polymodal.core.sample import Batch
-from polymodal.data.formats import RowReader
+from polymodal.core.sample import Batch, pack
+from polymodal.data.formats import CODES, RowReader
 from polymodal.data.speech import SpeechProcessor
+from polymodal.data.speech_codes import SpeechCodesProcessor
 from polymodal.recipe import Attr
 
 TEXT, LANGUAGE = "One two three.", "en"
+SPOKEN_FRAMES = 6
 
 
 def _tones(rate: int) -> np.ndarray:
@@ -50,4 +52,27 @@ def library_logits(model: nn.Module, processor: Any) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([tokenizer(f" {TEXT}").input_ids[:-1]])
     with torch.no_grad():
         out = model(features.to(next(model.parameters()).dtype), decoder_input_ids=ids, use_cache=False)
+    return out.logits[0].float(), ids[0]
+
+
+def spoken(family: Any, data: Any) -> Batch:
+    """A text and the codes of its speech as a packed batch of one, by a checkpoint's own tokenizer."""
+    media = family.media_processor(data)
+    count = media.groups * SPOKEN_FRAMES
+    codes = (torch.arange(count) * 7 % media.entries).view(SPOKEN_FRAMES, media.groups)
+    row = {"text": TEXT, CODES: codes.tolist()}
+    record = RowReader("asr", Attr(), "", None).record(row, "the sample")
+    return pack([SpeechCodesProcessor(media, data).sample(record)])
+
+
+def spoken_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(logits [T, V] float32 of the talker, text ids [T]) by the class itself, whose code predictor must
+    give finite numbers."""
+    ids, codes = batch["input_ids"], batch["codes"]
+    frames = torch.where(codes[..., 1:2] >= 0, codes, -1)
+    with torch.no_grad():
+        # one place more: the class gives no logits of the last one
+        more = [torch.nn.functional.pad(each, (0, 1)) for each in (ids, codes[..., 0])]
+        out = model(*more, torch.nn.functional.pad(frames, (0, 0, 0, 1), value=-1))
+    assert bool(out.code_logits.isfinite().all())
     return out.logits[0].float(), ids[0]

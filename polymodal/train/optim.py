@@ -49,9 +49,13 @@ def matches(name: str, match: str, towers: Towers) -> bool:
     return fnmatch.fnmatchcase(name, match) or in_tower(name, (match,))
 
 
-def freeze(model: nn.Module, patterns: list[str], towers: Towers) -> None:
-    """Freeze the parameters that the patterns match. Raises PolymodalError where one matches none."""
+def freeze(model: nn.Module, patterns: list[str], towers: Towers, always: tuple[str, ...] = ()) -> None:
+    """Freeze the parameters that the patterns match, and those of the towers `always`. Raises PolymodalError
+    where a pattern matches none."""
     parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if tower_of(name, towers) in always:
+            parameter.requires_grad_(False)
     for pattern in patterns:
         matching = [name for name in parameters if matches(name, pattern, towers)]
         if not matching:

@@ -28,7 +28,7 @@ def meta_model(family: Family, recipe: Recipe) -> nn.Module:
     model = family.build()
     if recipe.model.lora is not None:
         lora.attach(model, recipe.model.lora, family.card)
-    optim.freeze(model, recipe.train.freeze, family.card.towers)
+    optim.freeze(model, recipe.train.freeze, family.card.towers, family.frozen)
     return model
 
 

@@ -26,18 +26,19 @@ from polymodal.models.diffusion import Generation
 from polymodal.models.family import Family
 from polymodal.models.understanding import language
 from polymodal.objectives.language import LanguageObjective
+from polymodal.objectives.speech_codes import SpeechCodesObjective
 from polymodal.parallel import dit_context_parallel
 from polymodal.recipe import Data, Model, Parallel, Recipe, Train
 from polymodal.train.layouts import layout_of
 from polymodal.train.parallel_model import ParallelModel
 from polymodal.train.step import Runner, StepMetrics, bind, forward_backward, inverse_weights
-from tests.models import tiny
+from tests.models import tiny, tiny_tts
 from tests.parallel import dits, speech
 from tests.parallel.exact import float64
 
 MICRO_BATCHES = 4  # of a global batch; one of them has no picture
 STEPS = 5  # of AdamW, after the gradients were compared
-TARGETS = r"model\..*\.(q_proj|v_proj|o_proj|up_proj|down_proj|qkv|proj|projection_layer|linear_fc1|linear_fc2|fc1|fc2)"
+TARGETS = r"(talker\.)?model\..*\.(q_proj|v_proj|o_proj|up_proj|down_proj|qkv|proj|projection_layer|linear_fc1|linear_fc2|fc1|fc2)"
 DENOISER_TARGETS = r".*blocks\..*\.(to_q|to_v|to_out\.0|proj_mlp|proj_out|net\.0\.proj|net\.2|q_proj|v_mlp|linear2|wqkv|wkv|wo)"
 
 
@@ -129,9 +130,10 @@ def build(family: Family, layout: Layout, dtype: torch.dtype) -> nn.Module:
             r=4, lora_alpha=8, target_modules=targets, target_parameters=stacks, init_lora_weights=False
         )
         inject_adapter_in_model(settings, model)
+    always = tuple(prefix for tower in family.frozen for prefix in family.card.towers[tower])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(
-            not name.startswith(layout.frozen) and ("lora_" in name) >= bool(layout.lora)
+            not name.startswith((*layout.frozen, *always)) and ("lora_" in name) >= bool(layout.lora)
         )
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
@@ -189,6 +191,9 @@ def measure(
         data = speech.batches(family, dtype)
         empty = speech.filler(data[0])
         objective = LanguageObjective("per_token")
+    elif family.layout == "speech_codes":
+        data, empty = tiny_tts.batches(family, dtype), tiny_tts.filler()
+        objective = SpeechCodesObjective.from_recipe(recipe, family)
     elif not isinstance(family, Generation):
         data, empty = batches(family), pack([padding_sample(rows=family.position_rows)])
         objective = LanguageObjective("per_token", **family.balance(None))

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from tests.models import tiny
+from tests.models import tiny, tiny_tts
 from tests.parallel import dits, parity_dits, parity_speech, speech
 from tests.parallel.harness import run
 from tests.parallel.layouts import STEPS, Layout, Parity, compare, one_process
@@ -264,6 +264,8 @@ def parity(
     with tempfile.TemporaryDirectory(prefix="polymodal-parity-") as directory:
         if name in parity_speech.MODELS:
             source = speech.checkpoint(directory)
+        elif name in parity_speech.SPEAKING:
+            source = str(tiny_tts.checkpoint(directory, codec=False))
         elif name in (*LANGUAGE.models, *HEARERS.models):
             source = str(tiny.checkpoint(name, directory, tied=name == "qwen2-vl", **overrides))
         else:
@@ -378,7 +380,19 @@ HEARERS = Table(
     (tiny.ASR,),
     HEARING,
 )
-TABLES = (LANGUAGE, HEARERS, SPEECH, DENOISERS, OTHERS)
+SPEAKING = Table(
+    (
+        "",
+        "## Models that speak",
+        "",
+        "Qwen3-TTS with three blocks in its talker and two in its code predictor. The global batch is four packs of one to",
+        "three samples with uneven weights, voices as recordings, by name and none; the loss is of all codes of a frame.",
+        "",
+    ),
+    parity_speech.SPEAKING,
+    parity_speech.SPEAKING_MATRIX,
+)
+TABLES = (LANGUAGE, HEARERS, SPEECH, SPEAKING, DENOISERS, OTHERS)
 
 
 def read(text: str) -> Cells:

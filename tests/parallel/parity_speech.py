@@ -1,11 +1,13 @@
-"""The layouts of models with an encoder and a decoder in the parity table; parity.py measures and writes
-them. Tests only."""
+"""The layouts of models that transcribe and of those that speak in the parity table; parity.py measures and
+writes them. Tests only."""
 
 from __future__ import annotations
 
+from tests.models import tiny_tts
 from tests.parallel.layouts import Layout
 
 MODELS = ("whisper",)
+SPEAKING = (tiny_tts.NAME,)
 ENCODER = ("model.encoder.",)
 HALVES = {"encoder": [3, 0], "decoder": [0, 3]}
 FOUR = {"encoder": [1, 2, 0, 0], "decoder": [0, 0, 1, 2]}
@@ -42,4 +44,33 @@ MATRIX = [
     Layout("LoRA, FSDP2 x 2", 2, lora=True),
     Layout("LoRA, TP 2 + SP", 2, {"tp": 2}, lora=True),
     Layout("LoRA, PP 2", 2, {"pp": 2}, lora=True),
+]
+PREDICTOR = ("talker.code_predictor.",)
+SPEAKING_MATRIX = [
+    Layout("FSDP2 x 2", 2),
+    Layout("FSDP2 x 3, uneven", 3),
+    Layout("HSDP 2 x 2", 4, {"dp_replicate": 2}),
+    Layout("ZeRO-1 x 2", 2, {"zero": 1}),
+    Layout("ZeRO-2 x 2", 2, {"zero": 2}),
+    Layout("FSDP2 x 2, full recompute", 2, {"recompute": "full"}),
+    Layout("FSDP2 x 2, selective recompute", 2, {"recompute": "selective"}),
+    Layout(
+        "FSDP2 x 2, code predictor recomputed",
+        2,
+        {"recompute": "full", "recompute_blocks": ["code_predictor"]},
+    ),
+    Layout("FSDP2 x 2, activations on the host", 2, {"offload": ["activations"]}),
+    Layout("FSDP2 x 2, parameters on the host", 2, {"offload": ["parameters"]}),
+    Layout("FSDP2 x 2, code predictor whole", 2, {"replicate": ["code_predictor"]}),
+    Layout("TP 2", 2, {"tp": 2, "sp": False}),
+    Layout("TP 2 + SP", 2, {"tp": 2}),
+    Layout("FSDP2 x 2, TP 2 + SP, full recompute", 4, {"tp": 2, "recompute": "full"}),
+    Layout("Ulysses 2", 2, {"cp": 2}),
+    Layout("ring 2", 2, {"cp": 2, "ulysses": 1}),
+    Layout("ring 4", 4, {"cp": 4, "ulysses": 1}),
+    Layout("FSDP2 x 2, Ulysses 2", 4, {"cp": 2}),
+    Layout("Ulysses 2, TP 2 + SP", 4, {"cp": 2, "tp": 2}),
+    Layout("frozen code predictor, FSDP2 x 2", 2, frozen=PREDICTOR),
+    Layout("LoRA, FSDP2 x 2", 2, lora=True),
+    Layout("LoRA, TP 2 + SP", 2, {"tp": 2}, lora=True),
 ]

@@ -19,7 +19,15 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, Qwen3Config, Qwen3Model
+from transformers import (
+    AutoConfig,
+    AutoModelForTextToWaveform,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3Model,
+)
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import ECAPA_TimeDelayNet
 from transformers.utils import ModelOutput
 
@@ -44,6 +52,8 @@ class Qwen3TTSCodePredictorConfig(Qwen3Config):
 @strict
 class Qwen3TTSTalkerConfig(Qwen3Config):
     model_type = "qwen3_tts_talker"
+    base_config_key = "talker_config"
+    ignore_keys_at_rope_validation = {"mrope_section", "interleaved"}  # its three rows of positions are equal
     sub_configs_defaults = {"code_predictor_config": Qwen3TTSCodePredictorConfig}
 
     code_predictor_config: dict | PreTrainedConfig | None = None
@@ -100,6 +110,10 @@ class Qwen3TTSConfig(PreTrainedConfig):
     tts_bos_token_id: int = 151672
     tts_eos_token_id: int = 151673
 
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        """The talker: the decoder of this model."""
+        return self.talker_config
+
 
 class TextProjection(nn.Module):
     """Rows of the text vocabulary in the talker's width: fc2(silu(fc1 x))."""
@@ -152,11 +166,16 @@ class CodePredictor(nn.Module):
         else:
             self.small_to_mtp_projection = nn.Identity()
 
-    def forward(self, state: Tensor, first: Tensor, codes: Tensor) -> Tensor:
-        """Logits of codes 1..k+1, [N, k + 1, V], of states [N, D], E_0(c_0) [N, D] and codes 1..k [N, k]."""
+    def states(self, state: Tensor, first: Tensor, codes: Tensor) -> Tensor:
+        """What the heads of codes 1..k+1 read, [N, k + 1, D'], of states [N, D], E_0(c_0) [N, D] and codes
+        1..k [N, k]."""
         known = [self.model.codec_embedding[i](codes[:, i]) for i in range(codes.shape[1])]
         rows = self.small_to_mtp_projection(torch.stack([state, first, *known], 1))
-        hidden = self.model(inputs_embeds=rows, use_cache=False).last_hidden_state[:, 1:]
+        return self.model(inputs_embeds=rows, use_cache=False).last_hidden_state[:, 1:]
+
+    def forward(self, state: Tensor, first: Tensor, codes: Tensor) -> Tensor:
+        """Logits of codes 1..k+1, [N, k + 1, V], of the same."""
+        hidden = self.states(state, first, codes)
         return torch.stack([self.lm_head[i](hidden[:, i]) for i in range(hidden.shape[1])], 1)
 
 
@@ -232,7 +251,7 @@ class Qwen3TTSForConditionalGeneration(PreTrainedModel):
             speaker: [B, D] speaker vectors.
             attention_mask: [B, T], 1 at positions that are no padding.
         """
-        embeds = self._embed(text_ids, codec_ids, codes, speaker)
+        embeds = self.embed(text_ids, codec_ids, codes, speaker)
         mask = None if attention_mask is None else attention_mask[:, :-1]
         hidden = self.talker.model(
             inputs_embeds=embeds[:, :-1], attention_mask=mask, use_cache=False
@@ -256,7 +275,8 @@ class Qwen3TTSForConditionalGeneration(PreTrainedModel):
             code_logits=code_logits,
         )
 
-    def _embed(self, text_ids: Tensor, codec_ids: Tensor, codes: Tensor, speaker: Tensor | None) -> Tensor:
+    def embed(self, text_ids: Tensor, codec_ids: Tensor, codes: Tensor, speaker: Tensor | None) -> Tensor:
+        """The talker's input [B, T, D], of what `forward` takes; without `speaker` nothing at its places."""
         talker, is_frame = self.talker, codes[..., 0] >= 0
         codec = talker.model.codec_embedding(codec_ids.clamp(min=0)) * (codec_ids >= 0)[..., None]
         codec = torch.where(is_frame[..., None], talker.frames(codes.clamp(min=0)), codec)
@@ -285,38 +305,78 @@ class Qwen3TTSForConditionalGeneration(PreTrainedModel):
             streaming_text: one row of text a frame, in place of the whole text first.
             temperature: 0 takes the most likely code.
         """
-        config, talker = self.config.talker_config, self.talker
-        rows, later = self._prompt(text_ids, speaker, language, streaming_text)
-        forbidden = torch.arange(config.vocab_size, device=rows.device) >= config.vocab_size - 1024
-        forbidden[config.codec_eos_token_id] = False
-        pick = _Sampler(temperature, top_k, generator)
-        cache, found, states = DynamicCache(config=config), [], []
-        for step in range(max_frames):
-            out = talker.model(inputs_embeds=rows, past_key_values=cache, use_cache=True)
-            state = out.last_hidden_state[:, -1]
-            logits = talker.codec_head(state)[0].masked_fill(forbidden, -torch.inf)
-            if found and repetition_penalty != 1.0:
-                seen = torch.stack(found)[:, 0].unique()
-                logits[seen] = torch.where(
-                    logits[seen] > 0, logits[seen] / repetition_penalty, logits[seen] * repetition_penalty
-                )
-            first = pick(logits)
-            if int(first) == config.codec_eos_token_id:
-                break
-            codes = first[None]
-            for _ in range(config.num_code_groups - 1):
-                head = talker.code_predictor(
-                    state, talker.model.codec_embedding(first)[None], codes[None, 1:]
-                )
-                codes = torch.cat([codes, pick(head[0, -1])[None]])
-            found.append(codes)
-            states.append(state[0])
-            rows = (talker.frames(codes) + later[min(step, len(later) - 1)])[None, None]
-        if not found:
-            return text_ids.new_zeros(0, config.num_code_groups), rows.new_zeros(0, config.hidden_size)
-        return torch.stack(found), torch.stack(states)
+        rows, later = self.prompt(text_ids, speaker, language, streaming_text)
+        generators = [generator] if generator is not None else None
+        settings = (max_frames, temperature, top_k, repetition_penalty, generators)
+        return self.speak([(rows, later)], *settings)[0]
 
-    def _prompt(
+    @torch.no_grad()
+    def speak(
+        self,
+        prompts: list[tuple[Tensor, Tensor]],
+        max_frames: int = 2048,
+        temperature: float = 0.0,
+        top_k: int = 50,
+        repetition_penalty: float = 1.0,
+        generators: list[torch.Generator] | None = None,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """`generate` of several texts together; prompts: of `prompt`, padded on the left here.
+
+        generators: of the CPU, one a text, so that its draws do not depend on the others.
+        """
+        config, talker = self.config.talker_config, self.talker
+        longest = max(rows.shape[1] for rows, _ in prompts)
+        inputs = torch.cat([F.pad(rows, (0, 0, longest - rows.shape[1], 0)) for rows, _ in prompts])
+        device, count = inputs.device, len(prompts)
+        places = torch.arange(longest, device=device)
+        empty = torch.tensor([longest - rows.shape[1] for rows, _ in prompts], device=device)
+        mask, padded = (places >= empty[:, None]).long(), bool(empty.any())
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        forbidden = torch.arange(config.vocab_size, device=device) >= config.vocab_size - 1024
+        forbidden[config.codec_eos_token_id] = False
+        pick = _Sampler(temperature, top_k, generators)
+        cache = DynamicCache(config=config)
+        found, states = [], []
+        lengths = [-1] * count  # frames of those that have ended
+        for step in range(max_frames):
+            out = talker.model(
+                inputs_embeds=inputs,
+                attention_mask=mask if padded else None,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            state = out.last_hidden_state[:, -1]
+            logits = talker.codec_head(state).masked_fill(forbidden, -torch.inf)
+            if found and repetition_penalty != 1.0:
+                seen = torch.stack(found)[..., 0].T
+                had = logits.gather(1, seen)
+                had = torch.where(had > 0, had / repetition_penalty, had * repetition_penalty)
+                logits = logits.scatter(1, seen, had)
+            first = pick(logits)
+            ended = (first == config.codec_eos_token_id).tolist()
+            lengths = [step if now and n < 0 else n for n, now in zip(lengths, ended, strict=True)]
+            if min(lengths) >= 0:
+                break
+            first = first.clamp(max=config.vocab_size - 1025)  # of texts that have ended, which are not read
+            codes = first[:, None]
+            for _ in range(config.num_code_groups - 1):
+                head = talker.code_predictor(state, talker.model.codec_embedding(first), codes[:, 1:])
+                codes = torch.cat([codes, pick(head[:, -1])[:, None]], 1)
+            found.append(codes)
+            states.append(state)
+            texts = torch.stack([later[min(step, len(later) - 1)] for _, later in prompts])
+            inputs = (talker.frames(codes) + texts)[:, None]
+            mask = F.pad(mask, (0, 1), value=1)
+            positions = positions[:, -1:] + 1
+        if not found:
+            none = inputs.new_zeros(0, config.hidden_size)
+            return [(empty.new_zeros(0, config.num_code_groups), none) for _ in prompts]
+        every, of = torch.stack(found, 1), torch.stack(states, 1)
+        ends = [len(found) if n < 0 else n for n in lengths]
+        return [(codes[:n], rows[:n]) for codes, rows, n in zip(every, of, ends, strict=True)]
+
+    def prompt(
         self, text_ids: Tensor, speaker: str | Tensor | None, language: str | None, streaming: bool
     ) -> tuple[Tensor, Tensor]:
         """Input rows [1, P, D] before the first frame, and the rows of text [k, D] of the frames (the last
@@ -332,7 +392,7 @@ class Qwen3TTSForConditionalGeneration(PreTrainedModel):
         text, codec = prompt(self.config, text_ids.tolist(), mark, language)
         row = torch.tensor([text, codec], device=text_ids.device)
         no_codes = row.new_full((1, row.shape[1], self.config.talker_config.num_code_groups), NONE)
-        rows = self._embed(row[:1], row[1:], no_codes, None if vector is None else vector[None])
+        rows = self.embed(row[:1], row[1:], no_codes, None if vector is None else vector[None])
         pad = self.talker.text(text_ids.new_tensor([self.config.tts_pad_token_id]))
         if not streaming:
             return rows, pad
@@ -399,17 +459,26 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class _Sampler:
-    def __init__(self, temperature: float, top_k: int, generator: torch.Generator | None) -> None:
-        self.temperature, self.top_k, self.generator = temperature, top_k, generator
+    """The next id of each row of logits [B, V]: the largest, or a draw by Gumbel noise (Gumbel 1954) of the
+    row's own generator."""
+
+    def __init__(self, temperature: float, top_k: int, generators: list[torch.Generator] | None) -> None:
+        self.temperature, self.top_k, self.generators = temperature, top_k, generators
 
     def __call__(self, logits: Tensor) -> Tensor:
         if not self.temperature:
-            return logits.argmax()
-        best, ids = logits.topk(min(self.top_k, len(logits)))
-        chances = (best.float() / self.temperature).softmax(0)
-        return ids[torch.multinomial(chances, 1, generator=self.generator)[0]]
+            return logits.argmax(-1)
+        best, ids = logits.float().topk(min(self.top_k, logits.shape[-1]))
+        own = self.generators or [None] * len(logits)
+        waits = torch.stack([torch.empty(best.shape[-1]).exponential_(generator=g) for g in own])
+        noise = waits.clamp_min_(1e-30).log_().to(best.device)
+        return ids.gather(1, (best / self.temperature - noise).argmax(-1)[:, None])[:, 0]
 
 
 def build(values: dict[str, Any], **keywords: Any) -> Qwen3TTSForConditionalGeneration:
     """A model with random weights of the values of a `config.json`."""
     return Qwen3TTSForConditionalGeneration._from_config(Qwen3TTSConfig(**values), **keywords)
+
+
+AutoConfig.register(Qwen3TTSConfig.model_type, Qwen3TTSConfig, exist_ok=True)
+AutoModelForTextToWaveform.register(Qwen3TTSConfig, Qwen3TTSForConditionalGeneration, exist_ok=True)

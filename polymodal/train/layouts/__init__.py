@@ -11,6 +11,7 @@ from polymodal.recipe import Recipe
 from polymodal.train.layouts.base import DataFacts, Feed, Layout, Section, Workload
 from polymodal.train.layouts.packed import Packed
 from polymodal.train.layouts.padded import Padded
+from polymodal.train.layouts.speech_codes import SpeechCodes
 from polymodal.train.layouts.uniform import Uniform
 
 __all__ = [
@@ -24,7 +25,12 @@ __all__ = [
     "objectives_of",
 ]
 
-LAYOUTS: dict[str, type[Layout]] = {"packed": Packed, "padded": Padded, "uniform": Uniform}
+LAYOUTS: dict[str, type[Layout]] = {
+    "packed": Packed,
+    "padded": Padded,
+    "speech_codes": SpeechCodes,
+    "uniform": Uniform,
+}
 
 
 def objectives_of(family: type[Family]) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ def script_loss(module, batch, speaker, mask):
     """What the published fine-tuning script computes, with its errors; where both widths of text are one."""
     talker, codes = module.talker, batch["codes"]
     projection, talker.text_projection = talker.text_projection, nn.Identity()
-    embeds = module._embed(batch["text_ids"], batch["codec_ids"], codes, speaker)
+    embeds = module.embed(batch["text_ids"], batch["codec_ids"], codes, speaker)
     talker.text_projection = projection
     hidden = talker.model(inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1]).last_hidden_state
     logits = talker.codec_head(hidden)
