@@ -89,7 +89,7 @@ def generate(
         from polymodal.generate.opening import card_at
 
         card = card_at(checkpoint, opening.base)
-        speaks = card is not None and "text-to-speech" in card.tasks and card.kind == "audio"
+        speaks = card is not None and card.speaks
         _only(drawing if speaks else speaking, checkpoint, "speaks" if speaks else "makes pictures or clips")
         if speaks:
             from polymodal.generate import speak

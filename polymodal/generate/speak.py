@@ -86,7 +86,7 @@ class Speaker:
 
     def __init__(self, opened: Opened):
         card = opened.card
-        if card is None or "text-to-speech" not in card.tasks:
+        if card is None or not card.speaks:
             raise PolymodalError(
                 f"{opened.name} does not speak.",
                 'Give a checkpoint of a model that does (`polymodal models --for "text to speech"`).',

@@ -95,6 +95,14 @@ class ModelCard:
     methods: tuple[str, ...] = ()  # recipes besides sft and lora: "dreambooth"
 
     @property
+    def speaks(self) -> bool:
+        return self.kind == "audio" and "text-to-speech" in self.tasks
+
+    @property
+    def transcribes(self) -> bool:
+        return "speech-recognition" in self.tasks
+
+    @property
     def main(self) -> str:
         """The tower that gets adapters by default."""
         return "language" if "language" in self.towers else next(iter(self.towers))

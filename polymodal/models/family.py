@@ -27,6 +27,9 @@ class Family:
 
     layout: Literal["packed", "padded", "speech_codes", "uniform"] = "packed"
     streams: tuple[MediaStream, ...] = ()  # what its towers read
+    decoders: tuple[tuple[Any, int], ...] = ()
+    """Configs of decoders that run beside the language model, and the rows that each reads for one of its
+    tokens."""
     beside: tuple[str, ...] = ()
     """Beginnings of names of tensors in its checkpoints that are no part of the model: exports copy them."""
     beside_files: tuple[str, ...] = ()  # files that go with these

@@ -80,7 +80,7 @@ class Tower:
     mlp: int
     media: str = ""
     fit: BlockFit = DECODER
-    rows: float = 1.0  # of the blocks, a patch or frame
+    rows: float = 1.0  # that its blocks compute for each token, patch or frame
     experts: int = 0  # of a token
     learns: bool = True  # gradients flow here: not so in a tower of media that is wholly frozen
 
@@ -180,12 +180,7 @@ def _towers(family: Family) -> tuple[list[Tower], int]:
         encoder = Tower(config.encoder_layers, side, 3 * side, config.encoder_ffn_dim, "audio", SPEECH)
         return [decoder, encoder], config.vocab_size
     text, vision = config.get_text_config(), getattr(config, "vision_config", None)
-    heads = text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    attention = size * (heads + 2 * getattr(text, "num_key_value_heads", heads))
-    experts = text.num_experts_per_tok if language.experts(text) else 0
-    mlp = text.moe_intermediate_size * experts if experts else text.intermediate_size
-    towers = [Tower(text.num_hidden_layers, text.hidden_size, attention, mlp, experts=experts)]
+    towers = [_decoder(text), *(_decoder(other, rows) for other, rows in family.decoders)]
     if vision is not None:
         side = getattr(vision, "embed_dim", None) or vision.hidden_size
         inner = getattr(vision, "intermediate_size", None) or int(side * getattr(vision, "mlp_ratio", 4))
@@ -199,6 +194,16 @@ def _towers(family: Family) -> tuple[list[Tower], int]:
         inner = audio.encoder_ffn_dim
         towers.append(Tower(audio.encoder_layers, side, 3 * side, inner, stream.name, SPEECH, share))
     return towers, text.vocab_size
+
+
+def _decoder(text: Any, rows: int = 1) -> Tower:
+    """A language model, which reads so many rows a token."""
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    attention = size * (heads + 2 * getattr(text, "num_key_value_heads", heads))
+    experts = text.num_experts_per_tok if language.experts(text) else 0
+    mlp = text.moe_intermediate_size * experts if experts else text.intermediate_size
+    return Tower(text.num_hidden_layers, text.hidden_size, attention, mlp, experts=experts, rows=rows)
 
 
 def denoiser(card: ModelCard, layers: int, hidden: int, parameters: float) -> Tower:

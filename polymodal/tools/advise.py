@@ -319,7 +319,8 @@ def way(
     if generates:
         data = "pictures/subject" if pictures else "dataset/data.json"
     nodes = f"{-(-count // 8)} nodes: the same on each, with NNODES, NODE_RANK and MASTER_ADDR"
-    ways = TABLES["ways"][card.kind if card.kind in ("generation", "audio") else "understanding"]
+    kind = "speaking" if card.speaks else card.kind
+    ways = TABLES["ways"][kind if kind in TABLES["ways"] else "understanding"]
     left_out = [name for name, there in (("not_yet", task in NOT_YET), ("look", not pictures)) if not there]
     return _steps(
         ways.get(task, ways["train"]),

@@ -222,7 +222,7 @@ def _bare(
     section: dict[str, Any] = {"datasets": [{"path": data}]}
     if card.kind == "generation":
         section["clip"] = _clip(card, key, task)
-    elif card.kind == "audio":
+    elif card.transcribes:
         section["speech"] = SPEECH
     if fills_by_tokens(card.family):
         section["max_length"] = measured.max_length if measured else MAX_LENGTH
@@ -283,7 +283,8 @@ def _measured(family: Family | None, card: ModelCard, task: str, source: str, da
     tokens = index.tokens[index.usable]
     if not len(tokens):
         raise PolymodalError(
-            f"--data {data}: no row of {len(corpus)} can be trained on.",
+            f"--data {data}: no row of {len(corpus)} can be trained on"
+            + (f"; the first: {index.problems[0].reason.rstrip('.')}." if index.problems else "."),
             f"Run `polymodal data check {shlex.quote(str(data))}`.",
         )
     if not fills_by_tokens(card.family):  # a sample is a record, whatever its length

@@ -26,6 +26,7 @@ INPUTS = {
     "text-to-image": "text to image",
     "image-to-image": "image to image",
     "speech-recognition": "speech to text",
+    "text-to-speech": "text to speech",
 }
 
 

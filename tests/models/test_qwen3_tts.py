@@ -130,7 +130,7 @@ def test_published_sizes(size):
 
 def test_tensors_of_a_published_file():
     """402 in 0.6B-CustomVoice, 478 with the speaker encoder (listings of the published files)."""
-    for size, count in (("0.6b-customvoice", 402), ("0.6b-base", 478)):
+    for size, count in (("0.6b-custom", 402), ("0.6b-base", 478)):
         assert len(catalog.published(CARD, size).build().state_dict()) == count
 
 

@@ -147,7 +147,7 @@ def test_text_to_video_and_text_to_image_differ():
     assert "lumina" in {f.name for f in image.coming} and "lumina" not in {f.name for f in video.coming}
     assert any(stage.title == "Extract features" for stage in video.stages)
     assert {f.name for f in ask("transcribe speech").coming} == {"fun-asr"}
-    assert {f.name for f in ask("text to speech").coming} == {"cosyvoice3", "qwen3-tts"}
+    assert {f.name for f in ask("text to speech").coming} == {"cosyvoice3"}
 
 
 def test_devices_are_read():
@@ -172,7 +172,7 @@ def test_nonsense_is_not_guessed():
         ("edit photos as told in words", "generation", "sft", "flux.1-kontext"),
         ("speech recognition for Cantonese", "audio", "sft", "whisper"),
         ("make subtitles from recordings", "audio", "sft", "whisper"),
-        ("clone a voice", "audio", "sft", "cosyvoice3"),
+        ("clone a voice", "audio", "sft", "qwen3-tts"),
         ("reinforcement learning for a vision model on math problems", "understanding", "grpo", "qwen3-vl"),
         ("align a VLM with human preference pairs", "understanding", "dpo", "qwen3-vl"),
         ("fine-tune InternVL3 on my documents", "understanding", "sft", "internvl"),
@@ -310,7 +310,8 @@ def test_a_request_is_answered_with_commands_and_paths():
     assert "--merge-lora" in out
     assert "polymodal encode" in run("--for", "train a text to video model")
     assert "polymodal transcribe" in run("--for", "train a model that transcribes speech")
-    assert "not yet" in run("--for", "train a text to speech model")
+    spoken = run("--for", "train a text to speech model")
+    assert "polymodal data codes" in spoken and "--text" in spoken and "transcribe" not in spoken
     assert "Say what goes in" in run("--for", "xyzzy")
 
 

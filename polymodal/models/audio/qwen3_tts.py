@@ -50,6 +50,10 @@ class Qwen3TTS(Family):
         """Its config."""
         return self.config.talker_config
 
+    @property
+    def decoders(self) -> tuple[tuple[Any, int], ...]:  # type: ignore[override]
+        return ((self.talker.code_predictor_config, self.talker.num_code_groups),)
+
     # -- files, as published
 
     @classmethod
@@ -278,8 +282,8 @@ CARD = ModelCard(
     sizes={
         "0.6b-base": _size("0.6b-base", 0.915, kind="base", devices=1),
         "1.7b-base": _size("1.7b-base", 1.929, kind="base", devices=2),
-        "0.6b-customvoice": _size("0.6b-customvoice", 0.906, kind="custom_voice", devices=1),
-        "1.7b-customvoice": _size("1.7b-customvoice", 1.917, kind="custom_voice", devices=2),
+        "0.6b-custom": _size("0.6b-custom", 0.906, kind="custom_voice", devices=1),
+        "1.7b-custom": _size("1.7b-custom", 1.917, kind="custom_voice", devices=2),
     },
     keywords=(
         "text to speech",
