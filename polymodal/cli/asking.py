@@ -117,6 +117,14 @@ class Transcribing:
     beams: int | None = None
 
 
+@dataclass(frozen=True)
+class Judging:
+    """Options of evaluate for models that speak, besides those of Transcribing for the model that writes their
+    speech down."""
+
+    asr: str | None = None
+
+
 @command("evaluate")
 def evaluate(
     checkpoint: str,
@@ -133,18 +141,21 @@ def evaluate(
     answering: Answering = Answering(),
     generating: Generating = Generating(),
     transcribing: Transcribing = Transcribing(),
+    judging: Judging = Judging(),
 ) -> int:
     """Measure a checkpoint on a benchmark file, or what it generates; goes on where it stopped."""
     from polymodal.core.errors import PolymodalError
     from polymodal.evaluate import benchmarks
 
     facts = benchmarks.find(benchmark)
-    groups = {"answer": answering, "generate": generating, "transcribe": transcribing}
+    groups = {"answer": answering, "generate": generating, "transcribe": transcribing, "speak": judging}
     given = {
         kind: {name: value for name, value in asdict(group).items() if value is not None}
         for kind, group in groups.items()
     }
     own: dict[str, Any] = given.pop(facts.kind)
+    if facts.kind == "speak":
+        own |= given.pop("transcribe")
     foreign = [name for options in given.values() for name in options]
     if foreign:
         raise PolymodalError(
@@ -158,7 +169,7 @@ def evaluate(
     opened = asdict(opening)
 
     def here() -> int:
-        from polymodal.evaluate import generation, run, speech
+        from polymodal.evaluate import generation, run, speech, spoken
         from polymodal.generate.pipeline import Settings
 
         if facts.kind == "generate":
@@ -168,6 +179,8 @@ def evaluate(
             generation.main(checkpoint, facts.name, data, settings=settings, opening=opened, **own)
         elif facts.kind == "transcribe":
             speech.main(checkpoint, data, opening=opened, **own)
+        elif facts.kind == "speak":
+            spoken.main(checkpoint, data, opening=opened, **own)
         else:
             run.main(checkpoint, facts.name, data, opening=opened, **own)
         return 0

@@ -42,7 +42,7 @@ class Benchmark:
     """Facts of one benchmark, as explained in benchmarks.yaml."""
 
     name: str
-    kind: Literal["answer", "generate", "transcribe"]
+    kind: Literal["answer", "generate", "transcribe", "speak"]
     metric: str | None = None
     max_new_tokens: int = 0
     instruction: str = ""

@@ -101,12 +101,37 @@ def evaluate(
     language: of rows that name none; None lets the model detect it. normalise: what of spelling does not
     count, see word_errors.normaliser. Result.measures: wer, cer. Raises PolymodalError.
     """
-    if normalise not in CHOICES:
-        raise PolymodalError(f"--normalise {normalise} is not known.", f"Use {', '.join(CHOICES)}.")
-    began = time.perf_counter()
     rows, digest = recordings(data, media_dir, language)
     rows = rows[:limit] if limit else rows
     settings = {"model": transcriber.identity, "data": digest, "language": language, "beams": beams}
+    options = {
+        "beams": beams,
+        "batch_size": batch_size,
+        "restart": restart,
+        "html": html,
+        "progress": progress,
+    }
+    return measure(transcriber, rows, settings, out=out, normalise=normalise, **options)
+
+
+def measure(
+    transcriber: Transcriber,
+    rows: Sequence[Recording],
+    settings: dict[str, Any],
+    *,
+    out: str | Path | None,
+    normalise: Choice,
+    beams: int,
+    batch_size: int,
+    restart: bool,
+    html: int,
+    progress: bool,
+    benchmark: str = NAME,
+) -> Result | None:
+    """`evaluate` of rows that are known. settings: what the transcriptions belong to."""
+    if normalise not in CHOICES:
+        raise PolymodalError(f"--normalise {normalise} is not known.", f"Use {', '.join(CHOICES)}.")
+    began = time.perf_counter()
 
     def answer(mine: list[int]) -> Iterator[dict[str, Any]]:
         jobs = [rows[i].speech for i in mine]
@@ -130,7 +155,7 @@ def evaluate(
         )
         if world.rank != 0:
             return None
-    result = _judged(transcriber, rows, entries, normalise, settings)
+    result = replace(_judged(transcriber, rows, entries, normalise, settings), benchmark=benchmark)
     return results.finish(result, out, began, resumed, html, "transcribed", lambda i: ())
 
 

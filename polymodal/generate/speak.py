@@ -43,8 +43,9 @@ class Utterance:
     seed: int | None = None
 
 
-def read_utterances(path: str) -> list[Utterance]:
-    """A .txt of one text a line, or .jsonl of objects with Utterance's keys. Raises PolymodalError."""
+def read_utterances(path: str, others: bool = False) -> list[Utterance]:
+    """A .txt of one text a line, or .jsonl of objects with Utterance's keys; others: and more, which are left
+    out. Raises PolymodalError."""
     known = [f.name for f in fields(Utterance)]
     out = []
     for number, line in enumerate(read_text(str(Path(path).expanduser())).split("\n"), 1):
@@ -55,10 +56,10 @@ def read_utterances(path: str) -> list[Utterance]:
             continue
         try:
             row = parse_json(line)
-            unknown = sorted(set(row) - set(known))
+            unknown = [] if others else sorted(set(row) - set(known))
             if not isinstance(row.get("text"), str) or unknown:
                 raise ValueError(f"`{unknown[0]}` is not known" if unknown else "there is no `text`")
-            made = Utterance(**row)
+            made = Utterance(**{key: value for key, value in row.items() if key in known})
         except (ValueError, AttributeError, TypeError) as error:
             raise PolymodalError(
                 f"{path}, line {number}: {error}.",

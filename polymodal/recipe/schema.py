@@ -211,7 +211,7 @@ class Data(Section):
     video: Video = Video()
     """Frames and sizes of videos."""
     speech: Speech = Speech()
-    """Models that transcribe: language and task of records that do not name them."""
+    """Models that transcribe or speak: language (and task) of records that do not name them."""
     clip: Clip = Clip()
     """Sizes and lengths of what a generating model learns from."""
     encode: Literal["cached", "online"] = "cached"

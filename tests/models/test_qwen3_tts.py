@@ -165,3 +165,27 @@ def test_a_recording_is_refused_where_no_encoder_hears_it(tmp_path):
     ids, codes = media.row("yes", torch.zeros(2, tiny_tts.GROUPS, dtype=torch.int64), "Ann", False, "zh")
     assert codes[7, 0] == 41 and codes[5, 0] == 40, "the language, then the speaker's row"
     assert len(ids) == len(codes)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_texts_spoken_together_are_those_spoken_alone(family, temperature):
+    """Padding on the left and the draws of others change nothing; speech of its own length ends each."""
+    from polymodal.distributed import attention
+
+    made = family.build()
+    weights.load(made, family, device=torch.device("cpu"))
+    attention.use(made.eval(), "sdpa")
+    media = family.media_processor(None)
+    prompts = []
+    for text, speaker in zip(tiny_tts.TEXTS[:4], ("ann", None, torch.randn(32), None), strict=True):
+        with torch.no_grad():
+            prompts.append(made.prompt(torch.tensor(media.words(text)), speaker, "english", False))
+
+    def spoken(which):
+        draws = [torch.Generator().manual_seed(5 + i) for i in which]
+        found = made.speak([prompts[i] for i in which], 24, temperature, 40, 1.05, draws)
+        return [codes.tolist() for codes, _ in found]
+
+    together = spoken(range(4))
+    assert together == [spoken([i])[0] for i in range(4)]
+    assert len({len(codes) for codes in together}) > 1 or temperature == 0
