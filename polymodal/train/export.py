@@ -345,7 +345,7 @@ def _prove(made: Assembled, partial: Path, what: str, dtype: torch.dtype) -> Pro
     record = _question()
     if isinstance(family, EncoderDecoder):
         batch = export_speech.sample(family, data)
-    elif family.layout == "speech_codes":
+    elif family.card.speaks:
         batch = export_speech.spoken(family, data)
     else:
         media = family.media_processor(data)
@@ -390,7 +390,7 @@ def _library_logits(
     data = made.recipe.data
     if isinstance(made.family, EncoderDecoder):
         return export_speech.library_logits(model.eval(), processor)
-    if made.family.layout == "speech_codes":
+    if made.family.card.speaks:
         source = made.family.source if what == "adapter" else str(partial)
         family = type(made.family)(made.family.card, model.config, source)
         return export_speech.spoken_logits(model.eval(), export_speech.spoken(family, data))

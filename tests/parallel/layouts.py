@@ -191,7 +191,7 @@ def measure(
         data = speech.batches(family, dtype)
         empty = speech.filler(data[0])
         objective = LanguageObjective("per_token")
-    elif family.layout == "speech_codes":
+    elif family.card.speaks:
         data, empty = tiny_tts.batches(family, dtype), tiny_tts.filler()
         objective = SpeechCodesObjective.from_recipe(recipe, family)
     elif not isinstance(family, Generation):
