@@ -119,8 +119,8 @@ class Transcribing:
 
 @dataclass(frozen=True)
 class Judging:
-    """Options of evaluate for models that speak, besides those of Transcribing for the model that writes their
-    speech down."""
+    """Options of evaluate for models that speak, besides those of Transcribing for the model that writes
+    their speech down."""
 
     asr: str | None = None
 

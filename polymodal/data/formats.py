@@ -30,8 +30,8 @@ PROMPTS = ("instruction", "prompt", "query", "question")
 ANSWERS = ("output", "response", "completion", "answer")
 TRANSCRIPTS = ("text", "sentence", "transcription", "transcript")
 CODES, REFERENCE = "audio_codes", "ref_audio"
-"""Columns of rows for models that speak: a codec's tokens [frames][codebooks] of the audio, and a recording of
-the voice."""
+"""Columns of rows for models that speak: a codec's tokens [frames][codebooks] of the audio, and a recording
+of the voice."""
 TEXT_COLUMNS = (
     *MESSAGES,
     "tools",

@@ -177,7 +177,8 @@ class SpeechCodesProcessor:
             }
             medium, stream = self.voice(record), self.media.stream
             if pixels and medium is not None and header is not None:
-                heard = audio.decode_audio(medium.source, header, self.media.sample_rate)  # type: ignore[arg-type]
+                source: Any = medium.source
+                heard = audio.decode_audio(source, header, self.media.sample_rate)
                 tensors[stream.tensor] = self.media.features(heard)
                 tensors[stream.sizes] = torch.tensor([[len(tensors[stream.tensor])]])
         except PolymodalError as error:

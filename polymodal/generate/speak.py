@@ -214,8 +214,8 @@ def main(
         raise PolymodalError(f"{there} exists already.", "Choose another directory with --out, or remove it.")
     rows: list[dict[str, Any]] = []
     with process_group.runtime(command_recipe(checkpoint, device)) as rt:
-        opening = {"base": base, "ema": ema, "dtype": dtype, "revision": revision}
-        opened = open_model(checkpoint, device=rt.device.torch, locate=alike(rt), **opening)  # type: ignore[arg-type]
+        opening: dict[str, Any] = {"base": base, "ema": ema, "dtype": dtype, "revision": revision}
+        opened = open_model(checkpoint, device=rt.device.torch, locate=alike(rt), **opening)
         model = Speaker(opened)
         folder.mkdir(parents=True, exist_ok=True)
         mine = range(rt.rank, len(listed), rt.world)

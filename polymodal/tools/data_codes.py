@@ -29,8 +29,8 @@ from polymodal.runtime import device as devices
 def main(
     source: str, target: Path, *, model: str, media_dir: str | None, device: str, batch_size: int
 ) -> int:
-    """The command. Returns 0; raises PolymodalError for rows without a recording or a text, and where `target`
-    exists."""
+    """The command. Returns 0; raises PolymodalError for rows without a recording or a text, and where
+    `target` exists."""
     if target.exists():
         raise PolymodalError(f"{target} exists already.", "Choose another name, or remove it.")
     directory = catalog.resolve(model)

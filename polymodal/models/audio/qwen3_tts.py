@@ -82,7 +82,7 @@ class Qwen3TTS(Family):
         if not (path / "config.json").is_file():
             raise PolymodalError(
                 f"{directory} has no codec: {path.name}/config.json is missing.",
-                f"Copy {path.name}/ from the published checkpoint (Qwen/Qwen3-TTS-Tokenizer-12Hz has the same).",
+                f"Copy {path.name}/ from the published checkpoint: Qwen/Qwen3-TTS-Tokenizer-12Hz has it too.",
             )
 
         def read() -> Any:
@@ -296,6 +296,6 @@ CARD = ModelCard(
     ),
     aliases=("qwen3tts",),
     kind="audio",
-    verified="published numbers on a small config; tiny models: loss and gradients equal the net's, keys load "
-    "and save, packed equals separate",
+    verified="published numbers on a small config; tiny models: loss and gradients equal the net's, keys "
+    "load and save, packed equals separate",
 )

@@ -84,7 +84,7 @@ class Qwen3TTSVoice(TokenMedia):
             if config.tts_model_type != "base":
                 raise PolymodalError(
                     "`ref_audio` is for a Base checkpoint: this one has no speaker encoder.",
-                    "Name one of its speakers in the column `speaker`, or take a size whose name ends in Base.",
+                    "Name one of its speakers in the column `speaker`, or take a size that ends in Base.",
                 )
             mark = qwen3_tts.SPEAKER
         made = qwen3_tts.training_row(config, self.words(text), codes, mark, self.language(language))
