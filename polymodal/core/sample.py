@@ -217,6 +217,11 @@ class Batch:
         return self.tensors.get(name)
 
 
+def with_groups(batch: Batch, **groups: Any) -> Batch:
+    """The batch with further groups."""
+    return replace(batch, groups={**batch.groups, **groups})
+
+
 AXES: dict[str, tuple[Axis, ...]] = {
     "input_ids": ("batch", "sequence"),
     "labels": ("batch", "sequence"),

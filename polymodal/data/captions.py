@@ -43,9 +43,12 @@ def is_caption_row(row: Mapping[str, Any], attr: Attr) -> bool:
     return medium is not None and caption is not None
 
 
-def caption_record(row: Mapping[str, Any], where: str, attr: Attr, references: References) -> Record:
-    """Raises PolymodalError with the key, the cause and a fix."""
-    medium = _medium(row, attr, references)
+def caption_record(
+    row: Mapping[str, Any], where: str, attr: Attr, references: References, medium: Media | None = None
+) -> Record:
+    """medium: in place of the one that the row names. Raises PolymodalError with the key, the cause and a
+    fix."""
+    medium = _medium(row, attr, references) if medium is None else medium
     captions, _ = first(row, attr.prompt, CAPTIONS)
     captions = listed(captions)
     captions = captions if isinstance(captions, list) else [captions]
@@ -91,7 +94,7 @@ def _medium(row: Mapping[str, Any], attr: Attr, references: References) -> Media
             f"the row names no picture or clip (looked for {', '.join(MEDIA[:5])}).",
             "Name the column in data.attr.videos or data.attr.images.",
         )
-    return references.medium(_kind(value, key), value, key)
+    return references.medium(media_kind(value, key), value, key)
 
 
 def _numbers(value: Any, count: int, key: str) -> tuple[int, ...] | None:
@@ -120,14 +123,14 @@ def _given(row: Mapping[str, Any], references: References) -> dict[str, tuple[Me
             continue
         several = role == "references"
         entries = value if isinstance(value, list) and several else [value]
-        media = tuple(references.medium(_kind(entry, key), entry, key) for entry in entries)
+        media = tuple(references.medium(media_kind(entry, key), entry, key) for entry in entries)
         if several and any(m.kind != "image" for m in media):
             raise PolymodalError(f"`{key}` names a video, references are pictures.", "Name pictures there.")
         given[role] = media
     return given
 
 
-def _kind(value: Any, key: str) -> Any:
+def media_kind(value: Any, key: str) -> Any:
     """image or video, by the file's ending, else by the column's name."""
     name = value.get("path") if isinstance(value, Mapping) else value
     if isinstance(name, list):

@@ -37,8 +37,9 @@ TEXT = "text"  # keys of a caption's tensors: text.<number>.<name>
 
 
 def sources(record: Record, given: Sequence[str]) -> list[str | bytes]:
-    """Files of the medium, then those of what it is made from, of the roles `given`."""
-    media = [record.media[-1]]
+    """Files of the medium (of both, where two are compared), then those of what it is made from, of the
+    roles `given`."""
+    media = [each.media[-1] for each in record.conversations]
     media += [m for role, group in record.extra.get("given", {}).items() if role in given for m in group]
     return [name for m in media for name in ((m.source,) if isinstance(m.source, (str, bytes)) else m.source)]
 
@@ -202,13 +203,19 @@ def write_list(directory: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    """Feature file -> hash of what it was made of, by the list of a finished run; {} without one."""
+    """Feature files of a row -> hash of what they were made of, by the list of a finished run; {} without
+    one."""
     path = directory / LIST
     if not path.is_file():
         return {}
     lines = JsonLines(str(path))
     rows = (lines[i] for i in range(len(lines)))
-    return {row["file"]: row["hash"] for row in rows if "file" in row and "hash" in row}
+    return {hash_key(row): row["hash"] for row in rows if "file" in row and "hash" in row}
+
+
+def hash_key(row: Mapping[str, Any]) -> str:
+    """The feature files of a row of the list."""
+    return " ".join(str(row[key]) for key in ("file", "file_rejected") if key in row)
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -218,6 +225,20 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     return read_json(path, "Run `polymodal encode` again.")
+
+
+def _scores(row: Mapping[str, Any], where: str) -> tuple[float, float] | None:
+    """Of the chosen and the rejected sample; None without any."""
+    values = [row.get("score"), row.get("score_rejected")]
+    if values == [None, None]:
+        return None
+    numbers = [isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values]
+    if not all(numbers):
+        raise PolymodalError(
+            f"{where}: `score` = {values[0]!r} and `score_rejected` = {values[1]!r} are no two numbers.",
+            "Write both, or none.",
+        )
+    return float(values[0]), float(values[1])  # type: ignore[arg-type]
 
 
 def differences(had: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -234,8 +255,10 @@ class Features:
     tensors. Picklable.
 
     names: the family's documented names; wanted: the settings that training asks for; shares: (weight,
-    repeat) by dataset of the recipe; tensors: what each sample must hold beside its latents. Raises
-    PolymodalError for a directory without features, an unfinished one, and one made with other settings.
+    repeat) by dataset of the recipe; tensors: what each sample must hold beside its latents; pairs: whether
+    rows name a second file, `file_rejected`; min_gap: the least difference of their scores, if they have any,
+    and equal ones are no pair. Raises PolymodalError for a directory without features, an
+    unfinished one, and one made with other settings.
     """
 
     def __init__(
@@ -246,8 +269,10 @@ class Features:
         wanted: Mapping[str, Any] | None = None,
         shares: Sequence[tuple[float | None, float]] = (),
         tensors: Sequence[str] = (),
+        pairs: bool = False,
+        min_gap: float = 0.0,
     ):
-        self.tensors = tuple(tensors)
+        self.tensors, self.pairs = tuple(tensors), pairs
         self.directory, self.names, self.grid = Path(directory), dict(names), grid
         if not (self.directory / LIST).is_file():
             raise PolymodalError(
@@ -267,6 +292,8 @@ class Features:
         self.tokens, self.bytes = np.zeros(count, np.int32), np.zeros(count, np.int64)
         self.shapes, self.datasets = np.zeros((count, 3), np.int32), np.zeros(count, np.int32)
         self.files: list[str] = []
+        self.rejected: list[str] = []
+        self.scores: list[tuple[float, float] | None] = []
         for i in range(count):
             row, where = rows[i], rows.where(i)
             shape = self._shape(row, where)
@@ -275,11 +302,15 @@ class Features:
             self.bytes[i] = row.get("bytes", 0) or 4 * math.prod(grid.shape(*shape))
             self.datasets[i] = row.get("dataset", 0)
             self.files.append(self._file(row, where))
+            if pairs:
+                self.rejected.append(self._file(row, where, "file_rejected"))
+                self.scores.append(_scores(row, where))
         self.buckets, self.bucket = np.unique(self.shapes, axis=0, return_inverse=True)
         self.bucket = self.bucket.reshape(-1).astype(np.int32)
         self.media: dict[str, np.ndarray] = {}
         self.trained = self.tokens
-        self.usable = np.ones(count, bool)
+        gaps = (None if each is None else each[0] - each[1] for each in self.scores)
+        self.usable = np.array([g is None or (g > 0 and g >= min_gap) for g in gaps] or np.ones(count), bool)
         self.record = None
         self.parts = self._parts(shares)
 
@@ -311,8 +342,13 @@ class Features:
                 "Such rows are written by feature extraction, e.g. 81x480x832.",
             ) from None
 
-    def _file(self, row: Mapping[str, Any], where: str) -> str:
-        name = row.get("file")
+    def _file(self, row: Mapping[str, Any], where: str, key: str = "file") -> str:
+        name = row.get(key)
+        if not isinstance(name, str) and self.pairs and key != "file":
+            raise PolymodalError(
+                f"{where}: the row names no `file_rejected`: these features are no pairs.",
+                "Encode rows that compare two with this recipe, or leave train.objective out.",
+            )
         if not isinstance(name, str):
             raise PolymodalError(f"{where}: the row names no `file`.", "Run `polymodal encode` again.")
         if (self.directory / name).is_file():
@@ -351,27 +387,31 @@ class Features:
     def where(self, i: int) -> str:
         return str(self.directory / self.files[i])
 
-    def sample(self, i: int) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-        """(media, captions) of row i; the latents have the size in the list. Raises PolymodalError."""
-        media, captions = read_sample(self.directory / self.files[i], self.names)
+    def samples(self, i: int) -> list[tuple[dict[str, Tensor], list[dict[str, Tensor]]]]:
+        """(media, captions) of row i, of a pair of the chosen and the rejected one; the latents have the size
+        in the list. Raises PolymodalError."""
+        files = [self.files[i], *([self.rejected[i]] if self.pairs else ())]
+        return [self._sample(i, name) for name in files]
+
+    def _sample(self, i: int, name: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+        path = self.directory / name
+        media, captions = read_sample(path, self.names)
         shape = self.grid.shape(*self.shapes[i].tolist())
         latents = media.get("latents")
         if latents is None or tuple(latents.shape) != shape:
             actual = "none" if latents is None else list(latents.shape)
             size = "x".join(map(str, self.shapes[i]))
             raise PolymodalError(
-                f"{self.where(i)}: the latents are {actual}, this model's of {size} are {list(shape)}.",
+                f"{path}: the latents are {actual}, this model's of {size} are {list(shape)}.",
                 "The features were made for another model: run `polymodal encode` with this recipe.",
             )
         if not captions:
-            raise PolymodalError(
-                f"{self.where(i)} holds no caption's embedding.", "Run `polymodal encode` again."
-            )
+            raise PolymodalError(f"{path} holds no caption's embedding.", "Run `polymodal encode` again.")
         lacking = next((n for n in self.tensors if n not in media and n not in captions[0]), None)
         if lacking is not None:
             name = self.names.get(lacking, lacking)
             raise PolymodalError(
-                f"{self.where(i)} holds no `{name}`, which this model is given beside the noise.",
+                f"{path} holds no `{name}`, which this model is given beside the noise.",
                 "The features were made for another task or model: run `polymodal encode` with this recipe.",
             )
         return media, captions

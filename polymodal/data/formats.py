@@ -22,6 +22,7 @@ from polymodal.core.text import parse_json
 from polymodal.data import box_columns, rankings
 from polymodal.data.captions import caption_record, is_caption_row
 from polymodal.data.files import AUDIO
+from polymodal.data.media_pairs import compares_media, pair_record
 from polymodal.data.references import KINDS, Kind, References, first, listed, member_named, row_members
 from polymodal.recipe import Attr
 
@@ -95,6 +96,8 @@ class RowReader:
             return caption_record(row, where, self.attr, self.references)
         if kind == "asr":
             return Record(self._speech_turns(row), where, extra=_extra(row, speech=True) | self._voice(row))
+        if kind == "media pair":
+            return pair_record(row, where, self.attr, self.references)
         if kind == "preference":
             return self._compared(row, where)
         turns = {"chat": self._chat, "alpaca": self._alpaca, "text": self._plain}[kind](row)
@@ -132,6 +135,8 @@ class RowReader:
         a = self.attr
         if self.format in ("mllm", "sharegpt", "llava", "openai"):
             return "chat"
+        if self.format in ("auto", "preference") and compares_media(row, a):
+            return "media pair"
         if self.format in ("alpaca", "text", "caption", "asr", "preference"):
             return self.format
         if a.messages is None and a.response is None and rankings.compares(row, a):

@@ -1,4 +1,5 @@
-"""Whether features were made of the data as they are now: captions, rows, and the files of their media.
+"""Whether features were made of the data as they are now: captions, scores, rows, and the files of their
+media.
 
 Media are compared by size and time, and where only the time differs by content: data that were moved or
 copied are the same data. Rows are found wherever they stand now.
@@ -101,16 +102,18 @@ class Comparison:
 
     def _key(self, number: int, record: Record) -> Any:
         taken = tuple(tuple(record.extra.get(key, ())) for key in TAKEN)
-        return self._part(number), tuple(record.extra["captions"]), taken
+        return self._part(number), tuple(record.extra["captions"]), taken, record.scores
 
     def _key_of_row(self, row: int) -> Any:
         values = self.features.rows[row]
         captions = values.get("cap", [])
         taken = tuple(tuple(values.get(key) or ()) for key in TAKEN)
+        scores = [values.get(key) for key in ("score", "score_rejected") if "file_rejected" in values]
         return (
             values.get("dataset", 0),
             tuple([captions] if isinstance(captions, str) else captions),
             taken,
+            tuple(score for score in scores if score is not None),
         )
 
     def _same_media(self, record: Record | None, row: int) -> bool:
@@ -135,4 +138,4 @@ class Comparison:
         if record is None:
             return "rows that are broken now"
         same = self._key(number, record) == self._key_of_row(row)
-        return "changed media" if same else "changed captions, cuts or crops"
+        return "changed media" if same else "changed captions, cuts, crops or scores"

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Batch, Record
+from polymodal.core.sample import Batch, Record, SampleLengths
 from polymodal.data.clips import Clips
 from polymodal.data.features import Features
 from polymodal.data.loader import MicroBatchStats, StepStats, Task
+from polymodal.data.media_pairs import PairClips
 from polymodal.data.permute import key_of
 from polymodal.recipe import Data
 
@@ -34,6 +35,8 @@ class UniformCollator:
     """
 
     copies = True
+    members = 1
+    """Items of a sample: 2 where it is a pair, whose halves stand one after the other and share draws."""
 
     def __init__(self, seed: int, factors: Sequence[float]):
         self.seed, self.factors = seed, factors
@@ -49,9 +52,10 @@ class UniformCollator:
         return captions[key_of(self.seed, 6, task.epoch, id) % len(captions)]
 
     def batch(self, tensors: dict[str, Tensor], task: Task, shape: Any, weight: list[float]) -> Batch:
-        ids = tuple(s[0] for s in task.samples)
+        ids = tuple(s[0] for s in task.samples for _ in range(self.members))
         if self.factors:
-            datasets = self.datasets([record for _, record, _, _ in task.samples])
+            records = [record for _, record, _, _ in task.samples for _ in range(self.members)]
+            datasets = self.datasets(records)
             tensors["loss_weight"] = torch.tensor([self.factors[d] for d in datasets])
         tensors["weight"] = torch.zeros(len(ids)) if task.filler else torch.tensor(weight)
         axes: dict[str, Any] = {n: ("batch", *["none"] * (t.ndim - 1)) for n, t in tensors.items()}
@@ -59,9 +63,10 @@ class UniformCollator:
             axes["latents"] = ("batch", "none", "frame", "none", "none")
         groups = {
             "seeds": tuple(key_of(self.seed, 5, task.epoch, i) for i in ids),
-            "tokens": (task.samples[0][3],) * len(ids),
+            "tokens": (task.samples[0][3],) * len(ids),  # of an item
             "shape": tuple(int(x) for x in shape),
             "kind": "video" if shape[0] > 1 else "image",
+            "members": self.members,
         }
         return Batch(tensors, axes, ids, groups=groups)
 
@@ -69,7 +74,8 @@ class UniformCollator:
 def _stats(batch: Batch, began: float, broken: list[tuple[int, str]]) -> MicroBatchStats:
     count = int((batch["weight"] != 0).sum())
     tokens, media = batch.groups["tokens"][0] * count, batch.groups["shape"][0] * count
-    return MicroBatchStats(tokens, tokens, count, media, time.perf_counter() - began, broken)
+    samples = count // batch.groups["members"]
+    return MicroBatchStats(tokens, tokens, samples, media, time.perf_counter() - began, broken)
 
 
 class FeatureCollator(UniformCollator):
@@ -81,9 +87,10 @@ class FeatureCollator(UniformCollator):
     def __init__(self, features: Features, seed: int, text: tuple[str, ...], factors: Sequence[float] = ()):
         super().__init__(seed, factors)
         self.features, self.text = features, text
+        self.members = 2 if features.pairs else 1
 
     def bytes(self, index: Any, task: Task) -> int:
-        return int(index.bytes[[s[0] for s in task.samples]].sum())
+        return self.members * int(index.bytes[[s[0] for s in task.samples]].sum())
 
     def datasets(self, records: list[int]) -> Sequence[int]:
         return self.features.datasets[records].tolist()
@@ -92,16 +99,19 @@ class FeatureCollator(UniformCollator):
         began = time.perf_counter()
         rows: list[dict[str, Tensor]] = []
         for id, record, _, _ in task.samples:
-            media, captions = self.features.sample(record)
-            rows.append({**media, **self.caption(task, id, captions)})
-            if set(rows[-1]) != set(rows[0]):
+            for media, captions in self.features.samples(record):
+                rows.append({**media, **self.caption(task, id, captions)})
+            other = next((row for row in rows[-self.members :] if set(row) != set(rows[0])), None)
+            if other is not None:
                 raise PolymodalError(
-                    f"{self.features.where(record)} holds {', '.join(sorted(rows[-1]))}, other samples hold "
+                    f"{self.features.where(record)} holds {', '.join(sorted(other))}, other samples hold "
                     f"{', '.join(sorted(rows[0]))}.",
                     "Encode all data with one recipe.",
                 )
         tensors = {n: _stacked([row[n] for row in rows], n in self.text) for n in sorted(rows[0])}
         batch = self.batch(tensors, task, self.features.shapes[task.samples[0][1]], [1.0] * len(rows))
+        if self.features.pairs:
+            batch.groups["scores"] = tuple(self.features.scores[record] for _, record, _, _ in task.samples)
         return batch, _stats(batch, began, [])
 
 
@@ -124,9 +134,10 @@ class ClipCollator(UniformCollator):
         super().__init__(seed, factors)
         self.corpus, self.clips = corpus, clips
         self.on_error = data.on_error
+        self.members = 2 if isinstance(clips, PairClips) else 1
 
     def bytes(self, index: Any, task: Task) -> int:
-        return len(task.samples) * 3 * math.prod(index.measure(task.samples[0][0]).shape)
+        return self.members * len(task.samples) * 3 * math.prod(index.measure(task.samples[0][0]).shape)
 
     def datasets(self, records: list[int]) -> Sequence[int]:
         starts = [part.start for part in self.corpus.parts]
@@ -138,6 +149,7 @@ class ClipCollator(UniformCollator):
         captions: list[str] = []
         broken: dict[int, str] = {}
         given: list[dict[str, Tensor]] = []
+        scores: list[tuple[float, ...] | None] = []
         shape: tuple[int, ...] = ()
         for id, number, _, _ in task.samples:
             record: Record = self.corpus[number]
@@ -148,27 +160,35 @@ class ClipCollator(UniformCollator):
                         f"{record.where}: its size changed after it was measured.", "Measure again."
                     )
                 shape = measure.shape
-                shown = {r: torch.tensor(f) for r, f in self.clips.given(record, measure).items()}
-                frames = torch.tensor(self.clips.frames(record, measure))
-                ahead = frames.new_zeros(shape[0] - len(frames), *frames.shape[1:])  # where references stand
-                pixels.append(torch.cat([ahead, frames]))
-                given.append(shown)
+                made = [self._item(side, measure) for side in record.conversations[: self.members]]
+                pixels += [frames for frames, _ in made]
+                given += [shown for _, shown in made]
             except PolymodalError as error:
                 if self.on_error == "fail":
                     raise
                 broken[id] = error.message
-                pixels.append(None)
-                given.append({})
-            captions.append(self.caption(task, id, record.extra["captions"]))
+                pixels += [None] * self.members
+                given += [{} for _ in range(self.members)]
+            captions += [self.caption(task, id, record.extra["captions"])] * self.members
+            scores.append(record.scores or None)
         tensors, given = _filled(pixels, given, shape, self.clips.grid.side)
         weight = [0.0 if p is None else 1.0 for p in pixels]
         batch = self.batch(tensors, task, tensors["pixels"].shape[1:4], weight)
         batch.groups |= {
             "captions": tuple(captions),
             "given": tuple(given),
-            "broken": tuple(id in broken for id, *_ in task.samples),
+            "broken": tuple(id in broken for id in batch.samples),
         }
+        if self.members > 1:
+            batch.groups["scores"] = tuple(scores)
         return batch, _stats(batch, began, list(broken.items()))
+
+    def _item(self, record: Record, measure: SampleLengths) -> tuple[Tensor, dict[str, Tensor]]:
+        """(frames, black where references stand, conditions by role) of one medium."""
+        shown = {role: torch.tensor(value) for role, value in self.clips.given(record, measure).items()}
+        frames = torch.tensor(self.clips.frames(record, measure))
+        ahead = frames.new_zeros(measure.shape[0] - len(frames), *frames.shape[1:])
+        return torch.cat([ahead, frames]), shown
 
 
 def _filled(
@@ -202,7 +222,8 @@ def without(batch: Batch, gone: Sequence[bool], side: int) -> tuple[Batch, StepS
     count = int(lost.sum())
     weight[torch.tensor(gone)] = 0.0
     tokens = batch.groups["tokens"][0] * count
-    stats = StepStats(tokens=tokens, trained=tokens, samples=count, media=count * shape[0])
+    samples = count // batch.groups["members"]
+    stats = StepStats(tokens=tokens, trained=tokens, samples=samples, media=count * shape[0])
     frames = tuple(tensors["pixels"].shape[1:4])
     groups = {**batch.groups, "given": tuple(given), "broken": tuple(bool(out) for out in gone)}
     groups |= {"shape": frames, "kind": "video" if frames[0] > 1 else "image"}

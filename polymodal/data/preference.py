@@ -40,6 +40,11 @@ class PreferenceProcessor(ChatProcessor):
     def chosen(self, record: Record) -> tuple[list[Record], Pairs]:
         """(the conversations that are used, the pairs of them). Raises PolymodalError where there is none."""
         conversations = record.conversations
+        if "captions" in record.extra:
+            raise PolymodalError(
+                "the row compares pictures or clips, which models that generate learn from (diffusion_dpo).",
+                "Give rows that compare answers.",
+            )
         if self.unpaired:
             if len(record.scores) != 1:
                 raise PolymodalError(

@@ -308,6 +308,22 @@ class DiffusionObjective:
         self, output: Output, batch: Batch, inverse: dict[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Scaled loss (a scalar, to be summed over ranks and micro-batches) and logs, sums over samples."""
+        per_sample, beside = self.errors(output, batch)
+        weight = batch["weight"]
+        loss = (per_sample * batch["level_weight"] * weight).sum() * inverse[self.term]
+        logs = {"loss": loss.detach()}
+        counted, count = (per_sample.detach() * weight).sum(), weight.sum()
+        parts: list[str] = [batch.groups["kind"]]
+        if batch.groups.get("quantile") is not None:
+            parts.append(self.parts[len(KINDS) + batch.groups["quantile"]])
+        for part in parts:
+            logs |= {f"nll/{part}": counted, f"tokens/{part}": count}
+        for name, own in beside.items():
+            logs |= {f"nll/{name}": (own.detach() * weight).sum(), f"tokens/{name}": count}
+        return loss, logs
+
+    def errors(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(mean squared error of each sample [B], of all streams; that of each further stream)."""
         prediction, target = output.hidden_states.float(), batch["target"]
         if prediction.shape != target.shape:
             raise PolymodalError(
@@ -321,24 +337,13 @@ class DiffusionObjective:
             per_sample = (error * asked).flatten(1).sum(1) / asked.flatten(1).sum(1)
         else:
             per_sample = error.flatten(1).mean(1)
-        weight = batch["weight"]
         beside: dict[str, Tensor] = {}
         for name in self.process.streams:
             own_target = batch.get(f"{name}_target")
             if own_target is not None:
                 beside[name] = (output.extra[name].float() - own_target).square().flatten(1).mean(1)
                 per_sample = per_sample + beside[name]
-        loss = (per_sample * batch["level_weight"] * weight).sum() * inverse[self.term]
-        logs = {"loss": loss.detach()}
-        counted, count = (per_sample.detach() * weight).sum(), weight.sum()
-        parts: list[str] = [batch.groups["kind"]]
-        if batch.groups.get("quantile") is not None:
-            parts.append(self.parts[len(KINDS) + batch.groups["quantile"]])
-        for part in parts:
-            logs |= {f"nll/{part}": counted, f"tokens/{part}": count}
-        for name, own in beside.items():
-            logs |= {f"nll/{name}": (own.detach() * weight).sum(), f"tokens/{name}": count}
-        return loss, logs
+        return per_sample, beside
 
 
 def _replaced(text: Tensor, dropped: Tensor, empty: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ gradient; logits are never whole, and cuts of the vocabulary or the sequence nee
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Batch, pack, unpack
+from polymodal.core.sample import Batch, pack, unpack, with_groups
 from polymodal.core.tensors import to_device
 from polymodal.models import catalog
 from polymodal.models.card import Output
@@ -71,7 +71,7 @@ class Answers:
         return (self.c - self.ref_c) / self.len_c - (self.r - self.ref_r) / self.len_r
 
 
-def _swapped(d: Tensor, share: float) -> Tensor:
+def swapped(d: Tensor, share: float) -> Tensor:
     """Cross entropy where this share of pairs is swapped (conservative DPO, Mitchell 2023)."""
     return -(1 - share) * F.logsigmoid(d) - share * F.logsigmoid(-d)
 
@@ -89,7 +89,7 @@ def _log_odds(mean: Tensor) -> Tensor:
 
 LOSSES: Mapping[str, Callable[[Answers, float, float, float], Tensor]] = {
     # DPO (Rafailov et al. 2023, arXiv:2305.18290)
-    "sigmoid": lambda a, beta, smooth, gamma: _swapped(beta * a.delta, smooth),
+    "sigmoid": lambda a, beta, smooth, gamma: swapped(beta * a.delta, smooth),
     "robust": lambda a, beta, smooth, gamma: _robust(beta * a.delta, smooth),
     # SLiC (Zhao et al. 2023, arXiv:2305.10425)
     "hinge": lambda a, beta, smooth, gamma: F.relu(1 - beta * a.delta),
@@ -212,6 +212,10 @@ class PreferenceObjective(LanguageObjective):
         pairs = float(sum(map(len, batch.groups.get("pairs", ()))))
         return {"pairs": pairs, **({"balance": float(pairs > 0)} if self.aux_weight else {})}
 
+    def compared(self, output: Output, batch: Batch) -> Tensor:
+        """What the reference is asked: log-probabilities of each sequence [S]."""
+        return sequence_sums(output, batch, Rows.of(output, batch, batch["weights"])).log_probs
+
     def prepare(self, actors: Any, batches: list[Batch]) -> list[Batch]:
         """The batches with the reference's log-probabilities of each sequence, groups["reference"] [S].
 
@@ -221,7 +225,9 @@ class PreferenceObjective(LanguageObjective):
         if not self.needs_reference or actors is None:
             return batches
         if not self.unpaired:
-            return [_with(b, reference=r) for b, r in zip(batches, actors.reference(batches), strict=True)]
+            return [
+                with_groups(b, reference=r) for b, r in zip(batches, actors.reference(batches), strict=True)
+            ]
         reference = actors.reference(batches)
         policy = actors.policy([_only(batch, -1) for batch in batches])
         out, total = [], torch.zeros(2, dtype=torch.float64)
@@ -232,9 +238,9 @@ class PreferenceObjective(LanguageObjective):
             real = torch.tensor([bool(pairs) for pairs in batch.groups.get("pairs", ())], dtype=torch.float64)
             gain = (sums - known[last]).to(torch.float64)[: len(real)]
             total += torch.stack([(gain * real).sum(), real.sum()])
-            out.append(_with(_only(batch, 0), reference=known[first]))
+            out.append(with_groups(_only(batch, 0), reference=known[first]))
         divergence = max(0.0, actors.mean(total))
-        return [_with(batch, divergence=divergence) for batch in out]
+        return [with_groups(batch, divergence=divergence) for batch in out]
 
     def shown(self, total: Mapping[str, float]) -> dict[str, float]:
         """Figures of a step's log from sums over the global batch."""
@@ -340,10 +346,6 @@ def _pairs(batch: Batch) -> Tensor:
     return torch.tensor(found, dtype=torch.float64).view(-1, 3)
 
 
-def _with(batch: Batch, **groups: Any) -> Batch:
-    return replace(batch, groups={**batch.groups, **groups})
-
-
 def _only(batch: Batch, number: int) -> Batch:
     """A batch of one sequence of each sample, number 0 or -1; all media of a sample belong to it."""
     samples = unpack(batch)
@@ -363,6 +365,11 @@ def _refuse(recipe: Recipe) -> None:
     """Raise PolymodalError for keys that these objectives do not take."""
     train, settings, name = recipe.train, recipe.train.preference, recipe.train.objective
     losses = losses_of(settings)
+    for key in ("time_weight", "histogram", "weight_alpha", "weight_beta"):
+        if getattr(settings, key) != getattr(Preference(), key):
+            raise PolymodalError(
+                f"train.preference.{key} is for pictures and clips (diffusion_dpo).", "Leave it out."
+            )
     if not losses:
         raise PolymodalError("train.preference.loss names no loss.", "Leave it out for sigmoid.")
     if name == "kto":
@@ -410,6 +417,11 @@ def _refuse(recipe: Recipe) -> None:
         raise PolymodalError(
             f"data.overlong = split: answers that {name} compares cannot be split.", "Use drop or error."
         )
+    refuse_dropout(recipe)
+
+
+def refuse_dropout(recipe: Recipe) -> None:
+    """Raise PolymodalError for dropout of adapters."""
     if recipe.model.lora is not None and recipe.model.lora.dropout:
         raise PolymodalError(
             f"model.lora.dropout = {recipe.model.lora.dropout}: it makes noise of the ratio to the "

@@ -256,8 +256,8 @@ class LossGuard(Section):
     """Stop after so many skipped steps in a row."""
 
 
-PREFERENCE = ("dpo", "kto")
-"""Objectives that compare answers."""
+PREFERENCE = ("dpo", "kto", "diffusion_dpo")
+"""Objectives that compare answers, or what was generated."""
 LossName = Literal[
     "sigmoid",
     "robust",
@@ -276,9 +276,10 @@ LossName = Literal[
 class Preference(Section):
     loss: LossName | dict[LossName, PositiveFloat] | None = None
     """dpo: one loss, or a sum by name with weights, {sigmoid: 0.8, bco_pair: 0.2, sft: 1} (default: sigmoid).
-    docs/post_training.md has the formulas."""
+    diffusion_dpo knows sigmoid and sft. docs/post_training.md has the formulas."""
     beta: PositiveFloat | None = None
-    """Scale of the log-ratios: the larger, the closer to the reference (default: 0.1; simpo 2)."""
+    """Scale of the log-ratios: the larger, the closer to the reference (default: 0.1; simpo 2; diffusion_dpo,
+    of errors: 2000, of flow matching 500)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """sigmoid and robust: share of pairs that are taken to be swapped."""
     gamma: NotNegativeFloat | None = None
@@ -298,6 +299,15 @@ class Preference(Section):
     neighbours in order."""
     min_gap: NotNegativeFloat = 0.0
     """Least difference of scores of a pair, where rows have scores; equal scores are never a pair."""
+    time_weight: Literal["none", "t"] = "none"
+    """diffusion_dpo: t multiplies the errors by the model's timestep (0 to 1000 for most), so that beta is
+    about a thousandth."""
+    histogram: str | None = None
+    """diffusion_dpo: JSON of how many samples have which score; pairs of rare scores weigh more."""
+    weight_alpha: NotNegativeFloat = 0.0
+    """diffusion_dpo: exponent of the weight by the histogram; 0 = all pairs weigh 1."""
+    weight_beta: PositiveFloat | None = None
+    """diffusion_dpo: probability of a score whose pairs weigh 1 (default: that of the fullest bin)."""
 
 
 class Train(Section):
@@ -321,9 +331,10 @@ class Train(Section):
     """Noise levels, weighting and condition dropping of generating models."""
     objective: str | None = None
     """What is learned in place of the model's own loss: dpo (preferences between answers), kto (answers that
-    are good or bad), or own code as module:Class (docs/extending.md)."""
+    are good or bad), diffusion_dpo (preferences between pictures or clips of a caption), or own code as
+    module:Class (docs/extending.md)."""
     preference: Preference = Preference()
-    """objective dpo and kto: loss, reference, pairs."""
+    """objective dpo, kto and diffusion_dpo: loss, reference, pairs."""
     callbacks: list[str] = []
     """Own code as module:Class, called at the begin and end of training, after steps, checkpoints and
     validation (docs/extending.md)."""

@@ -309,7 +309,8 @@ def way(
     FILES."""
     key, generates = size or middle(card), card.kind == "generation"
     facts = card.sizes[key]
-    own = (*objectives_of(card.family), *card.methods)
+    compared = ("dpo" if name == "diffusion_dpo" else name for name in objectives_of(card.family))
+    own = (*compared, *card.methods)
     method = task if task in ("sft", "lora", "pretrain", *own) else "sft"
     count, run = devices or facts.devices, f"{card.name}-{key}-{method}"
     weights = f"model_from_hf/{facts.hub.rpartition('/')[2]}"

@@ -34,6 +34,8 @@ class Findings:
     boxes: int = 0  # with points
     unanswered: int = 0  # conversations without an assistant's turn: nothing would be learned
     answers: dict[int, int] = field(default_factory=dict)  # rows that compare so many; 1: with a label
+    pairs: int = 0  # rows that compare two pictures or clips of a caption
+    ties: int = 0  # of these, with equal scores
     turns: int = 0
     characters: int = 0
     media: dict[str, int] = field(default_factory=dict)  # by kind
@@ -82,13 +84,19 @@ def check(corpus: Corpus, progress: Callable[[int, int], None] | None = None) ->
                 out.text_only += not record.media
                 out.boxes += len(record.boxes)
                 if record.alternatives or record.scores:
-                    compared[1 + len(record.alternatives)] += 1
+                    if "captions" in record.extra:
+                        out.pairs += 1
+                        out.ties += bool(record.scores) and record.scores[0] == record.scores[-1]
+                    else:
+                        compared[1 + len(record.alternatives)] += 1
                 out.unanswered += not any(m.role == "assistant" for m in record.messages)
                 out.turns += len(record.messages)
                 out.characters += sum(
                     len(p) for m in record.messages for p in m.content if isinstance(p, str)
                 )
                 kinds.update(m.kind for m in record.media)
+                if "captions" in record.extra:
+                    kinds.update(c.media[-1].kind for c in record.conversations[1:])
                 for kind, pixels, length in headers:
                     if kind != "audio":
                         sizes.setdefault(kind, []).append(pixels)
@@ -151,6 +159,9 @@ def main(
         say(", ".join(words) + ".")
     if found.boxes:
         say(f"{found.boxes} boxes and points.")
+    if found.pairs:
+        ties = f", {found.ties} of them ties, which are left out" if found.ties else ""
+        say(f"{found.pairs} rows have two pictures or clips to compare (diffusion_dpo){ties}.")
     for count, rows in sorted(found.answers.items()):
         what = "an answer with a label (kto)" if count == 1 else f"{count} answers to compare (dpo)"
         say(f"{rows} rows have {what}.")

@@ -4,7 +4,7 @@ show`)."""
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from polymodal.data import audio
 from polymodal.data import media as files
 from polymodal.data.boxes import BoxWriter
 from polymodal.data.chat import ChatProcessor
+from polymodal.data.media_pairs import PairClips
 from polymodal.data.source import Corpus
 
 MAGENTA = (255, 0, 255)  # of boxes
@@ -33,12 +34,50 @@ def show(
     A sample that cannot be made is shown with its reason. Raises PolymodalError when the page cannot be
     written.
     """
+
+    def shown(i: int) -> dict[str, Any]:
+        record = corpus[i]
+        return _shown(i, record, chat.sample(record, i), chat)
+
+    return _page(corpus, shown, path, n, seed, title)
+
+
+def show_pairs(corpus: Corpus, clips: PairClips, path: str, n: int = 8, seed: int = 0) -> list[int]:
+    """The same of pairs of pictures or clips of a caption, in the size that they are learned in."""
+
+    def shown(i: int) -> dict[str, Any]:
+        record = corpus[i]
+        measure = clips.bucket(record)
+        facts = [f"record {i}", " x ".join(map(str, measure.shape)), f"{measure.tokens} tokens each"]
+        scores = [f", score {score:g}" for score in record.scores] or ["", ""]
+        facts += ["a tie, left out"] if clips.tied(record) else []
+        media = []
+        for name, score, side in zip(("chosen", "rejected"), scores, record.conversations, strict=True):
+            frames = clips.frames(side, measure)
+            drawn = [
+                pages.thumbnail(Image.fromarray(f), 256) for f in frames[:: max(1, len(frames) // 4)][:4]
+            ]
+            media.append((f"{name}{score}: {files.label(side.media[-1].source)}", drawn))
+        texts = [(caption + "\n", "", 0.0) for caption in record.extra["captions"]]
+        return {
+            "where": record.where,
+            "error": "",
+            "facts": ", ".join(facts),
+            "media": media,
+            "tokens": texts,
+        }
+
+    return _page(corpus, shown, path, n, seed, "Training samples")
+
+
+def _page(
+    corpus: Corpus, shown: Callable[[int], dict[str, Any]], path: str, n: int, seed: int, title: str
+) -> list[int]:
     chosen = choose(corpus, n, seed)
     samples: list[dict[str, Any]] = []
     for i in chosen:
         try:
-            record = corpus[i]
-            samples.append(_shown(i, record, chat.sample(record, i), chat))
+            samples.append(shown(i))
         except PolymodalError as error:
             samples.append({"where": corpus.where(i), "error": str(error)})
     datasets = "; ".join(f"{p.name}: {len(p)}" for p in corpus.parts)

@@ -29,7 +29,7 @@ from polymodal.models.family import Family
 from polymodal.plan import accelerators, estimate, planner, recommend, search, shape
 from polymodal.plan.accelerators import Accelerator
 from polymodal.plan.search import Candidate
-from polymodal.recipe import PREFERENCE, Recipe
+from polymodal.recipe import Recipe
 from polymodal.tools import advise
 from polymodal.tools.templates import template
 from polymodal.train import run_length
@@ -45,9 +45,10 @@ TASKS = {
     "dreambooth": "DreamBooth, LoRA on a few pictures of one subject",
 }
 RATES = {"sft": "1.0e-5", "lora": "1.0e-4", "pretrain": "3.0e-4", "dreambooth": "1.0e-4"}
-RATES |= dict.fromkeys(PREFERENCE, "2.0e-5")
+COMPARING = ("dpo", "kto")
+RATES |= dict.fromkeys(COMPARING, "2.0e-5")
 """Learning rate of each task."""
-ADAPTERS = ("lora", "dreambooth", *PREFERENCE)
+ADAPTERS = ("lora", "dreambooth", *COMPARING)
 DATA = "data/train.json"
 ACCELERATOR = "910b"
 """What layouts are recommended for unless --device names another: the least memory of the table (64 GiB)."""
@@ -128,7 +129,7 @@ def plan(
         does = ", ".join(c.name for c in catalog.cards().values() if task in c.methods)
         raise PolymodalError(f"{card.name} has no recipe for DreamBooth.", f"These have: {does}.")
     of_version = [k for k in card.sizes if catalog.named(f"{model}-{k.partition('-')[2]}") == (card, k)]
-    if task in PREFERENCE and task not in objectives_of(card.family):
+    if task in COMPARING and objective(card, task) not in objectives_of(card.family):
         raise PolymodalError(
             f"--task {task} is for models that answer in chats, {card.name} is none.", "Choose sft or lora."
         )
@@ -170,6 +171,11 @@ def plan(
         data=measured,
         length=length,
     )
+
+
+def objective(card: ModelCard, task: str) -> str:
+    """train.objective of a task that compares."""
+    return "diffusion_dpo" if (card.kind, task) == ("generation", "dpo") else task
 
 
 def _devices(card: ModelCard, key: str | None, task: str) -> int | None:
@@ -231,8 +237,8 @@ def _bare(
     if task in ADAPTERS:
         model["lora"] = {"rank": 16, "alpha": 32, "towers": [card.main]}
     train: dict[str, Any] = {"global_batch_size": batch}
-    if task in PREFERENCE:
-        train["objective"] = task
+    if task in COMPARING:
+        train["objective"] = objective(card, task)
     return recipe.validate({"name": card.name, "model": model, "data": section, "train": train})
 
 

@@ -326,13 +326,20 @@ def _groups_without_effect(recipe: Recipe, family: Any, model: Any) -> Iterator[
 def show(recipe: Recipe, out: Path, samples: int, seed: int) -> int:
     """`polymodal data show`: a page of samples as the model meets them. Needs the checkpoint's config, not
     its weights."""
+    from polymodal.data.source import open_corpus
     from polymodal.models import catalog
+    from polymodal.models.diffusion import Generation
     from polymodal.tools import data_show as page
     from polymodal.train.layouts import layout_of
+    from polymodal.train.layouts.uniform import captioned, clips_of
 
     family = catalog.family(recipe.model.model_copy(update={"init": "random"}))
     layout: Any = layout_of(recipe, family)
-    chat, corpus = layout.processor(), layout.corpus(layout.datasets("datasets"), recipe.data)
-    chosen = page.show(corpus, chat, str(out), samples, seed)
+    if layout.compares and isinstance(family, Generation):
+        corpus = open_corpus(captioned(layout.datasets("datasets"), recipe), recipe.data.attr)
+        chosen = page.show_pairs(corpus, clips_of(recipe, family), str(out), samples, seed)
+    else:
+        chat, corpus = layout.processor(), layout.corpus(layout.datasets("datasets"), recipe.data)
+        chosen = page.show(corpus, chat, str(out), samples, seed)
     say(f"{out}: {len(chosen)} of {len(corpus)} samples")
     return 0

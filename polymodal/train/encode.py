@@ -30,7 +30,7 @@ from polymodal.core.files import read_json
 from polymodal.core.sample import Record, SampleLengths
 from polymodal.core.terminal import Bar, say
 from polymodal.data import features as store
-from polymodal.data.clips import Clips
+from polymodal.data.media_pairs import PairClips
 from polymodal.data.source import Corpus, open_corpus
 from polymodal.models import catalog
 from polymodal.models.diffusion import Generation
@@ -40,7 +40,7 @@ from polymodal.runtime.process_group import runtime
 from polymodal.train import prior
 from polymodal.train.actors import Encoders
 from polymodal.train.layouts import Section, layout_of
-from polymodal.train.layouts.uniform import captioned, feature_settings, features_directory
+from polymodal.train.layouts.uniform import captioned, clips_of, feature_settings, features_directory
 
 WINDOW = 256
 """Records that are sorted by shape together."""
@@ -106,7 +106,7 @@ class Encoding:
         self.recipe, self.family, self.rt, self.section = recipe, family, rt, section
         self.data = recipe.data
         self.directory = features_directory(recipe, section)
-        self.clips = Clips(self.data.clip, family.grid(), family.given, family.needed)
+        self.clips = clips_of(recipe, family)
         self.settings = feature_settings(recipe, family)
         self.dtype = layout_of(recipe, family).dtype
         self.encoders = encoders
@@ -133,14 +133,14 @@ class Encoding:
 
     def _run(self) -> None:
         began = time.perf_counter()
-        datasets = captioned(getattr(self.data, self.section))
+        datasets = captioned(getattr(self.data, self.section), self.recipe)
         corpus = open_corpus(datasets, self.data.attr, f"data.{self.section}")
         self._prepare()
         own = range(self.rt.rank, len(corpus), self.rt.world)
         with (
             open(self.directory / f".part-{self.rt.rank}.jsonl", "w", encoding="utf-8") as listing,
             ThreadPoolExecutor(max(1, self.data.workers), "polymodal-decode") as pool,
-            Bar(f"Encoding {self.section}", len(own), hidden=self.rt.rank != 0) as bar,
+            Bar(f"Encoding {self.section}", len(own) * self.members, hidden=self.rt.rank != 0) as bar,
         ):
             for at in range(0, len(own), WINDOW):
                 for row in self._rows(corpus, own[at : at + WINDOW], pool, bar.advance):
@@ -249,43 +249,65 @@ class Encoding:
         self, corpus: Corpus, numbers: Sequence[int], pool: ThreadPoolExecutor, advance: Any
     ) -> Iterator[dict[str, Any]]:
         """Make the feature files of these records; gives their rows of the list."""
-        jobs = [job for number in numbers if (job := self._job(corpus, number)) is not None]
-        missing = [job for job in jobs if not job.path.is_file()]
-        self.done.kept += len(jobs) - len(missing)
-        advance(len(numbers) - len(missing))
+        samples = [jobs for number in numbers if (jobs := self._jobs(corpus, number))]
+        missing = [job for jobs in samples for job in jobs if not job.path.is_file()]
+        self.done.kept += sum(map(len, samples)) - len(missing)
+        advance(len(numbers) * self.members - len(missing))
         failed = self._make(missing, pool, advance)
-        used = {job.row["record"] for job in jobs if job.path not in failed}
+        whole = [jobs for jobs in samples if not any(job.path in failed for job in jobs)]
+        used = {jobs[0].row["record"] for jobs in whole}
         self.done.left_out += [number for number in numbers if number not in used]
-        for job in jobs:
-            if job.path not in failed:
-                yield {**job.row, "hash": self._hash(job), "bytes": job.path.stat().st_size}
+        for jobs in whole:
+            size = sum(job.path.stat().st_size for job in jobs)
+            yield {**jobs[0].row, "hash": self._hash(corpus, jobs[0]), "bytes": size // len(jobs)}
 
-    def _job(self, corpus: Corpus, number: int) -> _Job | None:
+    @property
+    def members(self) -> int:
+        """Feature files of a row: 2 of a pair."""
+        return 2 if isinstance(self.clips, PairClips) else 1
+
+    def _jobs(self, corpus: Corpus, number: int) -> list[_Job]:
+        """Of each medium of a record, the first with the row of the list; [] for one that is broken or a
+        tie."""
         try:
             record = corpus[number]
             measure = self.clips.bucket(record)
-            identity = store.identity(record, self.family.given)
+            whole = store.identity(record, self.family.given)
         except PolymodalError as error:
             origin = corpus.where(number)
             text = error.message if error.message.startswith(origin) else f"{origin}: {error.message}"
             self._broken(text, error.hint)
-            return None
-        file = store.file_name({**identity, "shape": measure.shape}, self.data.feature_files)
+            return []
+        if isinstance(self.clips, PairClips) and self.clips.tied(record):
+            return []
+        sides = record.conversations[: self.members]
+        files = [
+            store.file_name(
+                {**store.identity(side, self.family.given), "shape": measure.shape}, self.data.feature_files
+            )
+            for side in sides
+        ]
         extra = {key: value for key, value in record.extra.items() if key not in ("captions", "given")}
         row = {
             **extra,
             "cap": list(record.extra["captions"]),
-            "file": file,
+            "file": files[0],
             "sample_size": "x".join(map(str, measure.shape)),
             "sample_num_frames": measure.shape[0],
             "record": number,
             "dataset": bisect.bisect_right([part.stop for part in corpus.parts], number),
-            "stamp": store.stamp(identity),
-            "media_bytes": sum(file[1] for file in identity["files"]),
+            "stamp": store.stamp(whole),
+            "media_bytes": sum(file[1] for file in whole["files"]),
         }
+        if self.members > 1:
+            row["file_rejected"] = files[1]
+            scores = record.scores or (None, None)
+            row |= {"score": scores[0], "score_rejected": scores[1]}
         if any(isinstance(name, str) for name in store.sources(record, self.family.given)):
             self.done.beside.add(int(row["dataset"]))
-        return _Job(record, measure, self.directory / file, row)
+        return [
+            _Job(side, measure, self.directory / file, row) for side, file in zip(sides, files, strict=True)
+        ]
 
     def _broken(self, text: str, hint: str) -> None:
         if self.data.on_error == "fail":
@@ -342,11 +364,12 @@ class Encoding:
         frames = self.clips.frames(job.record, job.measure)
         return torch.tensor(frames), {role: torch.tensor(value) for role, value in conditions.items()}
 
-    def _hash(self, job: _Job) -> str:
+    def _hash(self, corpus: Corpus, job: _Job) -> str:
         """Of the files that a sample was made of; the feature file's name changes when they do."""
-        name = str(job.row["file"])
+        name = store.hash_key(job.row)
         if name not in self._hashes:
-            self._hashes[name] = store.content_hash(job.record, self.family.given)
+            record = corpus[job.row["record"]] if self.members > 1 else job.record
+            self._hashes[name] = store.content_hash(record, self.family.given)
         return self._hashes[name]
 
     def _encode(self, batch: list[_Decoded]) -> None:

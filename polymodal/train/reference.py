@@ -1,7 +1,7 @@
 """The reference of preference training: the model with its adapters off, a frozen copy, or a table on disk.
 
-It gives log-probabilities of whole answers, computed by the same forward, layout and chunked head as those of
-the policy: where both have the same weights they are equal.
+It gives what the objective compares, log-probabilities of whole answers or errors of noised samples, computed
+by the same forward and layout as those of the policy: where both have the same weights they are equal.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from polymodal.models import catalog
 from polymodal.models.card import Output
 from polymodal.models.storage import Files, write_file
 from polymodal.models.weights import directory_of
-from polymodal.objectives.language import Rows
-from polymodal.objectives.preference import reference_by_adapters, sequence_sums
+from polymodal.objectives.preference import reference_by_adapters
 from polymodal.recipe import Recipe
 from polymodal.runtime.process_group import Runtime
 from polymodal.train.parallel_model import ParallelModel, meta_model
@@ -55,7 +54,8 @@ def adapters_off(models: Sequence[nn.Module]) -> Iterator[None]:
 class Actors:
     """The models that an objective's `prepare` asks, besides the one that it trains.
 
-    shard: the layout's BatchSharding. Every method is collective.
+    shard: the layout's BatchSharding; encoders: frozen ones that make the batches' tensors, or None. Every
+    method is collective.
     """
 
     def __init__(
@@ -66,7 +66,9 @@ class Actors:
         device: torch.device,
         shard: Callable[[Sequence[Batch]], list[Batch]],
         layout: Any,
+        encoders: Any = None,
     ):
+        self.encoders = encoders
         self.model, self.recipe, self.mesh, self.device = policy, recipe, mesh, device
         self.shard, self.layout = shard, layout
         self.settings = recipe.train.preference
@@ -76,9 +78,18 @@ class Actors:
 
     # ---------------------------------------------------------------- what the objective asks
 
+    def on_device(self) -> contextlib.AbstractContextManager[None]:
+        """Offloaded encoders are on the device while inside."""
+        return contextlib.nullcontext() if self.encoders is None else self.encoders.on_device()
+
+    def encode(self, batch: Batch) -> Batch:
+        """Pixels and captions through the frozen encoders, where there are any."""
+        return batch if self.encoders is None else self.encoders.encode(batch)
+
     def policy(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Log-probabilities [S] of each batch's sequences, on the host."""
-        return self._log_probs(self.model, batches)
+        """What is compared of each batch (log-probabilities [S] of its sequences, errors [B] of its samples),
+        on the host."""
+        return self._compared(self.model, batches)
 
     def reference(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Those of the reference."""
@@ -102,20 +113,21 @@ class Actors:
 
     def _live(self, batches: Sequence[Batch]) -> list[Tensor]:
         if self.copy is not None:
-            return self._log_probs(self.copy, batches)
+            return self._compared(self.copy, batches)
         off = (
             adapters_off(self.model.models)
             if reference_by_adapters(self.recipe)
             else contextlib.nullcontext()
         )
         with off:
-            return self._log_probs(self.model, batches)
+            return self._compared(self.model, batches)
 
-    def _log_probs(self, model: ParallelModel, batches: Sequence[Batch]) -> list[Tensor]:
+    def _compared(self, model: ParallelModel, batches: Sequence[Batch]) -> list[Tensor]:
+        objective = self.layout.objective
+
         def finish(output: Output, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-            rows = Rows.of(output, batch, batch["weights"])
-            sums = sequence_sums(output, batch, rows).log_probs
-            return sums.sum(), {"sums": sums}
+            values = objective.compared(output, batch)
+            return values.sum(), {"values": values}
 
         training = [each.training for each in model.models]
         model.train(False)
@@ -126,7 +138,7 @@ class Actors:
                 each.train(mode)
         # a sequence that was padded for context parallelism has one segment more
         return [
-            entry["sums"].cpu()[: len(batch.segments["text"]) - 1]
+            entry["values"].cpu()[: len(batch.segments["text"]) - 1 if batch.segments else None]
             for entry, batch in zip(logs, batches, strict=True)
         ]
 
@@ -171,7 +183,7 @@ class Actors:
         if family.card is not self.layout.family.card:
             raise PolymodalError(
                 f"train.preference.reference = {path} is {family.card.name}, the model is "
-                f"{self.layout.family.card.name}: their tokens differ.",
+                f"{self.layout.family.card.name}: they are not compared.",
                 "Name a checkpoint of the same model.",
             )
 

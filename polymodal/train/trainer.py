@@ -117,11 +117,12 @@ class Trainer:
         self.weights.load_source()
         self.model.train()
         self.trainable = self.model.trainable
-        if getattr(self.objective, "needs_reference", False):
-            self.layout.actors = Actors(
-                self.model, self.recipe, self.mesh, self.device, self.shard_batches, self.layout
-            )
         self.sampler = self.layout.sampler(self.model.models[0], self.mesh, self.device)
+        if getattr(self.objective, "needs_reference", False):
+            frozen = self.layout.actors
+            self.layout.actors = Actors(
+                self.model, self.recipe, self.mesh, self.device, self.shard_batches, self.layout, frozen
+            )
 
     def _build_optimizer(self) -> None:
         recipe = self.recipe

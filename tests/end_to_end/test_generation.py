@@ -416,7 +416,7 @@ def test_features_are_compared_with_the_present_data_and_written_by_one_process(
     rows[0]["cap"] = "another caption"
     file.write_text(json.dumps(rows[:2] + [{**rows[1], "cap": "a new row"}]))
     with pytest.raises(
-        PolymodalError, match=r"changed captions, cuts or crops: 1 \(first: .*row 1\)"
+        PolymodalError, match=r"changed captions, cuts, crops or scores: 1 \(first: .*row 1\)"
     ) as error:
         feed()
     assert "new rows: 1" in error.value.message and "polymodal encode" in error.value.hint

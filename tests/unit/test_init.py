@@ -29,7 +29,7 @@ CARDS = catalog.cards()
 def test_what_is_written_validates_and_its_layout_divides(name):
     """Every size and task of a model, on the recommended number of devices, on one, few, and many."""
     card = CARDS[name]
-    answers = "dpo" in objectives_of(card.family)
+    answers = {"dpo", "diffusion_dpo"} & set(objectives_of(card.family))
     unfit = {
         "kto",
         *(() if "dreambooth" in card.methods else ("dreambooth",)),
@@ -44,6 +44,8 @@ def test_what_is_written_validates_and_its_layout_divides(name):
         assert sizes.world == chosen.devices and r.train.global_batch_size % sizes.dp == 0
         assert (r.model.lora is not None) == (task in init_recipe.ADAPTERS)
         assert (r.model.init == "random") == (task == "pretrain")
+        if task == "dpo":
+            assert r.train.objective in objectives_of(card.family)
         assert r.model.lora is None or set(r.model.lora.towers) <= set(card.towers)
         assert all(group.match in card.towers for group in r.optim.groups)
         for axis in card.limits:

@@ -424,6 +424,41 @@ def test_preferences(place):
     assert made["data"]["attr"]["rejected"] == "rejected"
 
 
+def test_preferences_of_what_is_generated(place):
+    """Scores of the described system: the scale is 2 x dpo-beta x loss_beta, with the timestep as a factor."""
+    (place / "data.json").write_text(
+        json.dumps(
+            {
+                "dataset_param": {
+                    "dataset_type": "feature",
+                    "basic_parameters": {"data_path": "f/data.jsonl", "data_folder": "f"},
+                }
+            }
+        )
+    )
+    dpo = {"histogram_path": "scores.json", "weight_alpha": 0, "weight_beta": None, "loss_beta": 2000}
+    model = {
+        "load_video_features": True,
+        "load_text_features": True,
+        "predictor": {"model_id": "wandit"},
+        "diffusion": {"model_id": "wan_flow_match_scheduler", "shift": 5},
+    }
+    (place / "model.json").write_text(json.dumps({**model, "dpo": dpo}))
+    flags = "--dpo-beta 0.1 --dpo-loss-type sigmoid --dpo-label-smoothing 0.05 --pref-ftx 0.1"
+    changed(place, "pretrain_vlm.py \\", f"posttrain_sora_dpo.py {flags} \\")
+    for flag in ("    --lora-r 8 \\\n", "    --lora-target-modules linear_qkv linear_proj \\\n"):
+        changed(place, flag, "")
+    made = translated("finetune.sh", source="weights/wan", force=True)
+    assert made["train"]["objective"] == "diffusion_dpo"
+    both = {"loss": {"sigmoid": 1.0, "sft": 0.1}, "label_smoothing": 0.05}
+    assert made["train"]["preference"] == {"beta": 400.0, "time_weight": "t", **both}
+    dpo["weight_alpha"] = 0.5
+    (place / "model.json").write_text(json.dumps({**model, "dpo": dpo}))
+    made = translated("finetune.sh", source="weights/wan", force=True)
+    weighed = {"beta": 400.0, "time_weight": "t", "histogram": "scores.json", "weight_alpha": 0.5}
+    assert made["train"]["preference"] == {**weighed, **both}
+
+
 def test_the_native_trainers_yaml(place):
     (place / "cfg.yaml").write_text(
         yaml.safe_dump(

@@ -15,7 +15,7 @@ from polymodal.tools.translate import data, model
 from polymodal.tools.translate.launch import Launch, scalar, typed, write_environment
 from polymodal.tools.translate.ledger import TABLES, Given, Kind, Origin, read_config
 
-PREFERENCES = "posttrain_qwen2vl_dpo.py"
+PREFERENCES = ("posttrain_qwen2vl_dpo.py", "posttrain_sora_dpo.py")
 SCHEDULES = {"constant": "constant", "linear": "linear", "cosine": "cosine", "WSD": "wsd"}
 TARGETS = {  # adapters: names of modules there -> endings of names here, by tower or denoiser
     "linear_qkv": ["q_proj", "k_proj", "v_proj", "qkv"],
@@ -60,8 +60,8 @@ def translate(launch: Launch) -> None:
     else:
         data.chat(launch, files["data"])
         model.chat(launch, files["model"], files["data"], sizes)
-    if launch.entry == PREFERENCES:
-        _preferences(launch)
+    if launch.entry in PREFERENCES:
+        _preferences(launch, files["model"] if generates else None)
     _loss(launch, files["model"], generates)
     _checkpoints(launch, generates)
     _adapters(launch, generates)
@@ -475,7 +475,7 @@ def _loss(launch: Launch, model_file: Given, generates: bool) -> None:
     flags, ledger = launch.flags, launch.ledger
     per_token, per_sample = flags.take("calculate-per-token-loss"), flags.take("calculate-per-sample-loss")
     named = model_file.take("loss_cfg.loss_type")
-    if generates or launch.entry == PREFERENCES:
+    if generates or launch.entry in PREFERENCES:
         return
     if per_token or per_sample:
         flag = "calculate-per-token-loss" if per_token else "calculate-per-sample-loss"
@@ -491,11 +491,15 @@ def _loss(launch: Launch, model_file: Given, generates: bool) -> None:
         ledger.default("train.loss", "per_micro_batch", origin, "the mean of a micro-batch's tokens")
 
 
-def _preferences(launch: Launch) -> None:
-    """DPO: what it learns in place of the tokens of answers; the batch counts pairs in both."""
+def _preferences(launch: Launch, model_file: Given | None) -> None:
+    """DPO: what it learns in place of the tokens of answers, or of one sample's noise; the batch counts pairs
+    in both. model_file: of a model that generates."""
     flags, ledger = launch.flags, launch.ledger
-    ledger.write("train.objective", "dpo", Origin(launch.entry, launch.file), "pairs")
-    if flags.has("dpo-beta"):
+    objective = "dpo" if model_file is None else "diffusion_dpo"
+    ledger.write("train.objective", objective, Origin(launch.entry, launch.file), "pairs")
+    if model_file is not None:
+        _errors(launch, model_file)
+    elif flags.has("dpo-beta"):
         ledger.write("train.preference.beta", float(flags.take("dpo-beta")), launch.where("dpo-beta"))
     smoothing = float(flags.take("dpo-label-smoothing", 0))
     if smoothing:
@@ -515,6 +519,27 @@ def _preferences(launch: Launch) -> None:
         ledger.write("train.preference.reference", launch.path(str(reference)), launch.where("ref-model"))
     elif reference is not None:
         ledger.note("mapped", launch.where("ref-model"), reference, "the model as it starts")
+
+
+def _errors(launch: Launch, given: Given) -> None:
+    """The scale of errors there is dpo-beta x loss_beta x timestep, here beta / 2 x timestep."""
+    flags, ledger = launch.flags, launch.ledger
+    scale, beta = float(given.take("dpo.loss_beta", 2000)), float(flags.take("dpo-beta", 0.1))
+    why = "2 x dpo-beta x loss_beta: the timestep is a factor of both"
+    origin = given.origin("dpo.loss_beta")
+    ledger.write("train.preference.beta", 2 * beta * scale, origin, scale, why)
+    ledger.write("train.preference.time_weight", "t", origin, scale)
+    alpha, file = float(given.take("dpo.weight_alpha", 0)), given.take("dpo.histogram_path")
+    floor = given.take("dpo.weight_beta")
+    if file is not None and alpha:
+        path = launch.path(str(file))
+        ledger.write("train.preference.histogram", path, given.origin("dpo.histogram_path"))
+        ledger.write("train.preference.weight_alpha", alpha, given.origin("dpo.weight_alpha"))
+        if floor is not None:
+            ledger.write("train.preference.weight_beta", float(floor), given.origin("dpo.weight_beta"))
+    elif file is not None:
+        origin = given.origin("dpo.histogram_path")
+        ledger.note("no effect", origin, file, "weight_alpha is 0: all pairs weigh 1")
 
 
 def _checkpoints(launch: Launch, generates: bool) -> None:

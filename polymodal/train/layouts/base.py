@@ -99,7 +99,7 @@ class Layout(ABC):
     objective_class: type
     """The objective where the recipe names none."""
     objectives: Mapping[str, type] = {}
-    """Others that a recipe names without a module: dpo, kto."""
+    """Others that a recipe names without a module: dpo, kto, diffusion_dpo."""
     by_tokens = False  # whether micro-batches are filled up to a number of tokens
 
     def __init__(self, recipe: Recipe, family: Family):
@@ -113,16 +113,17 @@ class Layout(ABC):
         chosen, reference = self.objective_class, self.recipe.train.objective
         if self.recipe.train.preference != Preference() and reference not in PREFERENCE:
             raise PolymodalError(
-                "train.preference is for train.objective dpo and kto.",
+                "train.preference is for train.objective dpo, kto and diffusion_dpo.",
                 "Set train.objective, or leave it out.",
             )
         if reference in self.objectives:
             chosen = self.objectives[reference]
         elif reference in PREFERENCE:
+            does = "generate" if reference == "diffusion_dpo" else "answer in chats"
+            own = [name for name in self.objectives if name in PREFERENCE]
             raise PolymodalError(
-                f"train.objective = {reference} is for models that answer in chats, "
-                f"{self.family.card.name} is none.",
-                "Leave it out.",
+                f"train.objective = {reference} is for models that {does}, {self.family.card.name} is none.",
+                f"Leave it out, or set {own[0]}." if own else "Leave it out.",
             )
         elif reference is not None:
             chosen = load_object(reference, "train.objective")

@@ -23,7 +23,7 @@ from polymodal.distributed.mesh import Mesh
 from polymodal.objectives.language import LanguageObjective
 from polymodal.objectives.preference import PreferenceObjective, needs_copy
 from polymodal.parallel.batches import BatchSharding, PackedBatchSharding
-from polymodal.recipe import PREFERENCE, Data, Dataset
+from polymodal.recipe import Data, Dataset
 from polymodal.train.layouts.base import SOUND_FRAMES, DataFacts, Workload
 from polymodal.train.layouts.tokens import TokenLayout
 
@@ -34,7 +34,7 @@ class Packed(TokenLayout):
 
     by_tokens = True
     objective_class = LanguageObjective
-    objectives = dict.fromkeys(PREFERENCE, PreferenceObjective)
+    objectives = dict.fromkeys(("dpo", "kto"), PreferenceObjective)
 
     def processor(self) -> ChatProcessor:
         media, data, train = self.media_processor(), self.recipe.data, self.recipe.train

@@ -16,20 +16,23 @@ import torch
 import torch.distributed as dist
 
 from polymodal.core.errors import PolymodalError
-from polymodal.core.sample import Batch, SampleLengths
+from polymodal.core.sample import Batch, Record, SampleLengths
 from polymodal.data import latents
 from polymodal.data.clips import Clips
 from polymodal.data.features import Features
 from polymodal.data.freshness import Comparison
 from polymodal.data.index import build_index
 from polymodal.data.loader import Loader, StepStats
+from polymodal.data.media_pairs import PairClips
 from polymodal.data.schedule import Schedule
 from polymodal.data.source import open_corpus
 from polymodal.distributed.mesh import Mesh
 from polymodal.models import pipeline_index, pipelines
 from polymodal.objectives.diffusion import DiffusionObjective
+from polymodal.objectives.diffusion_preference import DiffusionPreference
+from polymodal.objectives.preference import needs_copy
 from polymodal.parallel.batches import BatchSharding
-from polymodal.recipe import Data, Dataset, Recipe
+from polymodal.recipe import PREFERENCE, Data, Dataset, Recipe
 from polymodal.train import prior
 from polymodal.train.layouts.base import (
     SOUND_FRAMES,
@@ -51,6 +54,7 @@ class Uniform(Layout):
     """micro_batch_size samples of one shape (frames, height, width), joined along the batch dimension."""
 
     objective_class = DiffusionObjective
+    objectives = {"diffusion_dpo": DiffusionPreference}
     family: Any
     """A models.diffusion.Generation."""
 
@@ -95,7 +99,16 @@ class Uniform(Layout):
         directory = features_directory(recipe, section)
         names = [n for n in (*family.text, *family.media) if n in family.documented]
         settings = feature_settings(recipe, family)
-        features = Features(directory, family.documented, family.grid(), settings, weights, names)
+        features = Features(
+            directory,
+            family.documented,
+            family.grid(),
+            settings,
+            weights,
+            names,
+            pairs=self.compares,
+            min_gap=recipe.train.preference.min_gap,
+        )
         self._compare(features, section)
         if section == "datasets" and recipe.train.diffusion.drop:
             self.objective.unconditional = features.empty()
@@ -106,25 +119,28 @@ class Uniform(Layout):
                     "Set train.diffusion.drop to 0, or encode the data with `polymodal encode`.",
                 )
         data = self.section_data(section)
-        schedule = Schedule(features, features.parts, data, recipe.train, family.cost)
+        schedule = Schedule(features, features.parts, data, recipe.train, self._cost)
         make = latents.FeatureCollator(features, recipe.train.seed, family.text, self._loss_weights(section))
         return _feed(schedule, features, None, data, make)
 
     def _compare(self, features: Features, section: Section) -> None:
         """Refuse features that are older than the section's data; each rank sees its share. Collective."""
         recipe, family = self.recipe, self.family
-        datasets = captioned(getattr(recipe.data, section))
+        datasets = captioned(getattr(recipe.data, section), recipe)
         if features.manifest is None or not datasets:
             return
-        clips = Clips(recipe.data.clip, family.grid(), family.given, family.needed)
+        clips = clips_of(recipe, family)
         otherwise = f"leave data.{section} out, to learn from the features in data.features as they are."
         try:
             corpus = open_corpus(datasets, recipe.data.attr, f"data.{section}")
         except PolymodalError as error:
             raise PolymodalError(error.message, f"{error.hint} Or {otherwise}".strip()) from None
-        comparison = Comparison(
-            features, corpus, family.given, lambda record: not isinstance(clips.measure([record])[0], str)
-        )
+
+        def usable(record: Record) -> bool:
+            (measured,) = clips.measure([record])
+            return not isinstance(measured, str) and measured.tokens > 0
+
+        comparison = Comparison(features, corpus, family.given, usable)
         distributed = dist.is_initialized() and dist.get_world_size() > 1
         rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         shares: list[Any] = [comparison.differing(range(rank, comparison.numbers, world))] * world
@@ -142,15 +158,23 @@ class Uniform(Layout):
     def _online(self, section: Section, rank: int) -> Feed:
         recipe, family = self.recipe, self.family
         data = self.section_data(section, max_length=1 << 30, overlong="drop")
-        clips = Clips(data.clip, family.grid(), family.given, family.needed)
+        clips = clips_of(recipe, family)
         prior.require(recipe, section)
-        corpus = open_corpus(captioned(self.datasets(section)), data.attr)
+        corpus = open_corpus(captioned(self.datasets(section), recipe), data.attr)
         index: Any = build_index(corpus, clips, data, rank=rank)
         _, bucket = np.unique(index.shapes(), axis=0, return_inverse=True)
         index.bucket = bucket.reshape(-1).astype(np.int32)
-        schedule = Schedule(index, corpus.parts, data, recipe.train, family.cost)
+        schedule = Schedule(index, corpus.parts, data, recipe.train, self._cost)
         make = latents.ClipCollator(corpus, clips, data, recipe.train.seed, self._loss_weights(section))
         return _feed(schedule, corpus, clips, data, make)
+
+    @property
+    def members(self) -> int:
+        """Items of a sample: 2 where it is a pair."""
+        return 2 if self.compares else 1
+
+    def _cost(self, measure: SampleLengths) -> float:
+        return self.members * self.family.cost(measure)
 
     def _loss_weights(self, section: Section) -> tuple[float, ...]:
         """Of each dataset; () where all are 1."""
@@ -209,7 +233,8 @@ class Uniform(Layout):
         height, width = max(clip.sizes, key=lambda s: s[0] * s[1], default=(side, side))
         tokens = grid.tokens(count, height, width)
         return Workload(
-            SampleLengths(tokens, tokens, shape=(count, height, width)), self.recipe.train.micro_batch_size
+            SampleLengths(tokens, tokens, shape=(count, height, width)),
+            self.recipe.train.micro_batch_size * self.members,
         )
 
     def example(self, load: Workload) -> Batch:
@@ -227,11 +252,13 @@ class Uniform(Layout):
         return f"{load.samples} x {' x '.join(map(str, load.measure.shape))} (frames, height, width)"
 
     def resident_encoders(self, ranks: int) -> int:
-        data = self.recipe.data
+        data, total = self.recipe.data, 0
+        if needs_copy(self.recipe):  # a frozen reference, sharded as the model is
+            count = sum(parameter.numel() for parameter in self.family.build().parameters())
+            total += -(-count // (ranks * self.recipe.parallel.tp))
         if data.encode != "online" or data.encoders == "offload":
-            return 0
+            return total
         libraries = pipeline_index.models_of(self.family.source)
-        total = 0
         for name, count in pipelines.sizes(self.family.source, self.family.encoders()).items():
             sharded = data.encoders == "shard" and libraries.get(name, ("", ""))[0] == "transformers"
             total += -(-count // ranks) if sharded else count
@@ -248,9 +275,20 @@ def _feed(schedule: Schedule, corpus: Any, clips: Any, data: Data, make: Any) ->
 # ---- features ------------------------------------------------------------------------------------
 
 
-def captioned(datasets: Sequence[Dataset]) -> list[Dataset]:
-    """Datasets of a model that generates: records of a medium and its caption, whatever other columns."""
-    return [d.model_copy(update={"format": "caption"}) if d.format == "auto" else d for d in datasets]
+def captioned(datasets: Sequence[Dataset], recipe: Recipe) -> list[Dataset]:
+    """Datasets of a model that generates: records of a medium and its caption, or of two media of one
+    caption that are compared, whatever other columns."""
+    format = "preference" if recipe.train.objective in PREFERENCE else "caption"
+    return [d.model_copy(update={"format": format}) if d.format == "auto" else d for d in datasets]
+
+
+def clips_of(recipe: Recipe, family: Any) -> Clips:
+    """What measures and decodes the records. Raises PolymodalError for sizes that the latents do not
+    divide."""
+    about = recipe.data.clip, family.grid(), family.given, family.needed
+    if recipe.train.objective in PREFERENCE:
+        return PairClips(*about, min_gap=recipe.train.preference.min_gap)
+    return Clips(*about)
 
 
 def features_directory(recipe: Recipe, section: Section = "datasets") -> Path:
