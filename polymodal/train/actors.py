@@ -103,6 +103,15 @@ class Encoders:
         encoded = self.family.encode_text(self.pipeline, captions, **seen)
         return {n: t.to(self.dtype) if t.is_floating_point() else t for n, t in encoded.items()}
 
+    def _texts(self, captions: list[str], pixels: Tensor) -> dict[str, Tensor]:
+        """text() of a batch; a caption that several have (both halves of a pair) is encoded once."""
+        unique = list(dict.fromkeys(captions))
+        if self.family.sees or len(unique) == len(captions):
+            return self.text(captions, pixels)
+        made = self.text(unique)
+        place = torch.tensor([unique.index(caption) for caption in captions], device=self.device)
+        return {name: tensor.index_select(0, place) for name, tensor in made.items()}
+
     def encode(self, batch: Batch) -> Batch:
         """A batch with `pixels` and captions -> the same with the denoiser's tensors; others unchanged."""
         if "pixels" not in batch.tensors:
@@ -114,7 +123,7 @@ class Encoders:
             grid = self.family.grid()
             ahead = [grid.time * len(g.get("references", ())) if grid.references else 0 for g in given]
             pixels = [p[n:] for p, n in zip(pixels, ahead, strict=True)]
-        tensors |= self.media(pixels, given) | self.text(list(batch.groups["captions"]), batch["pixels"])
+        tensors |= self.media(pixels, given) | self._texts(list(batch.groups["captions"]), batch["pixels"])
         axes: dict[str, Any] = {
             n: batch.axes.get(n, ("batch", *["none"] * (t.ndim - 1))) for n, t in tensors.items()
         }

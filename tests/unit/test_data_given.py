@@ -109,7 +109,7 @@ def test_the_documented_files_of_vace_are_read(tmp_path):
     }
     found = Features(tmp_path, names, GRID)
     assert found.shapes.tolist() == [[13, 48, 64]]
-    media, captions = found.sample(0)
+    ((media, captions),) = found.samples(0)
     assert set(media) == {"latents", "control_hidden_states"} and torch.equal(media["latents"], latents)
     assert captions[0]["encoder_hidden_states"].shape == (512, 8)
 
