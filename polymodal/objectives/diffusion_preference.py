@@ -148,7 +148,7 @@ class DiffusionPreference(DiffusionObjective):
         pair = torch.ones(count) if factor is None else factor[0::2].float()
         if self.histogram is not None:
             alpha, beta = self.preference.weight_alpha, self.preference.weight_beta
-            scores = batch.groups.get("scores") or (None,) * count
+            scores: Any = batch.groups.get("scores") or (None,) * count
             if None in scores:
                 raise PolymodalError(
                     "train.preference.histogram: there are pairs without scores, which it weighs.",
