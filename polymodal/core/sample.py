@@ -159,6 +159,8 @@ class Sample:
     """(preferred sequence, the other, difference of their scores); of kto (the answer, another prompt's
     answer, 1 if it is desirable, else -1)."""
     shared: bool = False  # all sequences have the same media, which are here once
+    row: Mapping[str, Any] | None = None
+    """Of a prompt: what rewards are given of its record (data/prompts.py)."""
 
 
 @dataclass
@@ -173,7 +175,7 @@ class Batch:
     """Stream -> cumulative lengths [S + 1] int32 ("text"; families may add others)."""
     groups: dict[str, Any] = field(default_factory=dict)
     """Facts of each sample. Where samples have several sequences, each of which is a segment, of each sample
-    `sequences`, `pairs` and `shared`."""
+    `sequences`, `pairs` and `shared`; of prompts `rows`."""
     cut: Any = None
     """How the text stream is cut over a context-parallel group (distributed/context_parallel.py), None: it
     is whole. If cut, input_ids and position_ids hold this rank's rows, numbered by `rows` [n]; labels,
@@ -271,6 +273,8 @@ def pack(samples: Sequence[Sample]) -> Batch:
         groups["sequences"] = tuple(sequences)
         groups["pairs"] = tuple(s.pairs for s in samples)
         groups["shared"] = tuple(s.shared for s in samples)
+    if any(s.row is not None for s in samples):
+        groups["rows"] = tuple(s.row for s in samples)
     return Batch(tensors, axes, tuple(s.id for s in samples), segments, groups, streams=streams)
 
 
@@ -292,6 +296,8 @@ def unpack(batch: Batch) -> list[Sample]:
         if sequences:
             sample.sequences = sequences[at]
             sample.pairs, sample.shared = (batch.groups[name][at] for name in ("pairs", "shared"))
+        if "rows" in batch.groups:
+            sample.row = batch.groups["rows"][at]
         samples.append(sample)
     for stream in batch.streams:
         sizes, rows = batch.get(stream.sizes), batch.get(stream.tensor)

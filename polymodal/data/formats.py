@@ -14,12 +14,13 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping
+from string import ascii_uppercase
 from typing import Any
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.sample import Media, Message, Record
 from polymodal.core.text import parse_json
-from polymodal.data import box_columns, rankings
+from polymodal.data import box_columns, prompt_rows, rankings
 from polymodal.data.captions import caption_record, is_caption_row
 from polymodal.data.files import AUDIO
 from polymodal.data.media_pairs import compares_media, pair_record
@@ -100,6 +101,8 @@ class RowReader:
             return pair_record(row, where, self.attr, self.references)
         if kind == "preference":
             return self._compared(row, where)
+        if kind == "prompt":
+            return self._asked(row, where)
         turns = {"chat": self._chat, "alpaca": self._alpaca, "text": self._plain}[kind](row)
         plain = kind == "text"
         self._place_media(turns, row, plain)
@@ -131,13 +134,26 @@ class RowReader:
         first, *others = conversations
         return Record(first, where, self._tools(row), extra, False, tuple(others), ranked.scores)
 
+    def _asked(self, row: Mapping[str, Any], where: str) -> Record:
+        """A conversation up to an answer; what is expected and the row's columns are in `extra`."""
+        asked, expected = prompt_rows.turns(row, self.attr)
+        turns = [self._turn(turn, f"prompt[{n}]") | {"weight": 0.0} for n, turn in enumerate(asked)]
+        self._add_system(turns, row)
+        self._place_media(turns, row, False)
+        extra = {"answers": tuple(expected), "columns": prompt_rows.columns(row)}
+        if isinstance(options := listed(row.get("options", row.get("choices"))), (list, Mapping)):
+            lettered = zip(ascii_uppercase, options, strict=False)
+            named = options.items() if isinstance(options, Mapping) else lettered
+            extra["options"] = {str(key): str(value) for key, value in named}
+        return Record(_messages(turns), where, self._tools(row), extra)
+
     def _kind(self, row: Mapping[str, Any]) -> str:
         a = self.attr
         if self.format in ("mllm", "sharegpt", "llava", "openai"):
             return "chat"
         if self.format in ("auto", "preference") and compares_media(row, a):
             return "media pair"
-        if self.format in ("alpaca", "text", "caption", "asr", "preference"):
+        if self.format in ("alpaca", "text", "caption", "asr", "preference", "prompt"):
             return self.format
         if a.messages is None and a.response is None and rankings.compares(row, a):
             return "preference"

@@ -61,6 +61,8 @@ DECIDING_KEYS = (
     "train.objective",
     "train.preference.pairs",
     "train.preference.min_gap",
+    "train.grpo.group",
+    "train.grpo.max_new_tokens",
     "data.on_error",
     "data.image",
     "data.video",

@@ -156,17 +156,25 @@ def losses_of(settings: Preference) -> dict[str, float]:
     return {str(k): v for k, v in loss.items()} if isinstance(loss, dict) else {loss: 1.0}
 
 
+def reference_of(recipe: Recipe) -> str | None:
+    """The checkpoint that a recipe names as the reference; None: the model as it starts."""
+    train = recipe.train
+    return train.grpo.reference if train.objective == "grpo" else train.preference.reference
+
+
 def reference_by_adapters(recipe: Recipe) -> bool:
     """Whether the reference is the model with its adapters off: it starts with new adapters, which change
     nothing yet."""
     origin = recipe.checkpoint.init_from
     new = origin is None or catalog.is_whole(origin)
-    return recipe.model.lora is not None and recipe.train.preference.reference is None and new
+    return recipe.model.lora is not None and reference_of(recipe) is None and new
 
 
 def needs_copy(recipe: Recipe) -> bool:
     """Whether a second, frozen model is held while it trains."""
     train = recipe.train
+    if train.objective == "grpo":
+        return train.grpo.kl > 0 and not reference_by_adapters(recipe)
     if train.objective not in PREFERENCE or train.preference.cache_reference or reference_by_adapters(recipe):
         return False
     return train.objective == "kto" or any(name not in REFERENCE_FREE for name in losses_of(train.preference))

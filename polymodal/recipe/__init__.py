@@ -4,6 +4,7 @@
 from polymodal.recipe import file
 from polymodal.recipe.schema import (
     PREFERENCE,
+    RULES,
     Attr,
     Checkpoint,
     Clip,
@@ -12,6 +13,7 @@ from polymodal.recipe.schema import (
     Device,
     Diffusion,
     Group,
+    Grpo,
     Image,
     Lora,
     LossGuard,
@@ -22,6 +24,7 @@ from polymodal.recipe.schema import (
     Preference,
     Profile,
     Recipe,
+    Reward,
     Schedule,
     Train,
     Video,

@@ -94,7 +94,8 @@ class Attr(Section):
     """Alpaca: column with the input (default: input, then query)."""
     response: str | None = None
     """Alpaca: column with the answer (default: output, then response). asr: column with the transcription
-    (default: text, sentence, transcription, transcript)."""
+    (default: text, sentence, transcription, transcript). grpo: column with the expected answer (default:
+    ground_truth, solution, answer, then those)."""
     history: str | None = None
     """Alpaca: column with earlier turns (default: history)."""
     chosen: str | None = None
@@ -128,10 +129,21 @@ class Dataset(Section):
     name: str | None = None
     """Name in logs and reports (default: the file's name)."""
     format: Literal[
-        "auto", "mllm", "sharegpt", "llava", "alpaca", "openai", "text", "caption", "asr", "preference"
+        "auto",
+        "mllm",
+        "sharegpt",
+        "llava",
+        "alpaca",
+        "openai",
+        "text",
+        "caption",
+        "asr",
+        "preference",
+        "prompt",
     ] = "auto"
     """How a record becomes messages; `text` is plain text for pretraining, `caption` a medium with what it
-    shows, to be generated, `asr` audio with its transcription, `preference` answers that are compared."""
+    shows, to be generated, `asr` audio with its transcription, `preference` answers that are compared,
+    `prompt` a question that the model answers while it trains (grpo)."""
     media_dir: str | None = None
     """Directory that relative media paths start from (default: the file's own directory)."""
     weight: PositiveFloat | None = None
@@ -310,6 +322,78 @@ class Preference(Section):
     """diffusion_dpo: probability of a score whose pairs weigh 1 (default: that of the fullest bin)."""
 
 
+RULES = ("exact", "contains", "choice", "open", "numeric", "boxed", "format", "iou", "anls")
+"""Rewards that need no code: the metrics of `polymodal evaluate`, and two of their own."""
+
+
+class Reward(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.@-]+$")]
+    """A rule: exact, contains, choice, open, numeric, boxed, format, iou, anls; or the name in logs of a
+    function or url."""
+    weight: float = 1.0
+    """Factor in the sum of rewards; 0 = only logged; negative = a penalty."""
+    function: str | None = None
+    """Own code as module:function, which gets lists and returns a list of numbers (docs/post_training.md)."""
+    url: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    """A scorer that is asked by HTTP POST."""
+    timeout: PositiveFloat = 60.0
+    """Seconds that a function, or one request, may take for a batch of answers."""
+    retries: NotNegative = 2
+    """url: further requests after one that failed."""
+    tolerance: NotNegativeFloat = 0.0
+    """numeric and boxed: how far a number may be off, as a share of the expected one."""
+    pattern: str | None = None
+    """format: regular expression that the whole answer must match (default: <think>...</think>, then
+    <answer>...</answer>)."""
+
+
+class Grpo(Section):
+    group: Annotated[int, Field(ge=2)] = 8
+    """Answers to each prompt."""
+    max_new_tokens: Positive = 512
+    """Longest answer in tokens."""
+    temperature: PositiveFloat = 1.0
+    """Of sampling, and of the log-probabilities that are learned."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens of this probability together; below 1 the log-probabilities that are
+    learned are still those over all tokens."""
+    rollout_rows: Positive = 128
+    """Answers a rank generates at once; memory of the cache of keys and values is proportional to it."""
+    advantage: Literal["group", "centered", "rloo"] = "group"
+    """group: (reward - mean) / standard deviation of the group; centered: reward - mean (Dr. GRPO); rloo:
+    reward - mean of the others."""
+    aggregate: Literal["token", "sequence", "constant"] = "token"
+    """Mean over the tokens of the global batch; over answers, of means over their tokens; or over answers, of
+    sums over their tokens divided by max_new_tokens (Dr. GRPO)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Ratio to the policy that sampled: of each token, or of an answer, the geometric mean of its tokens'
+    (GSPO)."""
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """The ratio is clipped at 1 - clip_low."""
+    clip_high: PositiveFloat | None = None
+    """And at 1 + clip_high (default: clip_low; DAPO 0.28)."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Largest ratio that counts for answers worse than the mean (3 is usual; default: none)."""
+    updates: Positive = 1
+    """Optimizer updates on the answers of a step. With 1 the ratio is 1 and nothing is clipped."""
+    kl: NotNegativeFloat = 0.0
+    """Weight of the divergence from the reference; 0 = no reference."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the divergence counts: a term of each token's loss, or a penalty on an answer's reward."""
+    reference: str | None = None
+    """The reference model: a checkpoint, export or run; by default the model as it starts, which LoRA gives
+    with its adapters off."""
+    filter: str | None = None
+    """Leave out groups whose answers all have the same reward: `total`, or the name of one of train.rewards
+    (DAPO: the accuracy, not a sum that shaping makes unequal)."""
+    overlong_buffer: NotNegative = 0
+    """DAPO: the reward falls linearly by up to 1 over the last so many of max_new_tokens."""
+    mask_truncated: bool = False
+    """Answers that max_new_tokens cut are not learned from; their rewards still count in their group."""
+    log_every: NotNegative = 10
+    """Steps between answers that are written to <run>/rollouts.jsonl; 0 = never."""
+
+
 class Train(Section):
     seed: int = 42
     """Seed of everything random."""
@@ -331,10 +415,14 @@ class Train(Section):
     """Noise levels, weighting and condition dropping of generating models."""
     objective: str | None = None
     """What is learned in place of the model's own loss: dpo (preferences between answers), kto (answers that
-    are good or bad), diffusion_dpo (preferences between pictures or clips of a caption), or own code as
-    module:Class (docs/extending.md)."""
+    are good or bad), diffusion_dpo (preferences between pictures or clips of a caption), grpo (rewards of the
+    model's own answers), or own code as module:Class (docs/extending.md)."""
     preference: Preference = Preference()
     """objective dpo, kto and diffusion_dpo: loss, reference, pairs."""
+    grpo: Grpo = Grpo()
+    """objective grpo: answers, advantages, loss, reference."""
+    rewards: list[Reward] = []
+    """objective grpo: what an answer is worth, a sum over these."""
     callbacks: list[str] = []
     """Own code as module:Class, called at the begin and end of training, after steps, checkpoints and
     validation (docs/extending.md)."""

@@ -1,4 +1,4 @@
-"""The reference of preference training: the model with its adapters off, a frozen copy, or a table on disk.
+"""The reference of preference and policy training: the model with its adapters off, a frozen copy, or a table on disk.
 
 It gives what the objective compares, log-probabilities of whole answers or errors of noised samples, computed
 by the same forward and layout as those of the policy: where both have the same weights they are equal.
@@ -27,7 +27,7 @@ from polymodal.models import catalog
 from polymodal.models.card import Output
 from polymodal.models.storage import Files, write_file
 from polymodal.models.weights import directory_of
-from polymodal.objectives.preference import reference_by_adapters
+from polymodal.objectives.preference import reference_by_adapters, reference_of
 from polymodal.recipe import Recipe
 from polymodal.runtime.process_group import Runtime
 from polymodal.train.parallel_model import ParallelModel, meta_model
@@ -71,7 +71,7 @@ class Actors:
         self.encoders = encoders
         self.model, self.recipe, self.mesh, self.device = policy, recipe, mesh, device
         self.shard, self.layout = shard, layout
-        self.settings = recipe.train.preference
+        self.reference_path = reference_of(recipe)
         self.copy: ParallelModel | None = None
         self.table: dict[str, dict[int, Tensor]] | None = None
         self.section = "datasets"
@@ -123,24 +123,22 @@ class Actors:
             return self._compared(self.model, batches)
 
     def _compared(self, model: ParallelModel, batches: Sequence[Batch]) -> list[Tensor]:
-        objective = self.layout.objective
-
-        def finish(output: Output, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-            values = objective.compared(output, batch)
-            return values.sum(), {"values": values}
-
         training = [each.training for each in model.models]
         model.train(False)
         try:
-            logs = model.runner.step(self.shard(batches), finish, backward=False)
+            logs = model.runner.step(self.shard(batches), self._finish, backward=False)
         finally:
             for each, mode in zip(model.models, training, strict=True):
                 each.train(mode)
-        # a sequence that was padded for context parallelism has one segment more
-        return [
-            entry["values"].cpu()[: len(batch.segments["text"]) - 1 if batch.segments else None]
-            for entry, batch in zip(logs, batches, strict=True)
-        ]
+        return [self._own(entry["values"].cpu(), batch) for entry, batch in zip(logs, batches, strict=True)]
+
+    def _finish(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        values = self.layout.objective.compared(output, batch)
+        return values.sum(), {"values": values}
+
+    def _own(self, values: Tensor, batch: Batch) -> Tensor:
+        """Without the segment more of a stream that was padded for context parallelism."""
+        return values[: len(batch.segments["text"]) - 1 if batch.segments else None]
 
     # ---------------------------------------------------------------- where the reference comes from
 
@@ -148,8 +146,8 @@ class Actors:
         """Load what is needed: the table, or the frozen copy; before a checkpoint is resumed.
 
         load_start: fills the policy with the values that the run starts from, of which a table is made."""
-        own = self.settings.reference is None
-        if not self.settings.cache_reference:
+        own = self.reference_path is None
+        if not self.recipe.train.preference.cache_reference:
             if not reference_by_adapters(self.recipe):
                 self.copy = self._frozen(rt, group)
             return
@@ -169,7 +167,7 @@ class Actors:
 
     def _frozen(self, rt: Runtime, group: dist.ProcessGroup | None) -> ParallelModel:
         """The reference model: laid out like the policy, nothing of it trained."""
-        recipe, path = self.recipe, self.settings.reference
+        recipe, path = self.recipe, self.reference_path
         if path is not None and catalog.is_whole(path):
             model = recipe.model.model_copy(
                 update={"source": path, "revision": None, "init": "pretrained", "lora": None}
@@ -182,8 +180,8 @@ class Actors:
         family = catalog.family(recipe.model)
         if family.card is not self.layout.family.card:
             raise PolymodalError(
-                f"train.preference.reference = {path} is {family.card.name}, the model is "
-                f"{self.layout.family.card.name}: they are not compared.",
+                f"The reference {path} (train.preference.reference, train.grpo.reference) is "
+                f"{family.card.name}, the model is {self.layout.family.card.name}: they are not compared.",
                 "Name a checkpoint of the same model.",
             )
 
@@ -206,7 +204,7 @@ class Actors:
         """The table of a section of data: its name has all that the values depend on."""
         recipe = self.recipe
         feed = self.layout.feed(section, self.mesh.rank, once=True)
-        path = self.settings.reference
+        path = self.reference_path
         start = [recipe.model.source, recipe.checkpoint.init_from] if path is None else [path]
         places = [_weights(p) for p in start if p is not None]
         if path is None and recipe.model.init == "random":

@@ -41,6 +41,7 @@ from polymodal.train import callbacks, monitor, optim, run_length
 from polymodal.train.layouts import Feed, layout_of
 from polymodal.train.parallel_model import ParallelModel, meta_model
 from polymodal.train.reference import Actors
+from polymodal.train.rollout import PolicyActors
 from polymodal.train.starting_weights import StartingWeights
 from polymodal.train.step import StepMetrics, drop_broken_samples, forward_backward, inverse_weights
 
@@ -118,9 +119,10 @@ class Trainer:
         self.model.train()
         self.trainable = self.model.trainable
         self.sampler = self.layout.sampler(self.model.models[0], self.mesh, self.device)
-        if getattr(self.objective, "needs_reference", False):
+        if self.layout.asks or getattr(self.objective, "needs_reference", False):
             frozen = self.layout.actors
-            self.layout.actors = Actors(
+            kind = PolicyActors if self.layout.asks else Actors
+            self.layout.actors = kind(
                 self.model, self.recipe, self.mesh, self.device, self.shard_batches, self.layout, frozen
             )
 
@@ -333,9 +335,13 @@ class Trainer:
         """One optimizer step. Returns whether some rank was asked to stop."""
         # Only dropout is random in a step, by (seed, step, data rank): a resumed run needs no RNG state.
         torch.manual_seed((self.recipe.train.seed * 1_000_003 + step) * 1_009 + self.mesh.dp_rank)
-        norm, total = self._forward_backward(batch)
         lr_factor = optim.learning_rate(self.recipe.optim.schedule, step - 1, self.steps)
-        applied = self._update(step, total, norm, lr_factor)
+        if isinstance(self.layout.actors, PolicyActors):
+            self.layout.actors.step = step
+        prepared = self._prepare(self.objective, batch)
+        for _ in range(getattr(self.objective, "updates", 1)):
+            norm, total = self._forward_backward(batch, *prepared)
+            applied = self._update(step, total, norm, lr_factor)
         self._advance(step, batch, total)
         values = {
             "loss": total["loss"],
@@ -356,16 +362,19 @@ class Trainer:
         inverse = inverse_weights(objective, batches, self.weights_group)
         return self.shard_batches(batches), inverse
 
-    def _forward_backward(self, batch: RankStep) -> tuple[Tensor, dict[str, float]]:
+    def _forward_backward(
+        self, batch: RankStep, batches: list[Batch], inverse: dict[str, float]
+    ) -> tuple[Tensor, dict[str, float]]:
         """Gradients of the step, accumulated into .grad; returns their norm, and the step's metrics, summed
-        over ranks."""
-        batches, inverse = self._prepare(self.objective, batch)
+        over ranks. batches, inverse: what `_prepare` made of it."""
         extra = (*STEP_TOTALS, *getattr(self.objective, "keys", ()))
         tally = StepMetrics(self.objective.parts, extra, self.family.routers())
         forward_backward(self.model.runner, self.objective, batches, inverse, tally, self.scaler.scale)
         # other pipeline stages and context-parallel ranks read the same samples
         counts_here = self.model.runner.has_last_stage and self.mesh.at["cp"] == 0
         stats = batch.stats if counts_here else StepStats()
+        if self.layout.asks and counts_here:  # its answers too, and the prompt for each of them
+            stats.tokens = sum(each["input_ids"].numel() for each in batches)
         counts = (stats.samples, stats.tokens, stats.media, stats.flops, batch.stats.wait_seconds)
         tally.add(dict(zip(STEP_TOTALS, counts, strict=True)))
         norm = self.model.gradients(self.scaler.scale)

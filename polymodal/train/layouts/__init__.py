@@ -34,7 +34,7 @@ LAYOUTS: dict[str, type[Layout]] = {
 
 
 def objectives_of(family: type[Family]) -> tuple[str, ...]:
-    """Objectives that recipes name for models of a family besides its own: dpo, kto."""
+    """Objectives that recipes name for models of a family besides its own: dpo, kto, grpo."""
     return tuple(LAYOUTS[family.layout].objectives)
 
 

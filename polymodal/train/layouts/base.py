@@ -24,7 +24,7 @@ from polymodal.distributed.mesh import Mesh
 from polymodal.models.family import Family
 from polymodal.parallel.apply import COMPUTE_DTYPE
 from polymodal.parallel.batches import BatchSharding
-from polymodal.recipe import PREFERENCE, Data, Dataset, Preference, Recipe
+from polymodal.recipe import PREFERENCE, Data, Dataset, Grpo, Preference, Recipe
 
 Section = Literal["datasets", "validation"]
 Attempt = Callable[..., Any]
@@ -99,7 +99,7 @@ class Layout(ABC):
     objective_class: type
     """The objective where the recipe names none."""
     objectives: Mapping[str, type] = {}
-    """Others that a recipe names without a module: dpo, kto, diffusion_dpo."""
+    """Others that a recipe names without a module: dpo, kto, diffusion_dpo, grpo."""
     by_tokens = False  # whether micro-batches are filled up to a number of tokens
 
     def __init__(self, recipe: Recipe, family: Family):
@@ -116,9 +116,15 @@ class Layout(ABC):
                 "train.preference is for train.objective dpo, kto and diffusion_dpo.",
                 "Set train.objective, or leave it out.",
             )
+        asks = self.recipe.train.grpo != Grpo() or self.recipe.train.rewards
+        if asks and not self.asks:
+            raise PolymodalError(
+                "train.grpo and train.rewards are for train.objective grpo.",
+                "Set train.objective, or leave them out.",
+            )
         if reference in self.objectives:
             chosen = self.objectives[reference]
-        elif reference in PREFERENCE:
+        elif reference in (*PREFERENCE, "grpo"):
             does = "generate" if reference == "diffusion_dpo" else "answer in chats"
             own = [name for name in self.objectives if name in PREFERENCE]
             raise PolymodalError(
@@ -142,6 +148,11 @@ class Layout(ABC):
     def compares(self) -> bool:
         """Whether answers are compared: samples are then pairs or rankings."""
         return self.recipe.train.objective in PREFERENCE
+
+    @property
+    def asks(self) -> bool:
+        """Whether the model learns from its own answers: samples are then prompts."""
+        return self.recipe.train.objective == "grpo"
 
     @abstractmethod
     def feed(self, section: Section, rank: int) -> Feed:

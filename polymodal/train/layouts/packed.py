@@ -6,6 +6,7 @@ Next-token loss, media inside the text, sequences sharded over context-parallel 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,10 +18,13 @@ from polymodal.data import boxes
 from polymodal.data.chat import ChatProcessor
 from polymodal.data.loader import Loader, StepStats
 from polymodal.data.preference import Mismatched, PreferenceProcessor
+from polymodal.data.prompts import PromptProcessor
 from polymodal.data.schedule import Schedule
 from polymodal.data.source import Corpus
 from polymodal.distributed.mesh import Mesh
+from polymodal.evaluate.rewards import Rewards
 from polymodal.objectives.language import LanguageObjective
+from polymodal.objectives.policy import PolicyObjective
 from polymodal.objectives.preference import PreferenceObjective, needs_copy
 from polymodal.parallel.batches import BatchSharding, PackedBatchSharding
 from polymodal.recipe import Data, Dataset
@@ -34,10 +38,18 @@ class Packed(TokenLayout):
 
     by_tokens = True
     objective_class = LanguageObjective
-    objectives = dict.fromkeys(("dpo", "kto"), PreferenceObjective)
+    objectives = {**dict.fromkeys(("dpo", "kto"), PreferenceObjective), "grpo": PolicyObjective}
+
+    @cached_property
+    def objective(self) -> Any:
+        if self.asks:
+            Rewards(self.recipe.train.rewards)
+        return super().objective
 
     def processor(self) -> ChatProcessor:
         media, data, train = self.media_processor(), self.recipe.data, self.recipe.train
+        if self.asks:
+            return PromptProcessor(media, data, train.grpo)
         if not self.compares:
             return ChatProcessor(media, data)
         share = self.recipe.parallel.pp == 1  # features are repeated in the stage that embeds them
@@ -56,7 +68,7 @@ class Packed(TokenLayout):
         return [*boxes.notes(corpus, processor.boxes), *self.warnings(corpus, processor)]
 
     def warnings(self, corpus: Corpus, processor: Any) -> list[str]:
-        if len(corpus) == 0 or processor.template.ends_answers or _first_is_plain(corpus):
+        if len(corpus) == 0 or self.asks or processor.template.ends_answers or _first_is_plain(corpus):
             return []
         return [
             "The chat template prints no special token behind an answer: the model does not learn to end "

@@ -70,6 +70,11 @@ class TokenLayout(Layout):
     def schedule(self, index: Index, corpus: Any, data: Data) -> Schedule:
         return Schedule(index, corpus.parts, data, self.recipe.train, self.family.cost)
 
+    @property
+    def format(self) -> str | None:
+        """The only format of rows that the objective learns from; None: every one."""
+        return "preference" if self.compares else "prompt" if self.asks else None
+
     def datasets(self, section: Section) -> list[Dataset]:
         found = super().datasets(section)
         for number, dataset in enumerate(found):
@@ -87,18 +92,20 @@ class TokenLayout(Layout):
                     f"{self.family.card.name} answers.",
                     "Leave it out.",
                 )
-            if self.compares and dataset.format not in ("auto", "preference"):
+            if self.format and dataset.format not in ("auto", self.format):
+                rows = "compare answers" if self.compares else "ask"
                 raise PolymodalError(
                     f"data.{section}.{number}.format = {dataset.format}, train.objective = "
-                    f"{self.recipe.train.objective} learns from rows that compare answers.",
+                    f"{self.recipe.train.objective} learns from rows that {rows}.",
                     "Leave it out.",
                 )
-            if dataset.format == "preference" and not self.compares:
+            if dataset.format in ("preference", "prompt") and not self.format:
+                of = "dpo and kto" if dataset.format == "preference" else "grpo"
                 raise PolymodalError(
-                    f"data.{section}.{number}.format = preference is for train.objective dpo and kto.",
+                    f"data.{section}.{number}.format = {dataset.format} is for train.objective {of}.",
                     "Set train.objective, or leave it out.",
                 )
-        form = {"format": "preference"} if self.compares else {}
+        form = {"format": self.format} if self.format else {}
         return [dataset.model_copy(update=form) for dataset in found]
 
     def corpus(self, datasets: Sequence[Dataset], data: Data, key: str = "data.datasets") -> Corpus:
