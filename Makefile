@@ -1,11 +1,11 @@
-# Everything a newcomer needs: `make demo`, `make demo-image`, `make demo-dpo`, `make wan-digits`, `make test`.
+# Everything a newcomer needs: `make demo`, `make demo-image`, `make demo-dpo`, `make demo-grpo`, `make wan-digits`, `make test`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo demo-image demo-dpo wan-digits static test slow nightly lint parity docs clean
+.PHONY: install demo demo-image demo-dpo demo-grpo wan-digits static test slow nightly lint parity docs clean
 
 install: $(VENV)/.ready
 
@@ -25,6 +25,9 @@ demo-image: install
 
 demo-dpo: install
 	$(BIN)/python examples/digits-dpo/demo.py --dir runs/demo-dpo
+
+demo-grpo: install
+	$(BIN)/python examples/digits-grpo/demo.py --dir runs/demo-grpo
 
 wan-digits: install
 	$(BIN)/python examples/wan-digits/demo.py --dir runs/wan-digits

@@ -71,8 +71,7 @@ def report(root: Path, result: dict, rows: list[dict], parts: dict[str, list[str
         cards.append(pages.Card(build.QUESTION, shown, digit, [picture]))
     numbers = {"digit read, before": f"{result['before']:.1%}"}
     numbers |= {
-        f"digit read, seed {seed}": f"{score:.1%}"
-        for seed, score in zip(SEEDS, result["after"], strict=True)
+        f"digit read, seed {seed}": f"{score:.1%}" for seed, score in zip(SEEDS, result["after"], strict=True)
     }
     numbers["digit read, rewards of a coin"] = f"{result['control']:.1%}"
     for name, key in (("sampled reward", "reward"), ("entropy", "entropy")):
@@ -89,7 +88,8 @@ def report(root: Path, result: dict, rows: list[dict], parts: dict[str, list[str
     ]  # fmt: skip
     curves = run_page.curves(run_page.read_metrics(root / "seed-0"), unit="loss of a token")
     return pages.write(
-        root / "report.html", run_page.page("Learned from its own answers", lead, numbers, curves, cards, steps)
+        root / "report.html",
+        run_page.page("Learned from its own answers", lead, numbers, curves, cards, steps),
     )
 
 
@@ -97,7 +97,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", type=Path, default=Path("runs/demo-grpo"))
     parser.add_argument("--nproc", type=int, default=2)
-    parser.add_argument("--start", type=Path, help="a checkpoint that half reads digits, in place of training one")
+    parser.add_argument(
+        "--start", type=Path, help="a checkpoint that half reads digits, in place of training one"
+    )
     parser.add_argument("words", nargs="*", help="overrides of the recipe of the runs with rewards")
     args = parser.parse_args()
     root, started = args.dir, time.monotonic()

@@ -114,16 +114,18 @@ def divisors(number: int) -> list[int]:
 def layouts(made: Recipe, question: Question, experts: bool) -> Iterator[ParallelSizes]:
     """Every way to fill the world; tensor parallelism stays in a node, replicas are of whole nodes."""
     world, node = question.world, question.accelerator.node
-    whole = made.train.objective in PREFERENCE  # a reference is asked on ranks that hold the whole model
-    for tp in (n for n in divisors(world) if n <= node):
-        for cp in divisors(world // tp):
+    alone = made.train.objective == "grpo"  # a rank answers by itself
+    # a reference is asked on ranks that hold the whole model
+    whole = alone or made.train.objective in PREFERENCE
+    for tp in (n for n in divisors(1 if alone else world) if n <= node):
+        for cp in divisors(1 if alone else world // tp):
             for pp in [1] if whole else divisors(world // tp // cp):
                 data = world // tp // cp // pp
                 nodes, rest = divmod(data * cp * tp, node)
                 replicas = {1, nodes} if nodes > 1 and not rest and data % nodes == 0 else {1}
                 for replicate in sorted(replicas):
                     shard = data // replicate
-                    for ep in divisors(shard * cp * tp) if experts else [1]:
+                    for ep in divisors(shard * cp * tp) if experts and not alone else [1]:
                         sizes = ParallelSizes(pp, replicate, shard, cp, tp, ep)
                         if sizes.dp <= made.train.global_batch_size:
                             yield sizes

@@ -342,7 +342,7 @@ def way(
             "TASK": task.upper(),
             "index": "model_index.json" if generates else "config.json",
             "nodes": nodes if count > 8 and not generates else "",
-            "merge": " --merge-lora" if method in ("lora", "dreambooth", *PREFERENCE) else "",
+            "merge": " --merge-lora" if method in ("lora", "dreambooth", "grpo", *PREFERENCE) else "",
             "not_yet": NOT_YET.get(task, ""),
             "format": "diffusers' layout" if generates else "hub format",
             **_conversion(weights, "mm"),

@@ -165,7 +165,7 @@ def main(
     for count, rows in sorted(found.answers.items()):
         what = "an answer with a label (kto)" if count == 1 else f"{count} answers to compare (dpo)"
         say(f"{rows} rows have {what}.")
-    if found.unanswered:
+    if found.unanswered and format != "prompt":
         say(f"{found.unanswered} rows have no assistant's turn: nothing is learned from them.")
     for problem in found.problems[:limit]:
         say(problem)

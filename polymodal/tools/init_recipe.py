@@ -42,19 +42,24 @@ TASKS = {
     "pretrain": "pretraining from random weights",
     "dpo": "preference training (DPO), LoRA",
     "kto": "preference training without pairs (KTO), LoRA",
+    "grpo": "learning from rewards of its own answers (GRPO), LoRA",
     "dreambooth": "DreamBooth, LoRA on a few pictures of one subject",
 }
 RATES = {"sft": "1.0e-5", "lora": "1.0e-4", "pretrain": "3.0e-4", "dreambooth": "1.0e-4"}
 COMPARING = ("dpo", "kto")
-RATES |= dict.fromkeys(COMPARING, "2.0e-5")
+RATES |= {**dict.fromkeys(COMPARING, "2.0e-5"), "grpo": "1.0e-5"}
 """Learning rate of each task."""
-ADAPTERS = ("lora", "dreambooth", *COMPARING)
+ANSWERS = (*COMPARING, "grpo")
+"""Tasks that are named as the objectives of models that answer in chats."""
+ADAPTERS = ("lora", "dreambooth", *ANSWERS)
 DATA = "data/train.json"
 ACCELERATOR = "910b"
 """What layouts are recommended for unless --device names another: the least memory of the table (64 GiB)."""
 BATCH = 32
 """Packs or samples a step, where there are enough of them and no more devices."""
 MAX_LENGTH = 4096
+GROUP_LENGTH = 16384
+"""grpo: of eight answers with their prompts."""
 SPEECH = {"language": "en"}
 """data.speech, to be edited where records that name no language are spoken in another one."""
 PICTURE = 1024 * 1024
@@ -129,7 +134,7 @@ def plan(
         does = ", ".join(c.name for c in catalog.cards().values() if task in c.methods)
         raise PolymodalError(f"{card.name} has no recipe for DreamBooth.", f"These have: {does}.")
     of_version = [k for k in card.sizes if catalog.named(f"{model}-{k.partition('-')[2]}") == (card, k)]
-    if task in COMPARING and objective(card, task) not in objectives_of(card.family):
+    if task in ANSWERS and objective(card, task) not in objectives_of(card.family):
         raise PolymodalError(
             f"--task {task} is for models that answer in chats, {card.name} is none.", "Choose sft or lora."
         )
@@ -185,7 +190,7 @@ def _devices(card: ModelCard, key: str | None, task: str) -> int | None:
     many = card.sizes[key].devices
     return many if task not in ADAPTERS else max(1, min(8, many // 2))
 
-
+    return "diffusion_dpo" if (card.kind, task) == ("generation", "dpo") else task
 def _say(text: str) -> None:
     say(text, "...", error=True)
 
@@ -231,14 +236,17 @@ def _bare(
     elif card.transcribes:
         section["speech"] = SPEECH
     if fills_by_tokens(card.family):
-        section["max_length"] = measured.max_length if measured else MAX_LENGTH
+        longest = GROUP_LENGTH if task == "grpo" else MAX_LENGTH
+        section["max_length"] = measured.max_length if measured else longest
         section["pack_length"] = measured.pack_length if measured else None
     model: dict[str, Any] = {"source": source}
     if task in ADAPTERS:
         model["lora"] = {"rank": 16, "alpha": 32, "towers": [card.main]}
     train: dict[str, Any] = {"global_batch_size": batch}
-    if task in COMPARING:
+    if task in ANSWERS:
         train["objective"] = objective(card, task)
+    if task == "grpo":
+        train["rewards"] = [{"name": "exact"}]
     return recipe.validate({"name": card.name, "model": model, "data": section, "train": train})
 
 
