@@ -211,6 +211,8 @@ def _within(seconds: float, call: Callable[[], list[Any]]) -> list[Any]:
     thread.join(seconds)
     if thread.is_alive():
         raise TimeoutError(f"it took longer than {seconds:g} s")
+    if problem and not isinstance(problem[0], Exception):  # it asked to leave: that is a failure, too
+        raise RuntimeError(f"it raised {type(problem[0]).__name__}")
     if problem:
         raise problem[0]
     return out[0]

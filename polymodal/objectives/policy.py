@@ -25,7 +25,7 @@ from polymodal.objectives.language import LanguageObjective, Rows, head_loss
 from polymodal.recipe import Grpo, Recipe, Reward
 
 EPSILON = 1e-4  # added to the standard deviation of a group
-COUNTS = ("answers", "groups", "learned", "generated", "tokens")
+COUNTS = ("asked", "answers", "groups", "learned", "generated", "tokens")
 OF_ANSWERS = ("reward", "truncated", "lengths", "failed")
 OF_GROUPS = ("reward_std", "equal_groups")
 OF_TOKENS = ("clip_fraction", "ratio", "kl", "logp_difference")
@@ -267,6 +267,7 @@ class PolicyObjective(LanguageObjective):
         """Sums of what is logged of the answers."""
         asked = made.lengths >= 0
         out = {
+            "asked": asked.sum(),
             "answers": known.sum(),
             "learned": learned.sum(),
             "reward": total[known].sum(),
@@ -301,21 +302,23 @@ class PolicyObjective(LanguageObjective):
             if count:
                 out[name] = total[key] / count
 
-        answers = total["answers"] + total["failed"]
+        answers = total["asked"]
         put("reward", "reward", total["answers"])
         for name in self.names:
             put(f"rewards/{name}", f"rewards/{name}", total[f"rewards/{name}/count"])
-        put("reward_std", "reward_std", total["groups"])
-        put("equal_groups", "equal_groups", total["groups"])
         put("lengths/answers", "lengths", answers)
         put("truncated", "truncated", answers)
+        out["failed"] = total["failed"]
+        if self.greedy:
+            return out
+        put("reward_std", "reward_std", total["groups"])
+        put("equal_groups", "equal_groups", total["groups"])
         put("learned", "learned", answers)
         put("entropy", "entropy", total["generated"])
         tokens = total["tokens"]
         for name in OF_TOKENS:
             if name != "kl" or self.needs_reference:
                 put(name, name, tokens)
-        out["failed"] = total["failed"]
         return out
 
     def text_term(

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from polymodal.core.sample import IGNORE, pack
+from polymodal.core.sample import IGNORE, pack, padding_sample
 from polymodal.distributed.mesh import Mesh, ParallelSizes
 from polymodal.models import catalog, weights
 from polymodal.recipe import Recipe, load
@@ -65,7 +65,7 @@ def measure(rank: int, root: Path, case: Case) -> dict[str, Any]:
     for batch in data:
         batch.tensors |= {n: t.double() for n, t in batch.tensors.items() if n in floats}
     mine = data[mesh.dp_rank :: mesh.sizes.dp]
-    mine += [layout_padding(family)] * (-(-len(data) // mesh.sizes.dp) - len(mine))
+    mine += [padding(family)] * (-(-len(data) // mesh.sizes.dp) - len(mine))
     sharding = layout.batch_sharding(mesh)
 
     def fill(part: torch.nn.Module) -> None:
@@ -108,9 +108,8 @@ def measure(rank: int, root: Path, case: Case) -> dict[str, Any]:
     }
 
 
-def layout_padding(family: Any) -> Any:
-    from polymodal.core.sample import padding_sample
-
+def padding(family: Any) -> Any:
+    """What a rank has that has no prompt."""
     batch = pack([padding_sample(2, family.position_rows)])
     batch.tensors["weights"] = batch["weights"].double()
     return batch
@@ -145,6 +144,7 @@ KL = {"kl": 0.2, "temperature": 0.7, "aggregate": "sequence"}
 ONE = [Case("one"), Case("LoRA", lora=True, grpo=KL), Case("KL", grpo={**KL, "updates": 2})]
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(root):
     """One of them has one micro-batch without a prompt; pictures are dealt out; LoRA with adapters off."""
     others = [
@@ -174,7 +174,7 @@ def test_other_layouts_equal_one(root):
     agree(root, ONE[:1], others, 4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("card", ["qwen2-vl", "qwen3-vl", "qwen3-vl-moe", "internvl", "llava"])
 def test_every_card_answers_as_it_trains(card, tmp_path):
     """The log-probabilities of tokens as they are drawn are those of the training forward."""
