@@ -358,7 +358,7 @@ class PolicyObjective(LanguageObjective):
         logs |= batch.groups.get("figures", {})
         logs |= {"clip_fraction": made.clipped.sum(), "ratio": made.ratio.sum(), "kl": made.kl.sum()}
         if sampled is not None:
-            logs["logp_difference"] = (sampled - log_probs).abs().sum()
+            logs["logp_difference"] = (sampled - (log_probs if old is None else old)).abs().sum()
         if not torch.is_grad_enabled():
             return value, logs
         (slope,) = torch.autograd.grad(scaled, leaf)

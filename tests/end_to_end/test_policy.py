@@ -45,7 +45,7 @@ def test_a_run_resumes_and_failed_rewards_teach_nothing(root):
     for a, b in zip(steps["again"], steps["whole"], strict=True):
         assert {f: a[f] for f in figures} == pytest.approx({f: b[f] for f in figures}, rel=1e-5, abs=1e-7)
     assert steps["whole"][0]["kl"] > 0, "of the second update"
-    assert all(line["logp_difference"] < 1e-2 for line in steps["whole"])
+    assert all(line["logp_difference"] < 1e-5 for line in steps["whole"])
     assert found["whole"][-1]["validation/reward"] > 0
     said = [json.loads(line) for line in (root / "whole-1" / "rollouts.jsonl").read_text().splitlines()]
     assert {line["step"] for line in said} == {1, 2, 3, 4} and all(len(line["made"]) == 4 for line in said)
