@@ -175,7 +175,9 @@ def test_other_layouts_equal_one(root):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("card", ["qwen2-vl", "qwen3-vl", "qwen3-vl-moe", "internvl", "llava"])
+@pytest.mark.parametrize(
+    "card", ["qwen2-vl", "qwen3-vl", "qwen3-vl-moe", "internvl", "llava", "deepseek-vl2", "qwen2.5-omni"]
+)
 def test_every_card_answers_as_it_trains(card, tmp_path):
     """The log-probabilities of tokens as they are drawn are those of the training forward."""
     root = make(tmp_path, card)
