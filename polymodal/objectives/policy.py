@@ -223,7 +223,8 @@ class PolicyObjective(LanguageObjective):
         settings, made = self.settings, actors.rollout(batches, self.greedy)
         whole = [each.batch for each in made]
         needs_old = settings.updates > 1 or (settings.kl > 0 and settings.kl_in == "reward")
-        old = reference = [None] * len(whole)
+        old: list[Any] = [None] * len(whole)
+        reference: list[Any] = [None] * len(whole)
         if needs_old and not self.greedy:
             old = actors.policy(whole)
         if self.needs_reference and not self.greedy:
@@ -266,7 +267,7 @@ class PolicyObjective(LanguageObjective):
     ) -> dict[str, float]:
         """Sums of what is logged of the answers."""
         asked = made.lengths >= 0
-        out = {
+        out: dict[str, Any] = {
             "asked": asked.sum(),
             "answers": known.sum(),
             "learned": learned.sum(),
@@ -296,7 +297,7 @@ class PolicyObjective(LanguageObjective):
 
     def shown(self, total: Mapping[str, float]) -> dict[str, float]:
         """Figures of a step's log from sums over the global batch."""
-        out = {}
+        out: dict[str, float] = {}
 
         def put(name: str, key: str, count: float) -> None:
             if count:
