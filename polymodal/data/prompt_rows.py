@@ -1,4 +1,4 @@
-"""Rows that ask: verl's and EasyR1's parquet rows, TRL's prompts, and conversations without their last answers."""
+"""Rows that ask: parquet of verl and EasyR1, TRL's prompts, conversations without their last answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def turns(row: Mapping[str, Any], attr: Attr) -> tuple[list[Any], list[str]]:
         messages = [{"role": "user", "content": messages}]
     if not isinstance(messages, list) or not messages:
         raise PolymodalError(
-            f"the row asks nothing: the column `{key}` is {'missing' if messages is None else 'no question'}.",
+            f"the row asks nothing: `{key}` is {'missing' if messages is None else 'no question'}.",
             "Name the column in data.attr.prompt or data.attr.messages.",
         )
     asked = list(messages)

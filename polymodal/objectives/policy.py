@@ -1,4 +1,4 @@
-"""Group policy optimization: GRPO (Shao et al. 2024, arXiv:2402.03300) and its kin, of the model's own answers.
+"""Group policy optimization (GRPO, Shao et al. 2024, arXiv:2402.03300) and its kin.
 
 `prepare` has the answers of a step made and scored, and compares those to one prompt with each other; the
 loss is then a function of each token's log-probability, differentiated through the chunked head as in

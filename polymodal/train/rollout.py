@@ -83,7 +83,7 @@ def generate(
     cut: set[int],
     device: torch.device,
 ) -> list[list[Answer]]:
-    """Answers to prompts, one for each of their keys, which name the random draws; within a call of the model.
+    """Answers to prompts, one for each of their keys, which name the random draws; within the model's call.
 
     cut: ids that no answer may hold, as they stand for media: it ends before one, unfinished.
     Raises PolymodalError for a model that keeps no keys and values of every layer.

@@ -133,7 +133,7 @@ def agree(root: Path, one: list[Case], others: list[Case], world: int) -> None:
     for case, got in zip(others, found, strict=True):
         want = by[case.kind]
         assert len(want["said"]) == COUNT and got["said"] == want["said"], case.name
-        assert got["loss"] == pytest.approx(want["loss"], rel=EXACT, abs=1e-12), case.name
+        assert got["loss"] == pytest.approx(want["loss"], rel=EXACT, abs=EXACT), case.name
         apart, where = error(got["gradients"], want["gradients"])
         assert apart < EXACT, (case.name, where, apart)
         assert got["shown"] == pytest.approx(want["shown"], rel=1e-7, abs=1e-9), case.name

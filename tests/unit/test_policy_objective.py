@@ -103,7 +103,7 @@ def step(settings: Grpo, cut: list[list[int]], finished: bool = True):
         loss += part.item()
         with torch.no_grad():
             still = objective.loss(Output(EMBED(batch["input_ids"]), HEAD), batch, inverse)[0].item()
-        assert still == pytest.approx(part.item(), rel=EXACT, abs=1e-15)
+        assert still == pytest.approx(part.item(), rel=EXACT, abs=EXACT)
         total = {key: v + float(torch.as_tensor(logs.get(key, 0.0)).detach()) for key, v in total.items()}
     return loss, EMBED.weight.grad.clone(), HEAD.weight.grad.clone(), objective.shown(total)
 
@@ -190,12 +190,12 @@ def test_loss_and_gradient_are_the_definition(name):
         p.grad = None
     loss = defined(settings, finished)
     loss.backward()
-    assert found[0] == pytest.approx(loss.item(), rel=EXACT, abs=1e-14)
+    assert found[0] == pytest.approx(loss.item(), rel=EXACT, abs=EXACT)
     torch.testing.assert_close(found[1], EMBED.weight.grad, rtol=EXACT, atol=EXACT)
     torch.testing.assert_close(found[2], HEAD.weight.grad, rtol=EXACT, atol=EXACT)
     assert found[1].abs().max() > 1e-4
     again = step(settings, [[2], [1], [0]], finished)
-    assert again[0] == pytest.approx(found[0], rel=EXACT, abs=1e-14)
+    assert again[0] == pytest.approx(found[0], rel=EXACT, abs=EXACT)
     torch.testing.assert_close(again[2], found[2], rtol=EXACT, atol=EXACT)
 
 
