@@ -1,4 +1,4 @@
-"""The reference of preferences and policies: the model with its adapters off, a frozen copy, or a table on disk.
+"""The reference: the model with its adapters off, a frozen copy, or a table on disk.
 
 It gives what the objective compares, log-probabilities of whole answers or errors of noised samples, computed
 by the same forward and layout as those of the policy: where both have the same weights they are equal.
