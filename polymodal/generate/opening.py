@@ -29,7 +29,7 @@ from polymodal.data.boxes import BoxWriter
 from polymodal.distributed import attention
 from polymodal.distributed import checkpoint as checkpoints
 from polymodal.generate.engine import Engine
-from polymodal.models import adapter_files, agreement, catalog, library, lora, weights
+from polymodal.models import adapter_files, agreement, catalog, library, lora, quantised, weights
 from polymodal.models.card import ModelCard
 from polymodal.models.family import Family
 from polymodal.runtime import device as devices
@@ -108,6 +108,7 @@ class Assembled:
     """A model on meta (until `fill`), with adapters apart from their base, and where its values come from.
 
     tensors: whole, by plain parameter name, adapters by their own; each is read when it is asked for.
+    rounded: of a run on a base of few bits, whose weights `tensors` has as they were computed with.
     """
 
     model: nn.Module
@@ -115,6 +116,7 @@ class Assembled:
     recipe: recipes.Recipe
     checkpoint: Path
     tensors: LazyTensors
+    rounded: quantised.Rounded | None = None
 
     @torch.no_grad()
     def fill(self, dtype: torch.dtype = torch.float32) -> Assembled:
@@ -156,10 +158,12 @@ def describe(
     ema: bool = False,
     base: str | None = None,
     locate: Locate = checkpoints.locate,
+    quantise: bool = True,
 ) -> Assembled:
     """The model of a run or of one checkpoint: what it started from, where needed, under the trained tensors.
 
     ema: the average instead of the last weights. base: where model.source lies now, when it was moved.
+    quantise: weights that model.base kept in few bits are rounded as they were; False: as the files have them.
     Raises PolymodalError: no checkpoint, no average, a base that is gone, tensors that do not fit.
     """
     checkpoint = locate(source)
@@ -190,7 +194,13 @@ def describe(
     frozen = any(not set(names) & set(tensors) for _, names in library.aliases(model))
     if frozen or set(lora.adapters(model)) - set(tensors):
         tensors = _initial(model, family, recipe, locate) | tensors
-    return Assembled(model, family, recipe, checkpoint, tensors)
+    rounded = None
+    if recipe.model.base != "bf16" and quantise:
+        names = [f"{name}.weight" for name in quantised.choose(model, family.card)]
+        rounded = quantised.Rounded(tensors, names, recipe.model.base)
+    return Assembled(
+        model, family, recipe, checkpoint, rounded.tensors if rounded is not None else tensors, rounded
+    )
 
 
 def _initial(model: nn.Module, family: Family, recipe: recipes.Recipe, locate: Locate) -> LazyTensors:

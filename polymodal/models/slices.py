@@ -276,7 +276,13 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def copies(stored: Stored, tensor: Tensor) -> Iterator[tuple[str, tuple[slice, ...], Tensor]]:
     """All reads for a tensor's shard on this rank: (key, slices of the stored tensor, view of the shard)."""
-    spans, local = local_spans(tensor), local_part(tensor)
+    return reads(stored, local_spans(tensor), local_part(tensor))
+
+
+def reads(
+    stored: Stored, spans: list[Spans], local: Tensor
+) -> Iterator[tuple[str, tuple[slice, ...], Tensor]]:
+    """The same for any tensor that is to hold these spans."""
     for box, view in boxes(spans, local):
         part = stored
         for dim, (begin, end) in enumerate(box):

@@ -21,12 +21,12 @@ from torch.distributed.tensor import DTensor
 from polymodal.core.errors import PolymodalError
 from polymodal.core.tensors import LazyTensors, has_nan, require_finite
 from polymodal.core.text import nearest
-from polymodal.models import catalog, library
+from polymodal.models import catalog, library, quantised
 from polymodal.models.card import PrunedModule
 from polymodal.models.family import Family
 from polymodal.models.initial import draw, shielded
 from polymodal.models.library import Layout, plain
-from polymodal.models.slices import Stored, copies, local_part, scatter
+from polymodal.models.slices import Stored, copies, local_part, local_spans, reads, scatter
 from polymodal.models.storage import Files, dtype_of
 
 
@@ -65,8 +65,9 @@ def load(
     def work() -> None:
         held = Files(directory) if files is None else files
         names = catalog.reader(directory).tensor_names(directory) if files is None else None
-        plan = library.layout(model, held.shapes, names)
-        report.drawn = _check(model, plan, held)
+        with quantised.unpacked(model):
+            plan = library.layout(model, held.shapes, names)
+            report.drawn = _check(model, plan, held)
         materialise(model, device, offloaded)
         known = dict(model.named_parameters())
         rebuild_buffers(model, persistent=any(name not in known for name in report.drawn))
@@ -251,9 +252,12 @@ def _read(model: nn.Module, plan: Layout, files: Files, report: LoadReport) -> d
             held[first] = tensor
             twins += [(first, other) for other in more if other in plan.entries]
 
+    low = quantised.layers(model)
     for name in sorted(held.keys() & plan.entries.keys(), key=lambda n: files.order[plan.entries[n].keys[0]]):
         stored, local = plan.entries[name], local_part(held[name])
-        for key, box, view in copies(stored, held[name]):
+        if name in low:
+            _read_quantised(low[name], stored, held[name], files)
+        for key, box, view in copies(stored, held[name]) if name not in low else ():
             files.read(key, box, view)
         written[name] = (local, local._version)
         report.bytes_held += local.numel() * local.element_size()
@@ -269,6 +273,16 @@ def _read(model: nn.Module, plan: Layout, files: Files, report: LoadReport) -> d
     files.close()
     report.bytes_read = files.bytes_read
     return written
+
+
+def _read_quantised(layer: nn.Linear, stored: Stored, weight: Tensor, files: Files) -> None:
+    """Fill this rank's rows of a quantised weight: read whole, one layer at a time, and packed."""
+    rows, local = local_spans(weight)[0], local_part(weight)
+    whole = torch.empty(local.shape[0], layer.in_features)
+    for key, box, view in reads(stored, [rows, [(0, layer.in_features)]], whole):
+        files.read(key, box, view)
+    require_finite([(stored.keys[0], whole)], files.where(stored.keys[0]))
+    local.copy_(quantised.pack(whole.to(local.device), layer.base_kind))  # type: ignore[arg-type]
 
 
 def read(model: nn.Module, source: str | Path, files: Any = None) -> LazyTensors:
@@ -360,10 +374,14 @@ def initialise(
     """
     materialise(model, device, offloaded)
     rebuild_buffers(model, persistent=True)
-    values = random(model, family, seed)
-    for tensor, names in library.aliases(model):
-        if names[0] in values:
-            scatter(values[names[0]], tensor)
+    low, found = quantised.layers(model), library.aliases(model)
+    with quantised.unpacked(model):
+        values = random(model, family, seed)
+        for tensor, names in found:
+            if names[0] in values:
+                value = values[names[0]]
+                layer = low.get(names[0])
+                scatter(value if layer is None else quantised.pack(value, str(layer.base_kind)), tensor)
 
 
 @torch.no_grad()

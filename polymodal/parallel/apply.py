@@ -18,12 +18,13 @@ from polymodal.core.errors import PolymodalError
 from polymodal.distributed import collectives
 from polymodal.distributed.context_parallel import ulysses_size
 from polymodal.distributed.mesh import Mesh, ParallelSizes
+from polymodal.models import quantised
 from polymodal.models.card import ModelCard, PrunedModule
 from polymodal.parallel import dit_context_parallel, expert, memory, pipeline_split, tensor
 from polymodal.parallel.batches import attention_heads, context_of
 from polymodal.parallel.pipeline_split import SCHEDULES, ScheduleTraits
 from polymodal.parallel.styles import on_first, pattern_of
-from polymodal.recipe import Parallel, Recipe
+from polymodal.recipe import Model, Parallel, Recipe
 from polymodal.runtime import device
 
 COMPUTE_DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "pure_bf16": torch.bfloat16}
@@ -58,13 +59,14 @@ def check(
     config: Any,
     sizes: ParallelSizes,
     parallel: Parallel | None = None,
-    attention: str = "auto",
+    settings: Model | None = None,
 ) -> list[PolymodalError]:
     """Every reason why a model of this transformers config cannot be sharded so; empty when it can.
 
-    attention: the recipe's model.attention. Needs no model; `polymodal check` lists all of the errors.
+    settings: the recipe's model. Needs no model itself; `polymodal check` lists all of the errors.
     """
-    reasons = []
+    reasons = quantised.check(settings, sizes) if settings is not None else []
+    attention = settings.attention if settings is not None else "auto"
     for axis in ("pp", "cp", "ep", "tp"):
         size = getattr(sizes, axis)
         if size > 1 and axis in card.limits:
@@ -180,7 +182,7 @@ def apply(model: nn.Module, card: ModelCard, mesh: Mesh, recipe: Recipe) -> nn.M
     PolymodalError for a layout that this model cannot have.
     """
     parallel, precision = recipe.parallel, recipe.train.precision
-    for reason in check(card, getattr(model, "config", None), mesh.sizes, parallel, recipe.model.attention):
+    for reason in check(card, getattr(model, "config", None), mesh.sizes, parallel, recipe.model):
         raise reason
     blocks = matching(model, card.blocks, f"the card {card.name}")
     _set_dtypes(model, precision)

@@ -40,6 +40,9 @@ MOVED_A_CHUNK = 11.0
 MOVED_BY_UPDATE = 40
 """Bytes that the optimizer moves for a parameter."""
 
+UNPACKED = 8
+"""Bytes for each weight of the largest quantised layer while it is made plain (models/quantised.py)."""
+
 
 @dataclass
 class Estimate:
@@ -169,8 +172,9 @@ class Formula:
         if recipe.optim.name == "muon":
             moments -= shape.matrices / max(1, shape.trained)
         full, ema = recipe.checkpoint.save == "full", bool(recipe.train.ema)
+        saved = held(shape.low * self.width - shape.low_bytes, 0)
         out = Estimate(
-            parameters=int(trained * master + (frozen + reference) * self.width),
+            parameters=int(trained * master + (frozen + reference) * self.width - saved),
             gradients=int(trained * master),
             optimizer=int(trained * master * moments),
             average=int(4 * trained * ema),
@@ -208,6 +212,8 @@ class Formula:
         kept *= self._depth() / sizes.pp
         head = self.head * width  # its gradient is made in the forward pass and kept
         loss = max(1.5 * min(CHUNK_BYTES, self.logits), (3 if self.chunks > 1 else 1) * head)
+        one += UNPACKED * shape.low_largest
+        packed = 1 - (1 - shape.low_bytes / max(1, shape.low) / width) * shape.low / max(1, shape.blocks)
         if self.shards * sizes.dp_replicate == 1:
             return max((kept + head, 0.0, loss), (kept + head, 0.0, one), key=sum)
         root = self.root / min(sizes.pp, 2)
@@ -215,10 +221,10 @@ class Formula:
         size = shape.largest if parallel.recompute == "full" else shape.last
         block = self._on_rank(size, size * shape.experts / max(1, shape.blocks))
         blocks = self._on_rank(shape.blocks, shape.experts) / sizes.pp
-        gathered, ahead = root * width, 2 * block * width
-        reduced = block * (width + 4 * self.learning)  # buffers of collectives
+        gathered, ahead = root * width, 2 * block * width * packed
+        reduced = block * (width * packed + 4 * self.learning)  # buffers of collectives
         if not parallel.reshards:
-            gathered, ahead = gathered + blocks * width, 0.0
+            gathered, ahead = gathered + blocks * width * packed, 0.0
         if parallel.zero_stage == 1 and self.learning:
             gathered, reduced = gathered + 4 * (blocks + root), 0.0
         return max(

@@ -94,7 +94,7 @@ def traced_micro_batches(recipe: Recipe, sizes: ParallelSizes, packed: bool) -> 
 def plan(recipe: Recipe, family: Family, question: Question, progress: bool = False) -> Prediction:
     """Trace and predict. Raises PolymodalError for every layout that training would refuse."""
     sizes = ParallelSizes.of(recipe.parallel, question.world)
-    for reason in apply.check(family.card, family.config, sizes, recipe.parallel, recipe.model.attention):
+    for reason in apply.check(family.card, family.config, sizes, recipe.parallel, recipe.model):
         raise reason
     compiled = recipe.parallel.compile
     if compiled:  # what a compiler makes of a block is not known without its device

@@ -142,7 +142,7 @@ def candidates(made: Recipe, family: Family, question: Question) -> Iterator[tup
         if sizes.pp > 1 and sizes.pp * stages > depth:
             continue
         for parallel in _variants(made, sizes):
-            if apply.check(family.card, family.config, sizes, parallel, made.model.attention):
+            if apply.check(family.card, family.config, sizes, parallel, made.model):
                 continue
             for size in micro_sizes:
                 train = made.train.model_copy(update={"micro_batch_size": size})

@@ -18,6 +18,7 @@ from torch import nn
 from polymodal.core.sample import SampleLengths
 from polymodal.models.card import ModelCard
 from polymodal.models.family import Family
+from polymodal.models import quantised
 from polymodal.models.understanding import language
 from polymodal.parallel import pipeline_split
 from polymodal.train import optim
@@ -106,11 +107,23 @@ class Shape:
     head_trained: bool = True
     head_cut: bool = True  # over tensor-parallel ranks, as the embedding is
     by_tower: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> (parameters, trained)
+    low: int = 0  # parameters that model.base keeps in few bits
+    low_bytes: int = 0
+    low_largest: int = 0  # parameters of the largest of those layers
 
 
 def shape_of(family: Family, model: nn.Module) -> Shape:
     """Counted on `model`, whole on meta with adapters attached and towers frozen
     (parallel_model.meta_model)."""
+    low = quantised.layers(model).values()
+    held = sum(layer.weight.numel() for layer in low)
+    sizes = [layer.in_features * layer.out_features for layer in low]
+    with quantised.unpacked(model):
+        shape = _counted(family, model)
+    return replace(shape, low=sum(sizes), low_bytes=held, low_largest=max(sizes, default=0))
+
+
+def _counted(family: Family, model: nn.Module) -> Shape:
     card = family.card
     block_names = re.compile("|".join(re.escape(p).replace(r"\*", r"[^.]+") + r"(?=\.)" for p in card.blocks))
     blocks: dict[str, int] = {}
@@ -215,9 +228,9 @@ def denoiser(card: ModelCard, layers: int, hidden: int, parameters: float) -> To
     return Tower(layers, hidden, 3 * hidden, int(min(max(inner, hidden), 4.0 * hidden)), fit=fit)
 
 
-def published(card: ModelCard, key: str, adapters: bool) -> Shape:
+def published(card: ModelCard, key: str, adapters: bool, base: str = "bf16") -> Shape:
     """Of a published size whose config is not here, by the card's parameters and layers. A block has 12
-    hidden^2 weights."""
+    hidden^2 weights. base: the recipe's model.base; experts are stacks, which stay whole."""
     size, generates = card.sizes[key], card.kind == "generation"
     total, active = size.parameters * 1e9, (size.active or size.parameters) * 1e9
     hidden = int(math.sqrt(active / size.layers / 12))
@@ -228,6 +241,8 @@ def published(card: ModelCard, key: str, adapters: bool) -> Shape:
             size.layers, hidden, int(1.4 * hidden), int(3.2 * hidden), experts=8 if size.active else 0
         )
         outside = min(0.1 * total, 2 * 150_000 * hidden + 0.7e9)  # embeddings, head, vision
+
+    low = min(active, total - outside) if adapters and base != "bf16" else 0
 
     def cost(measure: SampleLengths) -> tuple[float, float]:
         attention = (4.0 if generates else 2.0) * size.layers * hidden * float(measure.tokens) ** 2
@@ -246,4 +261,7 @@ def published(card: ModelCard, key: str, adapters: bool) -> Shape:
         experts=int(total - active) if size.active else 0,
         vocabulary=0 if generates else 150_000,
         head_trained=not adapters,
+        low=int(low),
+        low_bytes=int(low * quantised.row_bytes(base, 4096) / 4096) if low else 0,
+        low_largest=4 * hidden * hidden * bool(low),
     )

@@ -59,6 +59,9 @@ class Model(Section):
     """Overrides of the checkpoint's config.json by dotted name, e.g. {text_config.num_hidden_layers: 4}."""
     lora: Lora | None = None
     """Train adapters instead of the weights."""
+    base: Literal["bf16", "int8", "fp8", "nf4"] = "bf16"
+    """Frozen linear layers of the blocks under model.lora: whole, in the dtype of train.precision (bf16), or in
+    8, 8 or 4.25 bits a weight (docs/one_card.md)."""
     part: str | None = None
     """Two denoisers (Wan2.2 A14B): the trained one, transformer (high noise) or transformer_2 (low noise)."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"

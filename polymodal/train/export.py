@@ -70,6 +70,8 @@ class Exported:
     largest: float
     computed: str
     seconds: float
+    model_base: str = "bf16"  # of the run
+    rounding: float | None = None  # Rounded.error of a merge, of what this process wrote
     version: str = __version__
 
 
@@ -112,7 +114,7 @@ def export(
         raise PolymodalError(
             f"{source} is no run, only runs keep an average (train.ema).", "Leave out --ema."
         )
-    made = _opened(source, kind, ema, base)
+    made = _opened(source, kind, ema, base, merge_lora)
     adapted = made.recipe.model.lora is not None
     if merge_lora and not adapted:
         raise PolymodalError(f"{source} has no adapters to merge.", "Leave out --merge-lora.")
@@ -139,6 +141,7 @@ def export(
             what = export_pipeline.write(made, chosen, merge_lora, max_shard_bytes, together, second)
         else:
             what = _write(made, chosen, merge_lora, max_shard_bytes, together, layout == "transformers")
+        rounding = made.rounded.error if made.rounded is not None else None
         if together.rank > 0:
             return None
         together.wait()
@@ -147,10 +150,11 @@ def export(
         else:
             _write_processor(made, partial)
             proof = _prove(made, partial, what, chosen)
+        kept = {"model_base": made.recipe.model.base, "rounding": rounding}
         step = int(made.checkpoint.name.rpartition("-")[2]) if kind == "run" else None
         seconds = round(time.perf_counter() - began, 2)
         name = str(chosen).removeprefix("torch.")
-        result = Exported(str(final), os.fspath(source), what, name, step, *proof, seconds)
+        result = Exported(str(final), os.fspath(source), what, name, step, *proof, seconds, **kept)
         marker = asdict(result) | ({"base": _base_name(made.recipe)} if adapter else {})
         (partial / MARKER).write_text(json.dumps(marker, indent=1))
     return result
@@ -166,6 +170,13 @@ def run(source: str, directory: str | os.PathLike, **options: Any) -> int:
     peft = (written / "adapter_config.json").is_file()
     library = "peft" if peft else "diffusers" if pipeline else "transformers"
     say(f"{done.directory}: {done.what}, {done.dtype}, {size / 2**20:.1f} MiB")
+    if done.rounding is not None:
+        say(
+            f"merged into the {done.model_base} base that was trained on, made plain again: "
+            f"its weights differ from the source's by {done.rounding:.1%} (root of squares)"
+        )
+    elif done.model_base != "bf16":
+        say(f"trained on a base in {done.model_base}; on the source's own weights it acts a little differently")
     if done.computed:
         compared = f"logits of {done.tokens} tokens (text and media)"
         if pipeline:
@@ -202,10 +213,14 @@ def _check_directory(final: Path, source: str | os.PathLike, force: bool) -> Non
 # --- reading and writing --------------------------------------------------------------------------
 
 
-def _opened(source: str | os.PathLike, kind: str, ema: bool, base: str | None) -> Assembled:
-    """Any source as a model on meta with the attention of training, and its tensors; adapters apart."""
+def _opened(source: str | os.PathLike, kind: str, ema: bool, base: str | None, merge: bool) -> Assembled:
+    """Any source as a model on meta with the attention of training, and its tensors; adapters apart.
+
+    merge: adapters go into a base of few bits as they were trained on it; alone, they are opened on the base's
+    files.
+    """
     if kind == "run":
-        return describe(source, ema=ema, base=base)
+        return describe(source, ema=ema, base=base, quantise=merge)
     if kind == "adapter":
         if of_pipeline(Path(source), base):
             return export_pipeline.open_adapter(Path(source), base)

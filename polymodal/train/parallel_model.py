@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from polymodal.core.sample import SampleLengths
 from polymodal.distributed.collectives import clip_, grad_norm
 from polymodal.distributed.mesh import Mesh
-from polymodal.models import lora, partial
+from polymodal.models import lora, partial, quantised
 from polymodal.models.family import Family
 from polymodal.parallel import dit_context_parallel, pipeline_split, stages
 from polymodal.parallel.apply import COMPUTE_DTYPE, apply
@@ -24,11 +24,16 @@ from polymodal.train.step import Runner, bind
 
 
 def meta_model(family: Family, recipe: Recipe) -> nn.Module:
-    """The whole model on meta, adapters attached and frozen parameters marked. Raises PolymodalError."""
+    """The whole model on meta, adapters attached, frozen parameters marked, a base of few bits quantised.
+
+    Raises PolymodalError.
+    """
     model = family.build()
     if recipe.model.lora is not None:
         lora.attach(model, recipe.model.lora, family.card)
     optim.freeze(model, recipe.train.freeze, family.card.towers, family.frozen)
+    if recipe.model.base != "bf16":
+        quantised.quantise(model, recipe.model.base, family.card)
     return model
 
 
@@ -57,7 +62,8 @@ class ParallelModel:
         def counted() -> nn.Module:
             model = make()
             if not self.names:
-                named = dict(model.named_parameters())
+                with quantised.unpacked(model):
+                    named = dict(model.named_parameters())
                 self.names = list(named)
                 self.total = sum(p.numel() for p in named.values())
                 self.trained = sum(p.numel() for p in named.values() if p.requires_grad)

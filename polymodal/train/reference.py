@@ -170,7 +170,7 @@ class Actors:
         recipe, path = self.recipe, self.reference_path
         if path is not None and catalog.is_whole(path):
             model = recipe.model.model_copy(
-                update={"source": path, "revision": None, "init": "pretrained", "lora": None}
+                update={"source": path, "revision": None, "init": "pretrained", "lora": None, "base": "bf16"}
             )
             start = recipe.checkpoint.model_copy(update={"init_from": None})
             recipe = recipe.model_copy(update={"model": model, "checkpoint": start})

@@ -11,7 +11,7 @@ from torch import nn
 
 from polymodal.core.errors import PolymodalError
 from polymodal.distributed import checkpoint
-from polymodal.models import catalog, lora, storage, weights
+from polymodal.models import catalog, lora, quantised, storage, weights
 from polymodal.models.family import Family
 from polymodal.recipe import Recipe
 from polymodal.runtime.process_group import Runtime
@@ -71,6 +71,13 @@ class StartingWeights:
                 f"(first: {unknown[0][6:] if unknown else 'none fits'}).",
                 "A run with adapters starts only runs with model.lora; otherwise export it with --merge-lora "
                 "and start from the export.",
+            )
+        low = {name for model in self.model.models for name in quantised.layers(model)}
+        if any(f"model.{name}" in stored for name in low):
+            raise PolymodalError(
+                f"checkpoint.init_from = {path} is a run of whole weights, which model.base = "
+                f"{self.recipe.model.base} quantises only as files are read.",
+                "Export it and name the export in model.source.",
             )
         own = {f"model.{name}": p for n, p in self.model.all.items() for name in (n, weights.plain(n))}
         checkpoint.load(directory, {k: p for k, p in own.items() if k in stored}, group)

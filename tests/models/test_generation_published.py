@@ -194,7 +194,7 @@ def test_written_layouts_are_accepted_for_the_published_model(name, key, tmp_pat
             chosen = init_recipe.plan(f"{name}-{key}", task, None, devices)
             made = recipes.validate(yaml.safe_load(init_recipe.text(chosen, "x.json")))
             sizes = ParallelSizes.of(made.parallel, chosen.devices)
-            assert layout.check(family.card, family.config, sizes, made.parallel, made.model.attention) == []
+            assert layout.check(family.card, family.config, sizes, made.parallel, made.model) == []
 
 
 @pytest.mark.parametrize(("name", "key"), CLIPS)

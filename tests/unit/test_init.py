@@ -86,7 +86,7 @@ def test_layouts_are_accepted_for_the_published_heads(name, size):
             chosen = init_recipe.plan(name, task, size, devices)
             r = recipe.validate(yaml.safe_load(init_recipe.text(chosen, "d.json")))
             sizes = ParallelSizes.of(r.parallel, chosen.devices)
-            assert layout.check(CARDS[name], config, sizes, r.parallel, r.model.attention) == []
+            assert layout.check(CARDS[name], config, sizes, r.parallel, r.model) == []
 
 
 def test_dreambooth_is_written_for_the_cards_that_have_it():
