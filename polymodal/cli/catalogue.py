@@ -24,19 +24,21 @@ def models(
 @command("init")
 def init(
     model: str,
-    task: str = "sft",
+    task: str | None = None,
     size: str | None = None,
     devices: int | None = None,
     data: str = "data/train.json",
     device: str = "910b",
     search: bool = False,
+    vram: int | None = None,
     out: Path | None = None,
     force: bool = False,
 ) -> int:
     """Write a commented recipe with the recommended layout."""
     from polymodal.tools import init_recipe as writer
 
-    return writer.main(model, task, size, devices, data, out, force, device, search)
+    task = task or ("sft" if vram is None else "lora")
+    return writer.main(model, task, size, devices, data, out, force, device, search, vram)
 
 
 @command("download")

@@ -79,6 +79,11 @@ def named(name: str) -> Accelerator:
     return table()[name.lower()]
 
 
+def nearest(memory: float) -> str:
+    """The name of the accelerator with the memory nearest to so many GiB, the slowest of several."""
+    return min(table().values(), key=lambda one: (abs(one.memory / GIB - memory), one.half_flops)).name
+
+
 def seconds(accelerator: Accelerator, half: bool, flops: float, bytes_moved: float) -> float:
     """Time of one operator: arithmetic or memory, whichever is longer (Williams et al. 2009, the
     roofline)."""

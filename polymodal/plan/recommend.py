@@ -46,7 +46,13 @@ def fastest(
     else:
         candidates, packed = published(made, card, key, question), card.kind != "generation"
     batch = made.train.global_batch_size
-    even = [(one, sizes) for one, sizes in candidates if batch % (sizes.dp * one.train.micro_batch_size) == 0]
+    even = [
+        (one, sizes)
+        for one, sizes in candidates
+        if batch % (sizes.dp * one.train.micro_batch_size) == 0
+        # the link to the host is slow, and the formulas do not count it: only inputs of blocks go there
+        and ("activations" not in one.parallel.offload or one.parallel.recompute == "full")
+    ]
     listed = search.ranked(
         even, shape, lambda one: workload(one, card, family, units), question.accelerator, packed
     )

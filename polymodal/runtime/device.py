@@ -40,6 +40,8 @@ PEAK_FLOPS = {  # dense bf16 FLOP/s, from the makers' data sheets
     "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
     "4090": 165e12, "B200": 2250e12, "910B2": 376e12, "910B3": 313e12, "910B4": 280e12, "910B": 320e12,
     "910_93": 376e12, "910C": 752e12,
+    "3060": 25.5e12, "3090": 71e12, "4060 Ti": 44e12, "4070": 58e12, "4080": 97.5e12,
+    "5060 Ti": 47e12, "5070 Ti": 88e12, "5070": 62e12, "5080": 113e12, "5090": 209.5e12,
 }  # fmt: skip
 """The first key that a device's name holds counts. Of 910B's variants by public descriptions; devices named
 Ascend910_93xx are dies, two of which are a 910C."""

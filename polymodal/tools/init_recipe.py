@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,7 @@ class Plan:
     known: bool  # counted by the checkpoint's config, not by a published size
     data: Rows | None = None
     length: run_length.RunLength | None = None
+    smaller: int = 1  # what pixels and lengths were divided by, to fit --vram
 
     @property
     def name(self) -> str:
@@ -109,7 +110,8 @@ class Plan:
         }
         if sizes.pp > 1 and parallel.zero is not None:
             axes["zero"] = parallel.zero
-        return axes | ({"recompute": parallel.recompute} if parallel.recompute != "none" else {})
+        axes |= {"recompute": parallel.recompute} if parallel.recompute != "none" else {}
+        return axes | ({"offload": parallel.offload} if parallel.offload else {})
 
 
 def plan(
@@ -121,12 +123,22 @@ def plan(
     data: str = DATA,
     device: str = ACCELERATOR,
     search_it: bool = False,
+    vram: int | None = None,
 ) -> Plan:
     """Choose the size, the layout, and what the data ask for. Raises PolymodalError for unknown names,
-    tasks and devices."""
+    tasks and devices.
+
+    vram: GiB of one card that adapters are to be trained on: model.base, recompute, offload, micro-batch and,
+    last, pixels or lengths are chosen for it.
+    """
     if task not in TASKS:
         raise PolymodalError(f"--task {task} is not known.", did_you_mean(task, TASKS))
+    if vram is not None:
+        _check_card(vram, task, devices, search_it)
+        device = accelerators.nearest(vram) if device == ACCELERATOR else device
     accelerator = accelerators.named(device)
+    if vram is not None:
+        accelerator, devices = replace(accelerator, memory=float(vram * accelerators.GIB)), 1
     card, key, source = _identify(model)
     if size is not None:
         key = _size(model, card, size)
@@ -152,8 +164,18 @@ def plan(
     most = -(-max(4 if task == "dreambooth" else BATCH, count) // count) * count
     made = _bare(card, task, place, data, measured, key, most)
     units = measured.units if measured and measured.tokens else None
-    question = planner.Question(count, accelerator)
-    if search_it:
+    question, smaller = planner.Question(count, accelerator), 1
+    if vram is not None:
+        for smaller, changes in _on_one_card(measured is None):
+            made = _bare(card, task, place, data, measured, key, most, smaller, changes)
+            if family is not None:
+                counted = shape.shape_of(family, meta_model(family, made))
+            else:
+                counted = shape.published(card, str(key), True, made.model.base)
+            best, fits = recommend.fastest(made, card, str(key), family, counted, question, units)
+            if fits:
+                break
+    elif search_it:
         assert family is not None
         if units is not None:
             media, sound = estimate.media_shares(family, units)
@@ -175,12 +197,34 @@ def plan(
         known=family is not None,
         data=measured,
         length=length,
+        smaller=smaller,
     )
 
 
 def objective(card: ModelCard, task: str) -> str:
     """train.objective of a task that compares."""
     return "diffusion_dpo" if (card.kind, task) == ("generation", "dpo") else task
+
+
+def _check_card(vram: int, task: str, devices: int | None, search_it: bool) -> None:
+    if task not in ADAPTERS:
+        raise PolymodalError(
+            f"--vram {vram} is for adapters on a frozen base, --task {task} trains the weights.",
+            f"Choose {', '.join(ADAPTERS)}.",
+        )
+    if search_it or devices not in (None, 1):
+        given = "--search" if search_it else f"--devices {devices}"
+        raise PolymodalError(f"--vram {vram} is for one card, and {given} for several.", "Leave one out.")
+
+
+def _on_one_card(free: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(what sizes are divided by, sections of a recipe), from the best to what takes the least memory: the
+    base in fewer bits before smaller pictures or shorter samples, which only data that are not measured are
+    `free` for."""
+    for smaller in (1, 2, 4) if free else (1,):
+        for base in ("bf16", "int8", "nf4"):
+            for offload in ([], ["activations"]):
+                yield smaller, {"model": {"base": base}, "parallel": {"offload": offload}}
 
 
 def _devices(card: ModelCard, key: str | None, task: str) -> int | None:
@@ -228,18 +272,21 @@ def _bare(
     measured: Rows | None = None,
     key: str | None = None,
     batch: int = BATCH,
+    smaller: int = 1,
+    changes: dict[str, Any] | None = None,
 ) -> Recipe:
     """The recipe before its layout is chosen: what the formulas and the search are asked about."""
     section: dict[str, Any] = {"datasets": [{"path": data}]}
+    changes = changes or {}
     if card.kind == "generation":
-        section["clip"] = _clip(card, key, task)
+        section["clip"] = _clip(card, key, task, smaller)
     elif card.transcribes:
         section["speech"] = SPEECH
     if fills_by_tokens(card.family):
         longest = GROUP_LENGTH if task == "grpo" else MAX_LENGTH
-        section["max_length"] = measured.max_length if measured else longest
+        section["max_length"] = measured.max_length if measured else longest // smaller
         section["pack_length"] = measured.pack_length if measured else None
-    model: dict[str, Any] = {"source": source}
+    model: dict[str, Any] = {"source": source, **changes.get("model", {})}
     if task in ADAPTERS:
         model["lora"] = {"rank": 16, "alpha": 32, "towers": [card.main]}
     train: dict[str, Any] = {"global_batch_size": batch}
@@ -247,14 +294,17 @@ def _bare(
         train["objective"] = objective(card, task)
     if task == "grpo":
         train["rewards"] = [{"name": "exact"}]
-    return recipe.validate({"name": card.name, "model": model, "data": section, "train": train})
+    parallel = changes.get("parallel", {})
+    sections = {"model": model, "data": section, "parallel": parallel, "train": train}
+    return recipe.validate({"name": card.name, **sections})
 
 
-def _clip(card: ModelCard, key: str | None, task: str) -> dict[str, Any]:
-    if task == "dreambooth":
-        return {"pixels": 262144}
+def _clip(card: ModelCard, key: str | None, task: str, smaller: int = 1) -> dict[str, Any]:
     own = card.sizes[key].clip if key else {}
-    return {**card.clip, **own} or {"pixels": PICTURE}
+    clip = {**card.clip, **own} or {"pixels": PICTURE}
+    if task == "dreambooth":
+        clip = {"pixels": 262144}
+    return {**clip, "pixels": clip["pixels"] // smaller} if smaller > 1 else clip
 
 
 def _batch(best: Candidate, measured: Rows | None) -> tuple[Candidate, run_length.RunLength | None]:
@@ -354,7 +404,7 @@ def text(plan: Plan, data: str, *, name: str | None = None, file: str | None = N
         subject="data/subject" if data == DATA else data,
         speech=SPEECH,
         packed=fills_by_tokens(plan.card.family),
-        clip=_clip(plan.card, plan.size or None, plan.task),
+        clip=_clip(plan.card, plan.size or None, plan.task, plan.smaller),
         predicted=predicted(plan),
         data_words=_data_words(plan),
     )
@@ -369,7 +419,7 @@ def predicted(plan: Plan) -> str:
     usable = format_bytes(int(accelerator.usable_memory))
     memory = f"{by}: {format_bytes(best.peak)} of {usable} of {accelerator.name}"
     if not plan.fits:
-        return f"{memory}, which does not fit for certain: use more devices"
+        return f"{memory}, which does not fit for certain: use {'a larger card' if plan.devices == 1 else 'more devices'}"
     mfu = best.traced.mfu if best.traced else best.mfu
     return f"{memory}, MFU {mfu:.0%}, {best.step:.3g} s a step"
 
@@ -418,12 +468,13 @@ def main(
     force: bool,
     device: str = ACCELERATOR,
     search_it: bool = False,
+    vram: int | None = None,
 ) -> int:
     """The command: prints the recipe (`out` absent or "-"), or writes it and prints the next command."""
     out = None if out == Path("-") else out
     if out is not None and out.exists() and not force:
         raise PolymodalError(f"{out} exists.", "Choose another --out, or add --force to replace it.")
-    chosen = plan(model, task, size, devices, data=data, device=device, search_it=search_it)
+    chosen = plan(model, task, size, devices, data=data, device=device, search_it=search_it, vram=vram)
     content = text(
         chosen, data, name=out.stem if out else None, file=line(shlex.quote(str(out))) if out else None
     )

@@ -173,9 +173,7 @@ def family_of(recipe: Recipe, world: int, problems: Problems) -> Any:
         problems.run(
             pipeline_split.check_micro_batches, recipe.parallel, recipe.train, layout.packs, sizes.dp
         )
-    problems.errors += parallel.check(
-        family.card, family.config, sizes, recipe.parallel, recipe.model
-    )
+    problems.errors += parallel.check(family.card, family.config, sizes, recipe.parallel, recipe.model)
     towers = family.card.towers
     for name in (recipe.model.lora.towers or ()) if recipe.model.lora is not None else ():
         if name not in towers:

@@ -176,7 +176,9 @@ def run(source: str, directory: str | os.PathLike, **options: Any) -> int:
             f"its weights differ from the source's by {done.rounding:.1%} (root of squares)"
         )
     elif done.model_base != "bf16":
-        say(f"trained on a base in {done.model_base}; on the source's own weights it acts a little differently")
+        say(
+            f"trained on a base in {done.model_base}; on the source's own weights it acts a little differently"
+        )
     if done.computed:
         compared = f"logits of {done.tokens} tokens (text and media)"
         if pipeline:

@@ -106,7 +106,9 @@ def test_random_weights_are_those_of_a_plain_model(source):
 def test_loading_holds_one_layer_whole_at_a_time(source, monkeypatch):
     made: list[int] = []
     pack = quantised.pack
-    monkeypatch.setattr(quantised, "pack", lambda weight, kind: made.append(weight.numel()) or pack(weight, kind))
+    monkeypatch.setattr(
+        quantised, "pack", lambda weight, kind: made.append(weight.numel()) or pack(weight, kind)
+    )
     model = loaded(source, "nf4")
     low = quantised.layers(model)
     sizes = [layer.in_features * layer.out_features for layer in low.values()]
@@ -120,7 +122,9 @@ def test_what_cannot_be_quantised_is_refused(source):
     assert quantised.check(Model(source="x"), sizes) == []
     (error,) = quantised.check(Model(source="x", base="nf4"), sizes)
     assert "model.lora" in error.message and error.hint
-    (error,) = quantised.check(Model(source="x", base="nf4", lora=Lora()), ParallelSizes.of(Parallel(tp=2), 2))
+    (error,) = quantised.check(
+        Model(source="x", base="nf4", lora=Lora()), ParallelSizes.of(Parallel(tp=2), 2)
+    )
     assert "parallel.tp = 2" in error.message
     model = on_meta(source)
     with pytest.raises(PolymodalError, match="no frozen linear layers"):
