@@ -27,8 +27,6 @@ from polymodal.recipe import Lora
 
 NAME = "default"  # peft's name of the one adapter
 
-REFUSED_INIT = ("pissa", "olora")
-
 
 def towers_of(lora: Lora, card: ModelCard) -> list[str]:
     """The towers that get adapters: the recipe's, or the card's main one."""
@@ -40,16 +38,10 @@ def attach(model: nn.Module, lora: Lora, card: ModelCard) -> list[str]:
 
     model: whole, before it is sharded. all-linear is every nn.Linear of the chosen towers except the head and
     `taken`; it includes neither stacked experts, which must be named, nor routers. Of a stack the parameter's
-    name is returned. Raises PolymodalError for towers, targets and init that cannot be.
+    name is returned. Raises PolymodalError for towers and targets that cannot be.
     """
     from peft import inject_adapter_in_model
 
-    if lora.init in REFUSED_INIT:
-        raise PolymodalError(
-            f"model.lora.init = {lora.init} is not done: it moves part of each weight into its adapter, "
-            "so the adapter no longer fits the base on disk, and shards cannot be decomposed alone.",
-            "Use default or gaussian.",
-        )
     if "lora" in card.limits:
         raise PolymodalError(
             f"model.lora: {card.name} takes no adapters: {card.limits['lora']}.", "Leave it out."

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from polymodal.core.sample import SampleLengths
+from polymodal.models import quantised
 from polymodal.models.card import ModelCard
 from polymodal.models.family import Family
-from polymodal.models import quantised
 from polymodal.models.understanding import language
 from polymodal.parallel import pipeline_split
 from polymodal.train import optim
@@ -263,5 +263,5 @@ def published(card: ModelCard, key: str, adapters: bool, base: str = "bf16") -> 
         head_trained=not adapters,
         low=int(low),
         low_bytes=int(low * quantised.row_bytes(base, 4096) / 4096) if low else 0,
-        low_largest=4 * hidden * hidden * bool(low),
+        low_largest=hidden * tower.mlp * bool(low),
     )

@@ -44,8 +44,8 @@ class Lora(Section):
     """Towers with adapters (`polymodal models NAME` lists names; default: language, or the denoiser)."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) (rank-stabilised LoRA)."""
-    init: Literal["default", "gaussian", "pissa", "olora"] = "default"
-    """How adapters start; all but pissa and olora leave the model unchanged at step 0."""
+    init: Literal["default", "gaussian"] = "default"
+    """How A starts, uniform or normal; B is zero: the model is unchanged at step 0."""
 
 
 class Model(Section):
@@ -462,8 +462,11 @@ class Group(Section):
 
 
 class Optim(Section):
-    name: Literal["adamw", "muon"] = "adamw"
-    """Optimizer; muon takes the blocks' 2-D weights and leaves the rest to adamw."""
+    name: str = "adamw"
+    """adamw; muon, which takes the blocks' 2-D weights and leaves the rest to adamw; or an optimizer's class as
+    module:Class, such as torch.optim:NAdam, that keeps tensors of its parameters (docs/one_card.md)."""
+    arguments: dict[str, Any] = {}
+    """Keyword arguments of a module:Class; lr and weight_decay are those of optim."""
     lr: NotNegativeFloat = 1e-5
     """Peak learning rate."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)

@@ -74,7 +74,7 @@ def static(recipe: Recipe, world: int, problems: Problems) -> None:
     """Sizes, paths, names of packages, environment variables, the output directory."""
     from polymodal.data.source import check_path
     from polymodal.distributed.mesh import ParallelSizes
-    from polymodal.train import callbacks
+    from polymodal.train import callbacks, optim
 
     data, profile = recipe.data, recipe.monitor.profile
     problems.run(ParallelSizes.of, recipe.parallel, world)
@@ -117,6 +117,13 @@ def static(recipe: Recipe, world: int, problems: Problems) -> None:
             "Name ranks of the run.",
         )
     problems.run(callbacks.load, recipe.train.callbacks)
+    if recipe.optim.name not in optim.OWN:
+        problems.run(optim.named_class, recipe.optim)
+    elif recipe.optim.arguments:
+        problems.add(
+            f"optim.arguments are of a module:Class, and optim.name is {recipe.optim.name}.",
+            "Leave them out, or name the class in optim.name.",
+        )
     _check_start(recipe, problems)
     problems.run(host.require_writable, recipe.run_dir)
 

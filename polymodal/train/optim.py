@@ -6,6 +6,7 @@ State is kept by parameter name, so that a checkpoint fits any layout.
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.tensors import to_device, to_host
+from polymodal.core.text import nearest
+from polymodal.core.user_code import load_object
 from polymodal.distributed.collectives import with_local
 from polymodal.models.card import ModelCard
 from polymodal.recipe import Optim, Recipe, Schedule
@@ -113,8 +116,77 @@ def learning_rate(schedule: Schedule, step: int, steps: int) -> float:
     return low + (1 - low) * max(0.0, (steps - step) / max(1.0, steps - start))
 
 
+OWN = ("adamw", "muon")
+TRIED = (64, 128)
+"""A matrix that is large enough for optimizers that compress what they keep to do so."""
+
+
+def named_class(settings: Optim) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
+    """(class, its arguments, what it keeps) of optim.name = module:Class, which is tried on a small matrix.
+
+    A run must go on from a checkpoint at any number of processes, and step on shards alone: everything that an
+    optimizer keeps has to be a plain tensor of its parameter's shape or of one element. Raises PolymodalError for
+    anything else (means of rows and columns, codes of 8 bits, numbers in groups), for unknown arguments and for
+    what fails.
+    """
+    named = f"optim.name = {settings.name}"
+    if ":" not in settings.name:
+        near = nearest(settings.name, OWN)
+        hint = f"Did you mean {near[0]}?" if near else f"Use {', '.join(OWN)}, or module:Class."
+        raise PolymodalError(f"{named} is not known.", hint)
+    cls, arguments = load_object(settings.name, "optim.name"), dict(settings.arguments)
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise PolymodalError(f"{named} is no torch.optim.Optimizer.", "Name a class, e.g. torch.optim:NAdam.")
+    known = set(inspect.signature(cls).parameters) - {"params", "lr", "weight_decay"}
+    for key in (key for key in arguments if key not in known):
+        own = key in ("params", "lr", "weight_decay")
+        hint = f"Set optim.{key}." if own and key != "params" else f"It takes {', '.join(sorted(known))}."
+        raise PolymodalError(f"optim.arguments: {settings.name} is not given `{key}` there.", hint)
+    return cls, arguments, _tried(cls, settings)
+
+
+def _tried(cls: Any, settings: Optim) -> dict[str, Tensor]:
+    named, instead = (
+        f"optim.name = {settings.name}",
+        "Use adamw or muon, or a class that keeps tensors alone.",
+    )
+    parameter = nn.Parameter(torch.ones(TRIED))
+    try:
+        part = cls([{"params": [parameter]}], **_common(cls, settings), **settings.arguments)
+        before: list[dict[str, Any]] = []
+        for step in (1.0, 2.0):
+            parameter.grad = torch.full(TRIED, step)
+            part.step()
+            before.append({k: v for k, v in part.param_groups[0].items() if k != "params"})
+    except Exception as error:
+        raise PolymodalError(
+            f"{named} fails on a matrix: {type(error).__name__}: {error}.", "Correct optim.arguments."
+        ) from error
+    changed = [key for key in before[1] if before[1][key] != before[0].get(key)]
+    if changed:
+        raise PolymodalError(
+            f"{named} counts in its groups ({', '.join(changed)}), which no checkpoint holds.", instead
+        )
+    kept = {kind: value for kind, value in part.state[parameter].items() if value is not None}
+    for kind, value in kept.items():
+        if type(value) is not Tensor or (value.numel() != 1 and value.shape != parameter.shape):
+            shape = f" of {list(value.shape)}" if isinstance(value, Tensor) else ""
+            raise PolymodalError(
+                f"{named} keeps `{kind}` of a matrix {list(TRIED)} as {type(value).__name__}{shape}, which "
+                "cannot be cut and resumed with it.",
+                instead,
+            )
+    return kept
+
+
+def _common(cls: Any, settings: Optim) -> dict[str, Any]:
+    """lr and weight_decay, as far as a class takes them."""
+    takes = inspect.signature(cls).parameters
+    return {k: getattr(settings, k) for k in ("lr", "weight_decay") if k in takes}
+
+
 class Optimizer:
-    """AdamW, or Muon for the blocks' matrices with AdamW for the rest; one object for the trainer.
+    """AdamW, Muon for the blocks' matrices with AdamW for the rest, or a class; one object for the trainer.
 
     named: trainable parameters by name. Parameters on different meshes (FSDP, FSDP x TP, experts) are in
     separate groups, as torch's multi-tensor kernels want. offload: the state stays on the host between steps,
@@ -143,7 +215,11 @@ class Optimizer:
             group = {"params": parameters, "lr": peak.lr, "weight_decay": peak.weight_decay}
             (muon if use_muon else adam).append(group)
         self.parts: list[torch.optim.Optimizer] = []
-        if adam:
+        self.kept: dict[str, Tensor] = {}
+        if adam and optim.name not in OWN:
+            cls, arguments, self.kept = named_class(optim)
+            self.parts.append(cls(adam, **_common(cls, optim), **arguments))
+        elif adam:
             fused = next(iter(named.values())).device.type != "meta"
             self.parts.append(
                 torch.optim.AdamW(adam, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
@@ -177,7 +253,7 @@ class Optimizer:
         for part in self.parts:
             for parameter in (p for group in part.param_groups for p in group["params"]):
                 if create and not part.state[parameter]:
-                    part.state[parameter] = _zero_state(part, parameter)
+                    part.state[parameter] = _zero_state(part, parameter, self.kept)
                 for kind, value in part.state[parameter].items():
                     if isinstance(value, Tensor):
                         out[f"{kind}.{names[id(parameter)]}"] = value
@@ -190,7 +266,15 @@ def build(trainable: dict[str, nn.Parameter], recipe: Recipe, card: ModelCard) -
     return Optimizer(trainable, recipe.optim, card.towers, blocks, "optimizer" in recipe.parallel.offload)
 
 
-def _zero_state(part: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+def _zero_state(part: torch.optim.Optimizer, parameter: Tensor, kept: dict[str, Tensor]) -> dict[str, Any]:
+    if kept:
+        device = _local(parameter).device
+        return {
+            kind: torch.zeros_like(parameter, dtype=value.dtype)
+            if value.numel() != 1
+            else torch.zeros_like(value, device=device)
+            for kind, value in kept.items()
+        }
     if isinstance(part, torch.optim.Muon):
         return {"momentum_buffer": torch.zeros_like(parameter)}
     moments = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}

@@ -13,7 +13,10 @@ from polymodal.data.clips import Clips
 from polymodal.distributed.mesh import ParallelSizes
 from polymodal.models import catalog, pipelines
 from polymodal.parallel import apply as layout
+from polymodal.plan import accelerators, estimate, recommend, shape
 from polymodal.tools import init_recipe
+from polymodal.train.layouts import layout_of
+from polymodal.train.parallel_model import meta_model
 
 FLUX = {"in_channels": 64, "guidance_embeds": True}
 SD3 = {
@@ -152,7 +155,10 @@ WAN21 = {
         "pos_embed_seq_len": 514,
     },
 }
-RATIOS = {"ltx-2": {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}}
+RATIOS = {
+    "ltx-2": {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8},
+    "flux.1": {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16},
+}
 """What a published VAE's config says otherwise than its class."""
 EVERY = PUBLISHED | {("wan2.1", key): ("WanTransformer3DModel", config) for key, config in WAN21.items()}
 
@@ -218,3 +224,36 @@ def test_clips_of_a_recipe_fit_the_published_model(name, key, tmp_path):
             Clips(recipes.Clip(frames=[49], sizes=[(480, 640)]), family.grid())
     sizes = [h * w for h, w in clips.sizes if w > h]
     assert max(sizes) > 0.9 * made.data.clip.pixels
+
+
+CARDS_THAT_FIT = [  # GiB of one card, what it trains adapters of at the card's or these sizes
+    *(("flux.1", "dev", 12, {"pixels": 1024 * 1024}), ("qwen-image", "20b", 24, {"pixels": 1024 * 1024})),
+    ("wan2.1", "14b", 24, {"frames": [81], "pixels": 480 * 832}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "key", "card_memory", "clip"), CARDS_THAT_FIT)
+def test_one_card_trains_adapters_of_the_published_model_on_nf4(name, key, card_memory, clip, tmp_path):
+    family = published_family(name, key, tmp_path)
+    family.config = {**family.config, "_class_name": EVERY[name, key][0]}
+    made = recipes.validate(
+        {
+            "model": {
+                "source": str(tmp_path),
+                "base": "nf4",
+                "lora": {"rank": 16, "towers": [family.card.main]},
+            },
+            "data": {"clip": {**family.card.clip, **clip}},
+            "parallel": {"recompute": "full", "offload": ["activations"]},
+        }
+    )
+    counted = shape.shape_of(family, meta_model(family, made))
+    assert counted.low > 0.9 * counted.total and counted.low_bytes < 0.54 * counted.low
+    laid_out = layout_of(made, family)
+    formula = estimate.Formula(
+        counted, made, ParallelSizes.of(made.parallel, 1), laid_out.workload(0.25, 1024), laid_out.packs
+    )
+    accelerator = accelerators.named(accelerators.nearest(card_memory))
+    assert accelerator.memory == card_memory * 2**30
+    assert formula.memory().memory < accelerator.usable_memory * recommend.MARGIN

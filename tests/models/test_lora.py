@@ -262,8 +262,6 @@ def test_a_training_step_on_a_resumed_adapter_is_the_same(checkpoint, tmp_path):
     ("options", "message"),
     [
         (Lora(towers=["audio"]), "has the towers vision, language"),
-        (Lora(init="pissa"), "model.lora.init = pissa is not done: it moves part of each weight"),
-        (Lora(init="olora"), "no longer fits the base"),
         (Lora(targets=["q_porj"]), "fits no linear layer .* Did you mean q_proj"),
         (Lora(targets=["lm_head"]), "is the output projection"),
         (Lora(targets=["embed_tokens"]), "is a Embedding .*adapters go on linear layers"),

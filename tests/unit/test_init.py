@@ -288,3 +288,38 @@ def test_example_recipes_validate():
     found = [path for folder in ("examples", "benchmarks") for path in (ROOT / folder).rglob("*.yaml")]
     for path in found:
         recipe.load(path)
+
+
+@pytest.mark.parametrize(
+    "name, vram, base",
+    [("qwen2.5-vl-7b", 80, "bf16"), ("qwen2.5-vl-7b", 10, "nf4"), ("flux.1-dev", 12, "nf4")],
+)
+def test_one_card_gets_the_base_that_fits_it(name, vram, base):
+    chosen = init_recipe.plan(name, "lora", None, None, vram=vram)
+    made = recipe.validate(yaml.safe_load(init_recipe.text(chosen, "d.json")))
+    assert chosen.fits and chosen.devices == 1 and chosen.smaller == 1
+    assert made.model.base == base and made.model.lora is not None
+    assert made.parallel == chosen.best.recipe.parallel.model_copy(
+        update={"dp_shard": made.parallel.dp_shard}
+    )
+    assert chosen.best.memory <= 0.92 * vram * 2**30
+
+
+def test_a_small_card_gets_shorter_samples_and_one_too_small_is_told():
+    short = init_recipe.plan("qwen2.5-vl-7b", "lora", None, None, vram=8)
+    assert short.smaller > 1 and short.best.recipe.data.max_length == 4096 // short.smaller
+    none = init_recipe.plan("qwen2.5-vl-72b", "lora", None, None, vram=8)
+    assert not none.fits and "use a larger card" in init_recipe.predicted(none)
+
+
+@pytest.mark.parametrize(
+    "task, devices, search, words",
+    [
+        ("sft", None, False, "--task sft trains the weights"),
+        ("lora", 8, False, "--devices 8"),
+        ("lora", None, True, "--search"),
+    ],
+)
+def test_vram_is_for_adapters_on_one_card(task, devices, search, words):
+    with pytest.raises(PolymodalError, match=words):
+        init_recipe.plan("qwen2.5-vl-7b", task, None, devices, search_it=search, vram=24)

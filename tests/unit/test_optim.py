@@ -176,3 +176,66 @@ def test_state_on_the_host_changes_nothing(name: str, monkeypatch: pytest.Monkey
         states.append(optimizer.state())
     torch.testing.assert_close(after[1], after[0], rtol=0, atol=0)
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+
+
+class Counting(torch.optim.SGD):
+    """Keeps a number in its groups, as Prodigy and schedule-free optimizers do."""
+
+    def step(self, closure=None):
+        self.param_groups[0]["k"] = self.param_groups[0].get("k", 0) + 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        ("adamww", {}, "optim.name = adamww is not known"),
+        ("torch.optim:Adafactor", {}, "keeps `row_var` of a matrix"),
+        ("torch.nn:Linear", {}, "is no torch.optim.Optimizer"),
+        ("torch.optim:SGD", {"momentun": 0.9}, "is not given `momentun`"),
+        ("torch.optim:SGD", {"lr": 0.9}, "is not given `lr`"),
+        ("torch.optim:SGD", {"momentum": -1}, "fails on a matrix: ValueError"),
+        (f"{__name__}:Counting", {}, "counts in its groups .k."),
+        ("torch.optim:LBFGS", {}, "fails on a matrix"),
+    ],
+)
+def test_a_class_that_cannot_be_resumed_is_refused_with_the_reason(name, arguments, message):
+    with pytest.raises(PolymodalError, match=message) as caught:
+        optim.named_class(Optim(name=name, arguments=arguments))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("name, arguments", [("SGD", {"momentum": 0.9}), ("NAdam", {"betas": [0.8, 0.9]})])
+def test_a_named_class_goes_on_from_its_state(name, arguments):
+    settings = Optim(name=f"torch.optim:{name}", lr=0.1, arguments=arguments, weight_decay=0.1)
+
+    def steps(toy, made, count):
+        for _ in range(count):
+            for number, parameter in enumerate(toy.parameters()):
+                parameter.grad = torch.full_like(parameter, 0.1 * (number + 1))
+            made.step()
+        return [p.detach().clone() for p in toy.parameters()]
+
+    torch.manual_seed(0)
+    toy, again = Toy(), Toy()
+    made = Optimizer(dict(toy.named_parameters()), settings, TOWERS)
+    assert made.parts[0].param_groups[0]["weight_decay"] == 0.1
+    steps(toy, made, 2)
+    again.load_state_dict(toy.state_dict())
+    fresh = Optimizer(dict(again.named_parameters()), settings, TOWERS)
+    state, stored = fresh.state(create=True), made.state()
+    assert state.keys() == stored.keys() and state
+    for key, value in state.items():
+        value.copy_(stored[key])
+    for one, other in zip(steps(toy, made, 2), steps(again, fresh, 2), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_lora_plus_is_a_group_of_its_b_matrices():
+    """Hayou et al. 2024 (arXiv:2402.12354): B learns faster than A."""
+    settings = Optim(lr=1e-4, groups=[Group(match="*.lora_B.*", lr_scale=16)])
+    matrix = torch.zeros(2, 2)
+    assert rate("model.language.q.lora_A.default.weight", matrix, settings, TOWERS).lr == 1e-4
+    assert rate("model.language.q.lora_B.default.weight", matrix, settings, TOWERS).lr == pytest.approx(
+        1.6e-3
+    )
