@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.redaction import redact_all
@@ -461,8 +461,14 @@ class Group(Section):
     """Weight decay of these parameters."""
 
 
+def _class_name(name: str) -> str:
+    if ":" not in name:
+        raise ValueError("no module:Class")
+    return name
+
+
 class Optim(Section):
-    name: str = "adamw"
+    name: Literal["adamw", "muon"] | Annotated[str, AfterValidator(_class_name)] = "adamw"
     """adamw; muon, which takes the blocks' 2-D weights and leaves the rest to adamw; or an optimizer's class as
     module:Class, such as torch.optim:NAdam, that keeps tensors of its parameters (docs/one_card.md)."""
     arguments: dict[str, Any] = {}

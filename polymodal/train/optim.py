@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.tensors import to_device, to_host
-from polymodal.core.text import nearest
 from polymodal.core.user_code import load_object
 from polymodal.distributed.collectives import with_local
 from polymodal.models.card import ModelCard
@@ -130,10 +129,6 @@ def named_class(settings: Optim) -> tuple[Any, dict[str, Any], dict[str, Tensor]
     what fails.
     """
     named = f"optim.name = {settings.name}"
-    if ":" not in settings.name:
-        near = nearest(settings.name, OWN)
-        hint = f"Did you mean {near[0]}?" if near else f"Use {', '.join(OWN)}, or module:Class."
-        raise PolymodalError(f"{named} is not known.", hint)
     cls, arguments = load_object(settings.name, "optim.name"), dict(settings.arguments)
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise PolymodalError(f"{named} is no torch.optim.Optimizer.", "Name a class, e.g. torch.optim:NAdam.")

@@ -189,7 +189,6 @@ class Counting(torch.optim.SGD):
 @pytest.mark.parametrize(
     "name, arguments, message",
     [
-        ("adamww", {}, "optim.name = adamww is not known"),
         ("torch.optim:Adafactor", {}, "keeps `row_var` of a matrix"),
         ("torch.nn:Linear", {}, "is no torch.optim.Optimizer"),
         ("torch.optim:SGD", {"momentun": 0.9}, "is not given `momentun`"),
