@@ -163,8 +163,8 @@ def describe(
     """The model of a run or of one checkpoint: what it started from, where needed, under the trained tensors.
 
     ema: the average instead of the last weights. base: where model.source lies now, when it was moved.
-    quantise: weights that model.base kept in few bits are rounded as they were; False: as the files have them.
-    Raises PolymodalError: no checkpoint, no average, a base that is gone, tensors that do not fit.
+    quantise: weights that model.base kept in few bits are rounded as they were; False: as the files have
+    them. Raises PolymodalError: no checkpoint, no average, a base that is gone, tensors that do not fit.
     """
     checkpoint = locate(source)
     state = checkpoints.read_state(checkpoint)

@@ -1,12 +1,12 @@
-"""A frozen base in few bits (`model.base`): linear layers of the blocks, kept as bytes and multiplied as they were.
+"""A frozen base in few bits (`model.base`): linear layers of the blocks are kept as bytes.
 
-A quantised layer stays an nn.Linear with its name; its weight [out, in] becomes a frozen parameter [out, n] of
-bytes: every row has its codes first and then its scales. Nothing of a row depends on another, so that a shard of
-rows (FSDP2's) is quantised as it is read, alone, and has the bytes that the whole would have; and FSDP2 shards,
-pads, gathers and offloads plain bytes, which it casts to nothing. The forward pass makes the weight in the dtype of
-its input, the backward pass makes it again: only bytes are kept between them.
+A quantised layer stays an nn.Linear with its name; its weight [out, in] becomes a frozen parameter [out, n]
+of bytes: every row has its codes first and then its scales. Nothing of a row depends on another, so that a shard
+of rows (FSDP2's) is quantised as it is read, alone, and has the bytes that the whole would have; and FSDP2
+shards, pads, gathers and offloads plain bytes, which it casts to nothing. The forward pass makes the weight
+in the dtype of its input, the backward pass makes it again: only bytes are kept between them.
 
-    nf4   4 bits a weight of the 16 quantiles of a normal distribution (Dettmers et al. 2023, arXiv:2305.14314,
+    nf4   4 bits a weight of the 16 quantiles of a normal distribution (arXiv:2305.14314,
           appendix E), scaled by the largest of 64 neighbours in bfloat16: 4.25 bits
     int8  8 bits by the largest of the row (float32)
     fp8   float8_e4m3fn by the same
@@ -135,7 +135,8 @@ def choose(model: nn.Module, card: ModelCard) -> dict[str, nn.Linear]:
 def quantise(model: nn.Module, kind: str, card: ModelCard) -> list[str]:
     """Make the chosen layers of a model on meta quantised ones; returns their names.
 
-    The caller has attached adapters and frozen what is not trained. Raises PolymodalError where there are none.
+    The caller has attached adapters and frozen what is not trained. Raises PolymodalError where there are
+    none.
     """
     layers = choose(model, card)
     if not layers:

@@ -60,8 +60,8 @@ class Model(Section):
     lora: Lora | None = None
     """Train adapters instead of the weights."""
     base: Literal["bf16", "int8", "fp8", "nf4"] = "bf16"
-    """Frozen linear layers of the blocks under model.lora: whole, in the dtype of train.precision (bf16), or in
-    8, 8 or 4.25 bits a weight (docs/one_card.md)."""
+    """Frozen linear layers of the blocks under model.lora: whole, in the dtype of train.precision (bf16), or
+    in 8, 8 or 4.25 bits a weight (docs/one_card.md)."""
     part: str | None = None
     """Two denoisers (Wan2.2 A14B): the trained one, transformer (high noise) or transformer_2 (low noise)."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
@@ -469,8 +469,8 @@ def _class_name(name: str) -> str:
 
 class Optim(Section):
     name: Literal["adamw", "muon"] | Annotated[str, AfterValidator(_class_name)] = "adamw"
-    """adamw; muon, which takes the blocks' 2-D weights and leaves the rest to adamw; or an optimizer's class as
-    module:Class, such as torch.optim:NAdam, that keeps tensors of its parameters (docs/one_card.md)."""
+    """adamw; muon, which takes the blocks' 2-D weights and leaves the rest to adamw; or an optimizer's class
+    as module:Class, such as torch.optim:NAdam, that keeps tensors of its parameters (docs/one_card.md)."""
     arguments: dict[str, Any] = {}
     """Keyword arguments of a module:Class; lr and weight_decay are those of optim."""
     lr: NotNegativeFloat = 1e-5

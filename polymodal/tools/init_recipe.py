@@ -419,7 +419,8 @@ def predicted(plan: Plan) -> str:
     usable = format_bytes(int(accelerator.usable_memory))
     memory = f"{by}: {format_bytes(best.peak)} of {usable} of {accelerator.name}"
     if not plan.fits:
-        return f"{memory}, which does not fit for certain: use {'a larger card' if plan.devices == 1 else 'more devices'}"
+        more = "a larger card" if plan.devices == 1 else "more devices"
+        return f"{memory}, which does not fit for certain: use {more}"
     mfu = best.traced.mfu if best.traced else best.mfu
     return f"{memory}, MFU {mfu:.0%}, {best.step:.3g} s a step"
 

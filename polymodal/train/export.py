@@ -177,7 +177,8 @@ def run(source: str, directory: str | os.PathLike, **options: Any) -> int:
         )
     elif done.model_base != "bf16":
         say(
-            f"trained on a base in {done.model_base}; on the source's own weights it acts a little differently"
+            f"trained on a base in {done.model_base}; "
+            "on the source's own weights it acts a little differently"
         )
     if done.computed:
         compared = f"logits of {done.tokens} tokens (text and media)"
@@ -218,8 +219,8 @@ def _check_directory(final: Path, source: str | os.PathLike, force: bool) -> Non
 def _opened(source: str | os.PathLike, kind: str, ema: bool, base: str | None, merge: bool) -> Assembled:
     """Any source as a model on meta with the attention of training, and its tensors; adapters apart.
 
-    merge: adapters go into a base of few bits as they were trained on it; alone, they are opened on the base's
-    files.
+    merge: adapters go into a base of few bits as they were trained on it; alone, they are opened on the
+    base's files.
     """
     if kind == "run":
         return describe(source, ema=ema, base=base, quantise=merge)

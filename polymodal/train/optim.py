@@ -123,10 +123,10 @@ TRIED = (64, 128)
 def named_class(settings: Optim) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
     """(class, its arguments, what it keeps) of optim.name = module:Class, which is tried on a small matrix.
 
-    A run must go on from a checkpoint at any number of processes, and step on shards alone: everything that an
-    optimizer keeps has to be a plain tensor of its parameter's shape or of one element. Raises PolymodalError for
-    anything else (means of rows and columns, codes of 8 bits, numbers in groups), for unknown arguments and for
-    what fails.
+    A run must go on from a checkpoint at any number of processes, and step on shards alone: everything that
+    an optimizer keeps has to be a plain tensor of its parameter's shape or of one element. Raises
+    PolymodalError for anything else (means of rows and columns, codes of 8 bits, numbers in groups), for
+    unknown arguments and for what fails.
     """
     named = f"optim.name = {settings.name}"
     cls, arguments = load_object(settings.name, "optim.name"), dict(settings.arguments)
