@@ -3,8 +3,8 @@
 A quantised layer stays an nn.Linear with its name; its weight [out, in] becomes a frozen parameter [out, n]
 of bytes: every row has its codes first and then its scales. Nothing of a row depends on another, so that a
 shard of rows (FSDP2's) is quantised as it is read, alone, and has the bytes that the whole would have; and
-FSDP2 shards, pads, gathers and offloads plain bytes, which it casts to nothing. The forward pass makes the weight
-in the dtype of its input, the backward pass makes it again: only bytes are kept between them.
+FSDP2 shards, pads, gathers and offloads plain bytes, which it casts to nothing. The forward pass makes the
+weight in the dtype of its input, the backward pass makes it again: only bytes are kept between them.
 
     nf4   4 bits a weight of the 16 quantiles of a normal distribution (arXiv:2305.14314,
           appendix E), scaled by the largest of 64 neighbours in bfloat16: 4.25 bits
