@@ -306,7 +306,11 @@ def substring(answer: str, expected: Sequence[str], options: Mapping[str, str]) 
 
 _ARTICLES = {"a", "an", "the"}
 _DIGITS = dict(
-    zip(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], map(str, range(11)), strict=True)
+    zip(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"],
+        map(str, range(11)),
+        strict=True,
+    )
 )
 
 

@@ -129,8 +129,7 @@ class Formula:
 
     def _tokens(self, tower: Tower) -> float:
         """Of a micro-batch on this rank that a tower computes."""
-        length = self.measure.total(tower.media) if tower.media else self.measure.tokens
-        length *= tower.rows
+        length = tower.rows * (self.measure.total(tower.media) if tower.media else self.measure.tokens)
         return length * self.load.samples / self.sizes.cp
 
     def _elements(

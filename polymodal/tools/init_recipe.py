@@ -235,6 +235,8 @@ def _devices(card: ModelCard, key: str | None, task: str) -> int | None:
     return many if task not in ADAPTERS else max(1, min(8, many // 2))
 
     return "diffusion_dpo" if (card.kind, task) == ("generation", "dpo") else task
+
+
 def _say(text: str) -> None:
     say(text, "...", error=True)
 
