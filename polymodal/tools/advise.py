@@ -6,6 +6,7 @@ Phrases, planned families and the steps of every way are data, in advise.yaml.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,7 +172,7 @@ def route(request: str, cards: Mapping[str, ModelCard]) -> Route:
             )
             task = "lora"
         chosen = able or chosen
-    card = _preferred(chosen)
+    card = _preferred(chosen, text)
     others = tuple(other for other in chosen if other is not card)
     devices = _count(text)
     stages = way(card, size, task, devices, _benchmark(text)) if card else foreseen(planned, task)
@@ -254,13 +255,24 @@ def _benchmark(text: str) -> str:
     return next((name for name in FILES if _holds(text, name)), next(iter(FILES)))
 
 
-def _preferred(cards: list[ModelCard]) -> ModelCard | None:
-    """The newest dense card: the name that sorts last among those with the fewest limits and no experts."""
+def _preferred(cards: list[ModelCard], text: str) -> ModelCard | None:
+    """A card with a word of the text that is its own among them (subtitles: Whisper); else the newest dense
+    one: the name that sorts last among those with the fewest limits and no experts."""
     if not cards:
         return None
+    shared = Counter(word for card in cards for word in card.keywords)
+
+    def own(card: ModelCard) -> int:
+        return max((len(w) for w in card.keywords if shared[w] == 1 and _holds(text, w)), default=0)
+
     return max(
         cards,
-        key=lambda card: (not any(size.active for size in card.sizes.values()), -len(card.limits), card.name),
+        key=lambda card: (
+            own(card),
+            not any(size.active for size in card.sizes.values()),
+            -len(card.limits),
+            card.name,
+        ),
     )
 
 

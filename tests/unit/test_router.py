@@ -207,10 +207,7 @@ def test_what_converts_today_is_listed_though_it_does_not_train_yet():
         own = [title for title in known if advise._compact(family.name).startswith(title)]
         to = "" if not own else "dcp" if known[max(own, key=len)].kind == "dcp" else "mm"
         assert family.converts == to, family.name
-    stages = ask("fine-tune Qwen3-Omni").stages
-    (convert,) = [stage for stage in stages if stage.title == "Convert"]
-    command = "polymodal convert weights/qwen3-omni ckpt/dcp_path/qwen3-omni --to dcp"
-    assert convert.here and convert.command == command
+    assert not any(stage.title == "Convert" and stage.here for stage in ask("train bagel").stages)
     assert [s.title for s in ask("convert weights of glm-4.5v").stages][-1] == "Convert"
 
 

@@ -400,6 +400,22 @@ def test_simpletuner():
     assert recipe["optim"]["schedule"] == {"name": "linear", "warmup": 100, "min_ratio": 0.004}
 
 
+@pytest.mark.parametrize(
+    ("what", "name", "old", "new", "kind"),
+    [
+        (LLAMAFACTORY, "a.yaml", "stage: sft", "stage: sft\nquantization_bit: 4", "nf4"),
+        (LLAMAFACTORY, "a.yaml", "stage: sft", "stage: sft\nquantization_bit: 8", "int8"),
+        (DIFFUSION_PIPE, "a.toml", "type = 'flux'", "type = 'flux'\ntransformer_dtype = 'float8'", "fp8"),
+        (AI_TOOLKIT, "a.yaml", "is_flux: true", "is_flux: true, quantize: true", "fp8"),
+        (KOHYA, "a.sh", "--sdpa", "--sdpa --fp8_base", "fp8"),
+    ],
+)
+def test_frozen_weights_in_fewer_bits(what, name, old, new, kind):
+    written("data.toml", KOHYA_DATA if name == "a.sh" else DIFFUSION_PIPE_DATA)
+    assert old in what
+    assert translated(written(name, what.replace(old, new)))["model"]["base"] == kind
+
+
 # ---- nothing is dropped in silence ------------------------------------------------------------------------
 
 

@@ -55,6 +55,14 @@ def translate(launch: Launch) -> None:
             ledger.note("unsupported", network.origin("type"), network.peek("type"), "lora is known")
         denoisers.adapters(launch, network, "linear", "linear_alpha", 1)
         network.report_rest(ledger)
+    if truth(given.take("model.quantize")):
+        kinds = {"qfloat8": "fp8", "float8": "fp8", "int8": "int8", "qint8": "int8", "uint4": None}
+        trainer.base(
+            launch, kinds.get(str(given.take("model.qtype", "qfloat8"))), given.origin("model.quantize"), True
+        )
+    if truth(given.take("model.quantize_te")):
+        why = "text encoders work once, before training, in 16 bits"
+        ledger.note("changed", given.origin("model.quantize_te"), True, why)
     _datasets(launch, given)
     _train(launch, given)
     _samples(launch, given)

@@ -51,6 +51,10 @@ def translate(launch: Launch) -> None:
     ledger.write("train.global_batch_size", whole, where["accumulation"], accumulation, why)
     if given.has("adapter"):
         _adapter(launch, given)
+    for key in ("model.transformer_dtype", "model.diffusion_model_dtype"):
+        if given.has(key) and given.peek(key) != given.peek("model.dtype"):
+            kind = {"float8": "fp8", "float8_e4m3fn": "fp8"}.get(str(given.take(key)))
+            trainer.base(launch, kind, given.origin(key), given.peek(key))
     dtype = str(given.take("model.dtype", "bfloat16"))
     ledger.write("train.precision", PRECISIONS.get(dtype, "bf16"), given.origin("model.dtype"), dtype)
     _optimizer(launch, given)

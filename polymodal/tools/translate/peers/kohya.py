@@ -267,6 +267,9 @@ def _noise(launch: Launch, given: Given, musubi: bool) -> None:
 
 def _memory(launch: Launch, given: Given) -> None:
     ledger, offload = launch.ledger, list[str]()
+    for key in ("fp8_base", "fp8_base_unet", "fp8_scaled"):
+        if truth(given.take(key)):
+            trainer.base(launch, "fp8", given.origin(key), True)
     if truth(given.take("gradient_checkpointing")):
         ledger.write("parallel.recompute", "full", given.origin("gradient_checkpointing"), True)
     if number(given, "blocks_to_swap", 0, int):

@@ -71,8 +71,11 @@ def translate(launch: Launch) -> None:
             "targets": "lora_target",
         }
         trainer.adapters(launch, given, names, {"rank": 8}, towers)
-        if truth(given.take("pissa_init")):
-            ledger.write("model.lora.init", "pissa", given.origin("pissa_init"), True)
+        bits, method = given.take("quantization_bit"), str(given.take("quantization_method", "bnb"))
+        nf4 = str(given.take("quantization_type", "nf4")) == "nf4" and method in ("bnb", "bitsandbytes")
+        if bits is not None:
+            kind = {"4": "nf4" if nf4 else None, "8": "int8"}.get(str(bits))
+            trainer.base(launch, kind, given.origin("quantization_bit"), bits)
         for key, _, tower in FREEZE:
             if given.has(key):
                 how = "without" if tower in frozen else "with"

@@ -29,6 +29,10 @@ def translate(launch: Launch) -> None:
         _adapter(launch, given)
     elif kind != "full":
         ledger.note("unsupported", given.origin("model_type"), kind, "lora and full are known")
+    precision = str(given.take("base_model_precision", "no_change"))
+    if precision != "no_change":
+        kind = next((k for k in ("nf4", "int8", "fp8") if precision.startswith(k)), None)
+        trainer.base(launch, kind, given.origin("base_model_precision"), precision)
     _datasets(launch, given)
     micro = number(given, "train_batch_size", 4, int)
     accumulation = number(given, "gradient_accumulation_steps", 1, int)

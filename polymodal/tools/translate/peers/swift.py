@@ -121,12 +121,14 @@ def _adapters(launch: Launch, given: Given) -> None:
                 "mapped", given.origin(key), given.peek(key), f"model.lora.towers: {how} {tower}"
             )
     init = str(given.take("init_weights", "true")).lower()
-    if init in ("gaussian", "pissa", "olora"):
+    if init == "gaussian":
         launch.ledger.write("model.lora.init", init, given.origin("init_weights"))
     elif init != "true":
-        launch.ledger.note(
-            "unsupported", given.origin("init_weights"), init, "gaussian, pissa, olora are known"
-        )
+        launch.ledger.note("unsupported", given.origin("init_weights"), init, "true and gaussian are known")
+    bits, method = given.take("quant_bits"), str(given.take("quant_method", "bnb"))
+    if bits is not None:
+        kind = {"4": "nf4", "8": "int8"}.get(str(bits)) if method == "bnb" else None
+        trainer.base(launch, kind, given.origin("quant_bits"), bits)
     start = listed(given.take("adapters"))
     if len(start) == 1:
         checkpoint(launch, "checkpoint.init_from", start[0], given.origin("adapters"))

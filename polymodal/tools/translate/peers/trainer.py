@@ -352,6 +352,16 @@ def adapters(
         ledger.write("model.lora.towers", towers, Origin("the freeze flags", given.file), towers)
 
 
+def base(launch: Launch, kind: str | None, origin: Origin, value: Any) -> None:
+    """model.base: how the frozen weights under adapters are kept. kind: None for one that is not known."""
+    if kind is None:
+        launch.ledger.note("unsupported", origin, value, "frozen weights in nf4, int8 and fp8 are known")
+    elif "model.lora.rank" not in launch.ledger.values:
+        launch.ledger.note("unsupported", origin, value, "only frozen weights under adapters have fewer bits")
+    else:
+        launch.ledger.write("model.base", kind, origin, value)
+
+
 def freeze(launch: Launch, given: Given, keys: Sequence[tuple[str, bool, str]]) -> None:
     """train.freeze of a full training. keys: (their key, its default, tower)."""
     for key in [

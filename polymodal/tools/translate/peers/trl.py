@@ -6,7 +6,7 @@ from polymodal.core.errors import PolymodalError
 from polymodal.tools.translate.launch import Launch
 from polymodal.tools.translate.peers import trainer
 from polymodal.tools.translate.peers.files import checkpoint, finish, settings
-from polymodal.tools.translate.peers.trainer import listed, number, truth
+from polymodal.tools.translate.peers.trainer import number, truth
 
 LOSSES = {
     name: name
@@ -90,10 +90,9 @@ def translate(launch: Launch) -> None:
                 value = number(given, key)
                 if value is not None:
                     ledger.write(f"train.preference.{key}", value, given.origin(key))
-    for each in listed(given.take("load_in_4bit")) + listed(given.take("load_in_8bit")):
-        if truth(each):
-            key = "load_in_4bit" if truth(given.peek("load_in_4bit")) else "load_in_8bit"
-            ledger.note("unsupported", given.origin(key), each, "the frozen weights are kept in 16 bits")
+    for key, kind in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
+        if truth(given.take(key)):
+            trainer.base(launch, kind, given.origin(key), True)
     own = {"lr": RATES[verb], "recompute": True, "bf16": True, "log": 10}
     trainer.arguments(launch, given, own)
     finish(launch, given)
