@@ -40,7 +40,7 @@ STYLES = {
     "sparse": "a region whose experts are spread (expert.py): each rank takes its own rows through it",
     "sparse_router": "the router of such a region: its logits are made whole for the balance loss",
     "dispatched": "the experts of such a region, sharded by expert.py",
-    "between": "computes rows of streams one by one between blocks; with a cut stream its gradients are partial",
+    "between": "computes rows of streams one by one between blocks; of a cut stream gradients are partial",
     "exit": "the norm that ends the stream, or the encoder that it runs in: its output is whole",
     "end": "what comes after the stream: its input is whole on every rank",
     "embedding": "a table cut by rows of the vocabulary",

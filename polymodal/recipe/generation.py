@@ -63,8 +63,8 @@ class Diffusion(Section):
     """Guidance-distilled models (FLUX.1 dev, FLUX.2 dev, HunyuanVideo): the scale they get in training; auto
     = 1, no guidance."""
     first_frame: Share = 0.0
-    """Share of clips whose first latent frame is given: it has no noise and no loss (a timestep a token: Wan2.2
-    5B), or is an input of its own (Open-Sora 2.0)."""
+    """Share of clips whose first latent frame is given: it has no noise and no loss (a timestep a token:
+    Wan2.2 5B), or is an input of its own (Open-Sora 2.0)."""
     quantiles: Positive = 4
     """Validation loss is measured at so many fixed noise levels."""
 

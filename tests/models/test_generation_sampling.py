@@ -117,7 +117,7 @@ def spied_on(family, model, answer):
     halves = (
         getattr(model, "out_channels", 0) == 2 * family.grid().channels
     )  # the other is a learned variance
-    axis = 2 if family.card.name == "cogvideox" else 1
+    axis = 2 if family.card.name in ("cogvideox", "step-video") else 1
     seen = []
 
     def forward(*args, **kwargs):

@@ -110,7 +110,7 @@ def allocated(rank: int, case: Case, source: str) -> int:
     dist.Work.wait = patient  # this process ends with the measurement
     recipe = recipe_of(case, source)
     family = catalog.family(recipe.model)
-    measure = lengths(family, TOKENS, MEDIA, PATCHES)
+    measure = lengths(family, TOKENS, [(MEDIA, PATCHES)])
     held = []
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         mesh = Mesh(ParallelSizes.of(recipe.parallel, case.world), "cpu", rank)
@@ -155,7 +155,7 @@ def compare(case: Case) -> tuple[int, int, float]:
         measured = run(case.world, allocated, case, source, timeout=600)
         recipe = recipe_of(case, source)
         family = catalog.family(recipe.model)
-        load = Workload(lengths(family, TOKENS, MEDIA, PATCHES))
+        load = Workload(lengths(family, TOKENS, [(MEDIA, PATCHES)]))
         predicted = [
             trace(recipe, family, case.world, rank, load, micro_batches=MICRO_BATCHES).usage.both
             for rank in {0, case.world - 1}

@@ -287,7 +287,7 @@ def test_a_long_conversation_is_cut_with_its_boxes(qwen, pictures):
 def test_data_show_draws_where_the_model_s_numbers_are(qwen, pictures):
     chat = qwen("qwen2.5-vl", image={"max_pixels": 4096})
     record = RowReader("auto", Attr(), str(pictures / "x.jsonl"), None).record(ROW, "x")
-    caption, (shown,) = data_show._figure(record.media[0], record, chat)
+    caption, (shown,), *_ = data_show._figure(record.media[0], record, chat)
     height, width = chat.media.picture_size(100, 200)
     values = re.search(r"for the model (\d+) x (\d+): \[(\d+), (\d+), (\d+), (\d+)\]", caption)
     assert tuple(map(int, values.groups()[:2])) == (width, height) and shown.uri

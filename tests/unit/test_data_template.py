@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from types import SimpleNamespace
 from dataclasses import replace
 from functools import partial
 
@@ -282,7 +283,7 @@ def without_end(chat):
 
 def test_check_and_train_warn_of_answers_without_an_end(qwen, tmp_path):
     endless = without_end(templated(qwen, tmp_path, "{% for m in messages %}{{ m.content }} {% endfor %}"))
-    warnings = partial(Packed.warnings, None)
+    warnings = partial(Packed.warnings, SimpleNamespace(asks=False))
     assert "does not learn to end one" in warnings([record(*TALK)], endless)[0]
     assert warnings([record(*TALK)], qwen()) == []
     assert warnings([replace(record(*TALK), plain=True)], endless) == []

@@ -33,10 +33,16 @@ def test_what_is_written_validates_and_its_layout_divides(name):
     unfit = {
         "kto",
         *(() if "dreambooth" in card.methods else ("dreambooth",)),
-        *(() if answers else ("dpo", "grpo")),
+        *(() if answers else ("dpo",)),
+        *(() if "grpo" in objectives_of(card.family) else ("grpo",)),
     }
     tasks = [t for t in init_recipe.TASKS if t not in unfit]
-    for size, task, devices in itertools.product(card.sizes, tasks, (None, 1, 6, 64)):
+    counts = {
+        size: (None, 1, 6, 64) if size in (*[*card.sizes][:1], *[*card.sizes][-1:]) else (None,)
+        for size in card.sizes
+    }
+    asked = [(size, task, n) for size in card.sizes for task in tasks for n in counts[size]]
+    for size, task, devices in asked:
         chosen = init_recipe.plan(name, task, size, devices, data="data/my file: 1.json")
         r = recipe.validate(yaml.safe_load(init_recipe.text(chosen, "data/my file: 1.json")))
         assert r.model.source == card.sizes[size].hub and r.data.datasets[0].path == "data/my file: 1.json"

@@ -237,7 +237,7 @@ def recipe(train: dict, **more) -> Recipe:
         (recipe({}, data={"train_on": "all"}), "compared alone"),
         (recipe({}, data={"overlong": "split"}), "cannot be split"),
         (recipe({}, model={"source": "x", "lora": {"dropout": 0.1}}), "noise"),
-        (recipe({"objective": None, "preference": {"beta": 1}}), "is for train.objective dpo and kto"),
+        (recipe({"objective": None, "preference": {"beta": 1}}), "is for train.objective dpo, kto and diffusion_dpo"),
     ],
 )  # fmt: skip
 def test_keys_that_do_not_fit_are_refused(made, says):

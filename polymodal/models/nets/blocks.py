@@ -52,7 +52,7 @@ class AttentionCore(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; the mean and the root in float32 at least."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; mean and root in float32 at least."""
 
     def __init__(self, size: int, eps: float = 1e-6, name: str = "weight"):
         """name: of the parameter, where a published file has another than `weight`."""

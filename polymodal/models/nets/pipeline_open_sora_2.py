@@ -137,8 +137,9 @@ class OpenSora2Pipeline(ClipPipeline):
         if image is not None:
             made = self.vae.encode(self.first_frame(image, height, width)).latent_dist.mode()
             first = (made * self.vae.config.scaling_factor).to(first).expand_as(first)
-        shown = [float(image is not None)] * 2
-        rows = [*shown, 0.0] if image is not None else shown  # text, none, and neither text nor picture
+        guided = guidance_scale != 1 or (image is not None and image_guidance_scale != 1)
+        shown = [float(image is not None)] * (1 + guided)
+        rows = [*shown, 0.0] if image is not None and guided else shown  # text, none, nor the picture
         condition = packed(
             torch.cat([condition_of(first, latents.new_full((count,), row), latents) for row in rows])
         )
@@ -152,6 +153,8 @@ class OpenSora2Pipeline(ClipPipeline):
                 given["condition"] = condition.to(dtype)
             moment = level.expand(len(tokens))
             (out,) = model(tokens, moment, text[chosen], pooled[chosen], **given)
+            if not guided:
+                return unpacked(out, *cells).float()
             seen, without, *neither = unpacked(out, *cells).float().chunk(len(rows))
             made = guidance_at(guidance_scale, step) * (seen - without)
             if not neither:

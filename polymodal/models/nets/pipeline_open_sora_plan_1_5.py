@@ -1,7 +1,7 @@
 """Sampling from Open-Sora Plan 1.5: a flow from noise to a clip, from text.
 
-Steps and guidance: Open-Sora Plan 1.5 (github.com/PKU-YuanGroup/Open-Sora-Plan, MIT); the guidance is rescaled
-(arXiv 2305.08891, section 3.4).
+Steps and guidance: Open-Sora Plan 1.5 (github.com/PKU-YuanGroup/Open-Sora-Plan, MIT); the guidance is
+rescaled (arXiv 2305.08891, section 3.4).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ MOTION = 5.0  # the motion score that TI2V is told
 
 
 def condition_of(first: Tensor, frames: int) -> Tensor:
-    """What TI2V sees of a first frame: its latents [B, C, 1, H, W], zeros behind them, [B, frames, C, H, W]."""
+    """What TI2V sees of a first frame: latents [B, C, 1, H, W], zeros behind them, [B, frames, C, H, W]."""
     return torch.nn.functional.pad(first, (0, 0, 0, 0, 0, frames - 1)).transpose(1, 2)
 
 
@@ -59,8 +59,8 @@ class StepVideoPipeline(ClipPipeline):
     def encode_prompt(
         self, prompt: Sequence[str], max_sequence_length: int = 320
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Step LLM's hidden states [B, L, C], CLIP's [B, M, C2], and the mask of both [B, M + L], CLIP's tokens
-        first: all of those are seen."""
+        """Step LLM's hidden states [B, L, C], CLIP's [B, M, C2], and the mask of both [B, M + L], CLIP's
+        tokens first: all of those are seen."""
         ids, mask = self.tokenized(prompt, self.tokenizer, self.text_encoder, max_sequence_length)
         encoder, length = self.text_encoder_2, min(77, self.text_encoder_2.config.max_position_embeddings)
         ids_2, mask_2 = self.tokenized(prompt, self.tokenizer_2, encoder, length)
@@ -78,8 +78,8 @@ class StepVideoPipeline(ClipPipeline):
         generator: Any,
         **condition: Any,
     ) -> Tensor:
-        """Latents of clips of `size` (frames, height, width). texts: prompts and negative ones; condition: more
-        arguments of the denoiser."""
+        """Latents of clips of `size` (frames, height, width). texts: prompts and negative ones; condition:
+        more arguments of the denoiser."""
         model, (prompts, negatives) = self.transformer, texts
         guided = guidance_scale != 1
         language, clip, mask = (

@@ -39,8 +39,8 @@ def objectives_of(family: type[Family]) -> tuple[str, ...]:
 
 
 def fills_by_tokens(family: type[Family]) -> bool:
-    """Whether micro-batches of such models are filled up to a number of tokens, so that the lengths of samples
-    choose data.max_length; else they have a number of samples."""
+    """Whether micro-batches of such models are filled up to a number of tokens, so that the lengths of
+    samples choose data.max_length; else they have a number of samples."""
     return LAYOUTS[family.layout].by_tokens
 
 
