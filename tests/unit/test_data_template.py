@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pickle
-from types import SimpleNamespace
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch

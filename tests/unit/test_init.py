@@ -27,7 +27,7 @@ CARDS = catalog.cards()
 
 @pytest.mark.parametrize("name", CARDS)
 def test_what_is_written_validates_and_its_layout_divides(name):
-    """Every size and task of a model, on the recommended number of devices, on one, few, and many."""
+    """Every size and every task of a model, on the recommended number of devices, on one, few, and many."""
     card = CARDS[name]
     answers = {"dpo", "diffusion_dpo"} & set(objectives_of(card.family))
     unfit = {
@@ -37,11 +37,11 @@ def test_what_is_written_validates_and_its_layout_divides(name):
         *(() if "grpo" in objectives_of(card.family) else ("grpo",)),
     }
     tasks = [t for t in init_recipe.TASKS if t not in unfit]
-    counts = {
-        size: (None, 1, 6, 64) if size in (*[*card.sizes][:1], *[*card.sizes][-1:]) else (None,)
-        for size in card.sizes
-    }
-    asked = [(size, task, n) for size in card.sizes for task in tasks for n in counts[size]]
+    first = next(
+        iter(card.sizes)
+    )  # in all tasks, and on few and many devices; the others as they are recommended
+    asked = [(first, task, None) for task in tasks] + [(size, "sft", None) for size in [*card.sizes][1:]]
+    asked += itertools.product((first,), ("sft", "lora"), (1, 6, 64))
     for size, task, devices in asked:
         chosen = init_recipe.plan(name, task, size, devices, data="data/my file: 1.json")
         r = recipe.validate(yaml.safe_load(init_recipe.text(chosen, "data/my file: 1.json")))

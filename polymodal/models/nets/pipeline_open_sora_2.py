@@ -144,11 +144,12 @@ class OpenSora2Pipeline(ClipPipeline):
             torch.cat([condition_of(first, latents.new_full((count,), row), latents) for row in rows])
         )
         places = model.places(*cells, device)
+        nowhere = places.new_zeros(text.shape[1], 3)
         chosen = [*range(2 * count), *range(count, 2 * count)][: len(rows) * count]
 
         def velocity(noisy: Tensor, level: Tensor, step: int) -> Tensor:
             tokens = packed(noisy.repeat(len(rows), 1, 1, 1, 1)).to(dtype)
-            given = {"img_ids": places, "return_dict": False}
+            given = {"img_ids": places, "txt_ids": nowhere, "return_dict": False}
             if model.config.cond_embed:
                 given["condition"] = condition.to(dtype)
             moment = level.expand(len(tokens))

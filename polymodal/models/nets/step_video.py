@@ -134,7 +134,7 @@ class StepVideoBlock(nn.Module):
 
 
 class Rope(nn.Module):
-    """Angles [N, size / 2] of the tokens of a grid along its axes (t, y, x), at least in the dtype of `like`."""
+    """Angles [N, size / 2] of a grid's tokens along its axes (t, y, x), at least in the dtype of `like`."""
 
     def __init__(self, size: int):
         super().__init__()
