@@ -57,7 +57,7 @@ def show_pairs(corpus: Corpus, clips: PairClips, path: str, n: int = 8, seed: in
             drawn = [
                 pages.thumbnail(Image.fromarray(f), 256) for f in frames[:: max(1, len(frames) // 4)][:4]
             ]
-            media.append((f"{name}{score}: {files.label(side.media[-1].source)}", drawn))
+            media.append((f"{name}{score}: {files.label(side.media[-1].source)}", drawn, ""))
         texts = [(caption + "\n", "", 0.0) for caption in record.extra["captions"]]
         return {
             "where": record.where,

@@ -46,7 +46,7 @@ def run(*options, out):
     return done, json.loads(out.read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_part_at_small_sizes(tmp_path):
     done, found = run(out=tmp_path / "found.json")
     assert done.returncode == 0 and found["correct"], done.stdout

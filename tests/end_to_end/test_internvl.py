@@ -64,7 +64,14 @@ def keys(directory):
         return set(file.keys())
 
 
-@pytest.mark.parametrize("name, task", [("library", "sft"), ("authors", "sft"), ("internlm", "lora")])
+@pytest.mark.parametrize(
+    "name, task",
+    [
+        ("authors", "sft"),
+        pytest.param("library", "sft", marks=pytest.mark.nightly),
+        pytest.param("internlm", "lora", marks=pytest.mark.slow),
+    ],
+)
 def test_from_a_recipe_to_an_export(name, task, place, monkeypatch):
     monkeypatch.chdir(place)
     start, recipe = ["init", name, "--task", task, "--data", "train.json"], f"{name}.yaml"

@@ -25,7 +25,12 @@ def keys(directory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, task", [("deepseek-vl2", "sft"), (tiny.MINICPM[0], "sft"), (tiny.MINICPM[1], "lora")]
+    "name, task",
+    [
+        (tiny.MINICPM[0], "sft"),
+        pytest.param("deepseek-vl2", "sft", marks=pytest.mark.nightly),
+        pytest.param(tiny.MINICPM[1], "lora", marks=pytest.mark.nightly),
+    ],
 )
 def test_from_a_recipe_to_an_export(name, task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

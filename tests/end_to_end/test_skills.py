@@ -54,8 +54,13 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [page.parent.name for page in SKILLS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.nightly if name in SMALLER else pytest.mark.slow)
+        for name in (page.parent.name for page in SKILLS)
+    ],
+)
 def test_every_command_of_a_skill_runs(name, place):
     if name == "polymodal-generation":
         tiny_pipelines.pipeline("wan", place / "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")

@@ -84,7 +84,7 @@ def curve(run: Path) -> list[tuple[float, float]]:
 # ---- training ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("nproc, layout", [(2, ()), (2, ("parallel.pp=2",)), (2, ("parallel.tp=2",))])
 def test_a_run_is_the_same_on_two_processes(ground, tmp_path, nproc, layout):
     short = (
@@ -111,7 +111,7 @@ def test_a_run_is_the_same_on_two_processes(ground, tmp_path, nproc, layout):
     assert last[1]["validation/loss/audio"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_that_is_resumed_is_the_run_that_was_not(ground, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     schedule = ("optim.schedule.name=constant", "optim.schedule.warmup=2")
@@ -123,6 +123,7 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not(ground, tmp_path):
     assert curve(parts) == [pytest.approx(pair, rel=1e-4) for pair in curve(whole)]
 
 
+@pytest.mark.slow
 def test_check_says_what_is_learned_from_and_what_is_too_long(ground, tmp_path):
     tiny_speech.recording(tmp_path / "long.wav", "one two", seconds=9)
     tiny_speech.recording(tmp_path / "good.wav", "one two")
@@ -139,12 +140,13 @@ def test_check_says_what_is_learned_from_and_what_is_too_long(ground, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_plan_predicts_a_run_of_it(ground):
     said = json.loads(run("plan", ground / "recipe.yaml", "--world", "2", "--json"))
     assert said["peak_bytes"] > 0 and said["micro_batches"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("axis", ["tp", "pp"])
 def test_a_recording_that_one_rank_alone_cannot_read(ground, axis):
     from tests.parallel.harness import run as world_of
@@ -198,6 +200,7 @@ def _unreadable(rank: int, world: int, root: str, axis: str) -> dict:
 # ---- what it learned ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_writes_down_what_it_was_taught(ground, transcriber):
     jobs = [Speech(str(ground / f"{i}.wav")) for i in range(len(SENTENCES))]
     found = dict(transcriber.transcripts(jobs, batch_size=4))
@@ -205,6 +208,7 @@ def test_it_writes_down_what_it_was_taught(ground, transcriber):
     assert {found[i].language for i in found} == {"en"}, "it tells the language that it was taught"
 
 
+@pytest.mark.slow
 def test_the_command_prints_texts_and_writes_files(ground, trained, tmp_path):
     (tmp_path / "in").mkdir()
     for i in (0, 1):
@@ -230,6 +234,7 @@ def test_the_command_prints_texts_and_writes_files(ground, trained, tmp_path):
     assert [r["text"] for r in read] == SENTENCES[:2] and read[0]["segments"][0]["start"] == 0
 
 
+@pytest.mark.slow
 def test_long_recordings_are_cut_where_it_is_quiet(transcriber, tmp_path):
     """Sentences with silence between them, together more than is heard at once: no word is cut, all are
     written."""
@@ -248,6 +253,7 @@ def test_long_recordings_are_cut_where_it_is_quiet(transcriber, tmp_path):
     assert found.segments[0].text == chosen[0], "which begins as it was taught"
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_read_does_not_stop_the_rest(ground, trained, tmp_path):
     (tmp_path / "broken.wav").write_bytes(b"RIFF....")
     said = run(
@@ -277,6 +283,7 @@ def test_models_that_do_not_transcribe_say_so(tmp_path):
 # ---- measuring ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_errors_are_counted_over_the_corpus(ground, transcriber, tmp_path):
     rows = [json.loads(line) for line in (ground / "train.jsonl").read_text().splitlines()]
     for row in rows:
@@ -299,7 +306,7 @@ def test_errors_are_counted_over_the_corpus(ground, transcriber, tmp_path):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_measures_on_two_processes(ground, trained, tmp_path):
     said = run(
         "evaluate",
@@ -327,6 +334,7 @@ def test_the_command_measures_on_two_processes(ground, trained, tmp_path):
 # ---- taking it away ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_export_is_what_transformers_opens(ground, trained, tmp_path):
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
@@ -340,7 +348,7 @@ def test_the_export_is_what_transformers_opens(ground, trained, tmp_path):
     assert processor.batch_decode(ids, skip_special_tokens=True)[0].strip() == SENTENCES[3]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_adapters_are_trained_merged_and_used(ground, tmp_path):
     keys = (
         "model.lora={rank: 2, towers: [audio, language], targets: [q_proj, v_proj, fc1]}",

@@ -22,7 +22,6 @@ from tests.end_to_end.test_speech import run
 from tests.models import tiny_speech, tiny_tts
 
 STEPS = 120
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +66,7 @@ def said(row: dict) -> speak.Utterance:
     return speak.Utterance(row["text"], row["ref_audio"], None, row["language"])
 
 
+@pytest.mark.slow
 def test_codes_of_recordings_are_made_once(ground, tmp_path):
     """A command that was cut goes on behind its last whole row, with the same result."""
     from polymodal.data.source import open_corpus
@@ -84,6 +84,7 @@ def test_codes_of_recordings_are_made_once(ground, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["again.jsonl"]
 
 
+@pytest.mark.slow
 def test_it_says_what_it_was_taught(ground):
     """Greedy codes are those of the rows: the labels of training are what generation asks for."""
     model = speaker(ground / "run")
@@ -98,6 +99,7 @@ def test_it_says_what_it_was_taught(ground):
     assert all(each.ended and len(each.sound) == 1920 * len(each.codes) for each in found)
 
 
+@pytest.mark.nightly
 def test_a_resumed_run_has_the_same_curve(ground, tmp_path):
     import shutil
 
@@ -109,6 +111,7 @@ def test_a_resumed_run_has_the_same_curve(ground, tmp_path):
     assert all(after[step] == pytest.approx(before[step], rel=1e-5) for step in (61, 90, STEPS))
 
 
+@pytest.mark.slow
 def test_exports_open_with_the_class_and_speak(ground, tmp_path):
     done = export(ground / "run", tmp_path / "out")
     assert done is not None and done.difference < 1e-4
@@ -131,6 +134,7 @@ def test_exports_open_with_the_class_and_speak(ground, tmp_path):
     assert torch.equal(one.codes, two.codes)
 
 
+@pytest.mark.nightly
 def test_speech_is_written_and_never_over(ground, tmp_path):
     texts = [
         {"text": "yes", "ref_audio": str(ground / "voice.wav")},
@@ -161,6 +165,7 @@ def test_speech_is_written_and_never_over(ground, tmp_path):
     assert "--steps is not for" in run("generate", ground / "model", "--text", "no", "--steps", "3", expect=2)
 
 
+@pytest.mark.nightly
 def test_what_it_says_is_judged_by_a_model_that_transcribes(ground, tmp_path):
     """The rates are those of the wav files by `evaluate speech`; a second start speaks nothing again."""
     from polymodal.evaluate import speech, spoken

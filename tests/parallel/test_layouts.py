@@ -137,9 +137,11 @@ COMPILED = {
 """Few, since each takes a compiler's time; FSDP2, TP, Ulysses, PP with TP, PP with ZeRO-3 and EP alone are equal too."""
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n == "qwen2.5-vl" else pytest.mark.nightly) for n in COMPILED],
+)
 def test_compiled_blocks(name: str):
     for result in parity(name, COMPILED[name], steps=1, dtype=torch.float32):
         assert max(result.loss, result.gradients) < 1e-5, result

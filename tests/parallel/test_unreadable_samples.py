@@ -39,7 +39,14 @@ def _unreadable_on_rank_1(rank: int, world: int, root: Path, job: Job) -> str:
     return said.error
 
 
-@pytest.mark.parametrize("world, axes", [(2, ("tp",)), (2, ("cp",)), (4, ("pp", "tp"))])
+@pytest.mark.parametrize(
+    "world, axes",
+    [
+        (2, ("tp",)),
+        pytest.param(2, ("cp",), marks=pytest.mark.slow),
+        pytest.param(4, ("pp", "tp"), marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_that_share_samples_agree_on_what_is_broken(ground, world, axes):
     """The reference is one process that cannot read the file at all."""
     tiny.picture(24 + 8 * (5 % 3), 24, 5).save(ground / "whole.png")
