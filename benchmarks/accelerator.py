@@ -706,7 +706,7 @@ def samples(family: Any, longest: int, total: int) -> list[Any]:
     choose, made, tokens = random.Random(0), [], 0
     while tokens < total:
         length = int(choose.uniform(0.1, 1.0) * longest)
-        measure = lengths(family, length, 0.5 * (len(made) % 2), longest // 2)
+        measure = lengths(family, length, [(0.5 * (len(made) % 2), longest // 2)])
         made += unpack(filled([family.example(measure)])[0])
         tokens += length
     return made

@@ -23,7 +23,7 @@ from polymodal.evaluate.store import Ranks
 from polymodal.evaluate.word_errors import Choice
 from polymodal.generate import speak
 from polymodal.generate.opening import alike, command_recipe, open_model
-from polymodal.generate.transcribe import Speech, Transcriber
+from polymodal.generate.transcribe import Speech, transcriber_of
 from polymodal.runtime import process_group
 
 NAME, SEED, SECONDS = "tts", 42, 60.0
@@ -78,7 +78,7 @@ def main(
         if dist.is_initialized():
             dist.barrier()
         judge = open_model(asr, device=rt.device.torch, locate=alike(rt))
-        transcriber = Transcriber(judge.model, judge.processor, name=name, identity=judge.identity)
+        transcriber = transcriber_of(judge.model, judge.processor, name=name, identity=judge.identity)
         rows = []
         for number, text in enumerate(texts):
             spoken_in = voice.language(text.language) or language

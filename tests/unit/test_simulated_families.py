@@ -25,7 +25,7 @@ ALL = (*tiny.NAMES, *tiny.GLM, *tiny.INTERNVL, *tiny.OMNIS, "whisper", *tiny_pip
 OF_DIFFUSERS = "transformers/transformer_"
 """Where lines that wait or copy are not ours but of diffusers' forwards."""
 OF_MASKS = "parallel/dit_context_parallel"
-MASKED_KEYS = ("hunyuan-video", "hunyuan-video-i2v")
+MASKED_KEYS = ("hunyuan-video", "hunyuan-video-i2v", "open-sora-1.2", "step-video")
 """Beginnings of names whose forwards mask padding of the text: its keys are left out, once read on the host."""
 MASKED_ROWS = ("hidream", "hunyuan-video-1.5")
 """Beginnings of names whose forwards in diffusers take rows by masks: their backward passes wait too."""

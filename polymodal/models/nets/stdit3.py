@@ -163,7 +163,7 @@ class STDiT3(ModelMixin, ConfigMixin):
             still_mods = self.t_block(still).unflatten(-1, (6, -1))[:, None]
             mods = torch.where(frame_mask[:, :, None, None], mods, still_mods)
         caption = self.y_embedder(encoder_hidden_states)
-        mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
+        mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None]
         turns = self.rope(grid[0])
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
             for block, angles in ((spatial, None), (temporal, turns)):

@@ -226,6 +226,7 @@ class StepVideoModel(ModelMixin, ConfigMixin):
         tokens = self.pos_embed(hidden_states.flatten(0, 1)).unflatten(0, (batch, frames)).flatten(1, 2)
         mods, embedded = self.adaln_single(timestep * TIME_SCALE, motion, tokens.dtype)
         text, mask = self.text(encoder_hidden_states, encoder_hidden_states_2, encoder_attention_mask)
+        mask = None if mask is None else mask[:, None, None]  # one tensor for all blocks
         turns = self.rope((frames, height, width), hidden_states)
         for block in self.transformer_blocks:
             given = (tokens, text, mask, mods, turns)
