@@ -119,6 +119,7 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+@pytest.mark.slow
 def test_callbacks_see_a_run_and_may_end_it(ground, tmp_path):
     more = ("train.steps=9", "checkpoint.every=2", "evaluate.every=2")
     validation = f"data.validation=[{{path: {ground / 'train.json'}}}]"

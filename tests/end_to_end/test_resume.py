@@ -54,6 +54,7 @@ def test_samples_of_other_lengths_are_refused_with_the_key_that_changed(ground, 
     assert "does not say how long its samples were" in done.stdout and "resumed at step 1" in done.stdout
 
 
+@pytest.mark.slow
 def test_keys_that_do_not_decide_the_batches_may_change(ground, tmp_path):  # noqa: F811
     run = tmp_path / "run"
     train(ground, run, "train.steps=1")

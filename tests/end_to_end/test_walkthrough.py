@@ -59,6 +59,7 @@ def place(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_every_command_of_the_walk_through_runs(place, monkeypatch):
     monkeypatch.chdir(place)
     said = {}

@@ -182,6 +182,7 @@ def _resumed(rank: int, directory: str, source: str, parallel: dict[str, Any]) -
     return {name: whole(tensor) for name, tensor in tensors.items() if "exp_avg_sq" not in name}
 
 
+@pytest.mark.slow
 def test_files_and_checkpoints_know_no_layout(tmp_path):
     plain = tiny.checkpoint("qwen3-vl-moe", tmp_path / "plain", text_config__moe_intermediate_size=24)
     source = str(hub_layout(plain, tmp_path / "hub"))
