@@ -6,6 +6,7 @@ from typing import Any
 
 from polymodal.core.errors import PolymodalError
 from polymodal.core.text import nearest
+from polymodal.tools.translate import data
 from polymodal.tools.translate.launch import Launch
 from polymodal.tools.translate.ledger import Given, Origin, read_config
 from polymodal.tools.translate.peers import trainer
@@ -24,14 +25,7 @@ COLUMNS = (
     "response",
     "history",
 )
-TAGS = {
-    "role_tag": "role",
-    "content_tag": "content",
-    "user_tag": "user",
-    "assistant_tag": "assistant",
-    "observation_tag": "observation",
-    "function_tag": "function",
-}
+TAGS = {key: ours for key, ours in data.COLUMNS.items() if key.endswith("_tag")}
 LOSSES = {name: name for name in ("sigmoid", "hinge", "ipo", "orpo", "simpo")}
 PREFERENCE = {
     "loss": "pref_loss",

@@ -17,27 +17,6 @@ FREEZE = (
     ("freeze_aligner", True, "projector"),
     ("freeze_llm", False, "language"),
 )
-LOSSES = {
-    name: name
-    for name in (
-        "sigmoid",
-        "robust",
-        "hinge",
-        "ipo",
-        "sigmoid_norm",
-        "apo_zero",
-        "apo_down",
-        "bco_pair",
-        "sft",
-    )
-}
-PREFERENCE = {
-    "loss": "loss_type",
-    "default": "sigmoid",
-    "sft": ("rpo_alpha",),
-    "beta": "beta",
-    "smoothing": "label_smoothing",
-}
 COLUMNS = {
     "images": "images",
     "videos": "videos",
@@ -148,17 +127,14 @@ def _preferences(launch: Launch, given: Given) -> None:
         ledger.note("unsupported", origin, kind, "dpo, kto, orpo and simpo are translated")
         return
     if kind == "kto":
-        for key in ("desirable_weight", "undesirable_weight", "beta"):
-            value = number(given, key)
-            if value is not None:
-                ledger.write(f"train.preference.{key}", value, given.origin(key))
+        trainer.unpaired(launch, given)
         return
-    own = dict(PREFERENCE)
+    own = dict(trainer.PREFERENCE)
     if kind == "simpo":
         own |= {"beta_default": 2.0, "gamma": 1.0, "sft": ("cpo_alpha",)}
         if not given.has("cpo_alpha"):
             given.values["cpo_alpha"] = 1.0  # its default adds the answer's own loss
-    trainer.preference(launch, given, {**LOSSES, "orpo": "orpo", "simpo": "simpo"}, own)
+    trainer.preference(launch, given, {**trainer.LOSSES, "orpo": "orpo", "simpo": "simpo"}, own)
 
 
 def _rows(launch: Launch, given: Given, stage: str) -> None:

@@ -23,6 +23,29 @@ ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw", "adamw_apex_fu
 ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "paged_adamw")
 ATTENTION = {"sdpa": "sdpa", "eager": "eager", "disabled": "eager", "torch": "sdpa"}
 TRACKERS = ("tensorboard", "wandb", "mlflow")
+LOSSES = {
+    name: name
+    for name in (
+        "sigmoid",
+        "robust",
+        "hinge",
+        "ipo",
+        "sigmoid_norm",
+        "apo_zero",
+        "apo_down",
+        "bco_pair",
+        "sft",
+    )
+}
+"""TRL's losses of pairs, which ms-swift has too, -> ours."""
+PREFERENCE: dict[str, Any] = {
+    "loss": "loss_type",
+    "default": "sigmoid",
+    "sft": ("rpo_alpha",),
+    "beta": "beta",
+    "smoothing": "label_smoothing",
+}
+"""Its keys of them."""
 
 
 def truth(value: Any) -> bool:
@@ -389,6 +412,14 @@ def dataset(launch: Launch, name: str, path: str, origin: Origin) -> str:
             "Fetch it with `hf download --repo-type dataset ID --local-dir DIR` and name that path there.",
         )
     return ours
+
+
+def unpaired(launch: Launch, given: Given) -> None:
+    """train.preference of kto, by TRL's keys."""
+    for key in ("desirable_weight", "undesirable_weight", "beta"):
+        value = number(given, key)
+        if value is not None:
+            launch.ledger.write(f"train.preference.{key}", value, given.origin(key))
 
 
 def preference(launch: Launch, given: Given, names: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -8,27 +8,6 @@ from polymodal.tools.translate.peers import trainer
 from polymodal.tools.translate.peers.files import checkpoint, finish, settings
 from polymodal.tools.translate.peers.trainer import number, truth
 
-LOSSES = {
-    name: name
-    for name in (
-        "sigmoid",
-        "robust",
-        "hinge",
-        "ipo",
-        "sigmoid_norm",
-        "apo_zero",
-        "apo_down",
-        "bco_pair",
-        "sft",
-    )
-}
-PREFERENCE = {
-    "loss": "loss_type",
-    "default": "sigmoid",
-    "sft": ("rpo_alpha",),
-    "beta": "beta",
-    "smoothing": "label_smoothing",
-}
 RATES = {"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6}
 
 
@@ -84,12 +63,9 @@ def translate(launch: Launch) -> None:
     else:
         ledger.write("train.objective", verb, trainer.Origin(f"trl {verb}", launch.file))
         if verb == "dpo":
-            trainer.preference(launch, given, LOSSES, PREFERENCE)
+            trainer.preference(launch, given, trainer.LOSSES, trainer.PREFERENCE)
         else:
-            for key in ("desirable_weight", "undesirable_weight", "beta"):
-                value = number(given, key)
-                if value is not None:
-                    ledger.write(f"train.preference.{key}", value, given.origin(key))
+            trainer.unpaired(launch, given)
     for key, kind in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
         if truth(given.take(key)):
             trainer.base(launch, kind, given.origin(key), True)
